@@ -1,0 +1,148 @@
+"""Adapter: the law every method's module obeys, and the questions it may answer.
+
+The law: applying the adapter equals the plain layer with the merged weight and bias.
+
+    adapter(x, base) == base.apply(x, adapter.merged_weight(base.weight()), adapter.merged_bias(base.bias))
+
+Optimizers and callbacks ask questions (`factor_pairs`, `masks`, `rank_mask`, ...); they never look at parameter names.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.adapters.weights import BaseLayer
+from lora_lightning.methods import GroupSpec
+
+
+@dataclass(frozen=True)
+class FactorPair:
+    """Two factors of which the function depends only on `scaling * lora_B @ lora_A`.
+
+    Either side may be a buffer (frozen); `lead` is () or, for stacked experts, (E,).
+    """
+
+    name: str
+    lora_A: Tensor
+    """(*lead, rank, d_in)"""
+    lora_B: Tensor
+    """(*lead, d_out, rank)"""
+    scaling: float
+
+
+@dataclass(frozen=True)
+class EntryMask:
+    """Entries of one parameter that a schedule may remove."""
+
+    param: nn.Parameter
+    mask: Tensor
+    """Bool buffer like `param`; True where the entry is kept."""
+    along: int
+    """Axis along which entries compete: 1 within each row, 0 within each column."""
+    effect: Literal["zero", "mask", "hold"]
+    """`zero`: the value is written and may regrow; `mask`: multiplied in forward; `hold`: the value stays as it is."""
+
+
+class Tally:
+    """Sum and count of a forward- or backward-time statistic; not a buffer, empty at step boundaries."""
+
+    def __init__(self) -> None:
+        self.sum: Tensor | None = None
+        self.count = 0
+
+    def add(self, values: Tensor, count: int = 1) -> None:
+        """Add `values`, a sum over `count` observations."""
+        values = values.detach()
+        self.sum = values.clone() if self.sum is None else self.sum.add_(values)
+        self.count += count
+
+    def take(self, reduce: Callable[[Tensor], Tensor] = lambda total: total) -> Tensor | None:
+        """Mean over all processes, after which the tally is empty; None where nothing was observed.
+
+        Args:
+            reduce: sums a tensor over processes; called by none of them or by all, so all must have observed something.
+        """
+        if self.sum is None:
+            return None
+        count = reduce(torch.tensor(float(self.count), device=self.sum.device))
+        mean = reduce(self.sum) / count
+        self.sum, self.count = None, 0
+        return mean
+
+
+class Adapter(nn.Module, ABC):
+    """One method's module on one layer. Holds the trained tensors; the layer itself is handed in at each call."""
+
+    additive: bool = False
+    """True where the update does not depend on the base weight, so that several adapters on one layer add up."""
+    mergeable: bool = True
+    """False where the update depends on the input, so that no merged weight exists."""
+    rank_mask: Tensor | None
+    """Bool buffer (rank,), multiplied into the rank components; None where components cannot be removed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("rank_mask", None)  # registered again by an adapter that has one
+
+    @abstractmethod
+    def forward(self, x: Tensor, base: BaseLayer) -> Tensor:
+        """Output of the adapted layer, in the base layer's output dtype."""
+
+    @abstractmethod
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        """Weight of the plain layer that computes the same, (*lead, d_out, d_in); differentiable, fp32 in, fp32 out."""
+
+    @abstractmethod
+    def reset(self, generator: torch.Generator) -> None:
+        """Write start values in place; numbers are drawn whole, on the CPU, in float32."""
+
+    def merged_bias(self, bias: Tensor | None) -> Tensor | None:
+        """Bias of the plain layer that computes the same, (d_out,)."""
+        return bias
+
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """Detached (A (R, d_in), B (d_out, R)) with update == B @ A exactly, scaling included; None if not low rank."""
+        return None
+
+    def factor_pairs(self) -> tuple[FactorPair, ...]:
+        """Factor pairs, in the order of `param_groups`; a frozen side is listed as well."""
+        return ()
+
+    def rank_scores(self) -> Tensor | None:
+        """Importance of each rank component, (rank,), equal on all processes; None where there is no rank mask."""
+        return None
+
+    def masks(self) -> tuple[EntryMask, ...]:
+        """Entry-wise masks a sparsity schedule may write."""
+        return ()
+
+    def tallies(self) -> Mapping[str, Tally]:
+        """Statistics collected since the last optimizer step."""
+        return {}
+
+    def idle(self) -> frozenset[str]:
+        """Names of own trainables that may have no gradient now."""
+        return frozenset()
+
+
+def write(target: Tensor, values: Tensor) -> None:
+    """Copy `values`, whole and on the CPU, into a parameter or buffer, in its dtype."""
+    with torch.no_grad():
+        target.copy_(values.to(target.dtype))
+
+
+def pair_groups(adapters: Mapping[str, Adapter]) -> dict[str, GroupSpec]:
+    """Trainables in groups "A" and "B" (sides of factor pairs) and "other"; empty groups are left out."""
+    groups: dict[str, list[nn.Parameter]] = {"A": [], "B": [], "other": []}
+    for adapter in adapters.values():
+        side = {id(pair.lora_A): "A" for pair in adapter.factor_pairs()}
+        side |= {id(pair.lora_B): "B" for pair in adapter.factor_pairs()}
+        for parameter in adapter.parameters():
+            groups[side.get(id(parameter), "other")].append(parameter)
+    return {name: GroupSpec(params=params) for name, params in groups.items() if params}

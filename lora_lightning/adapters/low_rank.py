@@ -1,0 +1,258 @@
+"""Low-rank updates: the shared product and the one module that LoRA and its relatives build.
+
+y = base(x) + s B (A x),   W' = W + s B A,   b' = b + bias_delta
+
+A   lora_A       (rank, d_in)
+B   lora_B       (d_out, rank)
+s   scaling      a number
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F  # noqa: N812 - the field's usual name
+
+from lora_lightning.adapters import contraction
+from lora_lightning.adapters.base import Adapter, EntryMask, FactorPair, write
+from lora_lightning.adapters.weights import BaseLayer
+from lora_lightning.errors import SettingsError
+
+Side = Literal["both", "A", "B"]
+Start = Literal["kaiming", "gaussian"]
+Order = Literal["autograd", "flops"]
+
+
+def add_low_rank(
+    base: BaseLayer, x: Tensor, lora_A: Tensor, lora_B: Tensor, w: Tensor | float, dropout: float = 0.0
+) -> Tensor:
+    """base(x) + B (w * A drop(x)), without a second tensor of the size of the output.
+
+    Args:
+        base: any kind of layer.
+        x: (..., d_in), or token ids for an embedding.
+        lora_A: (rank, d_in), cast to the dtype of `x`.
+        lora_B: (d_out, rank), cast likewise.
+        w: weights of the rank components, (rank,) or (..., rank), or one number.
+        dropout: probability with which entries of x are dropped on this branch only; 0 outside training.
+    """
+    dtype = base.dtype if base.kind == "embedding" else x.dtype
+    A, B = lora_A.to(dtype), lora_B.to(dtype)
+    y = base(x)
+    if dropout and base.kind == "linear" and not isinstance(w, Tensor):
+        return dropped_product(y, x, keep_mask(x, dropout), A, B, w / (1.0 - dropout))
+    h = base.down(F.dropout(x, dropout) if dropout else x, A)
+    if isinstance(w, Tensor):
+        return base.up(h * w.to(h.dtype), B, onto=y)
+    return base.up(h, B, onto=y, scale=w)
+
+
+def keep_mask(x: Tensor, dropout: float) -> Tensor:
+    """A byte mask like `x`, 1 with probability 1 - dropout (rounded to 1/65536); four decisions a 64-bit draw."""
+    n = x.numel()
+    draws = torch.randint(-(2**63), 2**63 - 1, ((n + 3) // 4,), dtype=torch.int64, device=x.device)
+    # 16 signed bits: a threshold of 32768 would wrap around and drop everything
+    threshold = min(round((1.0 - dropout) * 65536) - 32768, 32767)
+    return (draws.view(torch.int16)[:n] < threshold).view(x.shape).view(torch.uint8)
+
+
+class DroppedProduct(torch.autograd.Function):
+    """y + c ((x * mask) A^T) B^T keeping x itself and one byte an entry, where autograd would keep a copy of x."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, mask: Tensor, A: Tensor, B: Tensor, c: float) -> Tensor:
+        """Keeps x, the mask, h = (x * mask) A^T and the factors."""
+        ctx.autocast, ctx.c = _autocast_dtype(x), c
+        dtype = ctx.autocast or x.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            h = _rows(x * mask).to(dtype) @ A.to(dtype).mT
+            out = torch.addmm(_rows(y).to(dtype), h, B.to(dtype).mT, alpha=c).view(y.shape).to(y.dtype)
+        ctx.save_for_backward(x, mask, h, A, B)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of y, x, A and B."""
+        x, mask, h, A, B = ctx.saved_tensors
+        dtype = ctx.autocast or x.dtype
+        dx = dA = dB = None
+        with torch.autocast(x.device.type, enabled=False):
+            g = _rows(G).to(dtype)
+            gB = g @ B.to(dtype)
+            if ctx.needs_input_grad[3]:
+                dA = ((gB.mT @ _rows(x * mask).to(dtype)) * ctx.c).to(A.dtype)
+            if ctx.needs_input_grad[4]:
+                dB = ((g.mT @ h) * ctx.c).to(B.dtype)
+            if ctx.needs_input_grad[1]:
+                dx = ((gB @ A.to(dtype)).mul_(_rows(mask)).mul_(ctx.c)).view(x.shape).to(x.dtype)
+        return G if ctx.needs_input_grad[0] else None, dx, None, dA, dB, None
+
+
+dropped_product = cast("Callable[..., Tensor]", DroppedProduct.apply)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(..., width) as (N, width)."""
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+class LowRankAdapter(Adapter):
+    """A pair of factors on one layer.
+
+    Args:
+        base: the layer.
+        rank: inner width of the update, at most the smaller side of the weight.
+        scaling: s.
+        dropout: probability of dropping entries of the branch's input while training.
+        train: which side trains; the other is a buffer. The side that starts at zero is a trained one.
+        bias: whether an additive bias (d_out,) trains as well.
+        start: distribution of the side that does not start at zero.
+        order: "autograd", or "flops" for the cheapest order of products at each shape (dense linear layers only).
+        rank_pruning: whether rank components can be removed by a mask.
+        entry_masks: whether single entries can be removed by a schedule.
+
+    Raises:
+        SettingsError: rank above the layer's size; dropout on token ids; bias on an embedding.
+    """
+
+    additive = True
+
+    def __init__(
+        self,
+        base: BaseLayer,
+        *,
+        rank: int,
+        scaling: float,
+        dropout: float = 0.0,
+        train: Side = "both",
+        bias: bool = False,
+        start: Start = "kaiming",
+        order: Order = "autograd",
+        rank_pruning: bool = False,
+        entry_masks: bool = False,
+    ) -> None:
+        super().__init__()
+        largest = min(base.d_in, base.d_out)
+        if rank > largest:
+            raise SettingsError(
+                f"rank is {rank}; a layer of {base.d_in} inputs and {base.d_out} outputs takes at most {largest}."
+            )
+        if base.kind == "embedding" and dropout:
+            raise SettingsError(f"dropout is {dropout}; an embedding has token ids as input, so it must be 0 there.")
+        if base.kind == "embedding" and bias:
+            raise SettingsError("bias is True; an embedding has no bias to add to, so it must be False there.")
+        self.scaling, self.dropout, self.train_side, self.start, self.order = scaling, dropout, train, start, order
+        # token rows: the small side (d_out, rank) is the random one, so that an unseen token keeps its vector
+        self.zero_A = train == "A" or (train == "both" and base.kind == "embedding")
+
+        def zeros(*size: int) -> Tensor:
+            return torch.zeros(size, dtype=base.adapter_dtype, device=base.device)
+
+        self._hold("lora_A", zeros(rank, base.d_in), trains=train != "B")
+        self._hold("lora_B", zeros(base.d_out, rank), trains=train != "A")
+        self.bias_delta = nn.Parameter(zeros(base.d_out)) if bias else None
+        on = torch.ones(rank, dtype=torch.bool, device=base.device) if rank_pruning else None
+        self.register_buffer("rank_mask", on)
+        for side in ("A", "B"):
+            factor = getattr(self, f"lora_{side}")
+            self.register_buffer(f"mask_{side}", torch.ones_like(factor, dtype=torch.bool) if entry_masks else None)
+
+    lora_A: Tensor
+    lora_B: Tensor
+    mask_A: Tensor | None
+    mask_B: Tensor | None
+
+    def _hold(self, name: str, value: Tensor, trains: bool) -> None:
+        if trains:
+            self.register_parameter(name, nn.Parameter(value))
+        else:
+            self.register_buffer(name, value)
+
+    def reset(self, generator: torch.Generator) -> None:
+        """One side zero, the other U(-1/sqrt(n), 1/sqrt(n)) or N(0, 1/rank^2); n its row length. Masks all kept."""
+        zero, random = (self.lora_A, self.lora_B) if self.zero_A else (self.lora_B, self.lora_A)
+        rank, n = self.lora_A.shape[0], random.shape[1]
+        if self.start == "gaussian":
+            values = torch.randn(random.shape, generator=generator) / rank
+        else:
+            values = (2 * torch.rand(random.shape, generator=generator) - 1) / math.sqrt(n)
+        write(random, values)
+        write(zero, torch.zeros(zero.shape))
+        if self.bias_delta is not None:
+            write(self.bias_delta, torch.zeros(self.bias_delta.shape))
+        for mask in (self.rank_mask, self.mask_A, self.mask_B):
+            if mask is not None:
+                mask.fill_(True)
+
+    def _kept_A(self) -> Tensor:
+        """lora_A without the removed rank components."""
+        return self.lora_A if self.rank_mask is None else self.lora_A * self.rank_mask[:, None]
+
+    def forward(self, x: Tensor, base: BaseLayer) -> Tensor:
+        """base(x) + s B (A drop(x)) + bias_delta."""
+        dropout = self.dropout if self.training else 0.0
+        if self.order == "flops" and base.dense and not dropout and not torch.is_autocast_enabled(x.device.type):
+            y = self._contracted(x, base)
+        else:
+            y = add_low_rank(base, x, self._kept_A(), self.lora_B, self.scaling, dropout)
+        if self.bias_delta is None:
+            return y
+        return y + base.per_output(self.bias_delta.to(y.dtype))
+
+    def _contracted(self, x: Tensor, base: BaseLayer) -> Tensor:
+        rows = _rows(x)
+        A, B = self._kept_A().to(x.dtype), self.lora_B.to(x.dtype)
+        needs = contraction.Needs(x.requires_grad, A.requires_grad, B.requires_grad)
+        merged = x.dtype in (torch.float32, torch.float64)
+        order = contraction.choose(rows.shape[0], base.d_in, base.d_out, A.shape[0], needs, merged=merged)
+        y = contraction.contract(rows, base.weight(), base.bias, A, B, self.scaling, order)
+        return y.view(*x.shape[:-1], base.d_out)
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        """W + s B A."""
+        return torch.addmm(weight, self.lora_B.to(weight.dtype), self._kept_A().to(weight.dtype), alpha=self.scaling)
+
+    def merged_bias(self, bias: Tensor | None) -> Tensor | None:
+        """b + bias_delta."""
+        if self.bias_delta is None:
+            return bias
+        return self.bias_delta if bias is None else bias + self.bias_delta
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """(A, s B), removed rank components left out."""
+        A, B = self.lora_A.detach(), self.scaling * self.lora_B.detach()
+        return (A, B) if self.rank_mask is None else (A[self.rank_mask], B[:, self.rank_mask])
+
+    def factor_pairs(self) -> tuple[FactorPair, ...]:
+        """The one pair."""
+        return (FactorPair("", self.lora_A, self.lora_B, self.scaling),)
+
+    def rank_scores(self) -> Tensor | None:
+        """|B_j| |A_j|, the norm of each rank component's product, (rank,)."""
+        if self.rank_mask is None:
+            return None
+        norm = torch.linalg.vector_norm
+        return norm(self.lora_B.detach(), dim=0) * norm(self.lora_A.detach(), dim=1)
+
+    def masks(self) -> tuple[EntryMask, ...]:
+        """Rows of A and columns of B, where the adapter was built with entry masks."""
+        found = []
+        for param, mask, along in ((self.lora_A, self.mask_A, 1), (self.lora_B, self.mask_B, 0)):
+            if mask is not None and isinstance(param, nn.Parameter):
+                found.append(EntryMask(param, mask, along, "zero"))
+        return tuple(found)
+
+    def extra_repr(self) -> str:
+        """Rank and scaling for `print(model)`."""
+        return f"rank={self.lora_A.shape[0]}, scaling={self.scaling:g}"

@@ -1,0 +1,66 @@
+"""Which entries survive: sensitivity, kept counts and exact top-k by row, as pure functions.
+
+Sensitivity and the cubic ramp: Zhang et al., 2023, arXiv:2303.10512, section 3.2, as used by Wang et al., 2024,
+arXiv:2406.10777, section 3.3. They serve plain torch loops as well as the callbacks.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+KeepRule = Literal["floor", "ceil", "official"]
+
+
+def sensitivity(weight: Tensor, grad: Tensor) -> Tensor:
+    """|w * dL/dw| entry by entry in float32 at least, from the weight that produced the gradient."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return (weight.detach().to(dtype) * grad.to(dtype)).abs_()
+
+
+def kept_share(step: int, start_step: int, end_step: int, final_share: float) -> float:
+    """Share of entries kept after optimizer step `step` (1-based): 1 until `start_step`, then a cubic ramp down.
+
+    final_share + (1 - final_share) (1 - (t - start) / (end - start))^3, and `final_share` from `end_step` on.
+    """
+    if step <= start_step:
+        return 1.0
+    if step >= end_step:
+        return final_share
+    rest = 1 - (step - start_step) / (end_step - start_step)
+    return final_share + (1 - final_share) * rest**3
+
+
+def keep_count(share: float, n: int, rule: KeepRule = "floor") -> int:
+    """How many of `n` entries a kept share leaves; at least one, so that no rank component dies.
+
+    "floor" never exceeds the share, "ceil" may by less than one entry, "official" is the count of the released
+    RoseLoRA code: entries strictly below the k-th smallest go, k = int(n (1 - share)).
+    """
+    if share >= 1:
+        return n
+    if rule == "official":
+        k = int(n * (1 - share) + 1e-9)
+        return n if k == 0 else n - k + 1
+    return max(1, math.floor(share * n + 1e-9) if rule == "floor" else math.ceil(share * n - 1e-9))
+
+
+def keep_top(scores: Tensor, keep: int) -> Tensor:
+    """Mask of exactly `keep` entries of largest score along the last axis; the lowest index wins a tie.
+
+    Args:
+        scores: (..., n), finite.
+        keep: between 1 and n.
+    """
+    if keep >= scores.shape[-1]:
+        return torch.ones_like(scores, dtype=torch.bool)
+    smallest = scores.topk(keep, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    mask = scores >= smallest
+    if bool((mask.sum(-1) == keep).all()):
+        return mask
+    above, ties = scores > smallest, scores == smallest
+    room = keep - above.sum(-1, keepdim=True)
+    return above | (ties & (ties.cumsum(-1) <= room))

@@ -1,0 +1,351 @@
+"""BaseLayer: the one way to call a frozen layer and to read or write its weight, whatever stores it.
+
+    kind        stored as                 read as (d_out, d_in)
+    linear      (out, in)                 (out, in)
+    linear      Conv1D of transformers    (out, in): the stored (in, out), transposed
+    conv        (out, in/groups, *k)      (out, in/groups * prod(k))
+    embedding   (vocabulary, width)       (width, vocabulary)
+
+Methods use only the protocol below, so each works on every kind. An accessor keeps the wrapped module and reads
+`module.weight` at each call: a parameter kept from before sharding would silently be a stale copy.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F  # noqa: N812 - the field's usual name
+
+Kind = Literal["linear", "conv", "embedding"]
+
+
+class BaseLayer(ABC):
+    """A frozen layer as methods see it.
+
+    Attributes:
+        kind: how inputs look; "embedding" takes token ids.
+        d_in: columns of `weight()`.
+        d_out: rows of `weight()`.
+        lead: leading axes of `weight()`; empty unless experts are stacked.
+    """
+
+    kind: Kind
+    d_in: int
+    d_out: int
+    lead: tuple[int, ...] = ()
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._cache: dict[Hashable, tuple[tuple[int, ...], Tensor]] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The wrapped layer itself, with its bias and its hooks."""
+        return cast(Tensor, self.module(x))
+
+    @property
+    def stored(self) -> nn.Parameter:
+        """The parameter that holds the weight, in its own layout."""
+        return cast(nn.Parameter, self.module.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Bias (d_out,), or None."""
+        return cast("Tensor | None", getattr(self.module, "bias", None))
+
+    @property
+    def dense(self) -> bool:
+        """True where calling the layer is x W^T + b with the stored weight and nothing else, hooks included."""
+        return False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight lies."""
+        return self.stored.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the stored weight."""
+        return self.stored.dtype
+
+    @property
+    def adapter_dtype(self) -> torch.dtype:
+        """dtype of trained tensors: float32 at least, because bfloat16 loses small updates."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight as (d_out, d_in), a view where no cast is asked for."""
+        weight = self._read(self.stored)
+        return weight if dtype is None else weight.to(dtype)
+
+    def write(self, weight: Tensor) -> None:
+        """Write a weight given as (d_out, d_in) in place, rounded once to the stored dtype."""
+        with torch.no_grad():
+            self.stored.copy_(self._store(weight))
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """Changes whenever the weight is written or replaced."""
+        return self.stored._version, self.stored.data_ptr()
+
+    def cached(self, key: Hashable, fn: Callable[[Tensor], Tensor]) -> Tensor:
+        """`fn(weight())`, computed again only when `version` has moved; never written to any file."""
+        version, value = self._cache.get(key, (None, None))
+        if value is None or version != self.version:
+            value = fn(self.weight()).detach()
+            self._cache[key] = (self.version, value)
+        return value
+
+    @abstractmethod
+    def _read(self, stored: Tensor) -> Tensor:
+        """The stored layout as (d_out, d_in), without copying."""
+
+    @abstractmethod
+    def _store(self, weight: Tensor) -> Tensor:
+        """(d_out, d_in) in the stored layout."""
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The same operation with another weight (d_out, d_in) and bias; stride, padding and look-up are kept."""
+        tensors: dict[str, Tensor | None] = {"weight": self._store(weight)}
+        if self.bias is not None or bias is not None:
+            tensors["bias"] = bias
+        return cast(Tensor, functional_call(self.module, cast("dict[str, Tensor]", tensors), (x,)))
+
+    def per_output(self, values: Tensor) -> Tensor:
+        """`values` (d_out,) shaped to broadcast over an output of the layer."""
+        return values
+
+    @abstractmethod
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        """Apply A (r, d_in) in place of the weight, without bias and hooks; the rank axis is the last: (..., r).
+
+        A grouped convolution gives (..., groups, r), since each group of channels is seen by the same rows of A.
+        """
+
+    @abstractmethod
+    def up(self, h: Tensor, B: Tensor, onto: Tensor, scale: float = 1.0) -> Tensor:
+        """onto + scale * B h for h as `down` gives it and B (d_out, r), in `onto`'s layout and dtype."""
+
+
+class LinearBase(BaseLayer):
+    """nn.Linear."""
+
+    kind = "linear"
+
+    def __init__(self, module: nn.Linear) -> None:
+        super().__init__(module)
+        self.d_in, self.d_out = module.in_features, module.out_features
+
+    @property
+    def dense(self) -> bool:
+        return not _hooked(self.module)
+
+    def _read(self, stored: Tensor) -> Tensor:
+        return stored
+
+    def _store(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        return F.linear(x, A)
+
+    def up(self, h: Tensor, B: Tensor, onto: Tensor, scale: float = 1.0) -> Tensor:
+        return add_product(onto, h, B, scale)
+
+
+class TransposedBase(BaseLayer):
+    """Conv1D of transformers (GPT-2): a linear layer whose weight is stored as (in, out)."""
+
+    kind = "linear"
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.d_in, self.d_out = cast(Tensor, module.weight).shape
+
+    @property
+    def dense(self) -> bool:
+        return not _hooked(self.module)
+
+    def _read(self, stored: Tensor) -> Tensor:
+        return stored.mT
+
+    def _store(self, weight: Tensor) -> Tensor:
+        return weight.mT
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        # its forward is an addmm, which cannot do without a bias
+        bias = weight.new_zeros(self.d_out) if bias is None else bias
+        return cast(Tensor, functional_call(self.module, {"weight": weight.mT, "bias": bias}, (x,)))
+
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        return F.linear(x, A)
+
+    def up(self, h: Tensor, B: Tensor, onto: Tensor, scale: float = 1.0) -> Tensor:
+        return add_product(onto, h, B, scale)
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return "forward" in module.__dict__ or any(hooks)
+
+
+class ConvBase(BaseLayer):
+    """Conv1d and Conv2d, grouped and dilated too; A is flattened to (r, in/groups * prod(kernel))."""
+
+    kind = "conv"
+
+    def __init__(self, module: nn.Conv1d | nn.Conv2d) -> None:
+        super().__init__(module)
+        self.kernel = tuple(module.weight.shape[1:])
+        self.groups = module.groups
+        self.d_out, self.d_in = module.out_channels, math.prod(self.kernel)
+
+    def _read(self, stored: Tensor) -> Tensor:
+        return stored.flatten(1)
+
+    def _store(self, weight: Tensor) -> Tensor:
+        return weight.reshape(-1, *self.kernel)
+
+    def per_output(self, values: Tensor) -> Tensor:
+        return values.view(-1, *[1] * (len(self.kernel) - 1))
+
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        kernels = self._store(A).repeat(self.groups, *[1] * len(self.kernel))
+        h = cast(nn.Conv2d, self.module)._conv_forward(x, kernels, None).movedim(-len(self.kernel), -1)
+        return h if self.groups == 1 else h.reshape(*h.shape[:-1], self.groups, A.shape[0])
+
+    def up(self, h: Tensor, B: Tensor, onto: Tensor, scale: float = 1.0) -> Tensor:
+        if self.groups == 1:
+            update = F.linear(h, B)
+        else:
+            update = torch.einsum("...gr,gor->...go", h, B.view(self.groups, -1, B.shape[1])).flatten(-2)
+        return onto.add(update.movedim(-1, -len(self.kernel)), alpha=scale)
+
+
+class EmbeddingBase(BaseLayer):
+    """nn.Embedding, scaled subclasses included; A has one column a token."""
+
+    kind = "embedding"
+
+    def __init__(self, module: nn.Embedding) -> None:
+        super().__init__(module)
+        self.d_in, self.d_out = module.num_embeddings, module.embedding_dim
+
+    def _read(self, stored: Tensor) -> Tensor:
+        return stored.mT
+
+    def _store(self, weight: Tensor) -> Tensor:
+        return weight.mT
+
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        if type(self.module).forward is nn.Embedding.forward:
+            # not through the module, whose hooks (noise on embeddings, say) are for the whole vector
+            module = cast(nn.Embedding, self.module)
+            return F.embedding(x, A.mT, module.padding_idx, scale_grad_by_freq=module.scale_grad_by_freq)
+        return cast(Tensor, functional_call(self.module, {"weight": A.mT}, (x,)))
+
+    def up(self, h: Tensor, B: Tensor, onto: Tensor, scale: float = 1.0) -> Tensor:
+        # a look-up keeps its dtype under autocast, so must what is added to it
+        with torch.autocast(onto.device.type, enabled=False):
+            return add_product(onto, h, B, scale)
+
+
+def add_product(onto: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
+    """onto (..., d_out) + scale * h (..., r) B^T without a second tensor of the size of `onto`."""
+    if onto.dim() == 1:
+        return onto + scale * (B @ h)
+    return torch.addmm(onto.flatten(0, -2), h.flatten(0, -2), B.mT, alpha=scale).view(onto.shape)
+
+
+def base_layer(module: nn.Module) -> BaseLayer | None:
+    """The accessor for a module, or None where no kind serves it.
+
+    The weight must be a floating-point parameter of the module itself (not packed to few bits, not computed by a
+    parametrization). A subclass with a forward of its own is served only where a trial shows that its output is what
+    the plain layer gives (linear), or linear in the weight (embedding); else a product of factors would not be the
+    layer's update.
+    """
+    cls, weight = type(module), module._parameters.get("weight")
+    if weight is None or not weight.is_floating_point():
+        return None
+    if isinstance(module, nn.Linear):
+        plain = cls.forward is nn.Linear.forward or _trial(_is_linear, module)
+        return LinearBase(module) if plain else None
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        plain = cls.forward in (nn.Conv1d.forward, nn.Conv2d.forward)
+        return ConvBase(module) if plain else None
+    if isinstance(module, nn.Embedding):
+        plain = cls.forward is nn.Embedding.forward or _trial(_is_linear_in_weight, module)
+        return EmbeddingBase(module) if plain and module.max_norm is None and not module.sparse else None
+    if cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
+        return TransposedBase(module)
+    return None
+
+
+def _trial(holds: Callable[[Any], bool], module: nn.Module) -> bool:
+    """Whether `holds` of a module of unknown origin; one that takes other arguments fails in its own way."""
+    try:
+        with torch.no_grad(), torch.autocast(next(module.parameters()).device.type, enabled=False):
+            return holds(module)
+    except Exception:
+        return False
+
+
+def _is_linear(module: nn.Linear) -> bool:
+    x = torch.linspace(-1, 1, 2 * module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+    x = x.view(2, -1)
+    return torch.allclose(module.forward(x), F.linear(x, module.weight, module.bias), rtol=1e-3, atol=1e-3)
+
+
+def _is_linear_in_weight(module: nn.Embedding) -> bool:
+    rows = max(module.padding_idx or 0, 0) + 1
+    ids = torch.zeros(1, dtype=torch.long, device=module.weight.device)
+    one = torch.linspace(-1, 1, rows * module.embedding_dim, dtype=module.weight.dtype, device=ids.device)
+    one, two = one.view(rows, -1), one.square().view(rows, -1)
+    outputs = [functional_call(module, {"weight": weight}, (ids,)) for weight in (one, two, one + two)]
+    return outputs[2].shape[-1] == module.embedding_dim and torch.allclose(
+        outputs[0] + outputs[1], outputs[2], rtol=1e-2, atol=1e-2
+    )
+
+
+class StackedBase(BaseLayer):
+    """A base layer with an adapter on it, seen by the next adapter as its base."""
+
+    def __init__(self, under: BaseLayer, adapter: Any) -> None:
+        super().__init__(under.module)
+        self.under, self.adapter = under, adapter
+        self.kind, self.d_in, self.d_out, self.lead = under.kind, under.d_in, under.d_out, under.lead
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.adapter(x, self.under))
+
+    @property
+    def bias(self) -> Tensor | None:
+        return cast("Tensor | None", self.adapter.merged_bias(self.under.bias))
+
+    def weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        return cast(Tensor, self.adapter.merged_weight(self.under.weight(dtype)))
+
+    def cached(self, key: Hashable, fn: Callable[[Tensor], Tensor]) -> Tensor:  # noqa: ARG002 - the adapter below trains
+        return fn(self.weight())
+
+    def _read(self, stored: Tensor) -> Tensor:
+        return self.under._read(stored)
+
+    def _store(self, weight: Tensor) -> Tensor:
+        return self.under._store(weight)
+
+    def per_output(self, values: Tensor) -> Tensor:
+        return self.under.per_output(values)
+
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        return self.under.down(x, A)
+
+    def up(self, h: Tensor, B: Tensor, onto: Tensor, scale: float = 1.0) -> Tensor:
+        return self.under.up(h, B, onto, scale)

@@ -1,0 +1,21 @@
+"""Callbacks for any Lightning project: each finds adapters itself and assumes nothing about the module."""
+
+from lora_lightning.callbacks.baseline import LinearBaseline
+from lora_lightning.callbacks.guard import TrainingGuard
+from lora_lightning.callbacks.inject import InjectAdapters
+from lora_lightning.callbacks.rank_pruning import RankPruning
+from lora_lightning.callbacks.report import RunReport
+from lora_lightning.callbacks.resume import ExactResume
+from lora_lightning.callbacks.schedule import ScheduleCallback
+from lora_lightning.callbacks.sparsity import SparsitySchedule
+
+__all__ = [
+    "ExactResume",
+    "InjectAdapters",
+    "LinearBaseline",
+    "RankPruning",
+    "RunReport",
+    "ScheduleCallback",
+    "SparsitySchedule",
+    "TrainingGuard",
+]

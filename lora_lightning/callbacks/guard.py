@@ -1,0 +1,133 @@
+"""TrainingGuard: stops a run in which something would stay silently untrained, and says at the end what moved."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lora_lightning.callbacks.schedule import JUDGES, gradients_finite, order_callbacks
+from lora_lightning.errors import TrainingError
+from lora_lightning.injection import iter_adapters, trainable_adapters
+
+
+class TrainingGuard(Callback):
+    """Judges every trainable tensor over real optimizer steps: those with a rate above zero and finite gradients.
+
+    After `patience_steps` of them a tensor must have had a non-zero gradient and have moved, or the run stops with
+    the list; a tensor that its adapter calls idle has more time. A loss that is no number stops the run at once,
+    unless a gradient scaler is at work, which skips such steps. Works in any Lightning project.
+
+    Args:
+        patience_steps: real steps a tensor has to get a gradient and move.
+
+    Raises:
+        TrainingError: nothing trains; adapters are merged; tensors that stay untrained; a loss that is not finite.
+    """
+
+    phase: ClassVar[int] = JUDGES
+
+    def __init__(self, patience_steps: int = 3) -> None:
+        self.patience_steps = patience_steps
+        self._watched: dict[str, nn.Parameter] = {}
+        self._start: dict[str, Tensor] = {}
+        self._real: dict[str, int] = {}
+        self._had_gradient: set[str] = set()
+        self._seen = 0
+        self._loss: Tensor | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002 - Lightning's signature
+        """Judge after every schedule has acted."""
+        order_callbacks(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the start values of everything that trains."""
+        merged = [path for path, layer in iter_adapters(pl_module) if layer.merged]
+        if merged:
+            raise TrainingError(f"{len(merged)} layers are merged, {merged[0]} first; call unmerge before training.")
+        self._watched = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
+        if not self._watched:
+            raise TrainingError("nothing trains: every parameter is frozen. Call set_trainable, or inject an adapter.")
+        self._start = {name: p.detach().clone() for name, p in self._watched.items()}
+        self._real = {name: self._real.get(name, 0) for name in self._watched}
+        self._seen = trainer.global_step
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Note which tensors have a gradient."""
+        if not gradients_finite(trainer, pl_module):
+            if getattr(trainer.precision_plugin, "scaler", None) is None:
+                raise TrainingError(self._not_finite(trainer.global_step + 1))
+            return
+        rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+        for name, parameter in self._watched.items():
+            if rates.get(id(parameter), 0.0) == 0.0 and id(parameter) in rates:
+                continue
+            self._real[name] += 1
+            if name not in self._had_gradient and parameter.grad is not None and bool(parameter.grad.any()):
+                self._had_gradient.add(name)
+
+    def _not_finite(self, step: int) -> str:
+        bad = [n for n, p in self._watched.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
+        loss = "" if self._loss is None else f" Last loss: {float(self._loss):g}."
+        return (
+            f"the loss or its gradient is not a number at optimizer step {step}: {len(bad)} tensors, {bad[0]} first."
+            f"{loss} Lower the learning rate, clip gradients, or look at the data of this step."
+        )
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """Judge the tensors that have had enough real steps."""
+        self._loss = outputs["loss"].detach() if isinstance(outputs, dict) and "loss" in outputs else None
+        if trainer.global_step == self._seen:
+            return
+        self._seen = trainer.global_step
+        due = [name for name, steps in self._real.items() if steps == self.patience_steps]
+        if due:
+            self._judge(due, self._idle(pl_module))
+
+    def _judge(self, names: list[str], idle: set[str]) -> None:
+        untrained = []
+        for name in names:
+            if name in idle:
+                self._real[name] -= 1
+            elif name not in self._had_gradient:
+                untrained.append(f"{name} (no gradient)")
+            elif torch.equal(self._watched[name].detach(), self._start[name]):
+                untrained.append(f"{name} (did not move)")
+        if untrained:
+            raise TrainingError(
+                f"{len(untrained)} of {len(self._watched)} trainable tensors are not training after "
+                f"{self.patience_steps} optimizer steps with a rate above zero: {', '.join(untrained[:8])}"
+                f"{', ...' if len(untrained) > 8 else ''}. Freeze them, exclude their layers, or mend the forward pass."
+            )
+
+    @staticmethod
+    def _idle(module: nn.Module) -> set[str]:
+        return {f"{path}.{name}" for path, adapter in trainable_adapters(module).items() for name in adapter.idle()}
+
+    def moved(self) -> dict[str, float]:
+        """Relative distance |p - start| / |start| (|p| where the start is zero) of every trained tensor so far."""
+        distances = {}
+        for name, parameter in self._watched.items():
+            now, start = parameter.detach(), self._start[name]
+            size = float(start.norm())
+            distances[name] = float((now - start).norm()) / (size if size > 0 else 1.0)
+        return distances
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been judged, so that a resumed run does not judge on less."""
+        return {"real": self._real, "had_gradient": sorted(self._had_gradient)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on judging."""
+        self._real, self._had_gradient = dict(state_dict["real"]), set(state_dict["had_gradient"])

@@ -1,0 +1,179 @@
+"""InjectAdapters: adapters in a LightningModule that knows nothing about them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+
+from lora_lightning.callbacks.schedule import order_callbacks
+from lora_lightning.checkpoint import adapter_keys, describe, save_adapter
+from lora_lightning.errors import ResumeError, did_you_mean
+from lora_lightning.injection import InjectionReport, adapters_named, inject, injected_root, iter_adapters, records
+from lora_lightning.methods import Method
+from lora_lightning.targets import Heads, Targets
+
+_SECTION = "lora_lightning"
+
+
+class InjectAdapters(Callback):
+    """Injects before training, and does what AdapterModule would: freezes, prunes optimizer groups, adds callbacks.
+
+    The project keeps its module, data and trainer. Its checkpoints keep their contents: base weights stay under their
+    own names, and the adapter lies in a section beside them.
+
+    Args:
+        method: the adapter method and its settings.
+        targets: "all-linear", a scope, name suffixes, or one regular expression.
+        exclude: names of layers to leave out.
+        overrides: other settings for some layers.
+        also_train: base parameters that train in full: "heads" of a Hugging Face model inside, or names.
+        seed: seed of the start values.
+        directory: folder the adapter is written to when the fit ends; None writes none.
+        checkpoint: "full" keeps the project's own contents beside the adapter; "adapter" drops everything frozen.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        targets: Targets = "all-linear",
+        exclude: Sequence[str] = (),
+        overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        also_train: Heads = "heads",
+        seed: int | None = None,
+        directory: str | Path | None = None,
+        checkpoint: Literal["full", "adapter"] = "full",
+    ) -> None:
+        self.method, self.targets, self.exclude, self.overrides = method, targets, exclude, overrides
+        self.also_train, self.seed, self.directory, self.checkpoint = also_train, seed, directory, checkpoint
+        self.name = "default"
+        self.report: InjectionReport | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Inject now, or right after a lazy module has built itself, and add the method's callbacks."""
+        if next(pl_module.parameters(), None) is not None:
+            self._inject(pl_module)
+        else:
+            self._inject_after_building(pl_module)
+        self._add_callbacks(trainer, pl_module, stage)
+
+    def _inject_after_building(self, module: LightningModule) -> None:
+        build = module.configure_model
+
+        @functools.wraps(build)
+        def configure_model() -> None:
+            build()
+            self._inject(module)
+
+        module.configure_model = configure_model  # type: ignore[method-assign]
+
+    def _inject(self, module: LightningModule) -> None:
+        if any(True for _ in iter_adapters(module)):
+            return
+        self.report = inject(
+            module,
+            self.method,
+            self.targets,
+            self.exclude,
+            self.overrides,
+            self.also_train,
+            name=self.name,
+            seed=self.seed,
+        )
+        print(self.report)
+        if self.checkpoint == "adapter":
+            module.strict_loading = False
+        module.register_load_state_dict_pre_hook(self._accept_project_names)
+        self._add_penalty(module)
+
+    def _add_penalty(self, module: LightningModule) -> None:
+        if type(self.method).penalty is Method.penalty:
+            return
+        step = module.training_step
+
+        @functools.wraps(step)
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            output = step(*args, **kwargs)
+            penalty = self.method.penalty(adapters_named(injected_root(module), self.name))
+            if penalty is None or output is None:
+                return output
+            return output + penalty if isinstance(output, Tensor) else {**output, "loss": output["loss"] + penalty}
+
+        module.training_step = training_step  # type: ignore[method-assign]
+
+    def _add_callbacks(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        given: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        ours = [c for c in self.method.callbacks() if not any(isinstance(other, type(c)) for other in given)]
+        trainer.callbacks = [*given, *ours]  # type: ignore[attr-defined]
+        order_callbacks(trainer)
+        for callback in ours:
+            callback.setup(trainer, module, stage)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002 - Lightning's signature
+        """Take frozen parameters out of optimizers that were given `self.parameters()`."""
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if p.requires_grad]
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the adapter, where a directory was given."""
+        if self.directory is not None and trainer.is_global_zero:
+            print(f"adapter: {save_adapter(pl_module, self.directory, self.name)}")
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
+        """Base weights under the project's own names, the adapter in its section."""
+        state = checkpoint["state_dict"]
+        own = {key: state.pop(key) for key in adapter_keys(pl_module, self.name) if key in state}
+        trained = set(records(injected_root(pl_module))[self.name].trained)
+        if self.checkpoint == "full":
+            layers = [path for path, _ in iter_adapters(pl_module)]
+            checkpoint["state_dict"] = {_project_name(key, layers): value for key, value in state.items()}
+            checkpoint["state_dict"] |= {key: value for key, value in own.items() if key in trained}
+        else:
+            checkpoint["state_dict"] = {}
+        root = injected_root(pl_module)
+        description = describe(root, self.name, records(root)[self.name])
+        checkpoint[_SECTION] = {"description": description, "tensors": own}
+
+    def _accept_project_names(self, module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
+        """Before loading: the project's names become ours, and adapter tensors keep their values until the section."""
+        for path, _layer in iter_adapters(module):
+            for key in [k for k in state_dict if k.startswith(f"{path}.")]:
+                rest = key.removeprefix(f"{path}.")
+                if not rest.startswith(("base.", "adapters.")):
+                    state_dict[f"{path}.base.{rest}"] = state_dict.pop(key)
+        current = module.state_dict()
+        for key in adapter_keys(module, self.name):
+            state_dict.setdefault(key, current[key])
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
+        """Load the adapter's section, exactly.
+
+        Raises:
+            ResumeError: the checkpoint has no adapter, or another one.
+        """
+        if _SECTION not in checkpoint:
+            raise ResumeError("the checkpoint has no adapter section: it was written without InjectAdapters.")
+        tensors: dict[str, Tensor] = checkpoint[_SECTION]["tensors"]
+        state = pl_module.state_dict()
+        wanted = {key: state[key].shape for key in adapter_keys(pl_module, self.name)}
+        found = {key: value.shape for key, value in tensors.items()}
+        if wanted != found:
+            first = min(wanted.items() ^ found.items())[0]
+            raise ResumeError(f"the checkpoint's adapter does not fit, such as {first}.{did_you_mean(first, found)}")
+        for key, value in tensors.items():
+            state[key].copy_(value)
+
+
+def _project_name(key: str, layers: Sequence[str]) -> str:
+    for path in layers:
+        if key.startswith(f"{path}.base."):
+            return f"{path}.{key.removeprefix(f'{path}.base.')}"
+    return key

@@ -1,0 +1,69 @@
+"""WritePredictions: inputs and predictions as CSV or JSON lines."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from lora_lightning.errors import RunFolderError, SettingsError
+from lora_lightning.files import write_atomically
+
+
+class WritePredictions(Callback):
+    """Joins what `predict_step` returns with the rows it was made from, and writes one file.
+
+    Args:
+        output: a .csv or .jsonl file.
+
+    Raises:
+        SettingsError: another kind of file.
+        RunFolderError: it cannot be written.
+    """
+
+    def __init__(self, output: str | Path = "predictions.csv") -> None:
+        self.output = Path(output)
+        if self.output.suffix not in (".csv", ".jsonl"):
+            raise SettingsError(f'--output is "{output}"; it must end in .csv or .jsonl.')
+        self._rows: list[dict[str, Any]] = []
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0  # noqa: ARG002
+    ) -> None:
+        """Keep a batch's predictions."""
+        self._rows += outputs
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002 - Lightning's signature
+        """Write the file."""
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        inputs = datamodule.inputs("predict") if hasattr(datamodule, "inputs") else None
+        rows = sorted(self._rows, key=lambda row: row["index"])
+        joined = [{**(inputs[row["index"]] if inputs is not None else {}), **row} for row in rows]
+        write_rows(self.output, joined)
+        print(f"predictions: {self.output} ({len(joined)} rows)")
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write dictionaries as CSV or JSON lines, by the file's ending.
+
+    Raises:
+        RunFolderError: the file cannot be written.
+    """
+    if path.suffix == ".jsonl":
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    else:
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, fieldnames=list(rows[0]) if rows else [])
+        writer.writeheader()
+        writer.writerows(rows)
+        text = buffer.getvalue()
+    try:
+        write_atomically(path, lambda file: file.write(text.encode()))
+    except OSError as error:
+        raise RunFolderError(f'cannot write "{path}": {error.strerror or error}.') from error

@@ -1,0 +1,177 @@
+"""RunReport: what was adapted before training; afterwards the adapter, a summary and a picture in the run folder."""
+
+from __future__ import annotations
+
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+
+import lora_lightning
+from lora_lightning.callbacks.baseline import LinearBaseline, validation_batches
+from lora_lightning.callbacks.guard import TrainingGuard
+from lora_lightning.callbacks.schedule import JUDGES, order_callbacks
+from lora_lightning.callbacks.sparsity import SparsitySchedule
+from lora_lightning.checkpoint import save_adapter
+from lora_lightning.files import write_json
+from lora_lightning.injection import adapters_named, injected_root, records
+from lora_lightning.report import draw, injection_table, summary_table
+from lora_lightning.tasks.base import measure, meters
+
+
+class RunReport(Callback):
+    """Prints and writes what a run did.
+
+    Works in any Lightning project with adapters; the metrics before training and of the linear baseline are there
+    under AdapterModule.
+
+    Args:
+        directory: the run folder; None takes the trainer's `default_root_dir`.
+        name: adapter to write.
+    """
+
+    phase: ClassVar[int] = JUDGES
+
+    def __init__(self, directory: str | Path | None = None, name: str = "default") -> None:
+        self.directory, self.name = directory, name
+        self.history: list[dict[str, float]] = []
+        self.summary: dict[str, Any] | None = None
+        self._before = 0.0
+        self._began = 0.0
+        self._seen = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002 - Lightning's signature
+        """Record after every schedule has acted."""
+        order_callbacks(trainer)
+        self._began = time.monotonic()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print what was adapted."""
+        injection = getattr(pl_module, "injection", None)
+        if injection is None or not trainer.is_global_zero:
+            return
+        schedules = [c for c in trainer.callbacks if isinstance(c, SparsitySchedule)]  # type: ignore[attr-defined]
+        kept = 1 - schedules[0].sparsity if schedules else None
+        frozen = sum(p.numel() * p.element_size() for p in pl_module.parameters() if not p.requires_grad)
+        Console().print(injection_table(injection, kept, frozen))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002 - Lightning's signature
+        """Count from the step the run is at."""
+        self._seen = trainer.global_step
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """Record training numbers as often as the trainer logs."""
+        step = trainer.global_step
+        if step != self._seen and (step % trainer.log_every_n_steps == 0 or step == 1):  # type: ignore[attr-defined]
+            self._record(trainer, step, validation=False)
+        self._seen = step
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002 - Lightning's signature
+        """Record validation numbers."""
+        if trainer.training or trainer.validating:
+            self._record(trainer, trainer.global_step, validation=True)
+
+    def _record(self, trainer: Trainer, step: int, validation: bool) -> None:
+        wanted = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_") == validation}
+        self.history.append({"step": step, **wanted})
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the adapter, summary.json and report.png."""
+        folder = Path(self.directory or trainer.default_root_dir)
+        values = self._final_values(trainer, pl_module)
+        if not trainer.is_global_zero:
+            return
+        adapter = save_adapter(pl_module, folder / "adapter", self.name)
+        self.summary = self._summarise(trainer, pl_module, values, adapter)
+        write_json(folder / "summary.json", self.summary)
+        metric = self.summary["metric"]
+        levels = {
+            "before training": self.summary["untrained"],
+            "linear baseline": self.summary["linear_baseline"] or {},
+        }
+        draw(
+            folder / "report.png",
+            self.history,
+            metric,
+            {label: result[metric] for label, result in levels.items() if metric in result},
+        )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002 - Lightning's signature
+        """Print the summary, after the progress bar has closed."""
+        if stage == "fit" and self.summary is not None and trainer.is_global_zero:
+            Console().print(summary_table(self.summary))
+
+    def _final_values(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
+        """Validation metrics of the state that is written; measured now if the last validation was earlier."""
+        last = next((point for point in reversed(self.history) if any(k.startswith("val_") for k in point)), None)
+        if last is not None and last["step"] == trainer.global_step:
+            return {key.removeprefix("val_"): value for key, value in last.items() if key != "step"}
+        task = getattr(module, "task", None)
+        if task is None or not trainer.num_val_batches:
+            return {}
+        model = injected_root(module)
+        collection = meters(task, model).to(module.device)
+        modes = {m: m.training for m in model.modules()}
+        model.eval()
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            for batch in validation_batches(trainer):
+                measure(task, collection, task.logits(model, batch), batch)
+        for m, mode in modes.items():
+            m.training = mode
+        values = {name: float(value) for name, value in collection.compute().items()}
+        self.history.append({"step": trainer.global_step, **{f"val_{name}": value for name, value in values.items()}})
+        return values
+
+    def _summarise(
+        self, trainer: Trainer, module: LightningModule, values: dict[str, float], adapter: Path
+    ) -> dict[str, Any]:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        baseline = next((c.result for c in callbacks if isinstance(c, LinearBaseline) and c.result is not None), None)
+        guard = next((c for c in callbacks if isinstance(c, TrainingGuard)), None)
+        task = getattr(module, "task", None)
+        root = injected_root(module)
+        record, adapters = records(root)[self.name], adapters_named(root, self.name)
+        trained = [p for p in module.parameters() if p.requires_grad]
+        own = [p for a in adapters.values() for p in a.parameters() if p.requires_grad]
+        return {
+            "method": type(record.method).__name__,
+            "metric": task.metric if task else "loss",
+            "values": values,
+            "has_head": bool(task and task.has_head),
+            "untrained": baseline.untrained if baseline else {},
+            "linear_baseline": baseline.linear if baseline else None,
+            "linear_baseline_rate": baseline.rate if baseline else None,
+            "trainable_parameters": sum(p.numel() for p in trained),
+            "surviving_parameters": sum(int(torch.count_nonzero(p)) for p in own),
+            "report": record.method.report(adapters),
+            "moved": cast("dict[str, float]", guard.moved()) if guard else {},
+            "adapter_dir": str(adapter),
+            "steps": trainer.global_step,
+            "seconds": round(self._before + time.monotonic() - self._began, 1),
+            "seed": record.seed,
+            "threads": torch.get_num_threads(),
+            "versions": {
+                "lora_lightning": lora_lightning.__version__,
+                **{name: version(name) for name in ("torch", "lightning", "transformers", "datasets")},
+            },
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The curves so far and the time they took."""
+        return {"history": self.history, "seconds": self._before + time.monotonic() - self._began}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the curves of a resumed run."""
+        self.history, self._before = list(state_dict["history"]), state_dict["seconds"]

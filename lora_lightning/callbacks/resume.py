@@ -1,0 +1,109 @@
+"""ExactResume: what a checkpoint needs beyond Lightning's own, so that resuming equals not having stopped."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from lora_lightning.callbacks.schedule import JUDGES, order_callbacks, total_steps
+from lora_lightning.errors import ResumeError
+
+_SECTION = "lora_lightning_resume"
+
+
+class ExactResume(Callback):
+    """Keeps random-number states of each process, and the partial gradients of an open accumulation window.
+
+    A shuffling loader must draw its order from (seed, epoch) and report its position (`state_dict`), as the loaders of
+    `lora_lightning.data` do.
+
+    Raises:
+        ResumeError: another number of processes or of optimizer steps than the run was started with.
+    """
+
+    phase: ClassVar[int] = JUDGES
+
+    def __init__(self) -> None:
+        self._pending: dict[str, Any] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002 - Lightning's signature
+        """Save after every schedule has acted."""
+        order_callbacks(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add this run's section; every process takes part."""
+        if not trainer.training:
+            return
+        mine = {"rng": _random_states(), "gradients": _open_window(trainer, pl_module)}
+        checkpoint[_SECTION] = {"ranks": _gather(mine), "total_steps": total_steps(trainer)}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
+        """Keep the section until training starts."""
+        if trainer.state.fn != "fit":
+            return
+        section = checkpoint.get(_SECTION)
+        if section is None:
+            raise ResumeError(
+                "the checkpoint was not written while training went on (an interrupted step, or another program); "
+                "an exact resume is not possible from it. Resume from last.ckpt."
+            )
+        if len(section["ranks"]) != trainer.world_size:
+            raise ResumeError(
+                f"the checkpoint was written by {len(section['ranks'])} processes; this run has {trainer.world_size}. "
+                "Resume with the same number."
+            )
+        self._pending = section
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the partial gradients of an open window back."""
+        if self._pending is None:
+            return
+        total = total_steps(trainer)
+        if self._pending["total_steps"] != total:
+            raise ResumeError(
+                f"the run was started for {self._pending['total_steps']} optimizer steps and would go on for {total}; "
+                "rates and schedules would jump. Resume with the same max_steps, max_epochs and data."
+            )
+        gradients = self._pending["ranks"][trainer.global_rank]["gradients"]
+        for name, parameter in pl_module.named_parameters():
+            if name in gradients:
+                parameter.grad = gradients[name].to(parameter.device, copy=True)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+        """Restore random numbers here: building the loader's iterator draws one."""
+        if self._pending is not None:
+            _restore_random(self._pending["ranks"][trainer.global_rank]["rng"])
+            self._pending = None
+
+
+def _open_window(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
+    if not trainer.fit_loop.epoch_loop._should_accumulate():
+        return {}
+    return {n: p.grad.detach().cpu() for n, p in module.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+def _gather(mine: dict[str, Any]) -> list[dict[str, Any]]:
+    if not torch.distributed.is_initialized():
+        return [mine]
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    return everyone
+
+
+def _random_states() -> dict[str, Any]:
+    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def _restore_random(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state_all(states["cuda"])

@@ -1,0 +1,200 @@
+"""The clock of all schedules: what acts once per optimizer step, at which moment, in which order.
+
+An optimizer step has two moments:
+
+    gradients   on_before_optimizer_step: complete, reduced over processes, unscaled, unclipped; weights not yet moved
+    stepped     on_train_batch_end, only when `global_step` has changed; before any Checkpoint callback saves
+
+Steps are counted from 1 and include attempts that a gradient scaler skipped; after such an attempt nothing acts.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from torch.optim import Optimizer
+
+from lora_lightning.adapters.base import Adapter
+from lora_lightning.errors import NoEffectError, ResumeError, SettingsError
+from lora_lightning.injection import trainable_adapters
+
+MASKS = 3
+"""Phase of callbacks that write values and masks."""
+JUDGES = 7
+"""Phase of callbacks that read the step's result: the guard, averages, reports."""
+
+
+def order_callbacks(trainer: Trainer) -> None:
+    """Give the trainer a new list, sorted by phase (0 where a callback has none), Checkpoint callbacks last."""
+    ranked = sorted(trainer.callbacks, key=lambda c: (isinstance(c, Checkpoint), getattr(c, "phase", 0)))  # type: ignore[attr-defined]
+    trainer.callbacks = ranked  # type: ignore[attr-defined]
+
+
+def total_steps(trainer: Trainer) -> int | None:
+    """Optimizer steps of the whole fit; None where nothing bounds it."""
+    total = trainer.estimated_stepping_batches
+    return int(total) if math.isfinite(total) and total > 0 else None
+
+
+_verdicts: WeakKeyDictionary[Trainer, tuple[int, bool]] = WeakKeyDictionary()
+
+
+def gradients_finite(trainer: Trainer, module: LightningModule) -> bool:
+    """Whether the gradients of the coming step are finite on every process; computed once a step."""
+    known = _verdicts.get(trainer)
+    if known is None or known[0] != trainer.global_step:
+        grads = [p.grad for p in module.parameters() if p.requires_grad and p.grad is not None]
+        finite = not grads or bool(torch.isfinite(torch.nn.utils.get_total_norm(grads)))
+        known = (trainer.global_step, trainer.strategy.reduce_boolean_decision(finite, all=True))
+        _verdicts[trainer] = known
+    return known[1]
+
+
+def resolve_step(value: float, total: int | None, what: str) -> int:
+    """A schedule's moment as a step number: up to 1 a share of all steps, from 2 on the number itself.
+
+    Raises:
+        SettingsError: a fraction above 1, or a share of a run whose length nothing bounds.
+    """
+    if value > 1:
+        if value != int(value):
+            raise SettingsError(
+                f"{what} is {value}; above 1 it is a step number and must be whole, such as {round(value)}."
+            )
+        return int(value)
+    if total is None:
+        raise SettingsError(f"{what} is {value}, a share of all steps, but nothing bounds the run; set max_steps.")
+    return round(value * total)
+
+
+def resolve_ramp(start: float, end: float, total: int | None, what: str) -> tuple[int, int]:
+    """First and last step of a ramp; it never starts before step 2, since nothing is known at step 1.
+
+    Args:
+        start: moment before which nothing happens.
+        end: moment from which on nothing changes.
+        total: optimizer steps of the run.
+        what: name of the schedule, for errors.
+
+    Raises:
+        SettingsError: the ramp ends before it starts, or does not fit the run; names the smallest run that does.
+    """
+    first, last = max(2, resolve_step(start, total, f"{what}.start")), resolve_step(end, total, f"{what}.end")
+    if total is not None and last > total:
+        raise SettingsError(f"{what}.end is step {last}; the run has {total} steps, so it must be at most {total}.")
+    if first < last:
+        return first, last
+    if start >= end and (start > 1) == (end > 1):
+        raise SettingsError(f"{what}.start is {start} and end is {end}; the schedule must start before it ends.")
+    fits = next((n for n in range(1, 10_000) if max(2, _at(start, n)) < min(_at(end, n), n)), None)
+    hint = f"; the smallest run that fits has {fits} optimizer steps" if fits else ""
+    raise SettingsError(
+        f"{what} would go from step {first} to step {last} in a run of {total} steps, so it does not fit{hint}."
+    )
+
+
+def _at(value: float, total: int) -> int:
+    return int(value) if value > 1 else round(value * total)
+
+
+class ScheduleCallback(Callback, ABC):
+    """Acts on adapters once per optimizer step, in any Lightning project.
+
+    Attributes:
+        phase: order among schedules of one step.
+        asks: the question an adapter must answer, for the error when none does.
+    """
+
+    phase: ClassVar[int]
+    asks: ClassVar[str]
+
+    def __init__(self) -> None:
+        self._adapters: dict[str, Adapter] = {}
+        self._seen = 0
+        self._finite = True
+        self._total: int | None = None
+        self._saved_total: int | None = None
+
+    @abstractmethod
+    def wants(self, adapter: Adapter) -> bool:
+        """Whether an adapter answers the question."""
+
+    def begin(self, total: int | None, adapters: Mapping[str, Adapter]) -> None:
+        """Resolve the schedule against the run's `total` steps; called once, before the first step."""
+
+    def on_gradients(self, step: int, adapters: Mapping[str, Adapter]) -> None:
+        """Read complete gradients and the weights that produced them."""
+
+    @abstractmethod
+    def on_stepped(self, step: int, adapters: Mapping[str, Adapter]) -> None:
+        """Write values and masks after the step."""
+
+    def metrics(self) -> Mapping[str, float]:
+        """Numbers to log after a step, shown in the progress bar."""
+        return {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002 - Lightning's signature
+        """Take the place in the step that `phase` declares."""
+        order_callbacks(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the adapters and resolve the schedule.
+
+        Raises:
+            NoEffectError: no trainable adapter answers the question.
+            ResumeError: the run was started with another number of steps.
+        """
+        found = trainable_adapters(pl_module)
+        self._adapters = {path: adapter for path, adapter in found.items() if self.wants(adapter)}
+        if not self._adapters:
+            raise NoEffectError(
+                f"{type(self).__name__} found nothing to act on: it needs trainable adapters with {self.asks}; "
+                f"the model has {len(found)} trainable adapters, none with any."
+            )
+        self._total = total_steps(trainer)
+        if self._saved_total is not None and self._saved_total != self._total:
+            raise ResumeError(
+                f"{type(self).__name__}: the run was started for {self._saved_total} optimizer steps and would go on for "
+                f"{self._total}; its schedule would jump. Resume with the same length."
+            )
+        self._seen = trainer.global_step
+        self.begin(self._total, self._adapters)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:  # noqa: ARG002
+        """The moment of complete gradients."""
+        self._finite = gradients_finite(trainer, pl_module)
+        if self._finite:
+            self.on_gradients(trainer.global_step + 1, self._adapters)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """The moment after the step."""
+        if trainer.global_step == self._seen:
+            return
+        self._seen = trainer.global_step
+        if self._finite:
+            with torch.no_grad():
+                self.on_stepped(self._seen, self._adapters)
+        for name, value in self.metrics().items():
+            pl_module.log(name, value, prog_bar=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The resolved length of the run."""
+        return {"total_steps": self._total}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember the length the run was started with."""
+        self._saved_total = state_dict["total_steps"]

@@ -1,0 +1,156 @@
+"""SparsitySchedule: entries of least averaged sensitivity go, row by row and column by column, along a cubic ramp."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor
+
+from lora_lightning.adapters.base import Adapter, EntryMask
+from lora_lightning.adapters.sparsity import KeepRule, keep_count, keep_top, kept_share, sensitivity
+from lora_lightning.callbacks.schedule import MASKS, ScheduleCallback, resolve_ramp
+from lora_lightning.errors import ResumeError, check
+
+
+@dataclass
+class _Stack:
+    """Masks of one shape, ranked together: scores are (len(entries), rows, n)."""
+
+    names: list[str]
+    entries: list[EntryMask]
+    average: Tensor | None = None
+
+    def rows(self, tensors: list[Tensor]) -> Tensor:
+        """Stacked, with the axis along which entries compete last."""
+        return torch.stack([t if e.along == 1 else t.mT for t, e in zip(tensors, self.entries, strict=True)])
+
+
+class SparsitySchedule(ScheduleCallback):
+    """Prunes the entries of adapters that answer `masks()`.
+
+    Each optimizer step, |w dL/dw| (the weight before the step, the gradient before clipping) enters a moving average;
+    after the step the entries of smallest average in each row or column are removed, as the adapter's mask declares.
+
+    Args:
+        sparsity: share of zeros at the end, in [0, 1).
+        beta: memory of the moving average.
+        start: when pruning starts; up to 1 a share of all optimizer steps, from 2 on a step number.
+        end: when the final sparsity is reached, in the same unit.
+        keep_rule: how a kept share becomes a count.
+        first_score: start of the average: zero, or the first sensitivity.
+        clamp: largest magnitude of any entry once pruning has begun; None for no bound.
+
+    Raises:
+        SettingsError: a value outside its rule, or a schedule that does not fit the run.
+        NoEffectError: no trainable adapter has entry masks.
+    """
+
+    phase: ClassVar[int] = MASKS
+    asks: ClassVar[str] = "entry masks (masks())"
+
+    def __init__(
+        self,
+        sparsity: float = 0.8,
+        beta: float = 0.8,
+        start: float = 0.1,
+        end: float = 0.8,
+        keep_rule: KeepRule = "floor",
+        first_score: Literal["zero", "gradient"] = "zero",
+        clamp: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.sparsity, self.beta, self.start, self.end = sparsity, beta, start, end
+        self.keep_rule, self.first_score, self.clamp = keep_rule, first_score, clamp
+        check(0 <= sparsity < 1, self, "sparsity", "it must lie in [0, 1). Fraction of entries set to zero.")
+        check(0 <= beta < 1, self, "beta", "it must lie in [0, 1). Memory of the averaged sensitivity.")
+        self._stacks: list[_Stack] = []
+        self._saved: dict[str, Tensor] = {}
+        self.start_step = self.end_step = 0
+        self._current = 0.0
+
+    def wants(self, adapter: Adapter) -> bool:
+        """Adapters with entry masks."""
+        return bool(adapter.masks())
+
+    def begin(self, total: int | None, adapters: Mapping[str, Adapter]) -> None:
+        """Resolve the ramp and stack masks of equal shape."""
+        self.start_step, self.end_step = resolve_ramp(self.start, self.end, total, type(self).__name__)
+        stacks: dict[tuple[object, ...], _Stack] = {}
+        for path, adapter in adapters.items():
+            names = {id(parameter): name for name, parameter in adapter.named_parameters()}
+            for entry in adapter.masks():
+                shape = entry.param.shape if entry.along == 1 else entry.param.shape[::-1]
+                stack = stacks.setdefault((*shape, entry.effect, entry.param.device), _Stack([], []))
+                stack.names.append(f"{path}.{names[id(entry.param)]}")
+                stack.entries.append(entry)
+        self._stacks = list(stacks.values())
+        if self._saved:
+            self._restore()
+
+    def _restore(self) -> None:
+        for stack in self._stacks:
+            lost = [name for name in stack.names if name not in self._saved]
+            if lost:
+                raise ResumeError(f"the checkpoint holds no sensitivity average for {lost[0]}.")
+            stack.average = stack.rows([self._saved[n].to(e.param.device) for n, e in self._named(stack)])
+        self._saved = {}
+
+    @staticmethod
+    def _named(stack: _Stack) -> list[tuple[str, EntryMask]]:
+        return list(zip(stack.names, stack.entries, strict=True))
+
+    def on_gradients(self, step: int, adapters: Mapping[str, Adapter]) -> None:  # noqa: ARG002 - the stacks are known
+        """Average the sensitivities."""
+        for stack in self._stacks:
+            grads = [e.param.grad if e.param.grad is not None else torch.zeros_like(e.param) for e in stack.entries]
+            score = sensitivity(stack.rows([e.param.detach() for e in stack.entries]), stack.rows(grads))
+            if stack.average is None:
+                stack.average = score if self.first_score == "gradient" else score.mul_(1 - self.beta)
+            else:
+                stack.average.mul_(self.beta).add_(score, alpha=1 - self.beta)
+
+    def on_stepped(self, step: int, adapters: Mapping[str, Adapter]) -> None:  # noqa: ARG002 - the stacks are known
+        """Remove what the ramp removes at this step."""
+        share = kept_share(step, self.start_step, self.end_step, 1 - self.sparsity)
+        kept = entries = 0
+        for stack in self._stacks:
+            average = cast(Tensor, stack.average)
+            n = average.shape[-1]
+            keep = keep_count(share, n, self.keep_rule)
+            kept, entries = kept + keep * average.numel() // n, entries + average.numel()
+            if share < 1:
+                self._prune(stack, average, keep)
+        self._current = 1 - kept / entries
+
+    def _prune(self, stack: _Stack, average: Tensor, keep: int) -> None:
+        # an entry that is out stays out where scores tie; with these scores it could not return otherwise
+        before = stack.rows([e.mask for e in stack.entries])
+        chosen = keep_top(average.masked_fill(~before, -1.0), keep)
+        for entry, rows in zip(stack.entries, chosen.unbind(), strict=True):
+            mask = rows if entry.along == 1 else rows.mT
+            entry.mask.copy_(mask)
+            if entry.effect == "zero":
+                entry.param.masked_fill_(~mask, 0.0)
+            if self.clamp is not None:
+                entry.param.clamp_(-self.clamp, self.clamp)
+
+    def metrics(self) -> Mapping[str, float]:
+        """Share of entries removed."""
+        return {"sparsity": self._current}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages by parameter, whatever the stacking."""
+        averages = {}
+        for stack in self._stacks:
+            if stack.average is not None:
+                for (name, entry), rows in zip(self._named(stack), stack.average.unbind(), strict=True):
+                    averages[name] = (rows if entry.along == 1 else rows.mT).contiguous()
+        return super().state_dict() | {"averages": averages}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the averages until the adapters are known."""
+        super().load_state_dict(state_dict)
+        self._saved = state_dict["averages"]

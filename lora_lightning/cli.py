@@ -1,0 +1,142 @@
+"""The command line: LightningCLI, configured for adapters, runs in numbered folders, and short names.
+
+    argv -> argv.read -> plugins.load -> LightningCLI(AdapterModule, any data module) -> fit | validate | test | predict
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch.callbacks
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+import lora_lightning.callbacks
+import lora_lightning.data  # noqa: F401 - makes the short names of our data modules known
+from lora_lightning import argv as command_line
+from lora_lightning import plugins, run_folder
+from lora_lightning.callbacks.predictions import WritePredictions
+from lora_lightning.callbacks.report import RunReport
+from lora_lightning.methods import Method
+from lora_lightning.module import AdapterModule
+from lora_lightning.parser import Parser
+from lora_lightning.saving import AtomicCheckpoints
+
+_VERB = {"allow_abbrev": False, "print_config": "--print_config"}
+_PARSER = {"prog": "lora_lightning", "default_env": True, "env_prefix": "LORA_LIGHTNING", **_VERB}
+_DEFAULTS = {"enable_model_summary": False}
+
+
+class CLI(LightningCLI):
+    """Fit in a new run folder, or in the one to resume; the other verbs read a run and write nothing there."""
+
+    def __init__(self, line: command_line.Line, run: bool = True) -> None:
+        self.line = line
+        self.folder: Path | None = None
+        plugins.load(line.blocked)
+        set_parsing_settings(docstring_parse_attribute_docstrings=True, subclasses_enabled=[Method])
+        verbs = {verb: dict(_VERB) for verb in command_line.TRAINING_VERBS} if run else {}
+        super().__init__(
+            AdapterModule,
+            LightningDataModule,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            parser_class=Parser,
+            parser_kwargs={**_PARSER, **verbs},
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            trainer_defaults=dict(_DEFAULTS),
+            args=list(line.rest),
+            run=run,
+        )
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Parse the words given; `sys.argv` is another matter."""
+        self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        """A data module without a tokenizer gets the model's."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        settings = config.data.get("init_args", {}) if config.data else {}
+        if "tokenizer" in settings and settings["tokenizer"] is None:
+            settings["tokenizer"] = config.model.pretrained
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer with the run folder's loggers and checkpoint, for `fit`; without any for the other verbs."""
+        given = self._get(self.config_init, "trainer", default={})
+        self.trainer_defaults = dict(self.trainer_defaults)
+        if self.subcommand != "fit" or given.get("fast_dev_run"):
+            self.save_config_callback = None
+            ours: list[Callback] = [WritePredictions(self.line.output)] if self.subcommand == "predict" else []
+            self.trainer_defaults["callbacks"] = ours
+            return super().instantiate_trainer(**{"logger": False, "enable_checkpointing": False, **kwargs})
+        root = Path(given.get("default_root_dir") or "runs")
+        if self.line.resume:
+            self.folder = self.line.folder
+            if "LOCAL_RANK" not in os.environ:
+                run_folder.keep_metrics(self.line.folder)
+        else:
+            self.folder = run_folder.new_folder(self.line.stem, root)
+        kwargs.setdefault("default_root_dir", self.folder)
+        if given.get("logger") in (None, True):
+            kwargs["logger"] = [CSVLogger(self.folder, name="", version=""), TensorBoardLogger(self.folder, "", "")]
+        kwargs["plugins"] = [*(given.get("plugins") or []), AtomicCheckpoints()]
+        last = ModelCheckpoint(self.folder, "last", save_top_k=1, enable_version_counter=False)
+        self.trainer_defaults["callbacks"] = [last, RunReport(self.folder)]
+        return super().instantiate_trainer(**kwargs)
+
+    def _use_checkpoint(self) -> None:
+        """The run's checkpoint, set here so that it is not saved into config.yaml."""
+        if self.line.checkpoint is not None:
+            self.config_init[self.subcommand].ckpt_path = str(self.line.checkpoint)
+
+    before_fit = before_validate = before_test = before_predict = _use_checkpoint
+
+    def after_fit(self) -> None:
+        """Say where everything lies, last of all."""
+        run_folder.forget()
+        if self.folder is not None and self.trainer.is_global_zero:
+            print(
+                f"try next: python -m lora_lightning validate --run {self.folder}\n"
+                f"          python -m lora_lightning export {self.folder} --format peft --output {self.folder}/peft"
+            )
+            print(f"run: {self.folder}", flush=True)
+
+
+def main(args: Sequence[str]) -> int:
+    """Run one training verb; returns the exit code.
+
+    Raises:
+        LoraLightningError: anything a user can mend.
+    """
+    _quiet()
+    CLI(command_line.read(args))
+    return 0
+
+
+def build(args: Sequence[str]) -> tuple[AdapterModule, LightningDataModule]:
+    """The module and data module that a command line without a verb describes; nothing is loaded or written yet.
+
+    Raises:
+        SettingsError: no data, or no model.
+    """
+    _quiet()
+    cli = CLI(command_line.read(args), run=False)
+    return cli.model, cli.datamodule
+
+
+def _quiet() -> None:
+    """Keep hints that do not concern an adapter run out of the terminal."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=r".*exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.*")  # Lightning 2.6 under torch 2.13

@@ -1,0 +1,96 @@
+"""Prompts with their completions: a causal language model learns the completion alone."""
+
+from __future__ import annotations
+
+from string import Formatter
+from typing import Any
+
+import datasets
+
+from lora_lightning.data.causal import completion_example, end_id, plain_ids, start_ids
+from lora_lightning.data.loader import count_targets
+from lora_lightning.data.text import TextData, tokenised
+from lora_lightning.errors import DataError
+
+
+class Completions(TextData):
+    r"""Prompts and completions for a causal language model, with the loss on the completion only.
+
+    Prompt and completion are tokenised apart, as at inference, where the prompt is all there is; an end-of-text token
+    follows the completion. What does not fit into max_length is cut from the left of the prompt, behind its start
+    token, and only then from the right of the completion. An example whose completion is empty is dropped.
+
+    Batches: input_ids, attention_mask, labels (-100 on prompt and padding), window_tokens.
+
+    Args:
+        prompt: Column of the prompt; not used where prompt_template is given.
+        completion: Column of the completion.
+        prompt_template: Prompt built from columns, such as "{instruction}\n{input}\n"; a missing value counts as empty.
+        common: Settings that all text data share.
+    """
+
+    task_kinds = ("causal-lm",)
+
+    def __init__(
+        self, prompt: str = "prompt", completion: str = "completion", prompt_template: str | None = None, **common: Any
+    ) -> None:
+        super().__init__(**common)
+        self.prompt = prompt
+        self.completion = completion
+        self.prompt_template = prompt_template
+        self.count = count_targets
+
+    def read(self, split: str) -> datasets.Dataset | None:
+        """Rows with the columns of prompt and completion."""
+        if self.prompt_template is None:
+            prompts, texts = {"Completions.prompt": self.prompt}, [self.prompt, self.completion]
+        else:
+            fields = _fields(self.prompt_template)
+            prompts = {f"Completions.prompt_template: field {n}": field for n, field in enumerate(fields, 1)}
+            texts = [self.completion]
+        columns = {**prompts, "Completions.completion": self.completion}
+        return self.sources.read(split, columns, texts=texts, hold_out_by=list(prompts.values()))
+
+    def encode(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:
+        """Token ids and loss mask of each row that has a completion; `dropped` counts the others."""
+        start, end = start_ids(self.tokenizer_object), end_id(self.tokenizer_object)
+
+        def encode(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
+            prompts = plain_ids(self.tokenizer_object, self._prompts(batch))
+            completions = plain_ids(self.tokenizer_object, [str(text) for text in batch[self.completion]])
+            examples = []
+            for index, prompt, completion in zip(numbers, prompts, completions, strict=True):
+                if completion:
+                    whole = [*completion, end]
+                    example = completion_example(start, prompt, whole, self.max_length)
+                    truncated = len(example["input_ids"]) < len(start) + len(prompt) + len(whole)
+                    examples.append({**example, "index": index, "truncated": truncated})
+            names = ("input_ids", "attention_mask", "labels", "index", "truncated")
+            return {name: [example[name] for example in examples] for name in names}
+
+        encoded = tokenised(rows, encode)
+        self.count_dropped(split, rows, encoded, "completion")
+        return encoded
+
+    def _prompts(self, batch: dict[str, list[Any]]) -> list[str]:
+        if self.prompt_template is None:
+            return [str(text) for text in batch[self.prompt]]
+        filled = ({name: "" if value is None else value for name, value in row.items()} for row in _rows(batch))
+        return [self.prompt_template.format(**row) for row in filled]
+
+
+def _rows(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+
+
+def _fields(template: str) -> list[str]:
+    """The columns that a template names."""
+    try:
+        fields = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
+    except ValueError as error:
+        raise DataError(f"Completions.prompt_template is {template!r}; {error}. A literal brace is doubled.") from error
+    if not all(fields):
+        raise DataError(f"Completions.prompt_template is {template!r}; each {{}} must name a column.")
+    if not fields:
+        raise DataError(f"Completions.prompt_template is {template!r}; it names no column in {{}}.")
+    return fields

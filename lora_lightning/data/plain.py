@@ -1,0 +1,73 @@
+"""Raw text: a causal language model learns every token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_lightning.data.causal import end_id, plain_ids, start_ids
+from lora_lightning.data.loader import count_targets
+from lora_lightning.data.text import TextData, tokenised
+
+Tokens = NDArray[np.integer[Any]]
+
+
+class PlainText(TextData):
+    """Documents for a causal language model, with the loss on every token.
+
+    Each document ends in an end-of-text token. With `block`, all documents are laid end to end and cut into pieces of
+    max_length tokens, the last one short; `index` then counts the pieces. Otherwise a row is an example, cut to
+    max_length on the right.
+
+    Batches: input_ids, attention_mask, labels (-100 on padding), window_tokens.
+
+    Args:
+        text: Column of the text.
+        block: Cut the joined documents into full pieces, so that no batch is padded.
+        common: Settings that all text data share.
+    """
+
+    task_kinds = ("causal-lm",)
+
+    def __init__(self, text: str = "text", block: bool = True, **common: Any) -> None:
+        super().__init__(**common)
+        self.text = text
+        self.block = block
+        self.count = count_targets
+
+    def read(self, split: str) -> datasets.Dataset | None:
+        """Rows with the text column."""
+        return self.sources.read(split, {"PlainText.text": self.text}, texts=[self.text], hold_out_by=[self.text])
+
+    def encode(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:
+        """Token ids of each row or piece."""
+        start, end = start_ids(self.tokenizer_object), end_id(self.tokenizer_object)
+
+        def encode(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
+            texts = plain_ids(self.tokenizer_object, [str(text) for text in batch[self.text]])
+            documents = [(number, [*start, *text, end]) for number, text in zip(numbers, texts, strict=True) if text]
+            return {"index": [number for number, _ in documents], "input_ids": [ids for _, ids in documents]}
+
+        documents = tokenised(rows, encode)
+        self.count_dropped(split, rows, documents, "text")
+        lines = documents.with_format("numpy")["input_ids"][:]
+        if self.block:
+            pieces = blocks(np.concatenate(lines), self.max_length)
+            return _examples(pieces, range(len(pieces)), [False] * len(pieces))
+        cut = [ids[: self.max_length] for ids in lines]
+        return _examples(cut, documents["index"][:], [len(ids) > self.max_length for ids in lines])
+
+
+def blocks(ids: Tokens, length: int) -> list[Tokens]:
+    """`ids` in pieces of `length`; a last piece of a single token has nothing to predict and is left out."""
+    return [ids[first : first + length] for first in range(0, len(ids) - 1, length)]
+
+
+def _examples(pieces: list[Tokens], index: Sequence[int], truncated: list[bool]) -> datasets.Dataset:
+    masks = [np.ones_like(piece) for piece in pieces]
+    columns = {"input_ids": pieces, "attention_mask": masks, "labels": pieces}
+    return datasets.Dataset.from_dict({**columns, "index": list(index), "truncated": truncated})

@@ -1,0 +1,148 @@
+"""One table of examples from a file, a folder or the hub, and what is asked of it."""
+
+from __future__ import annotations
+
+import csv
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from lora_lightning.data.quiet import quiet
+from lora_lightning.errors import DataError, did_you_mean, nearest
+
+TABLE = {"keep_default_na": False}  # pandas would read the words "NA", "null" and "None" as missing
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".csv": ("csv", TABLE),
+    ".tsv": ("csv", {**TABLE, "sep": "\t", "quoting": csv.QUOTE_NONE}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".parquet": ("parquet", {}),
+    ".txt": ("text", {}),
+}
+"""Builder of `datasets` and its settings by file suffix."""
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def read_table(
+    source: str, split: str, *, columns: Sequence[str] | None = None, field: str | None = None
+) -> datasets.Dataset:
+    """The examples that `source` names.
+
+    Args:
+        source: A file (CSV, TSV, JSON, JSONL, Parquet, or TXT with an example per non-empty line), a folder, or a hub
+            id `owner/name`. Folder and hub id may go on with `:config` and `:split` (`owner/name::test`).
+        split: Split to take from a folder or the hub, unless `source` names one.
+        columns: Names of the columns of a CSV or TSV file that has no header line.
+        field: The setting that holds `source`, for messages.
+
+    Raises:
+        DataError: nothing there, not readable, or no examples in it.
+    """
+    what = f'{field or f"data.{split}"} is "{source}"'
+    name, config, part = (*source.split(":"), "", "")[:3]
+    path = Path(source).expanduser()
+    if path.is_file():
+        table = _read_file(what, path, columns)
+    elif (folder := Path(name).expanduser()).is_dir():
+        table = _read_folder(what, folder, config or None, part or split)
+    elif HUB_ID.fullmatch(name) and not Path(name).parent.is_dir() and Path(name).suffix not in FORMATS:
+        table = _load(what, name, config or None, split=part or split)
+    else:
+        raise DataError(f"{what}; no such file.{_nearest_file(path)}")
+    if not len(table):
+        raise DataError(f"{what}; it holds no examples.")
+    return table
+
+
+def require_columns(dataset: datasets.Dataset, source: str, columns: Mapping[str, str]) -> None:
+    """Check that `dataset`, read from `source`, has the columns that settings name.
+
+    Args:
+        dataset: The table.
+        source: Where it was read.
+        columns: Column by the setting that names it, `{"LabelledText.text": "sentence"}`.
+
+    Raises:
+        DataError: a column that is missing, with the nearest one.
+    """
+    there = dataset.column_names
+    for setting, column in columns.items():
+        if column not in there:
+            headless = Path(source).suffix in {".csv", ".tsv"}
+            hint = " A file without a header line needs its column names in data.columns." if headless else ""
+            raise DataError(
+                f'{setting} is "{column}"; {Path(source).name} has the columns {", ".join(there)}.'
+                f"{did_you_mean(column, there) or hint}"
+            )
+
+
+def require_text(dataset: datasets.Dataset, source: str, columns: Iterable[str]) -> None:
+    """Check that no text in `columns` of `dataset`, read from `source`, is missing, and that not all of them are blank.
+
+    Raises:
+        DataError: the first row without text, counted from 0, or a column of blanks.
+    """
+    for column in columns:
+        texts = dataset[column][:]
+        if None in texts:
+            raise DataError(f'{Path(source).name}: "{column}" is missing in row {texts.index(None)}, counted from 0.')
+        if not any(str(text).strip() for text in texts):
+            raise DataError(f'{Path(source).name}: "{column}" is blank in every row.')
+
+
+def _read_file(what: str, path: Path, columns: Sequence[str] | None) -> datasets.Dataset:
+    suffix = path.suffix.lower()
+    if suffix not in FORMATS:
+        raise DataError(f'{what}; a file must end in {", ".join(FORMATS)}, not "{suffix}".')
+    if path.stat().st_size == 0:
+        raise DataError(f"{what}; it holds no examples.")
+    builder, options = FORMATS[suffix]
+    if columns is not None and builder == "csv":
+        options = {**options, "column_names": list(columns), "index_col": False}
+    table = _load(what, builder, data_files=str(path), split="train", **options)
+    if builder == "text":
+        return table.select([row for row, text in enumerate(table["text"]) if text.strip()])
+    return table
+
+
+def _read_folder(what: str, folder: Path, config: str | None, split: str) -> datasets.Dataset:
+    if (folder / "state.json").is_file():  # one table written by `save_to_disk`, which `load_dataset` refuses
+        return datasets.load_from_disk(str(folder))
+    return _load(what, str(folder), config, split=split)
+
+
+def _load(what: str, *args: Any, **options: Any) -> datasets.Dataset:
+    try:
+        with quiet(), warnings.catch_warnings():
+            # fewer names than fields: pandas would drop the rest of each line with a mere warning
+            warnings.filterwarnings("error", message="Length of header or names does not match")
+            return datasets.load_dataset(*args, **options)
+    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+        raise DataError(f"{what}; {_explain(error)}") from error
+
+
+def _explain(error: Exception) -> str:
+    cause = str(error.__cause__ or error).strip().splitlines()[0]
+    if isinstance(error, ConnectionError):
+        return f"the hub cannot be reached and no copy is cached ({cause}). A local file or folder needs no network."
+    if "corresponds to no data" in cause or "No columns to parse" in cause:
+        return "it holds no examples."
+    if "Length of header" in cause:
+        return "its lines have more fields than data.columns has names."
+    if "Unknown split" in cause:
+        return f'it cannot be read: {cause} Another split is named after the source: "...::test".'
+    return f"it cannot be read: {cause}"
+
+
+def _nearest_file(missing: Path) -> str:
+    if not missing.parent.is_dir():
+        return f" There is no folder {missing.parent} either."
+    close = nearest(missing.name, (path.name for path in missing.parent.iterdir()))
+    if close:
+        return f" Nearest: {', '.join(close)}."
+    return ' A data set of the hub is written "owner/name" or "owner/name:config".'

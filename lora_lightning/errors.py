@@ -1,0 +1,87 @@
+"""Every error a user can cause, and the one way its message is built: field, value, rule, nearest valid choice."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LoraLightningError(Exception):
+    """Base of all errors raised on purpose here; the command line prints them as one line and exits with 2."""
+
+
+class SettingsError(LoraLightningError, ValueError):
+    """A setting has a value outside its rule."""
+
+
+class UnknownMethodError(LoraLightningError, LookupError):
+    """No installed plugin provides a method of that name."""
+
+
+class DuplicateMethodError(LoraLightningError):
+    """Two plugins provide one name."""
+
+
+class PluginError(LoraLightningError):
+    """A plugin that is needed could not be loaded."""
+
+
+class TargetError(LoraLightningError, ValueError):
+    """A target, exclude or override pattern does not select what it should."""
+
+
+class ModelError(LoraLightningError):
+    """A pretrained model cannot be found, read or used for the task."""
+
+
+class DataError(LoraLightningError):
+    """A data file, column, label or split is not what the settings say."""
+
+
+class AdapterStateError(LoraLightningError, RuntimeError):
+    """An adapter is not in a state that allows the operation (merged, missing, not mergeable, ...)."""
+
+
+class AdapterFileError(LoraLightningError):
+    """An adapter folder is missing, truncated, foreign, or does not fit the model."""
+
+
+class ExportError(LoraLightningError):
+    """An adapter cannot be written in the format asked for."""
+
+
+class NoEffectError(LoraLightningError):
+    """A callback found nothing to act on."""
+
+
+class TrainingError(LoraLightningError, RuntimeError):
+    """A run would leave something silently untrained, or its loss is not a number."""
+
+
+class ResumeError(LoraLightningError):
+    """A checkpoint cannot continue this run exactly."""
+
+
+class RunFolderError(LoraLightningError):
+    """A run folder cannot be read or written."""
+
+
+def nearest(word: str, choices: Iterable[str], n: int = 3) -> list[str]:
+    """The choices most like `word`, best first; case does not count."""
+    by_folded = {choice.lower(): choice for choice in sorted(choices, reverse=True)}
+    return [by_folded[match] for match in difflib.get_close_matches(word.lower(), by_folded, n=n, cutoff=0.5)]
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """` Did you mean "x"?` for the nearest choice, or nothing where none is near."""
+    close = nearest(word, choices, n=1)
+    return f' Did you mean "{close[0]}"?' if close else ""
+
+
+def check(condition: bool, owner: object, field: str, rule: str) -> None:
+    """Raise `SettingsError` "Owner.field is value; rule" unless `condition` holds.
+
+    `owner` is the settings object; its class gives the name, its attribute the value.
+    """
+    if not condition:
+        raise SettingsError(f"{type(owner).__name__}.{field} is {getattr(owner, field)!r}; {rule}")

@@ -1,0 +1,1 @@
+"""Formats that other libraries read, one file a direction."""

@@ -1,0 +1,279 @@
+"""Writing an adapter in peft's LORA format: any update with an exact low-rank form, or a truncation of any other.
+
+Factors keep their own values where the adapter states a pair: lora_alpha = scaling * r. Otherwise the scaling is folded
+into B and lora_alpha = r. `use_rslora` is never needed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lora_lightning.adapters.base import Adapter
+from lora_lightning.adapters.layer import AdaptedLayer
+from lora_lightning.errors import ExportError
+from lora_lightning.exporters import peft_file, peft_rules
+from lora_lightning.exporters.peft_rules import CONFIG, PREFIX, TENSORS
+from lora_lightning.exporters.report import Written
+from lora_lightning.exporters.source import Source, check_finite, plain_modules, users
+from lora_lightning.files import write_json
+
+_NO_COPY = (nn.ModuleList, nn.ModuleDict)
+"""Containers that peft cannot save whole."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One layer's update, scaling * B @ A."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+    bias: Tensor | None
+    """Whole, its scaling included."""
+    discarded: float = 0.0
+    """Share of the update's energy that a truncation left out."""
+
+    @property
+    def rank(self) -> int:
+        """Inner width."""
+        return self.A.shape[0]
+
+
+@dataclass
+class Heads:
+    """Modules that are saved whole."""
+
+    task: str | None
+    modules: list[str]
+    """`modules_to_save`."""
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Written:
+    """Write `source` into `folder`.
+
+    Args:
+        source: the adapter.
+        folder: an empty folder.
+        rank: largest rank; an update that has none so small is truncated to it. None asks for the exact form.
+        verify: read the files back and compare.
+
+    Raises:
+        ExportError: the update has no such form, or peft's format cannot say it.
+    """
+    modules = plain_modules(source.host)
+    factors = {path: _factors(source, path, rank, modules) for path in source.layers}
+    heads = _heads(source, modules)
+    tensors = {f"{PREFIX}{name}": tensor for name, tensor in heads.tensors.items()}
+    with_bias = any(f.bias is not None for f in factors.values())
+    for path, layer in source.layers.items():
+        tensors |= {f"{PREFIX}{path}{end}": t for end, t in _layer_tensors(path, layer, factors[path], with_bias)}
+    check_finite("the adapter", tensors.values())
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / TENSORS, {"format": "pt"})
+    write_json(folder / CONFIG, _config(source, factors, heads, with_bias, modules))
+    difference = _verified(source, folder, factors, heads) if verify else None
+    discarded = {path: f.discarded for path, f in factors.items() if f.discarded}
+    return Written(
+        kind="truncated SVD" if discarded else source.kind,
+        layers=len(factors),
+        difference=difference,
+        discarded=discarded,
+        notes=tuple(heads.notes + _bias_notes(source, with_bias)),
+    )
+
+
+# -- factors -----------------------------------------------------------------------------------------------------------
+
+
+def _factors(source: Source, path: str, rank: int | None, modules: dict[str, nn.Module]) -> Factors:
+    layer, adapter = source.layers[path], source.adapter(path)
+    reason = peft_rules.unlike(layer.base, modules[path.rpartition(".")[0]])
+    if reason:
+        raise ExportError(f'{path} cannot travel in peft\'s format: {reason}. Use format="merged" instead.')
+    if not adapter.mergeable:
+        raise ExportError(
+            f'{source.method} on {path} depends on its input: its export class is "{source.kind}", and no file of fixed '
+            "factors states it. Keep the adapter folder."
+        )
+    exact = adapter.low_rank()
+    bias = adapter.merged_bias(None)
+    bias = None if bias is None else bias.detach().cpu()
+    if exact is None and rank is None:
+        raise ExportError(
+            f'{source.method} on {path} has no exact low-rank form: its export class is "{source.kind}". Give rank=N for a '
+            'truncated SVD with the discarded share reported, or use format="merged".'
+        )
+    if exact is None or (rank is not None and exact[0].shape[0] > rank):
+        A, B, discarded = truncate(delta_of(layer, adapter), rank or 0)
+        return Factors(A, B, 1.0, bias, discarded)
+    A, B, scaling = _own_pair(adapter, *exact)
+    if not A.shape[0]:  # every rank component was removed; peft knows no rank 0
+        A, B, scaling = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1), 1.0
+    return Factors(A.cpu(), B.cpu(), scaling, bias)
+
+
+def _own_pair(adapter: Adapter, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, float]:
+    """The adapter's own factors and scaling where they state `B @ A` bit for bit; else (A, B, 1)."""
+    pairs = adapter.factor_pairs()
+    if len(pairs) == 1:
+        own_A, own_B, mask = pairs[0].lora_A.detach(), pairs[0].lora_B.detach(), adapter.rank_mask
+        if mask is not None:
+            own_A, own_B = own_A[mask], own_B[:, mask]
+        if torch.equal(own_A, A) and torch.equal(pairs[0].scaling * own_B, B):
+            return own_A, own_B, pairs[0].scaling
+    return A, B, 1.0
+
+
+def delta_of(layer: AdaptedLayer, adapter: Adapter) -> Tensor:
+    """merged_weight(W) - W in float64, W the original weight; (d_out, d_in)."""
+    weight = layer.accessor._read(layer.original_weight()).detach().to(torch.float64)
+    with torch.no_grad():
+        return (adapter.merged_weight(weight) - weight).cpu()
+
+
+def truncate(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """Best (A (rank, d_in), B (d_out, rank)) for `delta`, and the share of its sum of squares that is left out."""
+    U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
+    root = S[:rank].sqrt()
+    energy = S.square()
+    discarded = float(energy[rank:].sum() / energy.sum()) if energy.sum() else 0.0
+    return (root[:, None] * Vh[:rank]).float(), (U[:, :rank] * root).float(), discarded
+
+
+def _layer_tensors(path: str, layer: AdaptedLayer, factors: Factors, with_bias: bool) -> list[tuple[str, Tensor]]:
+    base, A, B = layer.accessor, factors.A, factors.B
+    if base.kind == "embedding":
+        if with_bias:
+            raise ExportError(
+                f"{path}: peft's lora_bias holds for all layers or none, and an embedding cannot have it. Use "
+                'format="merged", or leave the embedding out.'
+            )
+        found = [(".lora_embedding_A", A), (".lora_embedding_B", B)]
+    else:
+        if base.kind == "conv":
+            A, B = base._store(A), B.reshape(*B.shape, *[1] * (base.stored.dim() - 2))
+        found = [(".lora_A.weight", A), (".lora_B.weight", B)]
+    if with_bias:
+        bias = torch.zeros(base.d_out, dtype=B.dtype) if factors.bias is None else factors.bias / factors.scaling
+        found.append((".lora_B.bias", bias))
+    if path.rpartition(".")[2] in peft_rules.BASE_SAVED:
+        found.append((".base_layer.weight", layer.original_weight().detach().cpu()))
+    return found
+
+
+# -- heads -------------------------------------------------------------------------------------------------------------
+
+
+def _heads(source: Source, modules: dict[str, nn.Module]) -> Heads:
+    """Modules to save whole, with the task if peft's own additions for it do no harm."""
+    own = _whole_modules(source, modules)
+    for task in dict.fromkeys((peft_rules.task_type(source.host), None)):
+        heads = Heads(task, own)
+        saved = [*own, *peft_rules.task_heads(task)]
+        copied = peft_rules.wrapped(saved, modules)
+        inside = [path for path in source.layers if any(path == m or path.startswith(f"{m}.") for m in copied)]
+        if not inside:
+            break
+    else:
+        raise ExportError(
+            f"{inside[0]} is adapted, but lies in a module that peft would replace by a copy, because its name ends like "
+            f'one of {", ".join(own)}. Use format="merged".'
+        )
+    for path in copied:
+        heads.tensors |= {f"{path}.{key}": t.detach().cpu().clone() for key, t in modules[path].state_dict().items()}
+        if path not in own:
+            heads.notes.append(
+                f"{path} did not train, but peft's rule for names saves it too; its weights are in the file"
+            )
+    return heads
+
+
+def _whole_modules(source: Source, modules: dict[str, nn.Module]) -> list[str]:
+    """The largest modules of which every parameter trains in full.
+
+    Raises:
+        ExportError: a parameter that trains without the rest of its module.
+    """
+    trained = {id(source.host.get_parameter(name)) for name in source.trained}
+
+    def whole(path: str) -> bool:
+        return all(id(parameter) in trained for parameter in modules[path].parameters())
+
+    found: dict[str, None] = {}
+    for name in [n for key, names in users(source.host).items() if key in trained for n in names]:
+        path, _, leaf = name.rpartition(".")
+        if not path or not whole(path) or isinstance(modules[path], _NO_COPY):
+            raise ExportError(
+                f"{name} trains in full, but is not a whole module: peft saves modules, not single parameters such as "
+                f'"{leaf}". Train the whole module, or use format="merged".'
+            )
+        parent = path.rpartition(".")[0]
+        while parent and whole(parent) and not isinstance(modules[parent], _NO_COPY):
+            path, parent = parent, parent.rpartition(".")[0]
+        found[path] = None
+    return list(found)
+
+
+# -- configuration -----------------------------------------------------------------------------------------------------
+
+
+def _config(
+    source: Source, factors: dict[str, Factors], heads: Heads, with_bias: bool, modules: Collection[str]
+) -> dict[str, Any]:
+    """What differs from peft's defaults, and what is always needed."""
+    ranks = {path: f.rank for path, f in factors.items()}
+    alphas = {path: _number(f.scaling * f.rank) for path, f in factors.items()}
+    (rank, alpha), _ = Counter(zip(ranks.values(), alphas.values(), strict=True)).most_common(1)[0]
+    saved = [*heads.modules, *peft_rules.task_heads(heads.task)]
+    experts = any(parameter.dim() == 3 and "expert" in name for name, parameter in source.host.named_parameters())
+    transposed = any(type(layer.base).__name__ == "Conv1D" for layer in source.layers.values())
+    optional = {
+        "task_type": heads.task,
+        "base_model_name_or_path": getattr(getattr(source.host, "config", None), "_name_or_path", None),
+        "rank_pattern": peft_rules.patterns_for(ranks, rank),
+        "alpha_pattern": peft_rules.patterns_for(alphas, alpha),
+        "fan_in_fan_out": transposed,
+        "lora_bias": with_bias,
+        "modules_to_save": heads.modules,
+    }
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": peft_rules.targets_for(list(factors), saved, modules, experts),
+        **{key: value for key, value in optional.items() if value},
+    }
+
+
+def _number(value: float) -> float:
+    return int(value) if value == int(value) else value
+
+
+def _bias_notes(source: Source, with_bias: bool) -> list[str]:
+    bare = [path for path, layer in source.layers.items() if with_bias and layer.original_bias() is None]
+    return [f"{bare[0]} has no bias of its own, so peft loads this adapter but cannot merge it"] if bare else []
+
+
+# -- verification ------------------------------------------------------------------------------------------------------
+
+
+def _verified(source: Source, folder: Path, factors: dict[str, Factors], heads: Heads) -> float:
+    """Largest difference between what the files say and what the adapter does.
+
+    Raises:
+        ExportError: it is more than rounding; or a head differs in any bit.
+    """
+    written = peft_file.read(folder)
+    if written.layers.keys() != factors.keys() or written.heads.keys() != heads.tensors.keys():
+        raise ExportError(f'"{folder}" does not read back: it lists other layers than were written.')
+    state = {name: m for path, m in _states(source) for name in heads.tensors}
+    return max(_difference(source, path, layer, factors[path].discarded) for path, layer in written.layers.items())

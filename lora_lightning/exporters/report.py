@@ -1,0 +1,45 @@
+"""What an export did, for people and for tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What a format's writer did inside the folder it was given."""
+
+    kind: str
+    """How exact the route is: the method's export class, "merged", or "truncated SVD"."""
+    layers: int
+    """Adapted layers in the export."""
+    difference: float | None
+    """Largest absolute difference found on reading back; None where nothing was verified."""
+    discarded: dict[str, float] = field(default_factory=dict)
+    """Layer path to the share of the update's energy (sum of squares) that a truncation left out."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport(Written):
+    """What `export` wrote."""
+
+    format: str
+    directory: Path
+    files: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f'{self.format} ({self.kind}): {self.layers} layers to "{self.directory}": {", ".join(self.files)}']
+        if self.difference is None:
+            lines.append("  not verified: verify=False")
+        else:
+            lines.append(f"  verified by reading back; largest difference {self.difference:.3g}")
+        if self.discarded:
+            worst = max(self.discarded, key=lambda path: self.discarded[path])
+            lines.append(
+                f"  truncated: {len(self.discarded)} layers lose part of their update, most {worst} "
+                f"({self.discarded[worst]:.3%} of its energy)"
+            )
+            lines += [f"    {path}: {share:.3%}" for path, share in self.discarded.items()]
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])

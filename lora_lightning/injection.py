@@ -1,0 +1,445 @@
+"""Putting adapters into a model and taking them out: `inject`, `eject`, and the switches between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from lora_lightning.adapters.base import Adapter
+from lora_lightning.adapters.layer import AdaptedLayer, check_name
+from lora_lightning.adapters.seeds import generator
+from lora_lightning.adapters.weights import BaseLayer
+from lora_lightning.errors import AdapterStateError, SettingsError, TargetError, did_you_mean
+from lora_lightning.methods import Method, replace
+from lora_lightning.targets import (
+    Heads,
+    Targets,
+    as_patterns,
+    other_users,
+    places,
+    pretrained_models,
+    select,
+    trained_parameters,
+    within,
+)
+
+_RECORDS = "_lora_lightning_records"
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """What was injected under one adapter name; kept on the model, written into the adapter file."""
+
+    method: Method
+    layers: dict[str, Method]
+    """Settings by layer path, overrides applied."""
+    trained: tuple[str, ...]
+    """Base parameters that train in full, by name."""
+    seed: int
+
+
+@dataclass(frozen=True)
+class InjectionReport:
+    """What `inject` did: matched layers, what trains, what stays frozen, what was left out and why."""
+
+    name: str
+    method: Method
+    layers: dict[str, tuple[str, int, int]]
+    """Path to (kind, d_in, d_out)."""
+    adapter_parameters: int
+    trained: dict[str, int]
+    """Base parameters that train in full, with their sizes."""
+    total_parameters: int
+    skipped: dict[str, str] = field(default_factory=dict)
+    tied: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Numbers that train: adapters and fully trained parameters."""
+        return self.adapter_parameters + sum(self.trained.values())
+
+    def __str__(self) -> str:
+        share = self.trainable_parameters / max(self.total_parameters, 1)
+        lines = [
+            f"{type(self.method).__name__} on {len(self.layers)} layers: "
+            f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters train ({share:.2%})"
+        ]
+        if self.trained:
+            lines.append(f"  in full: {', '.join(self.trained)}")
+        lines += [f"  left out: {path} ({reason})" for path, reason in self.skipped.items()]
+        lines += [f"  tied: {path} shares its weight with {', '.join(others)}" for path, others in self.tied.items()]
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def records(model: nn.Module) -> dict[str, AdapterRecord]:
+    """Adapters injected into exactly this module, by name."""
+    return cast("dict[str, AdapterRecord]", model.__dict__.get(_RECORDS, {}))
+
+
+def injected_root(model: nn.Module) -> nn.Module:
+    """The module that `inject` was called with: `model` or the one inside it.
+
+    Raises:
+        AdapterStateError: nothing was injected.
+    """
+    for module in model.modules():
+        if records(module):
+            return module
+    raise AdapterStateError(f"{type(model).__name__} has no adapters; call inject or load_adapter first.")
+
+
+def inject(
+    model: nn.Module,
+    method: Method,
+    targets: Targets = "all-linear",
+    exclude: Sequence[str] = (),
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    also_train: Heads = "heads",
+    name: str = "default",
+    seed: int | None = None,
+) -> InjectionReport:
+    """Put an adapter on every matched layer of `model`, in place, and freeze the rest.
+
+    The new adapter becomes the only active and the only trainable one.
+
+    Args:
+        model: any module; its weights are there and not sharded yet.
+        method: settings of the adapter method.
+        targets: "all-linear", a scope ("attention", "mlp", "experts"), name suffixes, or one regular expression.
+        exclude: names along a path, or regular expressions for all of it, of layers to leave out.
+        overrides: other settings for some layers, such as `{"layer.0": {"rank": 4, "alpha": 8}}`; later ones win.
+        also_train: base parameters that train in full: "heads" (what a Hugging Face task model has outside its
+            backbone, and its pooler), or names.
+        name: name of the adapter.
+        seed: start values are a function of it and the layer's path; None takes torch's initial seed.
+
+    Returns:
+        What matched, what trains, what was left out and why.
+
+    Raises:
+        TargetError: a pattern that matches nothing, or what it matches cannot be adapted.
+        SettingsError: a setting that a layer cannot have.
+        AdapterStateError: the name is taken, or the model is merged, sharded already or without weights (meta device).
+            The model is unchanged then.
+    """
+    check_name(name)
+    check_ready(model, name)
+    selection = select(model, targets, exclude)
+    trained = trained_parameters(model, also_train)
+    _check_disjoint(model, selection.layers, trained)
+    settings = _settings_by_layer(method, selection.layers, overrides or {})
+    run_seed = torch.initial_seed() if seed is None else seed
+    adapters = {path: build(settings[path], path, base, run_seed) for path, base in selection.layers.items()}
+    notes = _notes(model, selection.layers, trained, also_train)
+    record = AdapterRecord(method, settings, tuple(trained), run_seed)
+    place(model, name, adapters, record, selection.layers)
+    named = dict(model.named_parameters())
+    return InjectionReport(
+        name=name,
+        method=method,
+        layers={path: (base.kind, base.d_in, base.d_out) for path, base in selection.layers.items()},
+        adapter_parameters=sum(p.numel() for adapter in adapters.values() for p in adapter.parameters()),
+        trained={parameter: named[parameter].numel() for parameter in trained},
+        total_parameters=sum(p.numel() for p in named.values()),
+        skipped=selection.skipped,
+        tied=selection.tied,
+        notes=notes,
+    )
+
+
+def check_ready(model: nn.Module, name: str) -> None:
+    """Raise `AdapterStateError` unless an adapter called `name` can be put into `model` now."""
+    if name in records(model):
+        raise AdapterStateError(f'the model has an adapter "{name}" already; eject it or choose another name.')
+    for path, module in model.named_modules():
+        if records(module) and module is not model:
+            raise AdapterStateError(
+                f"{path} ({type(module).__name__}) has adapters of its own already; inject into that module, or eject them."
+            )
+        if isinstance(module, AdaptedLayer) and module.merged:
+            raise AdapterStateError(f"{path}: {', '.join(module.merged)} is merged; call unmerge before adding another.")
+    for parameter_name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise AdapterStateError(
+                "the model is sharded already; inject adapters before fully_shard, for instance in configure_model."
+            )
+        if parameter.is_meta:
+            raise AdapterStateError(
+                f"{parameter_name} is on the meta device, without a value; load the weights before injecting."
+            )
+
+
+def _check_disjoint(model: nn.Module, layers: Iterable[str], trained: Sequence[str]) -> None:
+    """A layer is adapted, or trains in full, but never both, under no adapter's name."""
+    before = {parameter: name for name, record in records(model).items() for parameter in record.trained}
+    owners = {parameter.rpartition(".")[0] for parameter in trained}
+    owners_before = {parameter.rpartition(".")[0]: name for parameter, name in before.items()}
+    for path in layers:
+        if path in owners:
+            raise TargetError(f"{path} would be adapted and trained in full; exclude it, or take it out of also_train.")
+        if path in owners_before:
+            raise TargetError(f'{path} trains in full with adapter "{owners_before[path]}"; exclude it.')
+
+
+def _settings_by_layer(
+    method: Method, layers: Mapping[str, BaseLayer], overrides: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Method]:
+    settings = dict.fromkeys(layers, method)
+    for pattern, fields in overrides.items():
+        hits = [path for path in layers if within(pattern, path)]
+        if not hits:
+            ends = {path.split(".")[-1] for path in layers}
+            raise TargetError(
+                f'overrides: "{pattern}" matches none of the {len(layers)} adapted layers.{did_you_mean(pattern, ends)}'
+            )
+        for path in hits:
+            settings[path] = replace(settings[path], f'overrides["{pattern}"]', fields)
+    return settings
+
+
+def build(method: Method, path: str, base: BaseLayer, seed: int) -> Adapter:
+    """The adapter for the layer at `path`, with its start values.
+
+    Raises:
+        SettingsError: the layer cannot have these settings, naming the layer.
+    """
+    try:
+        adapter = method.build(base)
+    except SettingsError as error:
+        raise SettingsError(f"{type(method).__name__} on {path}: {error}") from error
+    adapter.reset(generator(seed, "init", 0, path))
+    return adapter
+
+
+def place(
+    model: nn.Module,
+    name: str,
+    adapters: Mapping[str, Adapter],
+    record: AdapterRecord,
+    accessors: Mapping[str, BaseLayer],
+    trainable: bool = True,
+) -> None:
+    """Put built adapters on their layers and make them the only active ones.
+
+    With `trainable` they are the only ones that train; without, they are frozen and other adapters stay as they are.
+    """
+    trained_before = _trainable_names(model)
+    where, ties = places(model), other_users(model, accessors)
+    for path, adapter in adapters.items():
+        layer = model.get_submodule(path)
+        if not isinstance(layer, AdaptedLayer):
+            layer = AdaptedLayer(accessors[path])
+            layer.train(layer.base.training)
+            _put(where[id(layer.base)], layer)
+        layer.tied_to = ties.get(path, ())
+        layer.add(name, adapter.train(layer.training))
+    model.__dict__.setdefault(_RECORDS, {})[name] = record
+    set_active(model, [name])
+    set_trainable(model, [name] if trainable else trained_before)
+
+
+def _trainable_names(model: nn.Module) -> list[str]:
+    return [
+        name
+        for name in records(model)
+        if any(p.requires_grad for adapter in adapters_named(model, name).values() for p in adapter.parameters())
+    ]
+
+
+def _put(where: Iterable[tuple[nn.Module, str]], module: nn.Module) -> None:
+    """Set `module` at every (parent, name), so that a layer used in several places is adapted in all of them."""
+    for parent, name in where:
+        setattr(parent, name, module)
+
+
+def _notes(
+    model: nn.Module, layers: Iterable[str], trained: Sequence[str], also_train: Heads
+) -> tuple[str, ...]:
+    notes = []
+    if not trained and also_train == "heads" and not pretrained_models(model):
+        notes.append(
+            "no Hugging Face model here, so no head is known: what has no adapter stays frozen. Name it in also_train."
+        )
+    read = [p for p in layers if isinstance(model.get_submodule(p.rpartition(".")[0]), nn.MultiheadAttention)]
+    if read:
+        notes.append(
+            f"{len(read)} layers, such as {read[0]}, are read by nn.MultiheadAttention instead of called: their adapters "
+            "act through the merged weight, without dropout."
+        )
+    for name, record in records(model).items():
+        shared = [parameter for parameter in trained if parameter in record.trained]
+        if shared:
+            notes.append(f'{shared[0]} trains with adapter "{name}" too; a model has one set of heads, so save that first.')
+    return tuple(notes)
+
+
+def iter_adapters(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
+    """Paths and adapted layers; one that stands in several places comes once."""
+    for path, module in model.named_modules():
+        if isinstance(module, AdaptedLayer):
+            yield path, module
+
+
+def adapters_named(model: nn.Module, name: str) -> dict[str, Adapter]:
+    """Adapters of one name by layer path."""
+    return {path: layer.adapter(name) for path, layer in iter_adapters(model) if name in layer.adapters}
+
+
+def trainable_adapters(model: nn.Module) -> dict[str, Adapter]:
+    """Adapters with a trainable parameter, by their own module path."""
+    return {
+        f"{path}.adapters.{name}": cast(Adapter, adapter)
+        for path, layer in iter_adapters(model)
+        for name, adapter in layer.adapters.items()
+        if any(p.requires_grad for p in adapter.parameters())
+    }
+
+
+def _known(root: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
+    known = records(root)
+    for name in names:
+        if name not in known:
+            raise AdapterStateError(f'no adapter "{name}".{did_you_mean(name, known)} Installed: {", ".join(known)}.')
+    return tuple(names)
+
+
+def set_active(model: nn.Module, names: Sequence[str] | str) -> None:
+    """Apply exactly these adapters, in this order; what trains is not changed.
+
+    Raises:
+        AdapterStateError: an unknown name or one given twice, adapters that cannot be stacked, or a merged layer. What
+            was active stays so.
+    """
+    wanted = _known(injected_root(model), [names] if isinstance(names, str) else names)
+    layers = [(layer, tuple(n for n in wanted if n in layer.adapters)) for _, layer in iter_adapters(model)]
+    for layer, here in layers:
+        if layer.merged and layer.merged != here:
+            raise AdapterStateError(f"{', '.join(layer.merged)} is merged; call unmerge before another set is active.")
+        layer.check_active(here)
+    for layer, here in layers:
+        layer.active = here
+
+
+def set_trainable(model: nn.Module, names: Sequence[str] | str) -> None:
+    """Train exactly these adapters and the base parameters that go with them; freeze everything else.
+
+    Raises:
+        AdapterStateError: an unknown name.
+    """
+    root = injected_root(model)
+    wanted = _known(root, [names] if isinstance(names, str) else names)
+    for parameter in root.parameters():
+        parameter.requires_grad_(False)
+    for name in wanted:
+        for adapter in adapters_named(root, name).values():
+            for parameter in adapter.parameters():
+                parameter.requires_grad_(True)
+        for parameter_name in records(root)[name].trained:
+            root.get_parameter(parameter_name).requires_grad_(True)
+
+
+@contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[None]:
+    """The base model's function inside the `with` block; heads that train in full keep their values.
+
+    Merged adapters are taken out for the time of the block.
+
+    Raises:
+        AdapterStateError: a layer was merged with `keep_original=False`.
+    """
+    layers = [layer for _, layer in iter_adapters(model)]
+    merged = [layer for layer in layers if layer.merged]
+    stuck = [layer for layer in merged if not layer.can_unmerge]
+    if stuck:
+        raise AdapterStateError("merged with keep_original=False; the base model's function is gone.")
+    before = [layer.disabled for layer in layers]
+    for layer in merged:
+        layer.unmerge()
+    for layer in layers:
+        layer.disabled = True
+    try:
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer.disabled = was
+        for layer in merged:
+            layer.merge()
+
+
+def merge(model: nn.Module, keep_original: bool = True) -> None:
+    """Write the active adapters into the base weights, all or none.
+
+    Args:
+        model: a model with adapters.
+        keep_original: keep each original weight on the CPU, so that `unmerge` restores it bit for bit.
+
+    Raises:
+        AdapterStateError: no adapter is active; one is routed, not finite or too large for the weight's dtype; or a
+            weight is shared with another module. Nothing is merged then.
+    """
+    layers = dict(iter_adapters(injected_root(model)))
+    if not any(layer.active for layer in layers.values()):
+        raise AdapterStateError("no adapter is active, so there is nothing to merge; call set_active first.")
+    for path, layer in layers.items():
+        if layer.tied_to and layer.active:
+            raise AdapterStateError(
+                f"{path} shares its weight with {', '.join(layer.tied_to)}, which a merge would change too; "
+                "keep the adapter unmerged, or untie the weight first."
+            )
+        try:
+            layer.check_mergeable()
+        except AdapterStateError as error:
+            raise AdapterStateError(f"{path}: {error} Nothing was merged.") from error
+    for layer in layers.values():
+        layer.merge(keep_original)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Take merged adapters out of the base weights, restoring them bit for bit; does nothing where none is merged.
+
+    Raises:
+        AdapterStateError: a layer was merged with `keep_original=False`. Nothing is restored then.
+    """
+    layers = [layer for _, layer in iter_adapters(injected_root(model))]
+    if any(not layer.can_unmerge for layer in layers):
+        raise AdapterStateError("merged with keep_original=False; the original weights are gone.")
+    for layer in layers:
+        layer.unmerge()
+
+
+def eject(model: nn.Module, name: str | None = None) -> None:
+    """Take one adapter, or all of them, off the model.
+
+    With the last adapter the plain layers come back: with their original weights, or, where they were merged with
+    `keep_original=False`, with the merged ones. Heads that trained in full keep their values; nothing is unfrozen, and
+    no other adapter becomes active.
+
+    Raises:
+        AdapterStateError: no such adapter, or one of several that were merged with `keep_original=False`.
+    """
+    root = injected_root(model)
+    names = _known(root, list(records(root)) if name is None else [name])
+    layers = dict(iter_adapters(root))
+    for path, layer in layers.items():
+        if name is not None and not layer.can_unmerge:
+            raise AdapterStateError(f"{path}: merged with keep_original=False; eject all adapters or none.")
+    where = places(root)
+    for layer in layers.values():
+        if layer.can_unmerge:
+            layer.unmerge()
+        layer.merged = ()
+        for adapter_name in names:
+            if adapter_name in layer.adapters:
+                layer.remove(adapter_name)
+        if not layer.adapters:
+            _put(where[id(layer)], layer.base)
+    for adapter_name in names:
+        del records(root)[adapter_name]

@@ -1,0 +1,306 @@
+"""Errors of the configuration parser in the words of this project: key, value, rule, nearest valid choice.
+
+jsonargparse reports a problem as an indented tree: keys (`Parser key "..."`), classes (`Problem with given
+class_path '...'`) and, at the leaves, what was wrong, once for every type that the value might have had. `explain`
+reads that tree, picks the leaf the user most likely meant, and says it in one line. Text it does not know comes out as
+it is, on one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_lightning import argv, plugins
+from lora_lightning.errors import did_you_mean
+from lora_lightning.methods import Method
+
+_KEY = re.compile(r'Parser key "([^"]+)":')
+_CLASS = re.compile(r"Problem with given class_path '([^']+)'")
+_FACTORY = re.compile(r"expects a function or a callable class: ")
+_LEAVES = {  # the most telling first
+    "field": re.compile(r"(?:Group '(?P<group>[^']+)' does not accept o|Subcommand '\w+' does not accept o|O)ption"
+                        r" '(?P<word>[^']+)'"),
+    "required": re.compile(r"the following arguments are required: (?P<word>.+)"),
+    "import": re.compile(r"(?P<word>No module named '[^']+'|module '[^']+' has no attribute '[^']+')"),
+    "foreign": re.compile(r"(?:Import path (?P<word>\S+) )?does not correspond to a subclass of|to be a subclass of"),
+    "name": re.compile(r"Expected a dot import path string: (?P<word>\S+)"),
+    "unnamed": re.compile(r"Expected an instantiatable class|Not a valid subclass of \w+\. Got value"),
+    "value": re.compile(r"Expected a (?P<word>.+?)(?:\. Got value: .*)?$"),
+}  # fmt: skip
+_NOISE = re.compile(r"Expected a path but|\(class path given previously\)")
+_GIVEN = re.compile(r"(?:Got value|Given value): (.*?)(?:\. Got value: .*)?$", re.MULTILINE)
+_TYPES = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "NoneType": "null",
+          "list": "a list", "dict": "a mapping", "tuple": "a list"}  # fmt: skip
+
+
+def explain(message: str, parser: argparse.ArgumentParser) -> str:
+    """One line for `message` of a jsonargparse parser, whose arguments give the valid keys."""
+    if unknown := re.match(r"unrecognized arguments: (.+)", message):
+        return _unknown_flags(unknown[1].split(), parser)
+    if flag := re.match(r"argument --(\S+): expected one argument", message):
+        return f"{flag[1]}, or a setting in it, is given without a value."
+    if text := re.match(r'Parser key "([^"]+)":\s+Unable to load config \'(.+?)\'', message):
+        return f'{text[1]} is "{text[2]}"; it must be a mapping of settings, or a file with one.'
+    if text := re.match(r"Problems parsing config: (.+)", message, re.DOTALL):
+        return f"a config is not valid YAML: {' '.join(text[1].split())}"
+    if text := re.match(r"Unexpected config: (.+)", message):
+        return f'a config must be a mapping of settings; this one is "{text[1]}".'
+    leaves = _leaves(message)
+    if leaves:
+        return _say(min(leaves, key=lambda leaf: (-len(leaf.trail), list(_LEAVES).index(leaf.kind))), leaves, parser)
+    return " ".join(_KEY.sub(r"\1:", message).split())
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One thing that is wrong."""
+
+    kind: str
+    """Key of `_LEAVES`."""
+    word: str
+    """What the pattern caught: a field, a class, a type."""
+    trail: tuple[tuple[str, str], ...]
+    """("key", name) and ("class", path), outermost first."""
+    value: str
+    """The offending value as text, where the message has it."""
+
+    @property
+    def key(self) -> str:
+        """Path of the setting."""
+        return ".".join(name for kind, name in self.trail if kind == "key")
+
+    @property
+    def class_path(self) -> str:
+        """The class to which the field belongs, or that could not be used."""
+        if self.trail and self.trail[-1][0] == "class":
+            return self.trail[-1][1]
+        given = re.search(r"class_path'?[:=] ?'([^']+)'", self.value)
+        return given[1] if given else self.value
+
+
+def _leaves(message: str) -> list[Leaf]:
+    found: list[Leaf] = []
+    trail: list[tuple[int, str, str]] = []
+    position = 0
+    for line in message.splitlines(keepends=True):
+        position += len(line)
+        text = line.lstrip(" -").rstrip()
+        if not text or _NOISE.search(text):
+            continue
+        indent = len(line) - len(line.lstrip(" "))
+        trail = [part for part in trail if part[0] < indent]
+        trail += [(indent, "key", name) for name in _KEY.findall(text)]
+        trail += [(indent, "class", path) for path in _CLASS.findall(text)]
+        for kind, pattern in _LEAVES.items():
+            if match := pattern.search(text):
+                given = _GIVEN.search(text) or _GIVEN.search(message, position)
+                value = given[1] if given else ""
+                here = [part[1:] for part in trail]
+                if _FACTORY.search(text) and (path := re.search(r"class_path='([^']+)'", text)):
+                    here.append(("class", path[1]))
+                word = ".".join(filter(None, (match.groupdict().get("group"), match.groupdict().get("word"))))
+                found.append(Leaf(kind, word, tuple(here), value))
+                break
+    return _without_class_where_number(found)
+
+
+def _without_class_where_number(leaves: Sequence[Leaf]) -> list[Leaf]:
+    """Where a number would do as well, nobody meant the name of a class."""
+    numbers = {leaf.key for leaf in leaves if leaf.kind == "value" and re.search(r"'(int|float)'", leaf.word)}
+    return [leaf for leaf in leaves if leaf.kind != "name" or leaf.key not in numbers]
+
+
+def _say(leaf: Leaf, leaves: Sequence[Leaf], parser: argparse.ArgumentParser) -> str:
+    if leaf.kind == "field" and not leaf.trail:
+        return _unknown_key(leaf.word, parser)
+    if leaf.kind == "required" and not leaf.trail:
+        return _required(leaf.word.split(", "), parser)
+    if leaf.kind == "value":
+        return _wrong_value(leaf, [other.word for other in leaves if other.kind == "value" and other.key == leaf.key])
+    bases = _bases(_hint(leaf.trail, parser))
+    say: dict[str, Callable[[Leaf, Sequence[type]], str]] = {
+        "field": _unknown_field,
+        "required": _missing_field,
+        "import": _not_importable,
+        "foreign": _foreign,
+        "name": _unknown_name,
+        "unnamed": _unnamed,
+    }
+    return f"{leaf.key}: {say[leaf.kind](leaf, bases)}".rstrip()
+
+
+def _unknown_flags(words: Sequence[str], parser: argparse.ArgumentParser) -> str:
+    flags = [word.partition("=")[0].lstrip("-") for word in words if word.startswith("--")]
+    if not flags:
+        return f'"{words[0]}" is no setting; settings are given as --key value, values with blanks in quotes.'
+    return " ".join(_unknown_key(flag, parser) for flag in flags)
+
+
+def _unknown_key(key: str, parser: argparse.ArgumentParser) -> str:
+    known = [action.dest for action in parser._actions if not action.dest.endswith(("help", "print_config"))]
+    known = [dest for dest in known if dest != argparse.SUPPRESS] + ["run", "resume"]
+    text = f'no setting "{key}".{did_you_mean(key, known)}'
+    group = key.rpartition(".")[0]
+    siblings = [dest.removeprefix(f"{group}.") for dest in known if group and dest.startswith(f"{group}.")]
+    if not siblings:
+        tops = sorted({dest.partition(".")[0] for dest in known})
+        return text if did_you_mean(key, known) else f"{text} Top level: {', '.join(tops)}."
+    return text if len(siblings) > 24 else f"{text} {group} takes: {', '.join(siblings)}."
+
+
+def _required(keys: Sequence[str], parser: argparse.ArgumentParser) -> str:
+    verb = keys[0].partition(".")[0]
+    if verb in argv.TRAINING_VERBS:
+        keys = [key.removeprefix(f"{verb}.") for key in keys]
+        parser = next(
+            (a.choices[verb] for a in parser._actions if isinstance(a.choices, dict) and verb in a.choices), parser
+        )
+    if len(keys) > 1:
+        names = argv.config_names()
+        known = f"; there are: {', '.join(names)}" if names else ""
+        return f"{', '.join(keys)} are required: give them in a config (--config NAME{known}), or as flags."
+    bases = _bases(_hint([("key", keys[0])], parser))
+    return f"{keys[0]} is required: give it in a config (--config NAME), or as --{keys[0]}. {_choices(bases)}".rstrip()
+
+
+def _wrong_value(leaf: Leaf, types: Iterable[str]) -> str:
+    choices = [choice for kind in types for choice in re.findall(r"'([^']*)'", kind) if "Literal" in kind]
+    kinds = [f'"{choice}"' for choice in choices]
+    for kind in types:
+        if "Literal" not in kind:
+            name = kind.removeprefix("<class '").removesuffix("'>").rpartition(".")[2]
+            kinds.append(_TYPES.get(name, name))
+    rule = " or ".join(dict.fromkeys(kinds))
+    return f'{leaf.key} is "{leaf.value}"; it must be {rule}.{did_you_mean(leaf.value, choices)}'
+
+
+def _unknown_field(leaf: Leaf, bases: Sequence[type]) -> str:
+    owner = _class(leaf.class_path)
+    if owner in bases:
+        return _unnamed(leaf, bases)
+    fields = [] if owner is None else _fields(owner)
+    takes = f" It takes: {', '.join(fields)}." if fields else ""
+    return f'{leaf.class_path.rpartition(".")[2]} has no "{leaf.word}".{did_you_mean(leaf.word, fields)}{takes}'
+
+
+def _not_importable(leaf: Leaf, bases: Sequence[type]) -> str:
+    path = leaf.class_path
+    text = f"cannot import {path}: {leaf.word}."
+    missing = re.findall(r"'([^']+)'", leaf.word)[0]
+    if not f"{path}.".startswith(f"{missing}."):  # the module is there; something that it imports is not
+        return text
+    return f"{text}{_advice(path.rpartition('.')[2], bases)}"
+
+
+def _missing_field(leaf: Leaf, bases: Sequence[type]) -> str:  # noqa: ARG001 - one signature for all kinds
+    return f"{leaf.class_path.rpartition('.')[2]} needs {leaf.word}."
+
+
+def _foreign(leaf: Leaf, bases: Sequence[type]) -> str:
+    return f"{leaf.word or leaf.class_path} is no {_noun(bases)}. {_choices(bases)}"
+
+
+def _unknown_name(leaf: Leaf, bases: Sequence[type]) -> str:
+    if _is_method(bases):
+        return plugins.registry().explain_unknown(leaf.word)
+    return f'no {_noun(bases)} "{leaf.word}".{_advice(leaf.word, bases)}'
+
+
+def _unnamed(leaf: Leaf, bases: Sequence[type]) -> str:
+    return (
+        f"no {_noun(bases)} is named. Write {leaf.key}: NAME or {leaf.key}: {{class_path: NAME, init_args: {{...}}}}, "
+        f"before any setting of it. {_choices(bases)}"
+    )
+
+
+def _advice(word: str, bases: Sequence[type]) -> str:
+    """The nearest name, and all names where there is none or they are few."""
+    names = _names(bases)
+    close = did_you_mean(word, names)
+    return close if close and len(names) > 12 else f"{close} {_choices(bases)}"
+
+
+def _choices(bases: Sequence[type]) -> str:
+    names = _names(bases)
+    return f"Installed: {', '.join(names)}." if 0 < len(names) <= 40 else ""
+
+
+def _names(bases: Sequence[type]) -> list[str]:
+    """Short names that a class-valued setting takes."""
+    if _is_method(bases):
+        return sorted(plugins.registry().methods)
+    return sorted({cls.__name__ for base in bases for cls in _subclasses(base) if _can_be_named(cls)})
+
+
+def _is_method(bases: Sequence[type]) -> bool:
+    return any(issubclass(base, Method) for base in bases)
+
+
+def _subclasses(base: type) -> set[type]:
+    children: list[type] = type.__subclasses__(base)
+    return set(children).union(*map(_subclasses, children))
+
+
+def _can_be_named(cls: type) -> bool:
+    return not (cls.__name__.startswith("_") or "<locals>" in cls.__qualname__ or inspect.isabstract(cls))
+
+
+def _noun(bases: Sequence[type]) -> str:
+    """The first base in lower-case words: `LightningDataModule` is a "data module"."""
+    name = bases[0].__name__.removeprefix("Lightning") if bases else "class"
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name).lower()
+
+
+def _hint(trail: Sequence[tuple[str, str]], parser: argparse.ArgumentParser) -> object:
+    """The type of the setting at the end of `trail`."""
+    hint: object = None
+    owner: type | None = None
+    for kind, name in trail:
+        if kind == "class":
+            owner = _class(name)
+        elif owner is None:
+            hint = next((getattr(action, "_typehint", None) for action in parser._actions if action.dest == name), None)
+        else:
+            hint = _parameter_types(owner).get(name)
+    return hint
+
+
+def _parameter_types(owner: type) -> dict[str, Any]:
+    init = inspect.getattr_static(owner, "__init__")
+    try:
+        return typing.get_type_hints(init)
+    except (NameError, TypeError, AttributeError):  # a name imported for type checking only
+        return dict(getattr(init, "__annotations__", {}))
+
+
+def _bases(hint: object) -> list[type]:
+    """The classes whose subclasses a setting of type `hint` takes."""
+    if isinstance(hint, str):
+        return [Method] if re.search(rf"\b{Method.__name__}\b", hint) else []
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is Callable:
+        return _bases(arguments[-1])
+    if arguments:
+        return [base for argument in arguments for base in _bases(argument)]
+    return [hint] if isinstance(hint, type) and hint.__module__ not in ("builtins", "types") else []
+
+
+def _class(path: str) -> type | None:
+    """An imported class."""
+    module, _, name = path.rpartition(".")
+    cls: object = getattr(sys.modules.get(module), name, None)
+    return cls if isinstance(cls, type) else None
+
+
+def _fields(owner: type) -> list[str]:
+    """Names that a class takes; what its user never gives in a config is left out."""
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(owner).parameters.values()
+    return [p.name for p in parameters if p.kind not in variadic and p.name not in ("params", "optimizer")]

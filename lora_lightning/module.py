@@ -1,0 +1,311 @@
+"""AdapterModule: a pretrained model with an adapter, as a LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics import MetricCollection
+
+from lora_lightning.adapters.base import Adapter
+from lora_lightning.callbacks.baseline import LinearBaseline
+from lora_lightning.callbacks.guard import TrainingGuard
+from lora_lightning.callbacks.resume import ExactResume
+from lora_lightning.callbacks.schedule import total_steps
+from lora_lightning.checkpoint import adapter_keys, describe, fingerprint
+from lora_lightning.errors import DataError, ModelError, ResumeError, SettingsError, did_you_mean
+from lora_lightning.injection import InjectionReport, adapters_named, inject, records
+from lora_lightning.loading import load_model
+from lora_lightning.methods import Method
+from lora_lightning.optim.groups import build_optimizer
+from lora_lightning.optim.warmup import WarmUp
+from lora_lightning.tasks import find_task
+from lora_lightning.tasks.base import Batch, PredictContext, measure, meters
+
+NAME = "default"
+
+
+class AdapterModule(LightningModule):
+    """Loads a pretrained model, puts an adapter method on it, and trains it on a task.
+
+    Args:
+        pretrained: folder, hub id, or `pkg:IMPORT_NAME/FOLDER` for weights that an installed package carries.
+        method: the adapter method and its settings.
+        task: "sequence-classification", "regression" or "causal-lm".
+        targets: "all-linear", a scope ("attention", "mlp", "experts"), name suffixes, or one regular expression.
+        exclude: names of layers to leave out.
+        overrides: other settings for some layers, such as `{layer.0: {rank: 4}}`.
+        also_train: base parameters that train in full: "heads", or names.
+        optimizer: the optimizer; null takes the method's own, else AdamW at a rate of 1e-3.
+        lr_scheduler: warm-up and decay of the rate.
+        num_labels: classes of a classification head; null takes the data module's.
+        gradient_checkpointing: recompute activations in backward: less memory, about a third more time.
+        linear_baseline: before training, fit the head alone on frozen features for as many steps, to compare with.
+        max_new_tokens: tokens that `predict` generates for a causal language model.
+        seed: seed of the adapter's start values; null takes the run's.
+    """
+
+    strict_loading = False
+
+    def __init__(
+        self,
+        pretrained: str,
+        method: Method,
+        task: str = "sequence-classification",
+        targets: str | list[str] = "all-linear",
+        exclude: list[str] | None = None,
+        overrides: dict[str, dict[str, Any]] | None = None,
+        also_train: Literal["heads"] | list[str] = "heads",
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: WarmUp = WarmUp(),  # noqa: B008 - frozen
+        num_labels: int | None = None,
+        gradient_checkpointing: bool = False,
+        linear_baseline: bool = True,
+        max_new_tokens: int = 64,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.pretrained, self.method, self.task = pretrained, method, find_task(task)
+        self.targets, self.exclude, self.overrides = targets, exclude or [], overrides or {}
+        self.also_train, self.optimizer_factory, self.lr_scheduler = also_train, optimizer, lr_scheduler
+        self.num_labels, self.gradient_checkpointing = num_labels, gradient_checkpointing
+        self.linear_baseline, self.max_new_tokens, self.seed = linear_baseline, max_new_tokens, seed
+        self.net: nn.Module | None = None
+        self.injection: InjectionReport | None = None
+        self.meters: dict[str, MetricCollection] = {}
+
+    # -- building ------------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Load the model and inject the adapter, once.
+
+        Raises:
+            ModelError: the model cannot be loaded for the task.
+            TargetError: the targets do not fit the model.
+        """
+        if self.net is not None:
+            return
+        self._check_data()
+        net = load_model(self.pretrained, self.task, self._labels())
+        self.injection = inject(
+            net, self.method, self.targets, self.exclude, self.overrides, self.also_train, name=NAME, seed=self.seed
+        )
+        if self.gradient_checkpointing:
+            enable_checkpointing(net)
+        self.net = net
+        self._ddp_params_and_buffers_to_ignore = [
+            f"{path}.{name}"
+            for path, module in self.named_modules()
+            if isinstance(module, Adapter)
+            for name, _ in module.named_buffers(recurse=False)
+        ]
+
+    def _datamodule(self) -> Any:
+        return getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+
+    def _check_data(self) -> None:
+        kinds = getattr(self._datamodule(), "task_kinds", None)
+        if kinds is not None and self.task.name not in kinds:
+            raise DataError(
+                f'model.task is "{self.task.name}", but the data ({type(self._datamodule()).__name__}) serve '
+                f"{' and '.join(kinds)}."
+            )
+
+    def _labels(self) -> int | None:
+        if not self.task.has_head:
+            return None
+        labels = self.num_labels if self.num_labels is not None else getattr(self._datamodule(), "num_labels", None)
+        if labels is None and self.task.model_options(None) == {}:
+            raise SettingsError(
+                "model.num_labels is null, and the data module does not say; set it to the class count."
+            )
+        return labels
+
+    @property
+    def model(self) -> nn.Module:
+        """The adapted model.
+
+        Raises:
+            ModelError: it has not been loaded yet.
+        """
+        if self.net is None:
+            raise ModelError("the model is not loaded yet; call configure_model, or let a Trainer do so.")
+        return self.net
+
+    def adapters(self) -> dict[str, Adapter]:
+        """The adapters by layer path."""
+        return adapters_named(self.model, NAME)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The guard, exact resume, and what the method needs; each yields to one given to the trainer."""
+        ours = [*self.method.callbacks(), TrainingGuard(), LinearBaseline(self.linear_baseline), ExactResume()]
+        given = self.trainer.callbacks  # type: ignore[attr-defined]
+        for callback in ours:
+            _say_difference(callback, given)
+        return [callback for callback in ours if not any(isinstance(other, type(callback)) for other in given)]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer over named groups, and the schedule per optimizer step where the run's length is known."""
+        optimizer = build_optimizer(self.model, self.optimizer_factory)
+        total = total_steps(self.trainer)
+        if total is None:
+            return optimizer
+        scheduler = self.lr_scheduler.schedule(optimizer, total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip groups with a norm of their own, and the rest together by the trainer's value."""
+        own = [group for group in optimizer.param_groups if group.get("clip") is not None]
+        if not own:
+            return self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        for group in own:
+            nn.utils.clip_grad_norm_(group["params"], group["clip"])
+        rest = [p for group in optimizer.param_groups if group.get("clip") is None for p in group["params"]]
+        if gradient_clip_val:
+            nn.utils.clip_grad_norm_(rest, gradient_clip_val)
+        return None
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Train mode for the whole model: Hugging Face models arrive in eval mode, and Lightning leaves them there."""
+        self.train()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
+        """Loss of one micro-batch, scaled so that Lightning's mean over the window is the mean over its tokens."""
+        loss = self.task.loss(self.task.logits(self.model, batch), batch)
+        mean = loss.total / loss.count.clamp_min(1)
+        self.log("train_loss", mean.detach(), prog_bar=True, batch_size=int(loss.count))
+        if self.task.per_token:
+            mean = loss.total * self._window_scale(batch, loss.count)
+        penalty = self.method.penalty(self.adapters())
+        if penalty is not None:
+            self.log("penalty", penalty.detach())
+            mean = mean + penalty
+        return mean
+
+    def _window_scale(self, batch: Batch, count: Tensor) -> Tensor:
+        """(batches in a window) * (processes) / (tokens of the window on all processes)."""
+        batches, processes = self.trainer.accumulate_grad_batches, self.trainer.world_size
+        if "window_tokens" not in batch and batches > 1:
+            raise DataError(
+                f"accumulate_grad_batches is {batches}, but the training loader does not say how many tokens a window "
+                'has, so the loss would be averaged wrong. Use a loader that adds "window_tokens" to each batch, such '
+                "as lora_lightning.data.ResumableLoader, or set it to 1."
+            )
+        tokens = batch.get("window_tokens", count).to(count.device)
+        if processes > 1:
+            tokens = cast(Tensor, self.trainer.strategy.reduce(tokens.clone(), reduce_op="sum"))
+        return batches * processes / tokens.clamp_min(1)
+
+    def _meters(self, stage: str) -> MetricCollection:
+        if stage not in self.meters:
+            self.meters[stage] = meters(self.task, self.model).to(self.device)
+        return self.meters[stage]
+
+    def _measure(self, stage: str, batch: Batch) -> None:
+        logits = self.task.logits(self.model, batch)
+        measure(self.task, self._meters(stage), logits, batch)
+
+    def _log_measured(self, stage: str) -> None:
+        meters = self._meters(stage)
+        for name, value in meters.compute().items():
+            self.log(f"{stage}_{name}", value, prog_bar=name == self.task.metric)
+        meters.reset()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002 - Lightning's signature
+        """Add a batch to the validation metrics."""
+        self._measure("val", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics."""
+        self._log_measured("val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002 - Lightning's signature
+        """Add a batch to the test metrics."""
+        self._measure("test", batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test metrics."""
+        self._log_measured("test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:  # noqa: ARG002 - Lightning's signature
+        """One dictionary an example, with its row number in the data."""
+        data = self._datamodule()
+        context = PredictContext(
+            label_names=getattr(data, "label_names", ()),
+            tokenizer=getattr(data, "tokenizer_object", None),
+            max_new_tokens=self.max_new_tokens,
+        )
+        rows = self.task.predict(self.model, batch, context)
+        index = batch["index"].tolist() if "index" in batch else range(len(rows))
+        return [{"index": i, **row} for i, row in zip(index, rows, strict=True)]
+
+    # -- checkpoints: adapters and heads, never the base ---------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the adapter owns."""
+        own = set(adapter_keys(self, NAME))
+        checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in own}
+        checkpoint["lora_lightning"] = describe(self.model, NAME, records(self.model)[NAME])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compare keys, shapes and the base model exactly.
+
+        Raises:
+            ResumeError: the checkpoint belongs to another model, method or set of layers.
+        """
+        if "lora_lightning" not in checkpoint:
+            raise ResumeError("the checkpoint was not written by AdapterModule: it has no adapter section.")
+        theirs = checkpoint["lora_lightning"]["fingerprint"]
+        own = fingerprint(self.model, records(self.model)[NAME].trained)
+        differing = [key for key in own if own[key] is not None and theirs[key] is not None and own[key] != theirs[key]]
+        if differing:
+            raise ResumeError(f"the checkpoint was trained on another base model ({', '.join(differing)} differ).")
+        state = self.state_dict()
+        wanted = {key: state[key].shape for key in adapter_keys(self, NAME)}
+        found = {key: value.shape for key, value in checkpoint["state_dict"].items()}
+        if wanted != found:
+            first = sorted((wanted.items() ^ found.items()))[0][0]
+            raise ResumeError(
+                f"the checkpoint does not fit the adapter: {len(wanted.keys() ^ found.keys())} keys differ, "
+                f"such as {first}.{did_you_mean(first, found)} The model has {type(self.method).__name__}, the checkpoint "
+                f"{checkpoint['lora_lightning']['method']}."
+            )
+
+
+def enable_checkpointing(net: nn.Module) -> None:
+    """Non-reentrant activation checkpointing, without making the inputs require gradients (they need not here).
+
+    Raises:
+        ModelError: the model has none.
+    """
+    if not getattr(net, "supports_gradient_checkpointing", False):
+        raise ModelError(f"model.gradient_checkpointing is True; {type(net).__name__} does not support it.")
+    hf_model = cast(Any, net)
+    hf_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if hasattr(hf_model, "_require_grads_hook"):
+        hf_model.disable_input_require_grads()
+
+
+def _say_difference(callback: Callback, given: Sequence[Callback]) -> None:
+    """Print where a callback given by hand replaces the method's with other settings."""
+    settings = {key: value for key, value in vars(callback).items() if not key.startswith("_")}
+    for other in given:
+        if isinstance(other, type(callback)):
+            theirs = {key: getattr(other, key, None) for key in settings}
+            changed = ", ".join(f"{key}={theirs[key]!r}" for key in settings if theirs[key] != settings[key])
+            if changed:
+                print(f"{type(callback).__name__}: the trainer's replaces the method's ({changed})")

@@ -1,0 +1,96 @@
+"""From adapters to an optimizer: named groups of trainables, rate ratios, and factor pairs for optimizers that ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from lora_lightning.adapters.base import FactorPair
+from lora_lightning.errors import TrainingError
+from lora_lightning.injection import adapters_named, injected_root, records, trainable_adapters
+from lora_lightning.methods import GroupSpec
+
+OptimizerFactory = Callable[[Any], Optimizer]
+
+
+def group_specs(model: nn.Module) -> dict[str, GroupSpec]:
+    """Groups of everything that trains: what each method declares, and "head" for base parameters trained in full.
+
+    Raises:
+        TrainingError: nothing trains, or a method forgets a parameter or names it twice.
+    """
+    root = injected_root(model)
+    specs: dict[str, GroupSpec] = {}
+    heads: dict[int, nn.Parameter] = {}
+    for name, record in records(root).items():
+        adapters = {
+            path: a for path, a in adapters_named(root, name).items() if any(p.requires_grad for p in a.parameters())
+        }
+        if adapters:
+            prefix = "" if len(records(root)) == 1 else f"{name}."
+            specs |= {f"{prefix}{group}": spec for group, spec in record.method.param_groups(adapters).items()}
+        trained = [root.get_parameter(parameter) for parameter in record.trained]
+        heads |= {id(parameter): parameter for parameter in trained if parameter.requires_grad}
+    if heads:
+        specs["head"] = GroupSpec(params=list(heads.values()))
+    _check_complete(root, specs)
+    return specs
+
+
+def _check_complete(root: nn.Module, specs: dict[str, GroupSpec]) -> None:
+    trainable = {id(p): name for name, p in root.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise TrainingError(
+            "nothing trains: every parameter is frozen; call set_trainable, or choose a method that trains."
+        )
+    grouped = [id(p) for spec in specs.values() for p in spec.params]
+    forgotten = [name for key, name in trainable.items() if grouped.count(key) != 1]
+    if forgotten:
+        raise TrainingError(f"param_groups must hold every trainable exactly once; it does not for {forgotten[0]}.")
+
+
+def build_optimizer(model: nn.Module, factory: OptimizerFactory | None) -> Optimizer:
+    """An optimizer over the trainables only.
+
+    Args:
+        model: a model with adapters.
+        factory: makes an optimizer from parameter groups; None takes the first method's own, else AdamW at 1e-3.
+
+    An optimizer with a method `bind_pairs(pairs)` receives the factor pairs of all trainable adapters.
+    """
+    specs = group_specs(model)
+    groups = []
+    for name, spec in specs.items():
+        group: dict[str, Any] = {
+            "params": list(spec.params),
+            "name": name,
+            "lr_ratio": spec.lr_ratio,
+            "clip": spec.clip,
+        }
+        if spec.weight_decay is not None:
+            group["weight_decay"] = spec.weight_decay
+        groups.append(group)
+    methods = [record.method for record in records(injected_root(model)).values()]
+    own = next((made for made in (method.optimizer() for method in methods) if made is not None), None)
+    optimizer = (factory or own or _adamw)(groups)
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"] * group["lr_ratio"]
+    if hasattr(optimizer, "bind_pairs"):
+        optimizer.bind_pairs(factor_pairs(model))
+    return optimizer
+
+
+def _adamw(groups: Any) -> Optimizer:
+    return AdamW(groups, lr=1e-3, weight_decay=0.0)
+
+
+def factor_pairs(model: nn.Module) -> tuple[FactorPair, ...]:
+    """Factor pairs of all trainable adapters, named by path."""
+    return tuple(
+        FactorPair(f"{path}.{pair.name}".rstrip("."), pair.lora_A, pair.lora_B, pair.scaling)
+        for path, adapter in trainable_adapters(model).items()
+        for pair in adapter.factor_pairs()
+    )

@@ -1,0 +1,56 @@
+"""The configuration parser of the command line: Lightning's, with our words and without its usage dump."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lora_lightning import plugins
+from lora_lightning.errors import PluginError
+from lora_lightning.messages import explain
+
+
+class Parser(LightningArgumentParser):
+    """Ends with one line `error: ...` and exit code 2; `JSONARGPARSE_DEBUG` brings the original text and traceback.
+
+    Classes are parsed by parsers of their own. Those do not exit; what they say is explained by the outermost, which
+    knows the keys around it.
+    """
+
+    def print_usage(self, file: Any = None) -> None:
+        """Nothing: usage is a page long and hides the error."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the explanation of `message` and exit with 2."""
+        if not self.exit_on_error or os.environ.get("JSONARGPARSE_DEBUG"):
+            super().error(message, ex)
+        sys.stderr.write(f"error: {explain(message, getattr(ex, 'subcommand_parser', None) or self)}\n")
+        self.exit(2)
+
+    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Namespace:  # type: ignore[override]
+        """Parse, and refuse classes of blocked plugins, which a full path would import."""
+        config = super().parse_args(args, *others, **options)
+        try:
+            for key, class_path in _class_paths(config.as_dict()):
+                plugins.registry().refuse_blocked(class_path, key)
+        except PluginError as error:
+            sys.stderr.write(f"error: {error}\n")
+            self.exit(2)
+        return config
+
+
+def _class_paths(node: object, key: str = "") -> Iterator[tuple[str, str]]:
+    """Keys and class paths in parsed settings."""
+    if isinstance(node, dict):
+        if isinstance(node.get("class_path"), str):
+            yield key, node["class_path"]
+        for name, value in node.items():
+            yield from _class_paths(value, ".".join(filter(None, (key, name))))
+    elif isinstance(node, list):
+        for value in node:
+            yield from _class_paths(value, key)

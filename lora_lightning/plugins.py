@@ -1,0 +1,250 @@
+"""Finding plugins, blocking them, and saying who provides what and why one failed.
+
+Imports neither torch nor Lightning; a plugin that does is merely slow.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import importlib.util
+import inspect
+import re
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pluggy
+
+from lora_lightning import __version__, hookspecs
+from lora_lightning.errors import DuplicateMethodError, PluginError, UnknownMethodError, did_you_mean
+from lora_lightning.methods import Method
+
+GROUP = "lora_lightning"
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Who provides a method."""
+
+    plugin: str
+    package: str
+    version: str
+
+
+@dataclass
+class Registry:
+    """Loaded plugins and what they provide."""
+
+    methods: dict[str, type[Method]] = field(default_factory=dict)
+    providers: dict[str, Provider] = field(default_factory=dict)
+    """Provider by method name."""
+    failed: dict[str, BaseException] = field(default_factory=dict)
+    """Cause by plugin name, for plugins that could not be loaded."""
+    blocked: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Method names by blocked plugin; empty where they are not known without importing it."""
+    modules: dict[str, str] = field(default_factory=dict)
+    """Import path by blocked plugin; nothing from it may be used."""
+
+    def method(self, name: str, where: str = "method") -> type[Method]:
+        """The method class called `name`.
+
+        Raises:
+            UnknownMethodError: none is; the message lists the nearest, the installed, and every failed plugin.
+        """
+        if name in self.methods:
+            return self.methods[name]
+        raise UnknownMethodError(f"{where}: {self.explain_unknown(name)}")
+
+    def explain_unknown(self, name: str) -> str:
+        """Why there is no method `name`, and what there is."""
+        installed = f"Installed: {', '.join(sorted(self.methods)) or 'none'}."
+        for plugin, names in self.blocked.items():
+            if name in names:
+                return f'method "{name}" comes from plugin {plugin}, which is blocked by -p no:{plugin}. {installed}'
+        text = f'no method "{name}".{did_you_mean(name, self.methods)} {installed}'
+        for plugin, names in self.blocked.items():
+            provides = f" ({', '.join(names)})" if names else ""
+            text += f" Plugin {plugin}{provides} is blocked by -p no:{plugin}."
+        for plugin, cause in self.failed.items():
+            text += f" Plugin {plugin} failed to load: {describe(cause)}."
+        return text
+
+    def refuse_blocked(self, class_path: str, where: str) -> None:
+        """Raise `PluginError` if the class `class_path` belongs to a blocked plugin, which a full path would reach."""
+        for plugin, module in self.modules.items():
+            if class_path.startswith(f"{module}."):
+                raise PluginError(
+                    f"{where}: {class_path} is part of plugin {plugin}, which is blocked by -p no:{plugin}."
+                )
+
+
+def describe(cause: BaseException) -> str:
+    """One line for an exception, its class included."""
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())}".rstrip(": ")
+
+
+def load(blocked: Collection[str] = ()) -> Registry:
+    """Load every installed plugin except those blocked, and make the result the current registry.
+
+    A plugin that fails is recorded with its cause and never ends the command line.
+
+    Raises:
+        DuplicateMethodError: two plugins provide one name.
+        PluginError: a blocked name that no installed plugin has.
+    """
+    global _current
+    manager = pluggy.PluginManager(hookspecs.NAMESPACE)
+    manager.add_hookspecs(hookspecs)
+    registry = Registry()
+    found = sorted(importlib.metadata.entry_points(group=GROUP), key=lambda entry: entry.name)
+    _check_names(blocked, {entry.name for entry in found})
+    for entry in found:
+        if entry.name in blocked:
+            registry.blocked[entry.name] = _announced(entry)
+            registry.modules[entry.name] = entry.module
+            continue
+        if manager.has_plugin(entry.name):
+            registry.failed[f"{entry.name} ({' '.join(_package(entry))})"] = PluginError(
+                "another plugin has that name already"
+            )
+            continue
+        try:
+            methods = _register(manager, entry)
+        except (Exception, SystemExit) as error:
+            if manager.has_plugin(entry.name):
+                manager.unregister(name=entry.name)
+            registry.failed[entry.name] = _explained(error)
+            continue
+        _add(registry, entry, methods)
+    _current = registry
+    return registry
+
+
+def _check_names(blocked: Collection[str], names: Collection[str]) -> None:
+    for name in blocked:
+        if name not in names:
+            raise PluginError(
+                f'-p no:{name}: no plugin "{name}".{did_you_mean(name, names)} '
+                f"Installed: {', '.join(sorted(names)) or 'none'}."
+            )
+
+
+def _register(manager: pluggy.PluginManager, entry: importlib.metadata.EntryPoint) -> list[type[Method]]:
+    """Import one plugin, register it, and return its methods; every way in which it can be wrong raises."""
+    module = entry.load()
+    manager.register(module, name=entry.name)
+    manager.check_pending()
+    if not manager.get_hookcallers(module):
+        raise PluginError("it contributes nothing: no function in it is marked with lora_lightning.hookimpl")
+    others = [plugin for name, plugin in manager.list_name_plugin() if name != entry.name]
+    answers = manager.subset_hook_caller("lora_lightning_methods", others)()
+    methods = []
+    for answer in answers:
+        if not isinstance(answer, Iterable):
+            raise TypeError(f"lora_lightning_methods returned {answer!r}, which is no list of Method classes")
+        methods += list(answer)
+    for method in methods:
+        _check_method(method)
+    twice = {method.__name__ for method in methods if [other.__name__ for other in methods].count(method.__name__) > 1}
+    if twice:
+        raise PluginError(f"it provides {', '.join(sorted(twice))} twice")
+    return methods
+
+
+def _check_method(method: object) -> None:
+    if not (isinstance(method, type) and issubclass(method, Method)):
+        raise TypeError(f"lora_lightning_methods returned {method!r}, which is no Method class")
+    if inspect.isabstract(method):
+        missing = ", ".join(sorted(method.__abstractmethods__))
+        raise TypeError(f"method {method.__name__} does not implement {missing}")
+    fields = [name for name, kind in vars(method).get("__annotations__", {}).items() if "ClassVar" not in str(kind)]
+    if fields and "__dataclass_fields__" not in vars(method):
+        raise TypeError(
+            f"method {method.__name__} has the field {fields[0]} but no @dataclass(frozen=True, kw_only=True)"
+        )
+
+
+def _announced(entry: importlib.metadata.EntryPoint) -> tuple[str, ...]:
+    """Names of the methods a plugin would provide, read in its source without importing it; empty where unclear."""
+    try:
+        tree = ast.parse(_source(entry.module).read_text(encoding="utf-8"))
+    except (ImportError, OSError, SyntaxError, ValueError):
+        return ()
+    original = {
+        alias.asname: alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == "lora_lightning_methods":
+            names = [name for statement in node.body for name in _returned(statement)]
+            return tuple(original.get(name, name) for name in names)
+    return ()
+
+
+def _source(module: str) -> Path:
+    """The file of a module; only looks for its root package, which imports nothing."""
+    root, *parts = module.split(".")
+    spec = importlib.util.find_spec(root)
+    if spec is None or spec.origin is None:
+        raise ImportError(module)
+    path = Path(spec.origin)
+    if parts:
+        path = path.parent.joinpath(*parts)
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return path
+
+
+def _returned(statement: ast.stmt) -> Iterator[str]:
+    """Class names in `return [First, module.Second]`."""
+    if isinstance(statement, ast.Return) and isinstance(statement.value, ast.List | ast.Tuple):
+        for element in statement.value.elts:
+            if isinstance(element, ast.Name):
+                yield element.id
+            elif isinstance(element, ast.Attribute):
+                yield element.attr
+
+
+def _add(registry: Registry, entry: importlib.metadata.EntryPoint, methods: list[type[Method]]) -> None:
+    package, version = _package(entry)
+    for method in methods:
+        name = method.__name__
+        if name in registry.methods:
+            first = registry.providers[name]
+            raise DuplicateMethodError(
+                f'two plugins provide a method "{name}": {first.plugin} ({first.package} {first.version}) and '
+                f"{entry.name} ({package} {version}). Block one with -p no:{entry.name}."
+            )
+        registry.methods[name] = method
+        registry.providers[name] = Provider(entry.name, package, version)
+
+
+def _package(entry: importlib.metadata.EntryPoint) -> tuple[str, str]:
+    """Name and version of the distribution that carries a plugin."""
+    return (entry.dist.name, entry.dist.version) if entry.dist else (entry.name, "unknown")
+
+
+def _explained(error: BaseException) -> BaseException:
+    """A hook of our namespace that this core does not know is most likely from a newer one."""
+    unknown = re.match(r"unknown hook '(\w+)'", str(error))
+    if isinstance(error, pluggy.PluginValidationError) and unknown:
+        known = [name for name in vars(hookspecs) if name.startswith(f"{hookspecs.NAMESPACE}_")]
+        explained = PluginError(
+            f'no hook "{unknown[1]}" here.{did_you_mean(unknown[1], known)} '
+            f"It needs a newer core than {__version__}, or the name is misspelt"
+        )
+        explained.__cause__ = error
+        return explained
+    return error
+
+
+_current: Registry | None = None
+
+
+def registry() -> Registry:
+    """The current registry; loads every plugin at the first call."""
+    return load() if _current is None else _current
+
+
+def method(name: str) -> type[Method]:
+    """The installed method class called `name`."""
+    return registry().method(name)

@@ -1,0 +1,59 @@
+"""Where pretrained weights lie: a local folder, a folder that an installed package carries, or the hub."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from lora_lightning.errors import ModelError, nearest
+
+PACKAGE = "pkg:"
+"""Prefix of `pkg:IMPORT_NAME/FOLDER`, weights that an installed package carries."""
+
+
+def resolve(name: str, field: str = "model.pretrained", needs: str | None = "config.json") -> str:
+    """The local folder that `name` means, or `name` itself where it is a hub id.
+
+    Args:
+        name: Path, hub id, or `pkg:IMPORT_NAME/FOLDER`; the package is found without importing it.
+        field: The setting that holds `name`, for messages.
+        needs: A file that the folder must hold.
+
+    Raises:
+        ModelError: a package that is not installed, a folder that does not exist or lacks the file `needs`.
+    """
+    if name.startswith(PACKAGE):
+        folder = _package_folder(name, field)
+    elif Path(name).expanduser().exists() or _looks_like_path(name):
+        folder = Path(name).expanduser()
+    else:
+        return name
+    if not folder.is_dir():
+        raise ModelError(f'{field} is "{name}"; no such folder.{_nearest_folder(folder)}')
+    if needs is not None and not (folder / needs).is_file():
+        below = sorted(f'"{name}/{path.parent.name}"' for path in folder.glob(f"*/{needs}"))
+        hint = f" Nearest: {', '.join(below)}." if below else ""
+        raise ModelError(f'{field} is "{name}"; the folder holds no {needs}.{hint}')
+    return str(folder)
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and Path(name).parent.is_dir())
+
+
+def _package_folder(name: str, field: str) -> Path:
+    package, _, folder = name.removeprefix(PACKAGE).partition("/")
+    spec = find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f'{field} is "{name}"; no package "{package}" is installed.'
+            ' The package of the demo model comes with: pip install "lora-lightning[demo]"'
+        )
+    return Path(next(iter(spec.submodule_search_locations)), folder)
+
+
+def _nearest_folder(missing: Path) -> str:
+    if not missing.parent.is_dir():
+        return f" There is no folder {missing.parent} either."
+    close = nearest(missing.name, (path.name for path in missing.parent.iterdir() if path.is_dir()))
+    return f" Nearest: {', '.join(close)} in {missing.parent}." if close else f" None in {missing.parent} is near."

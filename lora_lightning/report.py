@@ -1,0 +1,125 @@
+"""What a run shows: the table of what was adapted, the closing summary, and the picture of its curves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from lora_lightning.files import write_atomically
+from lora_lightning.injection import InjectionReport
+
+BYTES_PER_TRAINABLE = 16
+"""float32 value, gradient and two moments of Adam."""
+
+
+def injection_table(report: InjectionReport, kept_share: float | None, base_bytes: int) -> Group:
+    """What was adapted: layers by name and shape, and what trains.
+
+    Args:
+        report: what `inject` returned.
+        kept_share: share of the factors' entries that a sparsity schedule leaves, or None.
+        base_bytes: memory of the frozen weights.
+    """
+    table = Table(title=f"{type(report.method).__name__}: {len(report.layers)} layers adapted", title_justify="left")
+    for column in ("layer", "count", "kind", "inputs", "outputs"):
+        table.add_column(column, justify="left" if column in ("layer", "kind") else "right")
+    kinds = Counter((_name(path), *shape) for path, shape in report.layers.items())
+    for (name, kind, d_in, d_out), count in kinds.items():
+        table.add_row(name, str(count), kind, str(d_in), str(d_out))
+    share = report.trainable_parameters / max(1, report.total_parameters)
+    lines = [f"trainable   {report.trainable_parameters:,} of {report.total_parameters:,} parameters ({share:.2%})"]
+    if report.trained:
+        lines.append(f"in full     {', '.join(sorted({name.rpartition('.')[0] for name in report.trained}))}")
+    if kept_share is not None:
+        lines.append(f"kept        {kept_share:.1%} of the factors' entries at the end")
+    training = report.trainable_parameters * BYTES_PER_TRAINABLE
+    lines.append(
+        f"memory      {base_bytes / 1e6:.0f} MB weights + {training / 1e6:.0f} MB training state, activations on top"
+    )
+    lines += [f"left out    {path} ({reason})" for path, reason in report.skipped.items()]
+    lines += [f"tied        {path} shares its weight with {', '.join(to)}" for path, to in report.tied.items()]
+    lines += [f"note        {note}" for note in report.notes]
+    return Group(table, Text("\n".join(lines)))
+
+
+def _name(path: str) -> str:
+    """The last two names of a path, numbers left out."""
+    return ".".join([part for part in path.split(".") if not part.isdigit()][-2:])
+
+
+def summary_table(summary: Mapping[str, Any]) -> Group:
+    """The closing summary of `summary.json`, for people."""
+    metric = summary["metric"]
+    table = Table(title=f"validation {metric}", title_justify="left")
+    table.add_column("model")
+    table.add_column(metric, justify="right")
+    untrained = "untrained head" if summary["has_head"] else "before training"
+    table.add_row(untrained, _number(summary["untrained"].get(metric)))
+    if summary["linear_baseline"] is not None:
+        table.add_row("linear baseline, as many steps", _number(summary["linear_baseline"].get(metric)))
+    table.add_row(summary["method"], _number(summary["values"].get(metric)), style="bold")
+    lines = [
+        f"trained     {summary['trainable_parameters']:,} parameters; "
+        f"{summary['surviving_parameters']:,} adapter entries are not zero"
+    ]
+    facts = {key: value for key, value in summary["report"].items() if not isinstance(value, dict)}
+    if facts:
+        lines.append("facts       " + ", ".join(f"{key} {_number(value)}" for key, value in facts.items()))
+    moved = summary["moved"]
+    if moved:
+        least = min(moved, key=moved.__getitem__)
+        lines.append(f"moved       all {len(moved)} trained tensors, the least by {moved[least]:.2g} ({least})")
+    lines.append(f"time        {summary['seconds']:.0f} s")
+    lines.append(f"adapter     {summary['adapter_dir']}")
+    return Group(table, Text("\n".join(lines)))
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def draw(path: Path, history: Sequence[Mapping[str, float]], metric: str, levels: Mapping[str, float]) -> None:
+    """Write a picture of the loss, the metric and, where there is one, the sparsity over optimizer steps.
+
+    Args:
+        path: a PNG file.
+        history: one dictionary a point, each with `step`.
+        metric: the validation metric of the second panel.
+        levels: horizontal lines of the second panel by label, such as the linear baseline.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    panels: list[tuple[str, list[str]]] = [("loss", ["train_loss", "val_loss"])]
+    if metric != "loss":
+        panels.append((metric, [f"val_{metric}"]))
+    panels += [(name, [name]) for name in ("sparsity", "rank") if any(name in point for point in history)]
+    figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for index, (title, keys) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), index + 1)
+        for key in keys:
+            points = [(point["step"], point[key]) for point in history if key in point]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=key, marker="o" if key.startswith("val_") else None, ms=3)
+        if title == metric:
+            for level, (label, value) in enumerate(levels.items()):
+                axes.axhline(value, color="0.5", ls=("--", ":")[level % 2], lw=1, label=label)
+        axes.set(title=title, xlabel="optimizer step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25)
+        if len(axes.get_legend_handles_labels()[0]) > 1:
+            axes.legend(fontsize=8)
+    image = BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    write_atomically(path, lambda file: file.write(image.getvalue()))

@@ -1,0 +1,33 @@
+"""AtomicCheckpoints: trainer checkpoints that a kill or a full disk leaves whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from lora_lightning.errors import RunFolderError
+from lora_lightning.files import write_atomically
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Writes beside, flushes to the disk, replaces; for `Trainer(plugins=[...])`."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:  # noqa: ARG002
+        """Write `checkpoint` to `path`.
+
+        Raises:
+            RunFolderError: the folder cannot be written; the checkpoint that was there is intact.
+        """
+        try:
+            write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "write" not in str(error) and "unexpected pos" not in str(error):
+                raise
+            reason = getattr(error, "strerror", None) or error
+            raise RunFolderError(
+                f'cannot write the checkpoint "{path}": {reason}. The one that was there before is intact.'
+            ) from error

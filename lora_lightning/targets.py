@@ -1,0 +1,271 @@
+"""Which layers get an adapter: patterns to layers, with the reason for every layer that is left out.
+
+`targets` is "all-linear", a scope ("attention", "mlp", "experts"), a list of name suffixes, or one regular expression
+over whole paths. Heads, poolers and routers are never matched by accident: a pattern reaches them only by naming them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, cast
+
+from torch import nn
+
+from lora_lightning.adapters.layer import AdaptedLayer
+from lora_lightning.adapters.weights import BaseLayer, base_layer
+from lora_lightning.errors import TargetError, did_you_mean, nearest
+
+Targets = str | Sequence[str]
+SCOPES = ("attention", "mlp", "experts")
+_ROUTER_NAMES = ("router", "gate", "shared_expert_gate")
+
+
+@dataclass
+class Selection:
+    """What a set of patterns selects."""
+
+    layers: dict[str, BaseLayer] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Path of a layer that was left out, and why."""
+    tied: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Path of a selected layer, and the other places that use its weight."""
+
+
+def segments(path: str) -> list[str]:
+    """Names along a module path."""
+    return path.split(".")
+
+
+def within(pattern: str, path: str) -> bool:
+    """Whether `pattern` is a run of whole names inside `path`, or a regular expression for all of it."""
+    return f".{pattern}." in f".{path}." or _fullmatch(pattern, path, "pattern")
+
+
+def _fullmatch(pattern: str, path: str, where: str) -> bool:
+    try:
+        return re.fullmatch(pattern, path) is not None
+    except re.error as error:
+        raise TargetError(
+            f'{where}: "{pattern}" is neither a part of a name nor a regular expression: {error}.'
+        ) from error
+
+
+def pretrained_models(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Hugging Face models inside `model`, outermost only, by path ("" is `model` itself)."""
+    found: list[tuple[str, nn.Module]] = []
+    for path, module in model.named_modules():
+        if hasattr(module, "base_model_prefix") and not any(path.startswith(f"{p}." if p else "") for p, _ in found):
+            found.append((path, module))
+    return found
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def head_prefixes(model: nn.Module) -> list[str]:
+    """Paths of task heads: what lies outside the backbone of a Hugging Face model, and its poolers.
+
+    A language model's output layer is pretrained, so a language model has no head in this sense.
+    """
+    prefixes = []
+    for path, hf_model in pretrained_models(model):
+        backbone = cast(str, hf_model.base_model_prefix)
+        if not hasattr(hf_model, backbone) or _output_embeddings(hf_model) is not None:
+            continue
+        outside = [_join(path, name) for name, _ in hf_model.named_children() if name != backbone]
+        outside = [name for name in outside if any(True for _ in model.get_submodule(name).parameters())]
+        poolers = [_join(path, name) for name, _ in hf_model.named_modules() if segments(name)[-1] == "pooler"]
+        prefixes += outside + (poolers if outside else [])
+    return prefixes
+
+
+def _output_embeddings(hf_model: nn.Module) -> nn.Module | None:
+    getter = getattr(hf_model, "get_output_embeddings", None)
+    return cast("nn.Module | None", getter() if getter else None)
+
+
+def _protected(model: nn.Module) -> dict[str, str]:
+    """Paths that a pattern must name to reach, with what they are."""
+    protected = {}
+    for path, hf_model in pretrained_models(model):
+        backbone = cast(str, hf_model.base_model_prefix)
+        if hasattr(hf_model, backbone):
+            protected |= {_join(path, name): "head" for name, _ in hf_model.named_children() if name != backbone}
+        output = _output_embeddings(hf_model)
+        protected |= {_join(path, name): "head" for name, module in hf_model.named_modules() if module is output}
+    for path, module in model.named_modules():
+        name = segments(path)[-1]
+        parent = model.get_submodule(path.rpartition(".")[0])
+        if name == "pooler":
+            protected[path] = "pooler"
+        elif name == "router" or (name in _ROUTER_NAMES and hasattr(parent, "experts")):
+            protected[path] = "router"
+    return protected
+
+
+def fused_experts(model: nn.Module) -> list[str]:
+    """Paths of 3-D expert parameters, which hold one matrix an expert and are no layers."""
+    return [
+        _join(path, name)
+        for path, module in model.named_modules()
+        if "expert" in f"{path} {type(module).__name__}".lower() and not isinstance(module, AdaptedLayer)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and base_layer(module) is None
+    ]
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, BaseLayer | None]]:
+    """Every layer that could take an adapter; for adapted ones the accessor that is there."""
+    inside: str | None = None
+    for path, module in model.named_modules():
+        if inside is not None and path.startswith(inside):
+            continue
+        if isinstance(module, AdaptedLayer):
+            inside = f"{path}."
+            yield path, module.base, module.accessor
+        elif path and not isinstance(module, nn.ModuleList):
+            yield path, module, base_layer(module)
+
+
+def _scope(path: str, numbered: bool) -> str | None:
+    parts = [part.lower() for part in segments(path)]
+    if "experts" in parts:
+        return "experts"
+    if any("attn" in part or "attention" in part for part in parts):
+        return "attention"
+    return "mlp" if numbered else None
+
+
+def select(model: nn.Module, targets: Targets = "all-linear", exclude: Sequence[str] = ()) -> Selection:
+    """Layers of `model` that `targets` names and `exclude` does not.
+
+    Raises:
+        TargetError: a pattern that matches nothing (with the nearest names), a fused expert tensor that would be
+            skipped, a layer kind that takes no adapter, or two layers that share one weight.
+    """
+    layers = {path: (module, base) for path, module, base in _layers(model)}
+    adaptable = {path: base for path, (_, base) in layers.items() if base is not None}
+    protected = _protected(model)
+    selection = Selection()
+    wanted = _wanted(model, targets, layers, adaptable)
+    for pattern in exclude:
+        if not any(within(pattern, path) for path in [*adaptable, *fused_experts(model)]):
+            raise TargetError(_no_match("exclude", pattern, adaptable, model))
+    for path, named_by in wanted.items():
+        shield = next((p for p in protected if path == p or path.startswith(f"{p}.")), None)
+        if any(within(pattern, path) for pattern in exclude):
+            selection.skipped[path] = "excluded"
+        elif shield is not None and segments(shield)[-1] not in named_by:
+            selection.skipped[path] = protected[shield]
+        else:
+            selection.layers[path] = adaptable[path]
+    _refuse_fused(model, targets, exclude)
+    if not selection.layers:
+        raise TargetError(_no_match("targets", targets, adaptable, model))
+    _find_ties(model, selection)
+    return selection
+
+
+def _wanted(
+    model: nn.Module,
+    targets: Targets,
+    layers: dict[str, tuple[nn.Module, BaseLayer | None]],
+    adaptable: dict[str, BaseLayer],
+) -> dict[str, str]:
+    """Matched paths, each with the pattern that named it ("" for keywords)."""
+    if targets == "all-linear":
+        return {path: "" for path, base in adaptable.items() if base.kind == "linear"}
+    if isinstance(targets, str) and targets in SCOPES:
+        repeated = [f"{path}." for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+        return {
+            path: ""
+            for path, base in adaptable.items()
+            if base.kind == "linear" and _scope(path, any(path.startswith(p) for p in repeated)) == targets
+        }
+    if isinstance(targets, str):
+        if re.fullmatch(r"[\w-]+", targets):
+            hint = did_you_mean(targets, ["all-linear", *SCOPES]) or f' For a name suffix write ["{targets}"].'
+            raise TargetError(f'targets="{targets}" is neither "all-linear" nor a scope ({", ".join(SCOPES)}).{hint}')
+        return {path: targets for path in adaptable if _fullmatch(targets, path, "targets")}
+    wanted: dict[str, str] = {}
+    for pattern in targets:
+        hits = [path for path in layers if path == pattern or path.endswith(f".{pattern}")]
+        other = [path for path in hits if path not in adaptable and _holds_weights(layers[path][0])]
+        experts = any(pattern == path or path.endswith(f".{pattern}") for path in fused_experts(model))
+        if other:
+            kinds = ", ".join(sorted({type(layers[path][0]).__name__ for path in other}))
+            raise TargetError(
+                f'targets: "{pattern}" names {other[0]} ({kinds}), a kind of module that takes no adapter.'
+            )
+        if not hits and not experts:
+            raise TargetError(_no_match("targets", [pattern], adaptable, model))
+        wanted |= dict.fromkeys(hits, pattern)
+    return {path: pattern for path, pattern in wanted.items() if path in adaptable}
+
+
+def _holds_weights(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False))
+
+
+def _no_match(where: str, pattern: Targets, adaptable: dict[str, BaseLayer], model: nn.Module) -> str:
+    shown = f'["{pattern[0]}"]' if isinstance(pattern, list) and len(pattern) == 1 else f"{pattern!r}"
+    names = Counter(segments(path)[-1] for path in adaptable)
+    word = segments(pattern if isinstance(pattern, str) else pattern[0])[-1]
+    close = nearest(word, names) or [name for name, _ in names.most_common(5)]
+    listed = ", ".join(f'"{name}" ({names[name]} layers)' for name in close) or "none"
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    return f"{where}={shown} matched none of the {len(adaptable)} adaptable layers of {kind}. Nearest: {listed}."
+
+
+def _refuse_fused(model: nn.Module, targets: Targets, exclude: Sequence[str]) -> None:
+    """Expert tensors that the targets mean, but a walk over layers would miss."""
+    fused = [path for path in fused_experts(model) if not any(within(pattern, path) for pattern in exclude)]
+    if isinstance(targets, str):
+        meant = fused if targets in ("all-linear", "mlp", "experts") else [p for p in fused if re.fullmatch(targets, p)]
+    else:
+        meant = [path for path in fused if any(f".{path}".endswith(f".{pattern}") for pattern in targets)]
+    if meant:
+        raise TargetError(
+            f"targets={targets!r} means {len(meant)} fused expert tensors, such as {meant[0]}, which hold all experts in "
+            'one 3-D parameter and cannot be adapted yet. To leave them frozen, say so: exclude=["experts"].'
+        )
+
+
+def _find_ties(model: nn.Module, selection: Selection) -> None:
+    users: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(name.removesuffix(".weight").removesuffix(".base"))
+    for path, base in selection.layers.items():
+        others = tuple(name for name in users.get(id(base.stored), []) if name != path)
+        both = [name for name in others if name in selection.layers]
+        if both:
+            raise TargetError(f"{path} and {both[0]} share one weight; adapt one of them and exclude the other.")
+        if others:
+            selection.tied[path] = others
+
+
+Heads = Literal["heads"] | Sequence[str]
+
+
+def trained_parameters(model: nn.Module, also_train: Heads) -> list[str]:
+    """Names of base parameters that train in full beside the adapters.
+
+    Raises:
+        TargetError: a pattern that matches no parameter.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    if also_train == "heads":
+        prefixes = tuple(f"{prefix}." for prefix in head_prefixes(model))
+        return [name for name in names if name.startswith(prefixes)]
+    found: dict[str, None] = {}
+    for pattern in also_train:
+        hits = [name for name in names if within(pattern, name)]
+        if not hits:
+            close = nearest(pattern, {segments(name)[-2] for name in names if "." in name} | set(names))
+            raise TargetError(f'also_train: "{pattern}" matches no parameter. Nearest: {", ".join(close) or "none"}.')
+        found |= dict.fromkeys(hits)
+    return list(found)

@@ -1,0 +1,88 @@
+"""Task: what turns a model's outputs and a batch into a loss, metrics and predictions."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric, MetricCollection
+
+Batch = Mapping[str, Tensor]
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "pixel_values")
+
+
+@dataclass(frozen=True)
+class PredictContext:
+    """What predictions need beside the logits."""
+
+    label_names: Sequence[str] = ()
+    tokenizer: Any = None
+    max_new_tokens: int = 64
+
+
+class Loss(NamedTuple):
+    """A loss as a sum and what it is summed over, so that unequal batches average right."""
+
+    total: Tensor
+    count: Tensor
+
+
+class Task(ABC):
+    """One kind of problem.
+
+    Class facts:
+        name: what YAML calls it.
+        auto_class: class of transformers that loads the model.
+        metric: the metric of the summary.
+        higher_is_better: its direction.
+        has_head: whether a head is trained from scratch, so that a linear baseline makes sense.
+        per_token: whether the loss is averaged over tokens, across an accumulation window and all processes.
+    """
+
+    name: ClassVar[str]
+    auto_class: ClassVar[str]
+    metric: ClassVar[str]
+    higher_is_better: ClassVar[bool]
+    has_head: ClassVar[bool] = True
+    per_token: ClassVar[bool] = False
+
+    def model_options(self, num_labels: int | None) -> dict[str, Any]:
+        """Extra arguments of `from_pretrained`."""
+        return {} if num_labels is None else {"num_labels": num_labels}
+
+    def logits(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+        """The model's logits for a batch."""
+        logits: Tensor = model(**{key: batch[key] for key in MODEL_INPUTS if key in batch}).logits
+        return logits
+
+    @abstractmethod
+    def loss(self, logits: Tensor, batch: Batch) -> Loss:
+        """Summed loss of a batch."""
+
+    @abstractmethod
+    def metrics(self, num_labels: int) -> dict[str, Metric]:
+        """Fresh metrics by name; `loss` is always measured as well."""
+
+    @abstractmethod
+    def update(self, metrics: Mapping[str, Metric], logits: Tensor, batch: Batch) -> None:
+        """Add a batch to the metrics."""
+
+    @abstractmethod
+    def predict(self, model: Any, batch: Batch, context: PredictContext) -> list[dict[str, Any]]:
+        """One plain dictionary an example."""
+
+
+def meters(task: Task, model: nn.Module) -> MetricCollection:
+    """Fresh metrics for a model: `loss` and the task's own."""
+    labels = getattr(getattr(model, "config", None), "num_labels", 1)
+    return MetricCollection({"loss": MeanMetric(), **task.metrics(labels)}, compute_groups=False)
+
+
+def measure(task: Task, collection: MetricCollection, logits: Tensor, batch: Batch) -> None:
+    """Add a batch to metrics made by `meters`."""
+    loss = task.loss(logits, batch)
+    collection["loss"].update(loss.total / loss.count.clamp_min(1), weight=loss.count)
+    task.update({name: metric for name, metric in collection.items() if name != "loss"}, logits, batch)
