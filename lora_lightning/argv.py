@@ -21,7 +21,6 @@ from pathlib import Path
 from lora_lightning.errors import LoraLightningError, PluginError, RunFolderError, SettingsError, did_you_mean, nearest
 
 TRAINING_VERBS = ("fit", "validate", "test", "predict")
-_FLAGS = {"-p": "-p", "--config": "--config", "-c": "--config", "--run": "--run", "--resume": "--resume", "--output": "--output"}
 _USAGE = {
     "-p": "-p no:NAME, the name of a plugin not to load",
     "--config": "--config NAME or --config PATH",
@@ -29,6 +28,7 @@ _USAGE = {
     "--resume": "--resume DIR, the folder of a run",
     "--output": "--output FILE, ending in .csv or .jsonl",
 }
+_FLAGS = {"-c": "--config"} | {flag: flag for flag in _USAGE}
 _PACKAGE = Path(__file__).parent
 
 
@@ -70,12 +70,10 @@ def read(argv: Sequence[str]) -> Line:
     blocked = tuple(_plugin(value) for flag, value in words if flag == "-p")
     folders = [(flag, value) for flag, value in words if flag in ("--run", "--resume")]
     words = [(flag, find_config(value)) if flag == "--config" else (flag, value) for flag, value in words]
-    outputs = [value for flag, value in words if flag == "--output"]
-    if outputs and verb != "predict":
-        raise SettingsError(f"--output {outputs[-1]}: only predict takes --output.")
-    output = outputs[-1] if outputs else "predictions.csv"
     configs = [value for flag, value in words if flag == "--config"]
-    rest = [word for flag, value in words for word in _for_parser(flag, value)]
+    outputs = [value for flag, value in words if flag == "--output" and verb == "predict"]
+    output = outputs[-1] if outputs else "predictions.csv"
+    rest = [word for flag, value in words for word in _for_parser(flag, value, verb)]
     if not folders:
         stem = Path(configs[0]).stem if configs and _is_path(configs[0]) else "run"
         return Line((*lead, *rest), verb, blocked=blocked, configs=tuple(configs), output=output, stem=stem)
@@ -128,8 +126,10 @@ def _take_verb(words: list[tuple[str, str]]) -> str | None:
     return None
 
 
-def _for_parser(flag: str, value: str) -> Sequence[str]:
-    return (flag, value) if flag == "--config" else () if flag else (value,)
+def _for_parser(flag: str, value: str, verb: str | None) -> Sequence[str]:
+    if flag == "--config" or (flag == "--output" and verb != "predict"):
+        return (flag, value)
+    return () if flag else (value,)
 
 
 def _is_path(value: str) -> bool:
@@ -151,11 +151,11 @@ def find_config(value: str) -> str:
             return str(carried)
     asked = Path(value)
     if (asked / "config.yaml").is_file():
-        raise SettingsError(f"--config {value}: this is a run folder; give {asked / 'config.yaml'}, --run or --resume.")
+        raise SettingsError(f'config "{value}" is a run folder; give {asked / "config.yaml"}, --run or --resume.')
     names = config_names()
     beside = [str(path) for path in asked.parent.glob("*") if path.suffix in (".yaml", ".yml", ".json")]
     raise SettingsError(
-        f"--config {value}: no file and no config of that name.{did_you_mean(value, [*beside, *names])} "
+        f'config "{value}": no file and no config of that name.{did_you_mean(value, [*beside, *names])} '
         f"Configs: {', '.join(names) or 'none'}."
     )
 

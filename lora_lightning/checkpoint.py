@@ -3,7 +3,8 @@
     adapter.safetensors    tensors of adapters and fully trained heads; description in its metadata; the commit point
     adapter.json           the description again, for people
 
-Tensor names are those of the model: `<path>.adapters.<name>.<tensor>`, heads under their own names.
+Tensor names are those of the model: `<path>.adapters.<name>.<tensor>`, heads under their own names, without what
+torch.compile, FSDP1 or activation checkpointing put into a path.
 """
 
 from __future__ import annotations
@@ -11,39 +12,44 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import lora_lightning
 from lora_lightning.adapters.layer import AdaptedLayer, check_name
 from lora_lightning.adapters.weights import BaseLayer, base_layer
-from lora_lightning.errors import AdapterFileError, AdapterStateError, did_you_mean, nearest
-from lora_lightning.files import write_atomically, write_json
+from lora_lightning.errors import AdapterFileError, AdapterStateError, SettingsError, did_you_mean, nearest
+from lora_lightning.files import as_json, write_together
 from lora_lightning.injection import (
     AdapterRecord,
     adapters_named,
     build,
+    check_ready,
     injected_root,
     iter_adapters,
     place,
     records,
+    set_active,
 )
-from lora_lightning.methods import replace
+from lora_lightning.methods import Method, replace
 from lora_lightning.plugins import registry
 
 FILE = "adapter.safetensors"
 DESCRIPTION = "adapter.json"
 SCHEMA = 1
 _SAMPLE = 64
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_forward_module.", "module.")
+_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,11 @@ class Stored:
     tensors: dict[str, Tensor]
 
 
+def plain(path: str) -> str:
+    """A module path or tensor name without the wrappers that torch.compile, FSDP1 or checkpointing put into it."""
+    return _WRAPPERS.sub("", path).rstrip(".")
+
+
 def adapter_keys(model: nn.Module, name: str | None = None) -> list[str]:
     """State-dict keys that belong to adapters: all tensors below them, and heads that train in full.
 
@@ -73,14 +84,19 @@ def adapter_keys(model: nn.Module, name: str | None = None) -> list[str]:
     root = injected_root(model)
     prefix = next(path for path, module in model.named_modules() if module is root)
     names = list(records(root)) if name is None else [name]
-    inside = tuple(f".adapters.{adapter}." for adapter in names)
+    inside = tuple(f"{path}.adapters.{adapter}." for path, _ in iter_adapters(root) for adapter in names)
     heads = {parameter for adapter in names for parameter in records(root)[adapter].trained}
     owners = {parameter.rpartition(".")[0] for parameter in heads}
     buffers = {f"{owner}.{buffer}" for owner in owners for buffer, _ in root.get_submodule(owner).named_buffers()}
-    keys = [
-        key for key in root.state_dict() if any(part in f".{key}" for part in inside) or key in heads or key in buffers
-    ]
+    own = _starting_with(inside, root.state_dict()) | heads | buffers
+    keys = [key for key in root.state_dict() if key in own]
     return [f"{prefix}.{key}" if prefix else key for key in keys]
+
+
+def _starting_with(prefixes: Iterable[str], keys: Iterable[str]) -> set[str]:
+    """Keys under one of `prefixes`, each of which ends with a dot; in time linear in both."""
+    wanted = set(prefixes)
+    return {key for key in keys if any(key[: match.end()] in wanted for match in re.finditer(r"\.", key))}
 
 
 def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> dict[str, Any]:
@@ -92,42 +108,60 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> dict[str, Any]
     Args:
         model: a plain module, or one with adapters (which do not count, even when merged).
         without: parameters that do not count, such as heads that train in full.
+
+    Raises:
+        AdapterStateError: a layer was merged with `keep_original=False`.
     """
-    originals = {f"{path}.weight": layer.original_weight() for path, layer in iter_adapters(model)}
-    skip = set(without)
+    skip = {plain(name) for name in without}
     names, sample, sampled = hashlib.sha256(), hashlib.sha256(), True
-    for key, parameter in sorted(_base_parameters(model)):
+    for key, parameter in sorted(_base_parameters(model).items()):
         if key in skip:
             continue
         names.update(f"{key}:{tuple(parameter.shape)};".encode())
-        values = originals.get(key, parameter).detach().reshape(-1)
+        values = _whole(parameter).reshape(-1)
         if not values.is_floating_point():
             sampled = False
             continue
-        where = torch.linspace(0, values.numel() - 1, min(_SAMPLE, values.numel())).round().long()
-        sample.update(values[where.to(values.device)].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+        n = min(_SAMPLE, values.numel())
+        where = torch.arange(n, device=values.device) * (values.numel() - 1) // max(n - 1, 1)
+        sample.update(values[where].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return {
-        "architecture": type(model).__name__,
+        "architecture": type(_unwrap(model)).__name__,
         "names": names.hexdigest(),
         "weights": sample.hexdigest() if sampled else None,
     }
 
 
-def _base_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Base parameters under the names they have without adapters."""
-    layers = [f"{path}." for path, _ in iter_adapters(model)]
-    found = []
-    for name, parameter in model.named_parameters():
-        inside = next((layer for layer in layers if name.startswith(layer)), None)
-        if inside is None:
-            found.append((name, cast(Tensor, parameter)))
-        elif name.startswith(f"{inside}base."):
-            found.append((inside + name.removeprefix(f"{inside}base."), cast(Tensor, parameter)))
+def _base_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Base parameters with the values and under the names they have without adapters."""
+    listed = dict(model.named_parameters())  # tied ones under their first name only
+    layers = dict(iter_adapters(model))
+    inside = _starting_with((f"{path}." for path in layers), listed)
+    found: dict[str, Tensor] = {plain(name): listed[name] for name in listed if name not in inside}
+    for path, layer in layers.items():
+        originals = layer.originals()
+        for name, parameter in layer.base.named_parameters():
+            made_by_merge = name == "bias" and name not in originals
+            if f"{path}.base.{name}" in listed and not made_by_merge:
+                found[f"{plain(path)}.{name}"] = originals.get(name, parameter)
     return found
 
 
+def _whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, detached; for a sharded one every process has to take part."""
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The module that torch.compile wraps, or the module itself."""
+    inner = model._modules.get("_orig_mod")
+    return model if inner is None else inner
+
+
 def save_adapter(model: nn.Module, directory: str | Path, name: str = "default") -> Path:
-    """Write one adapter as a folder, atomically, and read it back.
+    """Write one adapter as a folder, atomically, after a check that it reads back as it is.
+
+    Of a sharded model every process calls this, and the first one writes.
 
     Args:
         model: a model with adapters.
@@ -138,7 +172,7 @@ def save_adapter(model: nn.Module, directory: str | Path, name: str = "default")
         The folder.
 
     Raises:
-        AdapterStateError: there is no such adapter.
+        AdapterStateError: there is no such adapter, or it was merged with `keep_original=False`.
         AdapterFileError: the folder cannot be written; what was there is intact.
     """
     root = injected_root(model)
@@ -146,28 +180,46 @@ def save_adapter(model: nn.Module, directory: str | Path, name: str = "default")
         raise AdapterStateError(
             f'no adapter "{name}".{did_you_mean(name, records(root))} Installed: {", ".join(records(root))}.'
         )
-    record = records(root)[name]
     state = root.state_dict()
-    tensors = {key: state[key].detach().to("cpu", copy=True).contiguous() for key in adapter_keys(root, name)}
-    description = describe(root, name, record)
+    tensors = {plain(key): _whole(state[key]).to("cpu", copy=True).contiguous() for key in adapter_keys(root, name)}
+    description = describe(root, name, records(root)[name])
     folder = Path(directory)
+    if any(isinstance(tensor, DTensor) for tensor in state.values()) and torch.distributed.get_rank() > 0:
+        return folder
+    content = to_bytes(tensors, {"format": "lora_lightning", "adapter": json.dumps(description)})
+    _check_readable(content, tensors)
+
+    def write_tensors(file: BinaryIO) -> None:
+        file.write(content)
+
+    def write_description(file: BinaryIO) -> None:
+        file.write(as_json(description))
+
     try:
-        metadata = {"format": "lora_lightning", "adapter": json.dumps(description)}
-        write_atomically(folder / FILE, lambda file: file.write(to_bytes(tensors, metadata)))
-        write_json(folder / DESCRIPTION, description)
+        write_together({folder / FILE: write_tensors, folder / DESCRIPTION: write_description})
     except OSError as error:
         raise AdapterFileError(
             f'cannot write the adapter to "{folder}": {error.strerror or error}. What was there before is intact.'
         ) from error
-    _check_written(folder, tensors)
     return folder
+
+
+def _check_readable(content: bytes, tensors: Mapping[str, Tensor]) -> None:
+    written = from_bytes(content)
+    for key, tensor in tensors.items():
+        if key not in written or not torch.equal(_bits(written[key]), _bits(tensor)):
+            raise AdapterFileError(f"the adapter does not read back as it is ({key}); nothing was written.")
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def describe(root: nn.Module, name: str, record: AdapterRecord) -> dict[str, Any]:
     """The description of an adapter as plain data."""
     common = dataclasses.asdict(record.method)
     layers = {
-        path: {key: value for key, value in dataclasses.asdict(method).items() if value != common[key]}
+        plain(path): {key: value for key, value in dataclasses.asdict(method).items() if value != common[key]}
         for path, method in record.layers.items()
     }
     provider = registry().providers.get(type(record.method).__name__)
@@ -181,19 +233,12 @@ def describe(root: nn.Module, name: str, record: AdapterRecord) -> dict[str, Any
         "method": type(record.method).__name__,
         "settings": common,
         "layers": layers,
-        "trained": list(record.trained),
+        "trained": [plain(parameter) for parameter in record.trained],
         "seed": record.seed,
         "base": getattr(getattr(root, "config", None), "_name_or_path", None) or None,
         "fingerprint": fingerprint(root, record.trained),
         "versions": versions,
     }
-
-
-def _check_written(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    written = read_folder(folder).tensors
-    for key, tensor in tensors.items():
-        if key not in written or not torch.equal(written[key].nan_to_num(), tensor.nan_to_num()):
-            raise AdapterFileError(f'"{folder / FILE}" does not read back as it was written ({key}).')
 
 
 def read_folder(directory: str | Path) -> Stored:
@@ -213,18 +258,17 @@ def read_folder(directory: str | Path) -> Stored:
                 raise AdapterFileError(f'"{path}" was not written by this library: its metadata lacks the format.')
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         content = json.loads(metadata["adapter"])
-    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
-        raise AdapterFileError(f'"{path}" is truncated or damaged: {error}. Save the adapter again.') from error
-    if content["schema_version"] > SCHEMA:
+        newer = content["schema_version"] > SCHEMA
+        fields = {field.name for field in dataclasses.fields(Stored)} - {"tensors", "trained"}
+        given = {} if newer else {key: content[key] for key in fields} | {"trained": tuple(content["trained"])}
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise AdapterFileError(f'"{path}" is truncated or damaged: {reason}. Save the adapter again.') from error
+    if newer:
         raise AdapterFileError(
             f'"{path}" has schema version {content["schema_version"]}; this library reads up to {SCHEMA}. Update it.'
         )
-    known = {field.name for field in dataclasses.fields(Stored)} - {"tensors", "trained"}
-    return Stored(
-        **{key: value for key, value in content.items() if key in known},
-        trained=tuple(content["trained"]),
-        tensors={_unwrapped(key): tensor for key, tensor in tensors.items()},
-    )
+    return Stored(**given, tensors=tensors)
 
 
 def _missing(folder: Path) -> str:
@@ -238,17 +282,12 @@ def _missing(folder: Path) -> str:
     return f'"{folder}" holds no {FILE}.{hint}'
 
 
-def _unwrapped(key: str) -> str:
-    for wrapper in _WRAPPERS[:-1]:
-        key = key.replace(wrapper, "")
-    return key
-
-
 def load_adapter(model: nn.Module, directory: str | Path, name: str = "default") -> Path:
-    """Read an adapter folder into a model, all or nothing; the adapter becomes the active one and stays frozen.
+    """Read an adapter folder into a model, all or nothing; the adapter becomes the only active one.
 
-    Onto a bare model the adapters are built from the file; onto an existing adapter of that name its tensors are
-    replaced. To train it on, call `set_trainable`.
+    Onto a model without an adapter of that name the adapters are built from the file, and stay frozen like everything
+    that does not train already; `set_trainable` trains them on. Onto an adapter of that name, which must have the same
+    settings, its tensors are replaced, and what trains is not changed.
 
     Args:
         model: the base model the adapter was trained on (heads of its task included).
@@ -259,42 +298,75 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default")
         The folder.
 
     Raises:
-        AdapterFileError: missing or damaged folder; another base model; keys or shapes that differ.
+        AdapterFileError: missing or damaged folder; another base model; settings, keys or shapes that differ.
+        AdapterStateError: the model is merged or sharded.
         UnknownMethodError: the plugin that provides the method is not installed.
     """
     check_name(name)
     stored = read_folder(directory)
     method_class = registry().method(stored.method, where=f'"{directory}"')
-    method = replace(method_class(), f'"{directory}"', stored.settings)
-    settings = {path: replace(method, f'"{directory}"', own) for path, own in stored.layers.items()}
     root = _root_for(model)
-    _check_fingerprint(root, stored, directory)
     present = name in records(root)
+    _check_fingerprint(root, stored, directory)
     _check_heads(root, stored, name, directory)
     accessors = _accessors(root, stored, directory)
+    record = _record(method_class, root, stored, directory)
     if present:
+        _check_same(records(root)[name], record, name, directory)
         adapters = adapters_named(root, name)
-        if set(adapters) != set(settings):
-            raise AdapterFileError(f'"{directory}" adapts other layers than adapter "{name}" of the model.')
     else:
-        adapters = {path: build(settings[path], path, base, stored.seed) for path, base in accessors.items()}
-    sources = _match(root, stored, adapters, name, directory)
-    if not present:
-        record = AdapterRecord(method, settings, stored.trained, stored.seed)
+        check_ready(root, name)
+        adapters = {path: build(record.layers[path], path, base, stored.seed) for path, base in accessors.items()}
+    sources = _match(root, stored, adapters, directory)
+    if present:
+        set_active(root, [name])
+    else:
         place(root, name, adapters, record, accessors, trainable=False)
     with torch.no_grad():
         for target, value in sources:
             target.copy_(value)
-    for path in adapters:
-        cast(AdaptedLayer, root.get_submodule(path)).active = (name,)
     return Path(directory)
+
+
+def _record(method_class: type[Method], root: nn.Module, stored: Stored, directory: str | Path) -> AdapterRecord:
+    """The record as `inject` would have made it, paths as they are in this model."""
+    paths = {plain(path): path for path, _ in root.named_modules()}
+    parameters = {plain(name): name for name, _ in root.named_parameters()}
+    try:
+        method = replace(method_class(), "settings", stored.settings)
+        layers = {paths[path]: replace(method, f"layers[{path}]", own) for path, own in stored.layers.items()}
+    except SettingsError as error:
+        raise AdapterFileError(f'"{directory}": {error}') from error
+    return AdapterRecord(method, layers, tuple(parameters.get(name, name) for name in stored.trained), stored.seed)
+
+
+def _check_same(own: AdapterRecord, theirs: AdapterRecord, name: str, directory: str | Path) -> None:
+    """An adapter that is there takes tensors only from one of its own kind: equal shapes say too little."""
+    hint = "load it under another name, or eject first"
+    where = f'"{directory}"'
+    if own.layers.keys() != theirs.layers.keys():
+        path = min(own.layers.keys() ^ theirs.layers.keys())
+        raise AdapterFileError(f'{where} adapts other layers than adapter "{name}", such as {path}; {hint}.')
+    for path, method in theirs.layers.items():
+        if type(method) is not type(own.layers[path]):
+            kinds = f"{type(method).__name__}; adapter {name!r} is {type(own.layers[path]).__name__}"
+            raise AdapterFileError(f"{where} holds {kinds}; {hint}.")
+        have, want = dataclasses.asdict(own.layers[path]), dataclasses.asdict(method)
+        for field in want:
+            if have[field] != want[field]:
+                raise AdapterFileError(
+                    f'{where} has {field}={want[field]!r} on {path}; adapter "{name}" has {have[field]!r}; {hint}.'
+                )
+    if set(own.trained) != set(theirs.trained):
+        parameter = min(set(own.trained) ^ set(theirs.trained))
+        raise AdapterFileError(f'{where} trains other heads than adapter "{name}", such as {parameter}; {hint}.')
 
 
 def _root_for(model: nn.Module) -> nn.Module:
     try:
         return injected_root(model)
     except AdapterStateError:
-        return model
+        return _unwrap(model)
 
 
 def _check_fingerprint(root: nn.Module, stored: Stored, directory: str | Path) -> None:
@@ -318,7 +390,7 @@ def _check_fingerprint(root: nn.Module, stored: Stored, directory: str | Path) -
 
 def _check_heads(root: nn.Module, stored: Stored, name: str, directory: str | Path) -> None:
     for other, record in records(root).items():
-        shared = set(record.trained) & set(stored.trained)
+        shared = {plain(parameter) for parameter in record.trained} & set(stored.trained)
         if other != name and shared:
             raise AdapterFileError(
                 f'"{directory}" carries the head {sorted(shared)[0]}, which adapter "{other}" of the model has trained '
@@ -327,40 +399,39 @@ def _check_heads(root: nn.Module, stored: Stored, name: str, directory: str | Pa
 
 
 def _accessors(root: nn.Module, stored: Stored, directory: str | Path) -> dict[str, BaseLayer]:
-    modules = dict(root.named_modules())
+    modules = {plain(path): (path, module) for path, module in root.named_modules()}
     accessors = {}
     for path in stored.layers:
-        module = modules.get(path)
+        own_path, module = modules.get(path, (path, None))
         accessor = module.accessor if isinstance(module, AdaptedLayer) else base_layer(module) if module else None
         if accessor is None:
             raise AdapterFileError(f'"{directory}" adapts {path}, which this model lacks.{did_you_mean(path, modules)}')
-        accessors[path] = accessor
+        accessors[own_path] = accessor
     return accessors
 
 
 def _match(
-    root: nn.Module, stored: Stored, adapters: Mapping[str, nn.Module], name: str, directory: str | Path
+    root: nn.Module, stored: Stored, adapters: Mapping[str, nn.Module], directory: str | Path
 ) -> list[tuple[Tensor, Tensor]]:
     """(target, value) for every tensor, after an exact comparison of keys and shapes."""
     targets = {
-        f"{path}.adapters.{stored.name}.{key}": tensor
+        f"{plain(path)}.adapters.{stored.name}.{key}": tensor
         for path, adapter in adapters.items()
         for key, tensor in adapter.state_dict(keep_vars=True).items()
     }
-    state = root.state_dict(keep_vars=True)
-    heads = [key for key in stored.tensors if f".adapters.{stored.name}." not in key]
-    targets |= {key: state[key] for key in heads if key in state}
-    missing, unexpected = sorted(targets.keys() - stored.tensors.keys()), sorted(stored.tensors.keys() - targets.keys())
-    missing += [key for key in stored.trained if key not in stored.tensors]
+    state = {plain(key): tensor for key, tensor in root.state_dict(keep_vars=True).items()}
+    inside = _starting_with((f"{path}.adapters.{stored.name}." for path in stored.layers), stored.tensors)
+    targets |= {key: state[key] for key in stored.tensors if key not in inside and key in state}
+    missing = sorted((targets.keys() | set(stored.trained)) - stored.tensors.keys())
+    unexpected = sorted(stored.tensors.keys() - targets.keys())
     if missing or unexpected:
         first = (missing or unexpected)[0]
         raise AdapterFileError(
             f'"{directory}" does not fit: {len(missing)} tensors missing, {len(unexpected)} unexpected, '
-            f"such as {first}.{did_you_mean(first, targets if unexpected else stored.tensors)}"
+            f"such as {first}.{did_you_mean(first, stored.tensors if missing else targets)}"
         )
     for key, target in targets.items():
-        if target.shape != stored.tensors[key].shape:
-            raise AdapterFileError(
-                f'"{directory}": {key} has shape {tuple(stored.tensors[key].shape)}; the model needs {tuple(target.shape)}.'
-            )
+        shape, needed = tuple(stored.tensors[key].shape), tuple(target.shape)
+        if shape != needed:
+            raise AdapterFileError(f'"{directory}": {key} has shape {shape}; the model needs {needed}.')
     return [(target.data, stored.tensors[key]) for key, target in targets.items()]

@@ -1,6 +1,6 @@
 """The command line: LightningCLI, configured for adapters, runs in numbered folders, and short names.
 
-    argv -> argv.read -> plugins.load -> LightningCLI(AdapterModule, any data module) -> fit | validate | test | predict
+argv -> argv.read -> plugins.load -> LightningCLI(AdapterModule, any data module) -> fit | validate | test | predict
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch.callbacks
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-import lora_lightning.callbacks
 import lora_lightning.data  # noqa: F401 - makes the short names of our data modules known
 from lora_lightning import argv as command_line
 from lora_lightning import plugins, run_folder
@@ -79,22 +77,24 @@ class CLI(LightningCLI):
             self.trainer_defaults["callbacks"] = ours
             return super().instantiate_trainer(**{"logger": False, "enable_checkpointing": False, **kwargs})
         root = Path(given.get("default_root_dir") or "runs")
-        if self.line.resume:
-            self.folder = self.line.folder
+        if self.line.resume and self.line.folder is not None:
+            folder = self.line.folder
             if "LOCAL_RANK" not in os.environ:
-                run_folder.keep_metrics(self.line.folder)
+                run_folder.keep_metrics(folder)
         else:
-            self.folder = run_folder.new_folder(self.line.stem, root)
-        kwargs.setdefault("default_root_dir", self.folder)
+            folder = run_folder.new_folder(self.line.stem, root)
+        self.folder = folder
+        kwargs.setdefault("default_root_dir", folder)
         if given.get("logger") in (None, True):
-            kwargs["logger"] = [CSVLogger(self.folder, name="", version=""), TensorBoardLogger(self.folder, "", "")]
+            kwargs["logger"] = [CSVLogger(folder, name="", version=""), TensorBoardLogger(folder, "", "")]
         kwargs["plugins"] = [*(given.get("plugins") or []), AtomicCheckpoints()]
-        last = ModelCheckpoint(self.folder, "last", save_top_k=1, enable_version_counter=False)
-        self.trainer_defaults["callbacks"] = [last, RunReport(self.folder)]
+        last = ModelCheckpoint(folder, "last", save_top_k=1, enable_version_counter=False)
+        self.trainer_defaults["callbacks"] = [last, RunReport(folder)]
         return super().instantiate_trainer(**kwargs)
 
     def _use_checkpoint(self) -> None:
-        """The run's checkpoint, set here so that it is not saved into config.yaml."""
+        """The run's checkpoint, set here so that it is not saved into config.yaml; no pickle is opened."""
+        self.config_init[self.subcommand].weights_only = True
         if self.line.checkpoint is not None:
             self.config_init[self.subcommand].ckpt_path = str(self.line.checkpoint)
 

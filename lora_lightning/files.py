@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,18 +20,42 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Raises:
         OSError: the folder cannot be written, or the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.writing")
+    write_together({path: write})
+
+
+def write_together(files: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
+    """Write several files; only when all of them are on the disk is the first one replaced, then the next.
+
+    On any error before that the old files stay, and neither new files nor new folders are left over.
+
+    Args:
+        files: what writes each file, by its path, in the order of replacement.
+
+    Raises:
+        OSError: a folder cannot be written, or the disk is full.
+    """
+    made: list[Path] = []
+    beside = {path: path.with_name(f".{path.name}.writing") for path in files}
     try:
-        with beside.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        for path, write in files.items():
+            made += [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with beside[path].open("wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, written in beside.items():
+            written.replace(path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        for written in beside.values():
+            with suppress(OSError):
+                written.unlink()
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
         raise
-    _flush_folder(path.parent)
+    for folder in {path.parent for path in files}:
+        _flush_folder(folder)
 
 
 def _flush_folder(folder: Path) -> None:
@@ -41,7 +66,12 @@ def _flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def as_json(content: Any) -> bytes:
+    """`content` as readable JSON."""
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as readable JSON, atomically."""
-    text = json.dumps(content, indent=2, sort_keys=False, allow_nan=True) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    text = as_json(content)
+    write_atomically(path, lambda file: file.write(text))

@@ -20,7 +20,6 @@ from lora_lightning.methods import Method, replace
 from lora_lightning.targets import (
     Heads,
     Targets,
-    as_patterns,
     other_users,
     places,
     pretrained_models,
@@ -162,10 +161,12 @@ def check_ready(model: nn.Module, name: str) -> None:
     for path, module in model.named_modules():
         if records(module) and module is not model:
             raise AdapterStateError(
-                f"{path} ({type(module).__name__}) has adapters of its own already; inject into that module, or eject them."
+                f"{path} ({type(module).__name__}) has adapters of its own; inject into that module, or eject them."
             )
         if isinstance(module, AdaptedLayer) and module.merged:
-            raise AdapterStateError(f"{path}: {', '.join(module.merged)} is merged; call unmerge before adding another.")
+            raise AdapterStateError(
+                f"{path}: {', '.join(module.merged)} is merged; call unmerge before adding another."
+            )
     for parameter_name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             raise AdapterStateError(
@@ -260,9 +261,7 @@ def _put(where: Iterable[tuple[nn.Module, str]], module: nn.Module) -> None:
         setattr(parent, name, module)
 
 
-def _notes(
-    model: nn.Module, layers: Iterable[str], trained: Sequence[str], also_train: Heads
-) -> tuple[str, ...]:
+def _notes(model: nn.Module, layers: Iterable[str], trained: Sequence[str], also_train: Heads) -> tuple[str, ...]:
     notes = []
     if not trained and also_train == "heads" and not pretrained_models(model):
         notes.append(
@@ -271,13 +270,15 @@ def _notes(
     read = [p for p in layers if isinstance(model.get_submodule(p.rpartition(".")[0]), nn.MultiheadAttention)]
     if read:
         notes.append(
-            f"{len(read)} layers, such as {read[0]}, are read by nn.MultiheadAttention instead of called: their adapters "
-            "act through the merged weight, without dropout."
+            f"{len(read)} layers, such as {read[0]}, are read by nn.MultiheadAttention instead of called: their "
+            "adapters act through the merged weight, without dropout."
         )
     for name, record in records(model).items():
         shared = [parameter for parameter in trained if parameter in record.trained]
         if shared:
-            notes.append(f'{shared[0]} trains with adapter "{name}" too; a model has one set of heads, so save that first.')
+            notes.append(
+                f'{shared[0]} trains with adapter "{name}" too; a model has one set of heads, so save that first.'
+            )
     return tuple(notes)
 
 

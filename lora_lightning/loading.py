@@ -75,8 +75,8 @@ def _check_complete(model: nn.Module, info: dict[str, Any], pretrained: str) -> 
     missing = sorted(key for key in info["missing_keys"] if not key.startswith(heads or ("\0",)))
     if missing:
         raise ModelError(
-            f'"{pretrained}" lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}; they would stay '
-            "random. Choose the task the model was trained for, or complete weights."
+            f'"{pretrained}" lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}; they would '
+            "stay random. Choose the task the model was trained for, or complete weights."
         )
     wrong = [key for key, *_ in info["mismatched_keys"] if not key.startswith(heads or ("\0",))]
     if wrong:

@@ -9,17 +9,13 @@ it is, on one line.
 from __future__ import annotations
 
 import argparse
-import inspect
 import re
-import sys
-import typing
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from lora_lightning import argv, plugins
+from lora_lightning.choices import bases_of, hint_of, imported_class, noun, parameters_of, short_names, takes_method
 from lora_lightning.errors import did_you_mean
-from lora_lightning.methods import Method
 
 _KEY = re.compile(r'Parser key "([^"]+)":')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
@@ -88,9 +84,8 @@ class Leaf:
 def _leaves(message: str) -> list[Leaf]:
     found: list[Leaf] = []
     trail: list[tuple[int, str, str]] = []
-    position = 0
-    for line in message.splitlines(keepends=True):
-        position += len(line)
+    lines = message.splitlines()
+    for number, line in enumerate(lines):
         text = line.lstrip(" -").rstrip()
         if not text or _NOISE.search(text):
             continue
@@ -98,17 +93,21 @@ def _leaves(message: str) -> list[Leaf]:
         trail = [part for part in trail if part[0] < indent]
         trail += [(indent, "key", name) for name in _KEY.findall(text)]
         trail += [(indent, "class", path) for path in _CLASS.findall(text)]
-        for kind, pattern in _LEAVES.items():
-            if match := pattern.search(text):
-                given = _GIVEN.search(text) or _GIVEN.search(message, position)
-                value = given[1] if given else ""
-                here = [part[1:] for part in trail]
-                if _FACTORY.search(text) and (path := re.search(r"class_path='([^']+)'", text)):
-                    here.append(("class", path[1]))
-                word = ".".join(filter(None, (match.groupdict().get("group"), match.groupdict().get("word"))))
-                found.append(Leaf(kind, word, tuple(here), value))
-                break
+        given = _GIVEN.search("\n".join([text, *lines[number + 1 :]]))
+        leaf = _leaf(text, [part[1:] for part in trail], given[1] if given else "")
+        found += [leaf] if leaf else []
     return _without_class_where_number(found)
+
+
+def _leaf(text: str, trail: list[tuple[str, str]], value: str) -> Leaf | None:
+    """What one line says is wrong, if anything."""
+    if _FACTORY.search(text) and (path := re.search(r"class_path='([^']+)'", text)):
+        trail = [*trail, ("class", path[1])]
+    for kind, pattern in _LEAVES.items():
+        if match := pattern.search(text):
+            word = ".".join(part for part in match.groupdict().values() if part)
+            return Leaf(kind, word, tuple(trail), value)
+    return None
 
 
 def _without_class_where_number(leaves: Sequence[Leaf]) -> list[Leaf]:
@@ -124,7 +123,7 @@ def _say(leaf: Leaf, leaves: Sequence[Leaf], parser: argparse.ArgumentParser) ->
         return _required(leaf.word.split(", "), parser)
     if leaf.kind == "value":
         return _wrong_value(leaf, [other.word for other in leaves if other.kind == "value" and other.key == leaf.key])
-    bases = _bases(_hint(leaf.trail, parser))
+    bases = bases_of(hint_of(leaf.trail, parser))
     say: dict[str, Callable[[Leaf, Sequence[type]], str]] = {
         "field": _unknown_field,
         "required": _missing_field,
@@ -148,7 +147,8 @@ def _unknown_key(key: str, parser: argparse.ArgumentParser) -> str:
     known = [dest for dest in known if dest != argparse.SUPPRESS] + ["run", "resume"]
     text = f'no setting "{key}".{did_you_mean(key, known)}'
     group = key.rpartition(".")[0]
-    siblings = [dest.removeprefix(f"{group}.") for dest in known if group and dest.startswith(f"{group}.")]
+    below = [dest.removeprefix(f"{group}.") for dest in known if group and dest.startswith(f"{group}.")]
+    siblings = list(dict.fromkeys(dest.partition(".")[0] for dest in below))
     if not siblings:
         tops = sorted({dest.partition(".")[0] for dest in known})
         return text if did_you_mean(key, known) else f"{text} Top level: {', '.join(tops)}."
@@ -159,14 +159,11 @@ def _required(keys: Sequence[str], parser: argparse.ArgumentParser) -> str:
     verb = keys[0].partition(".")[0]
     if verb in argv.TRAINING_VERBS:
         keys = [key.removeprefix(f"{verb}.") for key in keys]
-        parser = next(
-            (a.choices[verb] for a in parser._actions if isinstance(a.choices, dict) and verb in a.choices), parser
-        )
     if len(keys) > 1:
         names = argv.config_names()
         known = f"; there are: {', '.join(names)}" if names else ""
         return f"{', '.join(keys)} are required: give them in a config (--config NAME{known}), or as flags."
-    bases = _bases(_hint([("key", keys[0])], parser))
+    bases = bases_of(hint_of([("key", keys[0])], parser))
     return f"{keys[0]} is required: give it in a config (--config NAME), or as --{keys[0]}. {_choices(bases)}".rstrip()
 
 
@@ -182,10 +179,10 @@ def _wrong_value(leaf: Leaf, types: Iterable[str]) -> str:
 
 
 def _unknown_field(leaf: Leaf, bases: Sequence[type]) -> str:
-    owner = _class(leaf.class_path)
+    owner = imported_class(leaf.class_path)
     if owner in bases:
         return _unnamed(leaf, bases)
-    fields = [] if owner is None else _fields(owner)
+    fields = [] if owner is None else parameters_of(owner)
     takes = f" It takes: {', '.join(fields)}." if fields else ""
     return f'{leaf.class_path.rpartition(".")[2]} has no "{leaf.word}".{did_you_mean(leaf.word, fields)}{takes}'
 
@@ -204,103 +201,29 @@ def _missing_field(leaf: Leaf, bases: Sequence[type]) -> str:  # noqa: ARG001 - 
 
 
 def _foreign(leaf: Leaf, bases: Sequence[type]) -> str:
-    return f"{leaf.word or leaf.class_path} is no {_noun(bases)}. {_choices(bases)}"
+    return f"{leaf.word or leaf.class_path} is no {noun(bases)}. {_choices(bases)}"
 
 
 def _unknown_name(leaf: Leaf, bases: Sequence[type]) -> str:
-    if _is_method(bases):
+    if takes_method(bases):
         return plugins.registry().explain_unknown(leaf.word)
-    return f'no {_noun(bases)} "{leaf.word}".{_advice(leaf.word, bases)}'
+    return f'no {noun(bases)} "{leaf.word}".{_advice(leaf.word, bases)}'
 
 
 def _unnamed(leaf: Leaf, bases: Sequence[type]) -> str:
     return (
-        f"no {_noun(bases)} is named. Write {leaf.key}: NAME or {leaf.key}: {{class_path: NAME, init_args: {{...}}}}, "
+        f"no {noun(bases)} is named. Write {leaf.key}: NAME or {leaf.key}: {{class_path: NAME, init_args: {{...}}}}, "
         f"before any setting of it. {_choices(bases)}"
     )
 
 
 def _advice(word: str, bases: Sequence[type]) -> str:
     """The nearest name, and all names where there is none or they are few."""
-    names = _names(bases)
+    names = short_names(bases)
     close = did_you_mean(word, names)
     return close if close and len(names) > 12 else f"{close} {_choices(bases)}"
 
 
 def _choices(bases: Sequence[type]) -> str:
-    names = _names(bases)
+    names = short_names(bases)
     return f"Installed: {', '.join(names)}." if 0 < len(names) <= 40 else ""
-
-
-def _names(bases: Sequence[type]) -> list[str]:
-    """Short names that a class-valued setting takes."""
-    if _is_method(bases):
-        return sorted(plugins.registry().methods)
-    return sorted({cls.__name__ for base in bases for cls in _subclasses(base) if _can_be_named(cls)})
-
-
-def _is_method(bases: Sequence[type]) -> bool:
-    return any(issubclass(base, Method) for base in bases)
-
-
-def _subclasses(base: type) -> set[type]:
-    children: list[type] = type.__subclasses__(base)
-    return set(children).union(*map(_subclasses, children))
-
-
-def _can_be_named(cls: type) -> bool:
-    return not (cls.__name__.startswith("_") or "<locals>" in cls.__qualname__ or inspect.isabstract(cls))
-
-
-def _noun(bases: Sequence[type]) -> str:
-    """The first base in lower-case words: `LightningDataModule` is a "data module"."""
-    name = bases[0].__name__.removeprefix("Lightning") if bases else "class"
-    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name).lower()
-
-
-def _hint(trail: Sequence[tuple[str, str]], parser: argparse.ArgumentParser) -> object:
-    """The type of the setting at the end of `trail`."""
-    hint: object = None
-    owner: type | None = None
-    for kind, name in trail:
-        if kind == "class":
-            owner = _class(name)
-        elif owner is None:
-            hint = next((getattr(action, "_typehint", None) for action in parser._actions if action.dest == name), None)
-        else:
-            hint = _parameter_types(owner).get(name)
-    return hint
-
-
-def _parameter_types(owner: type) -> dict[str, Any]:
-    init = inspect.getattr_static(owner, "__init__")
-    try:
-        return typing.get_type_hints(init)
-    except (NameError, TypeError, AttributeError):  # a name imported for type checking only
-        return dict(getattr(init, "__annotations__", {}))
-
-
-def _bases(hint: object) -> list[type]:
-    """The classes whose subclasses a setting of type `hint` takes."""
-    if isinstance(hint, str):
-        return [Method] if re.search(rf"\b{Method.__name__}\b", hint) else []
-    arguments = typing.get_args(hint)
-    if typing.get_origin(hint) is Callable:
-        return _bases(arguments[-1])
-    if arguments:
-        return [base for argument in arguments for base in _bases(argument)]
-    return [hint] if isinstance(hint, type) and hint.__module__ not in ("builtins", "types") else []
-
-
-def _class(path: str) -> type | None:
-    """An imported class."""
-    module, _, name = path.rpartition(".")
-    cls: object = getattr(sys.modules.get(module), name, None)
-    return cls if isinstance(cls, type) else None
-
-
-def _fields(owner: type) -> list[str]:
-    """Names that a class takes; what its user never gives in a config is left out."""
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    parameters = inspect.signature(owner).parameters.values()
-    return [p.name for p in parameters if p.kind not in variadic and p.name not in ("params", "optimizer")]

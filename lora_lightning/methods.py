@@ -98,6 +98,7 @@ def replace(method: Method, where: str, fields: Mapping[str, Any]) -> Method:
     for name in fields:
         if name not in names:
             raise SettingsError(
-                f'{where}: {type(method).__name__} has no "{name}".{did_you_mean(name, names)} It takes: {", ".join(names)}.'
+                f'{where}: {type(method).__name__} has no "{name}".{did_you_mean(name, names)} '
+                f"It takes: {', '.join(names)}."
             )
     return dataclasses.replace(method, **fields)

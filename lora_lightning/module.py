@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
-import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
@@ -183,7 +182,7 @@ class AdapterModule(LightningModule):
         """Train mode for the whole model: Hugging Face models arrive in eval mode, and Lightning leaves them there."""
         self.train()
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, scaled so that Lightning's mean over the window is the mean over its tokens."""
         loss = self.task.loss(self.task.logits(self.model, batch), batch)
         mean = loss.total / loss.count.clamp_min(1)
@@ -225,7 +224,7 @@ class AdapterModule(LightningModule):
             self.log(f"{stage}_{name}", value, prog_bar=name == self.task.metric)
         meters.reset()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002 - Lightning's signature
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the validation metrics."""
         self._measure("val", batch)
 
@@ -233,7 +232,7 @@ class AdapterModule(LightningModule):
         """Log the validation metrics."""
         self._log_measured("val")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002 - Lightning's signature
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the test metrics."""
         self._measure("test", batch)
 
@@ -241,7 +240,7 @@ class AdapterModule(LightningModule):
         """Log the test metrics."""
         self._log_measured("test")
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:  # noqa: ARG002 - Lightning's signature
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """One dictionary an example, with its row number in the data."""
         data = self._datamodule()
         context = PredictContext(
@@ -278,11 +277,11 @@ class AdapterModule(LightningModule):
         wanted = {key: state[key].shape for key in adapter_keys(self, NAME)}
         found = {key: value.shape for key, value in checkpoint["state_dict"].items()}
         if wanted != found:
-            first = sorted((wanted.items() ^ found.items()))[0][0]
+            first = min(wanted.items() ^ found.items())[0]
             raise ResumeError(
                 f"the checkpoint does not fit the adapter: {len(wanted.keys() ^ found.keys())} keys differ, "
-                f"such as {first}.{did_you_mean(first, found)} The model has {type(self.method).__name__}, the checkpoint "
-                f"{checkpoint['lora_lightning']['method']}."
+                f"such as {first}.{did_you_mean(first, found)} The model has {type(self.method).__name__}, "
+                f"the checkpoint {checkpoint['lora_lightning']['method']}."
             )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
@@ -19,6 +19,7 @@ from lora_lightning.adapters.weights import BaseLayer, base_layer
 from lora_lightning.errors import TargetError, did_you_mean, nearest
 
 Targets = str | Sequence[str]
+Heads = Literal["heads"] | Sequence[str]
 SCOPES = ("attention", "mlp", "experts")
 _ROUTER_NAMES = ("router", "gate", "shared_expert_gate")
 
@@ -32,6 +33,11 @@ class Selection:
     """Path of a layer that was left out, and why."""
     tied: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Path of a selected layer, and the other places that use its weight."""
+
+
+def as_patterns(patterns: str | Sequence[str]) -> list[str]:
+    """Patterns as a list; one string is one pattern."""
+    return [patterns] if isinstance(patterns, str) else list(patterns)
 
 
 def segments(path: str) -> list[str]:
@@ -90,14 +96,14 @@ def _output_embeddings(hf_model: nn.Module) -> nn.Module | None:
 
 def _protected(model: nn.Module) -> dict[str, str]:
     """Paths that a pattern must name to reach, with what they are."""
-    protected = {}
+    protected: dict[str, str] = {}
     for path, hf_model in pretrained_models(model):
         backbone = cast(str, hf_model.base_model_prefix)
         if hasattr(hf_model, backbone):
             protected |= {_join(path, name): "head" for name, _ in hf_model.named_children() if name != backbone}
         output = _output_embeddings(hf_model)
         protected |= {_join(path, name): "head" for name, module in hf_model.named_modules() if module is output}
-    for path, module in model.named_modules():
+    for path, _ in model.named_modules():
         name = segments(path)[-1]
         parent = model.get_submodule(path.rpartition(".")[0])
         if name == "pooler":
@@ -149,12 +155,13 @@ def select(model: nn.Module, targets: Targets = "all-linear", exclude: Sequence[
     """
     layers = {path: (module, base) for path, module, base in _layers(model)}
     adaptable = {path: base for path, (_, base) in layers.items() if base is not None}
-    protected = _protected(model)
+    protected, fused = _protected(model), fused_experts(model)
     selection = Selection()
-    wanted = _wanted(model, targets, layers, adaptable)
+    wanted = _wanted(model, targets, layers, adaptable, fused)
+    exclude = as_patterns(exclude)
     for pattern in exclude:
-        if not any(within(pattern, path) for path in [*adaptable, *fused_experts(model)]):
-            raise TargetError(_no_match("exclude", pattern, adaptable, model))
+        if not any(within(pattern, path) for path in [*adaptable, *fused]):
+            raise TargetError(_no_match("exclude", [pattern], adaptable, model))
     for path, named_by in wanted.items():
         shield = next((p for p in protected if path == p or path.startswith(f"{p}.")), None)
         if any(within(pattern, path) for pattern in exclude):
@@ -163,11 +170,44 @@ def select(model: nn.Module, targets: Targets = "all-linear", exclude: Sequence[
             selection.skipped[path] = protected[shield]
         else:
             selection.layers[path] = adaptable[path]
-    _refuse_fused(model, targets, exclude)
+    _refuse_fused(targets, [path for path in fused if not any(within(pattern, path) for pattern in exclude)])
     if not selection.layers:
+        left_out = ", ".join(f"{path} ({reason})" for path, reason in list(selection.skipped.items())[:5])
+        if left_out:
+            raise TargetError(f"targets={targets!r} leaves no layer to adapt; left out: {left_out}.")
         raise TargetError(_no_match("targets", targets, adaptable, model))
-    _find_ties(model, selection)
+    if isinstance(targets, str) and targets in ("all-linear", *SCOPES):
+        selection.skipped |= _out_of_reach(model, layers, targets)
+    selection.tied = other_users(model, selection.layers)
+    for path, others in selection.tied.items():
+        both = [other for other in others if other in selection.layers]
+        if both:
+            raise TargetError(f"{path} and {both[0]} share one weight; adapt one of them and exclude the other.")
     return selection
+
+
+def _out_of_reach(
+    model: nn.Module, layers: dict[str, tuple[nn.Module, BaseLayer | None]], targets: str
+) -> dict[str, str]:
+    """Linear maps a keyword means but no accessor serves, with the reason; they stay frozen, and that is said."""
+    found: dict[str, str] = {}
+    for path, (module, base) in layers.items():
+        if base is None and isinstance(module, nn.Linear):
+            found[path] = f"{type(module).__name__} takes no adapter"
+        if isinstance(module, nn.MultiheadAttention):
+            names = [name for name, _ in module.named_parameters(recurse=False) if name.endswith("_proj_weight")]
+            found |= {f"{path}.{name}": "a bare parameter of nn.MultiheadAttention, not a layer" for name in names}
+    repeated = _repeated(model)
+    return {
+        path: reason
+        for path, reason in found.items()
+        if targets == "all-linear" or _scope(path, path.startswith(repeated)) == targets
+    }
+
+
+def _repeated(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of what stands in a ModuleList: the blocks of a network."""
+    return tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, nn.ModuleList))
 
 
 def _wanted(
@@ -175,36 +215,45 @@ def _wanted(
     targets: Targets,
     layers: dict[str, tuple[nn.Module, BaseLayer | None]],
     adaptable: dict[str, BaseLayer],
+    fused: Sequence[str],
 ) -> dict[str, str]:
     """Matched paths, each with the pattern that named it ("" for keywords)."""
     if targets == "all-linear":
         return {path: "" for path, base in adaptable.items() if base.kind == "linear"}
     if isinstance(targets, str) and targets in SCOPES:
-        repeated = [f"{path}." for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+        repeated = _repeated(model)
         return {
             path: ""
             for path, base in adaptable.items()
-            if base.kind == "linear" and _scope(path, any(path.startswith(p) for p in repeated)) == targets
+            if base.kind == "linear" and _scope(path, path.startswith(repeated)) == targets
         }
     if isinstance(targets, str):
         if re.fullmatch(r"[\w-]+", targets):
             hint = did_you_mean(targets, ["all-linear", *SCOPES]) or f' For a name suffix write ["{targets}"].'
             raise TargetError(f'targets="{targets}" is neither "all-linear" nor a scope ({", ".join(SCOPES)}).{hint}')
         return {path: targets for path in adaptable if _fullmatch(targets, path, "targets")}
+    if not targets:
+        raise TargetError('targets is empty; name at least one layer, or write "all-linear".')
     wanted: dict[str, str] = {}
     for pattern in targets:
         hits = [path for path in layers if path == pattern or path.endswith(f".{pattern}")]
+        served = [path for path in hits if path in adaptable]
         other = [path for path in hits if path not in adaptable and _holds_weights(layers[path][0])]
-        experts = any(pattern == path or path.endswith(f".{pattern}") for path in fused_experts(model))
         if other:
-            kinds = ", ".join(sorted({type(layers[path][0]).__name__ for path in other}))
+            kind = type(layers[other[0]][0]).__name__
             raise TargetError(
-                f'targets: "{pattern}" names {other[0]} ({kinds}), a kind of module that takes no adapter.'
+                f'targets: "{pattern}" names {other[0]} ({kind}), a kind of module that takes no adapter.'
             )
-        if not hits and not experts:
-            raise TargetError(_no_match("targets", [pattern], adaptable, model))
-        wanted |= dict.fromkeys(hits, pattern)
-    return {path: pattern for path, pattern in wanted.items() if path in adaptable}
+        if not served and not any(path == pattern or path.endswith(f".{pattern}") for path in fused):
+            raise TargetError(_no_match("targets", [pattern], adaptable, model) + _inside(pattern, hits, adaptable))
+        wanted |= dict.fromkeys(served, pattern)
+    return {path: wanted[path] for path in layers if path in wanted}
+
+
+def _inside(pattern: str, blocks: Sequence[str], adaptable: Iterable[str]) -> str:
+    """Hint for a pattern that names blocks instead of layers."""
+    names = sorted({segments(path)[-1] for path in adaptable for block in blocks if path.startswith(f"{block}.")})
+    return f' "{pattern}" is a block; its layers are: {", ".join(names)}.' if names else ""
 
 
 def _holds_weights(module: nn.Module) -> bool:
@@ -212,43 +261,51 @@ def _holds_weights(module: nn.Module) -> bool:
 
 
 def _no_match(where: str, pattern: Targets, adaptable: dict[str, BaseLayer], model: nn.Module) -> str:
-    shown = f'["{pattern[0]}"]' if isinstance(pattern, list) and len(pattern) == 1 else f"{pattern!r}"
+    shown = f'["{pattern[0]}"]' if not isinstance(pattern, str) and len(pattern) == 1 else f"{pattern!r}"
     names = Counter(segments(path)[-1] for path in adaptable)
     word = segments(pattern if isinstance(pattern, str) else pattern[0])[-1]
     close = nearest(word, names) or [name for name, _ in names.most_common(5)]
-    listed = ", ".join(f'"{name}" ({names[name]} layers)' for name in close) or "none"
+    listed = ", ".join(f'"{name}" ({names[name]} layer{"s" * (names[name] > 1)})' for name in close) or "none"
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     return f"{where}={shown} matched none of the {len(adaptable)} adaptable layers of {kind}. Nearest: {listed}."
 
 
-def _refuse_fused(model: nn.Module, targets: Targets, exclude: Sequence[str]) -> None:
-    """Expert tensors that the targets mean, but a walk over layers would miss."""
-    fused = [path for path in fused_experts(model) if not any(within(pattern, path) for pattern in exclude)]
+def _refuse_fused(targets: Targets, fused: Sequence[str]) -> None:
+    """Raise `TargetError` for expert tensors that the targets mean, but a walk over layers would miss."""
     if isinstance(targets, str):
-        meant = fused if targets in ("all-linear", "mlp", "experts") else [p for p in fused if re.fullmatch(targets, p)]
+        meant = [p for p in fused if targets in ("all-linear", "mlp", "experts") or re.fullmatch(targets, p)]
     else:
         meant = [path for path in fused if any(f".{path}".endswith(f".{pattern}") for pattern in targets)]
     if meant:
         raise TargetError(
-            f"targets={targets!r} means {len(meant)} fused expert tensors, such as {meant[0]}, which hold all experts in "
-            'one 3-D parameter and cannot be adapted yet. To leave them frozen, say so: exclude=["experts"].'
+            f"targets={targets!r} means {len(meant)} fused expert tensors, such as {meant[0]}, which hold all experts "
+            'in one 3-D parameter and cannot be adapted yet. To leave them frozen, say so: exclude=["experts"].'
         )
 
 
-def _find_ties(model: nn.Module, selection: Selection) -> None:
-    users: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        users.setdefault(id(parameter), []).append(name.removesuffix(".weight").removesuffix(".base"))
-    for path, base in selection.layers.items():
-        others = tuple(name for name in users.get(id(base.stored), []) if name != path)
-        both = [name for name in others if name in selection.layers]
-        if both:
-            raise TargetError(f"{path} and {both[0]} share one weight; adapt one of them and exclude the other.")
+def other_users(model: nn.Module, layers: Mapping[str, BaseLayer]) -> dict[str, tuple[str, ...]]:
+    """Path of each layer whose weight another module uses too, with the paths of those."""
+    users: dict[int, dict[int, str]] = {}
+    for path, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                users.setdefault(id(parameter), {})[id(module)] = path.removesuffix(".base")
+    found = {}
+    for path, base in layers.items():
+        others = tuple(user for key, user in users[id(base.stored)].items() if key != id(base.module))
         if others:
-            selection.tied[path] = others
+            found[path] = others
+    return found
 
 
-Heads = Literal["heads"] | Sequence[str]
+def places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Every (parent, name) under which a module stands, by the module's id."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                found.setdefault(id(child), []).append((parent, name))
+    return found
 
 
 def trained_parameters(model: nn.Module, also_train: Heads) -> list[str]:
@@ -257,15 +314,19 @@ def trained_parameters(model: nn.Module, also_train: Heads) -> list[str]:
     Raises:
         TargetError: a pattern that matches no parameter.
     """
-    names = [name for name, _ in model.named_parameters()]
+    adapted = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, AdaptedLayer))
+    names = [name for name, _ in model.named_parameters() if not name.startswith(adapted)]
     if also_train == "heads":
         prefixes = tuple(f"{prefix}." for prefix in head_prefixes(model))
         return [name for name in names if name.startswith(prefixes)]
     found: dict[str, None] = {}
-    for pattern in also_train:
+    for pattern in as_patterns(also_train):
         hits = [name for name in names if within(pattern, name)]
         if not hits:
             close = nearest(pattern, {segments(name)[-2] for name in names if "." in name} | set(names))
-            raise TargetError(f'also_train: "{pattern}" matches no parameter. Nearest: {", ".join(close) or "none"}.')
+            raise TargetError(
+                f'also_train: "{pattern}" matches no parameter outside adapted layers. '
+                f"Nearest: {', '.join(close) or 'none'}."
+            )
         found |= dict.fromkeys(hits)
     return list(found)

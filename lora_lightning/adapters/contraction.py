@@ -17,8 +17,7 @@ re-orderings (F3, F4, timed variants) are left out, since they cost the same num
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,8 +78,7 @@ def backward_flops(n: int, d_in: int, d_out: int, rank: int, needs: Needs) -> di
 def choose(n: int, d_in: int, d_out: int, rank: int, needs: Needs, merged: bool = True) -> tuple[str, str]:
     """Cheapest (forward, backward); the earlier name wins a tie.
 
-    Args:
-        merged: whether W + B A may be formed. In half precision it may not: rounding it drops most of a small update.
+    `merged` says whether W + B A may be formed. In half precision it may not: rounding it drops most of a small update.
     """
     forwards = forward_flops(n, d_in, d_out, rank)
     backwards = backward_flops(n, d_in, d_out, rank, needs)
@@ -102,7 +100,7 @@ class Contraction(torch.autograd.Function):
     ) -> Tensor:
         """The product in `order`'s forward."""
         if order[0] == "F2":
-            return torch.nn.functional.linear(x, torch.addmm(weight, B, A, alpha=scaling), bias)
+            return torch.nn.functional.linear(x, _merge(weight, B, A, scaling), bias)
         y = torch.nn.functional.linear(x, weight, bias)
         return y.addmm_(x @ A.mT, B.mT, alpha=scaling)
 
@@ -130,12 +128,24 @@ class Contraction(torch.autograd.Function):
         if needs.B:
             dB = (GX @ A.mT if order.dB_full else G.mT @ (x @ A.mT)).mul_(s)
         if needs.x:
-            dX = G @ torch.addmm(W, B, A, alpha=s) if order.dX_merged else torch.addmm(G @ W, GB, A, alpha=s)
+            dX = G @ _merge(W, B, A, s) if order.dX_merged else torch.addmm(G @ W, GB, A, alpha=s)
         db = G.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
         return dX, None, db, dA, dB, None, None
 
 
-contract = cast("Callable[..., Tensor]", Contraction.apply)
+def contract(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, order: tuple[str, str]
+) -> Tensor:
+    """x W^T + b + s (x A^T) B^T, (N, d_out), in a chosen order forward and backward."""
+    y: Tensor = Contraction.apply(x, weight, bias, A, B, scaling, order)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _merge(W: Tensor, B: Tensor, A: Tensor, s: float) -> Tensor:
+    """W + s B A in W's own memory layout, so that B = 0 gives the base's output to the last bit."""
+    if W.is_contiguous():
+        return torch.addmm(W, B, A, alpha=s)
+    return torch.addmm(W.mT, A.mT, B.mT, alpha=s).mT
 
 
 def all_orders() -> list[tuple[str, str]]:

@@ -139,8 +139,8 @@ class AdaptedLayer(nn.Module):
                 if not torch.isfinite(tensor).all():
                     raise AdapterStateError(f'adapter "{name}": {tensor_name} holds values that are not finite.')
         if self.active and not self.merged:
-            for tensor in self._merged():
-                if tensor is not None and not torch.isfinite(tensor.to(self.accessor.dtype)).all():
+            for merged in self._merged():
+                if merged is not None and not torch.isfinite(merged.to(self.accessor.dtype)).all():
                     raise AdapterStateError(f"the merged weight overflows {self.accessor.dtype}.")
 
     @torch.no_grad()
@@ -201,7 +201,8 @@ class AdaptedLayer(nn.Module):
         """
         if not self.can_unmerge:
             raise AdapterStateError("merged with keep_original=False; the original weight is gone.")
-        weight, bias = self._original or (self.accessor.stored, self.accessor.bias)
+        now: tuple[Tensor, Tensor | None] = self.accessor.stored, self.accessor.bias
+        weight, bias = now if self._original is None else self._original
         return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
 
     def original_weight(self) -> Tensor:

@@ -10,8 +10,7 @@ s   scaling      a number
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +93,10 @@ class DroppedProduct(torch.autograd.Function):
         return G if ctx.needs_input_grad[0] else None, dx, None, dA, dB, None
 
 
-dropped_product = cast("Callable[..., Tensor]", DroppedProduct.apply)
+def dropped_product(y: Tensor, x: Tensor, mask: Tensor, A: Tensor, B: Tensor, c: float) -> Tensor:
+    """y + c ((x * mask) A^T) B^T for y (..., d_out), x and mask (..., d_in), A (r, d_in), B (d_out, r)."""
+    total: Tensor = DroppedProduct.apply(y, x, mask, A, B, c)  # type: ignore[no-untyped-call]
+    return total
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -195,7 +197,7 @@ class LowRankAdapter(Adapter):
             if mask is not None:
                 mask.fill_(True)
 
-    def _kept_A(self) -> Tensor:
+    def _kept(self) -> Tensor:
         """lora_A without the removed rank components."""
         return self.lora_A if self.rank_mask is None else self.lora_A * self.rank_mask[:, None]
 
@@ -205,14 +207,14 @@ class LowRankAdapter(Adapter):
         if self.order == "flops" and base.dense and not dropout and not torch.is_autocast_enabled(x.device.type):
             y = self._contracted(x, base)
         else:
-            y = add_low_rank(base, x, self._kept_A(), self.lora_B, self.scaling, dropout)
+            y = add_low_rank(base, x, self._kept(), self.lora_B, self.scaling, dropout)
         if self.bias_delta is None:
             return y
         return y + base.per_output(self.bias_delta.to(y.dtype))
 
     def _contracted(self, x: Tensor, base: BaseLayer) -> Tensor:
         rows = _rows(x)
-        A, B = self._kept_A().to(x.dtype), self.lora_B.to(x.dtype)
+        A, B = self._kept().to(x.dtype), self.lora_B.to(x.dtype)
         needs = contraction.Needs(x.requires_grad, A.requires_grad, B.requires_grad)
         merged = x.dtype in (torch.float32, torch.float64)
         order = contraction.choose(rows.shape[0], base.d_in, base.d_out, A.shape[0], needs, merged=merged)
@@ -221,10 +223,10 @@ class LowRankAdapter(Adapter):
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """W + s B A."""
-        return torch.addmm(weight, self.lora_B.to(weight.dtype), self._kept_A().to(weight.dtype), alpha=self.scaling)
+        return torch.addmm(weight, self.lora_B.to(weight.dtype), self._kept().to(weight.dtype), alpha=self.scaling)
 
     def merged_bias(self, bias: Tensor | None) -> Tensor | None:
-        """b + bias_delta."""
+        """Sum b + bias_delta."""
         if self.bias_delta is None:
             return bias
         return self.bias_delta if bias is None else bias + self.bias_delta
@@ -242,8 +244,9 @@ class LowRankAdapter(Adapter):
         """|B_j| |A_j|, the norm of each rank component's product, (rank,)."""
         if self.rank_mask is None:
             return None
-        norm = torch.linalg.vector_norm
-        return norm(self.lora_B.detach(), dim=0) * norm(self.lora_A.detach(), dim=1)
+        size_A: Tensor = torch.linalg.vector_norm(self.lora_A.detach(), dim=1)
+        size_B: Tensor = torch.linalg.vector_norm(self.lora_B.detach(), dim=0)
+        return size_A * size_B
 
     def masks(self) -> tuple[EntryMask, ...]:
         """Rows of A and columns of B, where the adapter was built with entry masks."""

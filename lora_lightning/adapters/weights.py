@@ -70,12 +70,12 @@ class BaseLayer(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """dtype of the stored weight."""
+        """Data type of the stored weight."""
         return self.stored.dtype
 
     @property
     def adapter_dtype(self) -> torch.dtype:
-        """dtype of trained tensors: float32 at least, because bfloat16 loses small updates."""
+        """Data type of trained tensors: float32 at least, because bfloat16 loses small updates."""
         return torch.promote_types(self.dtype, torch.float32)
 
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -129,7 +129,7 @@ class BaseLayer(ABC):
 
     @abstractmethod
     def up(self, h: Tensor, B: Tensor, onto: Tensor, scale: float = 1.0) -> Tensor:
-        """onto + scale * B h for h as `down` gives it and B (d_out, r), in `onto`'s layout and dtype."""
+        """Sum onto + scale * B h for h as `down` gives it and B (d_out, r), in `onto`'s layout and dtype."""
 
 
 class LinearBase(BaseLayer):
@@ -143,6 +143,7 @@ class LinearBase(BaseLayer):
 
     @property
     def dense(self) -> bool:
+        """True without hooks."""
         return not _hooked(self.module)
 
     def _read(self, stored: Tensor) -> Tensor:
@@ -152,9 +153,11 @@ class LinearBase(BaseLayer):
         return weight
 
     def down(self, x: Tensor, A: Tensor) -> Tensor:
+        """Product x A^T, (..., r)."""
         return F.linear(x, A)
 
     def up(self, h: Tensor, B: Tensor, onto: Tensor, scale: float = 1.0) -> Tensor:
+        """Sum onto + scale * h B^T, (..., d_out)."""
         return add_product(onto, h, B, scale)
 
 
@@ -169,6 +172,7 @@ class TransposedBase(BaseLayer):
 
     @property
     def dense(self) -> bool:
+        """True without hooks."""
         return not _hooked(self.module)
 
     def _read(self, stored: Tensor) -> Tensor:
@@ -178,14 +182,17 @@ class TransposedBase(BaseLayer):
         return weight.mT
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Output x W^T + bias for W (d_out, d_in)."""
         # its forward is an addmm, which cannot do without a bias
         bias = weight.new_zeros(self.d_out) if bias is None else bias
         return cast(Tensor, functional_call(self.module, {"weight": weight.mT, "bias": bias}, (x,)))
 
     def down(self, x: Tensor, A: Tensor) -> Tensor:
+        """Product x A^T, (..., r)."""
         return F.linear(x, A)
 
     def up(self, h: Tensor, B: Tensor, onto: Tensor, scale: float = 1.0) -> Tensor:
+        """Sum onto + scale * h B^T, (..., d_out)."""
         return add_product(onto, h, B, scale)
 
 
@@ -213,14 +220,18 @@ class ConvBase(BaseLayer):
         return weight.reshape(-1, *self.kernel)
 
     def per_output(self, values: Tensor) -> Tensor:
+        """`values` as (d_out, 1, ...)."""
         return values.view(-1, *[1] * (len(self.kernel) - 1))
 
     def down(self, x: Tensor, A: Tensor) -> Tensor:
+        """The convolution with the rows of A as kernels, channels last: (..., *out, [groups,] r)."""
         kernels = self._store(A).repeat(self.groups, *[1] * len(self.kernel))
-        h = cast(nn.Conv2d, self.module)._conv_forward(x, kernels, None).movedim(-len(self.kernel), -1)
+        conv = cast(nn.Conv2d, self.module)
+        h: Tensor = conv._conv_forward(x, kernels, None).movedim(-len(self.kernel), -1)
         return h if self.groups == 1 else h.reshape(*h.shape[:-1], self.groups, A.shape[0])
 
     def up(self, h: Tensor, B: Tensor, onto: Tensor, scale: float = 1.0) -> Tensor:
+        """Sum onto + scale * a convolution of kernel size 1 with B; one B a group of output channels."""
         if self.groups == 1:
             update = F.linear(h, B)
         else:
@@ -244,6 +255,7 @@ class EmbeddingBase(BaseLayer):
         return weight.mT
 
     def down(self, x: Tensor, A: Tensor) -> Tensor:
+        """Columns of A for the token ids x, (..., r)."""
         if type(self.module).forward is nn.Embedding.forward:
             # not through the module, whose hooks (noise on embeddings, say) are for the whole vector
             module = cast(nn.Embedding, self.module)
@@ -251,13 +263,14 @@ class EmbeddingBase(BaseLayer):
         return cast(Tensor, functional_call(self.module, {"weight": A.mT}, (x,)))
 
     def up(self, h: Tensor, B: Tensor, onto: Tensor, scale: float = 1.0) -> Tensor:
+        """Sum onto + scale * h B^T, (..., d_out)."""
         # a look-up keeps its dtype under autocast, so must what is added to it
         with torch.autocast(onto.device.type, enabled=False):
             return add_product(onto, h, B, scale)
 
 
 def add_product(onto: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
-    """onto (..., d_out) + scale * h (..., r) B^T without a second tensor of the size of `onto`."""
+    """Sum onto (..., d_out) + scale * h (..., r) B^T, without a second tensor of the size of `onto`."""
     if onto.dim() == 1:
         return onto + scale * (B @ h)
     return torch.addmm(onto.flatten(0, -2), h.flatten(0, -2), B.mT, alpha=scale).view(onto.shape)
@@ -323,16 +336,20 @@ class StackedBase(BaseLayer):
         self.kind, self.d_in, self.d_out, self.lead = under.kind, under.d_in, under.d_out, under.lead
 
     def __call__(self, x: Tensor) -> Tensor:
+        """The layer with this adapter on it."""
         return cast(Tensor, self.adapter(x, self.under))
 
     @property
     def bias(self) -> Tensor | None:
+        """The merged bias, (d_out,), or None."""
         return cast("Tensor | None", self.adapter.merged_bias(self.under.bias))
 
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The merged weight, (d_out, d_in)."""
         return cast(Tensor, self.adapter.merged_weight(self.under.weight(dtype)))
 
     def cached(self, key: Hashable, fn: Callable[[Tensor], Tensor]) -> Tensor:  # noqa: ARG002 - the adapter below trains
+        """`fn(weight())`, computed each time."""
         return fn(self.weight())
 
     def _read(self, stored: Tensor) -> Tensor:
@@ -342,10 +359,13 @@ class StackedBase(BaseLayer):
         return self.under._store(weight)
 
     def per_output(self, values: Tensor) -> Tensor:
+        """As of the layer."""
         return self.under.per_output(values)
 
     def down(self, x: Tensor, A: Tensor) -> Tensor:
+        """As of the layer."""
         return self.under.down(x, A)
 
     def up(self, h: Tensor, B: Tensor, onto: Tensor, scale: float = 1.0) -> Tensor:
+        """As of the layer."""
         return self.under.up(h, B, onto, scale)

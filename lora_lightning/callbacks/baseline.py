@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from torch.utils.data import DistributedSampler
 
 from lora_lightning.baseline import Baseline, fit_baseline
 from lora_lightning.callbacks.schedule import JUDGES, total_steps
@@ -95,7 +96,7 @@ def _windows(trainer: Trainer) -> Iterator[list[Any]]:
     loader = _train_loader(trainer)
     for epoch in itertools.count():
         for sampler in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
-            if hasattr(sampler, "set_epoch"):
+            if isinstance(sampler, DistributedSampler):
                 sampler.set_epoch(epoch)
         batches = _on_device(trainer, itertools.islice(loader, int(trainer.num_training_batches)))
         while window := list(itertools.islice(batches, trainer.accumulate_grad_batches)):

@@ -40,7 +40,7 @@ class TrainingGuard(Callback):
         self._seen = 0
         self._loss: Tensor | None = None
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002 - Lightning's signature
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Judge after every schedule has acted."""
         order_callbacks(trainer)
 
@@ -84,7 +84,7 @@ class TrainingGuard(Callback):
         pl_module: LightningModule,
         outputs: Any,
         batch: Any,
-        batch_idx: int,  # noqa: ARG002
+        batch_idx: int,
     ) -> None:
         """Judge the tensors that have had enough real steps."""
         self._loss = outputs["loss"].detach() if isinstance(outputs, dict) and "loss" in outputs else None

@@ -114,7 +114,7 @@ class InjectAdapters(Callback):
         for callback in ours:
             callback.setup(trainer, module, stage)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002 - Lightning's signature
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take frozen parameters out of optimizers that were given `self.parameters()`."""
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
@@ -127,7 +127,7 @@ class InjectAdapters(Callback):
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Base weights under the project's own names, the adapter in its section."""
         state = checkpoint["state_dict"]
         own = {key: state.pop(key) for key in adapter_keys(pl_module, self.name) if key in state}
@@ -153,7 +153,7 @@ class InjectAdapters(Callback):
         for key in adapter_keys(module, self.name):
             state_dict.setdefault(key, current[key])
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Load the adapter's section, exactly.
 
         Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -45,7 +45,7 @@ class RunReport(Callback):
         self._began = 0.0
         self._seen = 0
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002 - Lightning's signature
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Record after every schedule has acted."""
         order_callbacks(trainer)
         self._began = time.monotonic()
@@ -60,7 +60,7 @@ class RunReport(Callback):
         frozen = sum(p.numel() * p.element_size() for p in pl_module.parameters() if not p.requires_grad)
         Console().print(injection_table(injection, kept, frozen))
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002 - Lightning's signature
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from the step the run is at."""
         self._seen = trainer.global_step
 
@@ -70,7 +70,7 @@ class RunReport(Callback):
         pl_module: LightningModule,
         outputs: Any,
         batch: Any,
-        batch_idx: int,  # noqa: ARG002
+        batch_idx: int,
     ) -> None:
         """Record training numbers as often as the trainer logs."""
         step = trainer.global_step
@@ -78,7 +78,7 @@ class RunReport(Callback):
             self._record(trainer, step, validation=False)
         self._seen = step
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002 - Lightning's signature
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record validation numbers."""
         if trainer.training or trainer.validating:
             self._record(trainer, trainer.global_step, validation=True)
@@ -108,7 +108,7 @@ class RunReport(Callback):
             {label: result[metric] for label, result in levels.items() if metric in result},
         )
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002 - Lightning's signature
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print the summary, after the progress bar has closed."""
         if stage == "fit" and self.summary is not None and trainer.is_global_zero:
             Console().print(summary_table(self.summary))
@@ -156,7 +156,7 @@ class RunReport(Callback):
             "trainable_parameters": sum(p.numel() for p in trained),
             "surviving_parameters": sum(int(torch.count_nonzero(p)) for p in own),
             "report": record.method.report(adapters),
-            "moved": cast("dict[str, float]", guard.moved()) if guard else {},
+            "moved": guard.moved() if guard else {},
             "adapter_dir": str(adapter),
             "steps": trainer.global_step,
             "seconds": round(self._before + time.monotonic() - self._began, 1),

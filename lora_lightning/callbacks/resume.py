@@ -31,7 +31,7 @@ class ExactResume(Callback):
     def __init__(self) -> None:
         self._pending: dict[str, Any] | None = None
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002 - Lightning's signature
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save after every schedule has acted."""
         order_callbacks(trainer)
 
@@ -42,7 +42,7 @@ class ExactResume(Callback):
         mine = {"rng": _random_states(), "gradients": _open_window(trainer, pl_module)}
         checkpoint[_SECTION] = {"ranks": _gather(mine), "total_steps": total_steps(trainer)}
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the section until training starts."""
         if trainer.state.fn != "fit":
             return
@@ -74,7 +74,7 @@ class ExactResume(Callback):
             if name in gradients:
                 parameter.grad = gradients[name].to(parameter.device, copy=True)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Restore random numbers here: building the loader's iterator draws one."""
         if self._pending is not None:
             _restore_random(self._pending["ranks"][trainer.global_rank]["rng"])

@@ -140,7 +140,7 @@ class ScheduleCallback(Callback, ABC):
         """Numbers to log after a step, shown in the progress bar."""
         return {}
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002 - Lightning's signature
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the place in the step that `phase` declares."""
         order_callbacks(trainer)
 
@@ -161,13 +161,13 @@ class ScheduleCallback(Callback, ABC):
         self._total = total_steps(trainer)
         if self._saved_total is not None and self._saved_total != self._total:
             raise ResumeError(
-                f"{type(self).__name__}: the run was started for {self._saved_total} optimizer steps and would go on for "
-                f"{self._total}; its schedule would jump. Resume with the same length."
+                f"{type(self).__name__}: the run was started for {self._saved_total} optimizer steps and would go on "
+                f"for {self._total}; its schedule would jump. Resume with the same length."
             )
         self._seen = trainer.global_step
         self.begin(self._total, self._adapters)
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:  # noqa: ARG002
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """The moment of complete gradients."""
         self._finite = gradients_finite(trainer, pl_module)
         if self._finite:
@@ -179,7 +179,7 @@ class ScheduleCallback(Callback, ABC):
         pl_module: LightningModule,
         outputs: Any,
         batch: Any,
-        batch_idx: int,  # noqa: ARG002
+        batch_idx: int,
     ) -> None:
         """The moment after the step."""
         if trainer.global_step == self._seen:

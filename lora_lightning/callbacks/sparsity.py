@@ -102,7 +102,7 @@ class SparsitySchedule(ScheduleCallback):
     def _named(stack: _Stack) -> list[tuple[str, EntryMask]]:
         return list(zip(stack.names, stack.entries, strict=True))
 
-    def on_gradients(self, step: int, adapters: Mapping[str, Adapter]) -> None:  # noqa: ARG002 - the stacks are known
+    def on_gradients(self, step: int, adapters: Mapping[str, Adapter]) -> None:
         """Average the sensitivities."""
         for stack in self._stacks:
             grads = [e.param.grad if e.param.grad is not None else torch.zeros_like(e.param) for e in stack.entries]
@@ -112,7 +112,7 @@ class SparsitySchedule(ScheduleCallback):
             else:
                 stack.average.mul_(self.beta).add_(score, alpha=1 - self.beta)
 
-    def on_stepped(self, step: int, adapters: Mapping[str, Adapter]) -> None:  # noqa: ARG002 - the stacks are known
+    def on_stepped(self, step: int, adapters: Mapping[str, Adapter]) -> None:
         """Remove what the ramp removes at this step."""
         share = kept_share(step, self.start_step, self.end_step, 1 - self.sparsity)
         kept = entries = 0

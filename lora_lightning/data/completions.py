@@ -8,8 +8,9 @@ from typing import Any
 import datasets
 
 from lora_lightning.data.causal import completion_example, end_id, plain_ids, start_ids
+from lora_lightning.data.encoding import tokenised
 from lora_lightning.data.loader import count_targets
-from lora_lightning.data.text import TextData, tokenised
+from lora_lightning.data.text import TextData
 from lora_lightning.errors import DataError
 
 

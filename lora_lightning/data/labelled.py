@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import datasets
 
+from lora_lightning.data.encoding import encode_texts
 from lora_lightning.data.labels import Labels, find_labels, named_labels, scores
 from lora_lightning.data.splits import Sources
-from lora_lightning.data.text import TextData, tokenised
+from lora_lightning.data.text import TextData
 from lora_lightning.errors import DataError
 
 
@@ -92,16 +92,3 @@ class LabelledText(TextData):
     @property
     def _texts(self) -> list[str]:
         return [self.text, self.text_pair] if self.text_pair is not None else [self.text]
-
-
-def encode_texts(rows: datasets.Dataset, columns: Sequence[str], tokenizer: Any, max_length: int) -> datasets.Dataset:
-    """Token ids of one text, or a pair, a row, cut to `max_length`; with `index` and `truncated`."""
-
-    def encode(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, Any]:
-        texts = [[str(text) for text in batch[column]] for column in columns]
-        encoded = tokenizer(*texts, truncation=True, max_length=max_length)
-        cut = [bool(encoding.overflowing) for encoding in encoded.encodings or ()]  # only fast tokenizers tell
-        full = [len(ids) == max_length for ids in encoded["input_ids"]]
-        return {**encoded, "index": numbers, "truncated": cut or full}
-
-    return tokenised(rows, encode)

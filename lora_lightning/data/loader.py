@@ -30,7 +30,7 @@ class ResumableLoader(DataLoader[Any]):
 
     Args:
         dataset: Rows.
-        window: Batches per optimizer step.
+        window: Batches per optimizer step, or a function that tells them at the start of an epoch.
         count: Number to sum over a window; None attaches nothing and looks nothing ahead.
         limit: Batches of an epoch that are used, as the trainer's `limit_train_batches`: a number or a share.
         kwargs: As for DataLoader. The sampler must be seeded by epoch, as DistributedSampler is.
@@ -40,11 +40,12 @@ class ResumableLoader(DataLoader[Any]):
         self,
         dataset: Dataset[Any],
         *,
-        window: int = 1,
+        window: int | Callable[[], int] = 1,
         count: Callable[[Batch], int] | None = None,
-        limit: float = 1.0,
+        limit: int | float = 1.0,
         **kwargs: Any,
     ) -> None:
+        kwargs.setdefault("generator", torch.Generator())  # else each iterator moves the global random state
         super().__init__(dataset, **kwargs)
         self.window = window
         self.count = count
@@ -56,10 +57,11 @@ class ResumableLoader(DataLoader[Any]):
         epoch, seen = self._resume
         self._resume = (0, 0)
         start = seen if epoch == self._epoch() else 0
-        first = start - start % self.window if self.count else start
+        window = self.window() if callable(self.window) else self.window
+        first = start - start % window if self.count else start
         batches: Iterator[Any] = iter(self._rest(first)) if first else super().__iter__()
         if self.count:
-            batches = self._with_totals(batches, first, self.count)
+            batches = self._with_totals(batches, first, window, self.count)
         self.seen = start
         for batch in islice(batches, start - first, None):
             self.seen += 1
@@ -83,12 +85,15 @@ class ResumableLoader(DataLoader[Any]):
             collate_fn=self.collate_fn,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
+            generator=self.generator,
         )
 
-    def _with_totals(self, batches: Iterator[Any], first: int, count: Callable[[Batch], int]) -> Iterator[Any]:
+    def _with_totals(
+        self, batches: Iterator[Batch], first: int, window: int, count: Callable[[Batch], int]
+    ) -> Iterator[Batch]:
         end = min(len(self), self.limit) if isinstance(self.limit, int) else int(len(self) * self.limit)
-        for position in range(first, end, self.window):
-            window = list(islice(batches, min(self.window, end - position)))
-            total = torch.tensor(sum(map(count, window)))
-            for batch in window:
+        for position in range(first, end, window):
+            group = list(islice(batches, min(window, end - position)))
+            total = torch.tensor(sum(map(count, group)))
+            for batch in group:
                 yield {**batch, "window_tokens": total}

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_lightning.data.causal import end_id, plain_ids, start_ids
+from lora_lightning.data.encoding import tokenised
 from lora_lightning.data.loader import count_targets
-from lora_lightning.data.text import TextData, tokenised
+from lora_lightning.data.text import TextData
 
 Tokens = NDArray[np.integer[Any]]
 

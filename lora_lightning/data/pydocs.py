@@ -8,7 +8,7 @@ import datasets
 
 from lora_lightning.data.areas import AREA_NAMES
 from lora_lightning.data.docstrings import library_docstrings
-from lora_lightning.data.labelled import encode_texts
+from lora_lightning.data.encoding import encode_texts
 from lora_lightning.data.splits import in_share
 from lora_lightning.data.text import TextData
 
@@ -27,7 +27,7 @@ class PyDocs(TextData):
         tokenizer: Path, hub id or pkg:IMPORT_NAME/FOLDER. The command line fills in model.pretrained for null.
         num_workers: Processes that prepare batches beside the training; 0 prepares them in the training process.
         seed: Seed of the training order.
-        limit: Use only the first so many examples of each split, for a quick try.
+        limit: Use only so many examples of each split, taken at even steps, for a quick try.
     """
 
     task_kinds = ("sequence-classification",)

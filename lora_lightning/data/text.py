@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -17,7 +16,6 @@ from torch.utils.data import DistributedSampler
 
 from lora_lightning.data.collate import MODEL_INPUTS, Collate
 from lora_lightning.data.loader import Batch, ResumableLoader
-from lora_lightning.data.quiet import quiet
 from lora_lightning.data.splits import Sources
 from lora_lightning.data.tokenizers import load_tokenizer
 from lora_lightning.errors import DataError, check
@@ -48,7 +46,8 @@ class TextData(LightningDataModule, ABC):
         validation_batch_size: The same for validation, test and predict; null takes batch_size.
         num_workers: Processes that prepare batches beside the training; 0 prepares them in the training process.
         seed: Seed of the training order.
-        limit: Use only the first so many examples of each split, for a quick try.
+        limit: Use only so many examples of each split, for a quick try. They are taken at even steps, since many files
+            are sorted by class.
     """
 
     task_kinds: ClassVar[tuple[str, ...]]
@@ -112,8 +111,10 @@ class TextData(LightningDataModule, ABC):
         """Read and tokenise the splits of a stage; those that are there already are kept."""
         for split in STAGES[stage]:
             if stage == "fit" and split == "validation" and self._rows(split) is None:
-                continue  # training without validation
-            self.examples(split)
+                # how Lightning sees that there is none; an empty list of loaders would make it warn
+                self.val_dataloader = None  # type: ignore[method-assign, assignment]
+            else:
+                self.examples(split)
 
     def inputs(self, split: str) -> datasets.Dataset:
         """The original rows of a split, in the order that `index` of a predict batch counts them.
@@ -144,14 +145,15 @@ class TextData(LightningDataModule, ABC):
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled by epoch, with an exact position for resume."""
-        window, limit = (
-            (self.trainer.accumulate_grad_batches, self.trainer.limit_train_batches) if self.trainer else (1, 1.0)
-        )
-        return self._loader("train", self.batch_size, shuffle=True, window=window, limit=limit)
+        trainer = self.trainer
+        options: dict[str, Any] = {}
+        if trainer is not None:
+            options = {"window": lambda: trainer.accumulate_grad_batches, "limit": trainer.limit_train_batches}
+        return self._loader("train", self.batch_size, shuffle=True, **options)
 
-    def val_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
-        """In order; an empty list where there is no validation data."""
-        return self._loader("validation", self.validation_batch_size) if "validation" in self._examples else []
+    def val_dataloader(self) -> ResumableLoader:
+        """In order. None in place of this method where the run has no validation data."""
+        return self._loader("validation", self.validation_batch_size)
 
     def test_dataloader(self) -> ResumableLoader:
         """In order."""
@@ -174,20 +176,14 @@ class TextData(LightningDataModule, ABC):
                 f'{type(self).__name__}.{setting} is "{column}"; no {split} row has a token in that column.'
             )
         if self.dropped[split]:
-            log.warning(
-                "%s: left %d of %d %s rows out: no %s",
-                type(self).__name__,
-                self.dropped[split],
-                len(rows),
-                split,
-                setting,
-            )
+            count = f"{self.dropped[split]} of {len(rows)} {split} rows"
+            log.warning("%s: left %s out: no %s", type(self).__name__, count, setting)
 
     def _rows(self, split: str) -> datasets.Dataset | None:
         if split not in self._inputs:
             rows = self.read(split)
-            if rows is not None and self.limit is not None:
-                rows = rows.select(range(min(self.limit, len(rows))))
+            if rows is not None and self.limit is not None and self.limit < len(rows):
+                rows = rows.select([n * len(rows) // self.limit for n in range(self.limit)])
             self._inputs[split] = rows
         return self._inputs[split]
 
@@ -213,22 +209,4 @@ class TextData(LightningDataModule, ABC):
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             **options,
-        )
-
-
-def tokenised(rows: datasets.Dataset, encode: Callable[[dict[str, list[Any]], list[int]], Any]) -> datasets.Dataset:
-    """The rows that `encode(columns, row numbers)` makes of batches of rows.
-
-    Kept in memory: `datasets` takes a function of an installed module for the same as long as its name is, so that its
-    cache would outlive the code.
-    """
-    with quiet():
-        return rows.map(
-            encode,
-            batched=True,
-            with_indices=True,
-            remove_columns=rows.column_names,
-            keep_in_memory=True,
-            load_from_cache_file=False,
-            new_fingerprint=uuid.uuid4().hex,  # otherwise `encode` is pickled for one, and with it all it refers to
         )

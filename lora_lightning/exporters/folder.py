@@ -41,8 +41,8 @@ def check_only_ours(folder: Path, files: list[str]) -> None:
     others = sorted({path.name for path in folder.iterdir()} - {*files, SIDE_FILE}) if folder.is_dir() else []
     if others:
         raise ExportError(
-            f'"{folder}" is an earlier export, but holds {others[0]} too, which a new one would delete. Move it away, or '
-            "choose another folder."
+            f'"{folder}" is an earlier export, but holds {others[0]} too, which a new one would delete. Move it away, '
+            "or choose another folder."
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.layer import AdaptedLayer
+from lora_lightning.adapters.weights import TransposedBase
 from lora_lightning.errors import ExportError
 from lora_lightning.exporters import peft_file, peft_rules
-from lora_lightning.exporters.peft_rules import CONFIG, PREFIX, TENSORS
+from lora_lightning.exporters.peft_file import PeftLayer
+from lora_lightning.exporters.peft_heads import Heads, find_heads
+from lora_lightning.exporters.peft_rules import CONFIG, PREFIX, TENSORS, TYPE
 from lora_lightning.exporters.report import Written
-from lora_lightning.exporters.source import Source, check_finite, plain_modules, users
+from lora_lightning.exporters.source import Source, check_finite, plain_modules
 from lora_lightning.files import write_json
-
-_NO_COPY = (nn.ModuleList, nn.ModuleDict)
-"""Containers that peft cannot save whole."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,6 @@ class Factors:
         return self.A.shape[0]
 
 
-@dataclass
-class Heads:
-    """Modules that are saved whole."""
-
-    task: str | None
-    modules: list[str]
-    """`modules_to_save`."""
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-
 def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Written:
     """Write `source` into `folder`.
 
@@ -72,7 +61,7 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     """
     modules = plain_modules(source.host)
     factors = {path: _factors(source, path, rank, modules) for path in source.layers}
-    heads = _heads(source, modules)
+    heads = find_heads(source, modules)
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in heads.tensors.items()}
     with_bias = any(f.bias is not None for f in factors.values())
     for path, layer in source.layers.items():
@@ -80,10 +69,11 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     check_finite("the adapter", tensors.values())
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / TENSORS, {"format": "pt"})
     write_json(folder / CONFIG, _config(source, factors, heads, with_bias, modules))
-    difference = _verified(source, folder, factors, heads) if verify else None
+    difference = _verified(source, folder, factors, heads, modules) if verify else None
     discarded = {path: f.discarded for path, f in factors.items() if f.discarded}
+    exact = "native" if type(source.record.method).peft_type == TYPE else "exact LoRA"
     return Written(
-        kind="truncated SVD" if discarded else source.kind,
+        kind="truncated SVD" if discarded else exact,
         layers=len(factors),
         difference=difference,
         discarded=discarded,
@@ -96,24 +86,20 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
 
 def _factors(source: Source, path: str, rank: int | None, modules: dict[str, nn.Module]) -> Factors:
     layer, adapter = source.layers[path], source.adapter(path)
-    reason = peft_rules.unlike(layer.base, modules[path.rpartition(".")[0]])
+    reason = peft_rules.unlike(path, modules)
     if reason:
         raise ExportError(f'{path} cannot travel in peft\'s format: {reason}. Use format="merged" instead.')
-    if not adapter.mergeable:
-        raise ExportError(
-            f'{source.method} on {path} depends on its input: its export class is "{source.kind}", and no file of fixed '
-            "factors states it. Keep the adapter folder."
-        )
+    source.check_fixed(path)
     exact = adapter.low_rank()
     bias = adapter.merged_bias(None)
     bias = None if bias is None else bias.detach().cpu()
     if exact is None and rank is None:
         raise ExportError(
-            f'{source.method} on {path} has no exact low-rank form: its export class is "{source.kind}". Give rank=N for a '
-            'truncated SVD with the discarded share reported, or use format="merged".'
+            f'{source.method} on {path} has no exact low-rank form: its export class is "{source.export_class}". Give '
+            'rank=N for a truncated SVD with the discarded share reported, or use format="merged".'
         )
     if exact is None or (rank is not None and exact[0].shape[0] > rank):
-        A, B, discarded = truncate(delta_of(layer, adapter), rank or 0)
+        A, B, discarded = _truncate(_delta(layer, adapter)[0], rank or 0)
         return Factors(A, B, 1.0, bias, discarded)
     A, B, scaling = _own_pair(adapter, *exact)
     if not A.shape[0]:  # every rank component was removed; peft knows no rank 0
@@ -133,14 +119,16 @@ def _own_pair(adapter: Adapter, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, f
     return A, B, 1.0
 
 
-def delta_of(layer: AdaptedLayer, adapter: Adapter) -> Tensor:
-    """merged_weight(W) - W in float64, W the original weight; (d_out, d_in)."""
-    weight = layer.accessor._read(layer.original_weight()).detach().to(torch.float64)
+def _delta(layer: AdaptedLayer, adapter: Adapter) -> tuple[Tensor, float]:
+    """merged_weight(W) - W, (d_out, d_in), W the original weight, in float64; and how far rounding may carry it."""
+    weight = layer.accessor._read(layer.original_weight()).detach().to(layer.accessor.device, torch.float64)
     with torch.no_grad():
-        return (adapter.merged_weight(weight) - weight).cpu()
+        merged = adapter.merged_weight(weight)
+    noise = 8 * torch.finfo(merged.dtype).eps * float(weight.abs().max())
+    return (merged - weight).cpu(), noise
 
 
-def truncate(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+def _truncate(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """Best (A (rank, d_in), B (d_out, rank)) for `delta`, and the share of its sum of squares that is left out."""
     U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
     root = S[:rank].sqrt()
@@ -170,59 +158,6 @@ def _layer_tensors(path: str, layer: AdaptedLayer, factors: Factors, with_bias: 
     return found
 
 
-# -- heads -------------------------------------------------------------------------------------------------------------
-
-
-def _heads(source: Source, modules: dict[str, nn.Module]) -> Heads:
-    """Modules to save whole, with the task if peft's own additions for it do no harm."""
-    own = _whole_modules(source, modules)
-    for task in dict.fromkeys((peft_rules.task_type(source.host), None)):
-        heads = Heads(task, own)
-        saved = [*own, *peft_rules.task_heads(task)]
-        copied = peft_rules.wrapped(saved, modules)
-        inside = [path for path in source.layers if any(path == m or path.startswith(f"{m}.") for m in copied)]
-        if not inside:
-            break
-    else:
-        raise ExportError(
-            f"{inside[0]} is adapted, but lies in a module that peft would replace by a copy, because its name ends like "
-            f'one of {", ".join(own)}. Use format="merged".'
-        )
-    for path in copied:
-        heads.tensors |= {f"{path}.{key}": t.detach().cpu().clone() for key, t in modules[path].state_dict().items()}
-        if path not in own:
-            heads.notes.append(
-                f"{path} did not train, but peft's rule for names saves it too; its weights are in the file"
-            )
-    return heads
-
-
-def _whole_modules(source: Source, modules: dict[str, nn.Module]) -> list[str]:
-    """The largest modules of which every parameter trains in full.
-
-    Raises:
-        ExportError: a parameter that trains without the rest of its module.
-    """
-    trained = {id(source.host.get_parameter(name)) for name in source.trained}
-
-    def whole(path: str) -> bool:
-        return all(id(parameter) in trained for parameter in modules[path].parameters())
-
-    found: dict[str, None] = {}
-    for name in [n for key, names in users(source.host).items() if key in trained for n in names]:
-        path, _, leaf = name.rpartition(".")
-        if not path or not whole(path) or isinstance(modules[path], _NO_COPY):
-            raise ExportError(
-                f"{name} trains in full, but is not a whole module: peft saves modules, not single parameters such as "
-                f'"{leaf}". Train the whole module, or use format="merged".'
-            )
-        parent = path.rpartition(".")[0]
-        while parent and whole(parent) and not isinstance(modules[parent], _NO_COPY):
-            path, parent = parent, parent.rpartition(".")[0]
-        found[path] = None
-    return list(found)
-
-
 # -- configuration -----------------------------------------------------------------------------------------------------
 
 
@@ -234,8 +169,8 @@ def _config(
     alphas = {path: _number(f.scaling * f.rank) for path, f in factors.items()}
     (rank, alpha), _ = Counter(zip(ranks.values(), alphas.values(), strict=True)).most_common(1)[0]
     saved = [*heads.modules, *peft_rules.task_heads(heads.task)]
-    experts = any(parameter.dim() == 3 and "expert" in name for name, parameter in source.host.named_parameters())
-    transposed = any(type(layer.base).__name__ == "Conv1D" for layer in source.layers.values())
+    experts = peft_rules.renames_experts(source.host)
+    transposed = any(isinstance(layer.accessor, TransposedBase) for layer in source.layers.values())
     optional = {
         "task_type": heads.task,
         "base_model_name_or_path": getattr(getattr(source.host, "config", None), "_name_or_path", None),
@@ -246,7 +181,7 @@ def _config(
         "modules_to_save": heads.modules,
     }
     return {
-        "peft_type": "LORA",
+        "peft_type": TYPE,
         "r": rank,
         "lora_alpha": alpha,
         "target_modules": peft_rules.targets_for(list(factors), saved, modules, experts),
@@ -259,21 +194,62 @@ def _number(value: float) -> float:
 
 
 def _bias_notes(source: Source, with_bias: bool) -> list[str]:
-    bare = [path for path, layer in source.layers.items() if with_bias and layer.original_bias() is None]
+    bare = [path for path, layer in source.layers.items() if with_bias and "bias" not in layer.originals()]
     return [f"{bare[0]} has no bias of its own, so peft loads this adapter but cannot merge it"] if bare else []
 
 
 # -- verification ------------------------------------------------------------------------------------------------------
 
 
-def _verified(source: Source, folder: Path, factors: dict[str, Factors], heads: Heads) -> float:
-    """Largest difference between what the files say and what the adapter does.
+def _verified(
+    source: Source, folder: Path, factors: dict[str, Factors], heads: Heads, modules: dict[str, nn.Module]
+) -> float:
+    """Largest difference between what the files say and what the adapter does, over all layers.
 
     Raises:
-        ExportError: it is more than rounding; or a head differs in any bit.
+        ExportError: it is more than rounding, or a head or base weight differs in any bit.
     """
     written = peft_file.read(folder)
     if written.layers.keys() != factors.keys() or written.heads.keys() != heads.tensors.keys():
-        raise ExportError(f'"{folder}" does not read back: it lists other layers than were written.')
-    state = {name: m for path, m in _states(source) for name in heads.tensors}
-    return max(_difference(source, path, layer, factors[path].discarded) for path, layer in written.layers.items())
+        raise ExportError("the files do not read back: they list other layers or heads than were written.")
+    for name, value in written.heads.items():
+        path = next(path for path in heads.copied if name.startswith(f"{path}."))
+        if not torch.equal(value, modules[path].state_dict()[name.removeprefix(f"{path}.")].cpu()):
+            raise ExportError(f"{name} does not read back bit for bit.")
+    return max(_layer_difference(source, path, layer, factors[path]) for path, layer in written.layers.items())
+
+
+def _layer_difference(source: Source, path: str, written: PeftLayer, factors: Factors) -> float:
+    layer, adapter = source.layers[path], source.adapter(path)
+    if written.base is not None and not torch.equal(written.base, layer.original_weight().cpu()):
+        raise ExportError(f"{path}: the base weight does not read back bit for bit.")
+    delta, expected, noise = written.delta(), *_delta(layer, adapter)
+    if factors.discarded:
+        lost = float((delta - expected).square().sum() / expected.square().sum())
+        if lost > factors.discarded * 1.001 + 1e-10:
+            raise ExportError(
+                f"{path}: truncation loses {lost:.3%} of the update, not {factors.discarded:.3%} as computed."
+            )
+        expected = factors.scaling * factors.B.double() @ factors.A.double()
+    difference = float((delta - expected).abs().max())
+    allowed = 1e-5 * float(expected.abs().max()) + noise
+    bias, expected_bias = _bias_deltas(layer, adapter, written)
+    off = float((bias - expected_bias).abs().max())
+    if not (difference <= allowed and off <= 1e-5 * float(expected_bias.abs().max()) + noise):
+        raise ExportError(
+            f"{path}: the files give an update that differs by {max(difference, off):.3g}; at most {allowed:.3g} is "
+            "rounding. Nothing was put in place."
+        )
+    return max(difference, off)
+
+
+def _bias_deltas(layer: AdaptedLayer, adapter: Adapter, written: PeftLayer) -> tuple[Tensor, Tensor]:
+    """What the files and the adapter add to the layer's bias."""
+    own = torch.zeros(layer.accessor.d_out, dtype=torch.float64)
+    in_files = own if written.bias is None else written.scaling * written.bias.double()
+    base = layer.originals().get("bias")
+    base = None if base is None else base.detach().to(layer.accessor.device, torch.float64)
+    with torch.no_grad():
+        merged = adapter.merged_bias(base)
+    merged = own if merged is None else merged.detach().double().cpu()
+    return in_files, merged if base is None else merged - base.cpu()

@@ -91,7 +91,7 @@ def read(directory: str | Path) -> PeftFolder:
             heads[name] = tensor
     try:
         layers = {path: _layer(path, parts, config) for path, parts in found.items()}
-    except (re.error, TypeError, ZeroDivisionError) as error:
+    except (re.error, IndexError, TypeError, ZeroDivisionError) as error:
         raise AdapterFileError(f'"{directory}": {CONFIG} cannot be read: {error}.') from error
     if not layers:
         raise AdapterFileError(f'"{directory}" holds no factor pair; an adapter without layers changes nothing.')
@@ -105,8 +105,8 @@ def _layer(path: str, parts: dict[str, Tensor], config: dict[str, Any]) -> PeftL
     stated = pattern_value(config.get("rank_pattern") or {}, path, config.get("r", DEFAULT_RANK))
     if not rank == parts["B"].shape[1] == stated:
         raise AdapterFileError(
-            f"{path}: factors of shape {tuple(parts['A'].shape)} and {tuple(parts['B'].shape)} do not fit rank {stated}, "
-            f"which {CONFIG} states."
+            f"{path}: factors of shape {tuple(parts['A'].shape)} and {tuple(parts['B'].shape)} do not fit rank "
+            f"{stated}, which {CONFIG} states."
         )
     alpha = pattern_value(config.get("alpha_pattern") or {}, path, config.get("lora_alpha", DEFAULT_ALPHA))
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -134,8 +134,8 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     if not path.is_file():
         if (folder / PICKLE).is_file():
             raise AdapterFileError(
-                f'"{folder}" holds {PICKLE}, a pickle, which can run any code and is not opened. Load it with peft where you '
-                "trust it, and save it again with safe_serialization=True."
+                f'"{folder}" holds {PICKLE}, a pickle, which can run any code and is not opened. Load it with peft '
+                "where you trust it, and save it again with safe_serialization=True."
             )
         raise AdapterFileError(f'"{folder}" holds no {TENSORS}.')
     try:

@@ -1,19 +1,22 @@
 """How peft reads its own configuration: which modules a list, a pattern or a task selects.
 
-peft 0.21.2, read in its source and compared with its behaviour in tests/test_peft_interop.py. An export is checked
-against these rules, because a name that selects one module too many would load without a word and compute another model.
+Those of peft 0.21.2; tests/test_peft_interop.py compares them with its behaviour. An export is checked against them,
+because a name that selects one module too many would load without a word and compute another model.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
 
 from lora_lightning.errors import ExportError
+from lora_lightning.targets import fused_experts
 
+TYPE = "LORA"
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -34,11 +37,12 @@ _TASK_HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+_RENAMING_FAMILIES = ("mixtral", "qwen2_moe")
 _EXPERT_NAMES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
 def task_type(model: nn.Module) -> str | None:
-    """peft's task for a Hugging Face model class, where the class name tells."""
+    """The task, in peft's words, of a Hugging Face model class, where the class name tells."""
     name = type(model).__name__
     if name.endswith("ForConditionalGeneration"):
         encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
@@ -51,6 +55,17 @@ def task_type(model: nn.Module) -> str | None:
 def task_heads(task: str | None) -> tuple[str, ...]:
     """Names that peft adds to `modules_to_save` for a task."""
     return _TASK_HEADS.get(task or "", ())
+
+
+def renames_experts(model: nn.Module) -> bool:
+    """Whether peft takes names of linear layers in this model for its fused experts, as before transformers 5."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind is None or not fused_experts(model):
+        return False
+    from transformers import conversion_mapping
+
+    families = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", None)  # private; without it, be careful
+    return families is None or families.get(kind, kind if kind == "mixtral" else None) in _RENAMING_FAMILIES
 
 
 def selected(targets: str | Collection[str], saved: Collection[str], names: Iterable[str]) -> set[str]:
@@ -67,10 +82,15 @@ def wrapped(saved: Collection[str], names: Iterable[str]) -> list[str]:
     return [name for name in names if any(f"{PREFIX}{name}".endswith(module) for module in saved)]
 
 
+@lru_cache(maxsize=8192)
+def _ending(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
+
+
 def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """What `rank_pattern` or `alpha_pattern` says about a module; the first pattern that matches its ending counts."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
+        if _ending(pattern).match(path):
             return value
     return default
 
@@ -95,7 +115,7 @@ def targets_for(
         paths: adapted layers.
         saved: `modules_to_save`, the task's heads included.
         modules: every module path of the plain model.
-        experts: whether the model has fused experts; peft then reads the names of their old linear layers differently.
+        experts: what `renames_experts` says of the model.
 
     Raises:
         ExportError: no such selection exists.
@@ -103,12 +123,12 @@ def targets_for(
     renamed = [path for path in paths if experts and path.rpartition(".")[2] in _EXPERT_NAMES]
     if renamed:
         raise ExportError(
-            f"{renamed[0]}: in a model with fused experts peft takes this name for the experts themselves, so no "
-            'adapter_config.json selects the layer. Exclude it from training, or use format="merged".'
+            f"{renamed[0]}: in this model peft takes the name for the fused experts, so no adapter_config.json selects "
+            'the layer. Exclude it from training, or use format="merged".'
         )
     last_names = sorted({path.rpartition(".")[2] for path in paths})
     candidates: list[str | list[str]] = [last_names, sorted(paths)]
-    if not experts:  # with fused experts peft reduces a pattern to last names
+    if not experts:  # peft reduces a pattern to last names there
         candidates.append("|".join(re.escape(path) for path in sorted(paths)))
     for candidate in candidates:
         if selected(candidate, saved, modules) == set(paths):
@@ -121,8 +141,17 @@ def targets_for(
     )
 
 
-def unlike(layer: nn.Module, parent: nn.Module) -> str | None:
-    """Why peft's layer for this module computes something else with the same factors; None where it does not."""
+def unlike(path: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """Why peft's layer at `path` computes something else with the same factors; None where it does not.
+
+    Args:
+        path: an adapted layer.
+        modules: every module of the plain model by path, under each of its paths.
+    """
+    layer, parent = modules[path], modules[path.rpartition(".")[0]]
+    again = next((other for other, module in modules.items() if module is layer and other != path), None)
+    if again:
+        return f"it stands at {again} too, where peft puts no factors"
     if isinstance(layer, nn.Conv1d | nn.Conv2d):
         if layer.groups > 1:
             return f"groups={layer.groups}, and peft lets its factors see all input channels"

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.layer import AdaptedLayer
+from lora_lightning.checkpoint import plain
 from lora_lightning.errors import AdapterStateError, ExportError, did_you_mean
 from lora_lightning.injection import AdapterRecord, injected_root, iter_adapters, records
 from lora_lightning.targets import pretrained_models
@@ -29,7 +30,7 @@ class Source:
     layers: dict[str, AdaptedLayer]
     """Layers that carry the adapter, by path in `host`."""
     trained: tuple[str, ...]
-    """Parameters of `host` that train in full."""
+    """Parameters of `host` that train in full, by name without wrappers."""
 
     @property
     def method(self) -> str:
@@ -37,13 +38,21 @@ class Source:
         return type(self.record.method).__name__
 
     @property
-    def kind(self) -> str:
-        """The method's export class."""
+    def export_class(self) -> str:
+        """How the method says it travels."""
         return type(self.record.method).export
 
     def adapter(self, path: str) -> Adapter:
         """The adapter on one layer."""
         return self.layers[path].adapter(self.name)
+
+    def check_fixed(self, path: str) -> None:
+        """Raise `ExportError` if the update of a layer depends on its input, so that no fixed tensors state it."""
+        if not (self.adapter(path).mergeable and type(self.record.method).mergeable):
+            raise ExportError(
+                f'{self.method} on {path} depends on its input: its export class is "{self.export_class}", and no '
+                "fixed weights state it. Keep the adapter folder."
+            )
 
 
 def find(model: nn.Module, name: str) -> Source:
@@ -51,7 +60,7 @@ def find(model: nn.Module, name: str) -> Source:
 
     Raises:
         AdapterStateError: there is none.
-        ExportError: the model is sharded.
+        ExportError: the model is sharded, or merged for good.
     """
     root = injected_root(model)
     known = records(root)
@@ -60,6 +69,10 @@ def find(model: nn.Module, name: str) -> Source:
     if any(isinstance(parameter, DTensor) for parameter in root.parameters()):
         raise ExportError("the model is sharded; save_adapter writes it whole, and that folder can be exported.")
     layers = {path: layer for path, layer in iter_adapters(root) if name in layer.adapters}
+    if not all(layer.can_unmerge for _, layer in iter_adapters(root)):
+        raise ExportError(
+            "the model is merged with keep_original=False, so its base is gone; eject(model), and save the plain model."
+        )
     record = known[name]
     prefix, host = _host(root, [*layers, *record.trained])
     return Source(
@@ -67,8 +80,8 @@ def find(model: nn.Module, name: str) -> Source:
         host=host,
         name=name,
         record=record,
-        layers={path.removeprefix(prefix): layer for path, layer in layers.items()},
-        trained=tuple(parameter.removeprefix(prefix) for parameter in record.trained),
+        layers={plain(path.removeprefix(prefix)): layer for path, layer in layers.items()},
+        trained=tuple(plain(parameter.removeprefix(prefix)) for parameter in record.trained),
     )
 
 
@@ -81,15 +94,18 @@ def _host(root: nn.Module, paths: Iterable[str]) -> tuple[str, nn.Module]:
 
 
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules under the paths they have without adapters; an adapted layer counts as its base."""
+    """Modules under the paths they have without adapters and wrappers; an adapted layer counts as its base.
+
+    A module that stands in several places comes under each path.
+    """
     found: dict[str, nn.Module] = {}
     inside = "\0"
     for path, module in model.named_modules(remove_duplicate=False):
         if path.startswith(inside):
             continue
-        found[path] = module
+        found[plain(path)] = module
         if isinstance(module, AdaptedLayer):
-            found[path], inside = module.base, f"{path}."
+            found[plain(path)], inside = module.base, f"{path}."
     return found
 
 
@@ -99,17 +115,6 @@ def users(model: nn.Module) -> dict[int, list[str]]:
     for path, module in plain_modules(model).items():
         for leaf, parameter in module.named_parameters(recurse=False):
             found.setdefault(id(parameter), []).append(f"{path}.{leaf}" if path else leaf)
-    return found
-
-
-def ties(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Path of each adapted layer whose weight has other users, with those."""
-    by_parameter = users(model)
-    found = {}
-    for path, layer in iter_adapters(model):
-        others = [name.removesuffix(".weight") for name in by_parameter[id(layer.accessor.stored)]]
-        if len(others) > 1:
-            found[path] = tuple(name for name in others if name != path)
     return found
 
 

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-WORDS = "a b c d e f g h good bad film tea dog cat what is the answer yes no it".split()
+WORDS = [*"abcdefgh", "good", "bad", "film", "tea", "dog", "cat", "what", "is", "the", "answer", "yes", "no", "it"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<s>", "</s>"]
 SHARED = Path(os.environ.get("LORA_LIGHTNING_TEST_DATA", Path(__file__).parents[3] / "shared"))
 
@@ -29,7 +29,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 
-def save_tokenizer(folder: Path, template: str, **special: str) -> str:
+def save_tokenizer(folder: Path, template: str, **special: Any) -> str:
     """A word-level tokenizer; a word's id is its place in SPECIAL + WORDS."""
     vocabulary = {word: number for number, word in enumerate([*SPECIAL, *WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -45,7 +45,9 @@ def save_tokenizer(folder: Path, template: str, **special: str) -> str:
 @pytest.fixture(scope="session")
 def encoder_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("encoder")
-    return save_tokenizer(folder, "[CLS] $A [SEP]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
+    special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    return save_tokenizer(folder, "[CLS] $A [SEP]", model_input_names=names, **special)
 
 
 @pytest.fixture(scope="session")

@@ -155,7 +155,7 @@ def test_real_instructions(shared):
         assert len(row["input_ids"]) <= 96
 
 
-# -- errors -------------------------------------------------------------------------------------------------------------
+# -- errors ------------------------------------------------------------------------------------------------------------
 
 
 def fails(data: Completions, message: str) -> None:
@@ -165,19 +165,26 @@ def fails(data: Completions, message: str) -> None:
 
 def test_missing_columns(make):
     fails(make(prompt="promt"), r'^Completions\.prompt is "promt"; train\.json has .* Did you mean "prompt"\?$')
-    fails(make(completion="answer"), r'^Completions\.completion is "answer"; train\.json has the columns prompt, completion')
+    fails(
+        make(completion="answer"),
+        r'^Completions\.completion is "answer"; train\.json has the columns prompt, completion',
+    )
     message = r'^Completions\.prompt_template: field 2 is "promt"; train\.json has .* Did you mean "prompt"\?$'
     fails(make(prompt_template="{prompt} {promt}"), message)
 
 
 def test_bad_templates(make):
-    fails(make(prompt_template="{prompt"), r"prompt_template is '{prompt'; expected '}' .* A literal brace is doubled\.$")
+    fails(
+        make(prompt_template="{prompt"), r"prompt_template is '{prompt'; expected '}' .* A literal brace is doubled\.$"
+    )
     fails(make(prompt_template="{} x"), r"prompt_template is '{} x'; each {} must name a column\.$")
     fails(make(prompt_template="prompt"), r"prompt_template is 'prompt'; it names no column in {}\.$")
 
 
 def test_missing_and_empty_text(make):
-    fails(make([{"prompt": "a", "completion": "b"}, {"prompt": None, "completion": "b"}]), '"prompt" is missing in row 1')
+    fails(
+        make([{"prompt": "a", "completion": "b"}, {"prompt": None, "completion": "b"}]), '"prompt" is missing in row 1'
+    )
     fails(make([{"prompt": "a", "completion": ""}]), r'^train\.json: "completion" is blank in every row\.$')
 
 

@@ -54,5 +54,7 @@ def test_regression_and_plain_text(write, encoder_tokenizer, causal_tokenizer):
 
 
 def test_foreign_data_module():
-    with pytest.raises(DataError, match=r"^data is LightningDataModule; only LabelledText, Completions, PlainText and Py"):
+    with pytest.raises(
+        DataError, match=r"^data is LightningDataModule; only LabelledText, Completions, PlainText and Py"
+    ):
         show_examples(LightningDataModule())

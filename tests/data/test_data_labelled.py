@@ -77,7 +77,9 @@ def test_given_names_serve_strings_and_numbers(make):
 def test_class_names_of_a_data_set(tmp_path, encoder_tokenizer):
     import datasets
 
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["x", "y", "z"])})
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["x", "y", "z"])}
+    )
     rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [2, 0]}, features=features)
     rows.save_to_disk(tmp_path / "set")
     data = LabelledText(train=str(tmp_path / "set"), tokenizer=encoder_tokenizer, validation_share=0.0)
@@ -101,6 +103,12 @@ def test_neither_limit_nor_the_held_out_share_hides_a_class(make):
     assert len(data.examples("train")) == len(data.examples("validation")) == 3
 
 
+def test_limit_takes_rows_at_even_steps(make):
+    rows = [{"text": f"text {n}", "label": n // 5} for n in range(10)]  # sorted by class
+    assert make(rows, limit=4).inputs("train")["text"][:] == ["text 0", "text 2", "text 5", "text 7"]
+    assert len(make(rows, limit=99).inputs("train")) == 10
+
+
 def test_setup_reads_once(make, monkeypatch):
     data = make()
     data.setup("fit")
@@ -120,7 +128,7 @@ def test_predict_needs_no_labels_and_tells_the_row(make, write):
     assert data.inputs("predict")["text"][:] == ["tea", "dog cat", "it"]
 
 
-# -- errors -------------------------------------------------------------------------------------------------------------
+# -- errors ------------------------------------------------------------------------------------------------------------
 
 
 def fails(data: LabelledText, message: str, stage: str = "fit") -> None:
@@ -136,7 +144,9 @@ def test_unknown_label(make, write):
         r' Did you mean "positive"\? Known: negative, positive\.$'
     )
     fails(make(validation=write("dev.json", rows)), message)
-    fails(make(labels=["positive"]), r"train column .*, row 1 .* 'negative' is not a known label\..* Known: positive\.$")
+    fails(
+        make(labels=["positive"]), r"train column .*, row 1 .* 'negative' is not a known label\..* Known: positive\.$"
+    )
 
 
 def test_number_is_no_known_label_where_strings_were_learned(make, write):
@@ -163,7 +173,10 @@ def test_regression_wants_numbers(make):
 
 
 def test_missing_columns(make):
-    fails(make(text="txet"), r'^LabelledText\.text is "txet"; train\.json has the columns text, label\. Did you mean "text"')
+    fails(
+        make(text="txet"),
+        r'^LabelledText\.text is "txet"; train\.json has the columns text, label\. Did you mean "text"',
+    )
     fails(make(text_pair="other"), r'^LabelledText\.text_pair is "other"; train\.json has')
     fails(make(label="labels"), r'^LabelledText\.label is "labels"; train\.json has .* Did you mean "label"\?$')
 

@@ -98,7 +98,7 @@ def write_library(folder: Path, files: dict[str, str], order: int = 1) -> Path:
 
 FILES = {
     "json/__init__.py": f'"""{LONG}, in a module.\n\nAnd a second paragraph."""\n',
-    "json/tool.py": f'class C:\n    """{LONG},\n      in a class."""\n    async def f(self):\n        "{LONG}, in a method."\n',
+    "json/tool.py": f'class C:\n  """{LONG},\n    in a class."""\n  async def f(self):\n    "{LONG}, in a method."\n',
     "ast.py": f'if True:\n    def f():\n        "{LONG}, in a function."\ndef g():\n    "{LONG}, in a MODULE."\n',
     "os.py": f'"{LONG}, twice."\ndef f():\n    "{LONG},  TWICE."\ndef g():\n    "Too short."\n',
     "email/test/test_x.py": f'"{LONG}, in a test."\n',

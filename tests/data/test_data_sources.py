@@ -36,7 +36,9 @@ def test_txt_has_an_example_per_line_that_is_not_empty(write):
 
 
 def test_columns_name_a_file_without_header(write):
-    table = read_table(write("x.tsv", 'gj04\t1\t\tHe "said so.\n'), "train", columns=["source", "label", "mark", "text"])
+    table = read_table(
+        write("x.tsv", 'gj04\t1\t\tHe "said so.\n'), "train", columns=["source", "label", "mark", "text"]
+    )
     assert table.to_dict() == {"source": ["gj04"], "label": [1], "mark": [""], "text": ['He "said so.']}
 
 
@@ -91,7 +93,7 @@ def test_hub_id_takes_config_and_split(monkeypatch):
     ]
 
 
-# -- errors: one line each, with the nearest valid choice ---------------------------------------------------------------
+# -- errors: one line each, with the nearest valid choice --------------------------------------------------------------
 
 
 def fails(source: str, message: str, **options) -> None:
@@ -104,7 +106,10 @@ def test_missing_file(write, tmp_path):
     write("train.tsv", "a\n1\n")
     fails(str(tmp_path / "trian.tsv"), r'^data\.train is ".*trian\.tsv"; no such file\. Nearest: train\.tsv\.$')
     fails(str(tmp_path / "up/x.tsv"), rf"no such file\. There is no folder {re.escape(str(tmp_path / 'up'))} either\.$")
-    fails("imdb", r'^data\.train is "imdb"; no such file\. .* of the hub is written "owner/name" or "owner/name:config"\.$')
+    fails(
+        "imdb",
+        r'^data\.train is "imdb"; no such file\. .* of the hub is written "owner/name" or "owner/name:config"\.$',
+    )
 
 
 def test_missing_file_below_a_folder_is_no_hub_id(write, tmp_path, monkeypatch):
@@ -161,7 +166,9 @@ def test_empty(write, name, content):
 
 
 def test_unknown_split_and_config(folder):
-    message = r"it cannot be read: Unknown split \"train_x\".*\['train', 'test'\]\. Another split .* \"\.\.\.::test\"\.$"
+    message = (
+        r"it cannot be read: Unknown split \"train_x\".*\['train', 'test'\]\. Another split .* \"\.\.\.::test\"\.$"
+    )
     fails(f"{folder}::train_x", message)
     fails(f"{folder}:cola", r"it cannot be read: BuilderConfig 'cola' not found\. Available: \['default'\]$")
 

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import doctest
 import hashlib
 
 import pytest
 
+from lora_lightning.data import splits
 from lora_lightning.data.splits import Sources, folded, in_share
 from lora_lightning.errors import DataError
 
@@ -61,5 +63,11 @@ def test_predict_falls_back_to_test_then_validation(numbered, write):
 def test_share_that_leaves_nothing(write):
     sources = Sources(owner="X", train=write("x.csv", "text\none\n"), validation_share=1e-9)
     assert len(read(sources, "train")) == 1
-    with pytest.raises(DataError, match=r"^X\.validation_share is 1e-09; of the 1 training rows it leaves none for valid"):
+    with pytest.raises(
+        DataError, match=r"^X\.validation_share is 1e-09; of the 1 training rows it leaves none for valid"
+    ):
         read(sources, "validation")
+
+
+def test_examples_in_docstrings():
+    assert doctest.testmod(splits) == (0, 1)  # failed, attempted

@@ -31,8 +31,9 @@ def test_nothing_to_pad_with(tmp_path):
 
 
 def test_null():
-    message = r"^data\.tokenizer is null; set it to the model's path or hub id \(the command line copies model\.pretrained\)\.$"
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(
+        DataError, match=r"^data\.tokenizer is null; set it to the model's path or hub id \(the command"
+    ):
         load_tokenizer(None)
 
 

@@ -1,0 +1,108 @@
+"""`python -m lora_lightning VERB ...`: light verbs at once, the rest when torch has been imported.
+
+Each verb but the training ones is a module in `verbs/` with `add_arguments(parser)` and `run(args)`; the first line of
+its docstring is its help.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NoReturn
+
+from lora_lightning import __version__, argv, plugins
+from lora_lightning.errors import LoraLightningError, did_you_mean
+
+TRAINING = {
+    "fit": "Train an adapter; --resume DIR continues a run.",
+    "validate": "Evaluate on the validation data; --run DIR takes a run's settings and weights.",
+    "test": "Evaluate on the test data; --run DIR as above.",
+    "predict": "Predict; --run DIR as above, --output FILE names the .csv or .jsonl file.",
+}
+VERBS = ("methods", "show", "cite", "targets", "inspect-data", "export")
+
+HELP = """usage: python -m lora_lightning VERB ...
+
+{verbs}
+
+Anywhere: -p no:NAME leaves plugin NAME out; --config NAME|PATH reads a config, later ones and flags win.
+Configs here: {configs}
+A verb's own flags: python -m lora_lightning VERB --help"""
+
+
+class VerbParser(argparse.ArgumentParser):
+    """Raises where argparse would print its usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `message`."""
+        raise LoraLightningError(f"{self.prog.rpartition(' ')[2]}: {message}.")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command line, by default the program's; returns the exit code.
+
+    An error that a user can mend is one line on stderr, and 2.
+    """
+    try:
+        return _run(sys.argv[1:] if args is None else args)
+    except LoraLightningError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except SystemExit as stop:  # a parser has printed its help or its error
+        if isinstance(stop.code, str):
+            raise
+        return stop.code or 0
+
+
+def _run(words: Sequence[str]) -> int:
+    line = argv.read(words)
+    if not line.rest or (line.verb is None and {"-h", "--help"} & set(line.rest)):
+        print(help_text())
+        return 0
+    if line.verb is None and "--version" in line.rest:
+        print(f"lora_lightning {__version__}")
+        return 0
+    if line.verb in TRAINING:
+        return int(importlib.import_module("lora_lightning.cli").main(words))
+    if line.verb not in VERBS:
+        found = f'no verb "{line.verb}".' if line.verb else "the verb comes first."
+        known = (*TRAINING, *VERBS)
+        raise LoraLightningError(f"{found}{did_you_mean(line.verb or '', known)} Verbs: {', '.join(known)}.")
+    verb = _verb(line.verb)
+    args = _parse(line, verb)
+    plugins.load(line.blocked)
+    return int(verb.run(args))
+
+
+def help_text() -> str:
+    """Verbs with one line each, our own flags, and the configs at hand."""
+    lines = TRAINING | {name: (_verb(name).__doc__ or "").split("\n", 1)[0] for name in VERBS}
+    verbs = "\n".join(f"  {name:<14}{text}" for name, text in lines.items())
+    return HELP.format(verbs=verbs, configs=", ".join(argv.config_names()) or "none")
+
+
+def _verb(name: str) -> ModuleType:
+    return importlib.import_module(f"lora_lightning.verbs.{name.replace('-', '_')}")
+
+
+def _parse(line: argv.Line, verb: ModuleType) -> argparse.Namespace:
+    """A verb's arguments. A verb with `flags` passes on what it does not know, a config's name first; else an error."""
+    description = (verb.__doc__ or "").strip()
+    parser = VerbParser(f"python -m lora_lightning {line.verb}", description=description, allow_abbrev=False)
+    verb.add_arguments(parser)
+    args, others = parser.parse_known_args(line.rest[1:])
+    if "flags" in args:
+        named = others and not others[0].startswith("-")
+        args.flags = [*(["--config"] if named else []), *others, *(f"-p=no:{name}" for name in line.blocked)]
+    elif others:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        word = others[0].partition("=")[0]
+        raise LoraLightningError(f'{line.verb}: it takes no "{word}".{did_you_mean(word, flags)}')
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())

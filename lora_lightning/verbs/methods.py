@@ -1,0 +1,53 @@
+"""List the installed adapter methods, and the plugins that failed."""
+
+from __future__ import annotations
+
+import argparse
+
+from lora_lightning.methods import Method
+from lora_lightning.plugins import Registry, describe, registry
+from lora_lightning.tables import print_table
+
+COLUMNS = ("Method", "Paper", "Package", "Version", "Mergeable", "Starts at base", "Export")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """None."""
+
+
+def run(args: argparse.Namespace) -> int:  # noqa: ARG001 - one signature for all verbs
+    """Print the table, then one line for each plugin that is not in it."""
+    known = registry()
+    print_table(COLUMNS, [_row(known, name) for name in sorted(known.methods)])
+    for plugin, names in known.blocked.items():
+        provides = f" ({', '.join(names)})" if names else ""
+        print(f"blocked: {plugin}{provides} by -p no:{plugin}")
+    for plugin, cause in known.failed.items():
+        print(f"failed: {plugin}: {describe(cause)}")
+    return 0
+
+
+def markdown_table(known: Registry) -> str:
+    """The same facts for a README, without versions, papers linked."""
+    columns = [column for column in COLUMNS if column != "Version"]
+    rows = [columns, ["---"] * len(columns)]
+    for name in sorted(known.methods):
+        cells = dict(zip(COLUMNS, _row(known, name), strict=True))
+        paper = known.methods[name].paper
+        cells["Paper"] = f"[{cells['Paper']}](https://arxiv.org/abs/{paper})" if paper else cells["Paper"]
+        rows.append([cells[column] for column in columns])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def _row(known: Registry, name: str) -> tuple[str, ...]:
+    method: type[Method] = known.methods[name]
+    provider = known.providers[name]
+    return (
+        name,
+        f"arXiv:{method.paper}" if method.paper else "-",
+        provider.package,
+        provider.version,
+        "yes" if method.mergeable else "no",
+        "yes" if method.starts_at_base else "no",
+        method.export,
+    )

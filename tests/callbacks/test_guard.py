@@ -1,0 +1,89 @@
+"""The guard, in a LightningModule of its own that knows nothing of adapters' module."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ll_lora import LoRA
+from projects import Plain, fit
+from torch import nn
+
+from lora_lightning.callbacks import InjectAdapters, TrainingGuard
+from lora_lightning.errors import TrainingError
+from lora_lightning.injection import inject, merge
+
+
+def test_a_layer_outside_the_loss_stops_the_run_with_its_name(tmp_path):
+    with pytest.raises(TrainingError, match=r"not training after 3 optimizer steps .*unused.*lora_A \(no gradient\)"):
+        fit(Plain(), tmp_path, [InjectAdapters(LoRA(rank=2)), TrainingGuard()])
+
+
+def test_all_used_layers_pass_and_the_distances_are_reported(tmp_path):
+    guard = TrainingGuard()
+    module = Plain()
+    fit(module, tmp_path, [InjectAdapters(LoRA(rank=2), ["used"], also_train=["head"]), guard])
+    assert set(guard.moved()) == {
+        "used.adapters.default.lora_A",
+        "used.adapters.default.lora_B",
+        "head.weight",
+        "head.bias",
+    }
+    assert all(distance > 0 for distance in guard.moved().values())
+
+
+def test_a_rate_of_zero_is_no_real_step_but_no_movement_at_a_rate_is(tmp_path):
+    fit(Plain(lr=0.0), tmp_path, [InjectAdapters(LoRA(rank=2), ["used"], also_train=["head"]), TrainingGuard()])
+
+    class Frozen(Plain):
+        def optimizer_step(self, epoch, batch_idx, optimizer, closure):
+            before = [p.detach().clone() for p in self.parameters()]
+            optimizer.step(closure)
+            with torch.no_grad():
+                for parameter, value in zip(self.parameters(), before, strict=True):
+                    parameter.copy_(value)
+
+    with pytest.raises(TrainingError, match="did not move"):
+        fit(Frozen(), tmp_path, [InjectAdapters(LoRA(rank=2), ["used"], also_train=["head"]), TrainingGuard()])
+
+
+def test_idle_tensors_are_not_judged(tmp_path, monkeypatch):
+    from lora_lightning.adapters.low_rank import LowRankAdapter
+
+    monkeypatch.setattr(LowRankAdapter, "idle", lambda self: frozenset({"lora_A", "lora_B"}))
+    fit(Plain(), tmp_path, [InjectAdapters(LoRA(rank=2), ["used", "unused"], also_train=["head"]), TrainingGuard()])
+
+
+def test_nan_loss_stops_the_run_and_names_the_step(tmp_path):
+    class Diverging(Plain):
+        def training_step(self, batch):
+            loss = super().training_step(batch)
+            return loss * float("nan") if self.global_step == 2 else loss
+
+    with pytest.raises(TrainingError, match=r"not a number at optimizer step 3: .*Lower the learning rate"):
+        fit(Diverging(), tmp_path, [InjectAdapters(LoRA(rank=2), ["used"]), TrainingGuard()])
+
+
+def test_nothing_trainable_is_refused(tmp_path):
+    class AllFrozen(Plain):
+        def configure_optimizers(self):
+            self.requires_grad_(False)
+            return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+
+    with pytest.raises(TrainingError, match="nothing trains"):
+        fit(AllFrozen(), tmp_path, [TrainingGuard()])
+
+
+def test_merged_adapters_are_refused(tmp_path):
+    module = Plain()
+    inject(module, LoRA(rank=2), ["used"])
+    merge(module)
+    with pytest.raises(TrainingError, match="1 layers are merged, used first; call unmerge"):
+        fit(module, tmp_path, [TrainingGuard()])
+
+
+def test_state_survives_a_checkpoint():
+    guard = TrainingGuard()
+    guard._real, guard._had_gradient = {"a": 2}, {"a"}
+    other = TrainingGuard()
+    other.load_state_dict(guard.state_dict())
+    assert (other._real, other._had_gradient) == ({"a": 2}, {"a"})

@@ -1,0 +1,284 @@
+import re
+import subprocess
+import sys
+from textwrap import dedent
+
+import pytest
+
+from lora_lightning import plugins
+from lora_lightning.errors import DuplicateMethodError, PluginError, UnknownMethodError
+from lora_lightning.methods import Method
+
+OURS = {"LoRA", "RoseLoRA"}
+
+
+def code(
+    name, decorator="@dataclass(frozen=True, kw_only=True)", body="def build(self, base): raise NotImplementedError"
+):
+    """Source of a plugin with one method class."""
+    return dedent(
+        f"""
+        from __future__ import annotations
+        from dataclasses import dataclass
+        from typing import ClassVar
+        from lora_lightning import hookimpl
+        from lora_lightning.methods import Method
+
+        {decorator}
+        class {name}(Method):
+            {body}
+
+        @hookimpl
+        def lora_lightning_methods():
+            return [{name}]
+        """
+    )
+
+
+def installed(registry):
+    return ", ".join(sorted(registry.methods))
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Install plugins for one test: `install(name, source)` writes a module and its `.dist-info`."""
+    monkeypatch.setattr(plugins, "_current", None)
+    monkeypatch.syspath_prepend(tmp_path)
+    names = []
+
+    def write(name, source, entry=None, package=None, version="1.0"):
+        names.append(name)
+        (tmp_path / f"{name}.py").write_text(source)
+        info = tmp_path / f"{(package or name).replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package or name}\nVersion: {version}\n")
+        (info / "entry_points.txt").write_text(f"[lora_lightning]\n{entry or f'{name} = {name}'}\n")
+
+    yield write
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def test_ours_come_through_the_entry_point_group(install):
+    registry = plugins.load()
+    assert set(registry.methods) >= OURS
+    assert registry.providers["LoRA"].plugin == "ll_lora"
+    assert registry.providers["LoRA"].package == "lora-lightning"
+    assert not registry.failed
+
+
+def test_a_third_party_method_is_found_with_its_version(install):
+    install("ll_extra", code("Extra"), package="some-package", version="2.5")
+    registry = plugins.load()
+    assert registry.method("Extra").__name__ == "Extra"
+    assert registry.providers["Extra"] == plugins.Provider("ll_extra", "some-package", "2.5")
+
+
+BROKEN = {
+    "missing_import": (
+        "import no_such_module_anywhere",
+        r"ModuleNotFoundError: No module named 'no_such_module_anywhere'",
+    ),
+    "exception": ("1 / 0", r"ZeroDivisionError: division by zero"),
+    "sys_exit": ("import sys; sys.exit(3)", r"SystemExit: 3"),
+    "syntax": ("def", r"SyntaxError: "),
+    "no_hook": ("x = 1", r"it contributes nothing: no function in it is marked with lora_lightning.hookimpl"),
+    "misspelt": (
+        "from lora_lightning import hookimpl\n@hookimpl\ndef lora_lightning_method(): return []",
+        r'no hook "lora_lightning_method" here\. Did you mean "lora_lightning_methods"\? It needs a newer core than '
+        r"\d\S+, or the name is misspelt$",
+    ),
+    "newer": (
+        "from lora_lightning import hookimpl\n@hookimpl\ndef lora_lightning_zzz(): return []",
+        r'no hook "lora_lightning_zzz" here\..* It needs a newer core than',
+    ),
+    "argument": (
+        "from lora_lightning import hookimpl\n@hookimpl\ndef lora_lightning_methods(model): return []",
+        r"PluginValidationError: .*lora_lightning_methods.*model",
+    ),
+    "raising": (
+        "from lora_lightning import hookimpl\n@hookimpl\ndef lora_lightning_methods(): raise OSError('no disk')",
+        r"OSError: no disk",
+    ),
+    "exiting": (
+        "from lora_lightning import hookimpl\n@hookimpl\ndef lora_lightning_methods(): raise SystemExit('bye')",
+        r"SystemExit: bye",
+    ),
+    "no_list": (
+        "from lora_lightning import hookimpl\n@hookimpl\ndef lora_lightning_methods(): return 3",
+        r"TypeError: lora_lightning_methods returned 3, which is no list of Method classes",
+    ),
+    "no_method": (
+        "from lora_lightning import hookimpl\n@hookimpl\ndef lora_lightning_methods(): return [dict]",
+        r"TypeError: lora_lightning_methods returned <class 'dict'>, which is no Method class",
+    ),
+    "abstract": (code("Unfinished", body="pass"), r"TypeError: method Unfinished does not implement build"),
+    "undecorated": (
+        code("Bare", decorator="", body="rank: int = 8\n\n            def build(self, base): ..."),
+        r"TypeError: method Bare has the field rank but no @dataclass\(frozen=True, kw_only=True\)",
+    ),
+    "twice": (code("Double").replace("return [Double]", "return [Double, Double]"), r"it provides Double twice"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_plugin_is_recorded_and_the_others_live(install, kind):
+    source, cause = BROKEN[kind]
+    install(f"ll_a_{kind}", dedent(source))
+    install("ll_sound", code("Sound"))
+    registry = plugins.load()
+    assert set(registry.failed) == {f"ll_a_{kind}"}
+    assert set(registry.methods) >= {*OURS, "Sound"}
+    text = plugins.describe(registry.failed[f"ll_a_{kind}"])
+    assert "\n" not in text
+    assert re.search(cause, text), text
+
+
+def test_two_broken_plugins_do_not_blame_each_other(install):
+    hook = "from lora_lightning import hookimpl\n@hookimpl\ndef lora_lightning_{}(): return []\n"
+    install("ll_a", hook.format("first"))
+    install("ll_b", hook.format("second"))
+    failed = plugins.load().failed
+    assert 'no hook "lora_lightning_first"' in str(failed["ll_a"])
+    assert 'no hook "lora_lightning_second"' in str(failed["ll_b"])
+
+
+def test_an_unknown_method_names_every_failed_plugin_with_its_cause(install):
+    install("ll_broken", "import no_such_module_anywhere")
+    text = (
+        f'method: no method "RosaLoRA". Did you mean "RoseLoRA"? Installed: {installed(plugins.load())}. '
+        "Plugin ll_broken failed to load: ModuleNotFoundError: No module named 'no_such_module_anywhere'."
+    )
+    with pytest.raises(UnknownMethodError) as caught:
+        plugins.method("RosaLoRA")
+    assert str(caught.value) == text
+
+
+def test_where_the_name_stood_is_said():
+    with pytest.raises(UnknownMethodError, match=r'^model\.method: no method "Nothing"\.'):
+        plugins.load().method("Nothing", where="model.method")
+
+
+def test_one_name_from_two_plugins_names_both_owners(install):
+    install("ll_one", code("Twin"), package="first-package", version="1.1")
+    install("ll_two", code("Twin"), package="second-package", version="2.2")
+    text = (
+        'two plugins provide a method "Twin": ll_one (first-package 1.1) and ll_two (second-package 2.2). '
+        "Block one with -p no:ll_two."
+    )
+    with pytest.raises(DuplicateMethodError) as caught:
+        plugins.load()
+    assert str(caught.value) == text
+    assert plugins.load(["ll_two"]).providers["Twin"].plugin == "ll_one"
+    assert plugins.load(["ll_one"]).providers["Twin"].plugin == "ll_two"
+
+
+def test_a_failed_load_leaves_the_current_registry(install):
+    before = plugins.load()
+    install("ll_one", code("Twin"))
+    install("ll_two", code("Twin"))
+    with pytest.raises(DuplicateMethodError):
+        plugins.load()
+    assert plugins.registry() is before
+
+
+def test_two_packages_with_one_plugin_name_are_both_known(install):
+    install("ll_same", code("Same"), package="package-a")
+    install("ll_other", code("Other"), entry="ll_same = ll_other", package="package-b")
+    registry = plugins.load()
+    loaded = registry.providers.get("Same") or registry.providers["Other"]
+    other = "package-b" if loaded.package == "package-a" else "package-a"
+    assert str(registry.failed[f"ll_same ({other} 1.0)"]) == "another plugin has that name already"
+
+
+def test_a_blocked_plugin_is_not_imported_and_its_methods_are_known(install):
+    install("ll_closed", code("Closed") + "raise RuntimeError('imported')\n")
+    registry = plugins.load(["ll_closed"])
+    assert "ll_closed" not in sys.modules
+    assert "Closed" not in registry.methods
+    assert registry.blocked == {"ll_closed": ("Closed",)}
+    assert registry.explain_unknown("Closed") == (
+        'method "Closed" comes from plugin ll_closed, which is blocked by -p no:ll_closed. '
+        f"Installed: {installed(registry)}."
+    )
+
+
+def test_a_blocked_plugin_is_named_for_another_unknown_method(install):
+    registry = plugins.load(["ll_rose"])
+    assert registry.explain_unknown("LoRAA") == (
+        f'no method "LoRAA". Did you mean "LoRA"? Installed: {installed(registry)}. '
+        "Plugin ll_rose (RoseLoRA) is blocked by -p no:ll_rose."
+    )
+
+
+HOOK = "@hookimpl\ndef lora_lightning_methods():\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        (
+            "from ll_deep.settings import First as Short, Second\n" + HOOK + "    return [Short, Second]",
+            ("First", "Second"),
+        ),
+        ("from ll_deep import settings\n" + HOOK + "    return (settings.First,)", ("First",)),
+        (HOOK + "    return find_them()", ()),
+        ("def", ()),
+        ("x = 1", ()),
+    ],
+)
+def test_what_a_blocked_plugin_would_provide_is_read_in_its_source(install, source, names):
+    install("ll_deep", source)
+    registry = plugins.load(["ll_deep"])
+    assert registry.blocked == {"ll_deep": names}
+    known = f" ({', '.join(names)})" if names else ""
+    assert f"Plugin ll_deep{known} is blocked by -p no:ll_deep." in registry.explain_unknown("Nothing")
+
+
+def test_a_plugin_inside_a_package_is_read_without_importing_the_package(install, tmp_path):
+    (tmp_path / "outer_package" / "inner").mkdir(parents=True)
+    (tmp_path / "outer_package" / "__init__.py").write_text("raise RuntimeError('imported')")
+    (tmp_path / "outer_package" / "inner" / "__init__.py").write_text(code("Deep"))
+    (tmp_path / "outer_package" / "flat.py").write_text(code("Flat"))
+    install("unused_a", "", entry="ll_deep = outer_package.inner")
+    install("unused_b", "", entry="ll_flat = outer_package.flat")
+    assert plugins.load(["ll_deep", "ll_flat"]).blocked == {"ll_deep": ("Deep",), "ll_flat": ("Flat",)}
+    assert "outer_package" not in sys.modules
+
+
+def test_a_blocked_plugin_that_is_gone_is_still_blocked(install):
+    install("unused", "", entry="ll_gone = no_such_package")
+    assert plugins.load(["ll_gone"]).blocked == {"ll_gone": ()}
+
+
+def test_blocking_an_unknown_plugin_is_an_error():
+    with pytest.raises(
+        PluginError, match=r'^-p no:ll_ros: no plugin "ll_ros"\. Did you mean "ll_rose"\? Installed: ll_lora'
+    ):
+        plugins.load(["ll_ros"])
+
+
+def test_a_full_path_does_not_get_around_blocking(install):
+    registry = plugins.load(["ll_rose"])
+    with pytest.raises(
+        PluginError, match=r"^model\.method: ll_rose\.RoseLoRA is part of plugin ll_rose, which is blocked by"
+    ):
+        registry.refuse_blocked("ll_rose.RoseLoRA", "model.method")
+    registry.refuse_blocked("ll_lora.LoRA", "model.method")
+    registry.refuse_blocked("ll_rose_garden.RoseLoRA", "model.method")
+
+
+def test_the_registry_loads_itself_once(monkeypatch):
+    monkeypatch.setattr(plugins, "_current", None)
+    first = plugins.registry()
+    assert plugins.registry() is first
+    assert issubclass(plugins.method("LoRA"), Method)
+
+
+def test_loading_imports_neither_torch_nor_lightning():
+    script = (
+        "import sys; from lora_lightning import plugins; plugins.load()\n"
+        "print([name for name in ('torch', 'lightning', 'jsonargparse', 'numpy') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.strip() == "[]"

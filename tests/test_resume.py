@@ -1,0 +1,214 @@
+"""Resume equals not having stopped: every tensor, at every optimizer step, mid-ramp and inside an accumulation window."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import Callback
+from ll_lora import LoRA
+from ll_rose import RoseLoRA
+from training import classification, completion_data, decoder_folder, encoder_folder, labelled_data, trainer
+
+from lora_lightning.callbacks import RankPruning
+from lora_lightning.errors import ResumeError
+from lora_lightning.module import AdapterModule
+from lora_lightning.saving import AtomicCheckpoints
+
+
+class SaveAt(Callback):
+    """Saves when `when(trainer, batch_idx)` first holds, after everything else of the batch."""
+
+    phase = 9
+
+    def __init__(self, path: Path, when) -> None:
+        self.path, self.when = path, when
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if not self.path.exists() and self.when(trainer, batch_idx):
+            trainer.save_checkpoint(self.path)
+
+
+def at_step(step: int):
+    return lambda trainer, batch_idx: trainer.global_step == step
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return encoder_folder(tmp_path_factory.mktemp("encoder"), dropout=0.1)
+
+
+def run(module, data, folder, callbacks=(), checkpoint=None, seed=3, **options):
+    seed_everything(seed, verbose=False)
+    fit = trainer(folder, list(callbacks), plugins=[AtomicCheckpoints()], **options)
+    fit.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    return {
+        "state": {name: value.clone() for name, value in module.state_dict().items()},
+        "optimizer": fit.optimizers[0].state_dict()["state"],
+        "rate": fit.optimizers[0].param_groups[0]["lr"],
+        "step": fit.global_step,
+        "rng": torch.get_rng_state(),
+    }
+
+
+def assert_equal_runs(one, other):
+    assert one["step"] == other["step"]
+    assert one["rate"] == other["rate"]
+    assert torch.equal(one["rng"], other["rng"])
+    for name, value in one["state"].items():
+        assert torch.equal(value, other["state"][name]), name
+    for index, state in one["optimizer"].items():
+        for name, value in state.items():
+            assert torch.equal(value, other["optimizer"][index][name]), (index, name)
+
+
+METHODS = {
+    "LoRA": lambda: LoRA(rank=2, dropout=0.2),
+    "LoRA-bias": lambda: LoRA(rank=2, bias=True, train="B"),
+    "RoseLoRA": lambda: RoseLoRA(rank=2, sparsity=0.7, dropout=0.1),
+}
+
+
+DIAGONAL = [("LoRA", 1, 1), ("LoRA-bias", 5, 1), ("RoseLoRA", 5, 1), ("RoseLoRA", 8, 2)]
+"""Method, step, batches a step; step 8 of two batches each ends the epoch."""
+EVERY = [(method, step, accumulate) for method in METHODS for step in (1, 5, 8) for accumulate in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("method", "step", "accumulate"),
+    [*DIAGONAL, *(pytest.param(*case, marks=pytest.mark.slow) for case in EVERY if case not in DIAGONAL)],
+)
+def test_resume_at_any_step(encoder, tmp_path, method, step, accumulate):
+    saved = tmp_path / "saved.ckpt"
+    options = {"accumulate_grad_batches": accumulate, "max_steps": 10}
+    make = METHODS[method]
+    straight = run(
+        classification(encoder, make()), labelled_data(encoder), tmp_path, [SaveAt(saved, at_step(step))], **options
+    )
+    resumed = run(classification(encoder, make()), labelled_data(encoder), tmp_path, (), saved, seed=77, **options)
+    assert_equal_runs(straight, resumed)
+
+
+def test_resume_inside_an_accumulation_window(encoder, tmp_path):
+    saved = tmp_path / "saved.ckpt"
+    options = {"accumulate_grad_batches": 4, "max_steps": 6}
+    make = METHODS["RoseLoRA"]
+    inside = SaveAt(saved, lambda trainer, batch_idx: trainer.global_step == 3 and batch_idx % 4 == 1)
+    straight = run(classification(encoder, make()), labelled_data(encoder), tmp_path, [inside], **options)
+    assert torch.load(saved, weights_only=True)["lora_lightning_resume"]["ranks"][0]["gradients"]
+    resumed = run(classification(encoder, make()), labelled_data(encoder), tmp_path, (), saved, seed=77, **options)
+    assert_equal_runs(straight, resumed)
+
+
+def test_resume_of_a_causal_lm_with_windows(tmp_path):
+    folder, saved = decoder_folder(tmp_path), tmp_path / "saved.ckpt"
+    options = {"accumulate_grad_batches": 2, "max_steps": 8}
+
+    def module():
+        return AdapterModule(str(folder), LoRA(rank=2), task="causal-lm", seed=1)
+
+    straight = run(module(), completion_data(folder), tmp_path, [SaveAt(saved, at_step(4))], **options)
+    resumed = run(module(), completion_data(folder), tmp_path, (), saved, seed=77, **options)
+    assert_equal_runs(straight, resumed)
+
+
+def test_resume_of_rank_pruning(encoder, tmp_path):
+    saved = tmp_path / "saved.ckpt"
+
+    def callbacks():
+        return [RankPruning(1, start=2, end=8)]
+
+    straight = run(
+        classification(encoder, LoRA(rank=4)),
+        labelled_data(encoder),
+        tmp_path,
+        [*callbacks(), SaveAt(saved, at_step(5))],
+    )
+    resumed = run(classification(encoder, LoRA(rank=4)), labelled_data(encoder), tmp_path, callbacks(), saved, seed=77)
+    assert_equal_runs(straight, resumed)
+    masks = [value for name, value in straight["state"].items() if name.endswith("rank_mask")]
+    assert all(int(mask.sum()) == 1 for mask in masks)
+
+
+@pytest.fixture
+def saved(encoder, tmp_path):
+    path = tmp_path / "saved.ckpt"
+    run(
+        classification(encoder, LoRA(rank=2)), labelled_data(encoder), tmp_path, [SaveAt(path, at_step(4))], max_steps=5
+    )
+    return path
+
+
+def test_a_checkpoint_holds_the_adapter_and_never_the_base(encoder, saved):
+    module = classification(encoder, LoRA(rank=2))
+    module.configure_model = lambda: None
+    checkpoint = torch.load(saved, weights_only=True)
+    keys = set(checkpoint["state_dict"])
+    assert keys
+    assert all(".adapters." in key or "classifier" in key or "pooler" in key for key in keys)
+    assert checkpoint["lora_lightning"]["method"] == "LoRA"
+    stored = sum(value.numel() for value in checkpoint["state_dict"].values())
+    assert stored == sum(p.numel() for p in _trainable(encoder)) + _mask_entries(checkpoint)
+
+
+def _trainable(encoder):
+    from lora_lightning.loading import load_model
+    from lora_lightning.tasks import find_task
+
+    model = load_model(str(encoder), find_task("sequence-classification"), 3)
+    from lora_lightning import inject
+
+    inject(model, LoRA(rank=2), ["query", "value"])
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _mask_entries(checkpoint):
+    return sum(value.numel() for key, value in checkpoint["state_dict"].items() if key.endswith("rank_mask"))
+
+
+def test_another_length_is_refused(encoder, tmp_path, saved):
+    with pytest.raises(ResumeError, match="started for 5 optimizer steps and would go on for 9"):
+        run(classification(encoder, LoRA(rank=2)), labelled_data(encoder), tmp_path, (), saved, max_steps=9)
+
+
+def test_another_rank_is_refused(encoder, tmp_path, saved):
+    with pytest.raises(ResumeError, match=r"does not fit the adapter: .* such as .*The model has LoRA"):
+        run(classification(encoder, LoRA(rank=3)), labelled_data(encoder), tmp_path, (), saved, max_steps=5)
+
+
+def test_another_base_is_refused(encoder, tmp_path, saved):
+    other = encoder_folder(tmp_path / "other", dropout=0.1)
+    from transformers import BertForSequenceClassification
+
+    model = BertForSequenceClassification.from_pretrained(other)
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight.add_(0.5)
+    model.save_pretrained(other)
+    with pytest.raises(ResumeError, match=r"another base model \(weights differ\)"):
+        run(classification(other, LoRA(rank=2)), labelled_data(encoder), tmp_path, (), saved, max_steps=5)
+
+
+def test_a_foreign_checkpoint_is_refused(encoder, tmp_path, saved):
+    checkpoint = torch.load(saved, weights_only=True)
+    del checkpoint["lora_lightning"]
+    torch.save(checkpoint, saved)
+    with pytest.raises(ResumeError, match="not written by AdapterModule"):
+        run(classification(encoder, LoRA(rank=2)), labelled_data(encoder), tmp_path, (), saved, max_steps=5)
+
+
+def test_a_checkpoint_of_an_interrupted_step_is_refused(encoder, tmp_path, saved):
+    checkpoint = torch.load(saved, weights_only=True)
+    del checkpoint["lora_lightning_resume"]
+    torch.save(checkpoint, saved)
+    with pytest.raises(ResumeError, match="not written while training went on"):
+        run(classification(encoder, LoRA(rank=2)), labelled_data(encoder), tmp_path, (), saved, max_steps=5)
+
+
+def test_another_number_of_processes_is_refused(encoder, tmp_path, saved):
+    checkpoint = torch.load(saved, weights_only=True)
+    checkpoint["lora_lightning_resume"]["ranks"] *= 2
+    torch.save(checkpoint, saved)
+    with pytest.raises(ResumeError, match="written by 2 processes; this run has 1"):
+        run(classification(encoder, LoRA(rank=2)), labelled_data(encoder), tmp_path, (), saved, max_steps=5)
