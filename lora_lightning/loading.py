@@ -34,8 +34,14 @@ def load_model(
     options: dict[str, Any] = task.model_options(num_labels)
     try:
         with _silent():
+            # a head of another size starts anew; any other tensor of another shape is refused below
             model, info = getattr(transformers, task.auto_class).from_pretrained(
-                source, dtype=dtype or torch.float32, output_loading_info=True, use_safetensors=True, **options
+                source,
+                dtype=dtype or torch.float32,
+                output_loading_info=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                **options,
             )
     except OSError as error:
         raise ModelError(f'model.pretrained is "{pretrained}": {_first_line(error)}') from error

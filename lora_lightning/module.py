@@ -294,9 +294,9 @@ def enable_checkpointing(net: nn.Module) -> None:
     if not getattr(net, "supports_gradient_checkpointing", False):
         raise ModelError(f"model.gradient_checkpointing is True; {type(net).__name__} does not support it.")
     hf_model = cast(Any, net)
-    hf_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if hasattr(hf_model, "_require_grads_hook"):
-        hf_model.disable_input_require_grads()
+    enable = getattr(hf_model, "activation_checkpointing_enable", None) or hf_model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    hf_model.disable_input_require_grads()
 
 
 def _say_difference(callback: Callback, given: Sequence[Callback]) -> None:

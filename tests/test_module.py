@@ -82,9 +82,11 @@ def test_accumulating_without_token_counts_is_refused_and_names_the_fix(decoder,
     data.setup("fit")
     batches = [{k: v for k, v in batch.items() if k != "window_tokens"} for batch in data.train_dataloader()]
     plain = DataLoader(batches, batch_size=None)
-    with pytest.raises(DataError, match=r"accumulate_grad_batches is 2, but .*window_tokens.*ResumableLoader, or set it to 1"):
-        trainer(tmp_path, accumulate_grad_batches=2, limit_val_batches=0).fit(causal(decoder), plain)
-    trainer(tmp_path, max_steps=4, limit_val_batches=0).fit(causal(decoder), plain)
+    with pytest.raises(
+        DataError, match=r"accumulate_grad_batches is 2, but .*window_tokens.*ResumableLoader, or set it to 1"
+    ):
+        trainer(tmp_path, accumulate_grad_batches=2).fit(causal(decoder), plain, plain)
+    trainer(tmp_path, max_steps=4).fit(causal(decoder), plain, plain)
 
 
 def test_validation_loss_is_the_mean_over_tokens(decoder, tmp_path):
@@ -156,7 +158,7 @@ def test_gradient_checkpointing_gives_the_same_training(encoder, tmp_path):
         seed_everything(0, verbose=False)
         module = classification(encoder, LoRA(rank=2), gradient_checkpointing=checkpointing)
         trainer(tmp_path, max_steps=4).fit(module, datamodule=labelled_data(encoder))
-        assert module.model.is_gradient_checkpointing == checkpointing
+        assert module.model.is_activation_checkpointing == checkpointing
         states.append(module.state_dict())
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
@@ -230,7 +232,9 @@ def test_weights_that_lack_a_part_of_the_backbone(tmp_path):
     model = BertModel(config)
     state = {name: value for name, value in model.state_dict().items() if "layer.0.output.dense" not in name}
     model.save_pretrained(tmp_path, state_dict=state)
-    with pytest.raises(ModelError, match=r"lacks 2 weights of BertForSequenceClassification, such as bert.*would stay random"):
+    with pytest.raises(
+        ModelError, match=r"lacks 2 weights of BertForSequenceClassification, such as bert.*would stay random"
+    ):
         load(tmp_path)
 
 
@@ -246,12 +250,16 @@ def test_a_task_the_model_has_no_class_for(tmp_path):
 
 
 def test_an_unknown_task():
-    with pytest.raises(SettingsError, match=r'model.task is "sequence-clasification". Did you mean "sequence-classification"'):
+    with pytest.raises(
+        SettingsError, match=r'model.task is "sequence-clasification". Did you mean "sequence-classification"'
+    ):
         find_task("sequence-clasification")
 
 
 def test_data_of_another_task(decoder, encoder, tmp_path):
-    with pytest.raises(DataError, match=r'model.task is "causal-lm", but the data \(LabelledText\) serve sequence-class'):
+    with pytest.raises(
+        DataError, match=r'model.task is "causal-lm", but the data \(LabelledText\) serve sequence-class'
+    ):
         trainer(tmp_path).fit(causal(decoder), datamodule=labelled_data(encoder))
 
 
@@ -261,7 +269,9 @@ def test_an_unknown_number_of_labels(encoder):
 
 
 def test_a_rank_above_the_layers_size_names_the_layer(encoder):
-    with pytest.raises(SettingsError, match=r"LoRA on bert.*query: rank is 17; a layer of 16 inputs and 16 outputs takes"):
+    with pytest.raises(
+        SettingsError, match=r"LoRA on bert.*query: rank is 17; a layer of 16 inputs and 16 outputs takes"
+    ):
         classification(encoder, LoRA(rank=17), num_labels=3).configure_model()
 
 
@@ -271,7 +281,9 @@ def test_a_target_that_matches_nothing(encoder):
 
 
 def test_a_schedule_that_does_not_fit_the_training(encoder, tmp_path):
-    with pytest.raises(SettingsError, match=r"in a run of 3 steps, so it does not fit; the smallest run that fits has 4"):
+    with pytest.raises(
+        SettingsError, match=r"in a run of 3 steps, so it does not fit; the smallest run that fits has 4"
+    ):
         trainer(tmp_path, max_steps=3).fit(classification(encoder, RoseLoRA(rank=2)), datamodule=labelled_data(encoder))
 
 
@@ -285,7 +297,9 @@ def test_gradient_checkpointing_of_a_model_without_it(encoder):
 def test_regression_trains_on_numbers(encoder, tmp_path):
     file = tmp_path / "numbers.csv"
     rows = labelled_file(tmp_path / "labels.csv").read_text().splitlines()[1:]
-    file.write_text("text,label\n" + "\n".join(f"{row.rpartition(',')[0]},{0.5 * (i % 3)}" for i, row in enumerate(rows)))
+    file.write_text(
+        "text,label\n" + "\n".join(f"{row.rpartition(',')[0]},{0.5 * (i % 3)}" for i, row in enumerate(rows))
+    )
     data = LabelledText(train=str(file), validation=str(file), tokenizer=str(encoder), regression=True, batch_size=4)
     module = AdapterModule(str(encoder), LoRA(rank=2), task="regression", seed=1, linear_baseline=False)
     run = trainer(tmp_path, max_steps=8)

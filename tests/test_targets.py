@@ -133,7 +133,9 @@ def test_suffixes_regular_expressions_and_embeddings() -> None:
     model = tiny_encoder()
     assert list(select(model, ["query", "value"]).layers) == [p for p in BERT if p.endswith(("query", "value"))]
     assert list(select(model, ["output.dense"]).layers) == [p for p in BERT if p.endswith("output.dense")]
-    assert list(select(model, r".*layer\.1\..*(query|key)").layers) == [p for p in BERT if "1" in p and p[-3:] in ("ery", "key")]
+    assert list(select(model, r".*layer\.1\..*(query|key)").layers) == [
+        p for p in BERT if "1" in p and p[-3:] in ("ery", "key")
+    ]
     embedding = select(model, ["word_embeddings"]).layers
     assert [base.kind for base in embedding.values()] == ["embedding"]
 
@@ -197,7 +199,11 @@ def test_overrides_by_layer_the_later_wins() -> None:
             {"targets": ["c_atn"]},
             r'targets=\["c_atn"\] matched none of the 11 adaptable layers of gpt2. Nearest: "c_attn" \(2 layers\)\.',
         ),
-        (tiny_encoder, {"targets": "atention"}, r'targets="atention" is neither "all-linear" nor a scope .*mean "attention"'),
+        (
+            tiny_encoder,
+            {"targets": "atention"},
+            r'targets="atention" is neither "all-linear" nor a scope .*mean "attention"',
+        ),
         (tiny_encoder, {"targets": "query"}, r'targets="query" is neither .* For a name suffix write \["query"\]'),
         (tiny_encoder, {"targets": r".*\.qery"}, r"targets='.*' matched none of the 17 adaptable layers of bert"),
         (tiny_encoder, {"targets": "*.query"}, r'targets: "\*\.query" is neither a part of a name nor a regular exp'),
@@ -213,7 +219,11 @@ def test_overrides_by_layer_the_later_wins() -> None:
             r'targets: "LayerNorm" names bert.embeddings.LayerNorm \(LayerNorm\), a kind of module that takes no adapter',
         ),
         (tiny_encoder, {"exclude": ["qery"]}, r'exclude=\["qery"\] matched none .* Nearest: "query" \(2 layers\)'),
-        (tiny_encoder, {"exclude": ["(query"]}, r'pattern: "\(query" is neither a part of a name nor a regular expression'),
+        (
+            tiny_encoder,
+            {"exclude": ["(query"]},
+            r'pattern: "\(query" is neither a part of a name nor a regular expression',
+        ),
         (
             tiny_encoder,
             {"targets": ["query"], "exclude": ["attention"]},
@@ -241,8 +251,16 @@ def test_overrides_by_layer_the_later_wins() -> None:
         ),
         (tiny_moe, {"targets": ["down_proj"]}, r"targets=\['down_proj'\] means 1 fused expert tensors"),
         (tiny_moe, {"targets": "experts"}, r"targets='experts' means 2 fused expert tensors"),
-        (tiny_moe, {"targets": ["gate"]}, r'"gate" names model.layers.1.mlp.gate \(Qwen3MoeTopKRouter\), a kind of module'),
-        (tiny_gpt2, {"targets": ["wte", "lm_head"]}, r"transformer.wte and lm_head share one weight; adapt one of them"),
+        (
+            tiny_moe,
+            {"targets": ["gate"]},
+            r'"gate" names model.layers.1.mlp.gate \(Qwen3MoeTopKRouter\), a kind of module',
+        ),
+        (
+            tiny_gpt2,
+            {"targets": ["wte", "lm_head"]},
+            r"transformer.wte and lm_head share one weight; adapt one of them",
+        ),
     ],
 )
 def test_error_messages_and_an_untouched_model(make: Any, options: dict[str, Any], message: str) -> None:
@@ -384,7 +402,13 @@ def test_one_side_of_a_tie_is_adapted_and_that_is_said() -> None:
     assert torch.equal(model(tokens).logits, before)
     perturb(model.lm_head.adapters)
     hidden = model.model(tokens).last_hidden_state
-    expected = hidden @ (model.model.embed_tokens.weight + 2 * model.lm_head.adapters.default.lora_B @ model.lm_head.adapters.default.lora_A).T
+    expected = (
+        hidden
+        @ (
+            model.model.embed_tokens.weight
+            + 2 * model.lm_head.adapters.default.lora_B @ model.lm_head.adapters.default.lora_A
+        ).T
+    )
     torch.testing.assert_close(model(tokens).logits, expected)
 
 

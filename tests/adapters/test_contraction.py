@@ -90,8 +90,16 @@ SHAPES = [(9, 7, 5, 3), (2, 16, 4, 4), (40, 6, 6, 1), (33, 5, 8, 5)]
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("order", all_orders(), ids="-".join)
-def test_formulas_count_the_multiply_adds_that_are_made(shape: tuple[int, int, int, int], order: tuple[str, str]) -> None:
-    for needs in [ALL, Needs(False, True, True), Needs(True, True, False), Needs(True, False, True), Needs(True, False, False)]:
+def test_formulas_count_the_multiply_adds_that_are_made(
+    shape: tuple[int, int, int, int], order: tuple[str, str]
+) -> None:
+    for needs in [
+        ALL,
+        Needs(False, True, True),
+        Needs(True, True, False),
+        Needs(True, False, True),
+        Needs(True, False, False),
+    ]:
         given = tensors(*shape, torch.float64)
         for name, need in zip(("x", "A", "B"), needs, strict=True):
             given[name].requires_grad_(need)

@@ -207,7 +207,9 @@ def test_start_values(train: str, start: str) -> None:
         assert float(random.detach().std()) == pytest.approx(bound / math.sqrt(3), rel=0.03)
 
 
-@pytest.mark.parametrize(("train", "parameters"), [("both", {"lora_A", "lora_B"}), ("A", {"lora_A"}), ("B", {"lora_B"})])
+@pytest.mark.parametrize(
+    ("train", "parameters"), [("both", {"lora_A", "lora_B"}), ("A", {"lora_A"}), ("B", {"lora_B"})]
+)
 def test_the_side_that_does_not_train_is_a_buffer(train: str, parameters: set[str]) -> None:
     adapter = LowRankAdapter(linear(), rank=2, scaling=1.0, train=train)  # type: ignore[arg-type]
     assert {name for name, _ in adapter.named_parameters()} == parameters

@@ -88,7 +88,9 @@ def test_rank_weights_serve_every_kind(kind: str, dtype: torch.dtype) -> None:
     assert y.dtype == dtype
     if dtype == torch.float64:
         A, B, w = A.double(), B.double(), w.double()
-        torch.testing.assert_close(y, dense(base, x, base.weight() + B @ (w[:, None] * A), base.bias), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            y, dense(base, x, base.weight() + B @ (w[:, None] * A), base.bias), rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("kind", [kind for kind in BASE_KINDS if kind != "Embedding"])
@@ -254,7 +256,9 @@ def test_a_layer_with_an_adapter_is_a_base_for_the_next(kind: str) -> None:
     stacked = StackedBase(base, first)
     assert not stacked.dense
     weight = second.merged_weight(stacked.weight())
-    torch.testing.assert_close(weight, base.weight() + first.lora_B @ first.lora_A + 0.5 * second.lora_B @ second.lora_A)
+    torch.testing.assert_close(
+        weight, base.weight() + first.lora_B @ first.lora_A + 0.5 * second.lora_B @ second.lora_A
+    )
     torch.testing.assert_close(second(x, stacked), stacked.apply(x, weight, stacked.bias))
     norms = stacked.cached("norms", lambda weight: weight.norm())
     perturb(first, 3)

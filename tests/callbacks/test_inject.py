@@ -108,22 +108,22 @@ def test_resume_is_exact_with_either_kind_of_checkpoint(tmp_path, contents):
     def run(path, checkpoint=None, **options):
         module = Plain()
         module.load_state_dict(start)
-        keep = ModelCheckpoint(path, "{step}", every_n_train_steps=4, save_top_k=-1)
+        keep = ModelCheckpoint(path, "{step}", every_n_train_steps=8, save_top_k=-1)
         fit_ = trainer(path, [injecting(seed=2, checkpoint=contents), keep], enable_checkpointing=True, **options)
         fit_.fit(module, loader(), ckpt_path=checkpoint, weights_only=True)
         return module.state_dict()
 
-    straight = run(tmp_path / "a", max_steps=7)
-    resumed = run(tmp_path / "b", tmp_path / "a" / "step=4.ckpt", max_steps=7)
+    straight = run(tmp_path, max_steps=11)
+    resumed = run(tmp_path, tmp_path / "step=8.ckpt", max_steps=11)
     assert all(torch.equal(value, resumed[name]) for name, value in straight.items())
-    saved = torch.load(tmp_path / "a" / "step=4.ckpt", weights_only=True)
+    saved = torch.load(tmp_path / "step=8.ckpt", weights_only=True)
     assert bool(saved["state_dict"]) == (contents == "full")
 
 
 def test_a_checkpoint_without_an_adapter_is_refused(tmp_path):
     plain = ModelCheckpoint(tmp_path, "plain", enable_version_counter=False)
     fit(Plain(), tmp_path, [plain], enable_checkpointing=True, max_steps=8)
-    run = trainer(tmp_path, [injecting(checkpoint="adapter")], max_steps=16)
+    run = trainer(tmp_path, [injecting(checkpoint="adapter"), plain], enable_checkpointing=True, max_steps=16)
     module = Plain()
     with pytest.raises(ResumeError, match="no adapter section: it was written without InjectAdapters"):
         run.fit(module, loader(), ckpt_path=tmp_path / "plain.ckpt", weights_only=True)

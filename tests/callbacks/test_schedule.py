@@ -37,7 +37,13 @@ class Recorder(ScheduleCallback):
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
 def test_acts_once_an_optimizer_step_at_both_moments(tmp_path, accumulate):
     recorder = Recorder()
-    fit(Plain(), tmp_path, [InjectAdapters(LoRA(rank=2), ["used"]), recorder], accumulate_grad_batches=accumulate, max_steps=4)
+    fit(
+        Plain(),
+        tmp_path,
+        [InjectAdapters(LoRA(rank=2), ["used"]), recorder],
+        accumulate_grad_batches=accumulate,
+        max_steps=4,
+    )
     assert recorder.events == [(moment, step) for step in range(1, 5) for moment in ("gradients", "stepped")]
 
 
@@ -64,7 +70,12 @@ def test_gradients_are_seen_unclipped_and_weights_not_yet_moved(tmp_path):
 
 def test_schedules_come_before_checkpoints_and_in_the_order_of_phases(tmp_path):
     guard, sparse = TrainingGuard(), SparsitySchedule(start=2, end=4)
-    given = [ModelCheckpoint(tmp_path, every_n_train_steps=1), guard, sparse, InjectAdapters(RoseLoRA(rank=2), ["used"])]
+    given = [
+        ModelCheckpoint(tmp_path, every_n_train_steps=1),
+        guard,
+        sparse,
+        InjectAdapters(RoseLoRA(rank=2), ["used"]),
+    ]
     run = fit(Plain(), tmp_path, given, enable_checkpointing=True, max_steps=5)
     order = [type(callback).__name__ for callback in run.callbacks]
     assert order[-1] == "ModelCheckpoint"
@@ -80,7 +91,9 @@ def test_a_checkpoint_of_a_step_holds_the_pruned_factors(tmp_path):
 
 
 def test_nothing_to_act_on_is_an_error(tmp_path):
-    with pytest.raises(NoEffectError, match=r"SparsitySchedule found nothing to act on: .*entry masks .*1 trainable adapters"):
+    with pytest.raises(
+        NoEffectError, match=r"SparsitySchedule found nothing to act on: .*entry masks .*1 trainable adapters"
+    ):
         fit(Plain(), tmp_path, [InjectAdapters(LoRA(rank=2), ["used"]), SparsitySchedule()])
     with pytest.raises(NoEffectError, match=r"RankPruning .*rank mask .*0 trainable adapters"):
         fit(Plain(), tmp_path, [RankPruning(1)])
@@ -110,7 +123,12 @@ def test_moments_as_shares_and_step_numbers(value, total, step):
     [
         (0.8, 0.1, 400, r"S.start is 0.8 and end is 0.1; the schedule must start before it ends"),
         (30, 20, 400, r"S.start is 30 and end is 20; the schedule must start before it ends"),
-        (0.1, 0.8, 3, r"from step 2 to step 2 in a run of 3 steps, so it does not fit; the smallest run that fits has 4"),
+        (
+            0.1,
+            0.8,
+            3,
+            r"from step 2 to step 2 in a run of 3 steps, so it does not fit; the smallest run that fits has 4",
+        ),
         (2, 90, 50, r"S.end is step 90; the run has 50 steps, so it must be at most 50"),
         (0.1, 0.8, None, r"S.start is 0.1, a share of all steps, but nothing bounds the run; set max_steps"),
         (0.1, 8.5, 100, r"S.end is 8.5; above 1 it is a step number and must be whole, such as 8"),
