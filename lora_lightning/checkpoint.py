@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import lora_lightning
@@ -126,7 +127,7 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> dict[str, Any]
         where = torch.arange(n, device=values.device) * (values.numel() - 1) // max(n - 1, 1)
         sample.update(values[where].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return {
-        "architecture": type(_unwrap(model)).__name__,
+        "architecture": _architecture(_unwrap(model)),
         "names": names.hexdigest(),
         "weights": sample.hexdigest() if sampled else None,
     }
@@ -150,6 +151,12 @@ def _base_parameters(model: nn.Module) -> dict[str, Tensor]:
 def _whole(tensor: Tensor) -> Tensor:
     """All of a tensor, detached; for a sharded one every process has to take part."""
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _architecture(model: nn.Module) -> str:
+    """The model's class; `fully_shard` puts one of its own on top."""
+    cls = type(model)
+    return (cls.__mro__[2] if FSDPModule in cls.__bases__ else cls).__name__
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

@@ -34,6 +34,11 @@ def test_an_empty_line_has_no_verb():
     assert argv.read([]) == argv.Line(())
 
 
+def test_a_flag_of_the_parsers_in_front_leaves_no_verb():
+    line = argv.read(["--trainer.max_steps", "3", "fit"])
+    assert (line.verb, line.rest) == (None, ("--trainer.max_steps", "3", "fit"))
+
+
 def test_what_is_not_ours_stays_in_order():
     line = argv.read(["fit", "--trainer.max_steps", "3", "--model.method=X", "--print_config"])
     assert line.rest == ("fit", "--trainer.max_steps", "3", "--model.method=X", "--print_config")

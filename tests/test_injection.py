@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ll_lora import LoRA
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import lora_lightning as ll
+from ll_lora import LoRA
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.layer import AdaptedLayer
 from lora_lightning.adapters.weights import BaseLayer
@@ -199,15 +198,15 @@ def test_two_adapters_that_train_one_head_are_told_so() -> None:
     assert any('trains with adapter "default" too; a model has one set of heads' in note for note in report.notes)
 
 
+@pytest.mark.timeout(30)
 def test_a_thousand_layers() -> None:
+    """In time linear in their number, or it would be far above the limit."""
     model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(1000)])
-    start = time.perf_counter()
     report = ll.inject(model, LoRA(rank=1), exclude=["7"])
     assert len(report.layers) == 999
     ll.set_trainable(model, "default")
     ll.merge(model)
     ll.eject(model)
-    assert time.perf_counter() - start < 10
     assert all(type(layer) is nn.Linear for layer in model)
 
 

@@ -16,6 +16,16 @@ from lora_lightning.methods import Method
 from lora_lightning.parser import Parser
 
 
+class Round:
+    def __init__(self, radius: int = 1):
+        pass
+
+
+class Square:
+    def __init__(self, side: int = 1):
+        pass
+
+
 class Classifier(LightningModule):
     def __init__(
         self,
@@ -24,6 +34,7 @@ class Classifier(LightningModule):
         optimizer: OptimizerCallable | None = None,
         targets: str | list[str] = "all-linear",
         num_labels: int | None = None,
+        shape: Round | Square | None = None,
     ):
         super().__init__()
 
@@ -352,7 +363,7 @@ class TestUnknownKey:
             (
                 {"model": MODEL | {"target": "x"}},
                 'no setting "model.target". Did you mean "model.targets"? '
-                "model takes: method, pretrained, optimizer, targets, num_labels.",
+                "model takes: method, pretrained, optimizer, targets, num_labels, shape.",
             ),
             (
                 {"fit": {"model": {"pretrained": "here"}}},
@@ -468,6 +479,11 @@ class TestWrongValue:
         value = {"class_path": "Wrapping", "init_args": {"inner": {"class_path": "LoRA", "init_args": {"rank": "x"}}}}
         text = 'model.method.inner.rank is "x"; it must be a whole number.'
         assert fail(["fit", "--config", config(model=MODEL | {"method": value})]) == text
+
+    def test_of_one_of_two_classes(self, fail, config):
+        value = {"class_path": f"{__name__}.Square", "init_args": {"side": "x"}}
+        text = fail(["fit", "--config", config(model=MODEL | {"shape": value})])
+        assert text == 'model.shape.side is "x"; it must be a whole number.'
 
     def test_a_number_that_might_be_a_tensor(self, fail, config):
         value = {"class_path": "AdamW", "init_args": {"lr": "fast"}}

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from ll_lora import LoRA
 from torch import Tensor, nn
 
 import lora_lightning as ll
+from ll_lora import LoRA
 from lora_lightning.errors import TargetError
 from lora_lightning.injection import adapters_named
 from lora_lightning.targets import fused_experts, head_prefixes, select, trained_parameters, within
@@ -378,7 +378,7 @@ def test_the_fast_path_of_torch_is_really_taken(monkeypatch: pytest.MonkeyPatch)
 class Gated(nn.Linear):
     """A linear layer of its own kind, which no accessor serves."""
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's own name
+    def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).relu()
 
 

@@ -70,9 +70,11 @@ class DroppedProduct(torch.autograd.Function):
         dtype = ctx.autocast or x.dtype
         with torch.autocast(x.device.type, enabled=False):
             h = _rows(x * mask).to(dtype) @ A.to(dtype).mT
-            out = torch.addmm(_rows(y).to(dtype), h, B.to(dtype).mT, alpha=c).view(y.shape).to(y.dtype)
+            # into a tensor of the final shape: a Function that returns a view forbids in-place ops on its output
+            out = torch.empty(y.shape, dtype=dtype, device=y.device)
+            torch.addmm(_rows(y).to(dtype), h, B.to(dtype).mT, alpha=c, out=_rows(out))
         ctx.save_for_backward(x, mask, h, A, B)
-        return out
+        return out.to(y.dtype)
 
     @staticmethod
     @once_differentiable
@@ -219,7 +221,7 @@ class LowRankAdapter(Adapter):
         merged = x.dtype in (torch.float32, torch.float64)
         order = contraction.choose(rows.shape[0], base.d_in, base.d_out, A.shape[0], needs, merged=merged)
         y = contraction.contract(rows, base.weight(), base.bias, A, B, self.scaling, order)
-        return y.view(*x.shape[:-1], base.d_out)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], base.d_out)
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """W + s B A."""

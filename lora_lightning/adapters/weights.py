@@ -273,7 +273,8 @@ def add_product(onto: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
     """Sum onto (..., d_out) + scale * h (..., r) B^T, without a second tensor of the size of `onto`."""
     if onto.dim() == 1:
         return onto + scale * (B @ h)
-    return torch.addmm(onto.flatten(0, -2), h.flatten(0, -2), B.mT, alpha=scale).view(onto.shape)
+    total = torch.addmm(onto.flatten(0, -2), h.flatten(0, -2), B.mT, alpha=scale)
+    return total if onto.dim() == 2 else total.view(onto.shape)
 
 
 def base_layer(module: nn.Module) -> BaseLayer | None:

@@ -41,6 +41,7 @@ class PyDocs(TextData):
         num_workers: int = 0,
         seed: int = 0,
         limit: int | None = None,
+        group_by_length: bool = True,
     ) -> None:
         super().__init__(
             max_length=max_length,
@@ -50,6 +51,7 @@ class PyDocs(TextData):
             num_workers=num_workers,
             seed=seed,
             limit=limit,
+            group_by_length=group_by_length,
             validation_share=0.2,
         )
         self.label_names = AREA_NAMES

@@ -15,6 +15,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DistributedSampler
 
 from lora_lightning.data.collate import MODEL_INPUTS, Collate
+from lora_lightning.data.grouping import LengthGroupedSampler
 from lora_lightning.data.loader import Batch, ResumableLoader
 from lora_lightning.data.splits import Sources
 from lora_lightning.data.tokenizers import load_tokenizer
@@ -69,6 +70,7 @@ class TextData(LightningDataModule, ABC):
         num_workers: int = 0,
         seed: int = 0,
         limit: int | None = None,
+        group_by_length: bool = False,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
@@ -79,6 +81,7 @@ class TextData(LightningDataModule, ABC):
         self.seed = seed
         self.limit = limit
         self.validation_share = validation_share
+        self.group_by_length = group_by_length
         check(max_length >= 2, self, "max_length", "it must be at least 2 tokens.")
         check(batch_size >= 1, self, "batch_size", "it must be at least 1.")
         check(limit is None or limit >= 1, self, "limit", "it must be at least 1, or null for all examples.")
@@ -204,9 +207,15 @@ class TextData(LightningDataModule, ABC):
             examples,
             count=self.count,
             batch_size=batch_size,
-            sampler=DistributedSampler(examples, shuffle=shuffle, seed=self.seed, **ranks),
+            sampler=self._sampler(examples, batch_size, shuffle=shuffle, seed=self.seed, **ranks),
             collate_fn=Collate(self.tokenizer_object.pad_token_id, columns),
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             **options,
         )
+
+    def _sampler(self, examples: datasets.Dataset, batch_size: int, **options: Any) -> DistributedSampler[Any]:
+        if not self.group_by_length:
+            return DistributedSampler(examples, **options)
+        lengths = [len(ids) for ids in examples.with_format(None)["input_ids"]]
+        return LengthGroupedSampler(lengths, batch_size, **options)

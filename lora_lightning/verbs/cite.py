@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         SettingsError: a config that cannot be read.
         UnknownMethodError: a config names a method that is not installed.
     """
-    methods = dict.fromkeys(method for config in args.configs for method in methods_in(config))
+    methods = [method for config in args.configs for method in methods_in(config)]
     if not methods:
         print(f"{', '.join(args.configs)}: no method is named, nothing to cite.")
         return 0

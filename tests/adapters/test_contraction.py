@@ -239,7 +239,7 @@ def saved_bytes(adapter: LowRankAdapter, base: BaseLayer, x: Tensor) -> dict[tup
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = adapter(x, base)
-    kept = {shape: size for shape, size in found.values()}
+    kept = dict(found.values())
     y.sum().backward()
     return kept
 

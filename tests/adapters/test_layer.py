@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from ll_lora import LoRA
 from torch import nn
 
+from ll_lora import LoRA
 from lora_lightning.adapters.layer import AdaptedLayer, check_name
 from lora_lightning.adapters.weights import base_layer
 from lora_lightning.errors import AdapterStateError, SettingsError
@@ -97,7 +97,7 @@ def test_check_mergeable_sees_an_overflow_of_the_stored_dtype() -> None:
     with torch.no_grad():
         for parameter in layer.adapter("default").parameters():
             parameter.fill_(1e4)
-    with pytest.raises(AdapterStateError, match="the merged weight overflows torch.float16"):
+    with pytest.raises(AdapterStateError, match=r"the merged weight overflows torch\.float16"):
         layer.check_mergeable()
 
 

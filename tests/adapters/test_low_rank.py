@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -86,6 +87,23 @@ def test_dropped_product_passes_gradcheck() -> None:
     y, x, A, B = given()
     mask = keep_mask(x, 0.4)
     assert gradcheck(lambda *tensors: dropped_product(tensors[0], tensors[1], mask, *tensors[2:], 1.7), (y, x, A, B))
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.5}, {"order": "flops"}])
+@pytest.mark.parametrize("shape", [(4, 12), (2, 4, 12)])
+def test_the_output_may_be_changed_in_place(options: dict[str, Any], shape: tuple[int, ...]) -> None:
+    """As `nn.ReLU(inplace=True)` does after a layer."""
+    base = linear()
+    adapter = LowRankAdapter(base, rank=2, scaling=0.5, **options)
+    perturb(adapter)
+    x, gradients = torch.randn(shape, dtype=torch.float64, requires_grad=True), []
+    for activation in (torch.relu, torch.relu_):
+        torch.manual_seed(0)
+        y = adapter(x, base)
+        assert y._base is None or len(shape) > 2
+        gradients.append(torch.autograd.grad(activation(y).sum(), [x, *adapter.parameters()]))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_dropped_product_leaves_out_gradients_that_are_not_needed() -> None:

@@ -23,6 +23,9 @@ def test_a_draw_depends_on_each_argument_and_nothing_else() -> None:
 
 
 def test_a_draw_is_the_same_in_another_process() -> None:
-    code = "from lora_lightning.adapters.seeds import generator as g; import torch; print(float(torch.rand((), generator=g(3, 'init', 0, 'a.b'))))"
+    code = (
+        "import torch; from lora_lightning.adapters.seeds import generator as g; "
+        "print(float(torch.rand((), generator=g(3, 'init', 0, 'a.b'))))"
+    )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(process.stdout) == draw(3, "init", 0, "a.b")

@@ -154,27 +154,27 @@ def test_accessor_reads_the_module_not_a_parameter_kept_from_before() -> None:
 class OwnForward(nn.Linear):
     """Another way to write the same layer, as Falcon does."""
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's own name
+    def forward(self, input: Tensor) -> Tensor:
         return input @ self.weight.T + self.bias
 
 
 class Quadratic(nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's own name
+    def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight, self.bias) ** 2
 
 
 class TwoInputs(nn.Linear):
-    def forward(self, input: Tensor, gate: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's own name
+    def forward(self, input: Tensor, gate: Tensor) -> Tensor:
         return F.linear(input, self.weight) * gate
 
 
 class Normed(nn.Embedding):
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Embedding's own name
+    def forward(self, input: Tensor) -> Tensor:
         return F.normalize(super().forward(input), dim=-1)
 
 
 class ConvPlusOne(nn.Conv2d):
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Conv2d's own name
+    def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) + 1
 
 

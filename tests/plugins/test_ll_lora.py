@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from ll_lora import LoRA
 from torch import nn
 
 import lora_lightning as ll
+from ll_lora import LoRA
 from lora_lightning.errors import SettingsError
 from lora_lightning.injection import adapters_named
 from lora_lightning.plugins import registry

@@ -26,7 +26,10 @@ class Cascaded(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Unwritten(Method):
-    """Without BibTeX."""
+    """Without BibTeX; its field only sounds like one that wraps."""
+
+    inner: str = ""
+    """A word."""
 
     def build(self, base):
         raise NotImplementedError
@@ -101,7 +104,9 @@ def test_several_files(cite):
 
 
 def test_a_method_without_an_entry_is_said(cite):
-    assert cite("model: {method: Unwritten}") == (0, "% Unwritten: its plugin gives no BibTeX entry.\n", "")
+    text = "% Unwritten: its plugin gives no BibTeX entry.\n"
+    assert cite("model: {method: Unwritten}") == (0, text, "")
+    assert cite("model: {method: {class_path: Unwritten, init_args: {inner: NoMethod}}}") == (0, text, "")
 
 
 @pytest.mark.parametrize(

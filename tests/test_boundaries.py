@@ -1,0 +1,244 @@
+"""Who may import whom, read in the syntax trees, so that no reviewer has to remember it."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import lora_lightning
+from lora_lightning.plugins import registry
+
+ROOT = Path(__file__).resolve().parents[1]
+CORE = sorted((ROOT / "lora_lightning").rglob("*.py"))
+PLUGINS = sorted((ROOT / "plugins").glob("ll_*/**/*.py"))
+
+PLAIN_TORCH = {
+    "adapters",
+    "checkpoint",
+    "errors",
+    "exporters",
+    "exporting",
+    "files",
+    "hookspecs",
+    "injection",
+    "methods",
+    "optim",
+    "plugins",
+    "targets",
+    "testing",
+    "tiny",
+}
+"""Parts of core that serve a bare script: everything but the training loop."""
+
+LEVEL = {
+    "errors": 0,
+    "files": 0,
+    "adapters": 1,
+    "methods": 1,
+    "hookspecs": 1,
+    "plugins": 2,
+    "targets": 2,
+    "injection": 3,
+    "checkpoint": 4,
+    "optim": 4,
+    "exporters": 4,
+    "exporting": 4,
+    "callbacks": 5,
+    "module": 6,
+    "cli": 7,
+    "verbs": 8,
+    "__main__": 8,
+}
+"""cli -> module -> callbacks -> checkpoint -> injection -> adapters: imports go down or stay; other parts are free."""
+
+
+@dataclass(frozen=True)
+class Import:
+    module: str
+    top_level: bool
+    typing_only: bool
+
+
+def imports(path: Path) -> Iterator[Import]:
+    yield from _imports(ast.parse(path.read_text()), path, top_level=True, typing_only=False)
+
+
+def _imports(node: ast.AST, path: Path, top_level: bool, typing_only: bool) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            for alias in child.names:
+                yield Import(alias.name, top_level, typing_only)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, f"{path}: relative import"
+            yield Import(child.module or "", top_level, typing_only)
+            for alias in child.names:  # `from lora_lightning import injection` imports a part too
+                yield Import(f"{child.module}.{alias.name}", top_level, typing_only)
+        elif isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+            for statement in child.body:
+                yield from _imports(ast.Module([statement], []), path, top_level, typing_only=True)
+            for statement in child.orelse:
+                yield from _imports(ast.Module([statement], []), path, top_level, typing_only)
+        else:
+            inner = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from _imports(child, path, top_level and not inner, typing_only)
+
+
+def root_of(module: str) -> str:
+    return module.split(".")[0]
+
+
+def part_of(path: Path) -> str:
+    """`adapters` for lora_lightning/adapters/base.py, `module` for lora_lightning/module.py."""
+    return path.relative_to(ROOT / "lora_lightning").parts[0].removesuffix(".py")
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_the_walk_sees_imports_wherever_they_stand(tmp_path: Path) -> None:
+    file = tmp_path / "x.py"
+    file.write_text(
+        "import a\nfrom b.c import d\nif TYPE_CHECKING:\n    import e\nelse:\n    import f\n"
+        "try:\n    import g\nexcept ImportError:\n    pass\nclass X:\n    def y(self):\n        import h\n"
+    )
+    found = {item.module: (item.top_level, item.typing_only) for item in imports(file)}
+    assert found == {
+        "a": (True, False),
+        "b.c": (True, False),
+        "b.c.d": (True, False),
+        "e": (True, True),
+        "f": (True, False),
+        "g": (True, False),
+        "h": (False, False),
+    }
+    assert len(CORE) > 20
+    assert len(PLUGINS) > 3
+
+
+@pytest.mark.parametrize("path", CORE, ids=name_of)
+def test_core_never_imports_a_plugin(path: Path) -> None:
+    assert not [
+        item for item in imports(path) if root_of(item.module).startswith("ll_") or root_of(item.module) == "plugins"
+    ]
+
+
+def _words(path: Path) -> set[str]:
+    """Every identifier and string literal."""
+    words: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        for field in ("id", "attr", "name", "asname", "arg", "value", "module"):
+            value = getattr(node, field, None)
+            if isinstance(value, str):
+                words.add(value)
+    return words
+
+
+@pytest.mark.parametrize("path", CORE, ids=name_of)
+def test_core_never_spells_a_methods_name(path: Path) -> None:
+    names = set(registry().methods) | {folder.name for folder in (ROOT / "plugins").glob("ll_*")}
+    assert {"LoRA", "ll_lora"} <= names
+    assert not _words(path) & names
+
+
+@pytest.mark.parametrize("path", [p for p in CORE if part_of(p) in PLAIN_TORCH], ids=name_of)
+def test_the_plain_torch_half_never_imports_lightning(path: Path) -> None:
+    real = [item.module for item in imports(path) if not item.typing_only]
+    assert not [module for module in real if root_of(module) in ("lightning", "pytorch_lightning", "jsonargparse")]
+    upstairs = ("lora_lightning.module", "lora_lightning.callbacks", "lora_lightning.cli", "lora_lightning.strategies")
+    assert not [module for module in real if module.startswith(upstairs)]
+
+
+@pytest.mark.parametrize("path", [p for p in CORE if part_of(p) in LEVEL], ids=name_of)
+def test_imports_in_core_go_one_way(path: Path) -> None:
+    own = LEVEL[part_of(path)]
+    for item in imports(path):
+        parts = item.module.split(".")
+        if parts[0] == "lora_lightning" and len(parts) > 1 and not item.typing_only:
+            assert LEVEL.get(parts[1], 0) <= own, f"{part_of(path)} imports {item.module}"
+
+
+@pytest.mark.parametrize("path", PLUGINS, ids=name_of)
+def test_a_plugin_imports_no_other_plugin(path: Path) -> None:
+    own = path.relative_to(ROOT / "plugins").parts[0]
+    assert not [i for i in imports(path) if root_of(i.module).startswith("ll_") and root_of(i.module) != own]
+
+
+@pytest.mark.parametrize("path", [p for p in PLUGINS if p.name in ("settings.py", "__init__.py")], ids=name_of)
+def test_settings_import_neither_torch_nor_lightning(path: Path) -> None:
+    heavy = {"torch", "lightning", "pytorch_lightning", "transformers"}
+    assert not [i for i in imports(path) if i.top_level and not i.typing_only and root_of(i.module) in heavy]
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in PLUGINS if p.name in ("settings.py", "functional.py", "adapter.py")], ids=name_of
+)
+def test_methods_of_a_plugin_work_without_lightning(path: Path) -> None:
+    assert not [
+        i for i in imports(path) if not i.typing_only and root_of(i.module) in ("lightning", "pytorch_lightning")
+    ]
+
+
+def test_every_plugin_enters_by_the_same_door() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    folders = {folder.name for folder in (ROOT / "plugins").glob("ll_*")}
+    assert project["entry-points"]["lora_lightning"] == {name: name for name in folders}
+
+
+# -- the root package --------------------------------------------------------------------------------------------------
+
+
+def test_importing_the_root_and_all_plugins_is_light() -> None:
+    code = (
+        "import sys, lora_lightning\n"
+        "from lora_lightning import plugins\n"
+        "print(sorted(plugins.load().methods))\n"
+        "heavy = {'torch', 'lightning', 'pytorch_lightning', 'transformers', 'jsonargparse', 'numpy'}\n"
+        "sys.exit(' '.join(heavy & set(sys.modules)) or None)"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert "LoRA" in process.stdout
+
+
+def test_no_lazy_name_is_a_submodules_name() -> None:
+    """`import lora_lightning.x` would put the module in the place of the name."""
+    package = ROOT / "lora_lightning"
+    modules = {path.stem for path in package.glob("*.py")} | {path.name for path in package.iterdir() if path.is_dir()}
+    assert not modules & set(lora_lightning._HOME)
+
+
+def test_all_is_what_there_is() -> None:
+    assert sorted(lora_lightning.__all__) == sorted([*lora_lightning._HOME, "hookimpl", "testing"])
+    assert dir(lora_lightning) == sorted(lora_lightning.__all__)
+    with pytest.raises(AttributeError, match="module 'lora_lightning' has no attribute 'injct'"):
+        _ = lora_lightning.injct  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", lora_lightning.__all__)
+def test_every_lazy_name_resolves(name: str) -> None:
+    value = getattr(lora_lightning, name)
+    if name in lora_lightning._HOME:
+        home = importlib.import_module(f"lora_lightning.{lora_lightning._HOME[name]}")
+        assert value is getattr(home, name)
+
+
+def test_what_type_checkers_see_is_what_is_there() -> None:
+    """The imports under TYPE_CHECKING in the root name the same homes as the table."""
+    tree = ast.parse((ROOT / "lora_lightning" / "__init__.py").read_text())
+    block = next(n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
+    seen = {
+        alias.name: (node.module or "").removeprefix("lora_lightning").removeprefix(".")
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert seen == {**lora_lightning._HOME, "testing": ""}

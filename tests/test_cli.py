@@ -1,0 +1,235 @@
+"""The command line end to end: a run folder with everything in it, the verbs that read it, resume, and bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from training import completion_file, decoder_folder, encoder_folder, labelled_file
+
+from lora_lightning import run_folder
+from lora_lightning.__main__ import main
+from lora_lightning.callbacks import SparsitySchedule
+
+TINY = """
+seed_everything: 5
+model:
+  pretrained: {folder}
+  method: {{class_path: RoseLoRA, init_args: {{rank: 2, sparsity: 0.5, dropout: 0.1}}}}
+  targets: [query, value]
+  optimizer: {{class_path: AdamW, init_args: {{lr: 1.0e-2}}}}
+data:
+  class_path: LabelledText
+  init_args: {{train: {folder}/train.csv, validation: {folder}/dev.csv, batch_size: 4}}
+trainer:
+  max_steps: 8
+  max_epochs: -1
+  val_check_interval: 4
+  check_val_every_n_epoch: null
+  log_every_n_steps: 1
+  enable_progress_bar: false
+  accelerator: cpu
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working folder with a tiny model, data and config in it."""
+    folder = encoder_folder(tmp_path / "model")
+    labelled_file(folder / "train.csv", rows=40)
+    labelled_file(folder / "dev.csv", rows=20, seed=1)
+    (tmp_path / "tiny.yaml").write_text(TINY.format(folder=folder))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def lines(capsys) -> list[str]:
+    return [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+
+
+def test_a_fit_leaves_a_whole_run_folder(here, capsys):
+    assert main(["fit", "--config", "tiny.yaml"]) == 0
+    out = lines(capsys)
+    assert out[-1] == "run: runs/tiny/001"
+    run = Path("runs/tiny/001")
+    names = {path.name for path in run.iterdir()}
+    assert {"adapter", "last.ckpt", "config.yaml", "metrics.csv", "report.png", "summary.json"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((run / "summary.json").read_text())
+    assert {"method", "metric", "values", "untrained", "linear_baseline", "trainable_parameters"} <= set(summary)
+    assert {"surviving_parameters", "adapter_dir", "seconds", "seed", "threads", "versions"} <= set(summary)
+    assert summary["method"] == "RoseLoRA"
+    assert summary["adapter_dir"] == "runs/tiny/001/adapter"
+    tensors = load_file(run / "adapter" / "adapter.safetensors")
+    factors = {name: value for name, value in tensors.items() if "lora_" in name}
+    assert summary["surviving_parameters"] == sum(int((value != 0).sum()) for value in factors.values())
+    assert summary["report"]["sparsity"] >= 0.5
+    assert run_folder.VARIABLE not in os.environ
+    assert not list(run.rglob("*.writing"))
+    text = "\n".join(out)
+    for shown in ("4 layers adapted", "untrained head", "linear baseline", "RoseLoRA", "density_bound", "adapter     runs"):
+        assert shown in text
+
+
+def test_runs_are_numbered_and_the_config_of_one_repeats_it(here, capsys):
+    assert main(["fit", "--config", "tiny.yaml"]) == 0
+    assert main(["fit", "--config", "runs/tiny/001/config.yaml"]) == 0
+    assert lines(capsys)[-1] == "run: runs/config/001"
+    one, two = (load_file(f"runs/{name}/001/adapter/adapter.safetensors") for name in ("tiny", "config"))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    assert main(["fit", "--config", "tiny.yaml", "--seed_everything", "6"]) == 0
+    assert lines(capsys)[-1] == "run: runs/tiny/002"
+    assert yaml.safe_load(Path("runs/tiny/002/config.yaml").read_text())["seed_everything"] == 6
+
+
+def test_validate_test_and_predict_read_the_run_and_write_nothing_there(here, capsys):
+    assert main(["fit", "--config", "tiny.yaml"]) == 0
+    run = Path("runs/tiny/001")
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in run.rglob("*"))
+    summary = json.loads((run / "summary.json").read_text())
+    capsys.readouterr()
+    assert main(["validate", "--run", str(run)]) == 0
+    shown = capsys.readouterr().out
+    assert f"{summary['values']['accuracy']:.4f}"[:6] in shown
+    assert main(["test", "--run", str(run), "--data.test", f"{here}/model/train.csv"]) == 0
+    assert "test_accuracy" in capsys.readouterr().out
+    assert main(["predict", "--run", str(run), "--output", "out.jsonl"]) == 0
+    rows = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in rows] == list(range(20))
+    assert {"text", "label", "prediction", "probability"} <= set(rows[0])
+    right = sum(row["prediction"] == row["label"] for row in rows) / len(rows)
+    assert right == pytest.approx(summary["values"]["accuracy"], abs=1e-6)
+    assert main(["predict", "--run", str(run)]) == 0
+    with Path("predictions.csv").open() as file:
+        assert [row["prediction"] for row in csv.DictReader(file)] == [row["prediction"] for row in rows]
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
+
+
+def test_resuming_a_stopped_run_ends_where_it_would_have(here, capsys, monkeypatch):
+    assert main(["fit", "--config", "tiny.yaml"]) == 0
+    stepped = SparsitySchedule.on_stepped
+
+    def stop(self, step, adapters):
+        if step == 6:
+            raise RuntimeError("power cut")
+        stepped(self, step, adapters)
+
+    monkeypatch.setattr(SparsitySchedule, "on_stepped", stop)
+    with pytest.raises(RuntimeError, match="power cut"):
+        main(["fit", "--config", "tiny.yaml"])
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    stopped = Path("runs/tiny/002")
+    assert torch.load(stopped / "last.ckpt", weights_only=True)["global_step"] == 4
+    capsys.readouterr()
+    assert main(["fit", "--resume", str(stopped)]) == 0
+    assert lines(capsys)[-1] == "run: runs/tiny/002"
+    one, two = (load_file(f"runs/tiny/00{n}/adapter/adapter.safetensors") for n in (1, 2))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    assert {"metrics.1.csv", "metrics.csv"} <= {path.name for path in stopped.iterdir()}
+    assert "ckpt_path: null" in (stopped / "config.yaml").read_text()
+    first, second = (json.loads(Path(f"runs/tiny/00{n}/summary.json").read_text()) for n in (1, 2))
+    assert first["values"] == second["values"]
+    assert first["linear_baseline"] == second["linear_baseline"]
+
+
+def test_a_causal_language_model_on_completions(here, capsys):
+    folder = decoder_folder(here / "decoder")
+    completion_file(folder / "pairs.csv")
+    config = f"""
+model: {{pretrained: {folder}, task: causal-lm, method: LoRA, max_new_tokens: 3}}
+data: {{class_path: Completions, init_args: {{train: {folder}/pairs.csv, validation: {folder}/pairs.csv, batch_size: 2}}}}
+trainer: {{max_steps: 6, accumulate_grad_batches: 2, enable_progress_bar: false, accelerator: cpu}}
+"""
+    Path("lm.yaml").write_text(config)
+    assert main(["fit", "--config", "lm.yaml"]) == 0
+    summary = json.loads(Path("runs/lm/001/summary.json").read_text())
+    assert summary["metric"] == "loss"
+    assert summary["linear_baseline"] is None
+    assert summary["values"]["loss"] < summary["untrained"]["loss"]
+    assert main(["predict", "--run", "runs/lm/001", "--output", "lm.jsonl"]) == 0
+    assert {"prompt", "completion", "prediction", "loss"} <= set(json.loads(Path("lm.jsonl").read_text().splitlines()[0]))
+
+
+def test_a_dry_run_leaves_no_folder(here):
+    assert main(["fit", "--config", "tiny.yaml", "--trainer.fast_dev_run", "2"]) == 0
+    assert not Path("runs").exists()
+
+
+def test_the_baseline_can_be_turned_off(here):
+    assert main(["fit", "--config", "tiny.yaml", "--model.linear_baseline", "false"]) == 0
+    summary = json.loads(Path("runs/tiny/001/summary.json").read_text())
+    assert summary["linear_baseline"] is None
+    assert summary["untrained"]["accuracy"] >= 0
+
+
+ERRORS = {
+    "unknown method": (
+        ["--model.method", "RosaLoRA"],
+        'error: model.method: no method "RosaLoRA". Did you mean "RoseLoRA"? Installed: LoRA, RoseLoRA.',
+    ),
+    "blocked plugin": (["-p", "no:ll_rose"], "Plugin ll_rose is blocked by -p no:ll_rose"),
+    "unknown plugin": (["-p", "no:ll_rosa"], 'no plugin "ll_rosa". Did you mean "ll_rose"?'),
+    "unknown field": (["--model.method.rnak", "3"], '"rnak". Did you mean "rank"?'),
+    "field out of range": (["--model.method.sparsity", "1.2"], "error: RoseLoRA.sparsity is 1.2; it must lie in [0, 1)."),
+    "unknown callback": (["--trainer.callbacks+", "SparsitySchedul"], 'Did you mean "SparsitySchedule"?'),
+    "unknown setting": (["--trainer.max_step", "3"], '"trainer.max_step". Did you mean "trainer.max_steps"?'),
+    "rank above the layer": (["--model.method.rank", "17"], "rank is 17; a layer of 16 inputs"),
+    "rank zero": (["--model.method.rank", "0"], "RoseLoRA.rank is 0; it must be at least 1"),
+    "schedule backwards": (
+        ["--model.method.start", "0.9", "--model.method.end", "0.2"],
+        "start is 0.9 and end is 0.2; the schedule must start before it ends",
+    ),
+    "schedule too long": (["--trainer.max_steps", "3"], "the smallest run that fits has 4 optimizer steps"),
+    "target": (["--model.targets", "[qury]"], 'targets=["qury"] matched none of the'),
+    "scope": (["--model.targets", "atention"], 'Did you mean "attention"?'),
+    "model folder": (["--model.pretrained", "./modle"], 'model.pretrained is "./modle"; no such folder. Nearest: '),
+    "task": (["--model.task", "regresion"], 'model.task is "regresion". Did you mean "regression"?'),
+    "data file": (["--data.train", "model/trian.csv"], '"model/trian.csv"'),
+    "column": (["--data.text", "sentence"], 'LabelledText.text is "sentence"'),
+    "config": (["--config", "tiyn.yaml"], 'Did you mean "tiny.yaml"?'),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_bad_input_is_one_line_and_exit_code_2(here, capsys, case):
+    flags, message = ERRORS[case]
+    assert main(["fit", "--config", "tiny.yaml", *flags]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert message in error[-1]
+    assert error[-1].startswith("error: ")
+    assert not any("Traceback" in line for line in error)
+
+
+def test_an_unknown_label_and_an_empty_split(here, capsys):
+    (here / "model" / "dev.csv").write_text("text,label\nw1 w2,c0\nw3,c7\n")
+    assert main(["fit", "--config", "tiny.yaml"]) == 2
+    assert "c7" in capsys.readouterr().err
+    (here / "model" / "dev.csv").write_text("text,label\n")
+    assert main(["fit", "--config", "tiny.yaml"]) == 2
+    assert "dev.csv" in capsys.readouterr().err
+
+
+def test_an_unwritable_output(here, capsys):
+    Path("runs").write_text("a file where a folder must be")
+    assert main(["fit", "--config", "tiny.yaml"]) == 2
+    assert 'cannot make the run folder "runs/tiny/001"' in capsys.readouterr().err
+
+
+def test_a_diverging_run_says_so(here, capsys):
+    code = main(["fit", "--config", "tiny.yaml", "--model.optimizer.lr", "1e30", "--model.linear_baseline", "false"])
+    assert code == 2
+    assert "not a number at optimizer step" in capsys.readouterr().err
+
+
+def test_predictions_need_a_known_ending(here, capsys):
+    assert main(["fit", "--config", "tiny.yaml"]) == 0
+    assert main(["predict", "--run", "runs/tiny/001", "--output", "out.txt"]) == 2
+    assert '--output is "out.txt"; it must end in .csv or .jsonl' in capsys.readouterr().err
