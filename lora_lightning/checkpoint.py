@@ -37,6 +37,7 @@ from lora_lightning.injection import (
     adapters_named,
     build,
     check_ready,
+    check_unmerged,
     injected_root,
     iter_adapters,
     place,
@@ -319,6 +320,7 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default")
     accessors = _accessors(root, stored, directory)
     record = _record(method_class, root, stored, directory)
     if present:
+        check_unmerged(root)
         _check_same(records(root)[name], record, name, directory)
         adapters = adapters_named(root, name)
     else:

@@ -26,6 +26,7 @@ from lora_lightning.callbacks.report import RunReport
 from lora_lightning.methods import Method
 from lora_lightning.module import AdapterModule
 from lora_lightning.parser import Parser
+from lora_lightning.pretrained import resolve
 from lora_lightning.saving import AtomicCheckpoints
 
 _VERB = {"allow_abbrev": False, "print_config": "--print_config"}
@@ -61,8 +62,9 @@ class CLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
-        """A data module without a tokenizer gets the model's."""
+        """A data module without a tokenizer gets the model's, which is looked for first."""
         config = self.config[self.subcommand] if self.subcommand else self.config
+        resolve(config.model.pretrained)
         settings = config.data.get("init_args", {}) if config.data else {}
         if "tokenizer" in settings and settings["tokenizer"] is None:
             settings["tokenizer"] = config.model.pretrained
@@ -95,6 +97,8 @@ class CLI(LightningCLI):
     def _use_checkpoint(self) -> None:
         """The run's checkpoint, set here so that it is not saved into config.yaml; no pickle is opened."""
         self.config_init[self.subcommand].weights_only = True
+        if self.subcommand != "fit":  # callbacks of the fit have no part in it
+            warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`.*")
         if self.line.checkpoint is not None:
             self.config_init[self.subcommand].ckpt_path = str(self.line.checkpoint)
 
@@ -102,7 +106,6 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Say where everything lies, last of all."""
-        run_folder.forget()
         if self.folder is not None and self.trainer.is_global_zero:
             print(
                 f"try next: python -m lora_lightning validate --run {self.folder}\n"
@@ -118,7 +121,10 @@ def main(args: Sequence[str]) -> int:
         LoraLightningError: anything a user can mend.
     """
     _quiet()
-    CLI(command_line.read(args))
+    try:
+        CLI(command_line.read(args))
+    finally:
+        run_folder.forget()
     return 0
 
 

@@ -158,14 +158,11 @@ def check_ready(model: nn.Module, name: str) -> None:
     """Raise `AdapterStateError` unless an adapter called `name` can be put into `model` now."""
     if name in records(model):
         raise AdapterStateError(f'the model has an adapter "{name}" already; eject it or choose another name.')
+    check_unmerged(model)
     for path, module in model.named_modules():
         if records(module) and module is not model:
             raise AdapterStateError(
                 f"{path} ({type(module).__name__}) has adapters of its own; inject into that module, or eject them."
-            )
-        if isinstance(module, AdaptedLayer) and module.merged:
-            raise AdapterStateError(
-                f"{path}: {', '.join(module.merged)} is merged; call unmerge before adding another."
             )
     for parameter_name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
@@ -176,6 +173,13 @@ def check_ready(model: nn.Module, name: str) -> None:
             raise AdapterStateError(
                 f"{parameter_name} is on the meta device, without a value; load the weights before injecting."
             )
+
+
+def check_unmerged(model: nn.Module) -> None:
+    """Raise `AdapterStateError` if an adapter is merged, and so another could not be added or replaced."""
+    for path, layer in iter_adapters(model):
+        if layer.merged:
+            raise AdapterStateError(f"{path}: {', '.join(layer.merged)} is merged; call unmerge first.")
 
 
 def _check_disjoint(model: nn.Module, layers: Iterable[str], trained: Sequence[str]) -> None:

@@ -223,8 +223,8 @@ def test_two_adapters_with_the_same_head_are_refused(tmp_path: Path) -> None:
 def test_a_merged_model_takes_no_adapter(folder: Path) -> None:
     model = adapted()
     ll.merge(model)
-    with pytest.raises(AdapterStateError, match="default is merged; call unmerge before adding another"):
-        ll.load_adapter(model, folder, "other")
+    for name in ("other", "default"):
+        refused(model, folder, "first: default is merged; call unmerge first", name, AdapterStateError)
 
 
 # -- what is no adapter, or not for this model -------------------------------------------------------------------------
@@ -386,7 +386,7 @@ def test_the_description_that_cannot_be_written_keeps_the_old_adapter(
         flush(handle)
 
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(AdapterFileError, match="No space left on device. What was there before is intact"):
+    with pytest.raises(AdapterFileError, match=r"No space left on device\. What was there before is intact"):
         ll.save_adapter(adapted(method=LoRA(rank=1)), folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
@@ -412,7 +412,7 @@ def test_leftovers_of_a_killed_process_are_overwritten(folder: Path) -> None:
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for place in (tmp_path / "file", tmp_path / "file" / "adapter"):
-        with pytest.raises(AdapterFileError, match="cannot write the adapter to .*(exists|Not a directory)"):
+        with pytest.raises(AdapterFileError, match=r"cannot write the adapter to .*(exists|Not a directory)"):
             ll.save_adapter(adapted(), place)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

@@ -148,14 +148,14 @@ def test_a_taken_name_is_refused() -> None:
 def test_a_merged_model_takes_no_further_adapter() -> None:
     model = adapted()
     ll.merge(model)
-    with pytest.raises(AdapterStateError, match="first: default is merged; call unmerge before adding another"):
+    with pytest.raises(AdapterStateError, match="first: default is merged; call unmerge first"):
         adapted("b", model)
 
 
 def test_weights_on_the_meta_device_are_refused() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(4, 4))
-    with pytest.raises(AdapterStateError, match="0.weight is on the meta device, without a value; load the weights"):
+    with pytest.raises(AdapterStateError, match=r"0\.weight is on the meta device, without a value; load the weights"):
         ll.inject(model, METHOD)
 
 
@@ -339,7 +339,7 @@ def test_an_overflow_in_half_precision_merges_nothing() -> None:
         for parameter in model.second.adapters.parameters():
             parameter.fill_(1e4)
     before = model.first.base.weight.clone()
-    with pytest.raises(AdapterStateError, match="second: the merged weight overflows torch.float16"):
+    with pytest.raises(AdapterStateError, match=r"second: the merged weight overflows torch\.float16"):
         ll.merge(model, keep_original=False)
     assert torch.equal(model.first.base.weight, before)
 
@@ -373,7 +373,7 @@ def test_merge_of_a_tied_weight_is_refused_whoever_put_the_adapter_there(tmp_pat
     ll.load_adapter(loaded, tmp_path)
     for tied in (model, loaded):
         before = tied.lm_head.base.weight.clone()
-        with pytest.raises(AdapterStateError, match="lm_head shares its weight with model.embed_tokens, which a merge"):
+        with pytest.raises(AdapterStateError, match=r"lm_head shares its weight with model\.embed_tokens, which"):
             ll.merge(tied)
         assert torch.equal(tied.lm_head.base.weight, before)
         assert not any(layer.merged for _, layer in ll.iter_adapters(tied))

@@ -211,12 +211,12 @@ def test_overrides_by_layer_the_later_wins() -> None:
         (
             tiny_encoder,
             {"targets": ["query", "attention"]},
-            r'targets=\["attention"\] matched none .* "attention" is a block; its layers are: dense, key, query, value\.',
+            r'targets=\["attention"\] matched none .* "attention" is a block; its layers are: dense, key, query, val',
         ),
         (
             tiny_encoder,
             {"targets": ["LayerNorm"]},
-            r'targets: "LayerNorm" names bert.embeddings.LayerNorm \(LayerNorm\), a kind of module that takes no adapter',
+            r'"LayerNorm" names bert.embeddings.LayerNorm \(LayerNorm\), a kind of module that takes no adapter',
         ),
         (tiny_encoder, {"exclude": ["qery"]}, r'exclude=\["qery"\] matched none .* Nearest: "query" \(2 layers\)'),
         (

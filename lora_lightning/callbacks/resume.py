@@ -36,8 +36,8 @@ class ExactResume(Callback):
         order_callbacks(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add this run's section; every process takes part."""
-        if not trainer.training:
+        """Add this run's section; every process takes part. A step that an error interrupted gets none."""
+        if trainer.state.fn != "fit" or trainer.state.status == "interrupted":
             return
         mine = {"rng": _random_states(), "gradients": _open_window(trainer, pl_module)}
         checkpoint[_SECTION] = {"ranks": _gather(mine), "total_steps": total_steps(trainer)}

@@ -120,7 +120,7 @@ def test_merge_changes_the_weight_by_the_scaled_product() -> None:
 
 
 def test_pruned_components_stay_out_of_the_update() -> None:
-    model, x = adapted(LoRA(rank=3))
+    model, _ = adapted(LoRA(rank=3))
     for adapter in adapters_named(model, "default").values():
         perturb(adapter)
     adapter = model.second.adapter("default")
