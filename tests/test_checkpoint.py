@@ -507,10 +507,8 @@ def test_a_base_in_half_precision_is_recognised(folder: Path) -> None:
 
 
 def test_large_weights_are_sampled_within_their_bounds() -> None:
-    """Beyond 2^24 entries positions are no longer exact in float32."""
-    model = nn.Sequential(
-        nn.Embedding(2**24 + 3, 1, dtype=torch.bfloat16, _weight=torch.zeros(2**24 + 3, 1, dtype=torch.bfloat16))
-    )
+    """Beyond 2^24 entries positions are not exact in float32: the last one, 2^24 + 3, would round past the end."""
+    model = nn.Sequential(nn.Embedding.from_pretrained(torch.zeros(2**24 + 4, 1, dtype=torch.bfloat16)))
     before = fingerprint(model)
     with torch.no_grad():
         model[0].weight[-1] = 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,10 +58,18 @@ def keep_top(scores: Tensor, keep: int) -> Tensor:
     """
     if keep >= scores.shape[-1]:
         return torch.ones_like(scores, dtype=torch.bool)
-    smallest = scores.topk(keep, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    smallest = _kth_largest(scores, keep)
     mask = scores >= smallest
     if bool((mask.sum(-1) == keep).all()):
         return mask
     above, ties = scores > smallest, scores == smallest
     room = keep - above.sum(-1, keepdim=True)
     return above | (ties & (ties.cumsum(-1) <= room))
+
+
+def _kth_largest(scores: Tensor, k: int) -> Tensor:
+    """(..., 1). On the CPU numpy's partition takes a tenth of torch's topk (rows of 384, k = 150)."""
+    if scores.device.type != "cpu":
+        return scores.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    at = scores.shape[-1] - k
+    return torch.from_numpy(np.partition(scores.numpy(), at, axis=-1)[..., at : at + 1])

@@ -128,12 +128,12 @@ class SparsitySchedule(ScheduleCallback):
     def _prune(self, stack: _Stack, average: Tensor, keep: int) -> None:
         # an entry that is out stays out where scores tie; with these scores it could not return otherwise
         before = stack.rows([e.mask for e in stack.entries])
-        chosen = keep_top(average.masked_fill(~before, -1.0), keep)
+        chosen = keep_top(torch.where(before, average, -1.0), keep)
         for entry, rows in zip(stack.entries, chosen.unbind(), strict=True):
             mask = rows if entry.along == 1 else rows.mT
             entry.mask.copy_(mask)
             if entry.effect == "zero":
-                entry.param.masked_fill_(~mask, 0.0)
+                entry.param.mul_(mask)
             if self.clamp is not None:
                 entry.param.clamp_(-self.clamp, self.clamp)
 

