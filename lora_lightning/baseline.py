@@ -21,7 +21,7 @@ from torch.optim import AdamW
 from lora_lightning.optim.warmup import WarmUp
 from lora_lightning.tasks.base import Batch, Task, measure, meters
 
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-3, 3e-3, 1e-2)
 """Candidate learning rates; the best by validation metric counts."""
 
 

@@ -22,6 +22,11 @@ class _Stack:
     names: list[str]
     entries: list[EntryMask]
     average: Tensor | None = None
+    mask: Tensor | None = None
+    factor: Tensor | None = None
+    """`mask` in the parameters' dtype."""
+    keep: int = 0
+    """Entries kept in each row of `mask`."""
 
     def rows(self, tensors: list[Tensor]) -> Tensor:
         """Stacked, with the axis along which entries compete last."""
@@ -83,10 +88,14 @@ class SparsitySchedule(ScheduleCallback):
             names = {id(parameter): name for name, parameter in adapter.named_parameters()}
             for entry in adapter.masks():
                 shape = entry.param.shape if entry.along == 1 else entry.param.shape[::-1]
-                stack = stacks.setdefault((*shape, entry.effect, entry.param.device), _Stack([], []))
+                stack = stacks.setdefault((*shape, entry.effect, entry.param.device, entry.param.dtype), _Stack([], []))
                 stack.names.append(f"{path}.{names[id(entry.param)]}")
                 stack.entries.append(entry)
         self._stacks = list(stacks.values())
+        for stack in self._stacks:
+            stack.mask = stack.rows([entry.mask for entry in stack.entries])
+            stack.factor = stack.mask.to(stack.entries[0].param.dtype)
+            stack.keep = int(stack.mask.sum(-1).max())
         if self._saved:
             self._restore()
 
@@ -110,7 +119,7 @@ class SparsitySchedule(ScheduleCallback):
             if stack.average is None:
                 stack.average = score if self.first_score == "gradient" else score.mul_(1 - self.beta)
             else:
-                stack.average.mul_(self.beta).add_(score, alpha=1 - self.beta)
+                stack.average.lerp_(score, 1 - self.beta)
 
     def on_stepped(self, step: int, adapters: Mapping[str, Adapter]) -> None:
         """Remove what the ramp removes at this step."""
@@ -126,16 +135,23 @@ class SparsitySchedule(ScheduleCallback):
         self._current = 1 - kept / entries
 
     def _prune(self, stack: _Stack, average: Tensor, keep: int) -> None:
-        # an entry that is out stays out where scores tie; with these scores it could not return otherwise
-        before = stack.rows([e.mask for e in stack.entries])
-        chosen = keep_top(torch.where(before, average, -1.0), keep)
-        for entry, rows in zip(stack.entries, chosen.unbind(), strict=True):
-            mask = rows if entry.along == 1 else rows.mT
-            entry.mask.copy_(mask)
+        if keep < stack.keep:  # supports are nested, so an equal count is the same set
+            self._choose(stack, average, keep)
+        for entry, factor in zip(stack.entries, cast(Tensor, stack.factor).unbind(), strict=True):
             if entry.effect == "zero":
-                entry.param.mul_(mask)
+                entry.param.mul_(factor if entry.along == 1 else factor.mT)
             if self.clamp is not None:
                 entry.param.clamp_(-self.clamp, self.clamp)
+
+    @staticmethod
+    def _choose(stack: _Stack, average: Tensor, keep: int) -> None:
+        before = cast(Tensor, stack.mask)
+        chosen = keep_top(average, keep)
+        if bool((chosen & ~before).any()):  # equal scores: an entry that is out stays out
+            chosen = keep_top(torch.where(before, average, -1.0), keep)
+        stack.mask, stack.factor, stack.keep = chosen, chosen.to(stack.entries[0].param.dtype), keep
+        for entry, rows in zip(stack.entries, chosen.unbind(), strict=True):
+            entry.mask.copy_(rows if entry.along == 1 else rows.mT)
 
     def metrics(self) -> Mapping[str, float]:
         """Share of entries removed."""

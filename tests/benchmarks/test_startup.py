@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from ll_lora import LoRA
 from torch import nn
 
+from ll_lora import LoRA
 from lora_lightning import inject
 
 

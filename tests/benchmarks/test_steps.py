@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+
 from ll_lora import LoRA
 from ll_rose import RoseLoRA
-
 from lora_lightning import inject
 from lora_lightning.injection import trainable_adapters
 from lora_lightning.loading import load_model
@@ -44,7 +46,7 @@ def test_step(benchmark, method):
 
 
 def test_schedule(benchmark):
-    """What RoseLoRA's callback does in one step, in the middle of its ramp."""
+    """What RoseLoRA's callback does in one step of its ramp; before and after the ramp it does less."""
     _, model = training_step(RoseLoRA(rank=16))
     adapters = trainable_adapters(model)
     (schedule,) = RoseLoRA(rank=16).callbacks()
@@ -53,9 +55,12 @@ def test_schedule(benchmark):
         for parameter in adapter.parameters():
             parameter.grad = torch.randn_like(parameter)
 
+    steps = itertools.count(60)
+
     def act() -> None:
-        schedule.on_gradients(150, adapters)
+        step = next(steps)
+        schedule.on_gradients(step, adapters)
         with torch.no_grad():
-            schedule.on_stepped(150, adapters)
+            schedule.on_stepped(step, adapters)
 
     benchmark.pedantic(act, rounds=20, warmup_rounds=2)
