@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
@@ -23,6 +24,7 @@ from lora_lightning import argv as command_line
 from lora_lightning import plugins, run_folder
 from lora_lightning.callbacks.predictions import WritePredictions
 from lora_lightning.callbacks.report import RunReport
+from lora_lightning.errors import SettingsError
 from lora_lightning.methods import Method
 from lora_lightning.module import AdapterModule
 from lora_lightning.parser import Parser
@@ -123,6 +125,8 @@ def main(args: Sequence[str]) -> int:
     _quiet()
     try:
         CLI(command_line.read(args))
+    except MisconfigurationException as error:
+        raise SettingsError(f"trainer: {error}") from error
     finally:
         run_folder.forget()
     return 0

@@ -64,6 +64,15 @@ class InjectionReport:
         """Numbers that train: adapters and fully trained parameters."""
         return self.adapter_parameters + sum(self.trained.values())
 
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Skipped layers that do not train in full either, and why."""
+        return {
+            path: reason
+            for path, reason in self.skipped.items()
+            if not any(name.startswith(f"{path}.") for name in self.trained)
+        }
+
     def __str__(self) -> str:
         share = self.trainable_parameters / max(self.total_parameters, 1)
         lines = [
@@ -72,7 +81,7 @@ class InjectionReport:
         ]
         if self.trained:
             lines.append(f"  in full: {', '.join(self.trained)}")
-        lines += [f"  left out: {path} ({reason})" for path, reason in self.skipped.items()]
+        lines += [f"  left out: {path} ({reason})" for path, reason in self.left_out.items()]
         lines += [f"  tied: {path} shares its weight with {', '.join(others)}" for path, others in self.tied.items()]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)

@@ -43,6 +43,8 @@ class Registry:
     """Cause by plugin name, for plugins that could not be loaded."""
     blocked: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Method names by blocked plugin; empty where they are not known without importing it."""
+    duplicates: dict[str, DuplicateMethodError] = field(default_factory=dict)
+    """What to raise for a name that two plugins provide."""
     modules: dict[str, str] = field(default_factory=dict)
     """Import path by blocked plugin; nothing from it may be used."""
 
@@ -51,13 +53,18 @@ class Registry:
 
         Raises:
             UnknownMethodError: none is; the message lists the nearest, the installed, and every failed plugin.
+            DuplicateMethodError: two plugins provide it.
         """
+        if name in self.duplicates:
+            raise self.duplicates[name]
         if name in self.methods:
             return self.methods[name]
         raise UnknownMethodError(f"{where}: {self.explain_unknown(name)}")
 
     def explain_unknown(self, name: str) -> str:
         """Why there is no method `name`, and what there is."""
+        if name in self.duplicates:
+            return str(self.duplicates[name])
         installed = f"Installed: {', '.join(sorted(self.methods)) or 'none'}."
         for plugin, names in self.blocked.items():
             if name in names:
@@ -87,10 +94,10 @@ def describe(cause: BaseException) -> str:
 def load(blocked: Collection[str] = ()) -> Registry:
     """Load every installed plugin except those blocked, and make the result the current registry.
 
-    A plugin that fails is recorded with its cause and never ends the command line.
+    A plugin that fails is recorded with its cause and never ends the command line. Two that provide one name both
+    lose it, since either could be meant; asking for the name raises.
 
     Raises:
-        DuplicateMethodError: two plugins provide one name.
         PluginError: a blocked name that no installed plugin has.
     """
     global _current
@@ -205,17 +212,19 @@ def _returned(statement: ast.stmt) -> Iterator[str]:
 
 
 def _add(registry: Registry, entry: importlib.metadata.EntryPoint, methods: list[type[Method]]) -> None:
-    package, version = _package(entry)
+    provider = Provider(entry.name, *_package(entry))
     for method in methods:
         name = method.__name__
-        if name in registry.methods:
-            first = registry.providers[name]
-            raise DuplicateMethodError(
+        first = registry.providers.get(name)
+        if first is not None:
+            registry.duplicates[name] = DuplicateMethodError(
                 f'two plugins provide a method "{name}": {first.plugin} ({first.package} {first.version}) and '
-                f"{entry.name} ({package} {version}). Block one with -p no:{entry.name}."
+                f"{entry.name} ({provider.package} {provider.version}). Block one with -p no:{entry.name}."
             )
+            registry.methods.pop(name, None)
+            continue
         registry.methods[name] = method
-        registry.providers[name] = Provider(entry.name, package, version)
+        registry.providers[name] = provider
 
 
 def _package(entry: importlib.metadata.EntryPoint) -> tuple[str, str]:

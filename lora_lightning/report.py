@@ -43,7 +43,7 @@ def injection_table(report: InjectionReport, kept_share: float | None, base_byte
     lines.append(
         f"memory      {base_bytes / 1e6:.0f} MB weights + {training / 1e6:.0f} MB training state, activations on top"
     )
-    lines += [f"left out    {path} ({reason})" for path, reason in report.skipped.items()]
+    lines += [f"left out    {path} ({reason})" for path, reason in report.left_out.items()]
     lines += [f"tied        {path} shares its weight with {', '.join(to)}" for path, to in report.tied.items()]
     lines += [f"note        {note}" for note in report.notes]
     return Group(table, Text("\n".join(lines)))
@@ -115,7 +115,7 @@ def draw(path: Path, history: Sequence[Mapping[str, float]], metric: str, levels
         if title == metric:
             for level, (label, value) in enumerate(levels.items()):
                 axes.axhline(value, color="0.5", ls=("--", ":")[level % 2], lw=1, label=label)
-        axes.set(title=title, xlabel="optimizer step")
+        axes.set(title=title, xlabel="optimizer step", xlim=(0, 1.02 * max(point["step"] for point in history)))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
         if len(axes.get_legend_handles_labels()[0]) > 1:

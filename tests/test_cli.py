@@ -154,7 +154,9 @@ def test_a_causal_language_model_on_completions(here, capsys):
     completion_file(folder / "pairs.csv")
     config = f"""
 model: {{pretrained: {folder}, task: causal-lm, method: LoRA, max_new_tokens: 3}}
-data: {{class_path: Completions, init_args: {{train: {folder}/pairs.csv, validation: {folder}/pairs.csv, batch_size: 2}}}}
+data:
+  class_path: Completions
+  init_args: {{train: {folder}/pairs.csv, validation: {folder}/pairs.csv, batch_size: 2}}
 trainer: {{max_steps: 6, accumulate_grad_batches: 2, enable_progress_bar: false, accelerator: cpu}}
 """
     Path("lm.yaml").write_text(config)
@@ -211,6 +213,7 @@ ERRORS = {
     "task": (["--model.task", "regresion"], 'model.task is "regresion". Did you mean "regression"?'),
     "data file": (["--data.train", "model/trian.csv"], '"model/trian.csv"'),
     "column": (["--data.text", "sentence"], 'LabelledText.text is "sentence"'),
+    "trainer": (["--trainer.val_check_interval", "0.5"], "error: trainer: `val_check_interval` should be an integer"),
     "config": (["--config", "tiyn.yaml"], 'Did you mean "tiny.yaml"?'),
 }
 

@@ -8,8 +8,6 @@ import pytest
 import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback
-from ll_lora import LoRA
-from ll_rose import RoseLoRA
 from torch import nn
 from torch.utils.data import DataLoader
 from training import (
@@ -23,6 +21,8 @@ from training import (
 )
 from transformers import AutoModel, BertConfig, BertModel
 
+from ll_lora import LoRA
+from ll_rose import RoseLoRA
 from lora_lightning.callbacks import SparsitySchedule, TrainingGuard
 from lora_lightning.data import LabelledText
 from lora_lightning.errors import DataError, ModelError, SettingsError, TargetError
@@ -209,7 +209,7 @@ def test_causal_predictions_are_greedy_continuations(decoder, tmp_path):
     assert row["tokens"] > 0
 
 
-# -- bad input ----------------------------------------------------------------------------------------------------------
+# -- bad input ---------------------------------------------------------------------------------------------------------
 
 
 def load(source, task="sequence-classification", **options):
@@ -264,7 +264,7 @@ def test_data_of_another_task(decoder, encoder, tmp_path):
 
 
 def test_an_unknown_number_of_labels(encoder):
-    with pytest.raises(SettingsError, match="model.num_labels is null, and the data module does not say"):
+    with pytest.raises(SettingsError, match=r"model.num_labels is null, and the data module does not say"):
         classification(encoder, LoRA()).configure_model()
 
 
@@ -290,7 +290,7 @@ def test_a_schedule_that_does_not_fit_the_training(encoder, tmp_path):
 def test_gradient_checkpointing_of_a_model_without_it(encoder):
     from lora_lightning.module import enable_checkpointing
 
-    with pytest.raises(ModelError, match="model.gradient_checkpointing is True; Linear does not support it"):
+    with pytest.raises(ModelError, match=r"model.gradient_checkpointing is True; Linear does not support it"):
         enable_checkpointing(nn.Linear(2, 2))
 
 

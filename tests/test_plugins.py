@@ -166,19 +166,19 @@ def test_one_name_from_two_plugins_names_both_owners(install):
         'two plugins provide a method "Twin": ll_one (first-package 1.1) and ll_two (second-package 2.2). '
         "Block one with -p no:ll_two."
     )
+    both = plugins.load()
+    assert {"LoRA", "RoseLoRA"} <= set(both.methods)
     with pytest.raises(DuplicateMethodError) as caught:
-        plugins.load()
-    assert str(caught.value) == text
+        both.method("Twin")
+    assert str(caught.value) == both.explain_unknown("Twin") == text
     assert plugins.load(["ll_two"]).providers["Twin"].plugin == "ll_one"
     assert plugins.load(["ll_one"]).providers["Twin"].plugin == "ll_two"
 
 
-def test_a_failed_load_leaves_the_current_registry(install):
+def test_a_failed_load_leaves_the_current_registry():
     before = plugins.load()
-    install("ll_one", code("Twin"))
-    install("ll_two", code("Twin"))
-    with pytest.raises(DuplicateMethodError):
-        plugins.load()
+    with pytest.raises(PluginError, match=r"-p no:ll_nothing: no plugin"):
+        plugins.load(["ll_nothing"])
     assert plugins.registry() is before
 
 

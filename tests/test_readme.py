@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -32,7 +34,9 @@ def test_python_blocks_run_one_after_the_other(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = blocks("python")
     assert len(found) >= 4
-    namespace: dict[str, object] = {"__name__": "readme"}
+    module = types.ModuleType("readme")
+    monkeypatch.setitem(sys.modules, "readme", module)
+    namespace = vars(module)
     for block in found:
         exec(compile(block, "README.md", "exec"), namespace)
     assert (tmp_path / "adapter" / "adapter.safetensors").is_file()
@@ -52,7 +56,9 @@ def test_the_method_table_is_current():
 
 
 def test_every_hook_stands_there_with_its_signature():
-    hooks = [f for _, f in inspect.getmembers(hookspecs, inspect.isfunction) if f.__name__.startswith("lora_lightning_")]
+    hooks = [
+        f for _, f in inspect.getmembers(hookspecs, inspect.isfunction) if f.__name__.startswith("lora_lightning_")
+    ]
     assert hooks
     for hook in hooks:
         assert f"{hook.__name__}{inspect.signature(hook)}" in TEXT

@@ -1,4 +1,4 @@
-"""Resume equals not having stopped: every tensor, at every optimizer step, mid-ramp and inside an accumulation window."""
+"""Resume equals not having stopped: every tensor, at any step, mid-ramp and inside an accumulation window."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback
-from ll_lora import LoRA
-from ll_rose import RoseLoRA
 from training import classification, completion_data, decoder_folder, encoder_folder, labelled_data, trainer
 
+from ll_lora import LoRA
+from ll_rose import RoseLoRA
 from lora_lightning.callbacks import RankPruning
 from lora_lightning.errors import ResumeError
 from lora_lightning.module import AdapterModule

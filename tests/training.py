@@ -1,4 +1,4 @@
-"""Small real trainings: a random BERT with a tokenizer on disk, labelled text in a file, a trainer without trappings."""
+"""Small real trainings: a random BERT with a tokenizer on disk, labelled text in a file, a bare trainer."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -88,7 +88,7 @@ class InjectAdapters(Callback):
         print(self.report)
         if self.checkpoint == "adapter":
             module.strict_loading = False
-        module.register_load_state_dict_pre_hook(self._accept_project_names)
+        cast(nn.Module, module).register_load_state_dict_pre_hook(self._accept_project_names)
         self._add_penalty(module)
 
     def _add_penalty(self, module: LightningModule) -> None:

@@ -44,6 +44,7 @@ class RunReport(Callback):
         self._before = 0.0
         self._began = 0.0
         self._seen = 0
+        self._losses: list[torch.Tensor] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Record after every schedule has acted."""
@@ -72,11 +73,15 @@ class RunReport(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Record training numbers as often as the trainer logs."""
+        """Record training numbers as often as the trainer logs; the loss as its mean since the last time."""
         step = trainer.global_step
-        if step != self._seen and (step % trainer.log_every_n_steps == 0 or step == 1):  # type: ignore[attr-defined]
-            self._record(trainer, step, validation=False)
+        if step == self._seen:
+            return
         self._seen = step
+        if "train_loss" in trainer.callback_metrics:
+            self._losses.append(trainer.callback_metrics["train_loss"].detach())
+        if step % trainer.log_every_n_steps == 0 or step == 1:  # type: ignore[attr-defined]
+            self._record(trainer, step, validation=False)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record validation numbers."""
@@ -85,6 +90,9 @@ class RunReport(Callback):
 
     def _record(self, trainer: Trainer, step: int, validation: bool) -> None:
         wanted = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_") == validation}
+        if not validation and self._losses:
+            wanted["train_loss"] = float(torch.stack(self._losses).mean())
+            self._losses = []
         self.history.append({"step": step, **wanted})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

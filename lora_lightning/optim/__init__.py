@@ -1,0 +1,1 @@
+"""Optimizer groups and the learning-rate schedule."""

@@ -26,6 +26,8 @@ def run(args: argparse.Namespace) -> int:
     for plugin, names in known.blocked.items():
         provides = f" ({', '.join(names)})" if names else ""
         print(f"blocked: {plugin}{provides} by -p no:{plugin}")
+    for error in known.duplicates.values():
+        print(f"refused: {error}")
     for plugin, cause in known.failed.items():
         print(f"failed: {plugin}: {describe(cause)}")
     return 0

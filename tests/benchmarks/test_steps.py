@@ -1,6 +1,6 @@
 """Step time of the plain model, LoRA and RoseLoRA, and what the schedule adds. No timed asserts.
 
-    python -m pytest tests/benchmarks --benchmark-enable --benchmark-only
+python -m pytest tests/benchmarks --benchmark-enable --benchmark-only
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ll_lora import LoRA
 from projects import Plain, fit
 from torch import nn
 
+from ll_lora import LoRA
 from lora_lightning.callbacks import InjectAdapters, TrainingGuard
 from lora_lightning.errors import TrainingError
 from lora_lightning.injection import inject, merge

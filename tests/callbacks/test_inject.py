@@ -1,4 +1,4 @@
-"""InjectAdapters in projects that know nothing of adapters: eager, lazy, careless with parameters; checkpoints intact."""
+"""InjectAdapters in projects that know nothing of adapters: eager, lazy, careless; their checkpoints stay intact."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from ll_lora import LoRA
-from ll_rose import RoseLoRA
 from projects import Plain, fit, loader
 from torch import nn
 from training import trainer
 
+from ll_lora import LoRA
+from ll_rose import RoseLoRA
 from lora_lightning import iter_adapters, load_adapter
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.callbacks import InjectAdapters, SparsitySchedule, TrainingGuard

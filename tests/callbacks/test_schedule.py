@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
-from ll_lora import LoRA
-from ll_rose import RoseLoRA
 from projects import Plain, fit, loader
 from training import trainer
 
+from ll_lora import LoRA
+from ll_rose import RoseLoRA
 from lora_lightning.callbacks import InjectAdapters, RankPruning, ScheduleCallback, SparsitySchedule, TrainingGuard
 from lora_lightning.callbacks.schedule import resolve_ramp, resolve_step
 from lora_lightning.errors import NoEffectError, SettingsError
@@ -165,7 +167,7 @@ def test_rank_pruning_reaches_its_rank_and_removed_components_stay_out(tmp_path)
     fit(module, tmp_path, [InjectAdapters(LoRA(rank=4), ["used"]), RankPruning(2, start=2, end=6), Look()], max_steps=8)
     assert [int(mask.sum()) for mask in masks][:2] == [4, 4]
     assert [int(mask.sum()) for mask in masks][5:] == [2, 2, 2]
-    assert all(not (later & ~earlier).any() for earlier, later in zip(masks, masks[1:], strict=False))
+    assert all(not (later & ~earlier).any() for earlier, later in itertools.pairwise(masks))
     adapter = next(iter(trainable_adapters(module).values()))
     A, B = adapter.low_rank()
     assert A.shape == (2, 4)

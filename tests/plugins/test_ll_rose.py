@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
-from ll_rose import RoseLoRA
-from ll_rose.functional import density, density_bound, survey
 from torch import nn
 
+from ll_rose import RoseLoRA
+from ll_rose.functional import density, density_bound, survey
 from lora_lightning.adapters.sparsity import keep_count, keep_top, kept_share
 from lora_lightning.callbacks import SparsitySchedule
 from lora_lightning.errors import SettingsError
@@ -128,7 +129,7 @@ def data(steps=TOTAL, d_in=12, d_out=9, n=8) -> Iterator[tuple[torch.Tensor, tor
 )
 def test_training_equals_a_dense_float64_reference(settings, reference):
     loop = Loop(**settings)
-    start = dict(scaling=2.0, lr=0.3, tau=0.3, beta=0.8, start=2, end=16) | reference
+    start = {"scaling": 2.0, "lr": 0.3, "tau": 0.3, "beta": 0.8, "start": 2, "end": 16} | reference
     weight, bias = loop.model[0].base.weight.detach().numpy(), loop.model[0].base.bias.detach().numpy()
     dense = Reference(weight, loop.adapter.lora_A.detach().numpy(), loop.adapter.lora_B.detach().numpy(), **start)
     for x, y in data():
@@ -151,7 +152,7 @@ def test_ramp_ends_and_midpoint():
     shares = [kept_share(t, 4, 24, 0.2) for t in range(1, 31)]
     assert shares[:4] == [1.0] * 4
     assert shares[23:] == [0.2] * 7
-    assert all(later <= earlier for earlier, later in zip(shares, shares[1:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(shares))
     assert kept_share(14, 4, 24, 0.2) == pytest.approx(0.2 + 0.8 / 8, abs=1e-15)
     wide = [kept_share(4 + k, 4, 4 + 100_000, 0.2) for k in (0, 1, 99_999, 100_000)]
     assert wide[0] - wide[1] < 1e-4
