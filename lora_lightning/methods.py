@@ -16,28 +16,14 @@ from lora_lightning.errors import SettingsError, did_you_mean
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
-    from torch import Tensor, nn
+    from torch import Tensor
     from torch.optim import Optimizer
 
-    from lora_lightning.adapters.base import Adapter
+    from lora_lightning.adapters.base import Adapter, GroupSpec
     from lora_lightning.adapters.weights import BaseLayer
 
 Adapters = Mapping[str, "Adapter"]
 """Adapters of one name by the path of the layer they sit on."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupSpec:
-    """A named group of trainable parameters, as a method wants it optimised."""
-
-    params: Sequence[nn.Parameter]
-    """Trainable parameters of the group."""
-    lr_ratio: float = 1.0
-    """Learning rate of the group over the optimizer's."""
-    weight_decay: float | None = None
-    """Weight decay of the group; None keeps the optimizer's."""
-    clip: float | None = None
-    """Largest gradient norm of the group; None uses the trainer's `gradient_clip_val` over the remaining groups."""
 
 
 @dataclass(frozen=True, kw_only=True)

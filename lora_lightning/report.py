@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ def injection_table(report: InjectionReport, kept_share: float | None, base_byte
     for (name, kind, d_in, d_out), count in kinds.items():
         table.add_row(name, str(count), kind, str(d_in), str(d_out))
     share = report.trainable_parameters / max(1, report.total_parameters)
-    lines = [f"trainable   {report.trainable_parameters:,} of {report.total_parameters:,} parameters ({share:.2%})"]
+    settings = ", ".join(f"{field.name}={getattr(report.method, field.name)}" for field in fields(report.method))
+    lines = [f"settings    {settings}"]
+    lines += [f"trainable   {report.trainable_parameters:,} of {report.total_parameters:,} parameters ({share:.2%})"]
     if report.trained:
         lines.append(f"in full     {', '.join(sorted({name.rpartition('.')[0] for name in report.trained}))}")
     if kept_share is not None:

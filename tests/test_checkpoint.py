@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import pickle
-import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from limits import small_files
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -346,27 +346,17 @@ def test_a_missing_head(tmp_path: Path) -> None:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_files() -> Iterator[Callable[[int], None]]:
-    """Lets no file grow beyond a size, as a full disk would."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 @pytest.mark.parametrize("size", [100, 1400])
-def test_a_full_disk_leaves_the_old_adapter(folder: Path, small_files: Callable[[int], None], size: int) -> None:
+def test_a_full_disk_leaves_the_old_adapter(folder: Path, size: int) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert len(before[FILE]) > 1400
     model = adapted(name="default")
     perturb(model, 3)
-    small_files(size)
-    with pytest.raises(
-        AdapterFileError, match=r'cannot write the adapter to ".*": File too large. What was there before'
-    ):
+    refusal = pytest.raises(AdapterFileError, match=r'cannot write the adapter to ".*": File too large. What was there')
+    with refusal, small_files(size):
         ll.save_adapter(model, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    with pytest.raises(AdapterFileError, match="File too large"):
+    with pytest.raises(AdapterFileError, match="File too large"), small_files(size):
         ll.save_adapter(model, folder.parent / "new" / "deep")
     assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
 

@@ -204,7 +204,7 @@ ERRORS = {
     "rank zero": (["--model.method.rank", "0"], "RoseLoRA.rank is 0; it must be at least 1"),
     "schedule backwards": (
         ["--model.method.start", "0.9", "--model.method.end", "0.2"],
-        "start is 0.9 and end is 0.2; the schedule must start before it ends",
+        "RoseLoRA.end is 0.2; it must come after start, which is 0.9",
     ),
     "schedule too long": (["--trainer.max_steps", "3"], "the smallest run that fits has 4 optimizer steps"),
     "target": (["--model.targets", "[qury]"], 'targets=["qury"] matched none of the'),

@@ -33,6 +33,12 @@ def test_a_config_runs(name, tmp_path, monkeypatch, capsys):
     assert (run / "adapter" / "adapter.safetensors").is_file()
 
 
+@pytest.mark.parametrize("name", [name for name in config_names() if name.startswith("recipes/")])
+def test_a_recipe_parses(name, capsys):
+    assert main(["fit", "--config", name, "--print_config"]) == 0
+    assert "class_path: ll_" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_shipped_run_beats_the_linear_baseline_by_two_points(tmp_path, monkeypatch):
     """The main job's target, for the shipped seed; the card of the plugin reports three."""

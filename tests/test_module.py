@@ -23,11 +23,11 @@ from transformers import AutoModel, BertConfig, BertModel
 
 from ll_lora import LoRA
 from ll_rose import RoseLoRA
+from lora_lightning.adapters.base import GroupSpec
 from lora_lightning.callbacks import SparsitySchedule, TrainingGuard
 from lora_lightning.data import LabelledText
 from lora_lightning.errors import DataError, ModelError, SettingsError, TargetError
 from lora_lightning.loading import load_model
-from lora_lightning.methods import GroupSpec
 from lora_lightning.module import AdapterModule
 from lora_lightning.optim.warmup import WarmUp
 from lora_lightning.tasks import find_task

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import small_files
 
 from lora_lightning import run_folder
 from lora_lightning.callbacks.predictions import WritePredictions, write_rows
@@ -40,19 +40,11 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path):
     assert int(values[0]) >= saved[-1]
 
 
-@pytest.fixture
-def small_disk():
-    """No file of this process may grow past 20 kB."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, small_disk):
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     path = tmp_path / "last.ckpt"
     AtomicCheckpoints().save_checkpoint({"n": 1}, path)
-    with pytest.raises(RunFolderError, match=r'cannot write the checkpoint ".*last.ckpt": .*before is intact'):
+    refusal = pytest.raises(RunFolderError, match=r'cannot write the checkpoint ".*last.ckpt": .*before is intact')
+    with refusal, small_files(20_000):
         AtomicCheckpoints().save_checkpoint({"n": torch.zeros(100_000)}, path)
     assert torch.load(path, weights_only=True) == {"n": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning import testing
-from lora_lightning.adapters.base import Adapter, FactorPair, write
+from lora_lightning.adapters.base import Adapter, FactorPair, GroupSpec, write
 from lora_lightning.adapters.low_rank import add_low_rank
 from lora_lightning.adapters.weights import BaseLayer
 from lora_lightning.errors import SettingsError
-from lora_lightning.methods import Adapters, GroupSpec, Method
+from lora_lightning.methods import Adapters, Method
 from lora_lightning.plugins import registry
 from lora_lightning.testing import BASE_KINDS, MethodContract, TinyMLP, perturb, tiny_decoder, tiny_encoder
 

@@ -10,7 +10,7 @@ Optimizers and callbacks ask questions (`factor_pairs`, `masks`, `rank_mask`, ..
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.weights import BaseLayer
-from lora_lightning.methods import GroupSpec
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,20 @@ class EntryMask:
     """Axis along which entries compete: 1 within each row, 0 within each column."""
     effect: Literal["zero", "mask", "hold"]
     """`zero`: the value is written and may regrow; `mask`: multiplied in forward; `hold`: the value stays as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSpec:
+    """A named group of trainable parameters, as a method wants it optimised."""
+
+    params: Sequence[nn.Parameter]
+    """Trainable parameters of the group."""
+    lr_ratio: float = 1.0
+    """Learning rate of the group over the optimizer's."""
+    weight_decay: float | None = None
+    """Weight decay of the group; None keeps the optimizer's."""
+    clip: float | None = None
+    """Largest gradient norm of the group; None uses the trainer's `gradient_clip_val` over the remaining groups."""
 
 
 class Tally:

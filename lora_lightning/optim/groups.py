@@ -8,10 +8,9 @@ from typing import Any
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from lora_lightning.adapters.base import FactorPair
+from lora_lightning.adapters.base import FactorPair, GroupSpec
 from lora_lightning.errors import TrainingError
 from lora_lightning.injection import adapters_named, injected_root, records, trainable_adapters
-from lora_lightning.methods import GroupSpec
 
 OptimizerFactory = Callable[[Any], Optimizer]
 

@@ -81,6 +81,9 @@ class RoseLoRA(Method):
         check(
             0 <= self.beta < 1, self, "beta", "it must lie in [0, 1). Memory of the averaged sensitivity; 0.8 is usual."
         )
+        check(self.start >= 0, self, "start", "it must be at least 0. A share of the run's steps, or a step from 2 on.")
+        comparable = (self.start > 1) == (self.end > 1)
+        check(not comparable or self.start < self.end, self, "end", f"it must come after start, which is {self.start}.")
         check(self.clamp is None or self.clamp > 0, self, "clamp", "it must be above 0, or null for no clamp.")
 
     @property

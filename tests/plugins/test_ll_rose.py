@@ -385,6 +385,9 @@ def test_report_counts_survivors_and_density():
         ({"alpha": 0.0}, r"RoseLoRA.alpha is 0.0; it must be above 0"),
         ({"beta": 1.0}, r"RoseLoRA.beta is 1.0; it must lie in \[0, 1\)"),
         ({"dropout": 1.0}, r"RoseLoRA.dropout is 1.0; it must lie in \[0, 1\)"),
+        ({"start": 0.5, "end": 0.5}, r"RoseLoRA.end is 0.5; it must come after start, which is 0.5"),
+        ({"start": 30, "end": 20}, r"RoseLoRA.end is 20; it must come after start, which is 30"),
+        ({"start": -0.1}, r"RoseLoRA.start is -0.1; it must be at least 0"),
         ({"clamp": 0.0}, r"RoseLoRA.clamp is 0.0; it must be above 0, or null"),
     ],
 )
