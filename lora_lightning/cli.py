@@ -14,17 +14,18 @@ from typing import Any
 
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 import lora_lightning.data  # noqa: F401 - makes the short names of our data modules known
 from lora_lightning import argv as command_line
 from lora_lightning import plugins, run_folder
 from lora_lightning.callbacks.predictions import WritePredictions
 from lora_lightning.callbacks.report import RunReport
-from lora_lightning.errors import SettingsError
+from lora_lightning.errors import RunFolderError, SettingsError
 from lora_lightning.methods import Method
 from lora_lightning.module import AdapterModule
 from lora_lightning.parser import Parser
@@ -34,6 +35,14 @@ from lora_lightning.saving import AtomicCheckpoints
 _VERB = {"allow_abbrev": False, "print_config": "--print_config"}
 _PARSER = {"prog": "lora_lightning", "default_env": True, "env_prefix": "LORA_LIGHTNING", **_VERB}
 _DEFAULTS = {"enable_model_summary": False}
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes config.yaml into the run folder, whatever the loggers are."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002 - Lightning's signature
+        """Write the file."""
+        self.parser.save(self.config, Path(trainer.default_root_dir) / "config.yaml", skip_none=False, overwrite=True)
 
 
 class CLI(LightningCLI):
@@ -52,7 +61,8 @@ class CLI(LightningCLI):
             auto_configure_optimizers=False,
             parser_class=Parser,
             parser_kwargs={**_PARSER, **verbs},
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
             seed_everything_default=0,
             trainer_defaults=dict(_DEFAULTS),
             args=list(line.rest),
@@ -83,7 +93,9 @@ class CLI(LightningCLI):
         root = Path(given.get("default_root_dir") or "runs")
         if self.line.resume and self.line.folder is not None:
             folder = self.line.folder
-            if "LOCAL_RANK" not in os.environ:
+            if (folder / "summary.json").is_file():
+                raise RunFolderError(f"--resume {folder}: the run has finished; its adapter is {folder / 'adapter'}.")
+            if getattr(rank_zero_only, "rank", 0) == 0:
                 run_folder.keep_metrics(folder)
         else:
             folder = run_folder.new_folder(self.line.stem, root)
@@ -99,7 +111,13 @@ class CLI(LightningCLI):
     def _use_checkpoint(self) -> None:
         """The run's checkpoint, set here so that it is not saved into config.yaml; no pickle is opened."""
         self.config_init[self.subcommand].weights_only = True
-        if self.subcommand != "fit":  # callbacks of the fit have no part in it
+        if self.subcommand != "fit":
+            if self.line.checkpoint is None and not self.config_init[self.subcommand].ckpt_path:
+                raise SettingsError(
+                    f"{self.subcommand}: no trained weights given; --run FOLDER takes a run's, --ckpt_path FILE a "
+                    "checkpoint's."
+                )
+            # callbacks of the fit have no part in it
             warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`.*")
         if self.line.checkpoint is not None:
             self.config_init[self.subcommand].ckpt_path = str(self.line.checkpoint)
@@ -108,7 +126,10 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Say where everything lies, last of all."""
-        if self.folder is not None and self.trainer.is_global_zero:
+        if self.folder is None:
+            return
+        self.trainer.save_checkpoint(self.folder / "last.ckpt")
+        if self.trainer.is_global_zero:
             print(
                 f"try next: python -m lora_lightning validate --run {self.folder}\n"
                 f"          python -m lora_lightning export {self.folder} --format peft --output {self.folder}/peft"

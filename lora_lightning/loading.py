@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,11 @@ from lora_lightning.tasks.base import Task
 
 
 def load_model(
-    pretrained: str, task: Task, num_labels: int | None = None, dtype: torch.dtype | None = None
+    pretrained: str,
+    task: Task,
+    num_labels: int | None = None,
+    dtype: torch.dtype | None = None,
+    label_names: Sequence[str] = (),
 ) -> nn.Module:
     """The pretrained model with the task's head.
 
@@ -26,12 +30,16 @@ def load_model(
         task: decides the model class.
         num_labels: size of a classification head.
         dtype: dtype of the weights; None takes float32.
+        label_names: names of the classes, kept in the model's configuration.
 
     Raises:
         ModelError: missing folder or weights, a model class without such a head, or backbone weights the files lack.
     """
     source = resolve(pretrained)
     options: dict[str, Any] = task.model_options(num_labels)
+    if label_names and len(label_names) == num_labels:
+        options["id2label"] = dict(enumerate(label_names))
+        options["label2id"] = {name: number for number, name in enumerate(label_names)}
     try:
         with _silent():
             # a head of another size starts anew; any other tensor of another shape is refused below
@@ -52,6 +60,7 @@ def load_model(
             f'model.task is "{task.name}", but "{pretrained}" has no {task.auto_class} in transformers.'
         ) from error
     _check_complete(model, info, pretrained)
+    model.config._name_or_path = pretrained  # as given, so that an adapter's description holds on another machine
     if model.config.pad_token_id is None and model.config.eos_token_id is not None:
         eos = model.config.eos_token_id
         model.config.pad_token_id = eos[0] if isinstance(eos, list) else eos

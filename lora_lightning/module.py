@@ -18,8 +18,8 @@ from lora_lightning.callbacks.baseline import LinearBaseline
 from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.resume import ExactResume
 from lora_lightning.callbacks.schedule import total_steps
-from lora_lightning.checkpoint import adapter_keys, describe, fingerprint
-from lora_lightning.errors import DataError, ModelError, ResumeError, SettingsError, did_you_mean
+from lora_lightning.checkpoint import adapter_keys, check_fits, check_same, describe
+from lora_lightning.errors import DataError, ModelError, ResumeError, SettingsError
 from lora_lightning.injection import InjectionReport, adapters_named, inject, records
 from lora_lightning.loading import load_model
 from lora_lightning.methods import Method
@@ -92,7 +92,9 @@ class AdapterModule(LightningModule):
         if self.net is not None:
             return
         self._check_data()
-        net = load_model(self.pretrained, self.task, self._labels())
+        self._check_precision()
+        net = load_model(self.pretrained, self.task, self._labels(), label_names=self._label_names())
+        self._check_length(net)
         self.injection = inject(
             net, self.method, self.targets, self.exclude, self.overrides, self.also_train, name=NAME, seed=self.seed
         )
@@ -117,10 +119,32 @@ class AdapterModule(LightningModule):
                 f"{' and '.join(kinds)}."
             )
 
+    def _check_precision(self) -> None:
+        precision = str(self.trainer.precision) if self._trainer is not None else "32-true"
+        if precision in ("bf16-true", "16-true"):
+            raise SettingsError(
+                f'trainer.precision is "{precision}"; it would turn the adapters into half precision too, where small '
+                f'updates are lost. Nearest: "{precision.replace("true", "mixed")}", which keeps them in float32.'
+            )
+
+    def _check_length(self, net: nn.Module) -> None:
+        longest = getattr(getattr(net, "config", None), "max_position_embeddings", None)
+        length = getattr(self._datamodule(), "max_length", None)
+        if longest and length and length > longest:
+            raise SettingsError(
+                f"data.max_length is {length}; {type(net).__name__} has {longest} positions, so at most that."
+            )
+
+    def _label_names(self) -> list[str]:
+        return list(getattr(self._datamodule(), "label_names", ())) if self.task.has_head else []
+
     def _labels(self) -> int | None:
         if not self.task.has_head:
             return None
         labels = self.num_labels if self.num_labels is not None else getattr(self._datamodule(), "num_labels", None)
+        classes = len(self._label_names())
+        if labels is not None and labels < classes:
+            raise SettingsError(f"model.num_labels is {labels}; the data have {classes} classes, so at least that.")
         if labels is None and self.task.model_options(None) == {}:
             raise SettingsError(
                 "model.num_labels is null, and the data module does not say; set it to the class count."
@@ -244,7 +268,7 @@ class AdapterModule(LightningModule):
         """One dictionary an example, with its row number in the data."""
         data = self._datamodule()
         context = PredictContext(
-            label_names=getattr(data, "label_names", ()),
+            label_names=list(getattr(cast(Any, self.model).config, "id2label", {}).values()),
             tokenizer=getattr(data, "tokenizer_object", None),
             max_new_tokens=self.max_new_tokens,
         )
@@ -268,21 +292,8 @@ class AdapterModule(LightningModule):
         """
         if "lora_lightning" not in checkpoint:
             raise ResumeError("the checkpoint was not written by AdapterModule: it has no adapter section.")
-        theirs = checkpoint["lora_lightning"]["fingerprint"]
-        own = fingerprint(self.model, records(self.model)[NAME].trained)
-        differing = [key for key in own if own[key] is not None and theirs[key] is not None and own[key] != theirs[key]]
-        if differing:
-            raise ResumeError(f"the checkpoint was trained on another base model ({', '.join(differing)} differ).")
-        state = self.state_dict()
-        wanted = {key: state[key].shape for key in adapter_keys(self, NAME)}
-        found = {key: value.shape for key, value in checkpoint["state_dict"].items()}
-        if wanted != found:
-            first = min(wanted.items() ^ found.items())[0]
-            raise ResumeError(
-                f"the checkpoint does not fit the adapter: {len(wanted.keys() ^ found.keys())} keys differ, "
-                f"such as {first}.{did_you_mean(first, found)} The model has {type(self.method).__name__}, "
-                f"the checkpoint {checkpoint['lora_lightning']['method']}."
-            )
+        check_same(self, NAME, checkpoint["lora_lightning"])
+        check_fits(self, NAME, checkpoint["state_dict"])
 
 
 def enable_checkpointing(net: nn.Module) -> None:

@@ -74,7 +74,9 @@ def summary_table(summary: Mapping[str, Any]) -> Group:
     ]
     facts = {key: value for key, value in summary["report"].items() if not isinstance(value, dict)}
     if facts:
-        lines.append("facts       " + ", ".join(f"{key} {_number(value)}" for key, value in facts.items()))
+        lines.append(
+            "facts       " + ", ".join(f"{key.replace('_', ' ')} {_number(value)}" for key, value in facts.items())
+        )
     moved = summary["moved"]
     if moved:
         least = min(moved, key=moved.__getitem__)
@@ -118,7 +120,9 @@ def draw(path: Path, history: Sequence[Mapping[str, float]], metric: str, levels
         if title == metric:
             for level, (label, value) in enumerate(levels.items()):
                 axes.axhline(value, color="0.5", ls=("--", ":")[level % 2], lw=1, label=label)
-        axes.set(title=title, xlabel="optimizer step", xlim=(0, 1.02 * max(point["step"] for point in history)))
+        axes.set(
+            title=title, xlabel="optimizer step", xlim=(0, 1.02 * max((point["step"] for point in history), default=1))
+        )
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
         if len(axes.get_legend_handles_labels()[0]) > 1:

@@ -80,7 +80,7 @@ def test_a_fit_leaves_a_whole_run_folder(here, capsys):
         "untrained head",
         "linear baseline",
         "RoseLoRA",
-        "density_bound",
+        "density bound",
         "adapter     runs",
     ):
         assert shown in text
@@ -214,6 +214,14 @@ ERRORS = {
     "data file": (["--data.train", "model/trian.csv"], '"model/trian.csv"'),
     "column": (["--data.text", "sentence"], 'LabelledText.text is "sentence"'),
     "trainer": (["--trainer.val_check_interval", "0.5"], "error: trainer: `val_check_interval` should be an integer"),
+    "half precision": (["--trainer.precision", "bf16-true"], 'Nearest: "bf16-mixed", which keeps them in float32'),
+    "length": (
+        ["--data.max_length", "9999"],
+        "data.max_length is 9999; BertForSequenceClassification has 512 positions",
+    ),
+    "labels": (["--model.num_labels", "2"], "model.num_labels is 2; the data have 3 classes"),
+    "rate": (["--model.optimizer.lr", "-1"], "error: optimizer: Invalid learning rate: -1"),
+    "task of the data": (["--model.task", "regression"], "the data (LabelledText) serve sequence-classification"),
     "config": (["--config", "tiyn.yaml"], 'Did you mean "tiny.yaml"?'),
 }
 
@@ -253,3 +261,52 @@ def test_predictions_need_a_known_ending(here, capsys):
     assert main(["fit", "--config", "tiny.yaml"]) == 0
     assert main(["predict", "--run", "runs/tiny/001", "--output", "out.txt"]) == 2
     assert '--output is "out.txt"; it must end in .csv or .jsonl' in capsys.readouterr().err
+
+
+def test_last_ckpt_is_the_state_of_the_adapter_whatever_the_validation_interval(here, capsys):
+    for number, flags in enumerate((["--trainer.max_steps", "10"], ["--trainer.val_check_interval", "9"]), start=1):
+        assert main(["fit", "--config", "tiny.yaml", *flags]) == 0
+        run = Path(f"runs/tiny/00{number}")
+        summary = json.loads((run / "summary.json").read_text())
+        checkpoint = torch.load(run / "last.ckpt", weights_only=True)
+        assert checkpoint["global_step"] == summary["steps"]
+        adapter = load_file(run / "adapter" / "adapter.safetensors")
+        assert {key.removeprefix("net.") for key in checkpoint["state_dict"]} == set(adapter)
+        assert all(torch.equal(value, adapter[key[4:]]) for key, value in checkpoint["state_dict"].items())
+
+
+def test_a_run_without_validation_data(here, capsys):
+    flags = ["--data.validation", "null", "--data.validation_share", "0", "--trainer.val_check_interval", "1"]
+    assert main(["fit", "--config", "tiny.yaml", *flags]) == 0
+    assert json.loads(Path("runs/tiny/001/summary.json").read_text())["values"] == {}
+    assert main(["fit", "--config", "tiny.yaml", "--trainer.limit_val_batches", "0"]) == 0
+    assert json.loads(Path("runs/tiny/002/summary.json").read_text())["untrained"] == {}
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_untrained_weights_are_not_measured_in_silence(here, capsys, verb):
+    assert main([verb, "--config", "tiny.yaml"]) == 2
+    assert f"{verb}: no trained weights given; --run FOLDER takes a run's" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_not_resumed(here, capsys):
+    assert main(["fit", "--config", "tiny.yaml"]) == 0
+    before = sorted(path.name for path in Path("runs/tiny/001").iterdir())
+    assert main(["fit", "--resume", "runs/tiny/001"]) == 2
+    assert "the run has finished; its adapter is runs/tiny/001/adapter" in capsys.readouterr().err
+    assert sorted(path.name for path in Path("runs/tiny/001").iterdir()) == before
+
+
+def test_another_setting_with_a_run_is_refused(here, capsys):
+    assert main(["fit", "--config", "tiny.yaml"]) == 0
+    assert main(["validate", "--run", "runs/tiny/001", "--model.method.alpha", "200"]) == 2
+    assert "RoseLoRA.alpha is 200.0; the checkpoint was trained with 16.0" in capsys.readouterr().err
+
+
+def test_config_yaml_lies_in_the_run_folder_whatever_the_logger(here):
+    assert (
+        main(["fit", "--config", "tiny.yaml", "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs"])
+        == 0
+    )
+    assert Path("runs/tiny/001/config.yaml").is_file()
+    assert main(["validate", "--run", "runs/tiny/001"]) == 0

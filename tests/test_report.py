@@ -105,4 +105,4 @@ def test_final_values_are_those_of_the_state_that_is_written(encoder, tmp_path):
     for name, value in report.summary["values"].items():
         assert value == pytest.approx(measured[f"val_{name}"], abs=1e-6)
     assert "RoseLoRA" in text(summary_table(report.summary))
-    assert "density_bound" in text(summary_table(report.summary))
+    assert "density bound" in text(summary_table(report.summary))

@@ -13,8 +13,10 @@ from training import classification, completion_data, decoder_folder, encoder_fo
 from ll_lora import LoRA
 from ll_rose import RoseLoRA
 from lora_lightning.callbacks import RankPruning
+from lora_lightning.data import LabelledText
 from lora_lightning.errors import ResumeError
 from lora_lightning.module import AdapterModule
+from lora_lightning.optim.warmup import WarmUp
 from lora_lightning.saving import AtomicCheckpoints
 
 
@@ -169,13 +171,50 @@ def _mask_entries(checkpoint):
 
 
 def test_another_length_is_refused(encoder, tmp_path, saved):
-    with pytest.raises(ResumeError, match="started for 5 optimizer steps and would go on for 9"):
+    with pytest.raises(ResumeError, match="started with optimizer steps 5 and would go on with 9"):
         run(classification(encoder, LoRA(rank=2)), labelled_data(encoder), tmp_path, (), saved, max_steps=9)
 
 
 def test_another_rank_is_refused(encoder, tmp_path, saved):
-    with pytest.raises(ResumeError, match=r"does not fit the adapter: .* such as .*The model has LoRA"):
+    with pytest.raises(ResumeError, match=r"LoRA.rank is 3; the checkpoint was trained with 2"):
         run(classification(encoder, LoRA(rank=3)), labelled_data(encoder), tmp_path, (), saved, max_steps=5)
+
+
+CHANGED = {
+    "alpha": ({"method": LoRA(rank=2, alpha=1.0)}, {}, r"LoRA.alpha is 1.0; the checkpoint was trained with 16.0"),
+    "method": ({"method": RoseLoRA(rank=2)}, {}, r"was trained with LoRA; the model has RoseLoRA"),
+    "targets": ({"targets": ["query"]}, {}, r"was trained with other layers: .*value"),
+    "schedule": ({"lr_scheduler": WarmUp(decay="constant")}, {}, r"started with learning-rate schedule .*linear"),
+    "optimizer": (
+        {"optimizer": lambda groups: torch.optim.AdamW(groups, lr=5.0)},
+        {},
+        r"started with optimizer 0 .*5.0",
+    ),
+    "batches": ({}, {"batch_size": 6}, r"started with batches an epoch 15.0 and would go on with 10.0"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_another_setting_is_refused(encoder, tmp_path, saved, case):
+    options, data, message = CHANGED[case]
+    settings = {"method": LoRA(rank=2), **options}
+    with pytest.raises(ResumeError, match=message):
+        run(
+            classification(encoder, settings.pop("method"), **settings),
+            labelled_data(encoder, **data),
+            tmp_path,
+            (),
+            saved,
+            max_steps=5,
+        )
+
+
+def test_other_class_names_are_refused(encoder, tmp_path, saved):
+    file = tmp_path / "renamed.csv"
+    file.write_text((encoder / "train.csv").read_text().replace(",c0", ",z0"))
+    data = LabelledText(train=str(file), validation=str(file), tokenizer=str(encoder), batch_size=4)
+    with pytest.raises(ResumeError, match=r"was trained with other labels: \['c0'\] there, \['z0'\] here"):
+        run(classification(encoder, LoRA(rank=2)), data, tmp_path, (), saved, max_steps=5)
 
 
 def test_another_base_is_refused(encoder, tmp_path, saved):

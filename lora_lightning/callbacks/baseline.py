@@ -17,6 +17,7 @@ from torch.utils.data import DistributedSampler
 from lora_lightning.baseline import Baseline, fit_baseline
 from lora_lightning.callbacks.schedule import JUDGES, total_steps
 from lora_lightning.injection import disable_adapters, injected_root, records
+from lora_lightning.targets import trained_parameters
 
 
 class LinearBaseline(Callback):
@@ -36,10 +37,15 @@ class LinearBaseline(Callback):
         """Fit and print the baseline, unless a resumed run knows it already."""
         module: Any = pl_module
         root = injected_root(module.model)
-        heads = sorted({name for record in records(root).values() for name in record.trained})
+        trained = {name for record in records(root).values() for name in record.trained}
+        heads = [name for name in trained_parameters(root, "heads") if name in trained]
         total = total_steps(trainer)
-        steps = total if self.enabled and heads and module.task.has_head and total else 0
+        whole = len(heads) == len(trained_parameters(root, "heads"))
+        steps = total if self.enabled and heads and whole and module.task.has_head and total else 0
         if self.result is not None:
+            return
+        if not trainer.enable_validation:
+            self.result = Baseline({})
             return
         began = time.monotonic()
         if steps:
@@ -81,6 +87,8 @@ def _train_loader(trainer: Trainer) -> Any:
 def validation_batches(trainer: Trainer) -> Iterator[Any]:
     """The batches one validation sees, on the device."""
     datamodule = getattr(trainer, "datamodule", None)
+    if not trainer.enable_validation:
+        return iter(())
     loaders = trainer.val_dataloaders if datamodule is None else datamodule.val_dataloader()
     numbers: Sequence[float] = trainer.num_val_batches
     limit = None if not numbers or numbers[0] == float("inf") else int(numbers[0])

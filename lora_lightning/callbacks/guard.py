@@ -39,6 +39,7 @@ class TrainingGuard(Callback):
         self._had_gradient: set[str] = set()
         self._seen = 0
         self._loss: Tensor | None = None
+        self._restored: dict[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Judge after every schedule has acted."""
@@ -53,7 +54,13 @@ class TrainingGuard(Callback):
         if not self._watched:
             raise TrainingError("nothing trains: every parameter is frozen. Call set_trainable, or inject an adapter.")
         self._start = {name: p.detach().clone() for name, p in self._watched.items()}
-        self._real = {name: self._real.get(name, 0) for name in self._watched}
+        if self._restored is None:
+            self._real, self._had_gradient = dict.fromkeys(self._watched, 0), set()
+        else:
+            self._real, self._had_gradient = dict(self._restored["real"]), set(self._restored["had_gradient"])
+            for name, value in self._restored["start"].items():
+                self._start[name] = value.to(self._watched[name].device)
+            self._restored = None
         self._seen = trainer.global_step
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -63,8 +70,10 @@ class TrainingGuard(Callback):
                 raise TrainingError(self._not_finite(trainer.global_step + 1))
             return
         rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+        elsewhere = {id(p) for other in trainer.optimizers for group in other.param_groups for p in group["params"]}
         for name, parameter in self._watched.items():
-            if rates.get(id(parameter), 0.0) == 0.0 and id(parameter) in rates:
+            # a tensor that no optimizer holds is judged as well: it will not move
+            if rates.get(id(parameter), float(id(parameter) not in elsewhere)) == 0.0:
                 continue
             self._real[name] += 1
             if name not in self._had_gradient and parameter.grad is not None and bool(parameter.grad.any()):
@@ -73,8 +82,9 @@ class TrainingGuard(Callback):
     def _not_finite(self, step: int) -> str:
         bad = [n for n, p in self._watched.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
         loss = "" if self._loss is None else f" Last loss: {float(self._loss):g}."
+        where = f"{len(bad)} tensors, {bad[0]} first" if bad else "the gradient norm overflows"
         return (
-            f"the loss or its gradient is not a number at optimizer step {step}: {len(bad)} tensors, {bad[0]} first."
+            f"the loss or its gradient is not a number at optimizer step {step}: {where}."
             f"{loss} Lower the learning rate, clip gradients, or look at the data of this step."
         )
 
@@ -95,6 +105,16 @@ class TrainingGuard(Callback):
         if due:
             self._judge(due, self._idle(pl_module))
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Judge what a short run left unjudged, before anything is written."""
+        if not any(self._real.values()):
+            raise TrainingError("nothing was trained: no optimizer step with a rate above zero and finite gradients.")
+        # one step cannot give a gradient to the partner of a factor that starts at zero
+        left = [name for name, steps in self._real.items() if steps < min(2, self.patience_steps)]
+        still = [n for n in left if self._real[n] == 0 and torch.equal(self._watched[n].detach(), self._start[n])]
+        short = [name for name, steps in self._real.items() if 2 <= steps < self.patience_steps]
+        self._judge(short + still, self._idle(pl_module))
+
     def _judge(self, names: list[str], idle: set[str]) -> None:
         untrained = []
         for name in names:
@@ -107,7 +127,7 @@ class TrainingGuard(Callback):
         if untrained:
             raise TrainingError(
                 f"{len(untrained)} of {len(self._watched)} trainable tensors are not training after "
-                f"{self.patience_steps} optimizer steps with a rate above zero: {', '.join(untrained[:8])}"
+                f"{max(self._real.values())} optimizer steps with a rate above zero: {', '.join(untrained[:8])}"
                 f"{', ...' if len(untrained) > 8 else ''}. Freeze them, exclude their layers, or mend the forward pass."
             )
 
@@ -125,9 +145,9 @@ class TrainingGuard(Callback):
         return distances
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been judged, so that a resumed run does not judge on less."""
-        return {"real": self._real, "had_gradient": sorted(self._had_gradient)}
+        """What has been judged, and start values: a resumed run goes on judging and measures from its first start."""
+        return {"real": self._real, "had_gradient": sorted(self._had_gradient), "start": self._start}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on judging."""
-        self._real, self._had_gradient = dict(state_dict["real"]), set(state_dict["had_gradient"])
+        """Go on where the run stopped."""
+        self._restored = state_dict

@@ -11,9 +11,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
+from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.schedule import order_callbacks
-from lora_lightning.checkpoint import adapter_keys, describe, save_adapter
-from lora_lightning.errors import ResumeError, did_you_mean
+from lora_lightning.checkpoint import adapter_keys, check_fits, check_same, describe, save_adapter
+from lora_lightning.errors import AdapterStateError, ResumeError
 from lora_lightning.injection import InjectionReport, adapters_named, inject, injected_root, iter_adapters, records
 from lora_lightning.methods import Method
 from lora_lightning.targets import Heads, Targets
@@ -74,6 +75,13 @@ class InjectAdapters(Callback):
 
     def _inject(self, module: LightningModule) -> None:
         if any(True for _ in iter_adapters(module)):
+            there = records(injected_root(module)).get(self.name)
+            if there is None or there.method != self.method:
+                other = there.method if there else "another name"
+                raise AdapterStateError(
+                    f"the module has adapters already ({other}), not those of {self.method}; eject them first, or "
+                    "leave InjectAdapters out."
+                )
             return
         self.report = inject(
             module,
@@ -108,7 +116,8 @@ class InjectAdapters(Callback):
 
     def _add_callbacks(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         given: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        ours = [c for c in self.method.callbacks() if not any(isinstance(other, type(c)) for other in given)]
+        wanted = [*self.method.callbacks(), TrainingGuard()]
+        ours = [c for c in wanted if not any(isinstance(other, type(c)) for other in given)]
         trainer.callbacks = [*given, *ours]  # type: ignore[attr-defined]
         order_callbacks(trainer)
         for callback in ours:
@@ -161,13 +170,10 @@ class InjectAdapters(Callback):
         """
         if _SECTION not in checkpoint:
             raise ResumeError("the checkpoint has no adapter section: it was written without InjectAdapters.")
+        check_same(pl_module, self.name, checkpoint[_SECTION]["description"])
         tensors: dict[str, Tensor] = checkpoint[_SECTION]["tensors"]
+        check_fits(pl_module, self.name, tensors)
         state = pl_module.state_dict()
-        wanted = {key: state[key].shape for key in adapter_keys(pl_module, self.name)}
-        found = {key: value.shape for key, value in tensors.items()}
-        if wanted != found:
-            first = min(wanted.items() ^ found.items())[0]
-            raise ResumeError(f"the checkpoint's adapter does not fit, such as {first}.{did_you_mean(first, found)}")
         for key, value in tensors.items():
             state[key].copy_(value)
 

@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from lora_lightning.callbacks.resume import gather_objects
 from lora_lightning.errors import RunFolderError, SettingsError
 from lora_lightning.files import write_atomically
 
@@ -46,10 +47,13 @@ class WritePredictions(Callback):
         self._rows += outputs
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file."""
+        """Write the file, once for all processes; rows that padding repeated stand there once."""
+        every = [row for rows in gather_objects(self._rows) for row in rows]
+        if not trainer.is_global_zero:
+            return
         datamodule: Any = getattr(trainer, "datamodule", None)
         inputs = datamodule.inputs("predict") if hasattr(datamodule, "inputs") else None
-        rows = sorted(self._rows, key=lambda row: row["index"])
+        rows = [row for _, row in sorted({row["index"]: row for row in every}.items())]
         joined = [{**(inputs[row["index"]] if inputs is not None else {}), **row} for row in rows]
         write_rows(self.output, joined)
         print(f"predictions: {self.output} ({len(joined)} rows)")

@@ -15,7 +15,7 @@ from rich.console import Console
 import lora_lightning
 from lora_lightning.callbacks.baseline import LinearBaseline, validation_batches
 from lora_lightning.callbacks.guard import TrainingGuard
-from lora_lightning.callbacks.schedule import JUDGES, order_callbacks
+from lora_lightning.callbacks.schedule import REPORTS, order_callbacks
 from lora_lightning.callbacks.sparsity import SparsitySchedule
 from lora_lightning.checkpoint import save_adapter
 from lora_lightning.files import write_json
@@ -35,7 +35,7 @@ class RunReport(Callback):
         name: adapter to write.
     """
 
-    phase: ClassVar[int] = JUDGES
+    phase: ClassVar[int] = REPORTS
 
     def __init__(self, directory: str | Path | None = None, name: str = "default") -> None:
         self.directory, self.name = directory, name

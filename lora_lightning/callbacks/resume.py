@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lora_lightning.callbacks.schedule import JUDGES, order_callbacks, total_steps
 from lora_lightning.errors import ResumeError
+from lora_lightning.optim.warmup import WarmUp
 
 _SECTION = "lora_lightning_resume"
 
@@ -40,7 +42,7 @@ class ExactResume(Callback):
         if trainer.state.fn != "fit" or trainer.state.status == "interrupted":
             return
         mine = {"rng": _random_states(), "gradients": _open_window(trainer, pl_module)}
-        checkpoint[_SECTION] = {"ranks": _gather(mine), "total_steps": total_steps(trainer)}
+        checkpoint[_SECTION] = {"ranks": gather_objects(mine), "run": _run_facts(trainer, pl_module)}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the section until training starts."""
@@ -63,12 +65,13 @@ class ExactResume(Callback):
         """Put the partial gradients of an open window back."""
         if self._pending is None:
             return
-        total = total_steps(trainer)
-        if self._pending["total_steps"] != total:
-            raise ResumeError(
-                f"the run was started for {self._pending['total_steps']} optimizer steps and would go on for {total}; "
-                "rates and schedules would jump. Resume with the same max_steps, max_epochs and data."
-            )
+        for name, value in _run_facts(trainer, pl_module).items():
+            before = self._pending["run"][name]
+            if value != before:
+                raise ResumeError(
+                    f"the run was started with {name} {before} and would go on with {value}; rates, schedules or "
+                    "batches would jump. Resume with the same settings."
+                )
         gradients = self._pending["ranks"][trainer.global_rank]["gradients"]
         for name, parameter in pl_module.named_parameters():
             if name in gradients:
@@ -87,7 +90,24 @@ def _open_window(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]
     return {n: p.grad.detach().cpu() for n, p in module.named_parameters() if p.requires_grad and p.grad is not None}
 
 
-def _gather(mine: dict[str, Any]) -> list[dict[str, Any]]:
+def _run_facts(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+    """What a resumed run must share, as plain data; optimizer settings as given, not as scheduled."""
+    schedule = getattr(module, "lr_scheduler", None)
+    facts: dict[str, Any] = {
+        "optimizer steps": total_steps(trainer),
+        "batches an epoch": float(trainer.num_training_batches),
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "gradient_clip_val": trainer.gradient_clip_val,
+        "learning-rate schedule": dataclasses.asdict(schedule) if isinstance(schedule, WarmUp) else None,
+    }
+    for number, optimizer in enumerate(trainer.optimizers):
+        plain = {k: v for k, v in optimizer.defaults.items() if isinstance(v, int | float | str | bool | None)}
+        facts[f"optimizer {number}"] = {"class": type(optimizer).__name__, **plain}
+    return facts
+
+
+def gather_objects(mine: Any) -> list[Any]:
+    """One object of every process, in the order of ranks."""
     if not torch.distributed.is_initialized():
         return [mine]
     everyone: list[Any] = [None] * torch.distributed.get_world_size()

@@ -28,7 +28,9 @@ from lora_lightning.injection import trainable_adapters
 MASKS = 3
 """Phase of callbacks that write values and masks."""
 JUDGES = 7
-"""Phase of callbacks that read the step's result: the guard, averages, reports."""
+"""Phase of callbacks that read the step's result: the guard, averages."""
+REPORTS = 8
+"""Phase of callbacks that write what a judged run has left."""
 
 
 def order_callbacks(trainer: Trainer) -> None:

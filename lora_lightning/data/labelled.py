@@ -30,8 +30,6 @@ class LabelledText(TextData):
         common: Settings that all text data share.
     """
 
-    task_kinds = ("sequence-classification", "regression")
-
     def __init__(
         self,
         text: str = "text",
@@ -47,6 +45,7 @@ class LabelledText(TextData):
         self.label = label
         self.labels = labels
         self.regression = regression
+        self.task_kinds = ("regression",) if regression else ("sequence-classification",)
 
     def read(self, split: str) -> datasets.Dataset | None:
         """Rows with the text columns and, but for predict, the label column."""

@@ -7,7 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import datasets
 import torch
@@ -51,7 +51,7 @@ class TextData(LightningDataModule, ABC):
             are sorted by class.
     """
 
-    task_kinds: ClassVar[tuple[str, ...]]
+    task_kinds: tuple[str, ...]
     """Tasks that the batches serve."""
 
     def __init__(

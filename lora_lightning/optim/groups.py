@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from lora_lightning.adapters.base import FactorPair, GroupSpec
-from lora_lightning.errors import TrainingError
+from lora_lightning.errors import SettingsError, TrainingError
 from lora_lightning.injection import adapters_named, injected_root, records, trainable_adapters
 
 OptimizerFactory = Callable[[Any], Optimizer]
@@ -74,7 +74,10 @@ def build_optimizer(model: nn.Module, factory: OptimizerFactory | None) -> Optim
         groups.append(group)
     methods = [record.method for record in records(injected_root(model)).values()]
     own = next((made for made in (method.optimizer() for method in methods) if made is not None), None)
-    optimizer = (factory or own or _adamw)(groups)
+    try:
+        optimizer = (factory or own or _adamw)(groups)
+    except ValueError as error:
+        raise SettingsError(f"optimizer: {error}.") from error
     for group in optimizer.param_groups:
         group["lr"] = group["lr"] * group["lr_ratio"]
     if hasattr(optimizer, "bind_pairs"):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from projects import Plain, fit
+from lightning.pytorch.callbacks import ModelCheckpoint
+from projects import Plain, fit, loader
 from torch import nn
+from training import trainer
 
 from ll_lora import LoRA
 from lora_lightning.callbacks import InjectAdapters, TrainingGuard
@@ -31,9 +33,36 @@ def test_all_used_layers_pass_and_the_distances_are_reported(tmp_path):
     assert all(distance > 0 for distance in guard.moved().values())
 
 
-def test_a_rate_of_zero_is_no_real_step_but_no_movement_at_a_rate_is(tmp_path):
-    fit(Plain(lr=0.0), tmp_path, [InjectAdapters(LoRA(rank=2), ["used"], also_train=["head"]), TrainingGuard()])
+def test_a_run_at_a_rate_of_zero_trained_nothing(tmp_path):
+    with pytest.raises(TrainingError, match="nothing was trained: no optimizer step with a rate above zero"):
+        fit(Plain(lr=0.0), tmp_path, [InjectAdapters(LoRA(rank=2), ["used"], also_train=["head"])])
 
+
+def test_a_short_run_is_judged_at_its_end(tmp_path):
+    with pytest.raises(TrainingError, match=r"unused.*lora_B \(no gradient\)"):
+        fit(Plain(), tmp_path, [InjectAdapters(LoRA(rank=2), ["used", "unused"], also_train=["head"])], max_steps=2)
+    fit(Plain(), tmp_path, [InjectAdapters(LoRA(rank=2), ["used"], also_train=["head"])], max_steps=1)
+
+
+def test_an_optimizer_that_holds_only_the_head_is_found_without_asking(tmp_path):
+    class HeadOnly(Plain):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.head.parameters(), lr=0.1)
+
+    with pytest.raises(TrainingError, match=r"used.*lora_B \(did not move\)"):
+        fit(HeadOnly(), tmp_path, [InjectAdapters(LoRA(rank=2), ["used"], also_train=["head"])])
+
+
+def test_a_norm_that_overflows_is_no_number_either(tmp_path):
+    class Huge(Plain):
+        def training_step(self, batch):
+            return super().training_step(batch) * 1e30
+
+    with pytest.raises(TrainingError, match="at optimizer step 1: the gradient norm overflows"):
+        fit(Huge(), tmp_path, [InjectAdapters(LoRA(rank=2), ["used"], also_train=["head"])])
+
+
+def test_no_movement_at_a_rate_stops_the_run(tmp_path):
     class Frozen(Plain):
         def optimizer_step(self, epoch, batch_idx, optimizer, closure):
             before = [p.detach().clone() for p in self.parameters()]
@@ -81,9 +110,16 @@ def test_merged_adapters_are_refused(tmp_path):
         fit(module, tmp_path, [TrainingGuard()])
 
 
-def test_state_survives_a_checkpoint():
-    guard = TrainingGuard()
-    guard._real, guard._had_gradient = {"a": 2}, {"a"}
-    other = TrainingGuard()
-    other.load_state_dict(guard.state_dict())
-    assert (other._real, other._had_gradient) == ({"a": 2}, {"a"})
+def test_a_resumed_run_measures_from_its_first_start(tmp_path):
+    start = Plain().state_dict()
+    guards = []
+    for checkpoint in (None, tmp_path / "step=8.ckpt"):
+        module, guard = Plain(), TrainingGuard()
+        module.load_state_dict(start)
+        keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=8, save_top_k=-1)
+        inject_ = InjectAdapters(LoRA(rank=2), ["used"], also_train=["head"], seed=1)
+        run = trainer(tmp_path, [inject_, guard, keep], enable_checkpointing=True, max_steps=12)
+        run.fit(module, loader(), ckpt_path=checkpoint, weights_only=True)
+        guards.append(guard)
+    assert guards[0].moved() == guards[1].moved()
+    assert guards[1]._real == guards[0]._real
