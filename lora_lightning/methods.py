@@ -7,12 +7,13 @@ import what they need inside.
 from __future__ import annotations
 
 import dataclasses
+import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lora_lightning.errors import SettingsError, did_you_mean
+from lora_lightning.errors import SettingsError, check, did_you_mean
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
@@ -88,3 +89,29 @@ def replace(method: Method, where: str, fields: Mapping[str, Any]) -> Method:
                 f"It takes: {', '.join(names)}."
             )
     return dataclasses.replace(method, **fields)
+
+
+def check_fields(method: Method) -> None:
+    """Raise `SettingsError` for a field whose value is none of its `Literal`'s, or no whole number where it is an int.
+
+    The command line checks types while parsing; this is for settings built in Python.
+    """
+    hints = typing.get_type_hints(type(method))
+    for field in dataclasses.fields(method):
+        hint, value = hints[field.name], getattr(method, field.name)
+        choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+        if choices and value not in choices:
+            listed = ", ".join(f'"{choice}"' for choice in choices)
+            raise SettingsError(
+                f'{type(method).__name__}.{field.name} is "{value}".{did_you_mean(str(value), choices)} '
+                f"It takes: {listed}."
+            )
+        check(hint is not int or type(value) is int, method, field.name, "it must be a whole number.")
+
+
+def check_low_rank(method: Any) -> None:
+    """`check_fields`, and the rules of the fields rank, alpha and dropout that low-rank methods share."""
+    check_fields(method)
+    check(method.rank >= 1, method, "rank", "it must be at least 1. Inner width of the update; 8 is common.")
+    check(method.alpha > 0, method, "alpha", "it must be above 0. Numerator of the scaling; twice the rank is common.")
+    check(0 <= method.dropout < 1, method, "dropout", "it must lie in [0, 1). Share of dropped entries; 0.1 is common.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from lora_lightning.adapters.base import Adapter, EntryMask
 from lora_lightning.adapters.sparsity import KeepRule, keep_count, keep_top, kept_share, sensitivity
 from lora_lightning.callbacks.schedule import MASKS, ScheduleCallback, resolve_ramp
 from lora_lightning.errors import ResumeError, check
+
+FirstScore = Literal["zero", "gradient"]
 
 
 @dataclass
@@ -63,7 +65,7 @@ class SparsitySchedule(ScheduleCallback):
         start: float = 0.1,
         end: float = 0.8,
         keep_rule: KeepRule = "floor",
-        first_score: Literal["zero", "gradient"] = "zero",
+        first_score: FirstScore = "zero",
         clamp: float | None = None,
     ) -> None:
         super().__init__()
@@ -71,6 +73,10 @@ class SparsitySchedule(ScheduleCallback):
         self.keep_rule, self.first_score, self.clamp = keep_rule, first_score, clamp
         check(0 <= sparsity < 1, self, "sparsity", "it must lie in [0, 1). Fraction of entries set to zero.")
         check(0 <= beta < 1, self, "beta", "it must lie in [0, 1). Memory of the averaged sensitivity.")
+        for field, rule in (("keep_rule", KeepRule), ("first_score", FirstScore)):
+            listed = " or ".join(f'"{choice}"' for choice in get_args(rule))
+            check(getattr(self, field) in get_args(rule), self, field, f"it must be {listed}.")
+        check(clamp is None or clamp > 0, self, "clamp", "it must be above 0, or None for no clamp.")
         self._stacks: list[_Stack] = []
         self._saved: dict[str, Tensor] = {}
         self.start_step = self.end_step = 0

@@ -19,8 +19,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from lora_lightning.errors import check
-from lora_lightning.methods import Method
+from lora_lightning.methods import Method, check_low_rank
 
 if TYPE_CHECKING:
     from lora_lightning.adapters.low_rank import LowRankAdapter
@@ -62,9 +61,7 @@ class LoRA(Method):
     intermediate for backward, and pays off in time for large ranks only. Plain linear layers without dropout."""
 
     def __post_init__(self) -> None:
-        check(self.rank >= 1, self, "rank", "it must be at least 1. Inner width of the update; 8 is common.")
-        check(self.alpha > 0, self, "alpha", "it must be above 0. Numerator of the scaling; twice the rank is common.")
-        check(0 <= self.dropout < 1, self, "dropout", "it must lie in [0, 1). Share of dropped entries; 0.1 is common.")
+        check_low_rank(self)
 
     @property
     def scaling(self) -> float:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lora_lightning.errors import check
-from lora_lightning.methods import Adapters, Method
+from lora_lightning.methods import Adapters, Method, check_low_rank
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
@@ -69,9 +69,7 @@ class RoseLoRA(Method):
     """Largest magnitude of any entry once pruning has begun; the released editing code uses 0.003."""
 
     def __post_init__(self) -> None:
-        check(self.rank >= 1, self, "rank", "it must be at least 1. Inner width of the update; 8 is common.")
-        check(self.alpha > 0, self, "alpha", "it must be above 0. Numerator of the scaling; twice the rank is common.")
-        check(0 <= self.dropout < 1, self, "dropout", "it must lie in [0, 1). Share of dropped entries; 0.1 is common.")
+        check_low_rank(self)
         check(
             0 <= self.sparsity < 1,
             self,

@@ -185,3 +185,20 @@ def test_a_method_s_callback_is_added_once_over_two_fits(tmp_path):
     run.fit_loop.epoch_loop.max_steps = 10
     run.fit(Plain(), loader())
     assert sum(isinstance(callback, SparsitySchedule) for callback in run.callbacks) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"keep_rule": "flor"},
+            r"SparsitySchedule.keep_rule is 'flor'; it must be \"floor\" or \"ceil\" or \"official\"",
+        ),
+        ({"first_score": "one"}, r"SparsitySchedule.first_score is 'one'; it must be \"zero\" or \"gradient\""),
+        ({"clamp": -1.0}, r"SparsitySchedule.clamp is -1.0; it must be above 0, or None"),
+        ({"sparsity": 1.0}, r"SparsitySchedule.sparsity is 1.0; it must lie in \[0, 1\)"),
+    ],
+)
+def test_settings_outside_their_rules(settings, message):
+    with pytest.raises(SettingsError, match=message):
+        SparsitySchedule(**settings)

@@ -381,6 +381,11 @@ def test_report_counts_survivors_and_density():
             r"RoseLoRA.sparsity is 1.2; it must lie in \[0, 1\). Fraction of entries set to zero, so 0.9",
         ),
         ({"sparsity": -0.1}, r"RoseLoRA.sparsity is -0.1; it must lie in \[0, 1\)"),
+        (
+            {"keep_rule": "flor"},
+            r'RoseLoRA.keep_rule is "flor". Did you mean "floor"\? It takes: "floor", "ceil", "official"',
+        ),
+        ({"rank": 2.5}, r"RoseLoRA.rank is 2.5; it must be a whole number"),
         ({"rank": 0}, r"RoseLoRA.rank is 0; it must be at least 1"),
         ({"alpha": 0.0}, r"RoseLoRA.alpha is 0.0; it must be above 0"),
         ({"beta": 1.0}, r"RoseLoRA.beta is 1.0; it must lie in \[0, 1\)"),
