@@ -55,11 +55,12 @@ def write_together(files: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
                 folder.rmdir()
         raise
     for folder in {path.parent for path in files}:
-        _flush_folder(folder)
+        flush(folder)
 
 
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Bring a file, or a folder's list of files, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

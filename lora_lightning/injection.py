@@ -252,7 +252,7 @@ def place(
         if not isinstance(layer, AdaptedLayer):
             layer = AdaptedLayer(accessors[path])
             layer.train(layer.base.training)
-            _put(where[id(layer.base)], layer)
+            put(where[id(layer.base)], layer)
         layer.tied_to = ties.get(path, ())
         layer.add(name, adapter.train(layer.training))
     model.__dict__.setdefault(_RECORDS, {})[name] = record
@@ -268,7 +268,7 @@ def _trainable_names(model: nn.Module) -> list[str]:
     ]
 
 
-def _put(where: Iterable[tuple[nn.Module, str]], module: nn.Module) -> None:
+def put(where: Iterable[tuple[nn.Module, str]], module: nn.Module) -> None:
     """Set `module` at every (parent, name), so that a layer used in several places is adapted in all of them."""
     for parent, name in where:
         setattr(parent, name, module)
@@ -454,6 +454,6 @@ def eject(model: nn.Module, name: str | None = None) -> None:
             if adapter_name in layer.adapters:
                 layer.remove(adapter_name)
         if not layer.adapters:
-            _put(where[id(layer)], layer.base)
+            put(where[id(layer)], layer.base)
     for adapter_name in names:
         del records(root)[adapter_name]

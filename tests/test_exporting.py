@@ -507,7 +507,7 @@ def test_foreign_folders_and_files_are_refused(tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("stage", ["save_file", "_flush", "rename"])
+@pytest.mark.parametrize("stage", ["save_file", "flush", "rename"])
 def test_a_failure_leaves_the_old_export(stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
     ll.export(model, tmp_path / "out")
@@ -522,8 +522,8 @@ def test_a_failure_leaves_the_old_export(stage: str, tmp_path: Path, monkeypatch
 
     if stage == "save_file":
         monkeypatch.setattr(peft_export, "save_file", fail)
-    elif stage == "_flush":
-        monkeypatch.setattr(folder, "_flush", fail)
+    elif stage == "flush":
+        monkeypatch.setattr(folder, "flush", fail)
     else:
         monkeypatch.setattr(Path, "rename", fail_second)
     with pytest.raises(ExportError, match=r"No space left on device\. What was there before is intact"):

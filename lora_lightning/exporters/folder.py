@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TypeVar
 from safetensors import SafetensorError
 
 from lora_lightning.errors import ExportError
+from lora_lightning.files import flush
 
 SIDE_FILE = "lora_lightning.json"
 """Our own description; a folder that holds it is an earlier export, which a new one may replace."""
@@ -60,7 +60,7 @@ def write_folder(folder: Path, fill: Callable[[Path], T]) -> T:
         beside.mkdir()
         result = fill(beside)
         for path in [*beside.rglob("*"), beside]:
-            _flush(path)
+            flush(path)
         _exchange(beside, folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
@@ -68,14 +68,6 @@ def write_folder(folder: Path, fill: Callable[[Path], T]) -> T:
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return result
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _exchange(beside: Path, folder: Path) -> None:
@@ -90,5 +82,5 @@ def _exchange(beside: Path, folder: Path) -> None:
         if old.exists():
             old.rename(folder)
         raise
-    _flush(folder.parent)
+    flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from lora_lightning.adapters.layer import AdaptedLayer
 from lora_lightning.errors import AdapterStateError, ExportError
 from lora_lightning.exporters.report import Written
 from lora_lightning.exporters.source import Source, check_finite
-from lora_lightning.injection import iter_adapters
+from lora_lightning.injection import iter_adapters, put
 from lora_lightning.targets import places
 
 
@@ -84,11 +84,11 @@ def _plain(source: Source) -> Iterator[None]:
             except AdapterStateError as error:
                 raise ExportError(f"{path}: {error}") from error
         for layer in layers.values():
-            _put(where[id(layer)], layer.base)
+            put(where[id(layer)], layer.base)
         yield
     finally:
         for path, layer in layers.items():
-            _put(where[id(layer)], layer)
+            put(where[id(layer)], layer)
             _set_merged(layer, before[path][1])
             layer.active = before[path][0]
 
@@ -101,11 +101,6 @@ def _set_merged(layer: AdaptedLayer, names: tuple[str, ...]) -> None:
     layer.active = names
     layer.check_mergeable()
     layer.merge()
-
-
-def _put(where: Iterable[tuple[nn.Module, str]], module: nn.Module) -> None:
-    for parent, name in where:
-        setattr(parent, name, module)
 
 
 def _compare(model: nn.Module, folder: Path) -> float:
