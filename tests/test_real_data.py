@@ -63,6 +63,7 @@ def test_a_language_model_learns_e2e_from_the_valid_file(work):
     assert json.loads(Path("out.jsonl").read_text().splitlines()[0])["prediction"]
 
 
+@pytest.mark.slow
 def test_a_language_model_on_gsm8k_text(work):
     summary = fit(
         *language_model(work),
@@ -106,6 +107,7 @@ def encoder(work: Path, name: str, steps: int) -> dict:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETS)
 def test_an_encoder_trains_on(work, name):
     flags = [flag.format(data=work / "data") for flag in SETS[name]]

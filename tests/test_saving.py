@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,3 +124,25 @@ def test_predictions_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match="cannot write"):
         write_rows(Path(tmp_path / "file" / "out.csv"), [{"a": 1}])
+
+
+def test_class_numbers_are_written_as_names(tmp_path):
+    class Data:
+        label_names = ("first", "second")
+
+        def inputs(self, split):
+            return [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
+
+    writer = WritePredictions(tmp_path / "out.csv")
+    for rows in (
+        [{"index": 1, "prediction": "first"}],
+        [{"index": 0, "prediction": "second"}],
+        [{"index": 1, "prediction": "first"}],
+    ):
+        writer.on_predict_batch_end(None, None, rows, None, 0)
+    writer.on_predict_end(SimpleNamespace(datamodule=Data(), is_global_zero=True), None)
+    with (tmp_path / "out.csv").open() as file:
+        assert [(row["text"], row["label"], row["prediction"]) for row in csv.DictReader(file)] == [
+            ("a", "second", "second"),
+            ("b", "first", "first"),
+        ]

@@ -55,6 +55,10 @@ class WritePredictions(Callback):
         inputs = datamodule.inputs("predict") if hasattr(datamodule, "inputs") else None
         rows = [row for _, row in sorted({row["index"]: row for row in every}.items())]
         joined = [{**(inputs[row["index"]] if inputs is not None else {}), **row} for row in rows]
+        names = getattr(datamodule, "label_names", ())
+        for row in joined:
+            if names and isinstance(row.get("label"), int):  # predictions are names, so the truth beside them is one
+                row["label"] = names[row["label"]]
         write_rows(self.output, joined)
         print(f"predictions: {self.output} ({len(joined)} rows)")
 
