@@ -51,7 +51,7 @@ from lora_lightning.injection import (
     records,
     set_active,
 )
-from lora_lightning.methods import Method, replace
+from lora_lightning.methods import Method, replace, restore
 from lora_lightning.plugins import registry
 
 FILE = "adapter.safetensors"
@@ -406,7 +406,7 @@ def _record(method_class: type[Method], root: nn.Module, stored: Stored, directo
     paths = {plain(path): path for path, _ in root.named_modules()}
     parameters = {plain(name): name for name, _ in root.named_parameters()}
     try:
-        method = replace(method_class(), "settings", stored.settings)
+        method = restore(method_class, "settings", stored.settings)
         layers = {paths[path]: replace(method, f"layers[{path}]", own) for path, own in stored.layers.items()}
     except SettingsError as error:
         raise AdapterFileError(f'"{directory}": {error}') from error

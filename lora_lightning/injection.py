@@ -280,6 +280,10 @@ def _notes(model: nn.Module, layers: Iterable[str], trained: Sequence[str], also
         notes.append(
             "no Hugging Face model here, so no head is known: what has no adapter stays frozen. Name it in also_train."
         )
+    frozen = [name for name in trained_parameters(model, "heads") if name not in trained]
+    if frozen:
+        head = frozen[0].rpartition(".")[0]
+        notes.append(f"the head {head} stays frozen as it was loaded; also_train does not name it.")
     read = [p for p in layers if isinstance(model.get_submodule(p.rpartition(".")[0]), nn.MultiheadAttention)]
     if read:
         notes.append(

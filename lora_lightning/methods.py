@@ -81,14 +81,24 @@ def replace(method: Method, where: str, fields: Mapping[str, Any]) -> Method:
     Raises:
         SettingsError: a field that the method does not have, naming `where` it was given and the nearest one.
     """
-    names = [f.name for f in dataclasses.fields(method)]
+    _check_names(type(method), where, fields)
+    return dataclasses.replace(method, **fields)
+
+
+def restore(method_class: type[Method], where: str, fields: Mapping[str, Any]) -> Method:
+    """Settings from plain data, as `replace` for one that does not exist yet."""
+    _check_names(method_class, where, fields)
+    return method_class(**fields)
+
+
+def _check_names(method_class: type[Method], where: str, fields: Mapping[str, Any]) -> None:
+    names = [field.name for field in dataclasses.fields(method_class)]
     for name in fields:
         if name not in names:
             raise SettingsError(
-                f'{where}: {type(method).__name__} has no "{name}".{did_you_mean(name, names)} '
+                f'{where}: {method_class.__name__} has no "{name}".{did_you_mean(name, names)} '
                 f"It takes: {', '.join(names)}."
             )
-    return dataclasses.replace(method, **fields)
 
 
 def check_fields(method: Method) -> None:

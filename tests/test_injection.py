@@ -486,3 +486,9 @@ def test_functions_find_the_adapters_inside_wrappers() -> None:
     ll.set_active(wrapped, "default")
     ll.merge(wrapped)
     assert model.first.merged == ("default",)
+
+
+def test_a_head_left_frozen_is_said_aloud() -> None:
+    report = ll.inject(tiny_encoder(), LoRA(rank=2), ["query"], also_train=["pooler"])
+    assert "note: the head classifier stays frozen as it was loaded; also_train does not name it." in str(report)
+    assert not ll.inject(tiny_encoder(), LoRA(rank=2), ["query"]).notes

@@ -76,7 +76,7 @@ class TextData(LightningDataModule, ABC):
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.batch_size = batch_size
-        self.validation_batch_size = validation_batch_size or batch_size
+        self.validation_batch_size = batch_size if validation_batch_size is None else validation_batch_size
         self.num_workers = num_workers
         self.seed = seed
         self.limit = limit
@@ -84,6 +84,8 @@ class TextData(LightningDataModule, ABC):
         self.group_by_length = group_by_length
         check(max_length >= 2, self, "max_length", "it must be at least 2 tokens.")
         check(batch_size >= 1, self, "batch_size", "it must be at least 1.")
+        check(self.validation_batch_size >= 1, self, "validation_batch_size", "it must be at least 1, or null.")
+        check(num_workers >= 0, self, "num_workers", "it must be at least 0.")
         check(limit is None or limit >= 1, self, "limit", "it must be at least 1, or null for all examples.")
         check(0 <= validation_share < 1, self, "validation_share", "it must lie in [0, 1).")
         self.sources = Sources(

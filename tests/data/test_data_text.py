@@ -11,7 +11,8 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-from lora_lightning.data import Completions, LabelledText
+from lora_lightning.data import Completions, LabelledText, PyDocs
+from lora_lightning.errors import SettingsError
 
 ROWS = [{"prompt": "a b c"[: 1 + 2 * (n % 3)], "completion": "d e f g"[: 1 + 2 * (n % 4)]} for n in range(22)]
 
@@ -189,3 +190,16 @@ def test_command_line_knows_every_setting(capsys):
     shown = capsys.readouterr().out
     assert "Share of the training texts held out" in shown
     assert "Prompt built from columns" in shown
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"validation_batch_size": 0}, r"PyDocs.validation_batch_size is 0; it must be at least 1, or null"),
+        ({"num_workers": -1}, r"PyDocs.num_workers is -1; it must be at least 0"),
+        ({"batch_size": 0}, r"PyDocs.batch_size is 0; it must be at least 1"),
+    ],
+)
+def test_sizes_outside_their_rules(settings, message):
+    with pytest.raises(SettingsError, match=message):
+        PyDocs(**settings)
