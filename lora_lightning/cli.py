@@ -15,7 +15,7 @@ from typing import Any
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -30,7 +30,7 @@ from lora_lightning.methods import Method
 from lora_lightning.module import AdapterModule
 from lora_lightning.parser import Parser
 from lora_lightning.pretrained import resolve
-from lora_lightning.saving import AtomicCheckpoints
+from lora_lightning.saving import AtomicCheckpoints, LastCheckpoint
 
 _VERB = {"allow_abbrev": False, "print_config": "--print_config"}
 _PARSER = {"prog": "lora_lightning", "default_env": True, "env_prefix": "LORA_LIGHTNING", **_VERB}
@@ -104,8 +104,7 @@ class CLI(LightningCLI):
         if given.get("logger") in (None, True):
             kwargs["logger"] = [CSVLogger(folder, name="", version=""), TensorBoardLogger(folder, "", "")]
         kwargs["plugins"] = [*(given.get("plugins") or []), AtomicCheckpoints()]
-        last = ModelCheckpoint(folder, "last", save_top_k=1, enable_version_counter=False)
-        self.trainer_defaults["callbacks"] = [last, RunReport(folder)]
+        self.trainer_defaults["callbacks"] = [LastCheckpoint(folder), RunReport(folder)]
         return super().instantiate_trainer(**kwargs)
 
     def _use_checkpoint(self) -> None:

@@ -1,4 +1,4 @@
-"""AtomicCheckpoints: trainer checkpoints that a kill or a full disk leaves whole."""
+"""Trainer checkpoints that a kill or a full disk leaves whole, and the one that every run keeps."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lora_lightning.errors import RunFolderError
@@ -31,3 +32,14 @@ class AtomicCheckpoints(TorchCheckpointIO):
             raise RunFolderError(
                 f'cannot write the checkpoint "{path}": {reason}. The one that was there before is intact.'
             ) from error
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps last.ckpt in a folder; a class of its own, so that users can add a ModelCheckpoint of any settings.
+
+    Args:
+        folder: the run folder.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__(folder, "last", save_top_k=1, enable_version_counter=False)

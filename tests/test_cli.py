@@ -310,3 +310,10 @@ def test_config_yaml_lies_in_the_run_folder_whatever_the_logger(here):
     )
     assert Path("runs/tiny/001/config.yaml").is_file()
     assert main(["validate", "--run", "runs/tiny/001"]) == 0
+
+
+def test_a_checkpoint_callback_of_the_users_stands_beside_ours(here):
+    flags = ["--trainer.callbacks+", "ModelCheckpoint", "--trainer.callbacks.filename", "mine"]
+    assert main(["fit", "--config", "tiny.yaml", *flags]) == 0
+    names = {path.name for path in Path("runs/tiny/001").rglob("*.ckpt")}
+    assert names == {"last.ckpt", "mine.ckpt"}
