@@ -33,7 +33,6 @@ from lora_lightning.adapters.weights import BaseLayer, base_layer
 from lora_lightning.errors import (
     AdapterFileError,
     AdapterStateError,
-    ResumeError,
     SettingsError,
     did_you_mean,
     nearest,
@@ -261,56 +260,6 @@ def _labels(root: nn.Module) -> list[str] | None:
     """Class names by class number, where the model's configuration has them."""
     names = getattr(getattr(root, "config", None), "id2label", None)
     return [names[number] for number in sorted(names)] if names else None
-
-
-def check_same(model: nn.Module, name: str, theirs: Mapping[str, Any]) -> None:
-    """Compare an adapter with the description in a checkpoint: base model, method, settings by layer, heads.
-
-    Raises:
-        ResumeError: something differs, naming it and both values.
-    """
-    root = injected_root(model)
-    own = describe(root, name, records(root)[name])
-    ours, base = own["fingerprint"], theirs["fingerprint"]
-    differing = [key for key in ours if None not in (ours[key], base[key]) and ours[key] != base[key]]
-    if differing:
-        raise ResumeError(f"the checkpoint was trained on another base model ({', '.join(differing)} differ).")
-    if own["method"] != theirs["method"]:
-        raise ResumeError(f"the checkpoint was trained with {theirs['method']}; the model has {own['method']}.")
-    for key, value in own["settings"].items():
-        if value != theirs["settings"].get(key):
-            raise ResumeError(
-                f"{own['method']}.{key} is {value!r}; the checkpoint was trained with {theirs['settings'].get(key)!r}. "
-                "Give the same value, or start a new run."
-            )
-    for key in ("layers", "trained", "labels"):
-        if own[key] != theirs[key]:
-            raise ResumeError(f"the checkpoint was trained with other {key}: {_difference(theirs[key], own[key])}.")
-
-
-def _difference(theirs: Any, own: Any) -> str:
-    """What stands only on one side, shortened."""
-    if isinstance(theirs, Mapping):
-        theirs, own = [*map(str, theirs.items())], [*map(str, own.items())]
-    lost, new = [x for x in theirs or () if x not in (own or ())], [x for x in own or () if x not in (theirs or ())]
-    return f"{lost[:2]} there, {new[:2]} here"
-
-
-def check_fits(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Compare names and shapes of an adapter's tensors with those of a checkpoint.
-
-    Raises:
-        ResumeError: a name is missing or unexpected, or a shape differs.
-    """
-    state = model.state_dict()
-    wanted = {key: tuple(state[key].shape) for key in adapter_keys(model, name)}
-    found = {key: tuple(value.shape) for key, value in tensors.items()}
-    if wanted != found:
-        first = min(wanted.items() ^ found.items())[0]
-        raise ResumeError(
-            f"the checkpoint's adapter does not fit: {first} is {wanted.get(first, 'missing')} in the model and "
-            f"{found.get(first, 'missing')} in the checkpoint."
-        )
 
 
 def read_folder(directory: str | Path) -> Stored:

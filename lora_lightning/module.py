@@ -18,7 +18,8 @@ from lora_lightning.callbacks.baseline import LinearBaseline
 from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.resume import ExactResume
 from lora_lightning.callbacks.schedule import total_steps
-from lora_lightning.checkpoint import adapter_keys, check_fits, check_same, describe
+from lora_lightning.checkpoint import adapter_keys, describe
+from lora_lightning.comparison import check_fits, check_same
 from lora_lightning.errors import DataError, ModelError, ResumeError, SettingsError
 from lora_lightning.injection import InjectionReport, adapters_named, inject, records
 from lora_lightning.loading import load_model

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.schedule import order_callbacks
-from lora_lightning.checkpoint import adapter_keys, check_fits, check_same, describe, save_adapter
+from lora_lightning.checkpoint import adapter_keys, describe, save_adapter
+from lora_lightning.comparison import check_fits, check_same
 from lora_lightning.errors import AdapterStateError, ResumeError
 from lora_lightning.injection import InjectionReport, adapters_named, inject, injected_root, iter_adapters, records
 from lora_lightning.methods import Method
