@@ -35,18 +35,18 @@ class LinearBaseline(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fit and print the baseline, unless a resumed run knows it already."""
-        module: Any = pl_module
-        root = injected_root(module.model)
-        trained = {name for record in records(root).values() for name in record.trained}
-        heads = [name for name in trained_parameters(root, "heads") if name in trained]
-        total = total_steps(trainer)
-        whole = len(heads) == len(trained_parameters(root, "heads"))
-        steps = total if self.enabled and heads and whole and module.task.has_head and total else 0
         if self.result is not None:
             return
         if not trainer.enable_validation:
             self.result = Baseline({})
             return
+        module: Any = pl_module
+        root = injected_root(module.model)
+        trained = {name for record in records(root).values() for name in record.trained}
+        every_head = trained_parameters(root, "heads")
+        heads = [name for name in every_head if name in trained]
+        comparable = self.enabled and module.task.has_head and heads and heads == every_head
+        steps = (total_steps(trainer) or 0) if comparable else 0
         began = time.monotonic()
         if steps:
             print(f"linear baseline: the head alone, {steps} steps on frozen features ...", flush=True)

@@ -110,9 +110,9 @@ class TrainingGuard(Callback):
         if not any(self._real.values()):
             raise TrainingError("nothing was trained: no optimizer step with a rate above zero and finite gradients.")
         # one step cannot give a gradient to the partner of a factor that starts at zero
-        left = [name for name, steps in self._real.items() if steps < min(2, self.patience_steps)]
-        still = [n for n in left if self._real[n] == 0 and torch.equal(self._watched[n].detach(), self._start[n])]
         short = [name for name, steps in self._real.items() if 2 <= steps < self.patience_steps]
+        never = [name for name, steps in self._real.items() if steps == 0]
+        still = [name for name in never if torch.equal(self._watched[name].detach(), self._start[name])]
         self._judge(short + still, self._idle(pl_module))
 
     def _judge(self, names: list[str], idle: set[str]) -> None:
