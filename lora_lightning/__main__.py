@@ -22,7 +22,6 @@ TRAINING = {
     "test": "Evaluate on the test data; --run DIR as above.",
     "predict": "Predict; --run DIR as above, --output FILE names the .csv or .jsonl file.",
 }
-VERBS = ("methods", "show", "cite", "targets", "inspect-data", "export")
 
 HELP = """usage: python -m lora_lightning VERB ...
 
@@ -67,21 +66,34 @@ def _run(words: Sequence[str]) -> int:
         return 0
     if line.verb in TRAINING:
         return int(importlib.import_module("lora_lightning.cli").main(words))
-    if line.verb not in VERBS:
+    if line.verb in argv.LIGHT_VERBS:
+        verb = _verb(line.verb)
+        args = _parse(line, verb)
+        plugins.load(line.blocked)
+        return int(verb.run(args))
+    commands = plugins.load(line.blocked).commands
+    if line.verb not in commands:
         found = f'no verb "{line.verb}".' if line.verb else "the verb comes first."
-        known = (*TRAINING, *VERBS)
+        known = (*TRAINING, *argv.LIGHT_VERBS, *commands)
         raise LoraLightningError(f"{found}{did_you_mean(line.verb or '', known)} Verbs: {', '.join(known)}.")
-    verb = _verb(line.verb)
-    args = _parse(line, verb)
-    plugins.load(line.blocked)
-    return int(verb.run(args))
+    verb = importlib.import_module(commands[line.verb])
+    return int(verb.run(_parse(line, verb)))
 
 
 def help_text() -> str:
     """Verbs with one line each, our own flags, and the configs at hand."""
-    lines = TRAINING | {name: (_verb(name).__doc__ or "").split("\n", 1)[0] for name in VERBS}
+    lines = TRAINING | {name: _first_line(_verb(name)) for name in argv.LIGHT_VERBS}
+    for name, module in plugins.registry().commands.items():
+        try:
+            lines[name] = _first_line(importlib.import_module(module))
+        except Exception as error:  # a broken plugin never takes the help down
+            lines[name] = f"failed: {plugins.describe(error)}"
     verbs = "\n".join(f"  {name:<14}{text}" for name, text in lines.items())
     return HELP.format(verbs=verbs, configs=", ".join(argv.config_names()) or "none")
+
+
+def _first_line(module: ModuleType) -> str:
+    return (module.__doc__ or "").split("\n", 1)[0]
 
 
 def _verb(name: str) -> ModuleType:

@@ -99,6 +99,7 @@ def fit_baseline(
     validation: Callable[[], Iterable[Batch]],
     steps: int,
     schedule: WarmUp,
+    average: Callable[[Tensor], Tensor] = lambda gradient: gradient,
 ) -> Baseline:
     """Train the heads alone at each candidate rate, and measure them beside the untrained ones.
 
@@ -110,6 +111,7 @@ def fit_baseline(
         validation: makes an iterator over validation batches.
         steps: optimizer steps; 0 measures the untrained heads only.
         schedule: warm-up and decay, as in the run.
+        average: mean of a gradient over processes.
     """
     start = {name: model.get_parameter(name).detach() for name in heads}
     candidates = [{n: p.clone().requires_grad_() for n, p in start.items()} for _ in RATES] if steps else []
@@ -123,6 +125,7 @@ def fit_baseline(
                     loss = task.loss(logits, batch)
                     (loss.total / loss.count.clamp_min(1) / len(window)).backward()
             for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+                _replace_gradients(optimizer, average)
                 optimizer.step()
                 optimizer.zero_grad()
                 scheduler.step()
@@ -134,6 +137,13 @@ def fit_baseline(
     sign = 1 if task.higher_is_better else -1
     rate = max(trained, key=lambda r: sign * trained[r][task.metric])
     return Baseline(untrained, trained[rate], rate, {r: result[task.metric] for r, result in trained.items()})
+
+
+def _replace_gradients(optimizer: AdamW, average: Callable[[Tensor], Tensor]) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.grad = average(parameter.grad)
 
 
 def _evaluate(

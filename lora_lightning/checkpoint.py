@@ -198,7 +198,7 @@ def save_adapter(model: nn.Module, directory: str | Path, name: str = "default")
     tensors = {plain(key): _whole(state[key]).to("cpu", copy=True).contiguous() for key in adapter_keys(root, name)}
     description = describe(root, name, records(root)[name])
     folder = Path(directory)
-    if any(isinstance(tensor, DTensor) for tensor in state.values()) and torch.distributed.get_rank() > 0:
+    if is_sharded(root) and torch.distributed.get_rank() > 0:
         return folder
     content = to_bytes(tensors, {"format": "lora_lightning", "adapter": json.dumps(description)})
     _check_readable(content, tensors)
@@ -216,6 +216,11 @@ def save_adapter(model: nn.Module, directory: str | Path, name: str = "default")
             f'cannot write the adapter to "{folder}": {error.strerror or error}. What was there before is intact.'
         ) from error
     return folder
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a parameter lies in pieces on several processes, so that all of them have to take part in reading it."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def _check_readable(content: bytes, tensors: Mapping[str, Tensor]) -> None:

@@ -51,7 +51,7 @@ class CLI(LightningCLI):
     def __init__(self, line: command_line.Line, run: bool = True) -> None:
         self.line = line
         self.folder: Path | None = None
-        plugins.load(line.blocked)
+        plugins.load_classes(plugins.load(line.blocked))
         set_parsing_settings(docstring_parse_attribute_docstrings=True, subclasses_enabled=[Method])
         verbs = {verb: dict(_VERB) for verb in command_line.TRAINING_VERBS} if run else {}
         super().__init__(
@@ -90,15 +90,15 @@ class CLI(LightningCLI):
             ours: list[Callback] = [WritePredictions(self.line.output)] if self.subcommand == "predict" else []
             self.trainer_defaults["callbacks"] = ours
             return super().instantiate_trainer(**{"logger": False, "enable_checkpointing": False, **kwargs})
-        root = Path(given.get("default_root_dir") or "runs")
+        root, rank = Path(given.get("default_root_dir") or "runs"), getattr(rank_zero_only, "rank", 0)
         if self.line.resume and self.line.folder is not None:
             folder = self.line.folder
             if (folder / "summary.json").is_file():
                 raise RunFolderError(f"--resume {folder}: the run has finished; its adapter is {folder / 'adapter'}.")
-            if getattr(rank_zero_only, "rank", 0) == 0:
+            if rank == 0:
                 run_folder.keep_metrics(folder)
         else:
-            folder = run_folder.new_folder(self.line.stem, root)
+            folder = run_folder.new_folder(self.line.stem, root, rank)
         self.folder = folder
         kwargs.setdefault("default_root_dir", folder)
         if given.get("logger") in (None, True):
@@ -127,6 +127,7 @@ class CLI(LightningCLI):
         """Say where everything lies, last of all."""
         if self.folder is None:
             return
+        self.folder = Path(self.trainer.strategy.broadcast(str(self.folder)))
         self.trainer.save_checkpoint(self.folder / "last.ckpt")
         if self.trainer.is_global_zero:
             print(

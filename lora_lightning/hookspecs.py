@@ -6,6 +6,10 @@ One run, from the command line to the export; `*` marks a hook of ours, `o` a ho
       |
       |  plugins.load                entry points of group "lora_lightning"
       |    * lora_lightning_methods          names usable in YAML from here on
+      |    * lora_lightning_commands         further verbs
+      |  plugins.load_classes        only where something trains: torch is imported from here on
+      |    * lora_lightning_optimizers       names usable as model.optimizer
+      |    * lora_lightning_callbacks        names usable in trainer.callbacks
       v
     settings -> AdapterModule(method=..., targets=...), data module, Trainer
       |
@@ -33,12 +37,15 @@ its arguments. Hooks are declared here when their first user arrives.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import pluggy
 
 if TYPE_CHECKING:
+    from lightning.pytorch.callbacks import Callback
+    from torch.optim import Optimizer
+
     from lora_lightning.methods import Method
 
 NAMESPACE = "lora_lightning"
@@ -52,5 +59,37 @@ def lora_lightning_methods() -> Iterable[type[Method]]:
 
     Runs once, before the command line is parsed, so that a method's class name works in YAML. Answers of all plugins
     are joined. Two methods with one name raise `DuplicateMethodError` naming both packages.
+    """
+    raise NotImplementedError("a specification: plugins implement it")
+
+
+@hookspec
+def lora_lightning_commands() -> Mapping[str, str]:
+    """Further verbs of the command line: name to import path of a module.
+
+    Runs once, after the methods. The module has `add_arguments(parser)` and `run(args) -> int`; the first line of its
+    docstring is the verb's help. It is imported for `--help`, so it imports torch inside `run`. Answers of all plugins
+    are joined. A verb that exists already makes the plugin fail, with `PluginError`.
+    """
+    raise NotImplementedError("a specification: plugins implement it")
+
+
+@hookspec
+def lora_lightning_optimizers() -> Iterable[type[Optimizer]]:
+    """Optimizer classes this package provides, usable by their short names as `model.optimizer`.
+
+    Runs only where something trains; import torch inside. Answers of all plugins are joined. Parameter groups come
+    named, and an optimizer with `bind_pairs(pairs)` receives the factor pairs of all trainable adapters. A name that
+    another plugin provides already makes this plugin's classes unknown, with `PluginError` in the list of failures.
+    """
+    raise NotImplementedError("a specification: plugins implement it")
+
+
+@hookspec
+def lora_lightning_callbacks() -> Iterable[type[Callback]]:
+    """Lightning callbacks this package provides, usable by their short names in `trainer.callbacks`.
+
+    Runs only where something trains; import Lightning inside. Answers are joined, and names clash, as for optimizers.
+    What a method needs always comes from `Method.callbacks` instead.
     """
     raise NotImplementedError("a specification: plugins implement it")

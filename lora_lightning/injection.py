@@ -144,7 +144,7 @@ def inject(
     trained = trained_parameters(model, also_train)
     _check_disjoint(model, selection.layers, trained)
     settings = _settings_by_layer(method, selection.layers, overrides or {})
-    run_seed = torch.initial_seed() if seed is None else seed
+    run_seed = _common_seed() if seed is None else seed
     adapters = {path: build(settings[path], path, base, run_seed) for path, base in selection.layers.items()}
     notes = _notes(model, selection.layers, trained, also_train)
     record = AdapterRecord(method, settings, tuple(trained), run_seed)
@@ -161,6 +161,27 @@ def inject(
         tied=selection.tied,
         notes=notes,
     )
+
+
+def _common_seed() -> int:
+    """Torch's initial seed; the first process's where several run together, which start from seeds of their own."""
+    seed = [torch.initial_seed()]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(seed)
+    return seed[0]
+
+
+def ignore_adapter_buffers(root: nn.Module) -> None:
+    """Keep DistributedDataParallel around `root` from overwriting adapter buffers with the first process's.
+
+    Masks and statistics are made equal by whoever writes them; a broadcast before each forward would undo local ones.
+    """
+    root._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]  # an attribute that the wrapper looks up
+        f"{path}.{name}" if path else name
+        for path, module in root.named_modules()
+        if isinstance(module, Adapter)
+        for name, _ in module.named_buffers()
+    ]
 
 
 def check_ready(model: nn.Module, name: str) -> None:

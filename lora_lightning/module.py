@@ -21,7 +21,7 @@ from lora_lightning.callbacks.schedule import total_steps
 from lora_lightning.checkpoint import adapter_keys, describe
 from lora_lightning.comparison import check_fits, check_same
 from lora_lightning.errors import DataError, ModelError, ResumeError, SettingsError
-from lora_lightning.injection import InjectionReport, adapters_named, inject, records
+from lora_lightning.injection import InjectionReport, adapters_named, ignore_adapter_buffers, inject, records
 from lora_lightning.loading import load_model
 from lora_lightning.methods import Method
 from lora_lightning.optim.groups import build_optimizer
@@ -102,12 +102,7 @@ class AdapterModule(LightningModule):
         if self.gradient_checkpointing:
             enable_checkpointing(net)
         self.net = net
-        self._ddp_params_and_buffers_to_ignore = [
-            f"{path}.{name}"
-            for path, module in self.named_modules()
-            if isinstance(module, Adapter)
-            for name, _ in module.named_buffers(recurse=False)
-        ]
+        ignore_adapter_buffers(self)
 
     def _datamodule(self) -> Any:
         return getattr(self._trainer, "datamodule", None) if self._trainer is not None else None

@@ -10,13 +10,15 @@ import importlib.metadata
 import importlib.util
 import inspect
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pluggy
 
 from lora_lightning import __version__, hookspecs
+from lora_lightning.argv import LIGHT_VERBS, TRAINING_VERBS
 from lora_lightning.errors import DuplicateMethodError, PluginError, UnknownMethodError, did_you_mean
 from lora_lightning.methods import Method
 
@@ -47,6 +49,11 @@ class Registry:
     """What to raise for a name that two plugins provide."""
     modules: dict[str, str] = field(default_factory=dict)
     """Import path by blocked plugin; nothing from it may be used."""
+    commands: dict[str, str] = field(default_factory=dict)
+    """Import path of the module by verb."""
+    classes: dict[str, tuple[str, type[Any]]] = field(default_factory=dict)
+    """Plugin and class by name, of optimizers and callbacks; filled by `load_classes`."""
+    manager: pluggy.PluginManager = field(default_factory=lambda: pluggy.PluginManager(hookspecs.NAMESPACE))
 
     def method(self, name: str, where: str = "method") -> type[Method]:
         """The method class called `name`.
@@ -101,9 +108,9 @@ def load(blocked: Collection[str] = ()) -> Registry:
         PluginError: a blocked name that no installed plugin has.
     """
     global _current
-    manager = pluggy.PluginManager(hookspecs.NAMESPACE)
-    manager.add_hookspecs(hookspecs)
     registry = Registry()
+    manager = registry.manager
+    manager.add_hookspecs(hookspecs)
     found = sorted(importlib.metadata.entry_points(group=GROUP), key=lambda entry: entry.name)
     _check_names(blocked, {entry.name for entry in found})
     for entry in found:
@@ -118,14 +125,68 @@ def load(blocked: Collection[str] = ()) -> Registry:
             continue
         try:
             methods = _register(manager, entry)
+            commands = _commands(registry, entry.name)
         except (Exception, SystemExit) as error:
             if manager.has_plugin(entry.name):
                 manager.unregister(name=entry.name)
             registry.failed[entry.name] = _explained(error)
             continue
         _add(registry, entry, methods)
+        registry.commands |= commands
     _current = registry
     return registry
+
+
+def load_classes(registry: Registry) -> None:
+    """Ask plugins for the optimizers and callbacks that a config may name; imports torch and Lightning.
+
+    A plugin that fails is recorded with its cause; its methods stay.
+    """
+    from lightning.pytorch.callbacks import Callback
+    from torch.optim import Optimizer
+
+    for hook, base in (("lora_lightning_optimizers", Optimizer), ("lora_lightning_callbacks", Callback)):
+        for plugin, _ in registry.manager.list_name_plugin():
+            try:
+                for cls in _ask(registry.manager, plugin, hook):
+                    _add_class(registry, plugin, cls, hook, base)
+            except (Exception, SystemExit) as error:
+                registry.failed[plugin] = error
+
+
+def _ask(manager: pluggy.PluginManager, plugin: str, hook: str) -> list[Any]:
+    """What one plugin answers."""
+    others = [other for name, other in manager.list_name_plugin() if name != plugin]
+    answers = manager.subset_hook_caller(hook, others)()
+    for answer in answers:
+        if not isinstance(answer, Iterable):
+            raise TypeError(f"{hook} returned {answer!r}, which is no list")
+    return [element for answer in answers for element in answer]
+
+
+def _add_class(registry: Registry, plugin: str, cls: object, hook: str, base: type[Any]) -> None:
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise TypeError(f"{hook} returned {cls!r}, which is no {base.__name__} class")
+    first, other = registry.classes.get(cls.__name__, (plugin, cls))
+    if other is not cls:
+        raise PluginError(f"{hook}: {first} provides a {cls.__name__} already; block one with -p no:{plugin}")
+    registry.classes[cls.__name__] = (plugin, cls)
+
+
+def _commands(registry: Registry, plugin: str) -> dict[str, str]:
+    """Verbs of one plugin, as name to import path."""
+    answers = registry.manager.subset_hook_caller(
+        "lora_lightning_commands", [p for name, p in registry.manager.list_name_plugin() if name != plugin]
+    )()
+    commands: dict[str, str] = {}
+    for answer in answers:
+        if not isinstance(answer, Mapping):
+            raise TypeError(f"lora_lightning_commands returned {answer!r}, which is no mapping of verb to module")
+        commands |= answer
+    for verb in commands:
+        if verb in (*TRAINING_VERBS, *LIGHT_VERBS, *registry.commands):
+            raise PluginError(f'lora_lightning_commands: there is a verb "{verb}" already')
+    return commands
 
 
 def _check_names(blocked: Collection[str], names: Collection[str]) -> None:
@@ -144,13 +205,7 @@ def _register(manager: pluggy.PluginManager, entry: importlib.metadata.EntryPoin
     manager.check_pending()
     if not manager.get_hookcallers(module):
         raise PluginError("it contributes nothing: no function in it is marked with lora_lightning.hookimpl")
-    others = [plugin for name, plugin in manager.list_name_plugin() if name != entry.name]
-    answers = manager.subset_hook_caller("lora_lightning_methods", others)()
-    methods = []
-    for answer in answers:
-        if not isinstance(answer, Iterable):
-            raise TypeError(f"lora_lightning_methods returned {answer!r}, which is no list of Method classes")
-        methods += list(answer)
+    methods = _ask(manager, entry.name, "lora_lightning_methods")
     for method in methods:
         _check_method(method)
     twice = {method.__name__ for method in methods if [other.__name__ for other in methods].count(method.__name__) > 1}

@@ -11,14 +11,19 @@ VARIABLE = "LORA_LIGHTNING_RUN"
 """Tells processes started by a launcher which folder the first one has made."""
 
 
-def new_folder(stem: str, root: Path = Path("runs")) -> Path:
-    """Make `runs/<stem>/<NNN>` with the next free number; launched children get the first process's.
+def new_folder(stem: str, root: Path = Path("runs"), rank: int = 0) -> Path:
+    """Make `runs/<stem>/<NNN>` with the next free number; processes the first one launches are told.
+
+    Processes that something else launched beside it (torchrun, a cluster) learn the folder by broadcast, once they can
+    talk: until then a rank above 0 has a name that nothing is written under.
 
     Raises:
         RunFolderError: the folder cannot be made.
     """
     if told := os.environ.get(VARIABLE):
         return Path(told)
+    if rank > 0:
+        return root / stem / "pending"
     parent = root / stem
     number = 1 + max((int(path.name) for path in parent.glob("[0-9]*") if path.name.isdigit()), default=0)
     while True:

@@ -86,7 +86,7 @@ def test_help_names_every_verb_with_its_line_and_the_configs(capsys, monkeypatch
     monkeypatch.setattr("lora_lightning.argv.config_names", lambda: ["one", "strategies/two"])
     assert program.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for verb in (*program.TRAINING, *program.VERBS):
+    for verb in (*program.TRAINING, *argv.LIGHT_VERBS):
         assert f"\n  {verb} " in text
     assert "methods       List the installed adapter methods" in text
     assert "Configs here: one, strategies/two" in text
@@ -105,10 +105,10 @@ def test_version(capsys):
 def test_every_verb_is_a_file_and_every_file_a_verb():
     folder = Path(program.__file__).parent / "verbs"
     files = {path.stem.replace("_", "-") for path in folder.glob("*.py") if path.stem != "__init__"}
-    assert files == set(program.VERBS)
+    assert files == set(argv.LIGHT_VERBS)
 
 
-@pytest.mark.parametrize("verb", program.VERBS)
+@pytest.mark.parametrize("verb", argv.LIGHT_VERBS)
 def test_a_verb_explains_itself(verb, capsys):
     assert program.main([verb, "--help"]) == 0
     text = capsys.readouterr().out

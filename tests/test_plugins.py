@@ -106,7 +106,7 @@ BROKEN = {
     ),
     "no_list": (
         "from lora_lightning import hookimpl\n@hookimpl\ndef lora_lightning_methods(): return 3",
-        r"TypeError: lora_lightning_methods returned 3, which is no list of Method classes",
+        r"TypeError: lora_lightning_methods returned 3, which is no list",
     ),
     "no_method": (
         "from lora_lightning import hookimpl\n@hookimpl\ndef lora_lightning_methods(): return [dict]",

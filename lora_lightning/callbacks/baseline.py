@@ -7,11 +7,12 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from lora_lightning.baseline import Baseline, fit_baseline
@@ -60,6 +61,7 @@ class LinearBaseline(Callback):
                 lambda: validation_batches(trainer),
                 steps,
                 module.lr_scheduler,
+                lambda gradient: cast(Tensor, trainer.strategy.reduce(gradient, reduce_op="mean")),
             )
         if self.result.linear is not None:
             metric = module.task.metric

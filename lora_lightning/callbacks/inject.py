@@ -13,10 +13,18 @@ from torch import Tensor, nn
 
 from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.schedule import order_callbacks
-from lora_lightning.checkpoint import adapter_keys, describe, save_adapter
+from lora_lightning.checkpoint import adapter_keys, describe, is_sharded, save_adapter
 from lora_lightning.comparison import check_fits, check_same
 from lora_lightning.errors import AdapterStateError, ResumeError
-from lora_lightning.injection import InjectionReport, adapters_named, inject, injected_root, iter_adapters, records
+from lora_lightning.injection import (
+    InjectionReport,
+    adapters_named,
+    ignore_adapter_buffers,
+    inject,
+    injected_root,
+    iter_adapters,
+    records,
+)
 from lora_lightning.methods import Method
 from lora_lightning.targets import Heads, Targets
 
@@ -95,6 +103,7 @@ class InjectAdapters(Callback):
             seed=self.seed,
         )
         print(self.report)
+        ignore_adapter_buffers(module)
         if self.checkpoint == "adapter":
             module.strict_loading = False
         cast(nn.Module, module).register_load_state_dict_pre_hook(self._accept_project_names)
@@ -132,8 +141,11 @@ class InjectAdapters(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the adapter, where a directory was given."""
-        if self.directory is not None and trainer.is_global_zero:
-            print(f"adapter: {save_adapter(pl_module, self.directory, self.name)}")
+        if self.directory is None or not (trainer.is_global_zero or is_sharded(pl_module)):
+            return
+        folder = save_adapter(pl_module, self.directory, self.name)
+        if trainer.is_global_zero:
+            print(f"adapter: {folder}")
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from lora_lightning.callbacks.baseline import LinearBaseline, validation_batches
 from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.schedule import REPORTS, order_callbacks
 from lora_lightning.callbacks.sparsity import SparsitySchedule
-from lora_lightning.checkpoint import save_adapter
+from lora_lightning.checkpoint import is_sharded, save_adapter
 from lora_lightning.files import write_json
 from lora_lightning.injection import adapters_named, injected_root, records
 from lora_lightning.report import draw, injection_table, summary_table
@@ -49,6 +49,8 @@ class RunReport(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Record after every schedule has acted."""
         order_callbacks(trainer)
+        if self.directory is not None:  # processes that the first one did not launch do not know its run folder yet
+            self.directory = trainer.strategy.broadcast(str(self.directory))
         self._began = time.monotonic()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -99,9 +101,11 @@ class RunReport(Callback):
         """Write the adapter, summary.json and report.png."""
         folder = Path(self.directory or trainer.default_root_dir)
         values = self._final_values(trainer, pl_module)
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero and not is_sharded(pl_module):
             return
         adapter = save_adapter(pl_module, folder / "adapter", self.name)
+        if not trainer.is_global_zero:
+            return
         self.summary = self._summarise(trainer, pl_module, values, adapter)
         write_json(folder / "summary.json", self.summary)
         metric = self.summary["metric"]

@@ -1,0 +1,60 @@
+"""OptimizerWrapper: an optimizer around another one, for methods that add to a step and leave the rest as it is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from lora_lightning.adapters.base import FactorPair
+
+
+class OptimizerWrapper(Optimizer, ABC):
+    """Shares parameter groups, state and defaults with the optimizer inside; a subclass says what a step adds.
+
+    What a subclass keeps for a parameter lies in that parameter's state beside the inner optimizer's, so that it is
+    saved, loaded and moved like it. It may write there only after the inner optimizer has taken its first step on the
+    parameter: optimizers take an empty state for a new one.
+
+    Args:
+        inner: the optimizer that takes the steps.
+    """
+
+    def __init__(self, inner: Optimizer) -> None:
+        self.inner = inner
+        super().__init__(inner.param_groups, inner.defaults)
+        self._share()
+
+    def _share(self) -> None:
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+
+    @abstractmethod
+    def take_step(self) -> None:
+        """Step the inner optimizer, and whatever comes with it; gradients are complete."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Run the closure once, with gradients on, then take the step.
+
+        Returns:
+            What the closure returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            self.take_step()
+        return loss
+
+    def bind_pairs(self, pairs: tuple[FactorPair, ...]) -> None:
+        """Hand the factor pairs to the inner optimizer, where it asks for them."""
+        if hasattr(self.inner, "bind_pairs"):
+            self.inner.bind_pairs(pairs)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load into the inner optimizer, and share its new groups and state."""
+        self.inner.load_state_dict(state_dict)
+        self._share()

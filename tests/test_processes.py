@@ -1,0 +1,108 @@
+"""Two processes on one machine: one run folder, one adapter, the same on both, and every row predicted once."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training import encoder_folder, labelled_file
+
+pytestmark = [pytest.mark.multi, pytest.mark.timeout(300)]
+
+CONFIG = """
+model:
+  pretrained: {encoder}
+  targets: [query, value]
+  method:
+    class_path: RoseLoRA
+    init_args: {{rank: 4, start: 2, end: 6}}
+data:
+  class_path: LabelledText
+  init_args: {{train: {file}, validation: {file}, test: {file}, predict: {file}, batch_size: {batch}}}
+trainer:
+  accelerator: cpu
+  max_steps: 8
+  enable_progress_bar: false
+  log_every_n_steps: 1
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return int(listener.getsockname()[1])
+
+
+def run(folder: Path, *words: str, launcher: tuple[str, ...] = (), **environment: str) -> str:
+    """One command line in a process of its own; its output."""
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, "lora_lightning", *words],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port()), **environment},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def write_config(folder: Path, batch: int) -> Path:
+    encoder = encoder_folder(folder / "encoder", dropout=0.0)
+    path = folder / "small.yaml"
+    path.write_text(CONFIG.format(encoder=encoder, file=labelled_file(folder / "train.csv", rows=33), batch=batch))
+    return path
+
+
+TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+
+
+def test_a_run_of_two_processes(tmp_path: Path) -> None:
+    write_config(tmp_path, batch=2)
+    output = run(tmp_path, "fit", "--config", "small.yaml", *TWO)
+    assert [path.name for path in (tmp_path / "runs" / "small").iterdir()] == ["001"]
+    folder = tmp_path / "runs" / "small" / "001"
+    assert output.strip().splitlines()[-1] == f"run: {folder.relative_to(tmp_path)}"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == 8
+    assert 0 < summary["surviving_parameters"] < summary["trainable_parameters"]
+    assert summary["linear_baseline"] is not None
+    saved = torch.load(folder / "last.ckpt", weights_only=True)
+    assert len(saved["lora_lightning_resume"]["ranks"]) == 2
+    run(tmp_path, "predict", "--run", str(folder), "--output", "rows.csv", *TWO)
+    with (tmp_path / "rows.csv").open() as file:
+        assert [row["index"] for row in csv.DictReader(file)] == [str(i) for i in range(33)]
+
+
+def test_two_processes_train_what_one_does_on_the_joint_batch(tmp_path: Path) -> None:
+    """Two samples a process and four in one: a distributed sampler deals the same rows to the same step."""
+    adapters = []
+    for name, batch, words in (("one", 4, ()), ("two", 2, TWO)):
+        (tmp_path / name).mkdir()
+        write_config(tmp_path / name, batch)
+        extra = ("--model.lr_scheduler.share", "0", "--data.group_by_length", "false", "--data.limit", "32")
+        baseline = ("--model.linear_baseline", "false", "--trainer.precision", "64-true")
+        run(tmp_path / name, "fit", "--config", "small.yaml", *extra, *baseline, *words)
+        adapters.append(load_file(tmp_path / name / "runs" / "small" / "001" / "adapter" / "adapter.safetensors"))
+    one, two = adapters
+    assert one.keys() == two.keys()
+    assert any(tensor.dtype == torch.bool and not tensor.all() for tensor in one.values())
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-10, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_processes_that_another_launcher_started_share_one_run_folder(tmp_path: Path) -> None:
+    write_config(tmp_path, batch=2)
+    launcher = ("torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}", "--module")
+    output = run(tmp_path, "fit", "--config", "small.yaml", *TWO, launcher=launcher)
+    assert [path.name for path in (tmp_path / "runs" / "small").iterdir()] == ["001"]
+    assert (tmp_path / "runs" / "small" / "001" / "adapter" / "adapter.safetensors").is_file()
+    assert output.count("run: ") == 1
