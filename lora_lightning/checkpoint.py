@@ -50,8 +50,8 @@ from lora_lightning.injection import (
     records,
     set_active,
 )
-from lora_lightning.methods import Method, replace, restore
-from lora_lightning.plugins import registry
+from lora_lightning.methods import Method, plain_settings
+from lora_lightning.plugins import registry, restore
 
 FILE = "adapter.safetensors"
 DESCRIPTION = "adapter.json"
@@ -236,9 +236,9 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def describe(root: nn.Module, name: str, record: AdapterRecord) -> dict[str, Any]:
     """The description of an adapter as plain data."""
-    common = dataclasses.asdict(record.method)
+    common = plain_settings(record.method)
     layers = {
-        plain(path): {key: value for key, value in dataclasses.asdict(method).items() if value != common[key]}
+        plain(path): {key: value for key, value in plain_settings(method).items() if value != common[key]}
         for path, method in record.layers.items()
     }
     provider = registry().providers.get(type(record.method).__name__)
@@ -361,7 +361,10 @@ def _record(method_class: type[Method], root: nn.Module, stored: Stored, directo
     parameters = {plain(name): name for name, _ in root.named_parameters()}
     try:
         method = restore(method_class, "settings", stored.settings)
-        layers = {paths[path]: replace(method, f"layers[{path}]", own) for path, own in stored.layers.items()}
+        layers = {
+            paths[path]: restore(method_class, f"layers[{path}]", {**stored.settings, **own})
+            for path, own in stored.layers.items()
+        }
     except SettingsError as error:
         raise AdapterFileError(f'"{directory}": {error}') from error
     return AdapterRecord(method, layers, tuple(parameters.get(name, name) for name in stored.trained), stored.seed)
@@ -378,7 +381,7 @@ def _check_same(own: AdapterRecord, theirs: AdapterRecord, name: str, directory:
         if type(method) is not type(own.layers[path]):
             kinds = f"{type(method).__name__}; adapter {name!r} is {type(own.layers[path]).__name__}"
             raise AdapterFileError(f"{where} holds {kinds}; {hint}.")
-        have, want = dataclasses.asdict(own.layers[path]), dataclasses.asdict(method)
+        have, want = plain_settings(own.layers[path]), plain_settings(method)
         for field in want:
             if have[field] != want[field]:
                 raise AdapterFileError(

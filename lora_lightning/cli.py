@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from torch.optim import Optimizer
 
 import lora_lightning.data  # noqa: F401 - makes the short names of our data modules known
 from lora_lightning import argv as command_line
@@ -32,9 +33,16 @@ from lora_lightning.parser import Parser
 from lora_lightning.pretrained import resolve
 from lora_lightning.saving import AtomicCheckpoints, LastCheckpoint
 
+_CLASSES = {"lora_lightning_optimizers": Optimizer, "lora_lightning_callbacks": Callback}
 _VERB = {"allow_abbrev": False, "print_config": "--print_config"}
 _PARSER = {"prog": "lora_lightning", "default_env": True, "env_prefix": "LORA_LIGHTNING", **_VERB}
 _DEFAULTS = {"enable_model_summary": False}
+_START = "python -m lora_lightning"
+_REST = "[--config NAME|PATH ...] [-p no:NAME] [--SETTING VALUE ...]"
+_USAGE = {verb: f"{_START} {verb} [--run DIR] {_REST}" for verb in command_line.TRAINING_VERBS} | {
+    "fit": f"{_START} fit [--resume DIR] {_REST}",
+    "predict": f"{_START} predict [--run DIR] [--output FILE.csv|FILE.jsonl] {_REST}",
+}
 
 
 class SaveConfig(SaveConfigCallback):
@@ -51,9 +59,9 @@ class CLI(LightningCLI):
     def __init__(self, line: command_line.Line, run: bool = True) -> None:
         self.line = line
         self.folder: Path | None = None
-        plugins.load_classes(plugins.load(line.blocked))
+        plugins.load_classes(plugins.load(line.blocked), _CLASSES)
         set_parsing_settings(docstring_parse_attribute_docstrings=True, subclasses_enabled=[Method])
-        verbs = {verb: dict(_VERB) for verb in command_line.TRAINING_VERBS} if run else {}
+        verbs = {verb: {**_VERB, "usage": usage} for verb, usage in _USAGE.items()} if run else {}
         super().__init__(
             AdapterModule,
             LightningDataModule,

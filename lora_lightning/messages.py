@@ -137,6 +137,8 @@ def _say(leaf: Leaf, leaves: Sequence[Leaf], parser: argparse.ArgumentParser) ->
 
 def _unknown_flags(words: Sequence[str], parser: argparse.ArgumentParser) -> str:
     flags = [word.partition("=")[0].lstrip("-") for word in words if word.startswith("--")]
+    if not flags and (words[0] in argv.config_names() or words[0].endswith((".yaml", ".yml", ".json"))):
+        return f'"{words[0]}" is a config; give it as --config {words[0]}.'
     if not flags:
         return f'"{words[0]}" is no setting; settings are given as --key value, values with blanks in quotes.'
     return " ".join(_unknown_key(flag, parser) for flag in flags)

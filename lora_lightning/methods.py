@@ -76,22 +76,40 @@ class Method(ABC):
 
 
 def replace(method: Method, where: str, fields: Mapping[str, Any]) -> Method:
-    """`method` with other values for `fields`.
+    """`method` with other values for `fields`; a mapping for a method inside replaces fields of that one.
 
     Raises:
         SettingsError: a field that the method does not have, naming `where` it was given and the nearest one.
     """
-    _check_names(type(method), where, fields)
-    return dataclasses.replace(method, **fields)
+    check_names(type(method), where, fields)
+    inside = {name: getattr(method, name) for name in fields if isinstance(getattr(method, name), Method)}
+    nested = {
+        name: replace(old, f"{where}.{name}", value)
+        for name, old in inside.items()
+        if isinstance(value := fields[name], Mapping)
+    }
+    return dataclasses.replace(method, **{**fields, **nested})
 
 
-def restore(method_class: type[Method], where: str, fields: Mapping[str, Any]) -> Method:
-    """Settings from plain data, as `replace` for one that does not exist yet."""
-    _check_names(method_class, where, fields)
-    return method_class(**fields)
+def plain_settings(method: Method) -> dict[str, Any]:
+    """Settings as plain data, field by field; a method inside as its class name and its own settings.
+
+    Example:
+        >>> from ll_lora import LoRA
+        >>> plain_settings(LoRA(rank=4))["rank"]
+        4
+    """
+    values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    return {
+        name: {"class_path": type(value).__name__, "init_args": plain_settings(value)}
+        if isinstance(value, Method)
+        else value
+        for name, value in values.items()
+    }
 
 
-def _check_names(method_class: type[Method], where: str, fields: Mapping[str, Any]) -> None:
+def check_names(method_class: type[Method], where: str, fields: Mapping[str, Any]) -> None:
+    """Raise `SettingsError` for a field that the method does not have, naming `where` it was given."""
     names = [field.name for field in dataclasses.fields(method_class)]
     for name in fields:
         if name not in names:

@@ -20,7 +20,7 @@ import pluggy
 from lora_lightning import __version__, hookspecs
 from lora_lightning.argv import LIGHT_VERBS, TRAINING_VERBS
 from lora_lightning.errors import DuplicateMethodError, PluginError, UnknownMethodError, did_you_mean
-from lora_lightning.methods import Method
+from lora_lightning.methods import Method, check_names
 
 GROUP = "lora_lightning"
 
@@ -137,15 +137,16 @@ def load(blocked: Collection[str] = ()) -> Registry:
     return registry
 
 
-def load_classes(registry: Registry) -> None:
-    """Ask plugins for the optimizers and callbacks that a config may name; imports torch and Lightning.
+def load_classes(registry: Registry, bases: Mapping[str, type[Any]]) -> None:
+    """Ask plugins for the classes that a config may name beside methods; they import torch and Lightning.
 
     A plugin that fails is recorded with its cause; its methods stay.
-    """
-    from lightning.pytorch.callbacks import Callback
-    from torch.optim import Optimizer
 
-    for hook, base in (("lora_lightning_optimizers", Optimizer), ("lora_lightning_callbacks", Callback)):
+    Args:
+        registry: the plugins.
+        bases: what each hook's classes derive from.
+    """
+    for hook, base in bases.items():
         for plugin, _ in registry.manager.list_name_plugin():
             try:
                 for cls in _ask(registry.manager, plugin, hook):
@@ -312,3 +313,20 @@ def registry() -> Registry:
 def method(name: str) -> type[Method]:
     """The installed method class called `name`."""
     return registry().method(name)
+
+
+def restore(method_class: type[Method], where: str, fields: Mapping[str, Any]) -> Method:
+    """Settings from plain data, as `plain_settings` gives it.
+
+    Raises:
+        SettingsError: a field that the method does not have.
+        UnknownMethodError: a method inside that no plugin provides.
+    """
+    check_names(method_class, where, fields)
+    return method_class(**{name: _restored(value, where) for name, value in fields.items()})
+
+
+def _restored(value: Any, where: str) -> Any:
+    if not (isinstance(value, Mapping) and set(value) == {"class_path", "init_args"}):
+        return value
+    return restore(registry().method(value["class_path"], where), where, value["init_args"])

@@ -33,7 +33,6 @@ PLAIN_TORCH = {
     "optim",
     "plugins",
     "targets",
-    "testing",
     "tiny",
 }
 """Parts of core that serve a bare script: everything but the training loop."""

@@ -7,7 +7,7 @@ import pytest
 
 import lora_lightning
 from lora_lightning import __main__ as program
-from lora_lightning import plugins
+from lora_lightning import argv, plugins
 from lora_lightning.errors import TargetError
 
 HEAVY = ("torch", "lightning", "jsonargparse", "numpy", "transformers")

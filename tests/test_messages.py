@@ -391,6 +391,9 @@ class TestUnknownKey:
         assert 'no setting "zzzz".' in text
         assert 'no setting "yyyy".' in text
 
+    def test_a_config_without_its_flag(self, fail):
+        assert fail(["fit", *WHOLE, "mine.yaml"]) == '"mine.yaml" is a config; give it as --config mine.yaml.'
+
     def test_a_word_alone(self, fail):
         text = '"stray" is no setting; settings are given as --key value, values with blanks in quotes.'
         assert fail(["fit", *WHOLE, "stray"]) == text

@@ -1,6 +1,7 @@
 """Callbacks for any Lightning project: each finds adapters itself and assumes nothing about the module."""
 
 from lora_lightning.callbacks.baseline import LinearBaseline
+from lora_lightning.callbacks.best import KeepBest
 from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.inject import InjectAdapters
 from lora_lightning.callbacks.rank_pruning import RankPruning
@@ -12,6 +13,7 @@ from lora_lightning.callbacks.sparsity import SparsitySchedule
 __all__ = [
     "ExactResume",
     "InjectAdapters",
+    "KeepBest",
     "LinearBaseline",
     "RankPruning",
     "RunReport",

@@ -67,6 +67,10 @@ class RankPruning(ScheduleCallback):
         masks = [adapter.rank_mask for adapter in adapters.values() if adapter.rank_mask is not None]
         self._rank = sum(int(mask.sum()) for mask in masks) / len(masks)
 
+    def finished(self, step: int) -> bool:
+        """Whether the ramp is over."""
+        return step >= self.end_step
+
     def metrics(self) -> Mapping[str, float]:
         """Mean rank left."""
         return {"rank": self._rank}

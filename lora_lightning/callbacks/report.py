@@ -14,6 +14,7 @@ from rich.console import Console
 
 import lora_lightning
 from lora_lightning.callbacks.baseline import LinearBaseline, validation_batches
+from lora_lightning.callbacks.best import KeepBest
 from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.schedule import REPORTS, order_callbacks
 from lora_lightning.callbacks.sparsity import SparsitySchedule
@@ -127,6 +128,9 @@ class RunReport(Callback):
 
     def _final_values(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
         """Validation metrics of the state that is written; measured now if the last validation was earlier."""
+        best = next((c for c in trainer.callbacks if isinstance(c, KeepBest)), None)  # type: ignore[attr-defined]
+        if best is not None:
+            return {key.removeprefix("val_"): value for key, value in best.values.items()}
         last = next((point for point in reversed(self.history) if any(k.startswith("val_") for k in point)), None)
         if last is not None and last["step"] == trainer.global_step:
             return {key.removeprefix("val_"): value for key, value in last.items() if key != "step"}

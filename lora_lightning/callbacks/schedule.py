@@ -138,6 +138,10 @@ class ScheduleCallback(Callback, ABC):
     def on_stepped(self, step: int, adapters: Mapping[str, Adapter]) -> None:
         """Write values and masks after the step."""
 
+    def finished(self, step: int) -> bool:
+        """Whether nothing more changes after `step`, so that the adapter is what its settings promise."""
+        return True
+
     def metrics(self) -> Mapping[str, float]:
         """Numbers to log after a step, shown in the progress bar."""
         return {}

@@ -159,6 +159,10 @@ class SparsitySchedule(ScheduleCallback):
         for entry, rows in zip(stack.entries, chosen.unbind(), strict=True):
             entry.mask.copy_(rows if entry.along == 1 else rows.mT)
 
+    def finished(self, step: int) -> bool:
+        """Whether the ramp is over."""
+        return step >= self.end_step
+
     def metrics(self) -> Mapping[str, float]:
         """Share of entries removed."""
         return {"sparsity": self._current}

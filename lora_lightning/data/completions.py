@@ -19,7 +19,8 @@ class Completions(TextData):
 
     Prompt and completion are tokenised apart, as at inference, where the prompt is all there is; an end-of-text token
     follows the completion. What does not fit into max_length is cut from the left of the prompt, behind its start
-    token, and only then from the right of the completion. An example whose completion is empty is dropped.
+    token, and only then from the right of the completion. An example whose completion is empty is dropped; rows to
+    predict need none, and where they have one its loss is told beside the prediction.
 
     Batches: input_ids, attention_mask, labels (-100 on prompt and padding), window_tokens.
 
@@ -42,27 +43,29 @@ class Completions(TextData):
         self.count = count_targets
 
     def read(self, split: str) -> datasets.Dataset | None:
-        """Rows with the columns of prompt and completion."""
+        """Rows with the columns of prompt and, but for predict, completion."""
         if self.prompt_template is None:
-            prompts, texts = {"Completions.prompt": self.prompt}, [self.prompt, self.completion]
+            prompts, texts = {"Completions.prompt": self.prompt}, [self.prompt]
         else:
-            fields = _fields(self.prompt_template)
+            fields, texts = _fields(self.prompt_template), []
             prompts = {f"Completions.prompt_template: field {n}": field for n, field in enumerate(fields, 1)}
-            texts = [self.completion]
-        columns = {**prompts, "Completions.completion": self.completion}
+        learned = {} if split == "predict" else {"Completions.completion": self.completion}
+        columns, texts = {**prompts, **learned}, [*texts, *learned.values()]
         return self.sources.read(split, columns, texts=texts, hold_out_by=list(prompts.values()))
 
     def encode(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:
-        """Token ids and loss mask of each row that has a completion; `dropped` counts the others."""
+        """Token ids and loss mask of each row to predict, or that has a completion; `dropped` counts the others."""
         start, end = start_ids(self.tokenizer_object), end_id(self.tokenizer_object)
 
         def encode(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
             prompts = plain_ids(self.tokenizer_object, self._prompts(batch))
-            completions = plain_ids(self.tokenizer_object, [str(text) for text in batch[self.completion]])
+            texts = [str(text or "") for text in batch.get(self.completion, [""] * len(numbers))]
             examples = []
-            for index, prompt, completion in zip(numbers, prompts, completions, strict=True):
-                if completion:
-                    whole = [*completion, end]
+            for index, prompt, completion in zip(
+                numbers, prompts, plain_ids(self.tokenizer_object, texts), strict=True
+            ):
+                if completion or split == "predict":
+                    whole = [*completion, end] if completion else []
                     example = completion_example(start, prompt, whole, self.max_length)
                     truncated = len(example["input_ids"]) < len(start) + len(prompt) + len(whole)
                     examples.append({**example, "index": index, "truncated": truncated})

@@ -46,13 +46,14 @@ class CausalLM(Task):
         """Nothing beside the loss."""
 
     def predict(self, model: Any, batch: Batch, context: PredictContext) -> list[dict[str, Any]]:
-        """Mean loss of each example's labelled tokens and, where it has a prompt, the greedy continuation."""
+        """Mean loss of each example's labelled tokens, if any, and, where it has a prompt, the greedy continuation."""
         labels = batch["labels"][:, 1:]
         logits = self.logits(model, batch)[:, :-1].float()
         losses = F.cross_entropy(logits.mT, labels, ignore_index=IGNORED, reduction="none").sum(-1)
-        counts = (labels != IGNORED).sum(-1).clamp_min(1)
+        counts = (labels != IGNORED).sum(-1)
         rows: list[dict[str, Any]] = [
-            {"loss": round(float(loss / n), 6), "tokens": int(n)} for loss, n in zip(losses, counts, strict=True)
+            {"loss": round(float(loss / n), 6) if n else None, "tokens": int(n)}
+            for loss, n in zip(losses, counts, strict=True)
         ]
         prompts = [self._prompt(batch, row) for row in range(len(rows))]
         if context.tokenizer is not None and all(len(prompt) for prompt in prompts):
@@ -62,9 +63,9 @@ class CausalLM(Task):
 
     @staticmethod
     def _prompt(batch: Batch, row: int) -> Tensor:
-        """Tokens before the first labelled one."""
+        """Tokens before the first labelled one; all of them where none is."""
         labelled = (batch["labels"][row] != IGNORED).nonzero()
-        first = int(labelled[0]) if len(labelled) else 0
+        first = int(labelled[0]) if len(labelled) else int(batch["attention_mask"][row].sum())
         return batch["input_ids"][row, :first]
 
 

@@ -190,3 +190,11 @@ def test_missing_and_empty_text(make):
 
 def test_no_end_token(make, encoder_tokenizer):
     fails(make(tokenizer=encoder_tokenizer), r"has no end-of-text token, which causal-lm data ends examples with\.$")
+
+
+def test_rows_to_predict_need_no_completion(make, write):
+    data = make(predict=write("new.json", [{"prompt": row["prompt"]} for row in ROWS]), batch_size=2)
+    data.setup("predict")
+    batches = list(data.predict_dataloader())
+    assert sum(len(batch["index"]) for batch in batches) == len(ROWS)
+    assert all(bool((batch["labels"] == -100).all()) for batch in batches)
