@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 
 import lora_lightning
 from lora_lightning.adapters.layer import AdaptedLayer, check_name
+from lora_lightning.adapters.shift import Shift, shift_like
 from lora_lightning.adapters.weights import BaseLayer, base_layer
 from lora_lightning.errors import (
     AdapterFileError,
@@ -52,11 +53,13 @@ from lora_lightning.injection import (
 )
 from lora_lightning.methods import Method, plain_settings
 from lora_lightning.plugins import registry, restore
+from lora_lightning.shifts import shift_tensors
 
 FILE = "adapter.safetensors"
 DESCRIPTION = "adapter.json"
 SCHEMA = 1
 _SAMPLE = 64
+_PARTS = ("adapters", "shifts")
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)")
 
 
@@ -92,7 +95,7 @@ def adapter_keys(model: nn.Module, name: str | None = None) -> list[str]:
     root = injected_root(model)
     prefix = next(path for path, module in model.named_modules() if module is root)
     names = list(records(root)) if name is None else [name]
-    inside = tuple(f"{path}.adapters.{adapter}." for path, _ in iter_adapters(root) for adapter in names)
+    inside = tuple(f"{path}.{part}.{own}." for path, _ in iter_adapters(root) for own in names for part in _PARTS)
     heads = {parameter for adapter in names for parameter in records(root)[adapter].trained}
     owners = {parameter.rpartition(".")[0] for parameter in heads}
     buffers = {f"{owner}.{buffer}" for owner in owners for buffer, _ in root.get_submodule(owner).named_buffers()}
@@ -345,6 +348,7 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default")
         check_ready(root, name)
         adapters = {path: build(record.layers[path], path, base, stored.seed) for path, base in accessors.items()}
     sources = _match(root, stored, adapters, directory)
+    shifts = _shifts(stored, accessors, directory)
     if present:
         set_active(root, [name])
     else:
@@ -352,7 +356,22 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default")
     with torch.no_grad():
         for target, value in sources:
             target.copy_(value)
+    for path, layer in iter_adapters(root):
+        if name in layer.adapters:
+            layer.set_shift(name, shifts.get(path))
     return Path(directory)
+
+
+def _shifts(stored: Stored, accessors: Mapping[str, BaseLayer], directory: str | Path) -> dict[str, Shift]:
+    """What the adapter had folded, by path in the model."""
+    found, paths = {}, {plain(path): path for path in accessors}
+    for path, tensors in shift_tensors(stored.tensors, stored.name).items():
+        shift = shift_like(accessors[paths[path]], tensors) if path in paths else None
+        if shift is None:
+            raise AdapterFileError(f'"{directory}" does not fit: nothing of that shape can be folded on {path}.')
+        shift.load_state_dict(tensors)
+        found[paths[path]] = shift
+    return found
 
 
 def _record(method_class: type[Method], root: nn.Module, stored: Stored, directory: str | Path) -> AdapterRecord:
@@ -450,10 +469,11 @@ def _match(
         for key, tensor in adapter.state_dict(keep_vars=True).items()
     }
     state = {plain(key): tensor for key, tensor in root.state_dict(keep_vars=True).items()}
-    inside = _starting_with((f"{path}.adapters.{stored.name}." for path in stored.layers), stored.tensors)
+    folded = {key for key in stored.tensors if f".shifts.{stored.name}." in key}
+    inside = _starting_with((f"{path}.adapters.{stored.name}." for path in stored.layers), stored.tensors) | folded
     targets |= {key: state[key] for key in stored.tensors if key not in inside and key in state}
     missing = sorted((targets.keys() | set(stored.trained)) - stored.tensors.keys())
-    unexpected = sorted(stored.tensors.keys() - targets.keys())
+    unexpected = sorted(stored.tensors.keys() - targets.keys() - folded)
     if missing or unexpected:
         first = (missing or unexpected)[0]
         raise AdapterFileError(

@@ -2,6 +2,7 @@
 
     export(model, folder)                      peft's LORA format, with the head that trained
     export(model, folder, format="merged")     a plain Hugging Face model
+    export(model, folder, format="delta")      what to add to the base model, layer by layer
     import_peft(model, folder)                 peft's LORA format into a plain model
     export_folder(adapter, folder, "peft")     from an adapter folder, for the command line
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from lora_lightning.checkpoint import Stored, describe, load_adapter, read_folder
 from lora_lightning.errors import AdapterFileError, ExportError, ModelError, did_you_mean
-from lora_lightning.exporters import merged, peft_export, peft_import
+from lora_lightning.exporters import delta, merged, peft_export, peft_import
 from lora_lightning.exporters.folder import SIDE_FILE, check_free, check_only_ours, write_folder
 from lora_lightning.exporters.report import ExportReport, Written
 from lora_lightning.exporters.source import Source, find
@@ -27,7 +28,7 @@ from lora_lightning.files import write_json
 from lora_lightning.injection import InjectionReport
 from lora_lightning.pretrained import resolve
 
-FORMATS = {"merged": merged.write, "peft": peft_export.write}
+FORMATS = {"delta": delta.write, "merged": merged.write, "peft": peft_export.write}
 
 __all__ = ["FORMATS", "ExportReport", "export", "export_folder", "import_peft"]
 
@@ -45,7 +46,8 @@ def export(
     Args:
         model: a model with adapters.
         directory: a new or empty folder, or an earlier export, which is replaced when the new one is whole.
-        format: "peft" (a LORA folder, heads included) or "merged" (a plain Hugging Face model).
+        format: "peft" (a LORA folder, heads included), "merged" (a plain Hugging Face model) or "delta" (the dense
+            update of each layer).
         name: which adapter.
         rank: for "peft", the largest rank; an update without so small a form is truncated, and the share lost reported.
         verify: read the files back and compare: updates up to rounding, heads and merged weights bit for bit.
@@ -128,7 +130,7 @@ def export_folder(
 ) -> str:
     """Export an adapter folder: load its base model, the adapter onto it, export, and return the report as text.
 
-    For "peft" the base is loaded in float32, so that heads stay bit for bit; for "merged" in its file's own dtype.
+    For "merged" the base is loaded in its file's own dtype, else in float32, so that heads stay bit for bit.
 
     Args:
         adapter: an adapter folder.
@@ -152,7 +154,7 @@ def export_folder(
         folder = resolve(base, field=where)
     except ModelError as error:
         raise ExportError(f"{error}{'' if pretrained else ' Give the base model with --pretrained.'}") from error
-    model = _load_base(folder, stored, where, torch.float32 if format == "peft" else "auto")
+    model = _load_base(folder, stored, where, "auto" if format == "merged" else torch.float32)
     load_adapter(model, adapter, stored.name)
     return str(export(model, output, format, stored.name, rank))
 

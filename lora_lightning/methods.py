@@ -75,6 +75,38 @@ class Method(ABC):
         return {}
 
 
+@dataclass(frozen=True, kw_only=True)
+class WrapperMethod(Method):
+    """A method around another one, to which it hands on every question it has nothing to add to."""
+
+    inner: Method
+    """The method inside: its class and its settings."""
+
+    def build(self, base: BaseLayer) -> Adapter:
+        """The inner method's adapter."""
+        return self.inner.build(base)
+
+    def param_groups(self, adapters: Adapters) -> dict[str, GroupSpec]:
+        """The inner method's groups."""
+        return self.inner.param_groups(adapters)
+
+    def optimizer(self) -> Callable[[Any], Optimizer] | None:
+        """The inner method's optimizer."""
+        return self.inner.optimizer()
+
+    def callbacks(self) -> Sequence[Callback]:
+        """The inner method's callbacks."""
+        return self.inner.callbacks()
+
+    def penalty(self, adapters: Adapters) -> Tensor | None:
+        """The inner method's penalty."""
+        return self.inner.penalty(adapters)
+
+    def report(self, adapters: Adapters) -> dict[str, Any]:
+        """The inner method's facts."""
+        return self.inner.report(adapters)
+
+
 def replace(method: Method, where: str, fields: Mapping[str, Any]) -> Method:
     """`method` with other values for `fields`; a mapping for a method inside replaces fields of that one.
 

@@ -15,6 +15,7 @@ from torchmetrics import MetricCollection
 
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.callbacks.baseline import LinearBaseline
+from lora_lightning.callbacks.cascade import Cascade
 from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.resume import ExactResume
 from lora_lightning.callbacks.schedule import total_steps
@@ -26,6 +27,7 @@ from lora_lightning.loading import load_model
 from lora_lightning.methods import Method
 from lora_lightning.optim.groups import build_optimizer
 from lora_lightning.optim.warmup import WarmUp
+from lora_lightning.shifts import open_shifts
 from lora_lightning.tasks import find_task
 from lora_lightning.tasks.base import Batch, PredictContext, measure, meters
 
@@ -176,7 +178,8 @@ class AdapterModule(LightningModule):
         total = total_steps(self.trainer)
         if total is None:
             return optimizer
-        scheduler = self.lr_scheduler.schedule(optimizer, total)
+        cascade = next((c for c in self.trainer.callbacks if isinstance(c, Cascade)), None)  # type: ignore[attr-defined]
+        scheduler = self.lr_scheduler.schedule(optimizer, total, cascade.knots(self.trainer) if cascade else None)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(
@@ -185,7 +188,16 @@ class AdapterModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip groups with a norm of their own, and the rest together by the trainer's value."""
+        """Clip groups with a norm of their own, and the rest together by the trainer's value.
+
+        Raises:
+            SettingsError: a value where the optimizer says `clips_itself`.
+        """
+        if gradient_clip_val and getattr(optimizer, "clips_itself", False):
+            raise SettingsError(
+                f"trainer.gradient_clip_val is {gradient_clip_val}; {type(optimizer).__name__} clips where its rule "
+                "allows it, and clipping before would spoil the rule. Leave it null."
+            )
         own = [group for group in optimizer.param_groups if group.get("clip") is not None]
         if not own:
             return self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
@@ -289,6 +301,7 @@ class AdapterModule(LightningModule):
         if "lora_lightning" not in checkpoint:
             raise ResumeError("the checkpoint was not written by AdapterModule: it has no adapter section.")
         check_same(self, NAME, checkpoint["lora_lightning"])
+        open_shifts(self, NAME, checkpoint["state_dict"])
         check_fits(self, NAME, checkpoint["state_dict"])
 
 

@@ -32,6 +32,7 @@ PLAIN_TORCH = {
     "methods",
     "optim",
     "plugins",
+    "shifts",
     "targets",
     "tiny",
 }
@@ -46,6 +47,7 @@ LEVEL = {
     "plugins": 2,
     "targets": 2,
     "injection": 3,
+    "shifts": 3,
     "checkpoint": 4,
     "optim": 4,
     "exporters": 4,

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from lightning.pytorch import seed_everything
-from lightning.pytorch.callbacks import Callback
-from training import classification, completion_data, decoder_folder, encoder_folder, labelled_data, trainer
+from resuming import SaveAt, assert_equal_runs, at_step, run
+from training import classification, completion_data, decoder_folder, encoder_folder, labelled_data
 
 from ll_lora import LoRA
 from ll_rose import RoseLoRA
@@ -17,53 +14,11 @@ from lora_lightning.data import LabelledText
 from lora_lightning.errors import ResumeError
 from lora_lightning.module import AdapterModule
 from lora_lightning.optim.warmup import WarmUp
-from lora_lightning.saving import AtomicCheckpoints
-
-
-class SaveAt(Callback):
-    """Saves when `when(trainer, batch_idx)` first holds, after everything else of the batch."""
-
-    phase = 9
-
-    def __init__(self, path: Path, when) -> None:
-        self.path, self.when = path, when
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if not self.path.exists() and self.when(trainer, batch_idx):
-            trainer.save_checkpoint(self.path)
-
-
-def at_step(step: int):
-    return lambda trainer, batch_idx: trainer.global_step == step
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     return encoder_folder(tmp_path_factory.mktemp("encoder"), dropout=0.1)
-
-
-def run(module, data, folder, callbacks=(), checkpoint=None, seed=3, **options):
-    seed_everything(seed, verbose=False)
-    fit = trainer(folder, list(callbacks), plugins=[AtomicCheckpoints()], **options)
-    fit.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    return {
-        "state": {name: value.clone() for name, value in module.state_dict().items()},
-        "optimizer": fit.optimizers[0].state_dict()["state"],
-        "rate": fit.optimizers[0].param_groups[0]["lr"],
-        "step": fit.global_step,
-        "rng": torch.get_rng_state(),
-    }
-
-
-def assert_equal_runs(one, other):
-    assert one["step"] == other["step"]
-    assert one["rate"] == other["rate"]
-    assert torch.equal(one["rng"], other["rng"])
-    for name, value in one["state"].items():
-        assert torch.equal(value, other["state"][name]), name
-    for index, state in one["optimizer"].items():
-        for name, value in state.items():
-            assert torch.equal(value, other["optimizer"][index][name]), (index, name)
 
 
 METHODS = {

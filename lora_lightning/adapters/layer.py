@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter
+from lora_lightning.adapters.shift import DenseShift, LogShift, Noise, Shift
 from lora_lightning.adapters.weights import BaseLayer, StackedBase
+from lora_lightning.cascades import Rule
 from lora_lightning.errors import AdapterStateError, SettingsError, did_you_mean
 
 
 class AdaptedLayer(nn.Module):
-    """Stands in the place of a layer. Parameters lie at `base.*` and `adapters.<name>.*`.
+    """Stands in the place of a layer. Tensors lie at `base.*`, `adapters.<name>.*` and, once folded, `shifts.<name>.*`.
 
     Attributes:
-        active: names whose update is applied, in order.
         merged: names whose update is inside the base weight now.
-        disabled: True inside `disable_adapters`.
         tied_to: paths of other modules that use the base weight, which a merge would change as well.
     """
 
@@ -28,12 +28,35 @@ class AdaptedLayer(nn.Module):
         super().__init__()
         self.base = accessor.module
         self.adapters = nn.ModuleDict()
+        self.shifts = nn.ModuleDict()
         self.accessor = accessor
-        self.active: tuple[str, ...] = ()
+        self._active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
-        self.disabled = False
+        self._disabled = False
         self.tied_to: tuple[str, ...] = ()
         self._original: tuple[Tensor, Tensor | None] | None = None
+        self._pretrained: Tensor | None = None
+        self._noise: Noise | None = None
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names whose update is applied, in order."""
+        return self._active
+
+    @active.setter
+    def active(self, names: tuple[str, ...]) -> None:
+        self._active = names
+        self.rewrite()
+
+    @property
+    def disabled(self) -> bool:
+        """True inside `disable_adapters`."""
+        return self._disabled
+
+    @disabled.setter
+    def disabled(self, disabled: bool) -> None:
+        self._disabled = disabled
+        self.rewrite()
 
     def forward(self, x: Tensor) -> Tensor:
         """The base layer with the active adapters applied."""
@@ -41,16 +64,22 @@ class AdaptedLayer(nn.Module):
         if not names:
             return cast(Tensor, self.base(x))
         # entered through `Module.__call__`, which sharding hooks rely on
-        return cast(Tensor, self.adapters[names[-1]](x, self._base_under(names[:-1])))
+        return cast(Tensor, self.adapters[names[-1]](x, self._shifted(self._base_under(names[:-1]), names[-1])))
 
     def _applied(self) -> tuple[str, ...]:
-        return () if self.disabled or self.merged else self.active
+        return () if self._disabled or self.merged else self._active
 
     def _base_under(self, names: Iterable[str]) -> BaseLayer:
         base = self.accessor
         for name in names:
-            base = StackedBase(base, self.adapters[name])
+            base = StackedBase(self._shifted(base, name), self.adapters[name])
         return base
+
+    def _shifted(self, base: BaseLayer, name: str) -> BaseLayer:
+        """`base` with what the adapter has folded as factors; what it has folded densely is in the weight."""
+        if name not in self.shifts or isinstance(self.shifts[name], DenseShift):
+            return base
+        return StackedBase(base, self.shifts[name])
 
     def adapter(self, name: str) -> Adapter:
         """The adapter of that name.
@@ -78,6 +107,8 @@ class AdaptedLayer(nn.Module):
         if name in self.merged:
             raise AdapterStateError(f'adapter "{name}" is merged; call unmerge before it is removed.')
         del self.adapters[name]
+        if name in self.shifts:
+            del self.shifts[name]
         self.active = tuple(n for n in self.active if n != name)
 
     def check_active(self, names: tuple[str, ...]) -> None:
@@ -125,6 +156,117 @@ class AdaptedLayer(nn.Module):
                 raise
             return getattr(self.base, name)
 
+    @torch.no_grad()
+    def merged_weight(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The pretrained weight with everything one adapter has folded and learned, (d_out, d_in)."""
+        return self.adapter(name).merged_weight(self.clean_weight(name).to(dtype))
+
+    def low_rank(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """(A (R, d_in), B (d_out, R)) of the adapter and what it has folded; None where there is no such form."""
+        own = self.adapter(name).low_rank()
+        if own is None or name not in self.shifts:
+            return own
+        shift = self.shifts[name]
+        if not isinstance(shift, LogShift):
+            return None
+        A, B = shift.low_rank()
+        if not own[1].any():  # a stage that has just begun
+            return A, B
+        return torch.cat([A, own[0]]), torch.cat([B, own[1]], dim=1)
+
+    # -- folding: what an adapter gives away at the end of a stage -----------------------------------------------------
+
+    @property
+    def rewritten(self) -> bool:
+        """Whether the base weight holds a dense shift or noise now."""
+        return self._pretrained is not None
+
+    def under(self, name: str) -> BaseLayer:
+        """The base that the adapter sees: the layer with what it has folded."""
+        return self._shifted(self.accessor, name)
+
+    def set_shift(self, name: str, shift: Shift | None) -> None:
+        """Give the adapter another shift, or none.
+
+        Raises:
+            AdapterStateError: a dense one on a weight that another module shares.
+        """
+        if isinstance(shift, DenseShift):
+            self._check_own_weight()
+        if name in self.shifts:
+            del self.shifts[name]
+        if shift is not None:
+            self.shifts[name] = shift
+        self.rewrite()
+
+    def set_noise(self, noise: Noise | None) -> None:
+        """Put noise on the weight, or take it off; without any, and without a dense shift, the original is back.
+
+        Raises:
+            AdapterStateError: another module shares the weight.
+        """
+        if noise is not None:
+            self._check_own_weight()
+        self._noise = noise
+        self.rewrite()
+
+    @torch.no_grad()
+    def fold(self, name: str, share: float = 1.0, rule: Rule = "outer_step", keep_noise: bool = False) -> None:
+        """Add the adapter's update to its shift; the adapter itself stays as it is, and is to be reset next.
+
+        Args:
+            name: which adapter; `set_shift` has given it a shift.
+            share: weight of the update, in (0, 1].
+            rule: how shares of earlier updates go on (module docstring of `adapters.shift`).
+            keep_noise: whether the noise on the weight becomes part of a dense shift.
+        """
+        adapter, shift = self.adapter(name), cast("Shift", self.shifts[name])
+        if isinstance(shift, LogShift):
+            factors = adapter.low_rank()
+            if factors is None:
+                raise AdapterStateError(f'adapter "{name}" ({type(adapter).__name__}) has no factors to fold.')
+            shift.fold(*factors, share, rule)
+            return
+        weight = self.under(name).weight(self.accessor.adapter_dtype)
+        shift.fold(adapter.merged_weight(weight) - weight, share, rule)
+        if keep_noise and self._noise is not None:
+            shift.delta.add_(self._noise.draw(shift.delta))
+        self.rewrite()
+
+    @torch.no_grad()
+    def clean_weight(self, name: str) -> Tensor:
+        """The pretrained weight with everything the adapter has folded, without noise, (d_out, d_in) in float32."""
+        weight = self.accessor._read(self.original_weight()).to(self.accessor.device, self.accessor.adapter_dtype)
+        return cast("Shift", self.shifts[name]).merged_weight(weight) if name in self.shifts else weight.clone()
+
+    @torch.no_grad()
+    def rewrite(self) -> None:
+        """Write the weight as it must be now: the original, dense shifts of applied adapters, noise; rounded once."""
+        names = () if self._disabled else self._active
+        dense = [shift for name in names if name in self.shifts and isinstance(shift := self.shifts[name], DenseShift)]
+        noise = None if self._disabled else self._noise
+        if self.merged or not (dense or noise or self.rewritten):
+            return
+        if self._pretrained is None:
+            self._pretrained = self.accessor.stored.detach().to("cpu", copy=True)
+        if not dense and noise is None:
+            self.accessor.stored.copy_(self._pretrained)
+            self._pretrained = None
+            return
+        weight = self.accessor._read(self._pretrained).to(self.accessor.device, self.accessor.adapter_dtype, copy=True)
+        for shift in dense:
+            weight += shift.delta
+        if noise is not None:
+            weight += noise.draw(weight)
+        self.accessor.write(weight)
+
+    def _check_own_weight(self) -> None:
+        if self.tied_to:
+            raise AdapterStateError(
+                f"the weight is shared with {', '.join(self.tied_to)}, which would change too; untie it first, or "
+                "leave the layer out."
+            )
+
     # -- merging -------------------------------------------------------------------------------------------------------
 
     def check_mergeable(self) -> None:
@@ -162,6 +304,8 @@ class AdaptedLayer(nn.Module):
             own_bias = self.accessor.bias
             kept_bias = None if own_bias is None else own_bias.detach().to("cpu", copy=True)
             self._original = (self.accessor.stored.detach().to("cpu", copy=True), kept_bias)
+        else:
+            self._pretrained = None
         self.accessor.write(weight)
         self._write_bias(bias)
         self.merged = self.active
@@ -194,7 +338,7 @@ class AdaptedLayer(nn.Module):
             own.copy_(bias)
 
     def originals(self) -> dict[str, Tensor]:
-        """Weight and, where there is one, bias of the base layer in their own layout, as before any merge.
+        """Weight and, where there is one, bias of the base layer in their own layout, as before any merge or fold.
 
         Raises:
             AdapterStateError: it was merged with `keep_original=False`.
@@ -203,10 +347,11 @@ class AdaptedLayer(nn.Module):
             raise AdapterStateError("merged with keep_original=False; the original weight is gone.")
         now: tuple[Tensor, Tensor | None] = self.accessor.stored, self.accessor.bias
         weight, bias = now if self._original is None else self._original
+        weight = weight if self._pretrained is None else self._pretrained
         return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
 
     def original_weight(self) -> Tensor:
-        """The base weight in its own layout, as it was before any merge.
+        """The base weight in its own layout, as it was before any merge or fold.
 
         Raises:
             AdapterStateError: it was merged with `keep_original=False`.

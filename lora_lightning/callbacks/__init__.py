@@ -2,8 +2,10 @@
 
 from lora_lightning.callbacks.baseline import LinearBaseline
 from lora_lightning.callbacks.best import KeepBest
+from lora_lightning.callbacks.cascade import Cascade
 from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.inject import InjectAdapters
+from lora_lightning.callbacks.noise import NoiseInjection
 from lora_lightning.callbacks.rank_pruning import RankPruning
 from lora_lightning.callbacks.report import RunReport
 from lora_lightning.callbacks.resume import ExactResume
@@ -11,10 +13,12 @@ from lora_lightning.callbacks.schedule import ScheduleCallback
 from lora_lightning.callbacks.sparsity import SparsitySchedule
 
 __all__ = [
+    "Cascade",
     "ExactResume",
     "InjectAdapters",
     "KeepBest",
     "LinearBaseline",
+    "NoiseInjection",
     "RankPruning",
     "RunReport",
     "ScheduleCallback",

@@ -37,6 +37,7 @@ class TrainingGuard(Callback):
         self._start: dict[str, Tensor] = {}
         self._real: dict[str, int] = {}
         self._had_gradient: set[str] = set()
+        self._moved: set[str] = set()
         self._seen = 0
         self._loss: Tensor | None = None
         self._restored: dict[str, Any] | None = None
@@ -55,9 +56,10 @@ class TrainingGuard(Callback):
             raise TrainingError("nothing trains: every parameter is frozen. Call set_trainable, or inject an adapter.")
         self._start = {name: p.detach().clone() for name, p in self._watched.items()}
         if self._restored is None:
-            self._real, self._had_gradient = dict.fromkeys(self._watched, 0), set()
+            self._real, self._had_gradient, self._moved = dict.fromkeys(self._watched, 0), set(), set()
         else:
             self._real, self._had_gradient = dict(self._restored["real"]), set(self._restored["had_gradient"])
+            self._moved = set(self._restored["moved"])
             for name, value in self._restored["start"].items():
                 self._start[name] = value.to(self._watched[name].device)
             self._restored = None
@@ -76,8 +78,13 @@ class TrainingGuard(Callback):
             if rates.get(id(parameter), float(id(parameter) not in elsewhere)) == 0.0:
                 continue
             self._real[name] += 1
+            self._note_move(name)  # before the step as well: a new stage may put a factor back to where it started
             if name not in self._had_gradient and parameter.grad is not None and bool(parameter.grad.any()):
                 self._had_gradient.add(name)
+
+    def _note_move(self, name: str) -> None:
+        if name not in self._moved and not torch.equal(self._watched[name].detach(), self._start[name]):
+            self._moved.add(name)
 
     def _not_finite(self, step: int) -> str:
         bad = [n for n, p in self._watched.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
@@ -118,11 +125,12 @@ class TrainingGuard(Callback):
     def _judge(self, names: list[str], idle: set[str]) -> None:
         untrained = []
         for name in names:
+            self._note_move(name)
             if name in idle:
                 self._real[name] -= 1
             elif name not in self._had_gradient:
                 untrained.append(f"{name} (no gradient)")
-            elif torch.equal(self._watched[name].detach(), self._start[name]):
+            elif name not in self._moved:
                 untrained.append(f"{name} (did not move)")
         if untrained:
             raise TrainingError(
@@ -146,7 +154,12 @@ class TrainingGuard(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What has been judged, and start values: a resumed run goes on judging and measures from its first start."""
-        return {"real": self._real, "had_gradient": sorted(self._had_gradient), "start": self._start}
+        return {
+            "real": self._real,
+            "had_gradient": sorted(self._had_gradient),
+            "moved": sorted(self._moved),
+            "start": self._start,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the run stopped."""

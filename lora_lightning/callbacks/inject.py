@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -26,6 +26,7 @@ from lora_lightning.injection import (
     records,
 )
 from lora_lightning.methods import Method
+from lora_lightning.shifts import open_shifts, rewrite_weights
 from lora_lightning.targets import Heads, Targets
 
 _SECTION = "lora_lightning"
@@ -155,7 +156,10 @@ class InjectAdapters(Callback):
         own = {key: state.pop(key) for key in adapter_keys(pl_module, self.name) if key in state}
         trained = set(records(injected_root(pl_module))[self.name].trained)
         if self.checkpoint == "full":
-            layers = [path for path, _ in iter_adapters(pl_module)]
+            layers = dict(iter_adapters(pl_module))
+            state |= {
+                f"{path}.base.weight": layer.original_weight() for path, layer in layers.items() if layer.rewritten
+            }
             checkpoint["state_dict"] = {_project_name(key, layers): value for key, value in state.items()}
             checkpoint["state_dict"] |= {key: value for key, value in own.items() if key in trained}
         else:
@@ -185,13 +189,15 @@ class InjectAdapters(Callback):
             raise ResumeError("the checkpoint has no adapter section: it was written without InjectAdapters.")
         check_same(pl_module, self.name, checkpoint[_SECTION]["description"])
         tensors: dict[str, Tensor] = checkpoint[_SECTION]["tensors"]
+        open_shifts(pl_module, self.name, tensors)
         check_fits(pl_module, self.name, tensors)
         state = pl_module.state_dict()
         for key, value in tensors.items():
             state[key].copy_(value)
+        rewrite_weights(pl_module)
 
 
-def _project_name(key: str, layers: Sequence[str]) -> str:
+def _project_name(key: str, layers: Iterable[str]) -> str:
     for path in layers:
         if key.startswith(f"{path}.base."):
             return f"{path}.{key.removeprefix(f'{path}.base.')}"

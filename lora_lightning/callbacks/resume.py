@@ -14,6 +14,7 @@ from torch import Tensor
 from lora_lightning.callbacks.schedule import JUDGES, order_callbacks, total_steps
 from lora_lightning.errors import ResumeError
 from lora_lightning.optim.warmup import WarmUp
+from lora_lightning.shifts import rewrite_weights
 
 _SECTION = "lora_lightning_resume"
 
@@ -45,7 +46,8 @@ class ExactResume(Callback):
         checkpoint[_SECTION] = {"ranks": gather_objects(mine), "run": _run_facts(trainer, pl_module)}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep the section until training starts."""
+        """Write what adapters had folded into the weights that have just been loaded; keep the section."""
+        rewrite_weights(pl_module)
         if trainer.state.fn != "fit":
             return
         section = checkpoint.get(_SECTION)
@@ -102,7 +104,8 @@ def _run_facts(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
     }
     for number, optimizer in enumerate(trainer.optimizers):
         plain = {k: v for k, v in optimizer.defaults.items() if isinstance(v, int | float | str | bool | None)}
-        facts[f"optimizer {number}"] = {"class": type(optimizer).__name__, **plain}
+        # torch adds "differentiable" to any optimizer's defaults while it loads a state
+        facts[f"optimizer {number}"] = {"class": type(optimizer).__name__, "differentiable": False, **plain}
     return facts
 
 

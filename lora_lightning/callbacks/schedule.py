@@ -13,20 +13,24 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
+from torch import nn
 from torch.optim import Optimizer
 
 from lora_lightning.adapters.base import Adapter
+from lora_lightning.adapters.layer import AdaptedLayer
 from lora_lightning.errors import NoEffectError, ResumeError, SettingsError
-from lora_lightning.injection import trainable_adapters
+from lora_lightning.injection import injected_root, records, trainable_adapters
 
 MASKS = 3
 """Phase of callbacks that write values and masks."""
+KNOTS = 5
+"""Phase of callbacks that end a stage: what they fold has its masks."""
 JUDGES = 7
 """Phase of callbacks that read the step's result: the guard, averages."""
 REPORTS = 8
@@ -43,6 +47,12 @@ def total_steps(trainer: Trainer) -> int | None:
     """Optimizer steps of the whole fit; None where nothing bounds it."""
     total = trainer.estimated_stepping_batches
     return int(total) if math.isfinite(total) and total > 0 else None
+
+
+def adapted_layer(module: nn.Module, path: str) -> tuple[AdaptedLayer, str, int]:
+    """The layer under an adapter's path, the adapter's name, and the seed of its start values."""
+    layer_path, _, name = path.rpartition(".adapters.")
+    return cast(AdaptedLayer, module.get_submodule(layer_path)), name, records(injected_root(module))[name].seed
 
 
 _verdicts: WeakKeyDictionary[Trainer, tuple[int, bool]] = WeakKeyDictionary()
@@ -112,16 +122,21 @@ class ScheduleCallback(Callback, ABC):
     Attributes:
         phase: order among schedules of one step.
         asks: the question an adapter must answer, for the error when none does.
+        trainer: the run, from `begin` on.
+        module: its module.
+        total: optimizer steps of the run, or None where nothing bounds it.
     """
 
     phase: ClassVar[int]
     asks: ClassVar[str]
+    trainer: Trainer
+    module: LightningModule
 
     def __init__(self) -> None:
         self._adapters: dict[str, Adapter] = {}
         self._seen = 0
         self._finite = True
-        self._total: int | None = None
+        self.total: int | None = None
         self._saved_total: int | None = None
 
     @abstractmethod
@@ -164,14 +179,14 @@ class ScheduleCallback(Callback, ABC):
                 f"{type(self).__name__} found nothing to act on: it needs trainable adapters with {self.asks}; "
                 f"the model has {len(found)} trainable adapters, none with any."
             )
-        self._total = total_steps(trainer)
-        if self._saved_total is not None and self._saved_total != self._total:
+        self.trainer, self.module, self.total = trainer, pl_module, total_steps(trainer)
+        if self._saved_total is not None and self._saved_total != self.total:
             raise ResumeError(
                 f"{type(self).__name__}: the run was started for {self._saved_total} optimizer steps and would go on "
-                f"for {self._total}; its schedule would jump. Resume with the same length."
+                f"for {self.total}; its schedule would jump. Resume with the same length."
             )
         self._seen = trainer.global_step
-        self.begin(self._total, self._adapters)
+        self.begin(self.total, self._adapters)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """The moment of complete gradients."""
@@ -199,7 +214,7 @@ class ScheduleCallback(Callback, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """The resolved length of the run."""
-        return {"total_steps": self._total}
+        return {"total_steps": self.total}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the length the run was started with."""

@@ -90,7 +90,7 @@ def _factors(source: Source, path: str, rank: int | None, modules: dict[str, nn.
     if reason:
         raise ExportError(f'{path} cannot travel in peft\'s format: {reason}. Use format="merged" instead.')
     source.check_fixed(path)
-    exact = adapter.low_rank()
+    exact = layer.low_rank(source.name)
     bias = adapter.merged_bias(None)
     bias = None if bias is None else bias.detach().cpu()
     if exact is None and rank is None:
@@ -99,7 +99,7 @@ def _factors(source: Source, path: str, rank: int | None, modules: dict[str, nn.
             'rank=N for a truncated SVD with the discarded share reported, or use format="merged".'
         )
     if exact is None or (rank is not None and exact[0].shape[0] > rank):
-        A, B, discarded = _truncate(_delta(layer, adapter)[0], rank or 0)
+        A, B, discarded = _truncate(_delta(layer, source.name)[0], rank or 0)
         return Factors(A, B, 1.0, bias, discarded)
     A, B, scaling = _own_pair(adapter, *exact)
     if not A.shape[0]:  # every rank component was removed; peft knows no rank 0
@@ -119,11 +119,10 @@ def _own_pair(adapter: Adapter, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, f
     return A, B, 1.0
 
 
-def _delta(layer: AdaptedLayer, adapter: Adapter) -> tuple[Tensor, float]:
-    """merged_weight(W) - W, (d_out, d_in), W the original weight, in float64; and how far rounding may carry it."""
+def _delta(layer: AdaptedLayer, name: str) -> tuple[Tensor, float]:
+    """The merged weight less the original one, (d_out, d_in), in float64; and how far rounding may carry it."""
     weight = layer.accessor._read(layer.original_weight()).detach().to(layer.accessor.device, torch.float64)
-    with torch.no_grad():
-        merged = adapter.merged_weight(weight)
+    merged = layer.merged_weight(name, torch.float64)
     noise = 8 * torch.finfo(merged.dtype).eps * float(weight.abs().max())
     return (merged - weight).cpu(), noise
 
@@ -223,7 +222,7 @@ def _layer_difference(source: Source, path: str, written: PeftLayer, factors: Fa
     layer, adapter = source.layers[path], source.adapter(path)
     if written.base is not None and not torch.equal(written.base, layer.original_weight().cpu()):
         raise ExportError(f"{path}: the base weight does not read back bit for bit.")
-    delta, expected, noise = written.delta(), *_delta(layer, adapter)
+    delta, expected, noise = written.delta(), *_delta(layer, source.name)
     if factors.discarded:
         lost = float((delta - expected).square().sum() / expected.square().sum())
         if lost > factors.discarded * 1.001 + 1e-10:

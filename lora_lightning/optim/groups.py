@@ -76,6 +76,8 @@ def build_optimizer(model: nn.Module, factory: OptimizerFactory | None) -> Optim
     own = next((made for made in (method.optimizer() for method in methods) if made is not None), None)
     try:
         optimizer = (factory or own or _adamw)(groups)
+    except SettingsError:
+        raise
     except ValueError as error:
         raise SettingsError(f"optimizer: {error}.") from error
     for group in optimizer.param_groups:

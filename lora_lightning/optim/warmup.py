@@ -13,6 +13,18 @@ from torch.optim.lr_scheduler import LambdaLR
 from lora_lightning.errors import check
 
 
+@dataclass(frozen=True)
+class Knots:
+    """Where stages of a run begin, for a schedule that follows them."""
+
+    length: int
+    """Optimizer steps of a stage."""
+    rate: Literal["rewarm", "restart"]
+    """A short rise from a tenth of the rate after each knot, or the whole schedule anew in each stage."""
+    rewarm_steps: int
+    """Steps of that rise."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class WarmUp:
     """Share of the base learning rate over a run."""
@@ -25,10 +37,29 @@ class WarmUp:
     def __post_init__(self) -> None:
         check(0 <= self.share < 1, self, "share", "it must lie in [0, 1). Share of all steps spent warming up.")
 
-    def schedule(self, optimizer: Optimizer, total_steps: int) -> LambdaLR:
-        """The scheduler for a run of `total_steps` optimizer steps, to be stepped after each."""
-        warmup = round(self.share * total_steps)
-        return LambdaLR(optimizer, partial(factor, total_steps=total_steps, warmup_steps=warmup, decay=self.decay))
+    def schedule(self, optimizer: Optimizer, total_steps: int, knots: Knots | None = None) -> LambdaLR:
+        """The scheduler for a run of `total_steps` optimizer steps, to be stepped after each.
+
+        Args:
+            optimizer: whose rates are scheduled.
+            total_steps: optimizer steps of the run.
+            knots: stages that the schedule follows.
+        """
+        return LambdaLR(
+            optimizer, partial(staged_factor, total_steps=total_steps, share=self.share, decay=self.decay, knots=knots)
+        )
+
+
+def staged_factor(step: int, total_steps: int, share: float, decay: str, knots: Knots | None) -> float:
+    """`factor` over the run, or as `knots` say over its stages."""
+    if knots is None or knots.rate == "rewarm":
+        whole = factor(step, total_steps, round(share * total_steps), decay)
+        if knots is None or step < knots.length:
+            return whole
+        return whole * min(1.0, 0.1 + 0.9 * (step % knots.length) / knots.rewarm_steps)
+    begin = step - step % knots.length
+    length = max(1, min(knots.length, total_steps - begin))
+    return factor(step - begin, length, round(share * length), decay)
 
 
 def factor(step: int, total_steps: int, warmup_steps: int, decay: str) -> float:

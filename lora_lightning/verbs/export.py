@@ -1,4 +1,4 @@
-"""Write a trained adapter for peft, or merged into a plain model."""
+"""Write a trained adapter for peft, merged into a plain model, or as dense updates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_lightning.errors import RunFolderError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where from, where to, and how."""
     parser.add_argument("source", metavar="RUN_OR_ADAPTER", type=Path, help="a run folder, or an adapter folder")
-    parser.add_argument("--format", required=True, metavar="peft|merged", help="what to write")
+    parser.add_argument("--format", required=True, metavar="peft|merged|delta", help="what to write")
     parser.add_argument("--output", required=True, metavar="DIR", type=Path, help="a new folder")
     parser.add_argument("--rank", type=int, metavar="N", help="largest rank for peft; what is cut off is reported")
     parser.add_argument("--pretrained", metavar="MODEL", help="the base model, where the adapter's own is not at hand")

@@ -1,0 +1,68 @@
+"""Writing the dense update of every adapted layer: what to add to the base model, whatever the method.
+
+delta.safetensors    `<layer>.weight`, `<layer>.bias`: merged minus original, in the layer's own layout, float32;
+                     parameters that trained in full under their own names, whole, listed as "whole" in the metadata
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lora_lightning.errors import ExportError
+from lora_lightning.exporters.report import Written
+from lora_lightning.exporters.source import Source, check_finite, plain_modules
+
+FILE = "delta.safetensors"
+
+
+def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Written:  # noqa: ARG001 - every format's signature
+    """Write the updates into `folder`.
+
+    Args:
+        source: the adapter.
+        folder: an empty folder.
+        rank: no rank limits a dense update.
+        verify: read the file back and compare every number.
+
+    Raises:
+        ExportError: an input-routed method, or numbers that are not finite.
+    """
+    tensors = {key: value for path in source.layers for key, value in _layer(source, path).items()}
+    modules, whole = plain_modules(source.host), list(source.trained)
+    for name in whole:
+        path, _, leaf = name.rpartition(".")
+        tensors[name] = modules[path].get_parameter(leaf).detach().cpu().clone()
+    check_finite("the update", tensors.values())
+    save_file(tensors, folder / FILE, {"format": "lora_lightning delta", "whole": json.dumps(whole)})
+    if verify:
+        _compare(folder, tensors)
+    return Written(kind="dense update", layers=len(source.layers), difference=0.0 if verify else None)
+
+
+def _layer(source: Source, path: str) -> dict[str, Tensor]:
+    """What the adapter adds to one layer, in the layer's own layout."""
+    source.check_fixed(path)
+    layer, adapter = source.layers[path], source.adapter(path)
+    base = layer.accessor
+    original = base._read(layer.original_weight()).to(base.device, torch.float64)
+    delta = layer.merged_weight(source.name, torch.float64) - original
+    found = {f"{path}.weight": base._store(delta.float().cpu()).contiguous()}
+    old = layer.originals().get("bias")
+    new = adapter.merged_bias(None if old is None else old.to(base.device).double())
+    if new is not None and adapter.merged_bias(None) is not None:
+        change = new.detach().cpu() if old is None else new.detach().cpu() - old.cpu().double()
+        found[f"{path}.bias"] = change.float()
+    return found
+
+
+def _compare(folder: Path, tensors: dict[str, Tensor]) -> None:
+    with safe_open(folder / FILE, framework="pt") as file:
+        for key, tensor in tensors.items():
+            if not torch.equal(file.get_tensor(key), tensor):
+                raise ExportError(f"{key} does not read back bit for bit.")

@@ -1,0 +1,43 @@
+"""What adapters have folded, in files and checkpoints: shifts have no shape before their tensors are seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from lora_lightning.adapters.shift import shift_like
+from lora_lightning.errors import ResumeError
+from lora_lightning.injection import iter_adapters
+
+
+def shift_tensors(state: Mapping[str, Tensor], name: str) -> dict[str, dict[str, Tensor]]:
+    """Tensors of one adapter's shifts by layer path and their own names."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        path, inside, tensor = key.rpartition(f".shifts.{name}.")
+        if inside:
+            found.setdefault(path, {})[tensor] = value
+    return found
+
+
+def open_shifts(model: nn.Module, name: str, state: Mapping[str, Tensor]) -> None:
+    """Give each layer an empty shift of the shape in `state`, or none, so that `state` can be loaded.
+
+    Raises:
+        ResumeError: tensors that fit no shift of their layer.
+    """
+    tensors = shift_tensors(state, name)
+    for path, layer in iter_adapters(model):
+        if name not in layer.adapters:
+            continue
+        shift = shift_like(layer.accessor, tensors[path]) if path in tensors else None
+        if path in tensors and shift is None:
+            raise ResumeError(f"the checkpoint's adapter does not fit: what was folded on {path} has other shapes.")
+        layer.set_shift(name, shift)
+
+
+def rewrite_weights(model: nn.Module) -> None:
+    """Write the base weights as shifts say; to be called when the tensors of a checkpoint have been loaded."""
+    for _, layer in iter_adapters(model):
+        layer.rewrite()

@@ -1,0 +1,62 @@
+"""SlowFast: slow copies of the trainables, blended with the fast ones every few steps, around any optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from ll_lorasc.functional import blend
+from lora_lightning.errors import check
+from lora_lightning.optim.wrapper import OptimizerWrapper
+
+
+class SlowFast(OptimizerWrapper):
+    """Lets another optimizer run ahead, and every few steps pulls the weights back towards slow copies.
+
+    The average is of parameters one by one. For a pair of factors that is not the average of their products, which is
+    what LoRASC's stages blend: the two are different methods and can be used together.
+
+    Args:
+        params: parameters or groups, as for any optimizer.
+        inner: makes the optimizer that takes the steps.
+        share: how far the slow copies follow, in (0, 1]; 1 changes nothing.
+        every_n_steps: optimizer steps between two blends.
+
+    Raises:
+        SettingsError: a value outside its rule.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        inner: Callable[[Iterable[Any]], Optimizer] = AdamW,
+        share: float = 0.5,
+        every_n_steps: int = 5,
+    ) -> None:
+        self.share, self.every_n_steps = share, every_n_steps
+        check(0 < share <= 1, self, "share", "it must lie in (0, 1]. 0.5 is usual; 1 changes nothing.")
+        check(every_n_steps >= 1, self, "every_n_steps", "it must be at least 1; 5 is usual.")
+        super().__init__(inner(params))
+        for group in self.param_groups:
+            group.setdefault("fast_steps", 0)
+
+    def take_step(self) -> None:
+        """Step the inner optimizer; blend where it is time."""
+        trained = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        start = {p: p.detach().clone() for p in trained if "slow" not in self.state.get(p, {})}
+        self.inner.step()
+        for parameter, value in start.items():
+            self.state[parameter]["slow"] = value
+        for group in self.param_groups:
+            group["fast_steps"] += 1
+            if group["fast_steps"] % self.every_n_steps == 0:
+                for parameter in group["params"]:
+                    self._blend(parameter)
+
+    def _blend(self, parameter: Tensor) -> None:
+        slow = self.state.get(parameter, {}).get("slow")
+        if slow is not None:
+            blend(slow, parameter.data, self.share)

@@ -1,0 +1,265 @@
+"""Cascade and NoiseInjection, in a LightningModule of its own, against stages computed by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from projects import Plain, fit, loader
+from torch import nn
+
+import lora_lightning as ll
+from ll_lora import LoRA
+from ll_rose import RoseLoRA
+from lora_lightning.adapters.shift import DenseShift, LogShift
+from lora_lightning.callbacks import Cascade, InjectAdapters, NoiseInjection
+from lora_lightning.errors import AdapterStateError, NoEffectError, SettingsError
+
+ALPHA = 0.4
+
+
+class Watch(Callback):
+    """Keeps, per optimizer step, the effective weight before knots act (phase 4) or after (phase 6)."""
+
+    def __init__(self, phase):
+        self.phase, self.seen, self.states = phase, {}, {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        layer = pl_module.used
+        self.seen[trainer.global_step] = layer.weight.detach().clone()
+        adapter = layer.adapter("default")
+        self.states[trainer.global_step] = [len(trainer.optimizers[0].state.get(p, {})) for p in adapter.parameters()]
+
+
+class Wide(Plain):
+    """Layers large enough that two stages of rank 1 are fewer numbers than the weight."""
+
+    def __init__(self, lr=0.1, momentum=0.0, dtype=torch.float64):
+        super().__init__(lr)
+        torch.manual_seed(5)
+        self.used, self.head = nn.Linear(4, 12), nn.Linear(12, 2)
+        self.momentum = momentum
+        self.unused = nn.Identity()
+        self.to(dtype)
+
+    def training_step(self, batch):
+        return super().training_step([batch[0].to(self.head.weight.dtype), batch[1]])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=self.momentum)
+
+
+def run(tmp_path, cascade, method=None, module=None, extra=(), **options):
+    module = Wide() if module is None else module
+    before, after = Watch(4), Watch(6)
+    inject = InjectAdapters(method or LoRA(rank=1, alpha=1.0), ["used"], also_train=["head"], seed=3)
+    fit(module, tmp_path, [inject, cascade, before, after, *extra], **{"max_steps": 6, **options})
+    return module, before, after
+
+
+def test_a_plain_cascade_does_not_jump(tmp_path):
+    """Share 1 without noise: just before and just after a knot the function is the same."""
+    module, before, after = run(tmp_path, Cascade(stage_steps=3))
+    for step in (3, 6):
+        torch.testing.assert_close(after.seen[step], before.seen[step], rtol=0, atol=1e-12)
+    assert isinstance(module.used.shifts["default"], LogShift)
+    assert not module.used.adapter("default").lora_B.any()
+    assert not module.used.rewritten
+
+
+@pytest.mark.parametrize("rule", ["outer_step", "figure_ema"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_stages_follow_the_recursion(tmp_path, rule, dense):
+    """W_t = W_t-1 + S_t, with F_t read off just before each knot; rank at most t r."""
+    module = Wide()
+    start = module.used.weight.detach().clone()
+    method = LoRA(rank=2 if dense else 1, alpha=1.0)  # two stages of rank 2: as many numbers as the weight and more
+    cascade = Cascade(stage_steps=2, share=ALPHA, rule=rule)
+    module, before, after = run(tmp_path, cascade, method, module, max_steps=4)
+    assert isinstance(module.used.shifts["default"], DenseShift if dense else LogShift)
+    weight, slow = start, torch.zeros_like(start)
+    for step in (2, 4):
+        fast = before.seen[step] - weight
+        slow = ALPHA * fast + ((1 - ALPHA) * slow if rule == "figure_ema" else 0)
+        weight = weight + slow
+        torch.testing.assert_close(after.seen[step], weight, rtol=0, atol=1e-12)
+    rank = torch.linalg.matrix_rank(weight - start, rtol=1e-9)
+    assert int(rank) == min(2 * method.rank, 4)
+    others = [name for name, _ in module.named_parameters() if "unused" in name]
+    assert not others
+    ll.eject(module)
+    assert torch.equal(module.used.weight, start)
+
+
+def test_a_last_stage_that_is_cut_short_is_folded(tmp_path):
+    module, before, after = run(tmp_path, Cascade(stage_steps=4), max_steps=6)
+    assert not module.used.adapter("default").lora_B.any()
+    torch.testing.assert_close(after.seen[6], before.seen[6], rtol=0, atol=1e-12)
+    assert module.used.low_rank("default")[0].shape[0] == 2
+
+
+def test_a_stage_is_an_epoch_unless_told_otherwise(tmp_path):
+    cascade = Cascade()
+    module, _, _ = run(tmp_path, cascade, max_steps=-1, max_epochs=2, accumulate_grad_batches=3)
+    assert cascade.length == math.ceil(8 / 3)
+    assert cascade.stage == 2
+    assert module.used.low_rank("default")[0].shape[0] == 2
+
+
+def test_optimizer_state_is_forgotten_and_parameters_stay_the_same_objects(tmp_path):
+    module = Wide(momentum=0.9)
+    seen = []
+
+    class Identity(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append([id(p) for p in pl_module.used.adapter("default").parameters()])
+
+    _, before, after = run(tmp_path, Cascade(stage_steps=3), module=module, extra=[Identity()])
+    assert before.states[3] == [1, 1]
+    assert after.states[3] == [0, 0]
+    assert before.states[4] == [1, 1]
+    assert all(ids == seen[0] for ids in seen)
+    _, _, after = run(tmp_path, Cascade(stage_steps=3, moments="keep"), module=Wide(momentum=0.9))
+    assert after.states[3] == [1, 1]
+
+
+def test_one_stage_of_share_one_without_noise_is_plain_training(tmp_path):
+    """Step for step what LoRA does alone."""
+    _, cascaded, _ = run(tmp_path, Cascade(stage_steps=6))
+    plain = Watch(4)
+    module = Wide()
+    inject = InjectAdapters(LoRA(rank=1, alpha=1.0), ["used"], also_train=["head"], seed=3)
+    fit(module, tmp_path, [inject, plain], max_steps=6)
+    assert all(torch.equal(cascaded.seen[step], plain.seen[step]) for step in range(1, 7))
+
+
+@pytest.mark.parametrize("mode", ["restore", "persist"])
+def test_noise_of_a_stage(tmp_path, mode):
+    """restore: what a stage adds is S_t; persist: S_t and the stage's noise."""
+    module = Wide()
+    start = module.used.weight.detach().clone()
+    seen = {}
+
+    class Noises(Callback):
+        phase = 4
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            layer = pl_module.used
+            base = layer.under("default").weight()
+            seen[trainer.global_step] = (base.clone(), layer.clean_weight("default").clone(), layer.weight.clone())
+
+    cascade = Cascade(stage_steps=3, share=ALPHA, noise=0.2, noise_mode=mode)
+    _, _, after = run(tmp_path, cascade, module=module, extra=[Noises()], max_steps=6)
+    for step in (3, 6):
+        noisy, clean, trained = seen[step]
+        noise = noisy - clean
+        bound = 0.2 * float(clean.std()) / 2
+        assert 0 < float(noise.abs().max()) <= bound * (1 + 1e-9)
+        expected = clean + ALPHA * (trained - noisy) + (noise if mode == "persist" else 0)
+        if step == 6:
+            torch.testing.assert_close(after.seen[step], expected, rtol=0, atol=1e-12)
+        else:
+            torch.testing.assert_close(seen[4][1], expected, rtol=0, atol=1e-12)
+    assert torch.equal(module.used.original_weight(), start)
+    assert module.used.rewritten == (mode == "persist")
+    ll.eject(module)
+    assert torch.equal(module.used.weight, start)
+
+
+def test_noise_differs_by_stage_and_not_by_run(tmp_path):
+    def bases():
+        seen = {}
+
+        class Bases(Callback):
+            phase = 4
+
+            def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+                layer = pl_module.used
+                seen[trainer.global_step] = layer.under("default").weight() - layer.clean_weight("default")
+
+        run(tmp_path, Cascade(stage_steps=3, noise=0.2), extra=[Bases()])
+        return seen
+
+    one, other = bases(), bases()
+    assert all(torch.equal(one[step], other[step]) for step in one)
+    assert torch.equal(one[1], one[3])
+    assert not torch.allclose(one[3], one[4])
+
+
+def test_a_constant_weight_gets_no_noise(tmp_path):
+    module = Wide()
+    nn.init.constant_(module.used.weight, 0.5)
+    run(tmp_path, Cascade(stage_steps=3, noise=0.2), module=module)
+    assert torch.equal(module.used.original_weight(), torch.full((12, 4), 0.5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"share": 0.0}, r"Cascade\.share is 0\.0; it must lie in \(0, 1\]"),
+        ({"stage_steps": 1}, r"stage_steps is 1; it must be at least 2"),
+        ({"stage_steps": 3, "stage_epochs": 1}, r"stage_epochs is 1 too; give one of them"),
+        ({"stage_epochs": 0}, r"stage_epochs is 0; it must be at least 1"),
+        ({"noise": -1.0}, r"noise is -1\.0; it must be at least 0"),
+        ({"rule": "ema"}, r"rule is 'ema'; it must be \"outer_step\" or \"figure_ema\""),
+        ({"rewarm_steps": 0}, r"rewarm_steps is 0"),
+    ],
+)
+def test_settings_outside_their_rules(options, text):
+    with pytest.raises(SettingsError, match=text):
+        Cascade(**options)
+
+
+def test_what_does_not_go_together_is_refused_before_training(tmp_path):
+    with pytest.raises(SettingsError, match="brings back what SparsitySchedule has removed"):
+        run(tmp_path, Cascade(stage_steps=3), RoseLoRA(rank=1, start=2, end=4))
+    with pytest.raises(SettingsError, match="trains a bias, which cannot be folded"):
+        run(tmp_path, Cascade(stage_steps=3), LoRA(rank=1, bias=True))
+    with pytest.raises(SettingsError, match="NoiseInjection is there too"):
+        run(tmp_path, Cascade(stage_steps=3, noise=0.1), extra=[NoiseInjection()])
+    with pytest.raises(SettingsError, match=r'Cascade\.lr is "rewarm"; it acts on the schedule of AdapterModule'):
+        run(tmp_path, Cascade(stage_steps=3, lr="rewarm"))
+
+
+class TestNoiseInjection:
+    @pytest.mark.parametrize("mode", ["restore", "persist"])
+    def test_in_any_project(self, tmp_path, mode):
+        module = Wide()
+        start = module.used.weight.detach().clone()
+        inject = InjectAdapters(LoRA(rank=1), ["used"], also_train=["head"], seed=3, directory=tmp_path / "adapter")
+        watch = Watch(6)
+        fit(module, tmp_path, [inject, NoiseInjection(0.3, mode), watch], max_steps=4)
+        update = module.used.adapter("default").low_rank()
+        noise = watch.seen[4] - start - update[1] @ update[0]
+        assert 0 < float(noise.abs().max()) <= 0.15 * float(start.std()) * (1 + 1e-9)
+        kept = module.used.weight.detach() - start - update[1] @ update[0]
+        expected = noise if mode == "persist" else torch.zeros_like(noise)
+        torch.testing.assert_close(kept, expected, rtol=0, atol=1e-12)
+        fresh = Wide()
+        ll.load_adapter(fresh, tmp_path / "adapter")
+        assert torch.equal(fresh.used.weight, module.used.weight)
+        ll.eject(module)
+        assert torch.equal(module.used.weight, start)
+
+    def test_without_adapters_there_is_nothing_to_act_on(self, tmp_path):
+        with pytest.raises(NoEffectError, match="found nothing to act on"):
+            fit(Wide(), tmp_path, [NoiseInjection()])
+
+    def test_rules(self):
+        with pytest.raises(SettingsError, match=r"NoiseInjection\.strength is 0\.0; it must be above 0"):
+            NoiseInjection(0.0)
+        with pytest.raises(SettingsError, match=r'it must be "restore" or "persist"'):
+            NoiseInjection(mode="keep")
+
+    def test_a_tied_weight_is_refused(self, tmp_path):
+        module = Wide()
+        module.twin = nn.Linear(4, 12).double()
+        module.twin.weight = module.used.weight
+        with pytest.raises(AdapterStateError, match="shared with twin"):
+            run(tmp_path, NoiseInjection(), module=module)
+
+
+def test_loader_has_eight_batches():
+    assert len(loader()) == 8
