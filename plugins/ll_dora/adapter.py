@@ -1,0 +1,146 @@
+"""DoRAAdapter: a magnitude for each output and a low-rank change of direction, on any kind of layer.
+
+Liu et al., 2024, arXiv:2402.09353; equations and symbols in `functional.py`.
+
+Departs from the paper: convolutions (grouped ones too, with one B a group) and embeddings are adapted as well; the norm
+of an embedding runs over the vocabulary, one magnitude for each of its dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ll_dora import functional
+from ll_dora.analysis import weight_change
+from lora_lightning.adapters.base import Adapter, FactorPair, write
+from lora_lightning.adapters.weights import BaseLayer
+from lora_lightning.errors import SettingsError
+
+_SQUARES = "ll_dora: squared row norms"
+
+
+class DoRAAdapter(Adapter):
+    """A magnitude on one layer, with a pair of factors for the direction or without.
+
+    Args:
+        base: the layer; kept, because a reset starts the magnitude from its weight as it is then.
+        rank: inner width of the change of direction, at most the smaller side of the weight; 0 for no factors.
+        scaling: s.
+        dropout: probability of dropping entries of the adapted part's input while training.
+        detach_norm: whether the row norm is a constant in backward.
+
+    Raises:
+        SettingsError: rank above the layer's size; dropout on token ids.
+    """
+
+    def __init__(
+        self, base: BaseLayer, *, rank: int, scaling: float, dropout: float = 0.0, detach_norm: bool = True
+    ) -> None:
+        super().__init__()
+        largest = min(base.d_in, base.d_out)
+        if rank > largest:
+            raise SettingsError(
+                f"rank is {rank}; a layer of {base.d_in} inputs and {base.d_out} outputs takes at most {largest}."
+            )
+        if base.kind == "embedding" and dropout:
+            raise SettingsError(f"dropout is {dropout}; an embedding has token ids as input, so it must be 0 there.")
+        self.base, self.scaling, self.dropout, self.detach_norm = base, scaling, dropout, detach_norm
+
+        def zeros(*size: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(size, dtype=base.adapter_dtype, device=base.device))
+
+        self.magnitude = zeros(base.d_out)
+        self.lora_A = zeros(rank, base.d_in) if rank else None
+        self.lora_B = zeros(base.d_out, rank) if rank else None
+        self._eval_ratio: tuple[Tensor, object, Tensor] | None = None
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Magnitude at the row norms of the base weight; one factor zero, the other U(-1/sqrt(n), 1/sqrt(n)).
+
+        n is the row length of the random factor: A, and for an embedding B, so that an unseen token keeps its vector.
+        """
+        write(self.magnitude, functional.squared_row_norms(self.base.weight().detach()).sqrt())
+        if self.lora_A is None or self.lora_B is None:
+            return
+        random, zero = self.lora_A, self.lora_B
+        if self.base.kind == "embedding":
+            random, zero = zero, random
+        values = (2 * torch.rand(random.shape, generator=generator) - 1) / math.sqrt(random.shape[1])
+        write(random, values)
+        write(zero, torch.zeros(zero.shape))
+
+    def forward(self, x: Tensor, base: BaseLayer) -> Tensor:
+        """c (x~ W^T + s x~ A^T B^T) with the bias and the undropped product beside it; see `functional`."""
+        c = self._ratio(base)
+        if self.lora_A is None or self.lora_B is None:
+            y = base(x)
+            return functional.scale_output(base, y, functional.without_bias(base, y), c)
+        dropout = self.dropout if self.training else 0.0
+        return functional.add_decomposed(base, x, self.lora_A, self.lora_B, c, self.scaling, dropout)
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        """c (W + s B A)."""
+        c = self._ratio_of(weight, functional.squared_row_norms(weight))
+        if self.lora_A is None or self.lora_B is None:
+            return (c[:, None] * weight).to(weight.dtype)
+        return functional.decomposed_weight(weight, self.lora_A, self.lora_B, c, self.scaling).to(weight.dtype)
+
+    def _ratio(self, base: BaseLayer) -> Tensor:
+        """Ratio c for this call; in evaluation the one of the last call, while no tensor behind it has changed."""
+        if torch.compiler.is_compiling():  # a compiled graph keeps no tensor between calls
+            weight = base.weight()
+            return self._ratio_of(weight, functional.squared_row_norms(weight))
+        squares = base.cached(_SQUARES, functional.squared_row_norms)
+        if self.training or torch.is_grad_enabled():
+            self._eval_ratio = None
+            return self._ratio_of(base.weight(), squares)
+        # a base that cannot tell whether it has changed gives new squares at each call
+        state = [(p._version, p.data_ptr()) for p in self.parameters()]
+        if self._eval_ratio is None or self._eval_ratio[0] is not squares or self._eval_ratio[1] != state:
+            self._eval_ratio = squares, state, self._ratio_of(base.weight(), squares)
+        return self._eval_ratio[2]
+
+    def _ratio_of(self, weight: Tensor, squares: Tensor) -> Tensor:
+        with torch.autocast(weight.device.type, enabled=False):
+            if self.lora_A is None or self.lora_B is None:
+                return functional.ratio(self.magnitude.to(squares.dtype), squares)
+            return functional.decomposed_ratio(
+                weight, squares, self.lora_A, self.lora_B, self.magnitude, self.scaling, self.detach_norm
+            )
+
+    def factor_pairs(self) -> tuple[FactorPair, ...]:
+        """The one pair: norms and product depend on B A alone. None where the magnitude trains alone."""
+        if self.lora_A is None or self.lora_B is None:
+            return ()
+        return (FactorPair("", self.lora_A, self.lora_B, self.scaling),)
+
+    def zero_rows(self) -> int:
+        """Rows of the base weight without a direction; they follow their factors alone until these give them one."""
+        return int((self.base.cached(_SQUARES, functional.squared_row_norms) == 0).sum())
+
+    def extra_repr(self) -> str:
+        """Rank and scaling for `print(model)`."""
+        return "magnitude alone" if self.lora_A is None else f"rank={self.lora_A.shape[0]}, scaling={self.scaling:g}"
+
+
+@torch.no_grad()
+def survey(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
+    """Mean dM and dD between base and merged weights over layers, zero rows in all, and both by layer."""
+    layers = {}
+    for path, adapter in adapters.items():
+        if isinstance(adapter, DoRAAdapter):
+            weight = adapter.base.weight(adapter.base.adapter_dtype)
+            change = weight_change(adapter.merged_weight(weight), weight)
+            layers[path] = {"dM": change.magnitude, "dD": change.direction, "zero_rows": adapter.zero_rows()}
+    count = max(1, len(layers))
+    return {
+        "dM": sum(layer["dM"] for layer in layers.values()) / count,
+        "dD": sum(layer["dD"] for layer in layers.values()) / count,
+        "zero_rows": sum(layer["zero_rows"] for layer in layers.values()),
+        "layers": layers,
+    }

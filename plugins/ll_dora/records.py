@@ -1,0 +1,97 @@
+"""The file that the recorder writes and the analysis reads: dM and dD by step and layer.
+
+{"format": ..., "label": "DoRA", "axis": "out", "records": [{"step": 25, "layers": {path: {"dM", "dD", "skipped"}}}]}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_lightning.errors import DataError
+
+FORMAT = "lora_lightning weight decomposition 1"
+FILENAME = "decomposition.json"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One layer at one checkpoint."""
+
+    step: int
+    kind: str
+    """Last name of the path, numbers left out, such as "query"."""
+    index: int
+    """Number of the layer's block; layers without one are numbered in their order."""
+    magnitude: float
+    """dM."""
+    direction: float
+    """dD."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One recorded run."""
+
+    label: str
+    axis: str
+    points: tuple[Point, ...]
+    skipped: int
+    """Zero vectors at the last checkpoint, over all layers."""
+
+    def kinds(self) -> list[str]:
+        """Module types, in the order of the model."""
+        return list(dict.fromkeys(point.kind for point in self.points))
+
+    def of(self, kind: str) -> list[Point]:
+        """Points of one module type."""
+        return [point for point in self.points if point.kind == kind]
+
+
+def read(path: Path) -> Run:
+    """The run that a file, or the run folder around it, holds.
+
+    Raises:
+        DataError: missing, damaged, or another kind of file.
+    """
+    file = path / FILENAME if path.is_dir() else path
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f'"{file}" does not exist; WeightDecomposition writes {FILENAME} into a run folder.') from error
+    except (OSError, ValueError) as error:
+        raise DataError(f'"{file}" cannot be read: {error}.') from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise DataError(f'"{file}" was not written by WeightDecomposition: it lacks "format": "{FORMAT}".')
+    try:
+        return _run(content)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise DataError(f'"{file}" is damaged: {type(error).__name__} {error}.') from error
+
+
+def _run(content: dict[str, Any]) -> Run:
+    records = content["records"]
+    paths = list(records[0]["layers"])
+    points = [
+        Point(record["step"], kind_of(path), index_of(path, paths), float(values["dM"]), float(values["dD"]))
+        for record in records
+        for path, values in record["layers"].items()
+        if values["dM"] is not None  # no vector of the layer had a direction
+    ]
+    skipped = sum(values["skipped"] for values in records[-1]["layers"].values())
+    return Run(str(content["label"]), str(content["axis"]), tuple(points), skipped)
+
+
+def kind_of(path: str) -> str:
+    """Last name of a path that is no number: "query" for "layer.0.attention.query"."""
+    names = [name for name in path.split(".") if not name.isdigit()]
+    return names[-1] if names else "layer"
+
+
+def index_of(path: str, paths: Sequence[str]) -> int:
+    """The first number in a path; without one, the place among layers of its kind."""
+    numbers = [int(name) for name in path.split(".") if name.isdigit()]
+    return numbers[0] if numbers else [other for other in paths if kind_of(other) == kind_of(path)].index(path)

@@ -1,0 +1,393 @@
+"""The weight decomposition analysis: its numbers, the callback that records them, and the verb that draws them."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.utils.data import DataLoader
+from training import classification, encoder_folder, labelled_data, trainer
+
+import lora_lightning as ll
+from ll_dora import DoRA, analysis, picture, records
+from ll_dora.callback import WeightDecomposition
+from lora_lightning.__main__ import main
+from lora_lightning.callbacks import InjectAdapters
+from lora_lightning.errors import DataError, NoEffectError, ResumeError, SettingsError, TrainingError
+from lora_lightning.injection import adapters_named, inject
+from lora_lightning.testing import perturb
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# -- the numbers -------------------------------------------------------------------------------------------------------
+
+
+def reference(weight, start):
+    """dM, dD by the definition, one row at a time."""
+    magnitudes, directions = [], []
+    for new, old in zip(weight.numpy(), start.numpy(), strict=True):
+        a, b = math.sqrt(sum(v * v for v in new)), math.sqrt(sum(v * v for v in old))
+        magnitudes.append(abs(a - b))
+        directions.append(1 - sum(v * w for v, w in zip(new, old, strict=True)) / (a * b))
+    return sum(magnitudes) / len(magnitudes), sum(directions) / len(directions)
+
+
+@pytest.mark.parametrize("chunk", [1, 17, 10_000])
+def test_changes_equal_the_definition(monkeypatch, chunk):
+    monkeypatch.setattr(analysis, "_CHUNK", chunk)
+    start, weight = torch.randn(9, 7, dtype=torch.float64), torch.randn(9, 7, dtype=torch.float64)
+    for axis, new, old in (("out", weight, start), ("in", weight.T, start.T)):
+        change = analysis.weight_change(weight, start, axis)
+        assert (change.magnitude, change.direction) == pytest.approx(reference(new, old), abs=1e-14)
+        assert (change.vectors, change.skipped) == (len(new), 0)
+
+
+def test_15_no_change_at_the_start_and_rescaling_turns_nothing():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6))
+    inject(model, DoRA(rank=2), ["0"], also_train=())
+    adapter, weight = model[0].adapter("default"), model[0].base.weight.detach()
+    change = analysis.weight_change(adapter.merged_weight(weight), weight)
+    assert (change.magnitude, change.direction) == (0.0, 0.0)
+    with torch.no_grad():
+        adapter.magnitude *= torch.linspace(0.5, 3, 6)
+    change = analysis.weight_change(adapter.merged_weight(weight), weight)
+    assert change.magnitude > 0.1
+    assert change.direction < 1e-12
+
+
+def test_15_a_negative_magnitude_turns_a_row_round():
+    weight = torch.randn(4, 5, dtype=torch.float64)
+    change = analysis.weight_change(weight * torch.tensor([[-1.0], [1], [1], [1]]), weight)
+    assert change.magnitude == pytest.approx(0, abs=1e-15)
+    assert change.direction == pytest.approx(2 / 4)
+
+
+def test_small_turns_keep_their_digits():
+    """An angle t gives 1 - cos t = t^2 / 2, which float32 rows and cosines would lose."""
+    angles = torch.tensor([1e-3, 1e-6, 1e-7], dtype=torch.float64)
+    start = torch.tensor([[1.0, 0.0]], dtype=torch.float64).repeat(3, 1)
+    for i, angle in enumerate(angles):
+        row = torch.stack([angle.cos(), angle.sin()])[None]
+        change = analysis.weight_change(row, start[i : i + 1])
+        assert change.direction == pytest.approx(float(angle**2) / 2, rel=1e-6)
+
+
+def test_zero_vectors_are_left_out_and_counted():
+    start, weight = torch.randn(5, 3), torch.randn(5, 3)
+    start[1], weight[3] = 0, 0
+    kept = [0, 2, 4]
+    change = analysis.weight_change(weight, start)
+    assert change.magnitude == pytest.approx(analysis.weight_change(weight[kept], start[kept]).magnitude)
+    assert change.direction == pytest.approx(analysis.weight_change(weight[kept], start[kept]).direction)
+    assert (change.vectors, change.skipped) == (3, 2)
+    none = analysis.weight_change(torch.zeros(2, 3), start[:2])
+    assert math.isnan(none.magnitude)
+    assert (none.vectors, none.skipped) == (0, 2)
+
+
+def test_correlation_and_line_equal_numpys():
+    generator = np.random.default_rng(0)
+    x, y = generator.normal(size=20), generator.normal(size=20)
+    assert analysis.pearson(x.tolist(), y.tolist()) == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-12)
+    assert analysis.least_squares(x.tolist(), y.tolist()) == pytest.approx(np.polyfit(x, y, 1), abs=1e-12)
+    assert analysis.pearson([1.0, 2.0, 4.0], [-2.0, -4.0, -8.0]) == pytest.approx(-1)
+    assert math.isnan(analysis.pearson([1.0], [2.0]))
+    assert math.isnan(analysis.pearson([1.0, 1.0], [2.0, 3.0]))
+    assert math.isnan(analysis.least_squares([1.0, 1.0], [2.0, 3.0])[0])
+
+
+def test_the_method_reports_its_changes():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 6)).double()
+    method = DoRA(rank=2)
+    inject(model, method, ["0", "1"], also_train=())
+    adapters = adapters_named(model, "default")
+    assert (method.report(adapters)["dM"], method.report(adapters)["dD"]) == (0.0, 0.0)
+    for adapter in adapters.values():
+        perturb(adapter)
+    expected = [
+        reference(a.merged_weight(a.base.weight()).detach(), a.base.weight().detach()) for a in adapters.values()
+    ]
+    report = json.loads(json.dumps(method.report(adapters)))
+    assert report["dM"] == pytest.approx(sum(dM for dM, _ in expected) / 2, abs=1e-12)
+    assert report["dD"] == pytest.approx(sum(dD for _, dD in expected) / 2, abs=1e-12)
+    assert report["zero_rows"] == 0
+
+
+# -- recording ---------------------------------------------------------------------------------------------------------
+
+
+class Project(LightningModule):
+    """Somebody's module: knows nothing of adapters."""
+
+    def __init__(self, lazy=False):
+        super().__init__()
+        self.blocks = None
+        if not lazy:
+            self.configure_model()
+
+    def configure_model(self):
+        if self.blocks is None:
+            torch.manual_seed(0)
+            self.blocks = nn.ModuleList(nn.ModuleDict({"mix": nn.Linear(4, 4), "out": nn.Linear(4, 4)}) for _ in "ab")
+
+    def training_step(self, batch, _):
+        for block in self.blocks:
+            batch = block["out"](torch.tanh(block["mix"](batch)))
+        return (batch - 1).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.05)
+
+
+def loader():
+    return DataLoader(torch.randn(16, 4, generator=torch.Generator().manual_seed(1)), batch_size=4)
+
+
+def starts():
+    return {
+        f"blocks.{i}.{name}": block[name].weight.detach() for i, block in enumerate(Project().blocks) for name in block
+    }
+
+
+def content(folder):
+    return json.loads((folder / "decomposition.json").read_text())
+
+
+def test_full_fine_tuning_is_recorded_against_its_start(tmp_path):
+    module = Project()
+    trainer(tmp_path, [WeightDecomposition(at=[0.25, 3, 1.0])], max_steps=8).fit(module, loader())
+    found = content(tmp_path)
+    assert (found["label"], found["axis"]) == ("full fine-tuning", "out")
+    assert [record["step"] for record in found["records"]] == [2, 3, 8]
+    last = found["records"][-1]["layers"]
+    assert list(last) == list(starts())
+    for path, start in starts().items():
+        weight = module.get_submodule(path).weight.detach()
+        assert (last[path]["dM"], last[path]["dD"]) == pytest.approx(reference(weight.double(), start.double()))
+        assert last[path]["dM"] > 0
+        assert last[path]["skipped"] == 0
+
+
+def test_adapters_in_a_foreign_module_are_recorded_with_their_merged_weight(tmp_path):
+    """Whichever of the two callbacks comes first."""
+    for i, order in enumerate((1, -1)):
+        module = Project()
+        callbacks = [InjectAdapters(DoRA(rank=2), seed=0), WeightDecomposition(at=[2], layers=["mix"], axis="in")]
+        trainer(tmp_path / str(i), callbacks[::order], max_steps=4).fit(module, loader())
+        found = content(tmp_path / str(i))
+        assert (found["label"], found["axis"]) == ("DoRA", "in")
+        assert [record["step"] for record in found["records"]] == [2, 4]
+        assert list(found["records"][0]["layers"]) == ["blocks.0.mix", "blocks.1.mix"]
+        ll.merge(module)
+        for path, values in found["records"][-1]["layers"].items():
+            merged = module.get_submodule(path).base.weight.detach()
+            expected = reference(merged.T.double(), starts()[path].T.double())
+            assert (values["dM"], values["dD"]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_our_own_module_is_recorded(tmp_path):
+    folder = encoder_folder(tmp_path / "model")
+    module = classification(folder, DoRA(rank=2))
+    trainer(tmp_path, [WeightDecomposition(at=[0.5])], max_steps=4).fit(module, labelled_data(folder))
+    run = records.read(tmp_path)
+    assert run.label == "DoRA"
+    assert run.kinds() == ["query", "value"]
+    assert {(point.step, point.index) for point in run.of("query")} == {(2, 0), (2, 1), (4, 0), (4, 1)}
+    assert all(point.magnitude > 0 for point in run.points)
+
+
+def test_a_resumed_run_goes_on_with_the_same_start(tmp_path):
+    def fit(steps, ckpt=None, lazy=False):
+        run, module = trainer(tmp_path, [WeightDecomposition(at=[2, 3])], max_steps=steps), Project(lazy)
+        run.fit(module, loader(), ckpt_path=ckpt)
+        return run, module
+
+    fit(4)[0].save_checkpoint(tmp_path / "part.ckpt")
+    before = content(tmp_path)["records"]
+    module = fit(6, tmp_path / "part.ckpt")[1]
+    after = content(tmp_path)["records"]
+    assert [record["step"] for record in after] == [2, 3, 4, 6]
+    assert after[:3] == before
+    for path, start in starts().items():
+        expected = reference(module.get_submodule(path).weight.detach().double(), start.double())
+        assert (after[-1]["layers"][path]["dM"], after[-1]["layers"][path]["dD"]) == pytest.approx(expected)
+    with pytest.raises(ResumeError, match=r"blocks\.0\.mix was built after the checkpoint was chosen"):
+        fit(6, tmp_path / "part.ckpt", lazy=True)
+
+
+def test_a_model_built_late_is_recorded(tmp_path):
+    trainer(tmp_path, [WeightDecomposition(at=[1.0])], max_steps=2).fit(Project(lazy=True), loader())
+    assert list(content(tmp_path)["records"][0]["layers"]) == list(starts())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"layers": ["nowhere"]}, NoEffectError, "found nothing to measure: .* among paths with one of nowhere"),
+        ({"at": [9]}, SettingsError, r"WeightDecomposition.at holds step 9; the run has 4 steps"),
+    ],
+)
+def test_what_cannot_be_recorded_is_an_error(tmp_path, options, error, message):
+    with pytest.raises(error, match=message):
+        trainer(tmp_path, [WeightDecomposition(**options)], max_steps=4).fit(Project(), loader())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"at": [0.0]}, "WeightDecomposition.at is .* each moment must be above 0"),
+        ({"axis": "rows"}, """WeightDecomposition.axis is 'rows'; it must be "out" or "in"."""),
+        ({"layers": "query"}, "WeightDecomposition.layers is 'query'; it must be a list"),
+        ({"layers": ["("]}, r'WeightDecomposition.layers: "\(" is no regular expression'),
+    ],
+)
+def test_settings_outside_their_rules(options, message):
+    with pytest.raises(SettingsError, match=message):
+        WeightDecomposition(**options)
+
+
+def test_sharded_weights_are_refused(monkeypatch):
+    monkeypatch.setattr("ll_dora.callback.DTensor", torch.Tensor)
+    with pytest.raises(TrainingError, match=r"blocks\.0\.mix is sharded"):
+        WeightDecomposition().setup(trainer_stub(), Project(), "fit")
+
+
+def trainer_stub():
+    class Stub:
+        callbacks = ()
+
+    return Stub()
+
+
+# -- drawing -----------------------------------------------------------------------------------------------------------
+
+
+def write_run(path, label, sign, kinds=("query", "value"), blocks=3, steps=(2, 4)):
+    layers = {
+        step: {
+            f"model.layers.{i}.attn.{kind}": {
+                "dM": 1 + sign * 0.5 * (i + step / 10),
+                "dD": 0.1 * (i + step / 10),
+                "skipped": i,
+            }
+            for kind in kinds
+            for i in range(blocks)
+        }
+        for step in steps
+    }
+    found = [{"step": step, "layers": values} for step, values in layers.items()]
+    path.write_text(json.dumps({"format": records.FORMAT, "label": label, "axis": "out", "records": found}))
+    return path
+
+
+def test_analyse_prints_the_correlation_and_draws(tmp_path, capsys):
+    """Points on a line of slope 5, and of slope -5: correlation +1 and -1, whatever the number of panels."""
+    runs = [write_run(tmp_path / "a.json", "LoRA", 1), write_run(tmp_path / "b.json", "full fine-tuning", -1)]
+    assert main(["analyse", *map(str, runs), "--output", str(tmp_path / "out.png")]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["LoRA", "query", "6", "1", "5"] in [line[:5] for line in lines]
+    assert ["full", "fine-tuning", "value", "6", "-1", "-5"] in [line[:6] for line in lines]
+    for name in ("out.png", "out-layers.png"):
+        assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_panels_hold_every_point_and_the_fitted_line(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(picture, "_save", lambda figure, path: figures.append(figure))
+    runs = [records.read(write_run(tmp_path / f"{sign}.json", f"run {sign}", sign)) for sign in (1, -1)]
+    fits = picture.fits(runs, ["query", "value"])
+    picture.draw_scatter(tmp_path / "x.png", fits)
+    panels = [axes for axes in figures[0].axes if axes.get_xlabel() == "dD"]
+    assert [axes.get_title() for axes in panels] == [
+        f"run {sign}, {kind}: r = {sign:+.2f}" for sign in (1, -1) for kind in ("query", "value")
+    ]
+    for axes, fit in zip(panels, fits, strict=True):
+        points = np.concatenate([shades.get_offsets() for shades in axes.collections])
+        assert sorted(map(tuple, points.tolist())) == sorted((p.direction, p.magnitude) for p in fit.points)
+        (line,) = axes.lines
+        assert line.get_ydata() == pytest.approx([fit.intercept + fit.slope * x for x in line.get_xdata()])
+    picture.draw_layers(tmp_path / "y.png", fits)
+    assert [(axes.get_title(), axes.get_ylabel(), len(axes.lines)) for axes in figures[1].axes] == [
+        (kind, name, 2) for name in ("dM", "dD") for kind in ("query", "value")
+    ]
+    assert figures[1].axes[0].lines[0].get_ydata() == pytest.approx([1 + 0.5 * (i + 0.4) for i in range(3)])
+
+
+def test_a_run_folder_one_module_and_zero_vectors(tmp_path, capsys):
+    write_run(tmp_path / "decomposition.json", "DoRA", 1)
+    command = ["analyse", str(tmp_path), "--output", str(tmp_path / "o.png"), "--modules", "value"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "query" not in out
+    assert "DoRA: 6 zero vectors have no direction and were left out." in out
+
+
+def test_one_point_has_no_line(tmp_path, capsys):
+    file = write_run(tmp_path / "a.json", "DoRA", 1, blocks=1, steps=(4,))
+    assert main(["analyse", str(file), "--output", str(tmp_path / "o.png")]) == 0
+    assert "nan" in capsys.readouterr().out
+
+
+def test_layers_without_a_direction_are_no_points(tmp_path):
+    content = {"dM": None, "dD": None, "skipped": 4}
+    file = tmp_path / "a.json"
+    found = [{"step": 1, "layers": {"a": content, "b": content | {"dM": 1.0, "dD": 2.0}}}]
+    file.write_text(json.dumps({"format": records.FORMAT, "label": "x", "axis": "out", "records": found}))
+    run = records.read(file)
+    assert [(p.kind, p.magnitude) for p in run.points] == [("b", 1.0)]
+    assert run.skipped == 8
+
+
+def test_names_and_numbers_of_layers():
+    paths = ["layers.3.mlp.0", "embed", "head.out", "tail.out"]
+    assert [records.kind_of(path) for path in paths] == ["mlp", "embed", "out", "out"]
+    assert [records.index_of(path, paths) for path in paths] == [3, 0, 0, 1]
+    assert records.kind_of("0") == "layer"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "does not exist; WeightDecomposition writes decomposition.json"),
+        ("{", "cannot be read"),
+        ("[]", "was not written by WeightDecomposition"),
+        (f'{{"format": "{records.FORMAT}"}}', "is damaged: KeyError 'records'"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path, text, message):
+    file = tmp_path / "a.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(DataError, match=message):
+        records.read(file)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--output", "x.pdf"], '--output is "x.pdf"; it must end in .png.'),
+        (["--modules", "qery"], '--modules names "qery". Did you mean "query"? The runs have: query, value.'),
+    ],
+)
+def test_flags_outside_their_rules(tmp_path, capsys, flags, message):
+    file = write_run(tmp_path / "a.json", "DoRA", 1)
+    assert main(["analyse", str(file), *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_verb_is_light_to_import():
+    code = (
+        "import sys, ll_dora.verb; sys.exit(' '.join({'torch', 'matplotlib', 'lightning'} & set(sys.modules)) or None)"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stderr) == (0, "")
