@@ -59,7 +59,7 @@ class PairOptimizer(Optimizer, ABC):
     def take_step(self) -> None:
         """Step every parameter that has a gradient; gradients are complete and are not changed."""
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Run the closure once, with gradients on, then take the step.
 
         Returns:

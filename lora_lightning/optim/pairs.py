@@ -78,7 +78,7 @@ class Stack:
         """(n, ...) as one tensor a pair, with the leading axes and the dtype of those in `like`."""
         parts = stacked.split(self.counts)
         leads = [pair.lora_A.shape[:-2] for pair in self.pairs]
-        return [p.reshape(*lead, *p.shape[1:]).to(t.dtype) for p, lead, t in zip(parts, leads, like, strict=True)]
+        return [p.reshape((*lead, *p.shape[1:])).to(t.dtype) for p, lead, t in zip(parts, leads, like, strict=True)]
 
 
 def _gradient(factor: Tensor) -> Tensor:
@@ -116,7 +116,8 @@ class Factorised:
     def solve(self, X: Tensor) -> Tensor:
         """(G + d I)^-1 X.   X: (n, r, k)."""
         half = torch.linalg.solve_triangular(self.L, X, upper=False)
-        return torch.linalg.solve_triangular(self.L.mT, half, upper=True)
+        whole: Tensor = torch.linalg.solve_triangular(self.L.mT, half, upper=True)
+        return whole
 
     def solve_right(self, X: Tensor) -> Tensor:
         """X (G + d I)^-1.   X: (n, k, r)."""

@@ -28,6 +28,11 @@ class OptimizerWrapper(Optimizer, ABC):
         super().__init__(inner.param_groups, inner.defaults)
         self._share()
 
+    @property
+    def clips_itself(self) -> bool:
+        """Whether the inner optimizer clips, so that nothing else may."""
+        return bool(getattr(self.inner, "clips_itself", False))
+
     def _share(self) -> None:
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
 
@@ -35,7 +40,7 @@ class OptimizerWrapper(Optimizer, ABC):
     def take_step(self) -> None:
         """Step the inner optimizer, and whatever comes with it; gradients are complete."""
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Run the closure once, with gradients on, then take the step.
 
         Returns:
