@@ -179,14 +179,13 @@ def test_equal_gates_make_half_the_exponent_a_factor_sqrt_experts():
 def test_gates_of_zero_give_finite_gradients_and_none_to_their_experts(q):
     _, _, x, A, B, _ = tensors()
     logits = torch.tensor([[0.0, -1e4, 1.0, 0.5]], dtype=torch.float64).repeat(N, 1).requires_grad_()
-    g = gates(logits, 3)  # the third gate underflows to 0, though it is selected by nobody's fault
+    g = gates(logits, E)  # the second expert is selected, and its gate underflows to 0
+    assert not g[:, 1].any()
     y = gated_experts(torch.zeros(N, D_OUT, dtype=torch.float64), x, A, B, g, scaling=S, exponent=q)
     found = gradients(y, [x, A, B, logits], 1.0)
     assert all(bool(torch.isfinite(grad).all()) for grad in found)
     assert not found[1][1].any()
     assert not found[2][1].any()
-    with pytest.raises(ZeroDivisionError):
-        1 / float(gates(torch.tensor([[0.0, -1e4]]), 2)[0, 1])
 
 
 @pytest.mark.parametrize("q", EXPONENTS)
@@ -286,8 +285,8 @@ def settings(**fields):
 def test_experts_start_apart_uniform_and_with_no_output():
     _, adapter = adapted(moved=False, d_in=400, d_out=50)
     for tensor in (adapter.lora_A, adapter.router):
-        assert float(tensor.abs().max()) <= 400**-0.5
-        assert float(tensor.std()) == pytest.approx(400**-0.5 / 3**0.5, rel=0.1)
+        assert float(tensor.detach().abs().max()) <= 400**-0.5
+        assert float(tensor.detach().std()) == pytest.approx(400**-0.5 / 3**0.5, rel=0.1)
     assert not adapter.lora_B.any()
     assert all(not torch.equal(adapter.lora_A[0], adapter.lora_A[i]) for i in range(1, E))
 
@@ -311,21 +310,27 @@ def test_scaling_is_alpha_over_rank_and_reaches_the_output():
     close(model(x), reference(W, b, x, adapter.lora_A, adapter.lora_B, adapter.router, 0.5))
 
 
-def test_dropout_has_one_mask_for_all_experts_and_spares_the_router():
+def test_dropout_has_one_mask_for_all_experts():
     model, adapter = adapted(settings(dropout=0.5))
     with torch.no_grad():
         adapter.lora_A.copy_(adapter.lora_A[:1].expand_as(adapter.lora_A))  # equal experts: gates do not matter
         adapter.lora_B.copy_(adapter.lora_B[:1].expand_as(adapter.lora_B))
-    x = randn(200, D_IN)
-    update = model(x) - model[0].base(x)
-    kept = []
-    for token, out in zip(x, update, strict=True):
-        candidates = torch.cartesian_prod(*[torch.tensor([0.0, 2.0], dtype=torch.float64)] * D_IN)
-        outs = S * (candidates * token) @ adapter.lora_A[0].T @ adapter.lora_B[0].T
-        nearest = (outs - out).norm(dim=1)
-        assert float(nearest.min()) < 1e-10
-        kept.append(candidates[nearest.argmin()] / 2)
+        x = randn(200, D_IN)
+        update = model.train()(x) - model[0].base(x)
+        masks = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * D_IN)
+        kept = []
+        for token, out in zip(x, update, strict=True):
+            apart = (S * (2 * masks * token) @ adapter.lora_A[0].T @ adapter.lora_B[0].T - out).norm(dim=1)
+            assert float(apart.min()) < 1e-10
+            kept.append(masks[apart.argmin()])
     assert float(torch.stack(kept).mean()) == pytest.approx(0.5, abs=0.05)
+
+
+def test_dropout_spares_the_router():
+    model, adapter = adapted(method := settings(dropout=0.5, z_loss=1.0))
+    x = randn(N, D_IN)
+    model.train()(x)
+    close(method.penalty({"0": adapter}), z_loss(router_logits(x, adapter.router)))
 
 
 def test_expert_order_does_not_matter_in_training():
@@ -591,26 +596,26 @@ def test_no_graph_outlives_its_step():
 def test_reentrant_checkpointing_is_refused_where_losses_are_asked_for():
     model, adapters = two_layers(method := settings(**LOSSES))
     checkpoint(model, randn(N, D_IN).requires_grad_(), use_reentrant=True)
-    with pytest.raises(AdapterStateError, match="gradients off, as reentrant .* Use use_reentrant=False"):
+    with pytest.raises(AdapterStateError, match=r"gradients off, as reentrant .* Use use_reentrant=False"):
         method.penalty(adapters)
 
 
+# Dynamo itself instantiates autograd.Function when it traces one, which torch warns of
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_training_has_the_same_penalty_load_and_gradients():
     results = []
     for compiled in (False, True):
-        model, adapters = two_layers(method := settings(**LOSSES))
+        model, adapter = adapted(method := settings(**LOSSES))
         torch._dynamo.reset()
-        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        run = torch.compile(model.train(), fullgraph=True, backend="aot_eager") if compiled else model.train()
         try:
             for seed in range(3):
                 y = run(randn(N, D_IN, seed=seed))
-                penalty = method.penalty(adapters)
+                penalty = method.penalty({"0": adapter})
                 (y.square().mean() + penalty).backward()
         finally:
             torch._dynamo.reset()
-        loads = [adapter.load.take() for adapter in adapters.values()]
-        results.append([penalty.detach(), *loads, *(p.grad for a in adapters.values() for p in a.parameters())])
+        results.append([penalty.detach(), adapter.load.take(), *(p.grad for p in adapter.parameters())])
     for plain, other in zip(*results, strict=True):
         close(plain, other, 1e-10)
 
@@ -642,32 +647,32 @@ def test_load_is_counted_in_backward_and_in_training_only():
 
 
 class Routed(Plain):
-    """Keeps what is logged, and the routers' inputs, to count by hand."""
+    """Counts selected experts by hand in each forward, and keeps what is logged."""
 
     def __init__(self):
         super().__init__()
-        self.seen, self.counted = [], []
+        self.picks, self.logged = [], []
 
     def on_train_start(self):
-        self.used.register_forward_pre_hook(lambda module, args: self.seen.append(args[0].detach()))
+        def count(layer, args):
+            self.picks.append((args[0] @ layer.adapter("default").router.T).topk(2).indices.flatten().tolist())
+
+        self.used.register_forward_pre_hook(count)
 
     def log_dict(self, values, **options):
-        self.counted.append((self.trainer.global_step, {name: float(value) for name, value in values.items()}))
+        self.logged.append((self.trainer.global_step, {name: float(value) for name, value in values.items()}))
         super().log_dict(values, **options)
 
 
 def test_statistics_are_logged_once_a_step_over_the_window(tmp_path):
     module = Routed()
-    method = settings(experts=3, top_k=1, balance_loss=0.01, router_lr_ratio=1e-9)
-    method = MoELoRA(**{**vars(method), "top_k": 2})
+    method = MoELoRA(experts=3, top_k=2, rank=2, balance_loss=0.01)
     callbacks = [InjectAdapters(method, ["used"], also_train=["head"], seed=0)]
     run = fit(module, tmp_path, callbacks, accumulate_grad_batches=2, max_steps=3)
-    assert any(isinstance(callback, RouterStatistics) for callback in run.callbacks)
-    assert [step for step, _ in module.counted] == [1, 2, 3]
-    router = module.used.adapter("default").router.detach()
-    for step, logged in module.counted:
-        x = torch.cat(module.seen[2 * step - 2 : 2 * step])
-        picks = (x @ router.T).topk(2).indices.flatten().tolist()
+    assert sum(isinstance(callback, RouterStatistics) for callback in run.callbacks) == 1
+    assert [step for step, _ in module.logged] == [1, 2, 3]
+    for step, logged in module.logged:
+        picks = [pick for batch in module.picks[2 * step - 2 : 2 * step] for pick in batch]
         load = [picks.count(i) for i in range(3)]
         assert logged["router_max_over_mean"] == pytest.approx(3 * max(load) / sum(load))
         assert logged["router_dead"] == pytest.approx(load.count(0) / 3)
@@ -682,22 +687,24 @@ def test_statistics_need_a_router(tmp_path):
 
 
 class TwoProcesses:
-    """A trainer of two processes that always observe the same."""
+    """A trainer of two processes that always observe the same, and its strategy."""
 
     world_size, global_step = 2, 1
 
-    class strategy:
-        @staticmethod
-        def reduce(tensor, reduce_op):
-            assert reduce_op == "sum"
-            return 2 * tensor
+    @property
+    def strategy(self):
+        return self
+
+    def reduce(self, tensor, reduce_op):
+        assert reduce_op == "sum"
+        return 2 * tensor
 
 
 def test_processes_add_up_and_meet_even_where_one_layer_saw_nothing():
     callback = RouterStatistics()
     callback._tallies, callback._experts = {"a": Tally(), "b": Tally()}, {"a": 3, "b": 2}
     callback._tallies["a"].add(torch.tensor([3.0, 1.0, 0.0]), 2)
-    one, two = callback._take(TwoProcesses, torch.device("cpu"))
+    one, two = callback._take(TwoProcesses(), torch.device("cpu"))
     assert (one.tolist(), two.tolist()) == ([6.0, 2.0, 0.0], [0.0, 0.0])
     assert callback._tallies["a"].sum is None
 

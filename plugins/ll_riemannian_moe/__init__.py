@@ -1,0 +1,38 @@
+"""MoELoRA: a mixture of low-rank experts, and Riemannian optimizers for every method with factor pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from ll_riemannian_moe.settings import MoELoRA
+from lora_lightning import hookimpl
+from lora_lightning.methods import Method
+
+if TYPE_CHECKING:
+    from lightning.pytorch.callbacks import Callback
+    from torch.optim import Optimizer
+
+__all__ = ["MoELoRA"]
+
+
+@hookimpl
+def lora_lightning_methods() -> Iterable[type[Method]]:
+    """MoELoRA."""
+    return [MoELoRA]
+
+
+@hookimpl
+def lora_lightning_optimizers() -> Iterable[type[Optimizer]]:
+    """RiemannianSGD and RiemannianAdamW."""
+    from ll_riemannian_moe.optim import RiemannianAdamW, RiemannianSGD
+
+    return [RiemannianSGD, RiemannianAdamW]
+
+
+@hookimpl
+def lora_lightning_callbacks() -> Iterable[type[Callback]]:
+    """RouterStatistics."""
+    from ll_riemannian_moe.callback import RouterStatistics
+
+    return [RouterStatistics]
