@@ -1,0 +1,238 @@
+"""CELoRAAdapter: LoRA's pair of factors over a base layer whose backward pass is cheap.
+
+Chen et al., 2025, arXiv:2502.01378.
+
+    y = W x + b + s B (A x),   dx = cheap(G, W) + s (G B) A
+
+    paper      here               shape
+    A, B       lora_A, lora_B     (rank, d_in), (d_out, rank)     trained, the whole artefact
+    S          index              (K,)                            derived: absent from every file of the adapter
+    B0, A0     B0, A0             (d_out, r0), (r0, d_in)         derived
+    |W_s,j|    row_norms          (d_out,)                        derived
+    |G_j|^2    norms              (d_out,)                        only while a step is observed
+
+Departs from the paper: nothing known beyond `functional.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ll_ce_lora import functional
+from lora_lightning.adapters.base import Adapter, FactorPair, write
+from lora_lightning.adapters.low_rank import add_low_rank
+from lora_lightning.adapters.seeds import generator
+from lora_lightning.adapters.weights import BaseLayer, StackedBase
+from lora_lightning.errors import AdapterStateError, SettingsError
+
+Selection = Literal["top", "sample"]
+_DERIVED = ("index", "share", "B0", "A0", "row_norms")
+
+
+class CheapBase(BaseLayer):
+    """A linear layer that is called another way; everything else is the layer's own."""
+
+    def __init__(self, under: BaseLayer, call: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(under.module)
+        self.under, self.call = under, call
+        self.kind, self.d_in, self.d_out, self.lead = under.kind, under.d_in, under.d_out, under.lead
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The layer's output, with another backward pass."""
+        return self.call(x)
+
+    def weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """As of the layer."""
+        return self.under.weight(dtype)
+
+    def cached(self, key: Hashable, fn: Callable[[Tensor], Tensor]) -> Tensor:
+        """As of the layer, whose cache outlives this object."""
+        return self.under.cached(key, fn)
+
+    def _read(self, stored: Tensor) -> Tensor:
+        return self.under._read(stored)
+
+    def _store(self, weight: Tensor) -> Tensor:
+        return self.under._store(weight)
+
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        """As of the layer."""
+        return self.under.down(x, A)
+
+    def up(self, h: Tensor, B: Tensor, onto: Tensor, scale: float = 1.0) -> Tensor:
+        """As of the layer."""
+        return self.under.up(h, B, onto, scale)
+
+
+class CELoRAAdapter(Adapter):
+    """A pair of factors, and the channels that the layer's backward pass uses once `refresh` has chosen them.
+
+    The backward pass is exact before that, in eval mode, and on a layer with hooks. Of adapters stacked on a layer the
+    last that has chosen channels decides how the layer is called; the updates themselves are always exact.
+
+    Args:
+        base: a linear layer.
+        rank: inner width of the update, at most the smaller side of the weight.
+        scaling: s.
+        dropout: probability of dropping entries of the update's input while training.
+        kept: share of output channels that the backward pass uses.
+        svd_rank: width of the split, at most the smaller side of the weight.
+        every_n_steps: optimizer steps between two choices.
+        selection: how channels are chosen.
+
+    Raises:
+        SettingsError: a layer that is not linear; a rank above the layer's size.
+    """
+
+    additive = True
+    index: Tensor | None
+    share: Tensor | None
+    B0: Tensor | None
+    A0: Tensor | None
+    row_norms: Tensor | None
+
+    def __init__(
+        self,
+        base: BaseLayer,
+        *,
+        rank: int,
+        scaling: float,
+        dropout: float,
+        kept: float,
+        svd_rank: int,
+        every_n_steps: int,
+        selection: Selection,
+    ) -> None:
+        super().__init__()
+        _check_layer(base, rank=rank, svd_rank=svd_rank)
+        self.scaling, self.dropout, self.svd_rank = scaling, dropout, svd_rank
+        self.every_n_steps, self.selection = every_n_steps, selection
+        self.d_in, self.d_out = base.d_in, base.d_out
+        self.channels = functional.channel_count(kept, base.d_out)
+        self.seed = 0
+        self.lora_A = nn.Parameter(torch.zeros(rank, base.d_in, dtype=base.adapter_dtype, device=base.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.d_out, rank, dtype=base.adapter_dtype, device=base.device))
+        for name in _DERIVED:
+            self.register_buffer(name, None, persistent=False)
+        # no buffer: DistributedDataParallel would overwrite each process's sums with those of the first
+        self.norms: Tensor | None = None
+
+    @property
+    def approximates(self) -> bool:
+        """Whether some channels are left out."""
+        return self.channels < self.d_out
+
+    def reset(self, generator: torch.Generator) -> None:
+        """B zero, A from U(-1/sqrt(d_in), 1/sqrt(d_in)), no channels chosen; later draws use the generator's seed."""
+        self.seed = generator.initial_seed()
+        write(self.lora_A, (2 * torch.rand(self.lora_A.shape, generator=generator) - 1) / math.sqrt(self.d_in))
+        write(self.lora_B, torch.zeros(self.lora_B.shape))
+        self.forget()
+
+    def forward(self, x: Tensor, base: BaseLayer) -> Tensor:
+        """base(x) + s B (A drop(x))."""
+        dropout = self.dropout if self.training else 0.0
+        return add_low_rank(self._cheap(x, base), x, self.lora_A, self.lora_B, self.scaling, dropout)
+
+    def _cheap(self, x: Tensor, base: BaseLayer) -> BaseLayer:
+        """`base`, or one that calls the layer itself cheaply, below whatever is stacked on it."""
+        if isinstance(base, StackedBase):
+            return StackedBase(self._cheap(x, base.under), base.adapter)
+        return CheapBase(base, lambda x: self._call(x, base)) if self._acts(x, base) else base
+
+    def _acts(self, x: Tensor, base: BaseLayer) -> bool:
+        if not self.training or (self.index is None and self.norms is None):
+            return False
+        needed = x.requires_grad and torch.is_grad_enabled() and not base.stored.requires_grad
+        # a CheapBase is not dense either: the layer is called cheaply once
+        return needed and base.dense
+
+    def _call(self, x: Tensor, base: BaseLayer) -> Tensor:
+        channels = (self.index, self.share, self.B0, self.A0)
+        return functional.cheap_linear(x, base.weight(), base.bias, *channels, self.norms)
+
+    # -- choosing the channels -----------------------------------------------------------------------------------------
+
+    def observe(self, on: bool) -> None:
+        """Add up squared column norms of output gradients from zero on, or stop doing so."""
+        self.norms = torch.zeros(self.d_out, dtype=self.lora_A.dtype, device=self.lora_A.device) if on else None
+
+    def split(self, weight: Tensor) -> None:
+        """Derive B0, A0 and the norms of the remaining rows from the base weight (d_out, d_in)."""
+        if self.svd_rank:
+            B0, A0 = functional.split(weight, self.svd_rank)
+            self._derive({"B0": B0, "A0": A0})
+        self._derive({"row_norms": functional.row_norms(weight, self.B0, self.A0)})
+
+    def refresh(self, squares: Tensor, step: int) -> None:
+        """Choose the channels from squared column norms (d_out,), equal on all processes; call `split` before."""
+        if self.row_norms is None:
+            raise AdapterStateError("the base weight is not split yet; call split before refresh.")
+        scores = squares.sqrt() * self.row_norms
+        if self.selection == "top":
+            self._derive({"index": functional.top_channels(scores, self.channels)})
+        else:
+            index, share = functional.draw_channels(scores, self.channels, generator(self.seed, "channels", step, ""))
+            self._derive({"index": index, "share": share})
+
+    def forget(self) -> None:
+        """Drop everything derived; the backward pass is exact until channels are chosen again."""
+        self.norms = None
+        for name in _DERIVED:
+            setattr(self, name, None)
+
+    def derived(self) -> dict[str, Tensor]:
+        """What `refresh` and `split` have left, by name."""
+        return {name: getattr(self, name) for name in _DERIVED if getattr(self, name) is not None}
+
+    def restore(self, derived: Mapping[str, Tensor]) -> None:
+        """Take over what `derived` gave."""
+        self.forget()
+        self._derive(derived)
+
+    def _derive(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, value in tensors.items():
+            there = getattr(self, name)
+            if there is None:
+                setattr(self, name, value.to(self.lora_A.device, copy=True))
+            else:
+                there.copy_(value)  # in place: compiled code keeps its graph
+
+    # -- as LoRA -------------------------------------------------------------------------------------------------------
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        """W + s B A."""
+        return torch.addmm(weight, self.lora_B.to(weight.dtype), self.lora_A.to(weight.dtype), alpha=self.scaling)
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """(A, s B)."""
+        return self.lora_A.detach(), self.scaling * self.lora_B.detach()
+
+    def factor_pairs(self) -> tuple[FactorPair, ...]:
+        """The one pair."""
+        return (FactorPair("", self.lora_A, self.lora_B, self.scaling),)
+
+    def extra_repr(self) -> str:
+        """Rank, scaling and kept channels for `print(model)`."""
+        kept = f"{self.channels} of {self.d_out} channels" if self.approximates else "exact"
+        return f"rank={self.lora_A.shape[0]}, scaling={self.scaling:g}, backward={kept}"
+
+
+def _check_layer(base: BaseLayer, *, rank: int, svd_rank: int) -> None:
+    if base.kind != "linear":
+        kind = {"conv": "a convolution", "embedding": "an embedding"}[base.kind]
+        raise SettingsError(
+            f"the layer is {kind}; only linear layers have a product to approximate. Exclude it, or adapt it with "
+            "another method under another adapter name."
+        )
+    largest = min(base.d_in, base.d_out)
+    for name, value in (("rank", rank), ("svd_rank", svd_rank)):
+        if value > largest:
+            raise SettingsError(
+                f"{name} is {value}; a layer of {base.d_in} inputs and {base.d_out} outputs takes at most {largest}."
+            )
