@@ -59,6 +59,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def _run(words: Sequence[str]) -> int:
     line = argv.read(words)
     if not line.rest or (line.verb is None and {"-h", "--help"} & set(line.rest)):
+        plugins.load(line.blocked)
         print(help_text())
         return 0
     if line.verb is None and "--version" in line.rest:

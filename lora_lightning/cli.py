@@ -27,8 +27,9 @@ from lora_lightning import plugins, run_folder
 from lora_lightning.callbacks.predictions import WritePredictions
 from lora_lightning.callbacks.report import RunReport
 from lora_lightning.errors import RunFolderError, SettingsError
+from lora_lightning.injection import iter_adapters
 from lora_lightning.methods import Method
-from lora_lightning.module import AdapterModule
+from lora_lightning.module import NAME, AdapterModule
 from lora_lightning.parser import Parser
 from lora_lightning.pretrained import resolve
 from lora_lightning.saving import AtomicCheckpoints, LastCheckpoint
@@ -138,11 +139,21 @@ class CLI(LightningCLI):
         self.folder = Path(self.trainer.strategy.broadcast(str(self.folder)))
         self.trainer.save_checkpoint(self.folder / "last.ckpt")
         if self.trainer.is_global_zero:
-            print(
-                f"try next: python -m lora_lightning validate --run {self.folder}\n"
-                f"          python -m lora_lightning export {self.folder} --format peft --output {self.folder}/peft"
-            )
+            print(f"try next: python -m lora_lightning validate --run {self.folder}")
+            if to := _export_format(self.model):
+                words = f"{self.folder} --format {to} --output {self.folder}/{to}"
+                print(f"          python -m lora_lightning export {words}")
             print(f"run: {self.folder}", flush=True)
+
+
+def _export_format(module: AdapterModule) -> str | None:
+    """The format in which the trained adapter can travel to other libraries, if any."""
+    kind = module.method.export
+    if kind == "not expressible":
+        return None
+    layers = [layer for _, layer in iter_adapters(module) if NAME in layer.adapters]
+    exact = kind == "native" or (kind == "exact LoRA" and all(layer.low_rank(NAME) is not None for layer in layers))
+    return "peft" if exact else "merged"
 
 
 def main(args: Sequence[str]) -> int:

@@ -39,6 +39,8 @@ class Method(ABC):
         export: how the method travels to other libraries ("native", "exact LoRA", "merged only", "not expressible").
         peft_type: peft's name of the format that this method is read from ("LORA": its fields are then `rank`, `alpha`,
             `dropout`, `scaling_rule` and `bias`, its adapters own one factor pair); empty for none.
+        peft_options: entries of adapter_config.json with which that format means this method, such as `use_dora`; what
+            its adapters own beside the pair they then state in `Adapter.peft_tensors`.
     """
 
     paper: ClassVar[str] = ""
@@ -47,6 +49,7 @@ class Method(ABC):
     starts_at_base: ClassVar[bool] = True
     export: ClassVar[str] = "merged only"
     peft_type: ClassVar[str] = ""
+    peft_options: ClassVar[Mapping[str, object]] = {}
 
     @abstractmethod
     def build(self, base: BaseLayer) -> Adapter:

@@ -23,6 +23,7 @@ from lora_lightning.errors import DuplicateMethodError, PluginError, UnknownMeth
 from lora_lightning.methods import Method, check_names
 
 GROUP = "lora_lightning"
+_CLASS_HOOKS = ("lora_lightning_optimizers", "lora_lightning_callbacks")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Registry:
     """What to raise for a name that two plugins provide."""
     modules: dict[str, str] = field(default_factory=dict)
     """Import path by blocked plugin; nothing from it may be used."""
+    announced: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Plugin and hook by the name of an optimizer or callback, as far as the plugins' sources tell."""
     commands: dict[str, str] = field(default_factory=dict)
     """Import path of the module by verb."""
     classes: dict[str, tuple[str, type[Any]]] = field(default_factory=dict)
@@ -133,6 +136,8 @@ def load(blocked: Collection[str] = ()) -> Registry:
             continue
         _add(registry, entry, methods)
         registry.commands |= commands
+        for hook in _CLASS_HOOKS:
+            registry.announced |= dict.fromkeys(_announced(entry, hook), (entry.name, hook))
     _current = registry
     return registry
 
@@ -228,8 +233,8 @@ def _check_method(method: object) -> None:
         )
 
 
-def _announced(entry: importlib.metadata.EntryPoint) -> tuple[str, ...]:
-    """Names of the methods a plugin would provide, read in its source without importing it; empty where unclear."""
+def _announced(entry: importlib.metadata.EntryPoint, hook: str = "lora_lightning_methods") -> tuple[str, ...]:
+    """Names of what a plugin would answer to a hook, read in its source without running it; empty where unclear."""
     try:
         tree = ast.parse(_source(entry.module).read_text(encoding="utf-8"))
     except (ImportError, OSError, SyntaxError, ValueError):
@@ -238,7 +243,7 @@ def _announced(entry: importlib.metadata.EntryPoint) -> tuple[str, ...]:
         alias.asname: alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
     }
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and node.name == "lora_lightning_methods":
+        if isinstance(node, ast.FunctionDef) and node.name == hook:
             names = [name for statement in node.body for name in _returned(statement)]
             return tuple(original.get(name, name) for name in names)
     return ()

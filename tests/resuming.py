@@ -50,4 +50,4 @@ def assert_equal_runs(one, other):
         assert torch.equal(value, other["state"][name]), name
     for index, state in one["optimizer"].items():
         for name, value in state.items():
-            assert torch.equal(value, other["optimizer"][index][name]), (index, name)
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other["optimizer"][index][name])), (index, name)

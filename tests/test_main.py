@@ -88,13 +88,16 @@ def test_help_names_every_verb_with_its_line_and_the_configs(capsys, monkeypatch
     text = capsys.readouterr().out
     for verb in (*program.TRAINING, *argv.LIGHT_VERBS):
         assert f"\n  {verb} " in text
-    assert "methods       List the installed adapter methods" in text
+    assert "methods       List installed methods, optimizers, callbacks" in text
+    assert "\n  analyse " in text
     assert "Configs here: one, strategies/two" in text
     assert "-p no:NAME" in text
     assert program.main([]) == 0
     assert capsys.readouterr().out == text
     assert program.main(["-p", "no:ll_rose", "-h"]) == 0
     assert capsys.readouterr().out == text
+    assert program.main(["-p", "no:ll_dora", "-h"]) == 0
+    assert "analyse" not in capsys.readouterr().out
 
 
 def test_version(capsys):

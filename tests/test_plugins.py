@@ -4,12 +4,15 @@ import sys
 from textwrap import dedent
 
 import pytest
+from lightning.pytorch.callbacks import Callback
+from torch.optim import Optimizer
 
+from lora_lightning import __main__ as program
 from lora_lightning import plugins
 from lora_lightning.errors import DuplicateMethodError, PluginError, UnknownMethodError
 from lora_lightning.methods import Method
 
-OURS = {"LoRA", "RoseLoRA"}
+OURS = {"CELoRA", "DoRA", "LoRA", "LoRASC", "MoELoRA", "RoseLoRA"}
 
 
 def code(
@@ -253,7 +256,8 @@ def test_a_blocked_plugin_that_is_gone_is_still_blocked(install):
 
 def test_blocking_an_unknown_plugin_is_an_error():
     with pytest.raises(
-        PluginError, match=r'^-p no:ll_ros: no plugin "ll_ros"\. Did you mean "ll_rose"\? Installed: ll_lora'
+        PluginError,
+        match=r'^-p no:ll_ros: no plugin "ll_ros"\. Did you mean "ll_rose"\? Installed: ll_ce_lora, ll_dora, ll_lora',
     ):
         plugins.load(["ll_ros"])
 
@@ -282,3 +286,89 @@ def test_loading_imports_neither_torch_nor_lightning():
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.strip() == "[]"
+
+
+# -- optimizers, callbacks and verbs -----------------------------------------------------------------------------------
+
+BASES = {"lora_lightning_optimizers": Optimizer, "lora_lightning_callbacks": Callback}
+
+
+def answering(hook, answer, body=""):
+    """Source of a plugin with one hook beside its class `Mine`."""
+    return dedent(
+        f"""
+        from lora_lightning import hookimpl
+        {body}
+
+        @hookimpl
+        def {hook}():
+            {answer}
+        """
+    )
+
+
+SGD = "from torch.optim import SGD\n\n        class MySGD(SGD):\n            pass"
+
+
+def test_hook_lora_lightning_optimizers(install):
+    install("ll_extra", answering("lora_lightning_optimizers", "return [MySGD]", SGD))
+    registry = plugins.load()
+    assert registry.announced["MySGD"] == ("ll_extra", "lora_lightning_optimizers")
+    plugins.load_classes(registry, BASES)
+    plugin, cls = registry.classes["MySGD"]
+    assert plugin == "ll_extra"
+    assert issubclass(cls, Optimizer)
+    assert {"RiemannianAdamW", "LoRAPlus", "SlowFast"} <= set(registry.classes)
+
+
+def test_hook_lora_lightning_callbacks(install):
+    body = "from lightning.pytorch.callbacks import Callback\n\n        class Mine(Callback):\n            pass"
+    install("ll_extra", answering("lora_lightning_callbacks", "return [Mine]", body))
+    registry = plugins.load()
+    plugins.load_classes(registry, BASES)
+    assert registry.classes["Mine"][0] == "ll_extra"
+    assert not registry.failed
+
+
+def test_hook_lora_lightning_commands(install, capsys):
+    body = (
+        '"""Say hello."""\n        import argparse\n        def add_arguments(parser): parser.add_argument("name")\n'
+        "        def run(args):\n            print(f'hello {args.name}')\n            return 0"
+    )
+    install("ll_hello", answering("lora_lightning_commands", "return {'hello': 'll_hello'}", body).lstrip())
+    assert plugins.load().commands["hello"] == "ll_hello"
+    assert program.main(["hello", "you"]) == 0
+    assert capsys.readouterr().out == "hello you\n"
+    assert program.main(["--help"]) == 0
+    assert "\n  hello " in capsys.readouterr().out
+    assert program.main(["hello", "you", "--loud"]) == 2
+    assert program.main(["-p", "no:ll_hello", "hello", "you"]) == 2
+    assert 'no verb "hello"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("hook", "answer", "text"),
+    [
+        ("lora_lightning_optimizers", "return 3", "lora_lightning_optimizers returned 3, which is no list"),
+        ("lora_lightning_optimizers", "return [int]", "which is no Optimizer class"),
+        ("lora_lightning_callbacks", "raise ValueError('broken')", "broken"),
+        ("lora_lightning_commands", "return {'fit': 'x'}", 'there is a verb "fit" already'),
+        ("lora_lightning_commands", "return ['x']", "which is no mapping of verb to module"),
+    ],
+)
+def test_a_wrong_answer_is_recorded_and_the_others_live(install, hook, answer, text):
+    install("ll_wrong", answering(hook, answer))
+    registry = plugins.load()
+    plugins.load_classes(registry, BASES)
+    assert text in plugins.describe(registry.failed["ll_wrong"])
+    assert set(registry.methods) >= OURS
+    assert "SlowFast" in registry.classes
+
+
+def test_two_optimizers_of_one_name(install):
+    body = SGD.replace("MySGD", "SlowFast")
+    install("ll_other", answering("lora_lightning_optimizers", "return [SlowFast]", body))
+    registry = plugins.load()
+    plugins.load_classes(registry, BASES)
+    assert registry.classes["SlowFast"][0] == "ll_lorasc"
+    assert "ll_lorasc provides a SlowFast already" in str(registry.failed["ll_other"])

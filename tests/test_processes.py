@@ -21,9 +21,7 @@ CONFIG = """
 model:
   pretrained: {encoder}
   targets: [query, value]
-  method:
-    class_path: RoseLoRA
-    init_args: {{rank: 4, start: 2, end: 6}}
+{method}
 data:
   class_path: LabelledText
   init_args: {{train: {file}, validation: {file}, test: {file}, predict: {file}, batch_size: {batch}}}
@@ -33,6 +31,31 @@ trainer:
   enable_progress_bar: false
   log_every_n_steps: 1
 """
+
+ROSE = """
+  method:
+    class_path: RoseLoRA
+    init_args: {rank: 4, start: 2, end: 6}
+"""
+METHODS = {
+    "RoseLoRA": ROSE,
+    "LoRASC": """
+  method:
+    class_path: LoRASC
+    init_args:
+      inner: {class_path: LoRA, init_args: {rank: 2}}
+      stage_steps: 3
+      noise: 0.2
+      noise_mode: persist
+""",
+    "MoELoRA": """
+  method:
+    class_path: MoELoRA
+    init_args: {experts: 3, top_k: 2, rank: 2, router_lr_ratio: 1.0}
+  optimizer: {class_path: RiemannianAdamW, init_args: {lr: 1.0e-3, eps: 1.0e-3}}
+""",
+}
+"""`eps` keeps Adam from dividing rounding errors of gradients that are zero by nothing."""
 
 
 def free_port() -> int:
@@ -55,10 +78,11 @@ def run(folder: Path, *words: str, launcher: tuple[str, ...] = (), **environment
     return done.stdout
 
 
-def write_config(folder: Path, batch: int) -> Path:
+def write_config(folder: Path, batch: int, method: str = ROSE) -> Path:
     encoder = encoder_folder(folder / "encoder", dropout=0.0)
     path = folder / "small.yaml"
-    path.write_text(CONFIG.format(encoder=encoder, file=labelled_file(folder / "train.csv", rows=33), batch=batch))
+    rows = labelled_file(folder / "train.csv", rows=33)
+    path.write_text(CONFIG.format(encoder=encoder, file=rows, batch=batch, method=method.strip("\n")))
     return path
 
 
@@ -82,19 +106,22 @@ def test_a_run_of_two_processes(tmp_path: Path) -> None:
         assert [row["index"] for row in csv.DictReader(file)] == [str(i) for i in range(33)]
 
 
-def test_two_processes_train_what_one_does_on_the_joint_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_train_what_one_does_on_the_joint_batch(tmp_path: Path, name: str) -> None:
     """Two samples a process and four in one: a distributed sampler deals the same rows to the same step."""
     adapters = []
-    for name, batch, words in (("one", 4, ()), ("two", 2, TWO)):
-        (tmp_path / name).mkdir()
-        write_config(tmp_path / name, batch)
+    for folder, batch, words in ((tmp_path / "one", 4, ()), (tmp_path / "two", 2, TWO)):
+        folder.mkdir()
+        write_config(folder, batch, METHODS[name])
         extra = ("--model.lr_scheduler.share", "0", "--data.group_by_length", "false", "--data.limit", "32")
         baseline = ("--model.linear_baseline", "false", "--trainer.precision", "64-true")
-        run(tmp_path / name, "fit", "--config", "small.yaml", *extra, *baseline, *words)
-        adapters.append(load_file(tmp_path / name / "runs" / "small" / "001" / "adapter" / "adapter.safetensors"))
+        run(folder, "fit", "--config", "small.yaml", *extra, *baseline, *words)
+        adapters.append(load_file(folder / "runs" / "small" / "001" / "adapter" / "adapter.safetensors"))
     one, two = adapters
     assert one.keys() == two.keys()
-    assert any(tensor.dtype == torch.bool and not tensor.all() for tensor in one.values())
+    masks = [tensor for tensor in one.values() if tensor.dtype == torch.bool]
+    assert (name == "RoseLoRA") == any(not mask.all() for mask in masks)
+    assert (name == "LoRASC") == any(".shifts." in key and bool(one[key].any()) for key in one)
     for key, tensor in one.items():
         torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-10, msg=lambda text, key=key: f"{key}: {text}")
 

@@ -127,6 +127,10 @@ class Adapter(nn.Module, ABC):
         """Factor pairs, in the order of `param_groups`; a frozen side is listed as well."""
         return ()
 
+    def peft_tensors(self) -> Mapping[str, Tensor]:
+        """Own tensors (d_out,) beside the one factor pair, by their names in the format of `Method.peft_options`."""
+        return {}
+
     def rank_scores(self) -> Tensor | None:
         """Importance of each rank component, (rank,), equal on all processes; None where there is no rank mask."""
         return None

@@ -1,4 +1,4 @@
-"""Write a trained adapter for peft, merged into a plain model, or as dense updates."""
+"""Write a trained adapter for peft, as a plain model, or as dense updates."""
 
 from __future__ import annotations
 

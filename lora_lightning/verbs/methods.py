@@ -1,4 +1,4 @@
-"""List the installed adapter methods, and the plugins that failed."""
+"""List installed methods, optimizers, callbacks, and plugins that failed."""
 
 from __future__ import annotations
 
@@ -23,6 +23,12 @@ def run(args: argparse.Namespace) -> int:
         print(markdown_table(known), end="")
         return 0
     print_table(COLUMNS, [_row(known, name) for name in sorted(known.methods)])
+    for kind in ("optimizers", "callbacks"):
+        found = [
+            f"{name} ({plugin})" for name, (plugin, hook) in sorted(known.announced.items()) if hook.endswith(kind)
+        ]
+        if found:
+            print(f"{kind}: {', '.join(found)}")
     for plugin, names in known.blocked.items():
         provides = f" ({', '.join(names)})" if names else ""
         print(f"blocked: {plugin}{provides} by -p no:{plugin}")

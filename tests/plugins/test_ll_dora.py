@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 
 import peft
 import pytest
@@ -14,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lora_lightning as ll
 from ll_dora import DoRA, functional
+from lora_lightning.adapters.shift import DenseShift
 from lora_lightning.adapters.weights import base_layer
 from lora_lightning.errors import ExportError, SettingsError
 from lora_lightning.injection import adapters_named, inject, merge, unmerge
@@ -526,16 +528,90 @@ def test_rank_above_the_layer_is_refused():
 # -- export ------------------------------------------------------------------------------------------------------------
 
 
-def test_it_travels_merged_or_truncated(tmp_path):
-    model, tokens = tiny_encoder(), torch.tensor([[1, 5, 7, 2]])
-    ll.inject(model, METHOD, ["query"], seed=0)
+def encoder(method, **options):
+    model = tiny_encoder()
+    ll.inject(model, method, ["query"], seed=0, **options)
     for adapter in adapters_named(model, "default").values():
         perturb(adapter, size=0.1)
-    with pytest.raises(ExportError, match=r"DoRA on .*query has no exact low-rank form"):
-        ll.export(model, tmp_path / "exact")
-    report = ll.export(model, tmp_path / "truncated", rank=2)
-    assert 0 < max(report.discarded.values()) < 1
-    ll.export(model, tmp_path / "merged", format="merged")
-    plain = type(model).from_pretrained(tmp_path / "merged").eval()
+    return model
+
+
+TOKENS = torch.tensor([[1, 5, 7, 2]])
+
+
+def logits(model):
     with torch.no_grad():
-        torch.testing.assert_close(plain(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-6)
+        return model.eval()(TOKENS).logits
+
+
+def test_it_travels_native_merged_or_truncated(tmp_path):
+    model = encoder(METHOD)
+    assert ll.export(model, tmp_path / "native", rank=3).kind == "native"
+    again = tiny_encoder()
+    ll.import_peft(again, tmp_path / "native")
+    assert torch.equal(logits(again), logits(model))
+    report = ll.export(model, tmp_path / "truncated", rank=2)
+    assert report.kind == "truncated SVD"
+    assert 0 < max(report.discarded.values()) < 1
+    assert "use_dora" not in json.loads((tmp_path / "truncated" / "adapter_config.json").read_text())
+    ll.export(model, tmp_path / "merged", format="merged")
+    plain = type(model).from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(plain), logits(model), rtol=1e-5, atol=1e-6)
+
+
+def folded():
+    """One that a cascade of stages has folded once."""
+    model = encoder(METHOD)
+    for _, layer in ll.iter_adapters(model):
+        layer.set_shift("default", DenseShift(layer.accessor))
+        layer.fold("default")
+    return model
+
+
+def with_a_zero_row():
+    model = encoder(METHOD)
+    layer = next(layer for _, layer in ll.iter_adapters(model))
+    with torch.no_grad():
+        layer.base.weight[2] = 0
+        layer.adapter("default").lora_B[2] = 0
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda: encoder(DoRA(mode="magnitude")), "peft's use_dora needs a factor pair on every layer"),
+        (lambda: encoder(METHOD, overrides={"layer.1": {"mode": "magnitude"}}), r"layer\.1.*needs a factor pair"),
+        (folded, "peft's use_dora has no place for the updates of earlier stages"),
+        (with_a_zero_row, "a row of its weight is zero, and peft divides by the length of each"),
+    ],
+    ids=["magnitude", "magnitude on one layer", "folded", "zero row"],
+)
+def test_what_pefts_format_cannot_say_travels_otherwise(build, reason, tmp_path):
+    model = build()
+    message = f"DoRA on .*query has no exact low-rank form: {reason}|DoRA on .*{reason}"
+    with pytest.raises(ExportError, match=message) as caught:
+        ll.export(model, tmp_path / "out")
+    assert "Give rank=N for a truncated SVD" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+    report = ll.export(model, tmp_path / "out", rank=64)  # more than the layers have
+    assert report.kind in ("exact LoRA", "truncated SVD")
+    assert all(share < 1e-12 for share in report.discarded.values())
+    again = tiny_encoder()
+    again.load_state_dict({**again.state_dict(), **base_state(model)})
+    assert type(ll.import_peft(again, tmp_path / "out").method).__name__ == "LoRA"
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)
+    assert ll.export(model, tmp_path / "out", format="merged").kind == "merged"
+    assert ll.export(model, tmp_path / "out", format="delta").kind == "dense update"
+
+
+def base_state(model):
+    """Original weights of the adapted layers by their plain names."""
+    return {f"{path}.weight": layer.original_weight().detach() for path, layer in ll.iter_adapters(model)}
+
+
+def test_a_grouped_convolution_stays_here(tmp_path):
+    model, _ = adapted(layer=nn.Conv2d(4, 6, 3, groups=2), dtype=torch.float32)
+    with pytest.raises(ExportError, match="0 cannot travel in peft's format: groups=2"):
+        ll.export(model, tmp_path / "out")
+    assert ll.export(model, tmp_path / "out", format="delta").difference == 0.0

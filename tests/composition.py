@@ -1,0 +1,117 @@
+"""Adapters x optimizers x schedules: what each cell does, and the table of it in README.md.
+
+`python tests/composition.py` runs every cell and prints the table.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from resuming import SaveAt, assert_equal_runs, at_step, run
+from training import classification, encoder_folder, labelled_data
+
+from ll_ce_lora import CELoRA
+from ll_dora import DoRA
+from ll_lora import LoRA
+from ll_lorasc.optim import SlowFast
+from ll_optimizers.plus import LoRAPlus
+from ll_riemannian_moe import MoELoRA
+from ll_riemannian_moe.optim import RiemannianAdamW
+from ll_rose import RoseLoRA
+from lora_lightning.callbacks import Cascade, NoiseInjection, SparsitySchedule
+from lora_lightning.errors import LoraLightningError
+
+STEPS = 3
+ADAPTERS: dict[str, Any] = {
+    "LoRA": LoRA(rank=2),
+    "RoseLoRA": RoseLoRA(rank=2, sparsity=0.5, start=2, end=3),
+    "DoRA": DoRA(rank=2),
+    "MoELoRA": MoELoRA(experts=3, top_k=2, rank=1),
+    "CELoRA": CELoRA(rank=2, svd_rank=1, every_n_steps=1),
+}
+OPTIMIZERS: dict[str, Any] = {
+    "AdamW": lambda params: torch.optim.AdamW(params, lr=1e-3),
+    "RiemannianAdamW": lambda params: RiemannianAdamW(params, lr=1e-3),
+    "SlowFast(AdamW)": lambda params: SlowFast(params, every_n_steps=2),
+    "LoRAPlus(AdamW)": lambda params: LoRAPlus(params, ratio=4.0),
+}
+SCHEDULES: dict[str, Any] = {
+    "none": list,
+    "sparsity": lambda: [SparsitySchedule(sparsity=0.5, start=2, end=3)],
+    "noise": lambda: [NoiseInjection(0.1)],
+    "cascade": lambda: [Cascade(stage_steps=2)],
+}
+Cell = tuple[str, str, str]
+CELLS: list[Cell] = list(itertools.product(ADAPTERS, OPTIMIZERS, SCHEDULES))
+DIAGONAL: list[Cell] = [
+    ("LoRA", "SlowFast(AdamW)", "cascade"),
+    ("RoseLoRA", "RiemannianAdamW", "noise"),
+    ("RoseLoRA", "LoRAPlus(AdamW)", "sparsity"),
+    ("DoRA", "RiemannianAdamW", "cascade"),
+    ("MoELoRA", "LoRAPlus(AdamW)", "none"),
+    ("MoELoRA", "AdamW", "cascade"),
+    ("CELoRA", "SlowFast(AdamW)", "noise"),
+    ("CELoRA", "AdamW", "cascade"),
+]
+TRAINS = "trains"
+
+
+def outcome(cell: Cell, encoder: Path, folder: Path) -> str:
+    """`TRAINS` where three steps are taken and a resume after the second is exact; else why the run was refused.
+
+    Raises:
+        AssertionError: it was refused, but not before the first step, or a resume differs.
+    """
+    adapter, optimizer, schedule = cell
+    saved, started = folder / "saved.ckpt", []
+
+    class Started(SaveAt):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            started.append(trainer.global_step)
+
+    def once(callbacks: list[Any], **options: Any) -> dict[str, Any]:
+        module = classification(encoder, ADAPTERS[adapter], optimizer=OPTIMIZERS[optimizer])
+        return run(module, labelled_data(encoder), folder, [*SCHEDULES[schedule](), *callbacks], **options)
+
+    try:
+        straight = once([Started(saved, at_step(2))], max_steps=STEPS)
+    except LoraLightningError as error:
+        if started:
+            raise AssertionError(f"{cell} was refused after a step") from error
+        return str(error)
+    assert_equal_runs(straight, once([], checkpoint=saved, seed=77, max_steps=STEPS))
+    return TRAINS
+
+
+def table(outcomes: Mapping[Cell, str]) -> str:
+    """Markdown: a row for each adapter and optimizer, a column for each schedule, reasons below."""
+    reasons = list(dict.fromkeys(text for text in outcomes.values() if text != TRAINS))
+    lines = [["adapter", "optimizer", *SCHEDULES], ["---"] * (2 + len(SCHEDULES))]
+    for adapter, optimizer in itertools.product(ADAPTERS, OPTIMIZERS):
+        found = [outcomes[adapter, optimizer, schedule] for schedule in SCHEDULES]
+        cells = ["yes" if text == TRAINS else f"no ({1 + reasons.index(text)})" for text in found]
+        lines.append([adapter, optimizer, *cells])
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    notes = "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))
+    return f"{rows}\n\n{notes}\n"
+
+
+def main() -> None:
+    """Run every cell and print the table."""
+    with tempfile.TemporaryDirectory() as name:
+        encoder = encoder_folder(Path(name) / "encoder", dropout=0.1)
+        outcomes = {}
+        for number, cell in enumerate(CELLS):
+            folder = Path(name) / str(number)
+            folder.mkdir()
+            outcomes[cell] = outcome(cell, encoder, folder)
+    print(table(outcomes))
+
+
+if __name__ == "__main__":
+    main()
