@@ -108,7 +108,8 @@ def import_peft(model: nn.Module, directory: str | Path, name: str = "default") 
     """Inject the adapter of a peft LORA folder into `model`, in place; all or nothing. It trains, as after `inject`.
 
     Which layers are adapted, and with which rank, is read from the tensors of the file. `rank_pattern`,
-    `alpha_pattern`, `use_rslora`, `lora_bias` and `modules_to_save` are honoured.
+    `alpha_pattern`, `use_rslora`, `lora_bias` and `modules_to_save` are honoured; an option such as `use_dora` chooses
+    the installed method that it means.
 
     Args:
         model: the base model the adapter was trained on.
@@ -121,6 +122,7 @@ def import_peft(model: nn.Module, directory: str | Path, name: str = "default") 
     Raises:
         AdapterFileError: another peft type, a variant whose factors mean something else, keys that do not fit.
         AdapterStateError: the name is taken.
+        PluginError: no installed method, or more than one, reads the format with these options.
     """
     return peft_import.import_folder(model, directory, name)
 

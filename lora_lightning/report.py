@@ -79,8 +79,12 @@ def summary_table(summary: Mapping[str, Any]) -> Group:
         )
     moved = summary["moved"]
     if moved:
-        least = min(moved, key=moved.__getitem__)
+        away = {name: distance for name, distance in moved.items() if distance} or moved
+        least = min(away, key=away.__getitem__)
+        # the guard has seen all of them move; a factor may be back at zero, its update folded
         lines.append(f"moved       all {len(moved)} trained tensors, the least by {moved[least]:.2g} ({least})")
+    for pair, count in list(summary["damping_raised"].items())[:3]:
+        lines.append(f"damping     was raised in {count} steps for {pair}")
     lines.append(f"time        {summary['seconds']:.0f} s")
     lines.append(f"adapter     {summary['adapter_dir']}")
     return Group(table, Text("\n".join(lines)))
@@ -108,7 +112,7 @@ def draw(path: Path, history: Sequence[Mapping[str, float]], metric: str, levels
     panels: list[tuple[str, list[str]]] = [("loss", ["train_loss", "val_loss"])]
     if metric != "loss":
         panels.append((metric, [f"val_{metric}"]))
-    panels += [(name, [name]) for name in ("sparsity", "rank") if any(name in point for point in history)]
+    panels += [(name, [name]) for name in ("sparsity", "rank", "stage") if any(name in point for point in history)]
     figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     for index, (title, keys) in enumerate(panels):

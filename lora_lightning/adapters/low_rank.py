@@ -66,13 +66,13 @@ class DroppedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, mask: Tensor, A: Tensor, B: Tensor, c: float) -> Tensor:
         """Keeps x, the mask, h = (x * mask) A^T and the factors."""
-        ctx.autocast, ctx.c = _autocast_dtype(x), c
+        ctx.autocast, ctx.c = autocast_dtype(x), c
         dtype = ctx.autocast or x.dtype
         with torch.autocast(x.device.type, enabled=False):
-            h = _rows(x * mask).to(dtype) @ A.to(dtype).mT
+            h = rows(x * mask).to(dtype) @ A.to(dtype).mT
             # into a tensor of the final shape: a Function that returns a view forbids in-place ops on its output
             out = torch.empty(y.shape, dtype=dtype, device=y.device)
-            torch.addmm(_rows(y).to(dtype), h, B.to(dtype).mT, alpha=c, out=_rows(out))
+            torch.addmm(rows(y).to(dtype), h, B.to(dtype).mT, alpha=c, out=rows(out))
         ctx.save_for_backward(x, mask, h, A, B)
         return out.to(y.dtype)
 
@@ -84,14 +84,14 @@ class DroppedProduct(torch.autograd.Function):
         dtype = ctx.autocast or x.dtype
         dx = dA = dB = None
         with torch.autocast(x.device.type, enabled=False):
-            g = _rows(G).to(dtype)
+            g = rows(G).to(dtype)
             gB = g @ B.to(dtype)
             if ctx.needs_input_grad[3]:
-                dA = ((gB.mT @ _rows(x * mask).to(dtype)) * ctx.c).to(A.dtype)
+                dA = ((gB.mT @ rows(x * mask).to(dtype)) * ctx.c).to(A.dtype)
             if ctx.needs_input_grad[4]:
                 dB = ((g.mT @ h) * ctx.c).to(B.dtype)
             if ctx.needs_input_grad[1]:
-                dx = ((gB @ A.to(dtype)).mul_(_rows(mask)).mul_(ctx.c)).view(x.shape).to(x.dtype)
+                dx = ((gB @ A.to(dtype)).mul_(rows(mask)).mul_(ctx.c)).view(x.shape).to(x.dtype)
         return G if ctx.needs_input_grad[0] else None, dx, None, dA, dB, None
 
 
@@ -101,14 +101,15 @@ def dropped_product(y: Tensor, x: Tensor, mask: Tensor, A: Tensor, B: Tensor, c:
     return total
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def rows(tensor: Tensor) -> Tensor:
     """(..., width) as (N, width)."""
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast computes products in on the device of `x`; None where it is off."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return torch.getautocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 class LowRankAdapter(Adapter):
@@ -215,12 +216,12 @@ class LowRankAdapter(Adapter):
         return y + base.per_output(self.bias_delta.to(y.dtype))
 
     def _contracted(self, x: Tensor, base: BaseLayer) -> Tensor:
-        rows = _rows(x)
+        flat = rows(x)
         A, B = self._kept().to(x.dtype), self.lora_B.to(x.dtype)
         needs = contraction.Needs(x.requires_grad, A.requires_grad, B.requires_grad)
         merged = x.dtype in (torch.float32, torch.float64)
-        order = contraction.choose(rows.shape[0], base.d_in, base.d_out, A.shape[0], needs, merged=merged)
-        y = contraction.contract(rows, base.weight(), base.bias, A, B, self.scaling, order)
+        order = contraction.choose(flat.shape[0], base.d_in, base.d_out, A.shape[0], needs, merged=merged)
+        y = contraction.contract(flat, base.weight(), base.bias, A, B, self.scaling, order)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], base.d_out)
 
     def merged_weight(self, weight: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from lora_lightning.callbacks.sparsity import SparsitySchedule
 from lora_lightning.checkpoint import is_sharded, save_adapter
 from lora_lightning.files import write_json
 from lora_lightning.injection import adapters_named, injected_root, records
+from lora_lightning.optim.pair_optimizer import PairOptimizer
 from lora_lightning.report import draw, injection_table, summary_table
 from lora_lightning.tasks.base import measure, meters
 
@@ -173,6 +174,9 @@ class RunReport(Callback):
             "surviving_parameters": sum(int(torch.count_nonzero(p)) for p in own),
             "report": record.method.report(adapters),
             "moved": guard.moved() if guard else {},
+            "damping_raised": {
+                k: v for o in trainer.optimizers if isinstance(o, PairOptimizer) for k, v in o.report().items()
+            },
             "adapter_dir": str(adapter),
             "steps": trainer.global_step,
             "seconds": round(self._before + time.monotonic() - self._began, 1),

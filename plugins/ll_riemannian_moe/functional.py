@@ -31,13 +31,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_lightning.adapters.low_rank import autocast_dtype, rows
+
 Watcher = Callable[[Tensor], None]
 """Told the gates (N, E) once in each backward."""
-
-
-def rows(x: Tensor) -> Tensor:
-    """(..., width) as (N, width)."""
-    return x.reshape(-1, x.shape[-1])
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -107,8 +104,7 @@ class GatedExperts(torch.autograd.Function):
         watcher: Watcher | None,
     ) -> Tensor:
         """Keeps x, the mask, h = A (x * mask), the factors and the gates."""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        device, dtype = x.device.type, autocast_dtype(x) or x.dtype
         ctx.dtype, ctx.scaling, ctx.exponent, ctx.watcher = dtype, scaling, exponent, watcher
         with torch.autocast(device, enabled=False):
             h = _masked(x, mask, dtype) @ A.flatten(0, 1).to(dtype).mT

@@ -18,6 +18,7 @@ from ll_dora import DoRA, functional
 from lora_lightning.adapters.shift import DenseShift
 from lora_lightning.adapters.weights import base_layer
 from lora_lightning.errors import ExportError, SettingsError
+from lora_lightning.exporters import peft_file
 from lora_lightning.injection import adapters_named, inject, merge, unmerge
 from lora_lightning.optim.groups import build_optimizer
 from lora_lightning.testing import BASE_KINDS, MethodContract, perturb, tiny_encoder
@@ -559,6 +560,20 @@ def test_it_travels_native_merged_or_truncated(tmp_path):
     torch.testing.assert_close(logits(plain), logits(model), rtol=1e-5, atol=1e-6)
 
 
+def test_a_magnitude_damaged_on_the_disk_is_found(tmp_path, monkeypatch):
+    real = peft_file.read
+
+    def damaged(folder):
+        found = real(folder)
+        next(iter(found.layers.values())).extra[peft_file.MAGNITUDE][1] += 1e-3
+        return found
+
+    monkeypatch.setattr(peft_file, "read", damaged)
+    with pytest.raises(ExportError, match="the files give an update that differs by"):
+        ll.export(encoder(METHOD), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def folded():
     """One that a cascade of stages has folded once."""
     model = encoder(METHOD)
@@ -578,18 +593,18 @@ def with_a_zero_row():
 
 
 @pytest.mark.parametrize(
-    ("build", "reason"),
+    ("build", "path", "reason"),
     [
-        (lambda: encoder(DoRA(mode="magnitude")), "peft's use_dora needs a factor pair on every layer"),
-        (lambda: encoder(METHOD, overrides={"layer.1": {"mode": "magnitude"}}), r"layer\.1.*needs a factor pair"),
-        (folded, "peft's use_dora has no place for the updates of earlier stages"),
-        (with_a_zero_row, "a row of its weight is zero, and peft divides by the length of each"),
+        (lambda: encoder(DoRA(mode="magnitude")), "", "peft's use_dora needs a factor pair on every layer"),
+        (lambda: encoder(METHOD, overrides={"layer.1": {"mode": "magnitude"}}), r"layer\.1", "peft's use_dora needs"),
+        (folded, "", "peft's use_dora has no place for the updates of earlier stages"),
+        (with_a_zero_row, r"layer\.0", "a row of its weight is zero, and peft divides by the length of each"),
     ],
     ids=["magnitude", "magnitude on one layer", "folded", "zero row"],
 )
-def test_what_pefts_format_cannot_say_travels_otherwise(build, reason, tmp_path):
+def test_what_pefts_format_cannot_say_travels_otherwise(build, path, reason, tmp_path):
     model = build()
-    message = f"DoRA on .*query has no exact low-rank form: {reason}|DoRA on .*{reason}"
+    message = f"DoRA on .*{path}.*query has no exact low-rank form: {reason}"
     with pytest.raises(ExportError, match=message) as caught:
         ll.export(model, tmp_path / "out")
     assert "Give rank=N for a truncated SVD" in str(caught.value)
