@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Adapter 'default'. .*LoRA tensor.s. have invalid shape. .*lora_B.bias:peft.utils.warning.PeftWarning",
 )
 
-LoRA, RoseLoRA = ll.method("LoRA"), ll.method("RoseLoRA")
+LoRA, RoseLoRA, DoRA = (ll.method(name) for name in ("LoRA", "RoseLoRA", "DoRA"))
 Build = Callable[[], nn.Module]
 
 
@@ -156,6 +157,20 @@ CASES = {
     "rank mask": (llama, LoRA(rank=4, alpha=8), {"targets": "attention"}, drop_ranks),
     "rose": (bert, RoseLoRA(rank=4, alpha=16), {}, make_sparse),
     "gpt2": (gpt2, LoRA(rank=2, alpha=3), {}, nothing),
+    "dora": (llama, DoRA(rank=4, alpha=8), {}, nothing),
+    "dora rslora": (llama, DoRA(rank=3, scaling_rule="alpha/sqrt(r)", dropout=0.1), {"targets": "mlp"}, nothing),
+    "dora full gradient": (llama, DoRA(rank=2, detach_norm=False), {"targets": ["v_proj"]}, nothing),
+    "dora heads and pooler": (bert, DoRA(rank=2), {}, nothing),
+    "dora overrides": (
+        llama,
+        DoRA(rank=4),
+        {"overrides": {"layers.0": {"rank": 2}, "down_proj": {"alpha": 3.0}}},
+        nothing,
+    ),
+    "dora gpt2": (gpt2, DoRA(rank=2, alpha=3), {}, nothing),
+    "dora embedding": (llama, DoRA(rank=2), {"targets": ["embed_tokens", "q_proj"]}, nothing),
+    "dora position embedding": (gpt2, DoRA(rank=2), {"targets": ["wpe"]}, nothing),
+    "dora convolutions": (convolutions, DoRA(rank=2), {"targets": ["image", "point", "line", "inner.proj"]}, nothing),
     "embedding": (llama, LoRA(rank=2), {"targets": ["embed_tokens", "q_proj"]}, nothing),
     "position embedding": (gpt2, LoRA(rank=2), {"targets": ["wpe"]}, nothing),
     "output layer": (llama, LoRA(rank=2), {"targets": ["lm_head", "down_proj"]}, nothing),
@@ -254,6 +269,28 @@ def test_peft_takes_names_for_fused_experts() -> None:
         peft.get_peft_model(transformers.Glm4MoeForCausalLM(config), options)
 
 
+def test_dora_round_trip_keeps_all_tensors_bit_for_bit(tmp_path: Path) -> None:
+    model, again = llama(), llama()
+    ll.inject(model, DoRA(rank=4, alpha=8), overrides={"layers.0.mlp": {"rank": 2, "alpha": 3.0}})
+    randomise(model)
+    report = ll.export(model, tmp_path / "out")
+    assert report.kind == "native"
+    assert json.loads((tmp_path / "out" / peft_rules.CONFIG).read_text())["use_dora"] is True
+    assert ll.import_peft(again, tmp_path / "out").method == DoRA(rank=4, alpha=8)
+    own, back = model.state_dict(), again.state_dict()
+    assert own.keys() == back.keys()
+    assert all(torch.equal(own[key], back[key]) for key in own)
+    assert torch.equal(output(model), output(again.eval()))
+
+
+def test_peft_divides_by_the_length_of_a_row() -> None:
+    """Why a row of zeros is refused; when this fails, the refusal in peft_factors can go."""
+    layer = nn.Linear(4, 3)
+    nn.init.zeros_(layer.weight[1])
+    theirs = peft.get_peft_model(nn.Sequential(layer), peft.LoraConfig(target_modules=["0"], use_dora=True))
+    assert theirs(torch.ones(1, 4)).isnan().tolist() == [[False, True, False]]
+
+
 def test_round_trip_keeps_factors_bit_for_bit(tmp_path: Path) -> None:
     model = llama()
     ll.inject(model, LoRA(rank=4, alpha=8), overrides={"layers.0.mlp": {"rank": 2, "alpha": 3.0}})
@@ -289,6 +326,18 @@ THEIRS = {
     "gpt2": (gpt2, {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
     "embedding": (llama, {"target_modules": ["embed_tokens", "k_proj"], "lora_dropout": 0.1}),
     "convolutions": (convolutions, {"target_modules": ["image", "point", "line"]}),
+    "dora": (llama, {"target_modules": ["q_proj", "down_proj"], "use_dora": True}),
+    "dora rslora": (
+        llama,
+        {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2}, "use_rslora": True, "use_dora": True},
+    ),
+    "dora heads": (bert, {"target_modules": ["query"], "task_type": "SEQ_CLS", "use_dora": True}),
+    "dora gpt2": (gpt2, {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "use_dora": True}),
+    "dora embedding": (
+        llama,
+        {"target_modules": ["embed_tokens", "k_proj"], "lora_dropout": 0.1, "use_dora": True},
+    ),
+    "dora convolutions": (convolutions, {"target_modules": ["image", "point", "line"], "use_dora": True}),
 }
 SAVES_EMBEDDING = "ignore:Setting `save_embedding_layers` to `True`:UserWarning"
 
@@ -343,6 +392,7 @@ def state_in_peft_names(model: nn.Module) -> dict[str, nn.Parameter]:
         for side in ("A", "B"):
             kind = f"lora_embedding_{side}" if "embed_tokens" in name else f"lora_{side}.weight"
             name = name.replace(f".adapters.default.lora_{side}", f".{kind}")
+        name = name.replace(".adapters.default.magnitude", ".lora_magnitude_vector.weight")
         names[name.replace(".adapters.default.bias_delta", ".lora_B.bias")] = parameter
     return names
 
@@ -371,8 +421,8 @@ def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> 
     ("values", "message"),
     [
         ({"peft_type": "LOHA"}, "peft_type 'LOHA'; only \"LORA\" is read"),
-        ({"use_dora": True}, "uses use_dora, which is not supported"),
-        ({"trainable_token_indices": [1]}, "uses trainable_token_indices"),
+        ({"use_dora": True}, "q_proj: the file has no lora_magnitude_vector, while .* has use_dora=True; they belong"),
+        ({"trainable_token_indices": [1]}, "uses trainable_token_indices, which no installed method reads"),
         ({"layer_replication": [[0, 1]]}, "uses layer_replication"),
         ({"target_parameters": ["experts.gate_up_proj"]}, "uses target_parameters"),
         ({"some_later_option": {"a": 1}}, "uses some_later_option"),
@@ -412,7 +462,8 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
         (rename("self_attn.q_proj", "self_attn"), "a LlamaAttention, which takes no adapter"),
         (lambda t: t.pop(f"{Q}.lora_B.weight"), "holds A only, no pair"),
         (lambda t: t.update({f"{Q}.lora_B.weight": torch.zeros(8, 4)}), r"the layer needs \(\(4, 16\), \(16, 4\)\)"),
-        (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.zeros(16)}), "belongs to a variant"),
+        (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.zeros(16)}), "has a lora_magnitude_vector, while"),
+        (lambda t: t.update({f"{Q}.lora_ga_scale": torch.zeros(16)}), "belongs to a variant"),
         (lambda t: t.update({f"{Q}.base_layer.weight": torch.zeros(16, 16)}), "differs from the model's own"),
         (lambda t: t.update({f"{TOP}.lm_hed.weight": torch.zeros(40, 16)}), 'Did you mean "lm_head.weight"'),
         (lambda t: t.update({f"{TOP}.lm_head.weight": torch.zeros(40, 16)}), "in no module that modules_to_save"),
@@ -481,6 +532,40 @@ def test_a_second_import_under_another_name(saved: Path) -> None:
     ll.import_peft(model, saved, name="second")
     ll.set_active(model, "first")
     assert all(layer.active == ("first",) for _, layer in ll.iter_adapters(model))
+
+
+@pytest.mark.parametrize("size", [15, 17])
+def test_a_magnitude_of_another_size_is_refused(size: int, tmp_path: Path) -> None:
+    from_peft(llama, tmp_path, target_modules=["q_proj"], use_dora=True)
+    change_tensors(tmp_path, lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(size)}))
+    with pytest.raises(AdapterFileError, match=f"lora_magnitude_vector of .* has {size} numbers; the layer needs 16"):
+        ll.import_peft(llama(), tmp_path)
+
+
+def test_an_option_that_no_method_reads(tmp_path: Path) -> None:
+    from_peft(llama, tmp_path, target_modules=["q_proj"], use_dora=True)
+    model = llama()
+    try:
+        plugins.load(blocked=["ll_dora"])
+        with pytest.raises(AdapterFileError, match="uses use_dora, which no installed method reads"):
+            ll.import_peft(model, tmp_path)
+    finally:
+        plugins.load()
+    assert not list(ll.iter_adapters(model))
+
+
+def test_an_option_that_two_methods_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from_peft(llama, tmp_path, target_modules=["q_proj"], use_dora=True)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Another(DoRA):
+        pass
+
+    monkeypatch.setitem(plugins.registry().methods, "Another", Another)
+    with pytest.raises(
+        PluginError, match=r"2 installed methods read .* with use_dora=True: (DoRA, Another|Another, DoRA)"
+    ):
+        ll.import_peft(llama(), tmp_path)
 
 
 def test_without_the_method_that_reads_the_format(saved: Path) -> None:

@@ -109,7 +109,7 @@ def rows(tensor: Tensor) -> Tensor:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast computes products in on the device of `x`; None where it is off."""
     device = x.device.type
-    return torch.getautocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 class LowRankAdapter(Adapter):

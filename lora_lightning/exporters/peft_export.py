@@ -1,14 +1,12 @@
-"""Writing an adapter in peft's LORA format: any update with an exact low-rank form, or a truncation of any other.
+"""Writing an adapter in peft's LORA format; `peft_factors` says as what.
 
-Factors keep their own values where the adapter states a pair: lora_alpha = scaling * r. Otherwise the scaling is folded
-into B and lora_alpha = r. `use_rslora` is never needed.
+lora_alpha = scaling * r; `use_rslora` is never needed.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +19,13 @@ from lora_lightning.adapters.layer import AdaptedLayer
 from lora_lightning.adapters.weights import TransposedBase
 from lora_lightning.errors import ExportError
 from lora_lightning.exporters import peft_file, peft_rules
+from lora_lightning.exporters.peft_factors import Factors, delta, find_factors, original
 from lora_lightning.exporters.peft_file import PeftLayer
 from lora_lightning.exporters.peft_heads import Heads, find_heads
 from lora_lightning.exporters.peft_rules import CONFIG, PREFIX, TENSORS, TYPE
 from lora_lightning.exporters.report import Written
 from lora_lightning.exporters.source import Source, check_finite, plain_modules
 from lora_lightning.files import write_json
-
-
-@dataclass(frozen=True)
-class Factors:
-    """One layer's update, scaling * B @ A."""
-
-    A: Tensor
-    B: Tensor
-    scaling: float
-    bias: Tensor | None
-    """Whole, its scaling included."""
-    discarded: float = 0.0
-    """Share of the update's energy that a truncation left out."""
-
-    @property
-    def rank(self) -> int:
-        """Inner width."""
-        return self.A.shape[0]
 
 
 def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Written:
@@ -60,7 +41,7 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
         ExportError: the update has no such form, or peft's format cannot say it.
     """
     modules = plain_modules(source.host)
-    factors = {path: _factors(source, path, rank, modules) for path in source.layers}
+    factors, options = find_factors(source, rank, modules)
     heads = find_heads(source, modules)
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in heads.tensors.items()}
     with_bias = any(f.bias is not None for f in factors.values())
@@ -68,10 +49,11 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
         tensors |= {f"{PREFIX}{path}{end}": t for end, t in _layer_tensors(path, layer, factors[path], with_bias)}
     check_finite("the adapter", tensors.values())
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / TENSORS, {"format": "pt"})
-    write_json(folder / CONFIG, _config(source, factors, heads, with_bias, modules))
+    write_json(folder / CONFIG, {**_config(source, factors, heads, with_bias, modules), **options})
     difference = _verified(source, folder, factors, heads, modules) if verify else None
     discarded = {path: f.discarded for path, f in factors.items() if f.discarded}
-    exact = "native" if type(source.record.method).peft_type == TYPE else "exact LoRA"
+    method = type(source.record.method)
+    exact = "native" if method.peft_type == TYPE and method.peft_options == options else "exact LoRA"
     return Written(
         kind="truncated SVD" if discarded else exact,
         layers=len(factors),
@@ -81,59 +63,7 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     )
 
 
-# -- factors -----------------------------------------------------------------------------------------------------------
-
-
-def _factors(source: Source, path: str, rank: int | None, modules: dict[str, nn.Module]) -> Factors:
-    layer, adapter = source.layers[path], source.adapter(path)
-    reason = peft_rules.unlike(path, modules)
-    if reason:
-        raise ExportError(f'{path} cannot travel in peft\'s format: {reason}. Use format="merged" instead.')
-    source.check_fixed(path)
-    exact = layer.low_rank(source.name)
-    bias = adapter.merged_bias(None)
-    bias = None if bias is None else bias.detach().cpu()
-    if exact is None and rank is None:
-        raise ExportError(
-            f'{source.method} on {path} has no exact low-rank form: its export class is "{source.export_class}". Give '
-            'rank=N for a truncated SVD with the discarded share reported, or use format="merged".'
-        )
-    if exact is None or (rank is not None and exact[0].shape[0] > rank):
-        A, B, discarded = _truncate(_delta(layer, source.name)[0], rank or 0)
-        return Factors(A, B, 1.0, bias, discarded)
-    A, B, scaling = _own_pair(adapter, *exact)
-    if not A.shape[0]:  # every rank component was removed; peft knows no rank 0
-        A, B, scaling = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1), 1.0
-    return Factors(A.cpu(), B.cpu(), scaling, bias)
-
-
-def _own_pair(adapter: Adapter, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, float]:
-    """The adapter's own factors and scaling where they state `B @ A` bit for bit; else (A, B, 1)."""
-    pairs = adapter.factor_pairs()
-    if len(pairs) == 1:
-        own_A, own_B, mask = pairs[0].lora_A.detach(), pairs[0].lora_B.detach(), adapter.rank_mask
-        if mask is not None:
-            own_A, own_B = own_A[mask], own_B[:, mask]
-        if torch.equal(own_A, A) and torch.equal(pairs[0].scaling * own_B, B):
-            return own_A, own_B, pairs[0].scaling
-    return A, B, 1.0
-
-
-def _delta(layer: AdaptedLayer, name: str) -> tuple[Tensor, float]:
-    """The merged weight less the original one, (d_out, d_in), in float64; and how far rounding may carry it."""
-    weight = layer.accessor._read(layer.original_weight()).detach().to(layer.accessor.device, torch.float64)
-    merged = layer.merged_weight(name, torch.float64)
-    noise = 8 * torch.finfo(merged.dtype).eps * float(weight.abs().max())
-    return (merged - weight).cpu(), noise
-
-
-def _truncate(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Best (A (rank, d_in), B (d_out, rank)) for `delta`, and the share of its sum of squares that is left out."""
-    U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
-    root = S[:rank].sqrt()
-    energy = S.square()
-    discarded = float(energy[rank:].sum() / energy.sum()) if energy.sum() else 0.0
-    return (root[:, None] * Vh[:rank]).float(), (U[:, :rank] * root).float(), discarded
+# -- tensors -----------------------------------------------------------------------------------------------------------
 
 
 def _layer_tensors(path: str, layer: AdaptedLayer, factors: Factors, with_bias: bool) -> list[tuple[str, Tensor]]:
@@ -149,6 +79,8 @@ def _layer_tensors(path: str, layer: AdaptedLayer, factors: Factors, with_bias: 
         if base.kind == "conv":
             A, B = base._store(A), B.reshape(*B.shape, *[1] * (base.stored.dim() - 2))
         found = [(".lora_A.weight", A), (".lora_B.weight", B)]
+    for name, values in factors.extra.items():
+        found.append((f".{name}", base.per_output(values)[None] if base.kind == "conv" else values))
     if with_bias:
         bias = torch.zeros(base.d_out, dtype=B.dtype) if factors.bias is None else factors.bias / factors.scaling
         found.append((".lora_B.bias", bias))
@@ -222,15 +154,15 @@ def _layer_difference(source: Source, path: str, written: PeftLayer, factors: Fa
     layer, adapter = source.layers[path], source.adapter(path)
     if written.base is not None and not torch.equal(written.base, layer.original_weight().cpu()):
         raise ExportError(f"{path}: the base weight does not read back bit for bit.")
-    delta, expected, noise = written.delta(), *_delta(layer, source.name)
+    found, (expected, noise) = written.update(original(layer).cpu()), delta(layer, source.name)
     if factors.discarded:
-        lost = float((delta - expected).square().sum() / expected.square().sum())
+        lost = float((found - expected).square().sum() / expected.square().sum())
         if lost > factors.discarded * 1.001 + 1e-10:
             raise ExportError(
                 f"{path}: truncation loses {lost:.3%} of the update, not {factors.discarded:.3%} as computed."
             )
         expected = factors.scaling * factors.B.double() @ factors.A.double()
-    difference = float((delta - expected).abs().max())
+    difference = float((found - expected).abs().max())
     allowed = 1e-5 * float(expected.abs().max()) + noise
     bias, expected_bias = _bias_deltas(layer, adapter, written)
     off = float((bias - expected_bias).abs().max())

@@ -1,13 +1,15 @@
 """A folder in peft's LORA format, read without peft and without a model.
 
-base_model.model.<path>.lora_A.weight        (r, d_in)            convolutions (r, in, *kernel)
-base_model.model.<path>.lora_B.weight        (d_out, r)           convolutions (d_out, r, 1, ...)
-base_model.model.<path>.lora_B.bias          (d_out,)             times the scaling
-base_model.model.<path>.lora_embedding_A     (r, vocabulary)      lora_embedding_B (width, r)
-base_model.model.<path>.base_layer.weight    an adapted layer's own weight
-base_model.model.<name>                      a parameter of a module that is saved whole
+base_model.model.<path>.lora_A.weight          (r, d_in)            convolutions (r, in, *kernel)
+base_model.model.<path>.lora_B.weight          (d_out, r)           convolutions (d_out, r, 1, ...)
+base_model.model.<path>.lora_B.bias            (d_out,)             times the scaling
+base_model.model.<path>.lora_embedding_A       (r, vocabulary)      lora_embedding_B (width, r)
+base_model.model.<path>.lora_magnitude_vector  (d_out,)             convolutions (1, d_out, 1, ...)
+base_model.model.<path>.base_layer.weight      an adapted layer's own weight
+base_model.model.<name>                        a parameter of a module that is saved whole
 
 delta = lora_alpha / r * B @ A,   use_rslora: lora_alpha / sqrt(r)
+merged weight: W + delta,   use_dora: magnitude_j (W + delta)_j / |(W + delta)_j| for each row j of (d_out, d_in)
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from lora_lightning.errors import AdapterFileError, nearest
 from lora_lightning.exporters.peft_rules import CONFIG, DEFAULT_ALPHA, DEFAULT_RANK, PREFIX, TENSORS, pattern_value
 
 PICKLE = "adapter_model.bin"
+MAGNITUDE = "lora_magnitude_vector"
 _ROLES = {
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",
@@ -33,6 +37,7 @@ _ROLES = {
     ".lora_embedding_A": "A",
     ".lora_embedding_B": "B",
     ".base_layer.weight": "base",
+    f".{MAGNITUDE}": MAGNITUDE,
 }
 
 
@@ -48,6 +53,8 @@ class PeftLayer:
     """The layer's own weight, where it travels along."""
     alpha: float
     scaling: float
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tensors beside the factors, (d_out,), by name."""
 
     @property
     def rank(self) -> int:
@@ -55,8 +62,17 @@ class PeftLayer:
         return self.A.shape[0]
 
     def delta(self) -> Tensor:
-        """The dense update (d_out, d_in), in float64."""
+        """The product of the factors, scaled, (d_out, d_in), in float64."""
         return self.scaling * (self.B.flatten(1).double() @ self.A.flatten(1).double())
+
+    def update(self, weight: Tensor) -> Tensor:
+        """What the layer adds to its weight (d_out, d_in), in float64; NaN in a row by whose length 0 peft divides."""
+        delta = self.delta()
+        if MAGNITUDE not in self.extra:
+            return delta
+        directed = weight.double() + delta
+        lengths: Tensor = directed.norm(dim=1)
+        return (self.extra[MAGNITUDE].double() / lengths)[:, None] * directed - weight
 
 
 @dataclass(frozen=True)
@@ -110,7 +126,13 @@ def _layer(path: str, parts: dict[str, Tensor], config: dict[str, Any]) -> PeftL
         )
     alpha = pattern_value(config.get("alpha_pattern") or {}, path, config.get("lora_alpha", DEFAULT_ALPHA))
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return PeftLayer(parts["A"], parts["B"], parts.get("bias"), parts.get("base"), alpha, scaling)
+    extra = {MAGNITUDE: parts[MAGNITUDE].flatten()} if MAGNITUDE in parts else {}
+    if bool(extra) != bool(config.get("use_dora")):
+        raise AdapterFileError(
+            f"{path}: the file has {'a' if extra else 'no'} {MAGNITUDE}, while {CONFIG} has use_dora="
+            f"{config.get('use_dora', False)}; they belong together."
+        )
+    return PeftLayer(parts["A"], parts["B"], parts.get("bias"), parts.get("base"), alpha, scaling, extra)
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -40,10 +40,11 @@ def import_folder(model: nn.Module, directory: str | Path, name: str) -> Injecti
     check_ready(model, name)
     folder = peft_file.read(directory)
     _refuse_variants(folder.config, directory)
+    reader = _reader(folder.config)
     modules = plain_modules(model)
     accessors = {path: _accessor(model, modules, path, layer, directory) for path, layer in folder.layers.items()}
     targets = _heads(model, modules, folder, directory)
-    method, settings = _settings(folder, accessors)
+    method, settings = _settings(reader, folder, accessors)
     adapters = {path: build(settings[path], path, base, torch.initial_seed()) for path, base in accessors.items()}
     trained = [key for key, value in targets.items() if isinstance(value, nn.Parameter)]
     place(model, name, adapters, AdapterRecord(method, settings, tuple(trained), torch.initial_seed()), accessors)
@@ -79,13 +80,37 @@ def _refuse_variants(config: Mapping[str, Any], directory: str | Path) -> None:
             f'"{directory}" has bias={config["bias"]!r}, with which the biases of the base model were trained; only '
             '"none" is read.'
         )
-    known = _READ | _DECIDED_BY_TENSORS | _NO_EFFECT | {"init_lora_weights", "bias"}
+    options = {key for method in _speaking() for key in method.peft_options}
+    known = _READ | _DECIDED_BY_TENSORS | _NO_EFFECT | options | {"init_lora_weights", "bias"}
     unsupported = sorted(key for key, value in config.items() if value and key not in known)
     if unsupported:
         raise AdapterFileError(
-            f'"{directory}" uses {", ".join(unsupported)}, which is not supported: its factors mean something else '
-            "than W + s B A."
+            f'"{directory}" uses {", ".join(unsupported)}, which no installed method reads: its factors mean something '
+            "else than W + s B A."
         )
+
+
+def _speaking() -> list[type[Method]]:
+    return [method for method in registry().methods.values() if method.peft_type == TYPE]
+
+
+def _reader(config: Mapping[str, Any]) -> type[Method]:
+    """The installed method that the configuration's options mean.
+
+    Raises:
+        PluginError: there is none, or several.
+    """
+    methods = _speaking()
+    stated = {key: config[key] for method in methods for key in method.peft_options if config.get(key)}
+    found = [method for method in methods if method.peft_options == stated]
+    if len(found) == 1:
+        return found[0]
+    options = f" with {', '.join(f'{key}={value}' for key, value in stated.items())}" if stated else ""
+    names = f": {', '.join(method.__name__ for method in found)}" if found else ""
+    raise PluginError(
+        f"{len(found)} installed methods read peft's {TYPE} format{options}{names}; exactly one is needed. "
+        f"Plugins: {', '.join(sorted({p.plugin for p in registry().providers.values()})) or 'none'}."
+    )
 
 
 def _accessor(
@@ -107,6 +132,11 @@ def _accessor(
     needed = (layer.rank, accessor.d_in), (accessor.d_out, layer.rank)
     if shapes != needed:
         raise AdapterFileError(f'"{directory}": the factors of {path} are {shapes}; the layer needs {needed}.')
+    for key, values in layer.extra.items():
+        if values.numel() != accessor.d_out:
+            raise AdapterFileError(
+                f'"{directory}": {key} of {path} has {values.numel()} numbers; the layer needs {accessor.d_out}.'
+            )
     if layer.base is not None and not _same(layer.base, accessor.stored):
         raise AdapterFileError(
             f'"{directory}" carries a base weight for {path} of shape {tuple(layer.base.shape)} that differs from the '
@@ -178,29 +208,28 @@ def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [(key, tensor) for key, tensor in own.items() if key not in module._non_persistent_buffers_set]
 
 
-def _settings(folder: PeftFolder, accessors: Mapping[str, BaseLayer]) -> tuple[Method, dict[str, Method]]:
-    """The method that reads this format, with the file's settings, as a whole and for each layer."""
-    methods = [method for method in registry().methods.values() if method.peft_type == TYPE]
-    if len(methods) != 1:
-        raise PluginError(
-            f"{len(methods)} installed methods read peft's {TYPE} format; exactly one is needed. "
-            f"Plugins: {', '.join(sorted({p.plugin for p in registry().providers.values()})) or 'none'}."
-        )
+def _settings(
+    reader: type[Method], folder: PeftFolder, accessors: Mapping[str, BaseLayer]
+) -> tuple[Method, dict[str, Method]]:
+    """The method with the file's settings, as a whole and for each layer."""
     config = folder.config
+    with_bias = {"bias": True} if any(layer.bias is not None for layer in folder.layers.values()) else {}
     method = replace(
-        methods[0](),
+        reader(),
         peft_rules.CONFIG,
         {
             "rank": config.get("r", peft_rules.DEFAULT_RANK),
             "alpha": float(config.get("lora_alpha", peft_rules.DEFAULT_ALPHA)),
             "dropout": config.get("lora_dropout", 0.0),
             "scaling_rule": "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r",
-            "bias": any(layer.bias is not None for layer in folder.layers.values()),
+            **with_bias,
         },
     )
     settings = {}
     for path, layer in folder.layers.items():
-        own: dict[str, Any] = {"rank": layer.rank, "alpha": float(layer.alpha), "bias": layer.bias is not None}
+        own: dict[str, Any] = {"rank": layer.rank, "alpha": float(layer.alpha)}
+        if with_bias:
+            own["bias"] = layer.bias is not None
         if accessors[path].kind == "embedding":
             own["dropout"] = 0.0  # peft drops nothing there either
         settings[path] = replace(method, path, own)
@@ -211,6 +240,8 @@ def _fill(adapter: Adapter, layer: PeftLayer) -> None:
     (pair,) = adapter.factor_pairs()
     write(pair.lora_A, layer.A.flatten(1))
     write(pair.lora_B, layer.B.flatten(1))
+    for key, tensor in adapter.peft_tensors().items():
+        write(tensor, layer.extra[key])
     if layer.bias is not None:
         write(adapter.get_parameter("bias_delta"), layer.scaling * layer.bias)
 

@@ -119,6 +119,10 @@ class DoRAAdapter(Adapter):
             return ()
         return (FactorPair("", self.lora_A, self.lora_B, self.scaling),)
 
+    def peft_tensors(self) -> Mapping[str, Tensor]:
+        """The magnitude."""
+        return {"lora_magnitude_vector": self.magnitude}
+
     def zero_rows(self) -> int:
         """Rows of the base weight without a direction; they follow their factors alone until these give them one."""
         return int((self.base.cached(_SQUARES, functional.squared_row_norms) == 0).sum())

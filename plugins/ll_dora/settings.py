@@ -6,6 +6,7 @@ Liu et al., 2024, arXiv:2402.09353, section 4; the equations stand in `functiona
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -31,7 +32,9 @@ class DoRA(Method):
   year = {2024},
   note = {arXiv:2402.09353}
 }"""
-    export: ClassVar[str] = "merged only"
+    export: ClassVar[str] = "native"
+    peft_type: ClassVar[str] = "LORA"
+    peft_options: ClassVar[Mapping[str, object]] = {"use_dora": True}
 
     rank: int = 8
     """Inner width r of the change of direction. The paper uses 16 and 32; half of LoRA's rank often suffices."""
