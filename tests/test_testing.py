@@ -87,7 +87,7 @@ class RoutedAdapter(Adapter):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Routed(Method):
+class RoutedByInput(Method):
     """Rank components weighted by the input."""
 
     mergeable: ClassVar[bool] = False
@@ -102,7 +102,7 @@ class Routed(Method):
 
 
 class TestRouted(MethodContract):
-    method = Routed()
+    method = RoutedByInput()
     base_kinds = LINEAR
 
 
@@ -301,7 +301,7 @@ def test_a_method_that_is_no_plugin_cannot_be_loaded(tmp_path: Path) -> None:
 @pytest.fixture(autouse=True)
 def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The two methods of this file as if a plugin provided them."""
-    for method in (RowScale, Routed):
+    for method in (RowScale, RoutedByInput):
         monkeypatch.setitem(registry().methods, method.__name__, method)
 
 

@@ -141,6 +141,11 @@ class AdaptedLayer(nn.Module):
         dtype = self.accessor.adapter_dtype
         return self.accessor._store(self._base_under(names).weight(dtype)).to(self.accessor.dtype)
 
+    @torch.no_grad()
+    def applied_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight that this layer applies now, (d_out, d_in), with what adapters have folded and learned."""
+        return self._base_under(self._applied()).weight(dtype).detach()
+
     @property
     def bias(self) -> Tensor | None:
         """The bias that this layer applies now, in the base layer's dtype."""

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
@@ -206,11 +205,7 @@ def _weight(module: nn.Module, start: bool = False) -> Tensor:
         return base.weight().detach()
     if start:
         return module.accessor._read(module.original_weight()).detach()
-    weight = module.accessor.weight(module.accessor.adapter_dtype)
-    with torch.no_grad():
-        for name in () if module.merged else module.active:
-            weight = module.adapter(name).merged_weight(weight)
-    return weight.detach()
+    return module.applied_weight(module.accessor.adapter_dtype)
 
 
 def _copy(path: str, weight: Tensor) -> Tensor:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,9 +74,9 @@ def read(path: Path) -> Run:
 
 def _run(content: dict[str, Any]) -> Run:
     records = content["records"]
-    paths = list(records[0]["layers"])
+    kinds = kinds_of(list(records[0]["layers"]))
     points = [
-        Point(record["step"], kind_of(path), index_of(path, paths), float(values["dM"]), float(values["dD"]))
+        Point(record["step"], kinds[path], index_of(path, kinds), float(values["dM"]), float(values["dD"]))
         for record in records
         for path, values in record["layers"].items()
         if values["dM"] is not None  # no vector of the layer had a direction
@@ -85,13 +85,23 @@ def _run(content: dict[str, Any]) -> Run:
     return Run(str(content["label"]), str(content["axis"]), tuple(points), skipped)
 
 
-def kind_of(path: str) -> str:
-    """Last name of a path that is no number: "query" for "layer.0.attention.query"."""
-    names = [name for name in path.split(".") if not name.isdigit()]
-    return names[-1] if names else "layer"
+def kinds_of(paths: Sequence[str]) -> dict[str, str]:
+    """Module type of each layer: its path without numbers, cut to the end that tells it from all others.
+
+    "query" for "layer.0.attention.query", but "attention.output" where there is an "mlp.output" too.
+    """
+    names = {path: tuple(name for name in path.split(".") if not name.isdigit()) for path in paths}
+    return {path: ".".join(_shortest(own, set(names.values()))) or "layer" for path, own in names.items()}
 
 
-def index_of(path: str, paths: Sequence[str]) -> int:
+def _shortest(own: tuple[str, ...], every: set[tuple[str, ...]]) -> tuple[str, ...]:
+    for length in range(1, len(own)):
+        if [other for other in every if other[-length:] == own[-length:]] == [own]:
+            return own[-length:]
+    return own
+
+
+def index_of(path: str, kinds: Mapping[str, str]) -> int:
     """The first number in a path; without one, the place among layers of its kind."""
     numbers = [int(name) for name in path.split(".") if name.isdigit()]
-    return numbers[0] if numbers else [other for other in paths if kind_of(other) == kind_of(path)].index(path)
+    return numbers[0] if numbers else [other for other in kinds if kinds[other] == kinds[path]].index(path)

@@ -349,10 +349,12 @@ def test_layers_without_a_direction_are_no_points(tmp_path):
 
 
 def test_names_and_numbers_of_layers():
-    paths = ["layers.3.mlp.0", "embed", "head.out", "tail.out"]
-    assert [records.kind_of(path) for path in paths] == ["mlp", "embed", "out", "out"]
-    assert [records.index_of(path, paths) for path in paths] == [3, 0, 0, 1]
-    assert records.kind_of("0") == "layer"
+    paths = ["layers.3.mlp.0", "embed", "layers.3.attn.out", "layers.4.attn.out", "layers.3.out"]
+    kinds = records.kinds_of(paths)
+    assert list(kinds.values()) == ["mlp", "embed", "attn.out", "attn.out", "layers.out"]
+    assert [records.index_of(path, kinds) for path in paths] == [3, 0, 3, 4, 3]
+    assert records.kinds_of(["0", "1"]) == {"0": "layer", "1": "layer"}
+    assert records.index_of("embed", kinds) == 0
 
 
 @pytest.mark.parametrize(
