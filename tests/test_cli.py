@@ -186,7 +186,8 @@ def test_the_baseline_can_be_turned_off(here):
 ERRORS = {
     "unknown method": (
         ["--model.method", "RosaLoRA"],
-        'error: model.method: no method "RosaLoRA". Did you mean "RoseLoRA"? Installed: LoRA, RoseLoRA.',
+        'error: model.method: no method "RosaLoRA". Did you mean "RoseLoRA"? '
+        "Installed: CELoRA, DoRA, LoRA, LoRASC, MoELoRA, RoseLoRA.",
     ),
     "blocked plugin": (
         ["-p", "no:ll_rose"],

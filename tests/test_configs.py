@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from training import completion_file, decoder_folder
 
 from lora_lightning.__main__ import main
 from lora_lightning.argv import config_names
@@ -37,6 +38,40 @@ def test_a_config_runs(name, tmp_path, monkeypatch, capsys):
 def test_a_recipe_parses(name, capsys):
     assert main(["fit", "--config", name, "--print_config"]) == 0
     assert "class_path: ll_" in capsys.readouterr().out
+
+
+SMALLER = {
+    "recipes/ce_lora_math": [
+        "--model.method.rank=2",
+        "--model.method.svd_rank=2",
+        "--model.overrides={q_proj: {kept: 1.0}}",
+    ],
+    "recipes/dora_commonsense": ["--model.method.rank=2"],
+    "recipes/lorasc_instructions": ["--model.method.inner.init_args.rank=2", "--model.method.stage_steps=4"],
+    "recipes/riemannian_moe_llama": ["--model.method.rank=1", "--model.method.router_lr_ratio=1.0"],
+    "recipes/rose_editing": ["--model.method.rank=2", "--model.method.start=2", "--model.method.end=6"],
+}
+
+
+@pytest.mark.parametrize("name", [name for name in config_names() if name.startswith("recipes/")])
+def test_a_recipe_trains_a_tiny_decoder(name, tmp_path, monkeypatch):
+    """Its own settings, but for sizes that a model of width 16 has no room for."""
+    monkeypatch.chdir(tmp_path)
+    decoder, pairs = decoder_folder(tmp_path / "decoder"), completion_file(tmp_path / "pairs.csv")
+    columns = [
+        "--data.prompt=prompt",
+        "--data.completion=completion",
+        f"--data.train={pairs}",
+        f"--data.validation={pairs}",
+    ]
+    sizes = ["--data.batch_size=2", "--data.max_length=16", "--trainer.max_steps=8", "--trainer.precision=32-true"]
+    sizes.append("--trainer.accumulate_grad_batches=1")
+    words = [f"--model.pretrained={decoder}", *columns, *sizes, "--trainer.num_sanity_val_steps=0", *SMALLER[name]]
+    assert (
+        main(["fit", "--config", name, *words, "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]) == 0
+    )
+    [summary] = (tmp_path / "runs").glob("*/001/summary.json")
+    assert json.loads(summary.read_text())["steps"] == 8
 
 
 @pytest.mark.slow

@@ -8,13 +8,15 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from projects import Plain, fit, loader
+from resuming import SaveAt, at_step
 from torch import nn
+from training import trainer
 
 import lora_lightning as ll
 from ll_lora import LoRA
 from ll_rose import RoseLoRA
 from lora_lightning.adapters.shift import DenseShift, LogShift
-from lora_lightning.callbacks import Cascade, InjectAdapters, NoiseInjection
+from lora_lightning.callbacks import Cascade, ExactResume, InjectAdapters, NoiseInjection
 from lora_lightning.errors import AdapterStateError, NoEffectError, SettingsError
 
 ALPHA = 0.4
@@ -263,3 +265,29 @@ class TestNoiseInjection:
 
 def test_loader_has_eight_batches():
     assert len(loader()) == 8
+
+
+@pytest.mark.parametrize("mode", ["restore", "persist"])
+@pytest.mark.parametrize("checkpoint", ["full", "adapter"])
+def test_a_project_of_its_own_resumes_in_the_middle_of_a_stage(tmp_path, mode, checkpoint):
+    """Its checkpoint holds the pretrained weight under its old name, whatever was folded into the layer."""
+
+    def once(callbacks, **options):
+        module = Wide(momentum=0.9)
+        inject = InjectAdapters(LoRA(rank=2), ["used"], also_train=["head"], seed=3, checkpoint=checkpoint)
+        cascade = Cascade(stage_steps=5, share=ALPHA, rule="figure_ema", noise=0.2, noise_mode=mode)
+        trained = trainer(tmp_path, [inject, cascade, ExactResume(), *callbacks], max_steps=11)
+        trained.fit(module, loader(), weights_only=True, **options)
+        return module
+
+    saved = tmp_path / "saved.ckpt"
+    straight = once([SaveAt(saved, at_step(8))])  # an epoch: plain loaders have no position
+    content = torch.load(saved, weights_only=True)
+    if checkpoint == "full":
+        assert torch.equal(content["state_dict"]["used.weight"], Wide().used.weight)
+    resumed = once([], ckpt_path=saved)
+    own, other = straight.state_dict(), resumed.state_dict()
+    assert own.keys() == other.keys()
+    assert any(".shifts." in key for key in own)
+    assert all(torch.equal(own[key], other[key]) for key in own)
+    assert torch.equal(resumed.used.original_weight(), Wide().used.weight)

@@ -133,7 +133,7 @@ def test_predict_tells_the_row_of_the_input(make, write):
     data = make(predict=write("new.json", ROWS), batch_size=2)
     data.setup("predict")
     index = torch.cat([batch["index"] for batch in data.predict_dataloader()])
-    assert [data.inputs("predict")[row]["completion"] for row in index.tolist()] == ["answer", "yes it is", "no"]
+    assert [data.inputs("predict")[row]["completion"] for row in index.tolist()] == ["answer", "yes it is", "", "no"]
 
 
 def test_real_instructions(shared):
