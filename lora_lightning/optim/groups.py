@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from lora_lightning.adapters.base import FactorPair, GroupSpec
 from lora_lightning.errors import SettingsError, TrainingError
 from lora_lightning.injection import adapters_named, injected_root, records, trainable_adapters
+from lora_lightning.optim.wrapper import adamw
 
 OptimizerFactory = Callable[[Any], Optimizer]
 
@@ -75,7 +76,7 @@ def build_optimizer(model: nn.Module, factory: OptimizerFactory | None) -> Optim
     methods = [record.method for record in records(injected_root(model)).values()]
     own = next((made for made in (method.optimizer() for method in methods) if made is not None), None)
     try:
-        optimizer = (factory or own or _adamw)(groups)
+        optimizer = (factory or own or adamw)(groups)
     except SettingsError:
         raise
     except ValueError as error:
@@ -85,10 +86,6 @@ def build_optimizer(model: nn.Module, factory: OptimizerFactory | None) -> Optim
     if hasattr(optimizer, "bind_pairs"):
         optimizer.bind_pairs(factor_pairs(model))
     return optimizer
-
-
-def _adamw(groups: Any) -> Optimizer:
-    return AdamW(groups, lr=1e-3, weight_decay=0.0)
 
 
 def factor_pairs(model: nn.Module) -> tuple[FactorPair, ...]:

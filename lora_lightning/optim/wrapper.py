@@ -7,9 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from lora_lightning.adapters.base import FactorPair
+
+
+def adamw(params: Any) -> Optimizer:
+    """AdamW as a run takes it that names no optimizer: a rate of 1e-3, no decay."""
+    return AdamW(params, lr=1e-3, weight_decay=0.0)
 
 
 class OptimizerWrapper(Optimizer, ABC):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from ll_lorasc.functional import blend
 from lora_lightning.errors import check
-from lora_lightning.optim.wrapper import OptimizerWrapper
+from lora_lightning.optim.wrapper import OptimizerWrapper, adamw
 
 
 class SlowFast(OptimizerWrapper):
@@ -21,7 +21,7 @@ class SlowFast(OptimizerWrapper):
 
     Args:
         params: parameters or groups, as for any optimizer.
-        inner: makes the optimizer that takes the steps.
+        inner: the optimizer that takes the steps; null for AdamW at a rate of 1e-3.
         share: how far the slow copies follow, in (0, 1]; 1 changes nothing.
         every_n_steps: optimizer steps between two blends.
 
@@ -32,14 +32,14 @@ class SlowFast(OptimizerWrapper):
     def __init__(
         self,
         params: Any,
-        inner: Callable[[Iterable[Any]], Optimizer] = AdamW,
+        inner: Callable[[Any], Optimizer] | None = None,
         share: float = 0.5,
         every_n_steps: int = 5,
     ) -> None:
         self.share, self.every_n_steps = share, every_n_steps
         check(0 < share <= 1, self, "share", "it must lie in (0, 1]. 0.5 is usual; 1 changes nothing.")
         check(every_n_steps >= 1, self, "every_n_steps", "it must be at least 1; 5 is usual.")
-        super().__init__(inner(params))
+        super().__init__((inner or adamw)(params))
         for group in self.param_groups:
             group.setdefault("fast_steps", 0)
 

@@ -20,12 +20,12 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from lora_lightning.adapters.base import FactorPair
 from lora_lightning.errors import SettingsError, TrainingError
 from lora_lightning.optim.pair_optimizer import PairOptimizer
-from lora_lightning.optim.wrapper import OptimizerWrapper
+from lora_lightning.optim.wrapper import OptimizerWrapper, adamw
 
 
 class LoRAPlus(OptimizerWrapper):
@@ -41,7 +41,7 @@ class LoRAPlus(OptimizerWrapper):
     def __init__(self, params: Any, ratio: float = 16.0, inner: Callable[[Any], Optimizer] | None = None) -> None:
         if not ratio >= 1:
             raise SettingsError(f"LoRAPlus.ratio is {ratio!r}; it must be at least 1. Rate of B over the rate of A.")
-        super().__init__(inner(params) if inner else AdamW(params, lr=1e-3, weight_decay=0.0))
+        super().__init__((inner or adamw)(params))
         self.defaults = {**self.inner.defaults, "ratio": ratio}
         self.ratio = ratio
         self._split = False

@@ -246,7 +246,7 @@ def test_slow_fast_equals_a_loop_written_out(inner):
 
 def test_a_share_of_one_changes_nothing():
     p, q = (torch.nn.Parameter(torch.ones(3, 2, dtype=torch.float64)) for _ in range(2))
-    wrapped, plain = SlowFast([p], share=1.0, every_n_steps=1), torch.optim.AdamW([q])
+    wrapped, plain = SlowFast([p], torch.optim.AdamW, share=1.0, every_n_steps=1), torch.optim.AdamW([q])
     for gradient in gradients(5):
         p.grad, q.grad = gradient.clone(), gradient.clone()
         wrapped.step()
