@@ -1,4 +1,4 @@
-"""What every test stands on: no network, fixed seeds, two threads, and where the shared test data lies."""
+"""What every test stands on: no network, fixed seeds, one thread a process, and where the shared test data lies."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tests run in two processes, on as little as two cores
 
 
 @pytest.fixture(autouse=True)
@@ -24,14 +23,6 @@ def _seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """For tensors this small a second thread only waits: 130 instead of 0.05 ms a convolution where others compute."""
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")

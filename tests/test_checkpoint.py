@@ -24,7 +24,6 @@ from lora_lightning.errors import AdapterFileError, AdapterStateError, LoraLight
 from lora_lightning.injection import adapters_named, records
 from lora_lightning.testing import TinyMLP, perturb, tiny_decoder, tiny_encoder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 METHOD = LoRA(rank=2, alpha=4.0)
 TOKENS = torch.tensor([[1, 5, 7, 2], [1, 9, 2, 0]])
 X = torch.linspace(-1, 1, 18).view(3, 6)

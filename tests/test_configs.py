@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from training import completion_file, decoder_folder
 
 from lora_lightning.__main__ import main
 from lora_lightning.argv import config_names
+from lora_lightning.data import pydocs
 
 SMALL = [
     "--trainer.max_steps=12",
@@ -20,6 +22,15 @@ SMALL = [
     "--data.batch_size=4",
     "--data.max_length=16",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library_read_once():
+    """The texts are the same in every run; reading the library takes seconds."""
+    original = pydocs.library_docstrings
+    pydocs.library_docstrings = functools.cache(original)
+    yield
+    pydocs.library_docstrings = original
 
 
 @pytest.mark.parametrize("name", [name for name in config_names() if "/" not in name])

@@ -21,7 +21,6 @@ from lora_lightning.injection import adapters_named, injected_root, records, tra
 from lora_lightning.methods import Method
 from lora_lightning.testing import TinyMLP, perturb, tiny_decoder, tiny_encoder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 METHOD = LoRA(rank=2, alpha=4.0)
 TOKENS = torch.tensor([[1, 5, 7, 2], [1, 9, 2, 0]])
 X = torch.linspace(-1, 1, 18).view(3, 6)

@@ -42,7 +42,7 @@ def language_model(data: Path) -> list[str]:
 
 def test_a_language_model_learns_e2e_from_the_valid_file(work):
     train, test = (
-        pairs(work / "data" / "e2e" / f"{split}.txt", Path(f"{split}.jsonl"), 400) for split in ("valid", "test")
+        pairs(work / "data" / "e2e" / f"{split}.txt", Path(f"{split}.jsonl"), 200) for split in ("valid", "test")
     )
     summary = fit(
         *language_model(work),

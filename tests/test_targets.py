@@ -14,7 +14,6 @@ from lora_lightning.injection import adapters_named
 from lora_lightning.targets import fused_experts, head_prefixes, select, trained_parameters, within
 from lora_lightning.testing import TinyMLP, perturb, seeded, tiny_decoder, tiny_encoder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 METHOD = LoRA(rank=2, alpha=4.0)
 BLOCK = (
     "attention.self.query",

@@ -15,8 +15,6 @@ from lora_lightning.adapters.weights import base_layer
 from lora_lightning.errors import AdapterStateError
 from lora_lightning.testing import perturb
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def factors(stages: int, rank: int = 2, d_in: int = 6, d_out: int = 5):
     generator = torch.Generator().manual_seed(0)

@@ -54,7 +54,6 @@ from lora_lightning.tiny import LAYERS
 
 LINEAR = ("Linear", "Linear without bias", "Conv1D")
 D_IN, D_OUT, N = 7, 10, 12
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class TestCELoRA(MethodContract):

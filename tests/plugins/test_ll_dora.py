@@ -23,8 +23,6 @@ from lora_lightning.injection import adapters_named, inject, merge, unmerge
 from lora_lightning.optim.groups import build_optimizer
 from lora_lightning.testing import BASE_KINDS, MethodContract, perturb, tiny_encoder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 METHOD = DoRA(rank=3, alpha=6.0)
 FULL = DoRA(rank=3, alpha=6.0, detach_norm=False)
 

@@ -24,9 +24,6 @@ from lora_lightning.errors import DataError, NoEffectError, ResumeError, Setting
 from lora_lightning.injection import adapters_named, inject
 from lora_lightning.testing import perturb
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # -- the numbers -------------------------------------------------------------------------------------------------------
 
 
