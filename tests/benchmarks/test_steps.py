@@ -1,6 +1,6 @@
-"""Step time of the plain model, LoRA and RoseLoRA, and what the schedule adds. No timed asserts.
+"""Step time of the plain model and of methods, and what the sparsity schedule adds. No timed asserts.
 
-python -m pytest tests/benchmarks --benchmark-enable --benchmark-only
+python -m pytest tests/benchmarks -n 0 --benchmark-enable --benchmark-only
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ import itertools
 import pytest
 import torch
 
+from ll_ce_lora import CELoRA
+from ll_dora import DoRA
 from ll_lora import LoRA
+from ll_riemannian_moe import MoELoRA
 from ll_rose import RoseLoRA
 from lora_lightning import inject
 from lora_lightning.injection import trainable_adapters
@@ -39,7 +42,17 @@ def training_step(method):
     return step, model
 
 
-@pytest.mark.parametrize("method", [None, LoRA(rank=16), RoseLoRA(rank=16)], ids=["full", "LoRA", "RoseLoRA"])
+METHODS = {
+    "full": None,
+    "LoRA": LoRA(rank=16),
+    "RoseLoRA": RoseLoRA(rank=16),
+    "DoRA": DoRA(rank=16),
+    "MoELoRA": MoELoRA(experts=4, top_k=2, rank=4),
+    "CELoRA": CELoRA(rank=16, svd_rank=14),  # before its first refresh, so exact
+}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 def test_step(benchmark, method):
     step, _ = training_step(method)
     benchmark.pedantic(step, rounds=10, warmup_rounds=2)
