@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback
@@ -39,6 +40,7 @@ def run(module, data, folder, callbacks=(), checkpoint=None, seed=3, **options):
         "rate": fit.optimizers[0].param_groups[0]["lr"],
         "step": fit.global_step,
         "rng": torch.get_rng_state(),
+        "numpy": int(np.random.randint(2**31)),
     }
 
 
@@ -46,6 +48,7 @@ def assert_equal_runs(one, other):
     assert one["step"] == other["step"]
     assert one["rate"] == other["rate"]
     assert torch.equal(one["rng"], other["rng"])
+    assert one["numpy"] == other["numpy"]
     for name, value in one["state"].items():
         assert torch.equal(value, other["state"][name]), name
     for index, state in one["optimizer"].items():

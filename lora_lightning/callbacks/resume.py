@@ -6,6 +6,7 @@ import dataclasses
 import random
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -119,7 +120,12 @@ def gather_objects(mine: Any) -> list[Any]:
 
 
 def _random_states() -> dict[str, Any]:
-    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    name, key, *rest = np.random.get_state()  # what data code outside this library draws from
+    states: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (str(name), torch.from_numpy(np.asarray(key, dtype=np.int64)), *rest),
+    }
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state_all()
     return states
@@ -128,5 +134,7 @@ def _random_states() -> dict[str, Any]:
 def _restore_random(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     random.setstate(states["python"])
+    name, key, *rest = states["numpy"]
+    np.random.set_state((name, key.numpy().astype(np.uint32), *rest))
     if "cuda" in states:
         torch.cuda.set_rng_state_all(states["cuda"])
