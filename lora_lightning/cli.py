@@ -142,7 +142,7 @@ class CLI(LightningCLI):
         if self.folder is None:
             return
         self.folder = Path(self.trainer.strategy.broadcast(str(self.folder)))
-        self.trainer.save_checkpoint(self.folder / "last.ckpt")
+        self.trainer.save_checkpoint(self.folder / "last.ckpt", weights_only=False)  # with optimizer and schedules
         if self.trainer.is_global_zero:
             print(f"try next: python -m lora_lightning validate --run {self.folder}")
             if to := _export_format(self.model):

@@ -40,7 +40,7 @@ class AdapterModule(LightningModule):
     Args:
         pretrained: folder, hub id, or `pkg:IMPORT_NAME/FOLDER` for weights that an installed package carries.
         method: the adapter method and its settings.
-        task: "sequence-classification", "regression" or "causal-lm".
+        task: "sequence-classification", "token-classification", "regression" or "causal-lm".
         targets: "all-linear", a scope ("attention", "mlp", "experts"), name suffixes, or one regular expression.
         exclude: names of layers to leave out.
         overrides: other settings for some layers, such as `{layer.0: {rank: 4}}`.

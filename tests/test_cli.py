@@ -171,6 +171,30 @@ trainer: {{max_steps: 6, accumulate_grad_batches: 2, enable_progress_bar: false,
     )
 
 
+def test_words_with_tags(here):
+    """Learns that words from w20 on are names; predict gives a tag for each word."""
+    rows = [[f"w{3 * i % 40}", f"w{7 * i % 40}", f"w{11 * i % 40}"] for i in range(1, 40)]
+    lines = [{"tokens": words, "tags": ["NAME" if int(w[1:]) >= 20 else "O" for w in words]} for words in rows]
+    Path("words.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = """
+model:
+  {pretrained: model, task: token-classification, method: LoRA, optimizer: {class_path: AdamW, init_args: {lr: 0.02}}}
+data:
+  {class_path: TaggedWords, init_args: {train: words.jsonl, validation: words.jsonl, batch_size: 4}}
+trainer: {max_steps: 40, accumulate_grad_batches: 2, max_epochs: -1, enable_progress_bar: false, accelerator: cpu}
+"""
+    Path("tags.yaml").write_text(config)
+    assert main(["fit", "--config", "tags.yaml"]) == 0
+    summary = json.loads(Path("runs/tags/001/summary.json").read_text())
+    assert summary["metric"] == "f1"
+    assert summary["linear_baseline"] is not None
+    assert summary["values"]["f1"] > summary["linear_baseline"]["f1"] + 0.05
+    assert main(["predict", "--run", "runs/tags/001", "--output", "tags.jsonl"]) == 0
+    found = [json.loads(line) for line in Path("tags.jsonl").read_text().splitlines()]
+    assert all(set(row["prediction"].split()) <= {"NAME", "O"} for row in found)
+    assert all(len(row["prediction"].split()) == len(row["tokens"]) for row in found)
+
+
 def test_a_dry_run_leaves_no_folder(here):
     assert main(["fit", "--config", "tiny.yaml", "--trainer.fast_dev_run", "5"]) == 0
     assert not Path("runs").exists()

@@ -26,7 +26,9 @@ def show_examples(datamodule: LightningDataModule, n: int = 3) -> str:
     """
     if not isinstance(datamodule, TextData):
         name = type(datamodule).__name__
-        raise DataError(f"data is {name}; only LabelledText, Completions, PlainText and PyDocs can be inspected.")
+        raise DataError(
+            f"data is {name}; only LabelledText, TaggedWords, Completions, PlainText and PyDocs can be inspected."
+        )
     return "\n".join([*_figures(datamodule), *_examples(datamodule, n)])
 
 

@@ -55,6 +55,6 @@ def test_regression_and_plain_text(write, encoder_tokenizer, causal_tokenizer):
 
 def test_foreign_data_module():
     with pytest.raises(
-        DataError, match=r"^data is LightningDataModule; only LabelledText, Completions, PlainText and Py"
+        DataError, match=r"^data is LightningDataModule; only LabelledText, TaggedWords, Completions, PlainText and Py"
     ):
         show_examples(LightningDataModule())

@@ -26,7 +26,7 @@ def measured(task, batches, labels=3):
 
 
 def test_every_task_has_a_name_and_a_direction():
-    assert set(all_tasks()) == {"causal-lm", "regression", "sequence-classification"}
+    assert set(all_tasks()) == {"causal-lm", "regression", "sequence-classification", "token-classification"}
     assert all(find_task(name).name == name for name in all_tasks())
 
 
@@ -79,3 +79,21 @@ def test_causal_lm_counts_labelled_tokens_only():
     assert int(loss.count) == count == 6
     assert float(loss.total) == pytest.approx(total, rel=1e-6)
     assert measured(task, [(logits, {"labels": labels})]) == pytest.approx({"loss": total / count}, rel=1e-6)
+
+
+def test_token_classification_counts_labelled_tokens_only():
+    task = find_task("token-classification")
+    logits, labels = torch.randn(4, 6, 3), torch.randint(0, 3, (4, 6))
+    labels[:, 0], labels[1, 3:] = -100, -100
+    values = measured(task, [(a, {"labels": b}) for a, b in zip(logits.split(3), labels.split(3), strict=True)])
+    keep = labels != -100
+    log_p = logits.double().log_softmax(-1)
+    true, predicted = labels[keep], logits.argmax(-1)[keep]
+    assert values == pytest.approx(
+        {
+            "loss": -float(log_p[keep][range(len(true)), true].mean()),
+            "accuracy": accuracy_score(true, predicted),
+            "f1": f1_score(true, predicted, average="macro"),
+        },
+        abs=1e-6,
+    )

@@ -1,0 +1,129 @@
+"""Words with a tag each, for named entities, parts of speech and the like."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import datasets
+
+from lora_lightning.data.causal import NO_LOSS
+from lora_lightning.data.encoding import tokenised
+from lora_lightning.data.labels import Labels, find_labels, named_labels
+from lora_lightning.data.loader import Batch
+from lora_lightning.data.splits import Sources
+from lora_lightning.data.text import TextData
+from lora_lightning.errors import DataError
+
+
+class TaggedWords(TextData):
+    """Texts as lists of words, with a tag for each word.
+
+    A word's first token carries its tag; its other tokens, and special ones, have no loss. Words beyond max_length are
+    cut off. Needs a fast tokenizer, which tells what token belongs to which word.
+
+    Batches: input_ids, attention_mask, token_type_ids, labels (-100 where there is no loss), window_tokens.
+
+    Args:
+        words: Column of word lists; JSON, JSONL, Parquet and hub data have such columns.
+        tags: Column of tag lists, as long as the words: names, or numbers from 0. Not needed for predict.
+        labels: Tag names by number; null takes those that the data declare or hold.
+        common: Settings that all text data share.
+    """
+
+    task_kinds = ("token-classification",)
+
+    def __init__(
+        self, words: str = "tokens", tags: str = "tags", labels: Sequence[str] | None = None, **common: Any
+    ) -> None:
+        super().__init__(**common)
+        self.words = words
+        self.tags = tags
+        self.labels = labels
+        self.count = count_words
+
+    def read(self, split: str) -> datasets.Dataset | None:
+        """Rows with the column of words and, but for predict, that of tags; both are lists of one length."""
+        return self._read(self.sources, split)
+
+    def encode(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:
+        """Token ids of each row, and a tag on the first token of each word."""
+        tokenizer = self.tokenizer_object
+        if not tokenizer.is_fast:
+            raise DataError(f"TaggedWords.tokenizer is {type(tokenizer).__name__}; it needs a fast tokenizer.")
+        tagged = split != "predict"
+        labels = self._classes if tagged else None
+
+        def encode(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, Any]:
+            encoded = tokenizer(
+                batch[self.words], is_split_into_words=True, truncation=True, max_length=self.max_length
+            )
+            kept = []
+            for row, number in enumerate(numbers):
+                where = f'TaggedWords.tags: {split} column "{self.tags}", row {number}'
+                words = batch[self.words][row]
+                ids = labels.encode(batch[self.tags][row], where) if labels else [0] * len(words)
+                kept.append(_on_first_tokens(encoded.word_ids(row), ids))
+            cut = [bool(encoding.overflowing) for encoding in encoded.encodings]
+            return {**encoded, "labels": kept, "index": numbers, "truncated": cut}
+
+        return tokenised(rows, encode)
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs that a head needs."""
+        return len(self.label_names)
+
+    @property
+    def label_names(self) -> list[str]:
+        """Tag names by number; read from the training data unless `labels` is given."""
+        return self._classes.names
+
+    @cached_property
+    def _classes(self) -> Labels:
+        if self.labels is not None:
+            return named_labels(self.labels)
+        train = self._read(replace(self.sources, validation_share=0.0), "train")
+        if train is None:
+            raise DataError(
+                "TaggedWords.labels is null, and so is train, whose tags would be taken; list the tags in labels."
+            )
+        column = [tag for tags in train[self.tags] for tag in tags]
+        feature = train.features[self.tags]
+        return find_labels(column, getattr(feature, "feature", None), f'TaggedWords.tags: train column "{self.tags}"')
+
+    def _read(self, sources: Sources, split: str) -> datasets.Dataset | None:
+        columns = {"TaggedWords.words": self.words}
+        if split != "predict":
+            columns["TaggedWords.tags"] = self.tags
+        rows = sources.read(split, columns, texts=[], hold_out_by=[self.words])
+        if rows is not None:
+            self._check_lists(rows, split)
+        return rows
+
+    def _check_lists(self, rows: datasets.Dataset, split: str) -> None:
+        """Raise `DataError` for a row whose words are no list of texts, or whose tags are not as many."""
+        tags: Sequence[Any] = rows[self.tags][:] if split != "predict" else rows[self.words][:]
+        for number, (words, own) in enumerate(zip(rows[self.words][:], tags, strict=True)):
+            where = f"TaggedWords: {split} row {number} (counted from 0)"
+            if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+                raise DataError(f'{where}: column "{self.words}" must hold a list of words; it holds {words!r:.60}.')
+            if not isinstance(own, list) or len(own) != len(words):
+                found = f"{len(own)} tags" if isinstance(own, list) else "no list"
+                raise DataError(f'{where}: {len(words)} words, but column "{self.tags}" holds {found}.')
+
+
+def count_words(batch: Batch) -> int:
+    """Tokens with a loss."""
+    return int((batch["labels"] != NO_LOSS).sum())
+
+
+def _on_first_tokens(word_ids: Sequence[int | None], tags: Sequence[int]) -> list[int]:
+    """A word's tag on its first token, -100 elsewhere."""
+    labels, before = [], None
+    for word in word_ids:
+        labels.append(NO_LOSS if word is None or word == before else tags[word])
+        before = word
+    return labels
