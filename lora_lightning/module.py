@@ -22,7 +22,14 @@ from lora_lightning.callbacks.schedule import total_steps
 from lora_lightning.checkpoint import adapter_keys, describe
 from lora_lightning.comparison import check_fits, check_same
 from lora_lightning.errors import DataError, ModelError, ResumeError, SettingsError
-from lora_lightning.injection import InjectionReport, adapters_named, ignore_adapter_buffers, inject, records
+from lora_lightning.injection import (
+    InjectionReport,
+    adapters_named,
+    check_unmerged,
+    ignore_adapter_buffers,
+    inject,
+    records,
+)
 from lora_lightning.loading import load_model
 from lora_lightning.methods import Method
 from lora_lightning.optim.groups import build_optimizer
@@ -300,6 +307,7 @@ class AdapterModule(LightningModule):
         """
         if "lora_lightning" not in checkpoint:
             raise ResumeError("the checkpoint was not written by AdapterModule: it has no adapter section.")
+        check_unmerged(self.model)
         check_same(self, NAME, checkpoint["lora_lightning"])
         open_shifts(self, NAME, checkpoint["state_dict"])
         check_fits(self, NAME, checkpoint["state_dict"])

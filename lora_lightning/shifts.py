@@ -6,8 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from lora_lightning.adapters.shift import shift_like
-from lora_lightning.errors import ResumeError
+from lora_lightning.errors import AdapterStateError, ResumeError
 from lora_lightning.injection import iter_adapters
 
 
@@ -31,10 +30,10 @@ def open_shifts(model: nn.Module, name: str, state: Mapping[str, Tensor]) -> Non
     for path, layer in iter_adapters(model):
         if name not in layer.adapters:
             continue
-        shift = shift_like(layer.accessor, tensors[path]) if path in tensors else None
-        if path in tensors and shift is None:
-            raise ResumeError(f"the checkpoint's adapter does not fit: what was folded on {path} has other shapes.")
-        layer.set_shift(name, shift)
+        try:
+            layer.make_room(name, tensors.get(path, {}))
+        except AdapterStateError as error:
+            raise ResumeError(f"the checkpoint's adapter does not fit {path}: {error}") from error
 
 
 def rewrite_weights(model: nn.Module) -> None:

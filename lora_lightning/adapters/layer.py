@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter
-from lora_lightning.adapters.shift import DenseShift, LogShift, Noise, Shift
+from lora_lightning.adapters.shift import DenseShift, LogShift, Noise, Shift, shift_like
 from lora_lightning.adapters.weights import BaseLayer, StackedBase
 from lora_lightning.cascades import Rule
 from lora_lightning.errors import AdapterStateError, SettingsError, did_you_mean
@@ -34,9 +34,11 @@ class AdaptedLayer(nn.Module):
         self.merged: tuple[str, ...] = ()
         self._disabled = False
         self.tied_to: tuple[str, ...] = ()
-        self._original: tuple[Tensor, Tensor | None] | None = None
-        self._pretrained: Tensor | None = None
+        self._kept: tuple[Tensor, Tensor | None] | None = None  # weight and bias, while the layer holds others
         self._noise: Noise | None = None
+        self.register_state_dict_post_hook(_emit_originals)
+        self.register_load_state_dict_pre_hook(_expect_originals)
+        self.register_load_state_dict_post_hook(_write_after_loading)
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -109,6 +111,8 @@ class AdaptedLayer(nn.Module):
         del self.adapters[name]
         if name in self.shifts:
             del self.shifts[name]
+        if not self.adapters:
+            self._noise = None
         self.active = tuple(n for n in self.active if n != name)
 
     def check_active(self, names: tuple[str, ...]) -> None:
@@ -183,8 +187,8 @@ class AdaptedLayer(nn.Module):
 
     @property
     def rewritten(self) -> bool:
-        """Whether the base weight holds a dense shift or noise now."""
-        return self._pretrained is not None
+        """Whether the layer holds another weight than the original, which is kept on the CPU."""
+        return self._kept is not None
 
     def under(self, name: str) -> BaseLayer:
         """The base that the adapter sees: the layer with what it has folded."""
@@ -194,8 +198,9 @@ class AdaptedLayer(nn.Module):
         """Give the adapter another shift, or none.
 
         Raises:
-            AdapterStateError: a dense one on a weight that another module shares.
+            AdapterStateError: the layer is merged; or a dense one on a weight that another module shares.
         """
+        self._check_unmerged()
         if isinstance(shift, DenseShift):
             self._check_own_weight()
         if name in self.shifts:
@@ -204,13 +209,27 @@ class AdaptedLayer(nn.Module):
             self.shifts[name] = shift
         self.rewrite()
 
+    def make_room(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Give the adapter an empty shift that `tensors`, by name, fit into, or none where there are none.
+
+        Raises:
+            AdapterStateError: they fit no shift of this layer.
+        """
+        shift = shift_like(self.accessor, tensors) if tensors else None
+        if tensors and shift is None:
+            raise AdapterStateError(f'adapter "{name}": what was folded has other shapes than this layer.')
+        present = self.shifts[name].state_dict() if name in self.shifts else {}
+        if {k: t.shape for k, t in present.items()} != {k: t.shape for k, t in tensors.items()}:
+            self.set_shift(name, shift)
+
     def set_noise(self, noise: Noise | None) -> None:
         """Put noise on the weight, or take it off; without any, and without a dense shift, the original is back.
 
         Raises:
-            AdapterStateError: another module shares the weight.
+            AdapterStateError: the layer is merged, or another module shares the weight.
         """
         if noise is not None:
+            self._check_unmerged()
             self._check_own_weight()
         self._noise = noise
         self.rewrite()
@@ -223,13 +242,18 @@ class AdaptedLayer(nn.Module):
             name: which adapter; `set_shift` has given it a shift.
             share: weight of the update, in (0, 1].
             rule: how shares of earlier updates go on (module docstring of `adapters.shift`).
-            keep_noise: whether the noise on the weight becomes part of a dense shift.
+            keep_noise: whether the noise on the weight becomes part of the shift, which must be dense then.
+
+        Raises:
+            AdapterStateError: the layer is merged, or the shift is of a form that cannot hold the update or the noise.
         """
+        self._check_unmerged()
         adapter, shift = self.adapter(name), cast("Shift", self.shifts[name])
         if isinstance(shift, LogShift):
             factors = adapter.low_rank()
-            if factors is None:
-                raise AdapterStateError(f'adapter "{name}" ({type(adapter).__name__}) has no factors to fold.')
+            if factors is None or (keep_noise and self._noise is not None):
+                what = "noise" if factors else f"the update of {type(adapter).__name__}"
+                raise AdapterStateError(f'adapter "{name}": {what} has no factors to fold; give it a DenseShift.')
             shift.fold(*factors, share, rule)
             return
         weight = self.under(name).weight(self.accessor.adapter_dtype)
@@ -252,18 +276,29 @@ class AdaptedLayer(nn.Module):
         noise = None if self._disabled else self._noise
         if self.merged or not (dense or noise or self.rewritten):
             return
-        if self._pretrained is None:
-            self._pretrained = self.accessor.stored.detach().to("cpu", copy=True)
+        original = self._keep()
         if not dense and noise is None:
-            self.accessor.stored.copy_(self._pretrained)
-            self._pretrained = None
+            self.accessor.stored.copy_(original)
+            self._kept = None
             return
-        weight = self.accessor._read(self._pretrained).to(self.accessor.device, self.accessor.adapter_dtype, copy=True)
+        weight = self.accessor._read(original).to(self.accessor.device, self.accessor.adapter_dtype, copy=True)
         for shift in dense:
             weight += shift.delta
         if noise is not None:
             weight += noise.draw(weight)
         self.accessor.write(weight)
+
+    def _keep(self) -> Tensor:
+        """The original weight, kept on the CPU with its bias from now on."""
+        if self._kept is None:
+            bias = self.accessor.bias
+            kept_bias = None if bias is None else bias.detach().to("cpu", copy=True)
+            self._kept = (self.accessor.stored.detach().to("cpu", copy=True), kept_bias)
+        return self._kept[0]
+
+    def _check_unmerged(self) -> None:
+        if self.merged:
+            raise AdapterStateError(f"{', '.join(self.merged)} is merged; call unmerge first.")
 
     def _check_own_weight(self) -> None:
         if self.tied_to:
@@ -292,9 +327,15 @@ class AdaptedLayer(nn.Module):
 
     @torch.no_grad()
     def _merged(self) -> tuple[Tensor, Tensor | None]:
-        """Weight (d_out, d_in) and bias with the active adapters, in float32 at least."""
-        under = self._base_under(self.active)
-        return under.weight(self.accessor.adapter_dtype), under.bias
+        """Weight (d_out, d_in) and bias with the active adapters and without noise, in float32 at least."""
+        kept = self.originals()
+        weight = self.accessor._read(kept["weight"]).to(self.accessor.device, self.accessor.adapter_dtype)
+        bias = kept["bias"].to(self.accessor.device) if "bias" in kept else None
+        for name in self.active:
+            if name in self.shifts:
+                weight = cast("Shift", self.shifts[name]).merged_weight(weight)
+            weight, bias = self.adapter(name).merged_weight(weight), self.adapter(name).merged_bias(bias)
+        return weight, bias
 
     @torch.no_grad()
     def merge(self, keep_original: bool = True) -> None:
@@ -305,31 +346,27 @@ class AdaptedLayer(nn.Module):
         if self.merged or not self.active:
             return
         weight, bias = self._merged()
-        if keep_original:
-            own_bias = self.accessor.bias
-            kept_bias = None if own_bias is None else own_bias.detach().to("cpu", copy=True)
-            self._original = (self.accessor.stored.detach().to("cpu", copy=True), kept_bias)
-        else:
-            self._pretrained = None
+        self._keep()
+        if not keep_original:
+            self._kept = None
         self.accessor.write(weight)
         self._write_bias(bias)
         self.merged = self.active
 
     def unmerge(self) -> None:
-        """Restore the base weight bit for bit.
+        """Restore the base weight bit for bit, dense shifts and noise on it as before.
 
         Raises:
             AdapterStateError: it was merged with `keep_original=False`.
         """
         if not self.merged:
             return
-        if self._original is None:
+        if self._kept is None:
             raise AdapterStateError("merged with keep_original=False; the original weight is gone.")
-        weight, bias = self._original
         with torch.no_grad():
-            self.accessor.stored.copy_(weight)
-            self._write_bias(bias)
-        self.merged, self._original = (), None
+            self._write_bias(self._kept[1])
+        self.merged = ()
+        self.rewrite()
 
     def _write_bias(self, bias: Tensor | None) -> None:
         own = self.accessor.bias
@@ -351,8 +388,7 @@ class AdaptedLayer(nn.Module):
         if not self.can_unmerge:
             raise AdapterStateError("merged with keep_original=False; the original weight is gone.")
         now: tuple[Tensor, Tensor | None] = self.accessor.stored, self.accessor.bias
-        weight, bias = now if self._original is None else self._original
-        weight = weight if self._pretrained is None else self._pretrained
+        weight, bias = now if self._kept is None else self._kept
         return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
 
     def original_weight(self) -> Tensor:
@@ -366,7 +402,36 @@ class AdaptedLayer(nn.Module):
     @property
     def can_unmerge(self) -> bool:
         """Whether the base weight is the original, or can be restored."""
-        return not self.merged or self._original is not None
+        return not self.merged or self._kept is not None
+
+
+# -- state dictionaries hold the original weight, whatever the layer holds now -----------------------------------------
+
+
+def _emit_originals(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: object) -> None:
+    layer = cast(AdaptedLayer, module)
+    if layer._kept is not None:
+        state.pop(f"{prefix}base.bias", None)
+        state.update({f"{prefix}base.{name}": tensor for name, tensor in layer.originals().items()})
+
+
+def _expect_originals(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """Make room for what `state` holds: shifts of its shapes, and a weight that is an original."""
+    layer = cast(AdaptedLayer, module)
+    own = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
+    if own:
+        layer._check_unmerged()
+    for name in layer.adapters:
+        if any(key.startswith(f"adapters.{name}.") for key in own):
+            inside = f"shifts.{name}."
+            tensors = {key.removeprefix(inside): state[prefix + key] for key in own if key.startswith(inside)}
+            layer.make_room(name, tensors)
+    if "base.weight" in own:
+        layer._kept = None
+
+
+def _write_after_loading(module: nn.Module, _keys: object) -> None:
+    cast(AdaptedLayer, module).rewrite()
 
 
 def check_name(name: str) -> None:

@@ -53,6 +53,8 @@ class LogShift(nn.Module):
 
     def forward(self, x: Tensor, base: BaseLayer) -> Tensor:
         """base(x) + D x."""
+        if not len(self.log_weight):  # nothing folded yet; a convolution cannot have no output channel
+            return base(x)
         return add_low_rank(base, x, self.log_A, self.log_B, self.log_weight)
 
     def merged_weight(self, weight: Tensor) -> Tensor:

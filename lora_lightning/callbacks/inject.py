@@ -5,20 +5,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from lora_lightning.callbacks.guard import TrainingGuard
-from lora_lightning.callbacks.schedule import order_callbacks
+from lora_lightning.callbacks.schedule import REPORTS, order_callbacks
 from lora_lightning.checkpoint import adapter_keys, describe, is_sharded, save_adapter
 from lora_lightning.comparison import check_fits, check_same
 from lora_lightning.errors import AdapterStateError, ResumeError
 from lora_lightning.injection import (
     InjectionReport,
     adapters_named,
+    check_unmerged,
     ignore_adapter_buffers,
     inject,
     injected_root,
@@ -30,6 +31,28 @@ from lora_lightning.shifts import open_shifts, rewrite_weights
 from lora_lightning.targets import Heads, Targets
 
 _SECTION = "lora_lightning"
+
+
+class WriteAdapter(Callback):
+    """Writes the adapter when training has ended and every other callback has finished with it.
+
+    Args:
+        directory: the adapter folder.
+        name: which adapter.
+    """
+
+    phase: ClassVar[int] = REPORTS
+
+    def __init__(self, directory: str | Path, name: str = "default") -> None:
+        self.directory, self.name = directory, name
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write it."""
+        if not (trainer.is_global_zero or is_sharded(pl_module)):
+            return
+        folder = save_adapter(pl_module, self.directory, self.name)
+        if trainer.is_global_zero:
+            print(f"adapter: {folder}")
 
 
 class InjectAdapters(Callback):
@@ -127,7 +150,9 @@ class InjectAdapters(Callback):
 
     def _add_callbacks(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         given: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        wanted = [*self.method.callbacks(), TrainingGuard()]
+        wanted: list[Callback] = [*self.method.callbacks(), TrainingGuard()]
+        if self.directory is not None:
+            wanted.append(WriteAdapter(self.directory, self.name))
         ours = [c for c in wanted if not any(isinstance(other, type(c)) for other in given)]
         trainer.callbacks = [*given, *ours]  # type: ignore[attr-defined]
         order_callbacks(trainer)
@@ -140,14 +165,6 @@ class InjectAdapters(Callback):
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if p.requires_grad]
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the adapter, where a directory was given."""
-        if self.directory is None or not (trainer.is_global_zero or is_sharded(pl_module)):
-            return
-        folder = save_adapter(pl_module, self.directory, self.name)
-        if trainer.is_global_zero:
-            print(f"adapter: {folder}")
-
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -156,10 +173,7 @@ class InjectAdapters(Callback):
         own = {key: state.pop(key) for key in adapter_keys(pl_module, self.name) if key in state}
         trained = set(records(injected_root(pl_module))[self.name].trained)
         if self.checkpoint == "full":
-            layers = dict(iter_adapters(pl_module))
-            state |= {
-                f"{path}.base.weight": layer.original_weight() for path, layer in layers.items() if layer.rewritten
-            }
+            layers = [path for path, _ in iter_adapters(pl_module)]
             checkpoint["state_dict"] = {_project_name(key, layers): value for key, value in state.items()}
             checkpoint["state_dict"] |= {key: value for key, value in own.items() if key in trained}
         else:
@@ -173,7 +187,7 @@ class InjectAdapters(Callback):
         for path, _layer in iter_adapters(module):
             for key in [k for k in state_dict if k.startswith(f"{path}.")]:
                 rest = key.removeprefix(f"{path}.")
-                if not rest.startswith(("base.", "adapters.")):
+                if not rest.startswith(("base.", "adapters.", "shifts.")):
                     state_dict[f"{path}.base.{rest}"] = state_dict.pop(key)
         current = module.state_dict()
         for key in adapter_keys(module, self.name):
@@ -187,6 +201,7 @@ class InjectAdapters(Callback):
         """
         if _SECTION not in checkpoint:
             raise ResumeError("the checkpoint has no adapter section: it was written without InjectAdapters.")
+        check_unmerged(pl_module)
         check_same(pl_module, self.name, checkpoint[_SECTION]["description"])
         tensors: dict[str, Tensor] = checkpoint[_SECTION]["tensors"]
         open_shifts(pl_module, self.name, tensors)
