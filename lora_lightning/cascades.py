@@ -17,7 +17,8 @@ def check_cascade(owner: Any) -> None:
     """Raise `SettingsError` for a setting of stages outside its rule; `owner` has fields of `callbacks.Cascade`."""
     for field in ("stage_epochs", "stage_steps"):
         value = getattr(owner, field)
-        check(value is None or value >= 1, owner, field, "it must be at least 1, or null.")
+        whole = value is None or (type(value) is int and value >= 1)
+        check(whole, owner, field, "it must be a whole number of at least 1, or null.")
     both = owner.stage_epochs is not None and owner.stage_steps is not None
     check(not both, owner, "stage_steps", f"stage_epochs is {owner.stage_epochs} too; give one of them.")
     check(owner.stage_steps != 1, owner, "stage_steps", "it must be at least 2: a stage's first step moves one factor.")

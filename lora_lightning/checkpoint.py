@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 
 import lora_lightning
 from lora_lightning.adapters.layer import AdaptedLayer, check_name
-from lora_lightning.adapters.shift import Shift, shift_like
+from lora_lightning.adapters.shift import DenseShift, Shift, shift_like
 from lora_lightning.adapters.weights import BaseLayer, base_layer
 from lora_lightning.errors import (
     AdapterFileError,
@@ -54,6 +54,7 @@ from lora_lightning.injection import (
 from lora_lightning.methods import Method, plain_settings
 from lora_lightning.plugins import registry, restore
 from lora_lightning.shifts import shift_tensors
+from lora_lightning.targets import other_users
 
 FILE = "adapter.safetensors"
 DESCRIPTION = "adapter.json"
@@ -348,7 +349,7 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default")
         check_ready(root, name)
         adapters = {path: build(record.layers[path], path, base, stored.seed) for path, base in accessors.items()}
     sources = _match(root, stored, adapters, directory)
-    shifts = _shifts(stored, accessors, directory)
+    shifts = _shifts(root, stored, accessors, directory)
     if present:
         set_active(root, [name])
     else:
@@ -362,13 +363,21 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default")
     return Path(directory)
 
 
-def _shifts(stored: Stored, accessors: Mapping[str, BaseLayer], directory: str | Path) -> dict[str, Shift]:
+def _shifts(
+    root: nn.Module, stored: Stored, accessors: Mapping[str, BaseLayer], directory: str | Path
+) -> dict[str, Shift]:
     """What the adapter had folded, by path in the model."""
     found, paths = {}, {plain(path): path for path in accessors}
+    tied = {path: others for path, others in other_users(root, accessors).items() if others}
     for path, tensors in shift_tensors(stored.tensors, stored.name).items():
         shift = shift_like(accessors[paths[path]], tensors) if path in paths else None
         if shift is None:
             raise AdapterFileError(f'"{directory}" does not fit: nothing of that shape can be folded on {path}.')
+        if isinstance(shift, DenseShift) and paths[path] in tied:
+            raise AdapterFileError(
+                f'"{directory}" holds a dense update of {path}, whose weight is shared with {tied[paths[path]][0]}, '
+                "which would change too; untie it first."
+            )
         shift.load_state_dict(tensors)
         found[paths[path]] = shift
     return found

@@ -235,6 +235,12 @@ def _settings_by_layer(
             raise TargetError(
                 f'overrides: "{pattern}" matches none of the {len(layers)} adapted layers.{did_you_mean(pattern, ends)}'
             )
+        shared = [name for name in fields if name in type(method).run_wide]
+        if shared:
+            raise SettingsError(
+                f'overrides["{pattern}"]: {type(method).__name__}.{shared[0]} holds for the whole run; set it on the '
+                "method itself."
+            )
         for path in hits:
             settings[path] = replace(settings[path], f'overrides["{pattern}"]', fields)
     return settings

@@ -41,6 +41,7 @@ class Method(ABC):
             `dropout`, `scaling_rule` and `bias`, its adapters own one factor pair); empty for none.
         peft_options: entries of adapter_config.json with which that format means this method, such as `use_dora`; what
             its adapters own beside the pair they then state in `Adapter.peft_tensors`.
+        run_wide: fields that hold for a whole run (of a schedule, an optimizer), so that no layer can have its own.
     """
 
     paper: ClassVar[str] = ""
@@ -49,6 +50,7 @@ class Method(ABC):
     starts_at_base: ClassVar[bool] = True
     export: ClassVar[str] = "merged only"
     peft_type: ClassVar[str] = ""
+    run_wide: ClassVar[tuple[str, ...]] = ()
     peft_options: ClassVar[Mapping[str, object]] = {}
 
     @abstractmethod

@@ -79,10 +79,9 @@ def summary_table(summary: Mapping[str, Any]) -> Group:
         )
     moved = summary["moved"]
     if moved:
-        away = {name: distance for name, distance in moved.items() if distance} or moved
-        least = min(away, key=away.__getitem__)
-        # the guard has seen all of them move; a factor may be back at zero, its update folded
-        lines.append(f"moved       all {len(moved)} trained tensors, the least by {moved[least]:.2g} ({least})")
+        least = min(moved, key=moved.__getitem__)
+        what = "trained tensors and folded layers" if any(" (folded)" in name for name in moved) else "trained tensors"
+        lines.append(f"moved       all {len(moved)} {what}, the least by {moved[least]:.2g} ({least})")
     for pair, count in list(summary["damping_raised"].items())[:3]:
         lines.append(f"damping     was raised in {count} steps for {pair}")
     lines.append(f"time        {summary['seconds']:.0f} s")

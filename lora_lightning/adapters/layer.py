@@ -36,9 +36,9 @@ class AdaptedLayer(nn.Module):
         self.tied_to: tuple[str, ...] = ()
         self._kept: tuple[Tensor, Tensor | None] | None = None  # weight and bias, while the layer holds others
         self._noise: Noise | None = None
-        self.register_state_dict_post_hook(_emit_originals)
-        self.register_load_state_dict_pre_hook(_expect_originals)
-        self.register_load_state_dict_post_hook(_write_after_loading)
+        self.register_state_dict_post_hook(_emit_originals)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_expect_originals)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_write_after_loading)  # type: ignore[no-untyped-call]
 
     @property
     def active(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -11,7 +12,8 @@ from torch import Tensor
 from lora_lightning.callbacks.schedule import JUDGES, ScheduleCallback, order_callbacks
 from lora_lightning.checkpoint import adapter_keys
 from lora_lightning.errors import NoEffectError, check
-from lora_lightning.injection import injected_root
+from lora_lightning.injection import injected_root, records
+from lora_lightning.shifts import open_shifts, rewrite_weights
 
 
 class KeepBest(Callback):
@@ -48,27 +50,52 @@ class KeepBest(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep a copy if this is the best so far."""
         name = str(self.monitor)
-        schedules = [c for c in trainer.callbacks if isinstance(c, ScheduleCallback)]  # type: ignore[attr-defined]
-        if trainer.sanity_checking or not all(schedule.finished(trainer.global_step) for schedule in schedules):
+        if trainer.sanity_checking or self._unfinished(trainer):
             return
-        found = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val")}
+        found = {key: float(value) for key, value in trainer.callback_metrics.items()}
         if name not in found:
-            raise NoEffectError(f'KeepBest.monitor is "{name}"; validation logged {", ".join(found) or "nothing"}.')
+            raise NoEffectError(f'KeepBest.monitor is "{name}"; the module logs {", ".join(found) or "nothing"}.')
         sign = 1 if self.mode == "max" else -1
-        if self.step is None or sign * found[name] > sign * self.values[name]:
-            self.step, self.values = trainer.global_step, found
+        better = self.step is None or sign * found[name] > sign * self.values[name]
+        # one decision for all processes: a metric may not be the same on each
+        if trainer.strategy.broadcast(better and math.isfinite(found[name])):
+            self.step = trainer.global_step
+            self.values = {key: value for key, value in found.items() if key.startswith("val_") or key == name}
             state = injected_root(pl_module).state_dict()
             self._tensors = {key: state[key].detach().clone() for key in adapter_keys(injected_root(pl_module))}
+
+    @staticmethod
+    def _unfinished(trainer: Trainer) -> list[str]:
+        """Schedules after which the adapter is not yet, or not now, what is to be written."""
+        schedules = [c for c in trainer.callbacks if isinstance(c, ScheduleCallback)]  # type: ignore[attr-defined]
+        return [type(schedule).__name__ for schedule in schedules if not schedule.finished(trainer.global_step)]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the best state back."""
         if self.step is None:
-            raise NoEffectError("KeepBest: no validation came after every schedule had finished; validate more often.")
-        state = injected_root(pl_module).state_dict()
+            return
+        root = injected_root(pl_module)
+        for name in records(root):
+            open_shifts(root, name, self._tensors)
+        state = root.state_dict()
         for key, value in self._tensors.items():
             state[key].copy_(value)
+        rewrite_weights(root)
         if trainer.is_global_zero:
             print(f"kept: the state of step {self.step}, {self.monitor} {self.values[str(self.monitor)]:.4f}")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say that there was nothing to choose from, after the last state has been written.
+
+        Raises:
+            NoEffectError: no validation that counts.
+        """
+        if self.step is None:
+            waiting = ", ".join(self._unfinished(trainer)) or "the schedules"
+            raise NoEffectError(
+                f'KeepBest.monitor is "{self.monitor}"; no validation with a finite value came while {waiting} had '
+                "finished, so the last state was written. Validate more often, or leave KeepBest out."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The best so far."""

@@ -5,18 +5,18 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.layer import AdaptedLayer
 from lora_lightning.adapters.seeds import generator
-from lora_lightning.adapters.shift import DenseShift, LogShift, Noise
-from lora_lightning.callbacks.noise import NoiseInjection, noise_for
-from lora_lightning.callbacks.schedule import KNOTS, MASKS, ScheduleCallback, adapted_layer
+from lora_lightning.adapters.shift import DenseShift, LogShift
+from lora_lightning.callbacks.noise import NoiseInjection, StageNoise, is_zero
+from lora_lightning.callbacks.schedule import KNOTS, MASKS, ScheduleCallback, adapted_layer, injected_path
 from lora_lightning.cascades import Moments, NoiseMode, Rule, StageRate, check_cascade
-from lora_lightning.errors import SettingsError
+from lora_lightning.errors import SettingsError, check
 from lora_lightning.optim.state import clear
 from lora_lightning.optim.warmup import Knots, WarmUp
 
@@ -29,9 +29,10 @@ class Cascade(ScheduleCallback):
     At a knot, which falls on an optimizer step, the update is blended into what has been folded, the adapter is
     re-initialised in place and its optimizer state forgotten. A last stage that is cut short is folded as well, so the
     adapter that is written holds every stage. Low-rank updates are kept as factors where these are fewer numbers than
-    the weight; then, and without noise, no base weight is ever touched.
+    the weight. Base weights are written only for other updates, or for noise.
 
-    With share below 1, or noise, the function jumps at a knot. Works in any Lightning project.
+    With share below 1, or noise, the function jumps at a knot. Validation at a knot sees the folded weights without
+    noise, validation inside a stage its noise and its update. Works in any Lightning project.
 
     Args:
         stage_epochs: epochs of a stage; None for one, unless stage_steps is given.
@@ -76,7 +77,8 @@ class Cascade(ScheduleCallback):
         """Optimizer steps of a stage, once training has begun."""
         self.stage = 0
         """Stages folded so far."""
-        self._scales: dict[str, float] = {}
+        self._folded_at = 0
+        self._noise = StageNoise(noise)
 
     def wants(self, adapter: Adapter) -> bool:
         """Adapters whose update is a weight."""
@@ -102,85 +104,108 @@ class Cascade(ScheduleCallback):
         return Knots(self.stage_length(trainer), self.lr, self.rewarm_steps)
 
     def begin(self, total: int | None, adapters: Mapping[str, Adapter]) -> None:
-        """Open shifts and the first stage's noise; a resumed run finds the shifts loaded."""
-        self._check_company()
+        """Open shifts, and the noise of the stage; a resumed run finds the shifts loaded."""
+        self._check_company(total)
         self.length = self.stage_length(self.trainer)
+        check(self.length >= 2, self, "stage_epochs", "an epoch has one optimizer step; a stage needs at least 2.")
         stages = math.ceil(total / self.length) if total is not None else None
         if self.share < 1 and stages == 1:
-            log.warning("Cascade: one stage only; share=%g makes it a LoRA-like update shrunk by that.", self.share)
+            log.warning("Cascade: one stage only; share=%g shrinks its update by that.", self.share)
         for path, adapter in adapters.items():
             layer, name, _ = adapted_layer(self.module, path)
-            if adapter.merged_bias(None) is not None:
-                raise SettingsError(f"Cascade: {path} trains a bias, which cannot be folded; train without it.")
-            if name not in layer.shifts:
-                layer.set_shift(name, self._shift(layer, adapter, stages))
-            if self.noise:
-                layer.set_noise(self._noise_of(path, layer, name))
+            self._open(layer, name, path, adapter, stages)
+        if self._noise.placed:
+            self._noise.place(self.module, adapters, self.stage, self.seed)
 
-    def _check_company(self) -> None:
-        for other in cast("list[Any]", self.trainer.callbacks):  # type: ignore[attr-defined]
-            if isinstance(other, ScheduleCallback) and other.phase == MASKS:
+    def _check_company(self, total: int | None) -> None:
+        others = [c for c in self.trainer.callbacks if isinstance(c, ScheduleCallback) and c is not self]  # type: ignore[attr-defined]
+        for other in others:
+            if other.phase == MASKS:
                 raise SettingsError(
                     f"Cascade starts adapters again at each stage, which brings back what {type(other).__name__} has "
                     "removed; use one of them."
                 )
             if isinstance(other, NoiseInjection) and self.noise:
                 raise SettingsError(f"Cascade.noise is {self.noise} and NoiseInjection is there too; use one of them.")
-        if self.lr != "continue" and not isinstance(getattr(self.module, "lr_scheduler", None), WarmUp):
+        if self.lr == "continue":
+            return
+        if total is None:
+            raise SettingsError(f'Cascade.lr is "{self.lr}", but nothing bounds the run; set max_steps or max_epochs.')
+        if not isinstance(getattr(self.module, "lr_scheduler", None), WarmUp):
             raise SettingsError(
                 f'Cascade.lr is "{self.lr}"; it acts on the schedule of AdapterModule, which this module has not. '
                 'Take "continue", and give the stages to a schedule of your own.'
             )
 
-    def _shift(self, layer: AdaptedLayer, adapter: Adapter, stages: int | None) -> LogShift | DenseShift:
-        """Factors while they are fewer numbers than the weight; a dense update where there are none, or noise stays."""
-        factors, base = adapter.low_rank(), layer.accessor
+    def _open(self, layer: AdaptedLayer, name: str, path: str, adapter: Adapter, stages: int | None) -> None:
+        if adapter.merged_bias(None) is not None:
+            raise SettingsError(
+                f"Cascade: {path} trains a bias, which cannot be folded; train without it (bias=False)."
+            )
         persists = bool(self.noise) and self.noise_mode == "persist"
-        if factors is None or stages is None or persists:
-            return DenseShift(base)
-        numbers = stages * factors[0].shape[0] * (base.d_in + base.d_out)
-        return LogShift(base) if numbers < base.d_in * base.d_out else DenseShift(base)
+        if name not in layer.shifts:
+            factors, base = adapter.low_rank(), layer.accessor
+            numbers = (stages or math.inf) * (factors[0].shape[0] if factors else math.inf) * (base.d_in + base.d_out)
+            small = numbers < base.d_in * base.d_out and not persists
+            layer.set_shift(name, LogShift(base) if small else DenseShift(base))
+        elif persists and isinstance(layer.shifts[name], LogShift):
+            raise SettingsError(
+                f'Cascade.noise_mode is "persist", but {path} holds factors that were folded before, which noise '
+                'cannot join; take "restore".'
+            )
 
-    def _noise_of(self, path: str, layer: AdaptedLayer, name: str) -> Noise | None:
-        """The noise of the stage that begins, or has begun before a resume."""
-        seed = self._seed(path)
-        if path in self._scales:
-            return Noise(seed, self.stage, path, self._scales[path])
-        noise = noise_for(layer, name, self.noise, seed, self.stage, path)
-        self._scales[path] = noise.scale if noise else 0.0
-        return noise
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Put the noise of a stage on with its first batch, so that validation at a knot sees the weights without."""
+        if self.noise and not self._noise.placed:
+            self._noise.place(pl_module, self._adapters, self.stage, self.seed)
+            for path, adapter in self._adapters.items():
+                layer, name, _ = adapted_layer(pl_module, path)
+                if is_zero(adapter, layer, name):  # an adapter may start at a norm of the weight as it is now
+                    self._restart(path, adapter)
 
-    def _seed(self, path: str) -> int:
-        return adapted_layer(self.module, path)[2] if self.seed is None else self.seed
+    def _restart(self, path: str, adapter: Adapter) -> None:
+        own = adapted_layer(self.module, path)[2]
+        if self.stage == 0:  # as `inject` started it
+            adapter.reset(generator(own, "init", 0, injected_path(self.module, path)))
+        else:
+            adapter.reset(generator(own if self.seed is None else self.seed, "cascade", self.stage, path))
 
     def on_stepped(self, step: int, adapters: Mapping[str, Adapter]) -> None:
-        """End a stage where one ends, and open the next unless the run ends too."""
-        last = step == self.total
-        if step % self.length and not last:
-            return
-        self.stage += 1
-        self._scales = {}
-        for path, adapter in adapters.items():
+        """End a stage where one ends, or has ended at a step that was skipped."""
+        if step // self.length > self.stage or step == self.total:
+            self._end_stage(step, adapters)
+
+    def _end_stage(self, step: int, adapters: Mapping[str, Adapter]) -> None:
+        self.stage, self._folded_at = self.stage + 1, step
+        holds_noise: set[str] = set()
+        for path in adapters:
             layer, name, _ = adapted_layer(self.module, path)
-            layer.fold(name, self.share, self.rule, keep_noise=self.noise_mode == "persist")
-            if self.noise:
-                layer.set_noise(None)
-                if not last:
-                    layer.set_noise(self._noise_of(path, layer, name))
-            # after the noise: an adapter may start at a norm of the weight as it is now
-            adapter.reset(generator(self._seed(path), "cascade", self.stage, path))
+            place = path.rpartition(".adapters.")[0]
+            layer.fold(name, self.share, self.rule, keep_noise=self._persists() and place not in holds_noise)
+            holds_noise.add(place)
+        self._noise.lift(self.module, adapters)
+        for path, adapter in adapters.items():
+            self._restart(path, adapter)
             for optimizer in self.trainer.optimizers if self.moments == "reset" else ():
                 clear(optimizer, adapter.parameters())
 
+    def _persists(self) -> bool:
+        return bool(self.noise) and self.noise_mode == "persist"
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fold a stage that a limit of time or the user has cut short."""
-        if self._adapters and self.length and trainer.global_step % self.length and trainer.global_step != self.total:
-            self.total = trainer.global_step
-            self.on_stepped(trainer.global_step, self._adapters)
+        """Fold a stage that was cut short, and leave no noise behind."""
+        if self._adapters and trainer.global_step != self._folded_at:
+            self._end_stage(trainer.global_step, self._adapters)
+            self.changed_at_end = True
+        self._noise.lift(pl_module, self._adapters)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no noise behind; what the stage has learned stays in the adapter."""
+        self._noise.lift(pl_module, self._adapters)
 
     def finished(self, step: int) -> bool:
-        """Whether the last stage has been folded."""
-        return step == self.total
+        """Whether a stage has just been folded."""
+        return step == self._folded_at
 
     def metrics(self) -> Mapping[str, float]:
         """Stages folded so far."""
@@ -188,9 +213,11 @@ class Cascade(ScheduleCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Which stage it is, and how large its noise."""
-        return super().state_dict() | {"stage": self.stage, "scales": self._scales}
+        own = {"stage": self.stage, "folded_at": self._folded_at, "noise": self._noise.state_dict()}
+        return super().state_dict() | own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on in that stage."""
         super().load_state_dict(state_dict)
-        self.stage, self._scales = state_dict["stage"], state_dict["scales"]
+        self.stage, self._folded_at = state_dict["stage"], state_dict["folded_at"]
+        self._noise.load_state_dict(state_dict["noise"])

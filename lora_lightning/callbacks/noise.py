@@ -2,33 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import nn
 
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.layer import AdaptedLayer
+from lora_lightning.adapters.seeds import generator
 from lora_lightning.adapters.shift import DenseShift, Noise
-from lora_lightning.callbacks.schedule import KNOTS, ScheduleCallback, adapted_layer
+from lora_lightning.callbacks.schedule import KNOTS, ScheduleCallback, adapted_layer, injected_path
 from lora_lightning.cascades import NoiseMode
 from lora_lightning.errors import AdapterStateError, check
 
 
-def noise_for(layer: AdaptedLayer, name: str, strength: float, seed: int, stage: int, path: str) -> Noise | None:
-    """Noise whose entries reach strength / 2 standard deviations of the weight without noise; None for a constant one.
+class StageNoise:
+    """Noise on every adapted weight of a stage: U[-1/2, 1/2] times strength times the weight's standard deviation.
 
-    The standard deviation is over all entries of the one matrix, with n - 1 (Wu et al., 2022, arXiv:2202.12024).
+    The deviation is over all entries of the one matrix without noise, with n - 1 (Wu et al., 2022, arXiv:2202.12024);
+    a constant weight gets none. Entries are functions of seed, stage and path; only their size is remembered.
+
+    Args:
+        strength: noise relative to the deviation; 0 for none.
     """
-    deviation = float(layer.clean_weight(name).std())
-    return Noise(seed, stage, path, strength * deviation) if deviation > 0 else None
+
+    def __init__(self, strength: float) -> None:
+        self.strength = strength
+        self.scales: dict[str, float] = {}
+
+    @property
+    def placed(self) -> bool:
+        """Whether the noise of a stage is on the weights."""
+        return bool(self.scales)
+
+    def place(self, module: nn.Module, adapters: Iterable[str], stage: int, seed: int | None) -> None:
+        """Put the noise on, as large as remembered where the stage had begun before a resume."""
+        for path in adapters:
+            layer, name, own = adapted_layer(module, path)
+            place = path.rpartition(".adapters.")[0]
+            if place not in self.scales:
+                self.scales[place] = self.strength * float(layer.clean_weight(name).std())
+            scale = self.scales[place]
+            layer.set_noise(Noise(own if seed is None else seed, stage, place, scale) if scale > 0 else None)
+
+    def lift(self, module: nn.Module, adapters: Iterable[str]) -> None:
+        """Take the noise off."""
+        for path in adapters if self.scales else ():
+            adapted_layer(module, path)[0].set_noise(None)
+        self.scales = {}
+
+    def state_dict(self) -> dict[str, float]:
+        """Size of the noise by layer path; empty while there is none."""
+        return dict(self.scales)
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Remember the sizes of a stage that had begun."""
+        self.scales = dict(state)
+
+
+@torch.no_grad()
+def is_zero(adapter: Adapter, layer: AdaptedLayer, name: str) -> bool:
+    """Whether an adapter changes nothing on the weight as it was before any noise."""
+    if not adapter.mergeable:
+        return False
+    weight = layer.clean_weight(name)
+    return torch.equal(adapter.merged_weight(weight), weight)
 
 
 class NoiseInjection(ScheduleCallback):
     """Adds strength * std(W) * U[-1/2, 1/2] to each adapted weight when training starts.
 
     Works in any Lightning project. Validation during training sees the noise; what is saved does not hold it unless it
-    persists: then it is part of the adapter, as a dense update.
+    persists: then it is part of the adapter, as a dense update. An adapter that has learned nothing yet starts anew on
+    the noisy weight.
 
     Args:
         strength: noise relative to each weight's standard deviation; 0.1 to 0.2 are common.
@@ -38,7 +86,7 @@ class NoiseInjection(ScheduleCallback):
     Raises:
         SettingsError: a strength that is not above 0.
         NoEffectError: no trainable adapter.
-        AdapterStateError: an adapted weight is shared with another module.
+        AdapterStateError: an adapted weight is shared with another module, or the adapter has folded something already.
     """
 
     phase: ClassVar[int] = KNOTS
@@ -49,46 +97,55 @@ class NoiseInjection(ScheduleCallback):
         self.strength, self.mode, self.seed = strength, mode, seed
         check(strength > 0, self, "strength", "it must be above 0; 0.1 is usual.")
         check(mode in ("restore", "persist"), self, "mode", 'it must be "restore" or "persist".')
-        self._scales: dict[str, float] = {}
+        self._noise = StageNoise(strength)
+        self.changed_at_end = mode == "restore"
 
     def wants(self, adapter: Adapter) -> bool:
-        """Every adapter lies on a weight."""
+        """Adapters on a weight; noise that persists needs an update that is one."""
         return adapter.mergeable or self.mode == "restore"
 
     def begin(self, total: int | None, adapters: Mapping[str, Adapter]) -> None:
-        """Put the noise on; a resumed run puts the same on again."""
-        for path in adapters:
-            layer, name, seed = adapted_layer(self.module, path)
-            if self.mode == "persist" and name in layer.shifts:
-                if path not in self._scales:
-                    raise AdapterStateError(f"{path}: it has folded something already, so no noise can persist on it.")
-                continue
-            seed = seed if self.seed is None else self.seed
-            if path in self._scales:
-                noise: Noise | None = Noise(seed, 0, path, self._scales[path])
-            else:
-                noise = noise_for(layer, name, self.strength, seed, 0, path)
-            self._scales[path] = noise.scale if noise else 0.0
-            if self.mode == "restore" or noise is None:
-                layer.set_noise(noise)
-                continue
-            shift = DenseShift(layer.accessor)
-            shift.delta.copy_(noise.draw(shift.delta))
-            layer.set_shift(name, shift)
+        """Put the noise on; a resumed run puts the same on again, unless the adapter holds it."""
+        resumed = self._noise.placed
+        layers = {path: adapted_layer(self.module, path) for path in adapters}
+        fresh = [] if resumed else [p for p, (layer, name, _) in layers.items() if is_zero(adapters[p], layer, name)]
+        if self.mode == "restore" or not resumed:
+            self._noise.place(self.module, adapters, 0, self.seed)
+        if self.mode == "persist" and not resumed:
+            for path, (layer, name, _) in layers.items():
+                self._keep(layer, name, path)
+        for path in fresh:
+            adapters[path].reset(generator(layers[path][2], "init", 0, injected_path(self.module, path)))
+
+    def _keep(self, layer: AdaptedLayer, name: str, path: str) -> None:
+        """Move the noise from the weight into the adapter."""
+        if name in layer.shifts:
+            raise AdapterStateError(f"{path}: it has folded something already, so no noise can persist on it.")
+        shift = DenseShift(layer.accessor)
+        shift.delta.copy_(layer.under(name).weight(shift.delta.dtype) - layer.clean_weight(name))
+        layer.set_noise(None)
+        layer.set_shift(name, shift)
 
     def on_stepped(self, step: int, adapters: Mapping[str, Adapter]) -> None:
         """Nothing: the noise stays as it is."""
 
+    def finished(self, step: int) -> bool:
+        """Whether what validation sees is what is written."""
+        return self.mode == "persist"
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the noise off."""
-        for path in self._adapters:
-            adapted_layer(pl_module, path)[0].set_noise(None)
+        self._noise.lift(pl_module, self._adapters)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take the noise off."""
+        self._noise.lift(pl_module, self._adapters)
 
     def state_dict(self) -> dict[str, Any]:
         """How large the noise is on each layer; its entries are drawn again."""
-        return super().state_dict() | {"scales": self._scales}
+        return super().state_dict() | {"noise": self._noise.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Draw the same noise as before."""
         super().load_state_dict(state_dict)
-        self._scales = state_dict["scales"]
+        self._noise.load_state_dict(state_dict["noise"])

@@ -11,17 +11,19 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
+from torch import nn
 
 import lora_lightning
 from lora_lightning.callbacks.baseline import LinearBaseline, validation_batches
 from lora_lightning.callbacks.best import KeepBest
 from lora_lightning.callbacks.guard import TrainingGuard
-from lora_lightning.callbacks.schedule import REPORTS, order_callbacks
+from lora_lightning.callbacks.schedule import REPORTS, ScheduleCallback, order_callbacks
 from lora_lightning.callbacks.sparsity import SparsitySchedule
 from lora_lightning.checkpoint import is_sharded, save_adapter
 from lora_lightning.files import write_json
-from lora_lightning.injection import adapters_named, injected_root, records
+from lora_lightning.injection import adapters_named, injected_root, iter_adapters, records
 from lora_lightning.optim.pair_optimizer import PairOptimizer
+from lora_lightning.optim.wrapper import OptimizerWrapper
 from lora_lightning.report import draw, injection_table, summary_table
 from lora_lightning.tasks.base import measure, meters
 
@@ -129,12 +131,19 @@ class RunReport(Callback):
 
     def _final_values(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
         """Validation metrics of the state that is written; measured now if the last validation was earlier."""
-        best = next((c for c in trainer.callbacks if isinstance(c, KeepBest)), None)  # type: ignore[attr-defined]
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if any(c.changed_at_end for c in callbacks if isinstance(c, ScheduleCallback)):
+            return self._measure(trainer, module)
+        best = next((c for c in callbacks if isinstance(c, KeepBest) and c.step is not None), None)
         if best is not None:
             return {key.removeprefix("val_"): value for key, value in best.values.items()}
         last = next((point for point in reversed(self.history) if any(k.startswith("val_") for k in point)), None)
         if last is not None and last["step"] == trainer.global_step:
             return {key.removeprefix("val_"): value for key, value in last.items() if key != "step"}
+        return self._measure(trainer, module)
+
+    def _measure(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
+        """Validation metrics now; none in a module without a task of ours."""
         task = getattr(module, "task", None)
         if task is None or not trainer.num_val_batches:
             return {}
@@ -171,12 +180,10 @@ class RunReport(Callback):
             "linear_baseline": baseline.linear if baseline else None,
             "linear_baseline_rate": baseline.rate if baseline else None,
             "trainable_parameters": sum(p.numel() for p in trained),
-            "surviving_parameters": sum(int(torch.count_nonzero(p)) for p in own),
+            "surviving_parameters": sum(int(torch.count_nonzero(p)) for p in [*own, *_folded(root, self.name)]),
             "report": record.method.report(adapters),
-            "moved": guard.moved() if guard else {},
-            "damping_raised": {
-                k: v for o in trainer.optimizers if isinstance(o, PairOptimizer) for k, v in o.report().items()
-            },
+            "moved": _moved(guard.moved() if guard else {}, root, self.name),
+            "damping_raised": _damping(trainer),
             "adapter_dir": str(adapter),
             "steps": trainer.global_step,
             "seconds": round(self._before + time.monotonic() - self._began, 1),
@@ -195,3 +202,26 @@ class RunReport(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the curves of a resumed run."""
         self.history, self._before = list(state_dict["history"]), state_dict["seconds"]
+
+
+def _damping(trainer: Trainer) -> dict[str, int]:
+    """Steps at which an optimizer over pairs had to raise its damping, by pair; wrappers are looked through."""
+    optimizers = [o.inner if isinstance(o, OptimizerWrapper) else o for o in trainer.optimizers]
+    return {k: v for o in optimizers if isinstance(o, PairOptimizer) for k, v in o.report().items()}
+
+
+def _folded(root: nn.Module, name: str) -> list[torch.Tensor]:
+    """What an adapter has folded."""
+    return [t for _, layer in iter_adapters(root) if name in layer.shifts for t in layer.shifts[name].buffers()]
+
+
+def _moved(distances: dict[str, float], root: nn.Module, name: str) -> dict[str, float]:
+    """The guard's distances, but |change| / |weight| for a layer whose adapter has folded its own away."""
+    found = dict(distances)
+    for path, layer in iter_adapters(root):
+        if name in layer.shifts:
+            found = {key: value for key, value in found.items() if f"{path}.adapters.{name}." not in key}
+            original = layer.accessor._read(layer.original_weight()).detach().double().cpu()
+            change = layer.merged_weight(name, torch.float64).cpu() - original
+            found[f"{path} (folded)"] = float(change.norm() / original.norm().clamp_min(1e-30))
+    return found

@@ -10,6 +10,7 @@ Steps are counted from 1 and include attempts that a gradient scaler skipped; af
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -53,6 +54,13 @@ def adapted_layer(module: nn.Module, path: str) -> tuple[AdaptedLayer, str, int]
     """The layer under an adapter's path, the adapter's name, and the seed of its start values."""
     layer_path, _, name = path.rpartition(".adapters.")
     return cast(AdaptedLayer, module.get_submodule(layer_path)), name, records(injected_root(module))[name].seed
+
+
+def injected_path(module: nn.Module, path: str) -> str:
+    """The layer path that `inject` knew an adapter's layer by, from the adapter's path in the whole module."""
+    root = injected_root(module)
+    inside = next(name for name, part in module.named_modules() if part is root)
+    return path.rpartition(".adapters.")[0].removeprefix(f"{inside}." if inside else "")
 
 
 _verdicts: WeakKeyDictionary[Trainer, tuple[int, bool]] = WeakKeyDictionary()
@@ -125,12 +133,14 @@ class ScheduleCallback(Callback, ABC):
         trainer: the run, from `begin` on.
         module: its module.
         total: optimizer steps of the run, or None where nothing bounds it.
+        changed_at_end: whether the end of training changed what the model computes, after the last validation.
     """
 
     phase: ClassVar[int]
     asks: ClassVar[str]
     trainer: Trainer
     module: LightningModule
+    changed_at_end: bool = False
 
     def __init__(self) -> None:
         self._adapters: dict[str, Adapter] = {}
@@ -138,6 +148,7 @@ class ScheduleCallback(Callback, ABC):
         self._finite = True
         self.total: int | None = None
         self._saved_total: int | None = None
+        self._saved_settings: dict[str, Any] | None = None
 
     @abstractmethod
     def wants(self, adapter: Adapter) -> bool:
@@ -185,6 +196,13 @@ class ScheduleCallback(Callback, ABC):
                 f"{type(self).__name__}: the run was started for {self._saved_total} optimizer steps and would go on "
                 f"for {self.total}; its schedule would jump. Resume with the same length."
             )
+        for name, value in self._settings().items() if self._saved_settings is not None else ():
+            before = (self._saved_settings or {}).get(name, value)
+            if before != value:
+                raise ResumeError(
+                    f"{type(self).__name__}.{name} is {value!r}; the run was started with {before!r}. "
+                    "Give the same value."
+                )
         self._seen = trainer.global_step
         self.begin(self.total, self._adapters)
 
@@ -212,10 +230,15 @@ class ScheduleCallback(Callback, ABC):
         for name, value in self.metrics().items():
             pl_module.log(name, value, prog_bar=True)
 
+    def _settings(self) -> dict[str, Any]:
+        """Arguments of the constructor, as far as they are attributes and plain."""
+        names = [name for name in inspect.signature(type(self)).parameters if hasattr(self, name)]
+        return {n: v for n in names if isinstance(v := getattr(self, n), int | float | str | bool | None)}
+
     def state_dict(self) -> dict[str, Any]:
-        """The resolved length of the run."""
-        return {"total_steps": self.total}
+        """The resolved length of the run, and the settings."""
+        return {"total_steps": self.total, "settings": self._settings()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember the length the run was started with."""
-        self._saved_total = state_dict["total_steps"]
+        """Remember the length and the settings the run was started with."""
+        self._saved_total, self._saved_settings = state_dict["total_steps"], state_dict["settings"]

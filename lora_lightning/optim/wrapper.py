@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,11 +26,13 @@ class OptimizerWrapper(Optimizer, ABC):
 
     Args:
         inner: the optimizer that takes the steps.
+        settings: the wrapper's own, told in `defaults` beside the inner optimizer's, so that a resume compares them.
     """
 
-    def __init__(self, inner: Optimizer) -> None:
+    def __init__(self, inner: Optimizer, settings: Mapping[str, Any] | None = None) -> None:
         self.inner = inner
         super().__init__(inner.param_groups, inner.defaults)
+        self.defaults = {**inner.defaults, "inner": type(inner).__name__, **(settings or {})}
         self._share()
 
     @property

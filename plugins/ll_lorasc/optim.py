@@ -39,7 +39,7 @@ class SlowFast(OptimizerWrapper):
         self.share, self.every_n_steps = share, every_n_steps
         check(0 < share <= 1, self, "share", "it must lie in (0, 1]. 0.5 is usual; 1 changes nothing.")
         check(every_n_steps >= 1, self, "every_n_steps", "it must be at least 1; 5 is usual.")
-        super().__init__((inner or adamw)(params))
+        super().__init__((inner or adamw)(params), {"share": share, "every_n_steps": every_n_steps})
         for group in self.param_groups:
             group.setdefault("fast_steps", 0)
 

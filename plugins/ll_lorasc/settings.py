@@ -23,10 +23,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lora_lightning.errors import SettingsError
-from lora_lightning.methods import WrapperMethod, check_fields
+from lora_lightning.errors import SettingsError, check
+from lora_lightning.methods import Adapters, Method, WrapperMethod, check_fields
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
@@ -46,6 +46,9 @@ class LoRASC(WrapperMethod):
   note = {arXiv:2407.01491}
 }"""
     export: ClassVar[str] = "exact LoRA"
+    run_wide: ClassVar[tuple[str, ...]] = (
+        "share", "rule", "noise", "noise_mode", "stage_epochs", "stage_steps", "lr", "rewarm_steps",
+    )  # fmt: skip
 
     share: float = 0.5
     """Weight of the newest update in the blend; 1 with noise 0 is the plain cascade. Try 0.3 to 1."""
@@ -70,6 +73,8 @@ class LoRASC(WrapperMethod):
         check_fields(self)
         check_cascade(self)
         inner = type(self.inner).__name__
+        check(isinstance(self.inner, Method), self, "inner", "it must be a method with its settings, such as LoRA().")
+        check(not isinstance(self.inner, LoRASC), self, "inner", "stages inside stages would be folded twice.")
         if not self.inner.mergeable:
             raise SettingsError(
                 f"LoRASC.inner is {inner}, whose update depends on the input, so that it cannot be folded into a "
@@ -77,6 +82,10 @@ class LoRASC(WrapperMethod):
             )
         if not self.inner.starts_at_base:
             raise SettingsError(f"LoRASC.inner is {inner}, which does not start at zero, as each stage must.")
+
+    def report(self, adapters: Adapters) -> dict[str, Any]:  # noqa: ARG002 - what is left of an adapter says nothing
+        """Nothing: at the end of a stage the inner method's adapter is back at zero."""
+        return {}
 
     def callbacks(self) -> Sequence[Callback]:
         """The cascade, and what the inner method needs."""

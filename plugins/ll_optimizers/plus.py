@@ -41,8 +41,7 @@ class LoRAPlus(OptimizerWrapper):
     def __init__(self, params: Any, ratio: float = 16.0, inner: Callable[[Any], Optimizer] | None = None) -> None:
         if not ratio >= 1:
             raise SettingsError(f"LoRAPlus.ratio is {ratio!r}; it must be at least 1. Rate of B over the rate of A.")
-        super().__init__((inner or adamw)(params))
-        self.defaults = {**self.inner.defaults, "ratio": ratio}
+        super().__init__((inner or adamw)(params), {"ratio": ratio})
         self.ratio = ratio
         self._split = False
         if isinstance(self.inner, PairOptimizer):

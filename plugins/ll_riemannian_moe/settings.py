@@ -47,6 +47,7 @@ class MoELoRA(Method):
 }"""
     mergeable: ClassVar[bool] = False
     export: ClassVar[str] = "not expressible"
+    run_wide: ClassVar[tuple[str, ...]] = ("router_lr_ratio", "router_clip")
 
     experts: int = 20
     """Experts on each layer. All are computed for every token, so cost grows with experts * rank."""

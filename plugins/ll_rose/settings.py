@@ -46,6 +46,7 @@ class RoseLoRA(Method):
   note = {arXiv:2406.10777}
 }"""
     export: ClassVar[str] = "exact LoRA"
+    run_wide: ClassVar[tuple[str, ...]] = ("sparsity", "beta", "start", "end", "keep_rule", "first_score", "clamp")
 
     rank: int = 8
     """Inner width r of the update; the product's density is at most r times the squared kept share."""

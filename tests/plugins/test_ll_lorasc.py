@@ -59,7 +59,7 @@ def test_every_question_goes_to_the_method_inside():
     model = TinyMLP()
     ll.inject(model, method, also_train=())
     adapters = adapters_named(model, "default")
-    for name in questions:
+    for name in set(questions) - {"report"}:  # answered by itself
         asked.clear()
         arguments = {"build": [next(iter_adapters(model))[1].accessor]}.get(name, [adapters])
         getattr(method, name)(*([] if name in ("optimizer", "callbacks") else arguments))
