@@ -27,7 +27,7 @@ def test_run_wide_fields_exist(name):
 def test_a_method_inside_that_nobody_provides_is_named():
     plain = plain_settings(LoRASC(inner=LoRA()))
     plain["inner"]["class_path"] = "LoRO"
-    with pytest.raises(UnknownMethodError, match='here: no method "LoRO". Did you mean "LoRA"'):
+    with pytest.raises(UnknownMethodError, match=r'here: no method "LoRO"\. Did you mean "LoRA"'):
         restore(LoRASC, "here", plain)
 
 
