@@ -1,4 +1,4 @@
-"""Print BibTeX for every method that configs name."""
+"""Print BibTeX for every method and optimizer of a plugin that configs name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_lightning.argv import TRAINING_VERBS, find_config
 from lora_lightning.cards import fields_of
 from lora_lightning.errors import SettingsError
 from lora_lightning.methods import Method
-from lora_lightning.plugins import registry
+from lora_lightning.plugins import load_classes, registry
 
 _WRAPS = re.compile(rf"\b{Method.__name__}\b")
 """In the type of a field that holds a method."""
@@ -30,13 +30,39 @@ def run(args: argparse.Namespace) -> int:
         SettingsError: a config that cannot be read.
         UnknownMethodError: a config names a method that is not installed.
     """
-    methods = [method for config in args.configs for method in methods_in(config)]
-    if not methods:
+    methods: list[type[Any]] = [method for config in args.configs for method in methods_in(config)]
+    found = methods + [cls for config in args.configs for cls in classes_in(config)]
+    if not found:
         print(f"{', '.join(args.configs)}: no method is named, nothing to cite.")
         return 0
-    entries = (method.bibtex or f"% {method.__name__}: its plugin gives no BibTeX entry." for method in methods)
+    named = ((cls.__name__, getattr(cls, "bibtex", "")) for cls in found)
+    entries = (bibtex or f"% {name}: its plugin gives no BibTeX entry." for name, bibtex in named)
     print("\n\n".join(dict.fromkeys(entries)))
     return 0
+
+
+def classes_in(config: str) -> Iterator[type[Any]]:
+    """Optimizers of plugins that a config names; torch is imported only where there is one."""
+    names = [name for name in _names(_read(config)) if name in registry().announced]
+    hook = "lora_lightning_optimizers"
+    names = [name for name in names if registry().announced[name][1] == hook]
+    if names:
+        from torch.optim import Optimizer
+
+        load_classes(registry(), {hook: Optimizer})
+        yield from (registry().classes[name][1] for name in names if name in registry().classes)
+
+
+def _names(value: object) -> Iterator[str]:
+    """Last parts of all class paths, and of short names under a key `optimizer` or `inner`."""
+    if isinstance(value, list):
+        for element in value:
+            yield from _names(element)
+    elif isinstance(value, Mapping):
+        for key, element in value.items():
+            if isinstance(element, str) and key in ("class_path", "optimizer", "inner"):
+                yield element.rpartition(".")[2]
+            yield from _names(element)
 
 
 def methods_in(config: str) -> Iterator[type[Method]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -28,6 +28,14 @@ class SlowFast(OptimizerWrapper):
     Raises:
         SettingsError: a value outside its rule.
     """
+
+    bibtex: ClassVar[str] = """@inproceedings{zhang2019lookahead,
+  title = {Lookahead Optimizer: k steps forward, 1 step back},
+  author = {Zhang, Michael R. and Lucas, James and Hinton, Geoffrey and Ba, Jimmy},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2019},
+  note = {arXiv:1907.08610}
+}"""
 
     def __init__(
         self,

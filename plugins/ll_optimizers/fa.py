@@ -41,6 +41,13 @@ class LoRAFA(PairOptimizer):
         damping: added to the diagonal of A A^T.
     """
 
+    bibtex: ClassVar[str] = """@article{zhang2023lorafa,
+  title = {{LoRA-FA}: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning},
+  author = {Zhang, Longteng and Zhang, Lin and Shi, Shaohuai and Chu, Xiaowen and Li, Bo},
+  journal = {arXiv preprint arXiv:2308.03303},
+  year = {2023}
+}"""
+
     trains: ClassVar[Literal["any", "both", "B"]] = "B"
 
     def __init__(

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 
@@ -37,6 +37,14 @@ class LoRAPlus(OptimizerWrapper):
             features need not change much; take about half the rate that suits plain LoRA.
         inner: the optimizer that steps; null for AdamW at a rate of 1e-3.
     """
+
+    bibtex: ClassVar[str] = """@inproceedings{hayou2024loraplus,
+  title = {{LoRA+}: Efficient Low Rank Adaptation of Large Models},
+  author = {Hayou, Soufiane and Ghosh, Nikhil and Yu, Bin},
+  booktitle = {International Conference on Machine Learning},
+  year = {2024},
+  note = {arXiv:2402.12354}
+}"""
 
     def __init__(self, params: Any, ratio: float = 16.0, inner: Callable[[Any], Optimizer] | None = None) -> None:
         if not ratio >= 1:

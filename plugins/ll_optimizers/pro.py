@@ -106,6 +106,14 @@ class LoRAPro(PairOptimizer):
         smallest: a factor is not inverted while its least singular value is at most this times the other's largest.
     """
 
+    bibtex: ClassVar[str] = """@inproceedings{wang2025lorapro,
+  title = {{LoRA-Pro}: Are Low-Rank Adapters Properly Optimized?},
+  author = {Wang, Zhengbo and Liang, Jian and He, Ran and Wang, Zilei and Tan, Tieniu},
+  booktitle = {International Conference on Learning Representations},
+  year = {2025},
+  note = {arXiv:2407.18242}
+}"""
+
     trains: ClassVar[Literal["any", "both", "B"]] = "both"
 
     def __init__(

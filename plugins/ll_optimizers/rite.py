@@ -150,6 +150,15 @@ class LoRARITE(PairOptimizer):
         escaped_mass: make up for what the second moment loses when the factors turn.
     """
 
+    bibtex: ClassVar[str] = """@inproceedings{yen2025lorarite,
+  title = {{LoRA} Done {RITE}: Robust Invariant Transformation Equilibration for {LoRA} Optimization},
+  author = {Yen, Jui-Nan and Si, Si and Meng, Zhao and Yu, Felix and Duvvuri, Sai Surya and Dhillon, Inderjit S. and
+            Hsieh, Cho-Jui and Kumar, Sanjiv},
+  booktitle = {International Conference on Learning Representations},
+  year = {2025},
+  note = {arXiv:2410.20625}
+}"""
+
     trains: ClassVar[Literal["any", "both", "B"]] = "both"
     clips_itself: ClassVar[bool] = True
 

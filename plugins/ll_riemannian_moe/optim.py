@@ -18,7 +18,7 @@ released code has it off. Parameters in no pair (heads, magnitudes, routers) tak
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -30,6 +30,15 @@ from lora_lightning.optim.pairs import Side, factorise, stack_pairs
 Order = Literal["jacobi", "gauss_seidel"]
 
 _RULES = {"order": one_of("jacobi", "gauss_seidel")}
+
+
+BIBTEX = """@inproceedings{zhang2024riemannian,
+  title = {Riemannian Preconditioned {LoRA} for Fine-Tuning Foundation Models},
+  author = {Zhang, Fangzhao and Pilanci, Mert},
+  booktitle = {International Conference on Machine Learning},
+  year = {2024},
+  note = {arXiv:2402.02347}
+}"""
 
 
 class RiemannianSGD(PairOptimizer):
@@ -44,6 +53,8 @@ class RiemannianSGD(PairOptimizer):
         weight_decay: share lr * weight_decay by which parameters shrink at each step.
         divide_by_scaling_sq: divide by (alpha / r)^2, so that one rate serves layers of different scaling.
     """
+
+    bibtex: ClassVar[str] = BIBTEX
 
     def __init__(
         self,
@@ -77,6 +88,8 @@ class RiemannianAdamW(PairOptimizer):
         bias_correction: divide the moments by 1 - beta^t; False reproduces the released language-model code.
         divide_by_scaling_sq: divide the preconditioned gradients by (alpha / r)^2, which matters to Adam through eps.
     """
+
+    bibtex: ClassVar[str] = BIBTEX
 
     def __init__(
         self,

@@ -166,3 +166,16 @@ def test_names_are_looked_up_as_config_does(capsys, monkeypatch, tmp_path):
     assert capsys.readouterr().out == entry("LoRA") + "\n"
     assert main(["cite", "carrried"]) == 2
     assert 'config "carrried": no file and no config of that name. Did you mean "carried"?' in capsys.readouterr().err
+
+
+def test_optimizers_of_plugins_are_cited_too(cite):
+    text = """
+model:
+  method: LoRA
+  optimizer: {class_path: LoRAPlus, init_args: {inner: {class_path: torch.optim.AdamW}}}
+"""
+    code, out, _ = cite(text)
+    assert code == 0
+    assert "hu2022lora" in out or "2106.09685" in out
+    assert "arXiv:2402.12354" in out
+    assert out.count("@") == 2
