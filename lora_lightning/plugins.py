@@ -154,20 +154,25 @@ def load_classes(registry: Registry, bases: Mapping[str, type[Any]]) -> None:
     for hook, base in bases.items():
         for plugin, _ in registry.manager.list_name_plugin():
             try:
-                for cls in _ask(registry.manager, plugin, hook):
+                for cls in _listed(registry.manager, plugin, hook):
                     _add_class(registry, plugin, cls, hook, base)
             except (Exception, SystemExit) as error:
                 registry.failed[plugin] = error
 
 
-def _ask(manager: pluggy.PluginManager, plugin: str, hook: str) -> list[Any]:
-    """What one plugin answers."""
+def _ask(manager: pluggy.PluginManager, plugin: str, hook: str, kind: type[Any], what: str) -> list[Any]:
+    """What one plugin answers: nothing, or one `kind`, which is called `what` where it is none."""
     others = [other for name, other in manager.list_name_plugin() if name != plugin]
-    answers = manager.subset_hook_caller(hook, others)()
+    answers: list[Any] = manager.subset_hook_caller(hook, others)()
     for answer in answers:
-        if not isinstance(answer, Iterable):
-            raise TypeError(f"{hook} returned {answer!r}, which is no list")
-    return [element for answer in answers for element in answer]
+        if not isinstance(answer, kind):
+            raise TypeError(f"{hook} returned {answer!r}, which is no {what}")
+    return answers
+
+
+def _listed(manager: pluggy.PluginManager, plugin: str, hook: str) -> list[Any]:
+    """The elements of a list that one plugin answers."""
+    return [element for answer in _ask(manager, plugin, hook, Iterable, "list") for element in answer]
 
 
 def _add_class(registry: Registry, plugin: str, cls: object, hook: str, base: type[Any]) -> None:
@@ -181,13 +186,8 @@ def _add_class(registry: Registry, plugin: str, cls: object, hook: str, base: ty
 
 def _commands(registry: Registry, plugin: str) -> dict[str, str]:
     """Verbs of one plugin, as name to import path."""
-    answers = registry.manager.subset_hook_caller(
-        "lora_lightning_commands", [p for name, p in registry.manager.list_name_plugin() if name != plugin]
-    )()
     commands: dict[str, str] = {}
-    for answer in answers:
-        if not isinstance(answer, Mapping):
-            raise TypeError(f"lora_lightning_commands returned {answer!r}, which is no mapping of verb to module")
+    for answer in _ask(registry.manager, plugin, "lora_lightning_commands", Mapping, "mapping of verb to module"):
         commands |= answer
     for verb in commands:
         if verb in (*TRAINING_VERBS, *LIGHT_VERBS, *registry.commands):
@@ -211,7 +211,7 @@ def _register(manager: pluggy.PluginManager, entry: importlib.metadata.EntryPoin
     manager.check_pending()
     if not manager.get_hookcallers(module):
         raise PluginError("it contributes nothing: no function in it is marked with lora_lightning.hookimpl")
-    methods = _ask(manager, entry.name, "lora_lightning_methods")
+    methods = _listed(manager, entry.name, "lora_lightning_methods")
     for method in methods:
         _check_method(method)
     twice = {method.__name__ for method in methods if [other.__name__ for other in methods].count(method.__name__) > 1}
