@@ -9,6 +9,7 @@ Optimizers and callbacks ask questions (`factor_pairs`, `masks`, `rank_mask`, ..
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.weights import BaseLayer
+from lora_lightning.errors import SettingsError
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,26 @@ def write(target: Tensor, values: Tensor) -> None:
     """Copy `values`, whole and on the CPU, into a parameter or buffer, in its dtype."""
     with torch.no_grad():
         target.copy_(values.to(target.dtype))
+
+
+def write_uniform(target: Tensor, generator: torch.Generator) -> None:
+    """Write U(-1/sqrt(n), 1/sqrt(n)), n the length of a row: torch's start of a linear layer."""
+    write(target, (2 * torch.rand(target.shape, generator=generator) - 1) / math.sqrt(target.shape[-1]))
+
+
+def check_rank(base: BaseLayer, rank: int, name: str = "rank") -> None:
+    """Raise `SettingsError` if `rank`, the setting called `name`, is above the smaller side of the layer."""
+    largest = min(base.d_in, base.d_out)
+    if rank > largest:
+        raise SettingsError(
+            f"{name} is {rank}; a layer of {base.d_in} inputs and {base.d_out} outputs takes at most {largest}."
+        )
+
+
+def check_dropout(base: BaseLayer, dropout: float) -> None:
+    """Raise `SettingsError` for dropout on token ids."""
+    if base.kind == "embedding" and dropout:
+        raise SettingsError(f"dropout is {dropout}; an embedding has token ids as input, so it must be 0 there.")
 
 
 def pair_groups(adapters: Mapping[str, Adapter]) -> dict[str, GroupSpec]:

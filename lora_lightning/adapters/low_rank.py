@@ -9,7 +9,6 @@ s   scaling      a number
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -18,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from lora_lightning.adapters import contraction
-from lora_lightning.adapters.base import Adapter, EntryMask, FactorPair, write
+from lora_lightning.adapters.base import Adapter, EntryMask, FactorPair, check_dropout, check_rank, write, write_uniform
 from lora_lightning.adapters.weights import BaseLayer
 from lora_lightning.errors import SettingsError
 
@@ -148,25 +147,16 @@ class LowRankAdapter(Adapter):
         entry_masks: bool = False,
     ) -> None:
         super().__init__()
-        largest = min(base.d_in, base.d_out)
-        if rank > largest:
-            raise SettingsError(
-                f"rank is {rank}; a layer of {base.d_in} inputs and {base.d_out} outputs takes at most {largest}."
-            )
-        if base.kind == "embedding" and dropout:
-            raise SettingsError(f"dropout is {dropout}; an embedding has token ids as input, so it must be 0 there.")
+        check_rank(base, rank)
+        check_dropout(base, dropout)
         if base.kind == "embedding" and bias:
             raise SettingsError("bias is True; an embedding has no bias to add to, so it must be False there.")
         self.scaling, self.dropout, self.train_side, self.start, self.order = scaling, dropout, train, start, order
         # token rows: the small side (d_out, rank) is the random one, so that an unseen token keeps its vector
         self.zero_A = train == "A" or (train == "both" and base.kind == "embedding")
-
-        def zeros(*size: int) -> Tensor:
-            return torch.zeros(size, dtype=base.adapter_dtype, device=base.device)
-
-        self._hold("lora_A", zeros(rank, base.d_in), trains=train != "B")
-        self._hold("lora_B", zeros(base.d_out, rank), trains=train != "A")
-        self.bias_delta = nn.Parameter(zeros(base.d_out)) if bias else None
+        self._hold("lora_A", base.zeros(rank, base.d_in), trains=train != "B")
+        self._hold("lora_B", base.zeros(base.d_out, rank), trains=train != "A")
+        self.bias_delta = nn.Parameter(base.zeros(base.d_out)) if bias else None
         on = torch.ones(rank, dtype=torch.bool, device=base.device) if rank_pruning else None
         self.register_buffer("rank_mask", on)
         for side in ("A", "B"):
@@ -187,12 +177,10 @@ class LowRankAdapter(Adapter):
     def reset(self, generator: torch.Generator) -> None:
         """One side zero, the other U(-1/sqrt(n), 1/sqrt(n)) or N(0, 1/rank^2); n its row length. Masks all kept."""
         zero, random = (self.lora_A, self.lora_B) if self.zero_A else (self.lora_B, self.lora_A)
-        rank, n = self.lora_A.shape[0], random.shape[1]
         if self.start == "gaussian":
-            values = torch.randn(random.shape, generator=generator) / rank
+            write(random, torch.randn(random.shape, generator=generator) / self.lora_A.shape[0])
         else:
-            values = (2 * torch.rand(random.shape, generator=generator) - 1) / math.sqrt(n)
-        write(random, values)
+            write_uniform(random, generator)
         write(zero, torch.zeros(zero.shape))
         if self.bias_delta is not None:
             write(self.bias_delta, torch.zeros(self.bias_delta.shape))

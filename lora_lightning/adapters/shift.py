@@ -42,7 +42,7 @@ class LogShift(nn.Module):
         super().__init__()
         sizes = {"log_A": (0, base.d_in), "log_B": (base.d_out, 0), "log_weight": (0,), "slow_weight": (0,)}
         for name, size in sizes.items():
-            self.register_buffer(name, torch.zeros(size, dtype=base.adapter_dtype, device=base.device))
+            self.register_buffer(name, base.zeros(*size))
 
     def fold(self, A: Tensor, B: Tensor, share: float, rule: Rule) -> None:
         """Add an update B A, for A (r, d_in) and B (d_out, r)."""
@@ -81,7 +81,7 @@ class DenseShift(nn.Module):
 
     def __init__(self, base: BaseLayer) -> None:
         super().__init__()
-        self.register_buffer("delta", torch.zeros(base.d_out, base.d_in, dtype=base.adapter_dtype, device=base.device))
+        self.register_buffer("delta", base.zeros(base.d_out, base.d_in))
 
     def fold(self, update: Tensor, share: float, rule: Rule) -> None:
         """Add an update F, (d_out, d_in)."""

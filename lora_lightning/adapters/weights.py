@@ -78,6 +78,10 @@ class BaseLayer(ABC):
         """Data type of trained tensors: float32 at least, because bfloat16 loses small updates."""
         return torch.promote_types(self.dtype, torch.float32)
 
+    def zeros(self, *size: int) -> Tensor:
+        """Zeros where and in the data type in which adapters hold their tensors."""
+        return torch.zeros(size, dtype=self.adapter_dtype, device=self.device)
+
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as (d_out, d_in), a view where no cast is asked for."""
         weight = self._read(self.stored)
@@ -328,30 +332,25 @@ def _is_linear_in_weight(module: nn.Embedding) -> bool:
     )
 
 
-class StackedBase(BaseLayer):
-    """A base layer with an adapter on it, seen by the next adapter as its base."""
+class BaseAround(BaseLayer):
+    """A base layer around another one; what a subclass does not say is the inner layer's."""
 
-    def __init__(self, under: BaseLayer, adapter: Any) -> None:
+    def __init__(self, under: BaseLayer) -> None:
         super().__init__(under.module)
-        self.under, self.adapter = under, adapter
+        self.under = under
         self.kind, self.d_in, self.d_out, self.lead = under.kind, under.d_in, under.d_out, under.lead
 
+    @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
-        """The layer with this adapter on it."""
-        return cast(Tensor, self.adapter(x, self.under))
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The merged bias, (d_out,), or None."""
-        return cast("Tensor | None", self.adapter.merged_bias(self.under.bias))
+        """The layer called another way."""
 
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The merged weight, (d_out, d_in)."""
-        return cast(Tensor, self.adapter.merged_weight(self.under.weight(dtype)))
+        """As of the layer."""
+        return self.under.weight(dtype)
 
-    def cached(self, key: Hashable, fn: Callable[[Tensor], Tensor]) -> Tensor:  # noqa: ARG002 - the adapter below trains
-        """`fn(weight())`, computed each time."""
-        return fn(self.weight())
+    def cached(self, key: Hashable, fn: Callable[[Tensor], Tensor]) -> Tensor:
+        """As of the layer, whose cache outlives this object."""
+        return self.under.cached(key, fn)
 
     def _read(self, stored: Tensor) -> Tensor:
         return self.under._read(stored)
@@ -370,3 +369,28 @@ class StackedBase(BaseLayer):
     def up(self, h: Tensor, B: Tensor, onto: Tensor, scale: float = 1.0) -> Tensor:
         """As of the layer."""
         return self.under.up(h, B, onto, scale)
+
+
+class StackedBase(BaseAround):
+    """A base layer with an adapter on it, seen by the next adapter as its base."""
+
+    def __init__(self, under: BaseLayer, adapter: Any) -> None:
+        super().__init__(under)
+        self.adapter = adapter
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The layer with this adapter on it."""
+        return cast(Tensor, self.adapter(x, self.under))
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The merged bias, (d_out,), or None."""
+        return cast("Tensor | None", self.adapter.merged_bias(self.under.bias))
+
+    def weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The merged weight, (d_out, d_in)."""
+        return cast(Tensor, self.adapter.merged_weight(self.under.weight(dtype)))
+
+    def cached(self, key: Hashable, fn: Callable[[Tensor], Tensor]) -> Tensor:  # noqa: ARG002 - the adapter below trains
+        """`fn(weight())`, computed each time."""
+        return fn(self.weight())

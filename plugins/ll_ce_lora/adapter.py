@@ -16,57 +16,33 @@ Departs from the paper: nothing known beyond `functional.py`.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ll_ce_lora import functional
-from lora_lightning.adapters.base import Adapter, FactorPair, write
+from lora_lightning.adapters.base import Adapter, FactorPair, check_rank, write, write_uniform
 from lora_lightning.adapters.low_rank import add_low_rank
 from lora_lightning.adapters.seeds import generator
-from lora_lightning.adapters.weights import BaseLayer, StackedBase
+from lora_lightning.adapters.weights import BaseAround, BaseLayer, StackedBase
 from lora_lightning.errors import AdapterStateError, SettingsError
 
 Selection = Literal["top", "sample"]
 _DERIVED = ("index", "share", "B0", "A0", "row_norms")
 
 
-class CheapBase(BaseLayer):
+class CheapBase(BaseAround):
     """A linear layer that is called another way; everything else is the layer's own."""
 
     def __init__(self, under: BaseLayer, call: Callable[[Tensor], Tensor]) -> None:
-        super().__init__(under.module)
-        self.under, self.call = under, call
-        self.kind, self.d_in, self.d_out, self.lead = under.kind, under.d_in, under.d_out, under.lead
+        super().__init__(under)
+        self.call = call
 
     def __call__(self, x: Tensor) -> Tensor:
         """The layer's output, with another backward pass."""
         return self.call(x)
-
-    def weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """As of the layer."""
-        return self.under.weight(dtype)
-
-    def cached(self, key: Hashable, fn: Callable[[Tensor], Tensor]) -> Tensor:
-        """As of the layer, whose cache outlives this object."""
-        return self.under.cached(key, fn)
-
-    def _read(self, stored: Tensor) -> Tensor:
-        return self.under._read(stored)
-
-    def _store(self, weight: Tensor) -> Tensor:
-        return self.under._store(weight)
-
-    def down(self, x: Tensor, A: Tensor) -> Tensor:
-        """As of the layer."""
-        return self.under.down(x, A)
-
-    def up(self, h: Tensor, B: Tensor, onto: Tensor, scale: float = 1.0) -> Tensor:
-        """As of the layer."""
-        return self.under.up(h, B, onto, scale)
 
 
 class CELoRAAdapter(Adapter):
@@ -115,8 +91,8 @@ class CELoRAAdapter(Adapter):
         self.d_in, self.d_out = base.d_in, base.d_out
         self.channels = functional.channel_count(kept, base.d_out)
         self.seed = 0
-        self.lora_A = nn.Parameter(torch.zeros(rank, base.d_in, dtype=base.adapter_dtype, device=base.device))
-        self.lora_B = nn.Parameter(torch.zeros(base.d_out, rank, dtype=base.adapter_dtype, device=base.device))
+        self.lora_A = nn.Parameter(base.zeros(rank, base.d_in))
+        self.lora_B = nn.Parameter(base.zeros(base.d_out, rank))
         for name in _DERIVED:
             self.register_buffer(name, None, persistent=False)
         # no buffer: DistributedDataParallel would overwrite each process's sums with those of the first
@@ -130,7 +106,7 @@ class CELoRAAdapter(Adapter):
     def reset(self, generator: torch.Generator) -> None:
         """B zero, A from U(-1/sqrt(d_in), 1/sqrt(d_in)), no channels chosen; later draws use the generator's seed."""
         self.seed = generator.initial_seed()
-        write(self.lora_A, (2 * torch.rand(self.lora_A.shape, generator=generator) - 1) / math.sqrt(self.d_in))
+        write_uniform(self.lora_A, generator)
         write(self.lora_B, torch.zeros(self.lora_B.shape))
         self.forget()
 
@@ -230,9 +206,5 @@ def _check_layer(base: BaseLayer, *, rank: int, svd_rank: int) -> None:
             f"the layer is {kind}; only linear layers have a product to approximate. Exclude it, or adapt it with "
             "another method under another adapter name."
         )
-    largest = min(base.d_in, base.d_out)
-    for name, value in (("rank", rank), ("svd_rank", svd_rank)):
-        if value > largest:
-            raise SettingsError(
-                f"{name} is {value}; a layer of {base.d_in} inputs and {base.d_out} outputs takes at most {largest}."
-            )
+    check_rank(base, rank)
+    check_rank(base, svd_rank, "svd_rank")

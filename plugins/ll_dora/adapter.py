@@ -8,7 +8,6 @@ of an embedding runs over the vocabulary, one magnitude for each of its dimensio
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,9 +16,8 @@ from torch import Tensor, nn
 
 from ll_dora import functional
 from ll_dora.analysis import weight_change
-from lora_lightning.adapters.base import Adapter, FactorPair, write
+from lora_lightning.adapters.base import Adapter, FactorPair, check_dropout, check_rank, write, write_uniform
 from lora_lightning.adapters.weights import BaseLayer
-from lora_lightning.errors import SettingsError
 
 _SQUARES = "ll_dora: squared row norms"
 
@@ -42,21 +40,12 @@ class DoRAAdapter(Adapter):
         self, base: BaseLayer, *, rank: int, scaling: float, dropout: float = 0.0, detach_norm: bool = True
     ) -> None:
         super().__init__()
-        largest = min(base.d_in, base.d_out)
-        if rank > largest:
-            raise SettingsError(
-                f"rank is {rank}; a layer of {base.d_in} inputs and {base.d_out} outputs takes at most {largest}."
-            )
-        if base.kind == "embedding" and dropout:
-            raise SettingsError(f"dropout is {dropout}; an embedding has token ids as input, so it must be 0 there.")
+        check_rank(base, rank)
+        check_dropout(base, dropout)
         self.base, self.scaling, self.dropout, self.detach_norm = base, scaling, dropout, detach_norm
-
-        def zeros(*size: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(size, dtype=base.adapter_dtype, device=base.device))
-
-        self.magnitude = zeros(base.d_out)
-        self.lora_A = zeros(rank, base.d_in) if rank else None
-        self.lora_B = zeros(base.d_out, rank) if rank else None
+        self.magnitude = nn.Parameter(base.zeros(base.d_out))
+        self.lora_A = nn.Parameter(base.zeros(rank, base.d_in)) if rank else None
+        self.lora_B = nn.Parameter(base.zeros(base.d_out, rank)) if rank else None
         self._eval_ratio: tuple[Tensor, object, Tensor] | None = None
 
     def reset(self, generator: torch.Generator) -> None:
@@ -70,8 +59,7 @@ class DoRAAdapter(Adapter):
         random, zero = self.lora_A, self.lora_B
         if self.base.kind == "embedding":
             random, zero = zero, random
-        values = (2 * torch.rand(random.shape, generator=generator) - 1) / math.sqrt(random.shape[1])
-        write(random, values)
+        write_uniform(random, generator)
         write(zero, torch.zeros(zero.shape))
 
     def forward(self, x: Tensor, base: BaseLayer) -> Tensor:

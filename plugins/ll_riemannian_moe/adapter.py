@@ -11,7 +11,6 @@ Departs from the paper: auxiliary losses and load statistics are additions; all 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -25,7 +24,7 @@ from ll_riemannian_moe.functional import (
     selected,
     z_loss,
 )
-from lora_lightning.adapters.base import Adapter, FactorPair, Tally, write
+from lora_lightning.adapters.base import Adapter, FactorPair, Tally, check_rank, write, write_uniform
 from lora_lightning.adapters.low_rank import keep_mask
 from lora_lightning.adapters.weights import BaseLayer
 from lora_lightning.errors import AdapterStateError, SettingsError
@@ -89,19 +88,16 @@ class MoELoRAAdapter(Adapter):
         self.top_k, self.scaling, self.dropout, self.gate_exponent = top_k, scaling, dropout, gate_exponent
         self.balance, self.z = balance, z
 
-        def zeros(*size: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(size, dtype=base.adapter_dtype, device=base.device))
-
-        self.lora_A, self.lora_B = zeros(experts, rank, base.d_in), zeros(experts, base.d_out, rank)
-        self.router = zeros(experts, base.d_in)
+        self.lora_A = nn.Parameter(base.zeros(experts, rank, base.d_in))
+        self.lora_B = nn.Parameter(base.zeros(experts, base.d_out, rank))
+        self.router = nn.Parameter(base.zeros(experts, base.d_in))
         self.load = Tally()
         self.pending = Pending()
 
     def reset(self, generator: torch.Generator) -> None:
         """Experts and router uniform by row length, each from its own numbers; B zero."""
         for parameter in (self.lora_A, self.router):
-            values = 2 * torch.rand(parameter.shape, generator=generator) - 1
-            write(parameter, values / math.sqrt(parameter.shape[-1]))
+            write_uniform(parameter, generator)
         write(self.lora_B, torch.zeros(self.lora_B.shape))
 
     def forward(self, x: Tensor, base: BaseLayer) -> Tensor:
@@ -209,8 +205,4 @@ def _check_base(base: BaseLayer, rank: int) -> None:
             f"the router reads one vector a token, which a {kind} layer does not have as its input; it takes linear "
             "layers (nn.Linear, Conv1D of transformers). Exclude the others."
         )
-    largest = min(base.d_in, base.d_out)
-    if rank > largest:
-        raise SettingsError(
-            f"rank is {rank}; a layer of {base.d_in} inputs and {base.d_out} outputs takes at most {largest}."
-        )
+    check_rank(base, rank)
