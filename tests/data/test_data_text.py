@@ -188,7 +188,7 @@ def test_command_line_knows_every_setting(capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["--data.help=Completions"])
     shown = capsys.readouterr().out
-    assert "Share of the training texts held out" in shown
+    assert "Share of the training examples held out" in shown
     assert "Prompt built from columns" in shown
 
 

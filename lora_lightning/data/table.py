@@ -1,0 +1,187 @@
+"""What all data modules share: splits read and prepared once, and served in batches that continue exactly."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import datasets
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DistributedSampler
+
+from lora_lightning.data.collate import MODEL_INPUTS
+from lora_lightning.data.loader import Batch, ResumableLoader
+from lora_lightning.data.splits import Sources
+from lora_lightning.errors import DataError, check
+
+STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
+
+Collation = Callable[[Sequence[Any]], Batch]
+
+
+class TableData(LightningDataModule, ABC):
+    """Rows of a table for a Hugging Face model. A subclass says what they are and how they become model inputs.
+
+    Loaders shuffle by (seed, epoch) and share the rows out among the ranks. A predict batch adds `index`, the row of
+    `inputs("predict")` that each of its rows comes from.
+
+    Args:
+        train: Training data: a CSV, TSV, JSON, JSONL, Parquet or TXT file, a folder, or a hub id ("owner/name",
+            "owner/name:config", "owner/name::split").
+        validation: Validation data; null holds `validation_share` of the training data out.
+        test: Test data.
+        predict: Data for predict; null takes test, else validation.
+        columns: Column names of CSV and TSV files that have no header line.
+        validation_share: Share of the training examples held out where `validation` is null, chosen by a hash of what
+            they hold and so the same in every run; 0 holds nothing out.
+        batch_size: Examples of a batch, per process.
+        validation_batch_size: The same for validation, test and predict; null takes batch_size.
+        num_workers: Processes that prepare batches beside the training; 0 prepares them in the training process.
+        seed: Seed of the training order.
+        limit: Use only so many examples of each split, for a quick try. They are taken at even steps, since many files
+            are sorted by class.
+    """
+
+    task_kinds: tuple[str, ...]
+    """Tasks that the batches serve."""
+
+    def __init__(
+        self,
+        *,
+        train: str | None = None,
+        validation: str | None = None,
+        test: str | None = None,
+        predict: str | None = None,
+        columns: Sequence[str] | None = None,
+        validation_share: float = 0.1,
+        batch_size: int = 16,
+        validation_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        limit: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.validation_batch_size = batch_size if validation_batch_size is None else validation_batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.limit = limit
+        self.validation_share = validation_share
+        check(batch_size >= 1, self, "batch_size", "it must be at least 1.")
+        check(self.validation_batch_size >= 1, self, "validation_batch_size", "it must be at least 1, or null.")
+        check(num_workers >= 0, self, "num_workers", "it must be at least 0.")
+        check(limit is None or limit >= 1, self, "limit", "it must be at least 1, or null for all examples.")
+        check(0 <= validation_share < 1, self, "validation_share", "it must lie in [0, 1).")
+        self.sources = Sources(
+            owner=type(self).__name__,
+            train=train,
+            validation=validation,
+            test=test,
+            predict=predict,
+            columns=columns,
+            validation_share=validation_share,
+        )
+        self.count: Callable[[Batch], int] | None = None
+        """Number whose sum over an accumulation window each training and validation batch carries."""
+        self._inputs: dict[str, datasets.Dataset | None] = {}
+        self._examples: dict[str, datasets.Dataset] = {}
+
+    @abstractmethod
+    def read(self, split: str) -> datasets.Dataset | None:
+        """Checked rows of "train", "validation", "test" or "predict"; None where the settings name no source."""
+
+    @abstractmethod
+    def encode(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:
+        """What batches are made of, with `index` (the row each example comes from)."""
+
+    @abstractmethod
+    def collation(self, split: str, columns: Sequence[str], sampler: DistributedSampler[Any]) -> Collation:
+        """What makes one batch, with `columns` where they exist, of examples of a split that `sampler` orders."""
+
+    def sampler(self, examples: datasets.Dataset, batch_size: int, **options: Any) -> DistributedSampler[Any]:  # noqa: ARG002 - some orders need it
+        """The order of a split's examples, a function of (seed, epoch)."""
+        return DistributedSampler(examples, **options)
+
+    def setup(self, stage: str) -> None:
+        """Read and prepare the splits of a stage; those that are there already are kept."""
+        for split in STAGES[stage]:
+            if stage == "fit" and split == "validation" and self._rows(split) is None:
+                # how Lightning sees that there is none; an empty list of loaders would make it warn
+                self.val_dataloader = None  # type: ignore[method-assign, assignment]
+            else:
+                self.examples(split)
+
+    def inputs(self, split: str) -> datasets.Dataset:
+        """The original rows of a split, in the order that `index` of a predict batch counts them.
+
+        Raises:
+            DataError: the settings name no source for it.
+        """
+        rows = self._rows(split)
+        if rows is None:
+            raise DataError(f"{type(self).__name__}.{split} is null; name a file, a folder or a hub data set.")
+        return rows
+
+    def examples(self, split: str) -> datasets.Dataset:
+        """The prepared rows of a split."""
+        if split not in self._examples:
+            self._examples[split] = self.encode(self.inputs(split), split)
+        return self._examples[split]
+
+    @property
+    def ready(self) -> list[str]:
+        """The splits that `setup` has prepared."""
+        return list(self._examples)
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Shuffled by epoch, with an exact position for resume."""
+        trainer = self.trainer
+        options: dict[str, Any] = {}
+        if trainer is not None:
+            options = {"window": lambda: trainer.accumulate_grad_batches, "limit": trainer.limit_train_batches}
+        return self._loader("train", self.batch_size, shuffle=True, **options)
+
+    def val_dataloader(self) -> ResumableLoader:
+        """In order. None in place of this method where the run has no validation data."""
+        return self._loader("validation", self.validation_batch_size)
+
+    def test_dataloader(self) -> ResumableLoader:
+        """In order."""
+        return self._loader("test", self.validation_batch_size)
+
+    def predict_dataloader(self) -> ResumableLoader:
+        """In order, with `index` in each batch."""
+        return self._loader("predict", self.validation_batch_size, columns=(*MODEL_INPUTS, "index"))
+
+    def _rows(self, split: str) -> datasets.Dataset | None:
+        if split not in self._inputs:
+            rows = self.read(split)
+            if rows is not None and self.limit is not None and self.limit < len(rows):
+                rows = rows.select([n * len(rows) // self.limit for n in range(self.limit)])
+            self._inputs[split] = rows
+        return self._inputs[split]
+
+    def _loader(
+        self,
+        split: str,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        columns: Sequence[str] = MODEL_INPUTS,
+        **options: Any,
+    ) -> ResumableLoader:
+        examples = self.examples(split)
+        ranks = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
+        sampler = self.sampler(examples, batch_size, shuffle=shuffle, seed=self.seed, **ranks)
+        return ResumableLoader(
+            examples,
+            count=self.count,
+            batch_size=batch_size,
+            sampler=sampler,
+            collate_fn=self.collation(split, columns, sampler),
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            **options,
+        )
