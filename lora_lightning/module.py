@@ -17,6 +17,7 @@ from lora_lightning.adapters.base import Adapter
 from lora_lightning.callbacks.baseline import LinearBaseline
 from lora_lightning.callbacks.cascade import Cascade
 from lora_lightning.callbacks.guard import TrainingGuard
+from lora_lightning.callbacks.packing import PackingCheck
 from lora_lightning.callbacks.resume import ExactResume
 from lora_lightning.callbacks.schedule import total_steps
 from lora_lightning.checkpoint import adapter_keys, describe
@@ -172,8 +173,14 @@ class AdapterModule(LightningModule):
         return adapters_named(self.model, NAME)
 
     def configure_callbacks(self) -> list[Callback]:
-        """The guard, exact resume, and what the method needs; each yields to one given to the trainer."""
-        ours = [*self.method.callbacks(), TrainingGuard(), LinearBaseline(self.linear_baseline), ExactResume()]
+        """The guard, checks, exact resume, and what the method needs; each yields to one given to the trainer."""
+        ours = [
+            *self.method.callbacks(),
+            TrainingGuard(),
+            LinearBaseline(self.linear_baseline),
+            PackingCheck(),
+            ExactResume(),
+        ]
         given = self.trainer.callbacks  # type: ignore[attr-defined]
         for callback in ours:
             _say_difference(callback, given)

@@ -6,6 +6,7 @@ from lora_lightning.callbacks.cascade import Cascade
 from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.inject import InjectAdapters
 from lora_lightning.callbacks.noise import NoiseInjection
+from lora_lightning.callbacks.packing import PackingCheck
 from lora_lightning.callbacks.rank_pruning import RankPruning
 from lora_lightning.callbacks.report import RunReport
 from lora_lightning.callbacks.resume import ExactResume
@@ -19,6 +20,7 @@ __all__ = [
     "KeepBest",
     "LinearBaseline",
     "NoiseInjection",
+    "PackingCheck",
     "RankPruning",
     "RunReport",
     "ScheduleCallback",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels")
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels")
 
 
 @dataclass(frozen=True)

@@ -8,21 +8,18 @@ from typing import Any
 import datasets
 
 from lora_lightning.data.causal import completion_example, end_id, plain_ids, start_ids
+from lora_lightning.data.causal_text import CausalText
 from lora_lightning.data.encoding import tokenised
-from lora_lightning.data.loader import count_targets
-from lora_lightning.data.text import TextData
 from lora_lightning.errors import DataError
 
 
-class Completions(TextData):
+class Completions(CausalText):
     r"""Prompts and completions for a causal language model, with the loss on the completion only.
 
     Prompt and completion are tokenised apart, as at inference, where the prompt is all there is; an end-of-text token
     follows the completion. What does not fit into max_length is cut from the left of the prompt, behind its start
     token, and only then from the right of the completion. An example whose completion is empty is dropped; rows to
     predict need none, and where they have one its loss is told beside the prediction.
-
-    Batches: input_ids, attention_mask, labels (-100 on prompt and padding), window_tokens.
 
     Args:
         prompt: Column of the prompt; not used where prompt_template is given.
@@ -31,8 +28,6 @@ class Completions(TextData):
         common: Settings that all text data share.
     """
 
-    task_kinds = ("causal-lm",)
-
     def __init__(
         self, prompt: str = "prompt", completion: str = "completion", prompt_template: str | None = None, **common: Any
     ) -> None:
@@ -40,7 +35,6 @@ class Completions(TextData):
         self.prompt = prompt
         self.completion = completion
         self.prompt_template = prompt_template
-        self.count = count_targets
 
     def read(self, split: str) -> datasets.Dataset | None:
         """Rows with the columns of prompt and, but for predict, completion."""

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 
 from lora_lightning.data.causal import NO_LOSS
+from lora_lightning.data.causal_text import CausalText
 from lora_lightning.data.text import TextData
 from lora_lightning.errors import DataError
 
@@ -47,6 +48,10 @@ def _figures(datamodule: TextData) -> Iterator[str]:
         share = sum(examples["truncated"]) / len(lengths)
         middle = round(statistics.median(lengths))
         yield f"{split:<12}{len(lengths):>9}{share:>11.1%}{min(lengths):>13}{middle:>8}{max(lengths):>6}"
+    if isinstance(datamodule, CausalText) and datamodule.packing:
+        packs, tokens = datamodule.packs("train"), sum(len(ids) for ids in datamodule.examples("train")["input_ids"])
+        full = tokens / (packs * datamodule.max_length)
+        yield f"packing: train has {packs} rows of {datamodule.max_length} tokens, {full:.1%} full"
     for split, count in getattr(datamodule, "dropped", {}).items():
         if count:
             yield f"dropped from {split}: {count} examples without a token to learn"

@@ -10,35 +10,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_lightning.data.causal import end_id, plain_ids, start_ids
+from lora_lightning.data.causal_text import CausalText
 from lora_lightning.data.encoding import tokenised
-from lora_lightning.data.loader import count_targets
-from lora_lightning.data.text import TextData
+from lora_lightning.errors import check
 
 Tokens = NDArray[np.integer[Any]]
 
 
-class PlainText(TextData):
+class PlainText(CausalText):
     """Documents for a causal language model, with the loss on every token.
 
     Each document ends in an end-of-text token. With `block`, all documents are laid end to end and cut into pieces of
-    max_length tokens, the last one short; `index` then counts the pieces. Otherwise a row is an example, cut to
-    max_length on the right.
-
-    Batches: input_ids, attention_mask, labels (-100 on padding), window_tokens.
+    max_length tokens, the last one short; `index` then counts the pieces. A piece is one text to the model: tokens see
+    the end of the document before theirs, by design. Otherwise a row is an example, cut to max_length on the right, and
+    with `packing` documents share a row without seeing one another.
 
     Args:
         text: Column of the text.
-        block: Cut the joined documents into full pieces, so that no batch is padded.
+        block: Cut the joined documents into full pieces, so that no batch is padded. Not together with packing.
         common: Settings that all text data share.
     """
-
-    task_kinds = ("causal-lm",)
 
     def __init__(self, text: str = "text", block: bool = True, **common: Any) -> None:
         super().__init__(**common)
         self.text = text
         self.block = block
-        self.count = count_targets
+        check(not (block and self.packing), self, "packing", "documents must stay whole for it: set block to false.")
 
     def read(self, split: str) -> datasets.Dataset | None:
         """Rows with the text column."""

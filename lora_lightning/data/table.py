@@ -13,6 +13,7 @@ from torch.utils.data import DistributedSampler
 
 from lora_lightning.data.collate import MODEL_INPUTS
 from lora_lightning.data.loader import Batch, ResumableLoader
+from lora_lightning.data.packing import Packs, PackSampler
 from lora_lightning.data.splits import Sources
 from lora_lightning.errors import DataError, check
 
@@ -176,7 +177,7 @@ class TableData(LightningDataModule, ABC):
         ranks = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
         sampler = self.sampler(examples, batch_size, shuffle=shuffle, seed=self.seed, **ranks)
         return ResumableLoader(
-            examples,
+            Packs(examples) if isinstance(sampler, PackSampler) else examples,
             count=self.count,
             batch_size=batch_size,
             sampler=sampler,

@@ -59,8 +59,7 @@ class TextData(TableData):
         """Any order, or one that groups texts of similar length."""
         if not self.group_by_length:
             return DistributedSampler(examples, **options)
-        lengths = [len(ids) for ids in examples.with_format(None)["input_ids"]]
-        return LengthGroupedSampler(lengths, batch_size, **options)
+        return LengthGroupedSampler(token_counts(examples), batch_size, **options)
 
     def count_dropped(self, split: str, rows: datasets.Dataset, encoded: datasets.Dataset, setting: str) -> None:
         """Keep and log how many rows `encoded` left out.
@@ -77,3 +76,8 @@ class TextData(TableData):
         if self.dropped[split]:
             count = f"{self.dropped[split]} of {len(rows)} {split} rows"
             log.warning("%s: left %s out: no %s", type(self).__name__, count, setting)
+
+
+def token_counts(examples: datasets.Dataset) -> list[int]:
+    """Tokens of each example."""
+    return [len(ids) for ids in examples.with_format(None)["input_ids"]]

@@ -56,7 +56,10 @@ class Task(ABC):
 
     def logits(self, model: Callable[..., Any], batch: Batch) -> Tensor:
         """The model's logits for a batch."""
-        logits: Tensor = model(**{key: batch[key] for key in MODEL_INPUTS if key in batch}).logits
+        inputs: dict[str, Any] = {key: batch[key] for key in MODEL_INPUTS if key in batch}
+        if "position_ids" in inputs:  # with a cache, transformers takes a packed row for one text
+            inputs["use_cache"] = False
+        logits: Tensor = model(**inputs).logits
         return logits
 
     @abstractmethod

@@ -6,6 +6,7 @@ import torch
 from torch.utils.data import DistributedSampler
 
 from lora_lightning.data.grouping import LengthGroupedSampler
+from lora_lightning.data.loader import ResumableLoader
 
 LENGTHS = torch.randint(3, 60, (200,), generator=torch.Generator().manual_seed(0)).tolist()
 
@@ -57,3 +58,26 @@ def test_two_processes_share_the_rows():
     shares = [set(sampler(rank=rank, ranks=2)) for rank in range(2)]
     assert not shares[0] & shares[1]
     assert shares[0] | shares[1] == set(range(200))
+
+
+def test_processes_have_as_many_batches_when_the_rows_do_not_divide():
+    lengths = LENGTHS[:197]
+    shares = [list(LengthGroupedSampler(lengths, 8, num_replicas=2, rank=rank)) for rank in range(2)]
+    assert len(shares[0]) == len(shares[1])
+    assert set(shares[0] + shares[1]) == set(range(197))
+    assert len(shares[0] + shares[1]) == 198  # one row twice
+
+
+def test_resume_goes_on_as_if_never_stopped():
+    def loader() -> ResumableLoader:
+        made = LengthGroupedSampler(LENGTHS, 8, num_replicas=2, rank=1, seed=3)
+        made.set_epoch(2)
+        return ResumableLoader(list(range(200)), batch_size=8, sampler=made)
+
+    whole = [batch.tolist() for batch in loader()]
+    for stop in range(1, len(whole)):
+        stopped, resumed = loader(), loader()
+        batches = iter(stopped)
+        assert [next(batches).tolist() for _ in range(stop)] == whole[:stop]
+        resumed.load_state_dict(stopped.state_dict())
+        assert [batch.tolist() for batch in resumed] == whole[stop:]

@@ -31,6 +31,15 @@ def test_completions(write, causal_tokenizer):
     ]
 
 
+def test_packing_is_told(write, causal_tokenizer):
+    rows = [{"prompt": "what is it", "completion": "good tea"}, {"prompt": "a", "completion": "b c"}]
+    data = Completions(
+        train=write("t.json", rows), tokenizer=causal_tokenizer, max_length=16, validation_share=0.0, packing=True
+    )
+    data.setup("fit")
+    assert show_examples(data, 0).splitlines()[2] == "packing: train has 1 rows of 16 tokens, 75.0% full"
+
+
 def test_labelled(write, encoder_tokenizer):
     rows = [{"text": "good film", "label": "yes"}, {"text": "bad", "label": "no"}]
     data = LabelledText(train=write("t.json", rows), validation=write("v.json", rows), tokenizer=encoder_tokenizer)
