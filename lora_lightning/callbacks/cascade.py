@@ -17,7 +17,7 @@ from lora_lightning.callbacks.noise import NoiseInjection, StageNoise, is_zero
 from lora_lightning.callbacks.schedule import KNOTS, MASKS, ScheduleCallback, adapted_layer, injected_path
 from lora_lightning.cascades import Moments, NoiseMode, Rule, StageRate, check_cascade
 from lora_lightning.errors import SettingsError, check
-from lora_lightning.optim.state import clear
+from lora_lightning.optim.state import clear, clear_copies
 from lora_lightning.optim.warmup import Knots, WarmUp
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,8 @@ class Cascade(ScheduleCallback):
         rule: "outer_step" adds share of each update; "figure_ema" keeps a moving average of updates and adds that.
         noise: noise on the frozen weights, relative to their standard deviation, drawn anew each stage; 0 for none.
         noise_mode: "restore" takes each stage's noise off at its end, "persist" folds it in.
-        moments: whether the optimizer forgets or keeps its state of the adapter at a knot.
+        moments: whether the optimizer forgets or keeps its state of the adapter at a knot; copies of old values, such
+            as slow weights, it forgets in any case.
         lr: "continue" leaves the schedule alone, "rewarm" raises the rate anew over rewarm_steps, "restart" runs the
             whole schedule in each stage. The last two need AdapterModule's schedule.
         rewarm_steps: steps of a re-warm-up, from a tenth of the rate.
@@ -186,8 +187,8 @@ class Cascade(ScheduleCallback):
         self._noise.lift(self.module, adapters)
         for path, adapter in adapters.items():
             self._restart(path, adapter)
-            for optimizer in self.trainer.optimizers if self.moments == "reset" else ():
-                clear(optimizer, adapter.parameters())
+            for optimizer in self.trainer.optimizers:
+                (clear if self.moments == "reset" else clear_copies)(optimizer, adapter.parameters())
 
     def _persists(self) -> bool:
         return bool(self.noise) and self.noise_mode == "persist"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.optim import AdamW, Optimizer
@@ -24,10 +24,15 @@ class OptimizerWrapper(Optimizer, ABC):
     saved, loaded and moved like it. It may write there only after the inner optimizer has taken its first step on the
     parameter: optimizers take an empty state for a new one.
 
+    Class facts:
+        own_copies: names of entries that are copies of a parameter's value, to be taken anew where one is missing.
+
     Args:
         inner: the optimizer that takes the steps.
         settings: the wrapper's own, told in `defaults` beside the inner optimizer's, so that a resume compares them.
     """
+
+    own_copies: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, inner: Optimizer, settings: Mapping[str, Any] | None = None) -> None:
         self.inner = inner
@@ -39,6 +44,11 @@ class OptimizerWrapper(Optimizer, ABC):
     def clips_itself(self) -> bool:
         """Whether the inner optimizer clips, so that nothing else may."""
         return bool(getattr(self.inner, "clips_itself", False))
+
+    @property
+    def copies(self) -> tuple[str, ...]:
+        """Entries of a parameter's state that are copies of its value, the inner optimizer's among them."""
+        return (*self.own_copies, *getattr(self.inner, "copies", ()))
 
     def _share(self) -> None:
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
@@ -70,3 +80,10 @@ class OptimizerWrapper(Optimizer, ABC):
         """Load into the inner optimizer, and share its new groups and state."""
         self.inner.load_state_dict(state_dict)
         self._share()
+
+
+def innermost(optimizer: Optimizer) -> Optimizer:
+    """The optimizer at the core of wrappers around one another."""
+    while isinstance(optimizer, OptimizerWrapper):
+        optimizer = optimizer.inner
+    return optimizer

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ll_lorasc.functional import blend
-from lora_lightning.errors import check
+from lora_lightning.errors import SettingsError, check
 from lora_lightning.optim.wrapper import OptimizerWrapper, adamw
 
 
@@ -26,9 +26,10 @@ class SlowFast(OptimizerWrapper):
         every_n_steps: optimizer steps between two blends.
 
     Raises:
-        SettingsError: a value outside its rule.
+        SettingsError: a value outside its rule; another SlowFast inside.
     """
 
+    own_copies: ClassVar[tuple[str, ...]] = ("slow",)
     bibtex: ClassVar[str] = """@inproceedings{zhang2019lookahead,
   title = {Lookahead Optimizer: k steps forward, 1 step back},
   author = {Zhang, Michael R. and Lucas, James and Hinton, Geoffrey and Ba, Jimmy},
@@ -47,7 +48,10 @@ class SlowFast(OptimizerWrapper):
         self.share, self.every_n_steps = share, every_n_steps
         check(0 < share <= 1, self, "share", "it must lie in (0, 1]. 0.5 is usual; 1 changes nothing.")
         check(every_n_steps >= 1, self, "every_n_steps", "it must be at least 1; 5 is usual.")
-        super().__init__((inner or adamw)(params), {"share": share, "every_n_steps": every_n_steps})
+        made = (inner or adamw)(params)
+        if "slow" in getattr(made, "copies", ()):
+            raise SettingsError("SlowFast.inner holds a SlowFast already; both would keep one slow copy. Use one.")
+        super().__init__(made, {"share": share, "every_n_steps": every_n_steps})
         for group in self.param_groups:
             group.setdefault("fast_steps", 0)
 

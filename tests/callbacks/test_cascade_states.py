@@ -17,6 +17,7 @@ from ll_dora import DoRA
 from ll_lora import LoRA
 from ll_lorasc import LoRASC
 from ll_lorasc.optim import SlowFast
+from ll_optimizers.plus import LoRAPlus
 from lora_lightning.adapters.shift import DenseShift, LogShift, Noise
 from lora_lightning.callbacks import (
     Cascade,
@@ -28,6 +29,7 @@ from lora_lightning.callbacks import (
     ScheduleCallback,
 )
 from lora_lightning.errors import AdapterStateError, ResumeError, SettingsError
+from lora_lightning.optim.groups import build_optimizer
 from lora_lightning.testing import LAYERS, perturb, seeded
 
 
@@ -319,6 +321,53 @@ def test_settings_that_make_no_sense(tmp_path, encoder):
     endless = trainer(tmp_path, [], max_steps=-1, max_time="00:00:10:00")
     with pytest.raises(SettingsError, match="nothing bounds the run"):
         endless.fit(module, datamodule=labelled_data(encoder))
+
+
+class Factors(Callback):
+    """Value, optimizer state and rate of the adapter's parameters after each step and what acts on it."""
+
+    phase = 6
+
+    def __init__(self):
+        self.seen = {}
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        optimizer = trainer.optimizers[0]
+        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        self.seen[trainer.global_step] = [
+            (p.detach().clone(), copy.deepcopy(dict(optimizer.state.get(p, {}))), rates[id(p)])
+            for p in pl_module.used.adapter("default").parameters()
+        ]
+
+
+def slow_fast(groups):
+    return SlowFast(groups, lambda g: torch.optim.SGD(g, lr=0.1, momentum=0.9), share=0.3, every_n_steps=3)
+
+
+@pytest.mark.parametrize("moments", ["reset", "keep"])
+@pytest.mark.parametrize(
+    "factory", [slow_fast, lambda groups: LoRAPlus(groups, 2.0, slow_fast)], ids=["alone", "inside"]
+)
+def test_slow_weights_of_one_stage_never_reach_the_next(tmp_path, moments, factory):
+    """The first blend of stage 2, at step 6, runs from where that stage started, also where momentum is kept."""
+
+    class Blended(Project):
+        def configure_optimizers(self):
+            return build_optimizer(self, factory)
+
+    factors = Factors()
+    fit(Blended(), tmp_path, [inject(), Cascade(stage_steps=4, moments=moments), factors], max_steps=8)
+    for knot, before, after in zip(factors.seen[4], factors.seen[5], factors.seen[6], strict=True):
+        assert list(knot[1]) == (["momentum_buffer"] if moments == "keep" else [])
+        fast = before[0] - after[2] * after[1]["momentum_buffer"]
+        assert not torch.equal(fast, before[0])
+        torch.testing.assert_close(after[0], knot[0] + 0.3 * (fast - knot[0]))
+
+
+def test_a_slow_fast_inside_another_is_refused():
+    groups = [nn.Parameter(torch.ones(1))]
+    with pytest.raises(SettingsError, match=r"SlowFast\.inner holds a SlowFast already"):
+        SlowFast(groups, lambda g: LoRAPlus(g, inner=SlowFast))
 
 
 def test_slow_fast_tells_its_settings():
