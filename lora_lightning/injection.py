@@ -16,7 +16,7 @@ from lora_lightning.adapters.layer import AdaptedLayer, check_name
 from lora_lightning.adapters.seeds import generator
 from lora_lightning.adapters.weights import BaseLayer
 from lora_lightning.errors import AdapterStateError, SettingsError, TargetError, did_you_mean
-from lora_lightning.methods import Method, replace
+from lora_lightning.methods import Method, check_overridable, replace
 from lora_lightning.targets import (
     Heads,
     Targets,
@@ -235,12 +235,7 @@ def _settings_by_layer(
             raise TargetError(
                 f'overrides: "{pattern}" matches none of the {len(layers)} adapted layers.{did_you_mean(pattern, ends)}'
             )
-        shared = [name for name in fields if name in type(method).run_wide]
-        if shared:
-            raise SettingsError(
-                f'overrides["{pattern}"]: {type(method).__name__}.{shared[0]} holds for the whole run; set it on the '
-                "method itself."
-            )
+        check_overridable(method, f'overrides["{pattern}"]', fields)
         for path in hits:
             settings[path] = replace(settings[path], f'overrides["{pattern}"]', fields)
     return settings

@@ -128,6 +128,27 @@ def replace(method: Method, where: str, fields: Mapping[str, Any]) -> Method:
     return dataclasses.replace(method, **{**fields, **nested})
 
 
+def check_overridable(method: Method, where: str, fields: Mapping[str, Any]) -> None:
+    """Raise `SettingsError` for a field, of the method or of one inside it, of which all layers have the same value.
+
+    That is what holds for the whole run, and a method inside as such: only its fields may differ from layer to layer.
+    """
+    for name, value in fields.items():
+        if name in type(method).run_wide:
+            raise SettingsError(
+                f"{where}: {type(method).__name__}.{name} holds for the whole run; set it on the method itself."
+            )
+        inside = getattr(method, name, None)
+        if not isinstance(inside, Method):
+            continue
+        if not isinstance(value, Mapping):
+            raise SettingsError(
+                f"{where}.{name} is {value!r}; {type(inside).__name__} stays on every layer, so it must be a mapping "
+                "of the fields that differ, such as {rank: 4}."
+            )
+        check_overridable(inside, f"{where}.{name}", value)
+
+
 def plain_settings(method: Method) -> dict[str, Any]:
     """Settings as plain data, field by field; a method inside as its class name and its own settings.
 

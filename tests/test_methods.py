@@ -8,10 +8,13 @@ import pytest
 
 from ll_lora import LoRA
 from ll_lorasc import LoRASC
+from ll_rose import RoseLoRA
 from lora_lightning import methods
 from lora_lightning.errors import SettingsError, UnknownMethodError
+from lora_lightning.injection import adapters_named, inject
 from lora_lightning.methods import plain_settings, replace
 from lora_lightning.plugins import registry, restore
+from lora_lightning.testing import TinyMLP
 
 
 def test_examples_run():
@@ -37,3 +40,26 @@ def test_replace_reaches_inside():
     assert replace(method, "x", {"inner": LoRA(rank=1)}) == LoRASC(inner=LoRA(rank=1), share=0.3)
     with pytest.raises(SettingsError, match=r'x: LoRASC has no "shar"\. Did you mean "share"\?'):
         replace(method, "x", {"shar": 1.0})
+
+
+def test_layers_differ_in_fields_of_a_method_inside_but_not_in_what_holds_for_the_run():
+    model = TinyMLP()
+    inject(model, LoRASC(inner=RoseLoRA(rank=3)), overrides={"second": {"inner": {"rank": 1}}}, also_train=())
+    assert {path: a.lora_A.shape[0] for path, a in adapters_named(model, "default").items()} == {
+        "first": 3,
+        "second": 1,
+    }
+    for fields, message in (
+        ({"share": 1.0}, r'overrides\["second"\]: LoRASC\.share holds for the whole run'),
+        (
+            {"inner": {"sparsity": 0.5}},
+            r'overrides\["second"\]\.inner: RoseLoRA\.sparsity holds for the whole run; set it',
+        ),
+        (
+            {"inner": LoRA()},
+            r'overrides\["second"\]\.inner is LoRA\(.*RoseLoRA stays on every layer, so it must be a mapping',
+        ),
+        ({"inner": {"rnak": 1}}, r'overrides\["second"\]\.inner: RoseLoRA has no "rnak"'),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            inject(TinyMLP(), LoRASC(inner=RoseLoRA()), overrides={"second": fields}, also_train=())
