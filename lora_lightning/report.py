@@ -82,17 +82,30 @@ def summary_table(summary: Mapping[str, Any]) -> Group:
         least = min(moved, key=moved.__getitem__)
         what = "trained tensors and folded layers" if any(" (folded)" in name for name in moved) else "trained tensors"
         lines.append(f"moved       all {len(moved)} {what}, the least by {moved[least]:.2g} ({least})")
-    for pair, count in list(summary["damping_raised"].items())[:3]:
-        lines.append(f"damping     was raised in {count} steps for {pair}")
+    if summary["damping_raised"]:
+        lines.append(f"damping     {_raised(summary['damping_raised'])}")
     lines.append(f"time        {summary['seconds']:.0f} s")
     lines.append(f"adapter     {summary['adapter_dir']}")
     return Group(table, Text("\n".join(lines)))
 
 
+def _raised(counts: Mapping[str, int]) -> str:
+    """At how many steps an optimizer raised its damping, for up to three pairs by name."""
+    named = [f"{_many(count, 'step')} for {pair}" for pair, count in list(counts.items())[:3]]
+    more = len(counts) - len(named)
+    return f"was raised at {', '.join(named)}" + (f", and for {_many(more, 'pair')} more" if more else "")
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count:,} {what}s"
+
+
 def _number(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, float):  # four digits: small numbers such as mean changes of weights keep theirs too
+        return f"{value:.4f}" if value == 0 or abs(value) >= 0.1 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def draw(path: Path, history: Sequence[Mapping[str, float]], metric: str, levels: Mapping[str, float]) -> None:

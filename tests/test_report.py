@@ -106,3 +106,5 @@ def test_final_values_are_those_of_the_state_that_is_written(encoder, tmp_path):
         assert value == pytest.approx(measured[f"val_{name}"], abs=1e-6)
     assert "RoseLoRA" in text(summary_table(report.summary))
     assert "density bound" in text(summary_table(report.summary))
+    small = text(summary_table(report.summary | {"report": {"dM": 0.00214, "dD": 4.25e-5, "zero_rows": 0}}))
+    assert "dM 0.00214, dD 4.25e-05, zero rows 0" in small

@@ -23,7 +23,7 @@ from lora_lightning.checkpoint import is_sharded, save_adapter
 from lora_lightning.files import write_json
 from lora_lightning.injection import adapters_named, injected_root, iter_adapters, records
 from lora_lightning.optim.pair_optimizer import PairOptimizer
-from lora_lightning.optim.wrapper import OptimizerWrapper
+from lora_lightning.optim.wrapper import innermost
 from lora_lightning.report import draw, injection_table, summary_table
 from lora_lightning.tasks.base import measure, meters
 
@@ -206,7 +206,7 @@ class RunReport(Callback):
 
 def _damping(trainer: Trainer) -> dict[str, int]:
     """Steps at which an optimizer over pairs had to raise its damping, by pair; wrappers are looked through."""
-    optimizers = [o.inner if isinstance(o, OptimizerWrapper) else o for o in trainer.optimizers]
+    optimizers = [innermost(optimizer) for optimizer in trainer.optimizers]
     return {k: v for o in optimizers if isinstance(o, PairOptimizer) for k, v in o.report().items()}
 
 

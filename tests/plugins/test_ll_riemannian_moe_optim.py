@@ -19,8 +19,10 @@ from ll_riemannian_moe.optim import RiemannianAdamW, RiemannianSGD
 from ll_riemannian_moe.preconditioner import precondition
 from ll_rose import RoseLoRA
 from lora_lightning import inject
+from lora_lightning.callbacks import RunReport
 from lora_lightning.errors import SettingsError
 from lora_lightning.optim.groups import build_optimizer, factor_pairs
+from lora_lightning.optim.wrapper import OptimizerWrapper
 from lora_lightning.saving import AtomicCheckpoints
 
 BOTH = [RiemannianSGD, RiemannianAdamW]
@@ -373,6 +375,25 @@ def test_in_a_trainer_with_accumulation_clipping_and_resume(tmp_path):
     _, resumed = fit(file)
     for name, value in state.items():
         assert torch.equal(value, resumed[name]), name
+
+
+class Through(OptimizerWrapper):
+    def take_step(self):
+        self.inner.step()
+
+
+@pytest.mark.parametrize("wrap", [lambda made: made, lambda made: Through(Through(made))], ids=["bare", "wrapped"])
+def test_a_raised_damping_is_said_in_the_summary(tmp_path, capsys, wrap):
+    """Without any damping of its own the zero B of the first step needs one, whatever is around the optimizer."""
+    encoder = encoder_folder(tmp_path, dropout=0.0)
+    module = classification(encoder, LoRA(rank=2), optimizer=lambda g: wrap(RiemannianAdamW(g, lr=1e-3, damping=0.0)))
+    report = RunReport(tmp_path)
+    with pytest.warns(UserWarning, match="so near singular"):
+        trainer(tmp_path, [report], max_steps=4).fit(module, datamodule=labelled_data(encoder))
+    assert report.summary["damping_raised"] == {f"{path}.adapters.default": 1 for path in module.adapters()}
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "damping was raised at 1 step for bert.encoder.layer.0.attention.self.query.adapters.default," in printed
+    assert "default, and for 1 pair more" in printed
 
 
 @pytest.mark.parametrize(
