@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import json
 from pathlib import Path
@@ -43,6 +44,38 @@ def test_a_config_runs(name, tmp_path, monkeypatch, capsys):
     assert summary["steps"] == 12
     assert summary["linear_baseline"] is not None
     assert (run / "adapter" / "adapter.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", [name for name in config_names() if name.startswith("tasks/")])
+def test_a_task_runs_and_predicts(name, tmp_path, monkeypatch, capsys):
+    """Trains, is validated with the numbers of its summary, predicts names and texts, and its data can be looked at."""
+    monkeypatch.chdir(tmp_path)
+    stem = name.removeprefix("tasks/")
+    small = [word for word in SMALL if "image" not in name or "max_length" not in word]
+    assert main(["fit", "--config", name, *small, "--data.limit=64"]) == 0
+    run = Path("runs") / stem / "001"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 12
+    assert (summary["linear_baseline"] is not None) == summary["has_head"]
+    capsys.readouterr()
+    few = ["--trainer.limit_predict_batches=2", "--trainer.limit_val_batches=4", "--trainer.enable_progress_bar=false"]
+    assert main(["validate", "--run", str(run), few[1], few[2]]) == 0
+    shown = capsys.readouterr().out
+    assert f"{summary['values'][summary['metric']]:.4f}"[:5] in shown
+    assert main(["predict", "--run", str(run), few[0], few[2], "--output", "out.csv"]) == 0
+    with Path("out.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8
+    assert PREDICTED[stem] <= set(rows[0])
+    assert all(row[column] for row in rows for column in PREDICTED[stem])
+    assert main(["inspect-data", name, "-n", "1", "--data.limit=64"]) == 0
+    assert "--- train example 0" in capsys.readouterr().out
+
+
+PREDICTED = {
+    "token_classification": {"tokens", "prediction", "tagged"},
+}
+"""Columns of the predictions of each task's example, by config."""
 
 
 @pytest.mark.parametrize("name", [name for name in config_names() if name.startswith("recipes/")])

@@ -59,12 +59,14 @@ class WritePredictions(Callback):
         for row in joined:
             if names and isinstance(row.get("label"), int):  # predictions are names, so the truth beside them is one
                 row["label"] = names[row["label"]]
+        if hasattr(datamodule, "readable"):
+            joined = [datamodule.readable(row) for row in joined]
         write_rows(self.output, joined)
         print(f"predictions: {self.output} ({len(joined)} rows)")
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write dictionaries as CSV or JSON lines, by the file's ending.
+    """Write dictionaries as CSV or JSON lines, by the file's ending; a list in a CSV's cell is JSON.
 
     Raises:
         RunFolderError: the file cannot be written.
@@ -73,11 +75,15 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     else:
         buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, fieldnames=list(rows[0]) if rows else [])
+        writer = csv.DictWriter(buffer, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
         text = buffer.getvalue()
     try:
         write_atomically(path, lambda file: file.write(text.encode()))
     except OSError as error:
         raise RunFolderError(f'cannot write "{path}": {error.strerror or error}.') from error
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value

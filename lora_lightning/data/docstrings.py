@@ -41,8 +41,8 @@ def library_docstrings(library: Path | None = None) -> datasets.Dataset:
     """
     library = library or Path(sysconfig.get_path("stdlib"))
     examples: dict[str, tuple[str, int, str] | None] = {}
-    with _no_garbage_collection():
-        for file in _sources(library):
+    with no_garbage_collection():
+        for file in sources(library):
             module = ".".join(file.relative_to(library).with_suffix("").parts).removesuffix(".__init__")
             label = AREA_OF[module.partition(".")[0]]
             for text in _paragraphs(file):
@@ -60,7 +60,7 @@ def library_docstrings(library: Path | None = None) -> datasets.Dataset:
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """Syntax trees hold no cycles, and walking through them in search of some takes twice the time of parsing."""
     collects = gc.isenabled()
     gc.disable()
@@ -71,21 +71,27 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _sources(library: Path) -> list[Path]:
+def sources(library: Path) -> list[Path]:
+    """Source files of the modules that have an area, tests left out, in order."""
     tops = [path for path in library.glob("*") if path.name.removesuffix(".py") in AREA_OF]
     files = [file for top in tops for file in (top.rglob("*.py") if top.is_dir() else [top])]
     return sorted(file for file in files if TESTS.isdisjoint(file.relative_to(library).parts))
 
 
-def _paragraphs(file: Path) -> Iterator[str]:
-    """First paragraphs that are long enough; none of a file that is no Python source, such as a template."""
+def syntax_tree(file: Path) -> ast.Module | None:
+    """The file's syntax tree; None for one that is no Python source, such as a template."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old escape sequences in the library's own strings
-            tree = ast.parse(file.read_bytes())
+            return ast.parse(file.read_bytes())
     except (SyntaxError, ValueError):
-        return
-    for docstring in _docstrings(tree):
+        return None
+
+
+def _paragraphs(file: Path) -> Iterator[str]:
+    """First paragraphs that are long enough."""
+    tree = syntax_tree(file)
+    for docstring in _docstrings(tree) if tree else ():
         text = " ".join(re.split(r"\n\s*\n", docstring.strip(), maxsplit=1)[0].split())
         if len(text) >= SHORTEST:
             yield text

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
-from typing import Any
+from collections.abc import Iterator
 
 from lightning.pytorch import LightningDataModule
 
-from lora_lightning.data.causal import NO_LOSS
+import lora_lightning.data
 from lora_lightning.data.causal_text import CausalText
-from lora_lightning.data.text import TextData
+from lora_lightning.data.table import TableData
 from lora_lightning.errors import DataError
 
 LEGEND = "[[ ]] marks tokens without loss: the model reads them and does not learn to write them."
@@ -25,22 +23,13 @@ def show_examples(datamodule: LightningDataModule, n: int = 3) -> str:
     Raises:
         DataError: the data module is not one of this package.
     """
-    if not isinstance(datamodule, TextData):
-        name = type(datamodule).__name__
-        raise DataError(
-            f"data is {name}; only LabelledText, TaggedWords, Completions, PlainText and PyDocs can be inspected."
-        )
+    if not isinstance(datamodule, TableData):
+        known = ", ".join(name for name in lora_lightning.data.__all__ if name != "ResumableLoader")
+        raise DataError(f"data is {type(datamodule).__name__}; only these can be inspected: {known}.")
     return "\n".join([*_figures(datamodule), *_examples(datamodule, n)])
 
 
-def mark(ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> str:
-    """Decoded tokens, those without loss in double brackets."""
-    runs = groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] == NO_LOSS)
-    texts = ((masked, tokenizer.decode([token for token, _ in run])) for masked, run in runs)
-    return "".join(f"[[{text}]]" if masked else text for masked, text in texts)
-
-
-def _figures(datamodule: TextData) -> Iterator[str]:
+def _figures(datamodule: TableData) -> Iterator[str]:
     yield f"{'split':<12}{'examples':>9}{'truncated':>11}{'tokens: min':>13}{'median':>8}{'max':>6}"
     for split in datamodule.ready:
         examples = datamodule.examples(split)
@@ -57,17 +46,10 @@ def _figures(datamodule: TextData) -> Iterator[str]:
             yield f"dropped from {split}: {count} examples without a token to learn"
 
 
-def _examples(datamodule: TextData, n: int) -> Iterator[str]:
+def _examples(datamodule: TableData, n: int) -> Iterator[str]:
     examples = datamodule.examples("train")
-    if isinstance(examples[0]["labels"], list):
+    texts = [datamodule.describe(examples[number]) for number in range(min(n, len(examples)))]
+    if any("[[" in text for text in texts):
         yield f"\n{LEGEND}"
-    for number in range(min(n, len(examples))):
-        yield f"\n--- train example {number}: {_describe(datamodule, examples[number])}"
-
-
-def _describe(datamodule: TextData, example: Mapping[str, Any]) -> str:
-    ids, labels, tokenizer = example["input_ids"], example["labels"], datamodule.tokenizer_object
-    if isinstance(labels, list):
-        return f"{len(ids)} tokens\n{mark(ids, labels, tokenizer)}"
-    names = getattr(datamodule, "label_names", [])
-    return f"label {names[labels] if names else labels}\n{tokenizer.decode(ids)}"
+    for number, text in enumerate(texts):
+        yield f"\n--- train example {number}: {text}"

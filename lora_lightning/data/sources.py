@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 
+from lora_lightning.data.builtin import PREFIX, builtin_table
 from lora_lightning.data.quiet import quiet
 from lora_lightning.errors import DataError, did_you_mean, nearest
 
@@ -36,6 +37,7 @@ def read_table(
     Args:
         source: A file (CSV, TSV, JSON, JSONL, Parquet, or TXT with an example per non-empty line), a folder, or a hub
             id `owner/name`. Folder and hub id may go on with `:config` and `:split` (`owner/name::test`).
+            `builtin:NAME` is a table that needs neither file nor network.
         split: Split to take from a folder or the hub, unless `source` names one.
         columns: Names of the columns of a CSV or TSV file that has no header line.
         field: The setting that holds `source`, for messages.
@@ -44,6 +46,8 @@ def read_table(
         DataError: nothing there, not readable, or no examples in it.
     """
     what = f'{field or f"data.{split}"} is "{source}"'
+    if source.startswith(PREFIX):
+        return builtin_table(source, what)
     name, config, part = (*source.split(":"), "", "")[:3]
     path = Path(source).expanduser()
     if path.is_file():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -30,7 +30,7 @@ class TableData(LightningDataModule, ABC):
 
     Args:
         train: Training data: a CSV, TSV, JSON, JSONL, Parquet or TXT file, a folder, or a hub id ("owner/name",
-            "owner/name:config", "owner/name::split").
+            "owner/name:config", "owner/name::split"), or a table made on the spot ("builtin:NAME").
         validation: Validation data; null holds `validation_share` of the training data out.
         test: Test data.
         predict: Data for predict; null takes test, else validation.
@@ -100,6 +100,14 @@ class TableData(LightningDataModule, ABC):
     @abstractmethod
     def collation(self, split: str, columns: Sequence[str], sampler: DistributedSampler[Any]) -> Collation:
         """What makes one batch, with `columns` where they exist, of examples of a split that `sampler` orders."""
+
+    @abstractmethod
+    def describe(self, example: Mapping[str, Any]) -> str:
+        """One prepared training example as people read it, for `inspect-data`."""
+
+    def readable(self, row: dict[str, Any]) -> dict[str, Any]:
+        """An input row with its predictions, in words where it holds numbers."""
+        return row
 
     def sampler(self, examples: datasets.Dataset, batch_size: int, **options: Any) -> DistributedSampler[Any]:  # noqa: ARG002 - some orders need it
         """The order of a split's examples, a function of (seed, epoch)."""

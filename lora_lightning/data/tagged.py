@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any
 
 import datasets
@@ -70,6 +71,21 @@ class TaggedWords(TextData):
             return {**encoded, "labels": kept, "index": numbers, "truncated": cut}
 
         return tokenised(rows, encode)
+
+    def describe(self, example: Mapping[str, Any]) -> str:
+        """Each word as its first token, with its tag behind it."""
+        pieces = self.tokenizer_object.convert_ids_to_tokens(example["input_ids"])
+        tagged = zip(pieces, example["labels"], strict=True)
+        shown = (f"{piece}/{self.label_names[tag]}" if tag != NO_LOSS else piece for piece, tag in tagged)
+        return f"{len(pieces)} tokens\n{' '.join(shown)}"
+
+    def readable(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Tags by name, and a column `tagged` with the predicted tag behind each word."""
+        tags, words, predicted = row.get(self.tags), row[self.words], row["prediction"].split(" ")
+        tagged = " ".join(f"{word}/{tag}" for word, tag in zip_longest(words, predicted[: len(words)], fillvalue="-"))
+        if isinstance(tags, list) and all(isinstance(tag, int) for tag in tags):
+            row = {**row, self.tags: [self.label_names[tag] for tag in tags]}
+        return {**row, "tagged": tagged}
 
     @property
     def num_labels(self) -> int:

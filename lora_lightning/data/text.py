@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils.data import DistributedSampler
 
 from lora_lightning.data.collate import Collate
 from lora_lightning.data.grouping import LengthGroupedSampler
+from lora_lightning.data.marks import mark
 from lora_lightning.data.table import Collation, TableData
 from lora_lightning.data.tokenizers import load_tokenizer
 from lora_lightning.errors import DataError, check
@@ -60,6 +61,14 @@ class TextData(TableData):
         if not self.group_by_length:
             return DistributedSampler(examples, **options)
         return LengthGroupedSampler(token_counts(examples), batch_size, **options)
+
+    def describe(self, example: Mapping[str, Any]) -> str:
+        """The text with its label, or with the tokens that carry no loss in double brackets."""
+        ids, labels = example["input_ids"], example["labels"]
+        if isinstance(labels, list):
+            return f"{len(ids)} tokens\n{mark(ids, labels, self.tokenizer_object)}"
+        names = getattr(self, "label_names", ())
+        return f"label {names[labels] if names else labels}\n{self.tokenizer_object.decode(ids)}"
 
     def count_dropped(self, split: str, rows: datasets.Dataset, encoded: datasets.Dataset, setting: str) -> None:
         """Keep and log how many rows `encoded` left out.

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lora_lightning.data import TaggedWords
+from lora_lightning.data.inspect import show_examples
 from lora_lightning.errors import DataError
 
 ROWS = [
@@ -85,3 +86,17 @@ def test_without_training_data_tags_must_be_listed(write, encoder_tokenizer):
     data = TaggedWords(validation=write("val.json", ROWS), tokenizer=encoder_tokenizer)
     with pytest.raises(DataError, match="list the tags in labels"):
         data.setup("validate")
+
+
+def test_predictions_stand_behind_their_words(make):
+    data = make([{"tokens": ["good", "tea", "dog"], "tags": [1, 0, 1]}], labels=["NOUN", "ADJ"])
+    row = {**data.inputs("train")[0], "index": 0, "prediction": "NOUN ADJ"}  # the third word was cut off
+    shown = data.readable(row)
+    assert shown["tagged"] == "good/NOUN tea/ADJ dog/-"
+    assert shown["tags"] == ["ADJ", "NOUN", "ADJ"]
+
+
+def test_inspection_shows_tags(make):
+    data = make()
+    data.setup("fit")
+    assert show_examples(data, 1).endswith("train example 0: 4 tokens\n[CLS] good/O tea/B [SEP]")

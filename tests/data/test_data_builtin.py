@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import pytest
+
+from lora_lightning.data import TaggedWords
+from lora_lightning.data.builtin import documented, words
+from lora_lightning.errors import DataError
+
+SOURCE = '''
+import sys
+
+if sys.platform:
+
+    class Shelf:
+        """Books in a row."""
+
+        def put(self, book, where=None):
+            """Put a book where there is room, or raise ValueError.
+
+            The shelf grows by one. None of the others moves.
+
+            >>> Shelf().put(1)
+            """
+            for place in self.places:
+                if place is book:
+                    raise ValueError
+            return place
+
+
+def silent(a):
+    return a
+
+
+async def wait(*, seconds):
+    """Wait for
+    seconds."""
+    return None
+'''
+
+
+@pytest.fixture
+def library(tmp_path):
+    (tmp_path / "json").mkdir()
+    (tmp_path / "json" / "__init__.py").write_text(SOURCE)
+    (tmp_path / "json" / "test.py").write_text("not python")
+    (tmp_path / "unknown.py").write_text(SOURCE)
+    return tmp_path
+
+
+def test_documented_functions_and_classes(library):
+    shelf, put, wait = documented.documented(library)
+    assert (shelf.name, put.name, wait.name) == ("json.Shelf", "json.Shelf.put", "json.wait")
+    assert shelf.paragraphs == ("Books in a row.",)
+    assert put.paragraphs == (
+        "Put a book where there is room, or raise ValueError.",
+        "The shelf grows by one. None of the others moves.",
+    )
+    assert put.parameters == {"book", "where"}
+    assert put.traits == {"returns", "raises", "loops", "branches", "method"}
+    assert wait.paragraphs == ("Wait for seconds.",)
+    assert (wait.parameters, wait.traits) == ({"seconds"}, set())
+
+
+def test_words_of_a_documentation(library, monkeypatch):
+    monkeypatch.setattr(words, "documented", lambda: documented.documented(library))
+    [row] = words.table()
+    found = {word: tag for word, tag in zip(row["tokens"], row["tags"], strict=True) if tag != "other"}
+    assert found == {"book": "parameter", "where": "parameter", "ValueError": "type"}
+    assert row["name"] == "json.Shelf.put"
+
+
+def test_a_built_in_table_is_a_source(library, monkeypatch, encoder_tokenizer):
+    monkeypatch.setattr(words, "documented", lambda: documented.documented(library))
+    monkeypatch.setattr("lora_lightning.data.builtin._made", lambda name: words.table())
+    data = TaggedWords(train="builtin:python-words", tokenizer=encoder_tokenizer, validation_share=0.0)
+    assert data.label_names == ["other", "parameter", "type"]
+    data.setup("fit")
+    assert len(data.examples("train")) == 1
+
+
+def test_an_unknown_table(encoder_tokenizer):
+    data = TaggedWords(train="builtin:python-word", tokenizer=encoder_tokenizer, validation_share=0.0)
+    with pytest.raises(
+        DataError, match=r'TaggedWords.train is "builtin:python-word"; there .* Did you mean "python-words"\? Built in'
+    ):
+        data.setup("fit")
