@@ -158,7 +158,6 @@ class CELoRAAdapter(Adapter):
 
     def forget(self) -> None:
         """Drop everything derived; the backward pass is exact until channels are chosen again."""
-        self.norms = None
         for name in _DERIVED:
             setattr(self, name, None)
 
@@ -169,6 +168,7 @@ class CELoRAAdapter(Adapter):
     def restore(self, derived: Mapping[str, Tensor]) -> None:
         """Take over what `derived` gave."""
         self.forget()
+        self.observe(False)
         self._derive(derived)
 
     def _derive(self, tensors: Mapping[str, Tensor]) -> None:

@@ -28,7 +28,8 @@ class RefreshIndex(ScheduleCallback):
 
     Counts optimizer steps, so that neither accumulation nor recomputed activations change when it acts. A layer without
     a backward pass (its input needs no gradient) or with norms that are not finite keeps what it has; the latter is
-    tried again after the next step. Where the base weight was rewritten, its split is derived again.
+    tried again after the next step, and so is an adapter that was started again, as in each stage of a cascade. Where
+    the base weight was rewritten, its split is derived again.
 
     Attributes:
         refreshes: optimizer steps after which channels were chosen.
@@ -45,6 +46,7 @@ class RefreshIndex(ScheduleCallback):
         self.refreshes = 0
         self._window = 0
         self._last: dict[str, int] = {}
+        self._chosen: set[str] = set()
         self._bases: dict[str, BaseLayer] = {}
         self._versions: dict[str, tuple[int, ...]] = {}
         self._saved: dict[str, Any] | None = None
@@ -60,9 +62,9 @@ class RefreshIndex(ScheduleCallback):
             self._restore(self._saved, adapters)
             self._saved = None
         elif self._seen == 0:
-            self.refreshes, self._window, self._last = 0, 0, {}
+            self.refreshes, self._window, self._last, self._chosen = 0, 0, {}, set()
             for adapter in adapters.values():
-                cast(CELoRAAdapter, adapter).forget()
+                cast(CELoRAAdapter, adapter).restore({})
 
     def _restore(self, saved: Mapping[str, Any], adapters: Mapping[str, Adapter]) -> None:
         self.refreshes, self._window, self._last = saved["refreshes"], saved["window"], dict(saved["last"])
@@ -77,6 +79,7 @@ class RefreshIndex(ScheduleCallback):
             own = cast(CELoRAAdapter, adapter)
             own.restore(saved["derived"].get(path, {}))
             own.seed = saved["seeds"].get(path, own.seed)
+            self._chosen |= {path} if own.index is not None else set()
             if path in norms:
                 own.observe(True)
                 cast(Tensor, own.norms).copy_(norms[path])
@@ -91,12 +94,19 @@ class RefreshIndex(ScheduleCallback):
     def open_window(self, step: int, adapters: Mapping[str, Adapter], bases: Mapping[str, BaseLayer]) -> None:
         """Observe the layers whose choice is due after `step`, and follow base weights that were rewritten."""
         self._window, self._bases = step, dict(bases)
+        self._follow_resets(adapters)
         for path, adapter in adapters.items():
             own = cast(CELoRAAdapter, adapter)
             version = self._bases[path].version
             if own.row_norms is not None and self._versions.setdefault(path, version) != version:
                 self._split(path, own)
             own.observe(self._due(path, step, own.every_n_steps))
+
+    def _follow_resets(self, adapters: Mapping[str, Adapter]) -> None:
+        """Have adapters choose anew that were started again since their last choice, and so have none."""
+        for path in [path for path in self._chosen if cast(CELoRAAdapter, adapters[path]).index is None]:
+            self._chosen.remove(path)
+            del self._last[path]
 
     def _due(self, path: str, step: int, period: int) -> bool:
         """Whether a multiple of the period, from step 1 on, lies between the last choice and `step`."""
@@ -137,10 +147,12 @@ class RefreshIndex(ScheduleCallback):
         if adapter.row_norms is None:
             self._split(path, adapter)
         adapter.refresh(squares, step)
+        self._chosen.add(path)
         return True
 
     def state_dict(self) -> dict[str, Any]:
         """What was chosen and derived, and each process's sums of an open window: derived bits differ by device."""
+        self._follow_resets(self._adapters)
         own = {path: cast(CELoRAAdapter, adapter) for path, adapter in self._adapters.items()}
         norms = {path: adapter.norms.cpu() for path, adapter in own.items() if adapter.norms is not None}
         return super().state_dict() | {

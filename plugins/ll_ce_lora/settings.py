@@ -60,7 +60,8 @@ class CELoRA(Method):
     """Width r0 of the part of the frozen weight that stays exact for all channels; seven eighths of `rank` is usual,
     0 turns it off. Costs svd_rank * (d_in + d_out) numbers a layer that do not train."""
     every_n_steps: int = 200
-    """Optimizer steps between two choices of the channels; the first is after step 1, which is exact."""
+    """Optimizer steps between two choices of the channels; the first is after step 1, which is exact, as is the first
+    step of each stage of a cascade."""
     selection: Literal["top", "sample"] = "top"
     """"top" takes the channels of largest score (biased, less noise); "sample" draws them with probability by score and
     rescales, which is right on average over draws and offered for comparison."""

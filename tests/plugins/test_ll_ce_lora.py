@@ -35,6 +35,7 @@ from ll_ce_lora.functional import (
     top_channels,
 )
 from ll_lora import LoRA
+from ll_lorasc import LoRASC
 from lora_lightning.callbacks import InjectAdapters
 from lora_lightning.checkpoint import save_adapter
 from lora_lightning.errors import AdapterStateError, NoEffectError, ResumeError, SettingsError
@@ -590,6 +591,47 @@ def test_a_rewritten_base_weight_is_split_again():
     torch.testing.assert_close(adapter.B0 @ adapter.A0, reference_split(W, 1), atol=1e-12, rtol=0)
     torch.testing.assert_close(adapter.row_norms, (W - reference_split(W, 1)).norm(dim=1), atol=1e-12, rtol=0)
     assert loop.schedule.refreshes == 1
+
+
+def test_an_adapter_that_was_started_again_chooses_after_its_next_step():
+    loop, resumed = Loop(every_n_steps=100), Loop(every_n_steps=100)
+    for _ in range(3):
+        loop.step()
+    before = loop.index("c")
+    loop.adapters["b.adapters.default"].reset(torch.Generator().manual_seed(1))
+    loop.schedule._adapters, loop.schedule._seen = loop.adapters, 3
+    state = loop.schedule.state_dict()  # saved where it has no channels, as at a knot
+    resumed.model.load_state_dict(loop.model.state_dict())
+    resumed.schedule.load_state_dict(state)
+    resumed.schedule.begin(None, resumed.adapters)
+    resumed.t = 3
+    for each in (loop, resumed):
+        each.step()
+        assert each.index("b") is not None
+        assert each.index("c") == before
+        assert each.schedule.refreshes == 2
+        each.step()
+        assert each.schedule.refreshes == 2
+    assert loop.index("b") == resumed.index("b")
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_each_stage_of_a_cascade_approximates_from_its_second_step(tmp_path, noise):
+    """The weight is another one after a knot, and so are the channels."""
+    chosen = []
+
+    class Chosen(Callback):
+        phase = 2
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if schedule.refreshes > len(chosen):
+                chosen.append(trainer.global_step)
+
+    inner = CELoRA(rank=2, kept=0.5, svd_rank=1, every_n_steps=50)
+    method, schedule = LoRASC(inner=inner, noise=noise, stage_steps=4), RefreshIndex()
+    callbacks = [InjectAdapters(method, ["a", "b", "c"], seed=0), schedule, Chosen()]
+    trainer(tmp_path, callbacks, max_steps=11).fit(Project(), loader(32))
+    assert chosen == [1, 5, 9]
 
 
 def test_norms_that_are_not_finite_postpone_the_choice():
