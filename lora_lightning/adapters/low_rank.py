@@ -60,19 +60,22 @@ def keep_mask(x: Tensor, dropout: float) -> Tensor:
 
 
 class DroppedProduct(torch.autograd.Function):
-    """y + c ((x * mask) A^T) B^T keeping x itself and one byte an entry, where autograd would keep a copy of x."""
+    """y + c ((x * mask) A^T) B^T keeping x itself and one byte an entry, where autograd would keep a copy of x.
+
+    Where A is frozen not even x is kept.
+    """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, mask: Tensor, A: Tensor, B: Tensor, c: float) -> Tensor:
-        """Keeps x, the mask, h = (x * mask) A^T and the factors."""
-        ctx.autocast, ctx.c = autocast_dtype(x), c
-        dtype = ctx.autocast or x.dtype
+        """Keeps the mask, h = (x * mask) A^T, the factors, and x for the gradient of A."""
+        ctx.shape, ctx.x_dtype, ctx.c = x.shape, x.dtype, c
+        ctx.dtype = dtype = autocast_dtype(x) or x.dtype
         with torch.autocast(x.device.type, enabled=False):
             h = rows(x * mask).to(dtype) @ A.to(dtype).mT
             # into a tensor of the final shape: a Function that returns a view forbids in-place ops on its output
             out = torch.empty(y.shape, dtype=dtype, device=y.device)
             torch.addmm(rows(y).to(dtype), h, B.to(dtype).mT, alpha=c, out=rows(out))
-        ctx.save_for_backward(x, mask, h, A, B)
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, mask, h, A, B)
         return out.to(y.dtype)
 
     @staticmethod
@@ -80,17 +83,16 @@ class DroppedProduct(torch.autograd.Function):
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of y, x, A and B."""
         x, mask, h, A, B = ctx.saved_tensors
-        dtype = ctx.autocast or x.dtype
         dx = dA = dB = None
-        with torch.autocast(x.device.type, enabled=False):
-            g = rows(G).to(dtype)
-            gB = g @ B.to(dtype)
+        with torch.autocast(mask.device.type, enabled=False):
+            g = rows(G).to(ctx.dtype)
+            gB = g @ B.to(ctx.dtype)
             if ctx.needs_input_grad[3]:
-                dA = ((gB.mT @ rows(x * mask).to(dtype)) * ctx.c).to(A.dtype)
+                dA = ((gB.mT @ rows(x * mask).to(ctx.dtype)) * ctx.c).to(A.dtype)
             if ctx.needs_input_grad[4]:
                 dB = ((g.mT @ h) * ctx.c).to(B.dtype)
             if ctx.needs_input_grad[1]:
-                dx = ((gB @ A.to(dtype)).mul_(rows(mask)).mul_(ctx.c)).view(x.shape).to(x.dtype)
+                dx = (gB @ A.to(ctx.dtype)).mul_(rows(mask)).mul_(ctx.c).view(ctx.shape).to(ctx.x_dtype)
         return G if ctx.needs_input_grad[0] else None, dx, None, dA, dB, None
 
 

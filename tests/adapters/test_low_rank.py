@@ -163,11 +163,9 @@ def test_dropout_of_a_convolution_acts_on_its_input() -> None:
     torch.testing.assert_close(found, base(x) + base.apply(dropped, 0.5 * adapter.lora_B @ adapter.lora_A))
 
 
-def test_dropout_keeps_one_byte_an_entry_for_backward() -> None:
-    base = linear(64, 32, torch.float32)
-    adapter = LowRankAdapter(base, rank=2, scaling=0.5, dropout=0.1)
-    x = torch.randn(100, 64, requires_grad=True)
-    known = {t.untyped_storage().data_ptr() for t in [x, *adapter.parameters(), *base.module.parameters()]}
+def kept_bytes(adapter: LowRankAdapter, base: BaseLayer, x: Tensor) -> dict[int, int]:
+    """What a training forward keeps for backward beside the factors and the frozen layer: bytes by place in memory."""
+    known = {t.untyped_storage().data_ptr() for t in [adapter.lora_A, adapter.lora_B, *base.module.parameters()]}
     sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -178,8 +176,20 @@ def test_dropout_keeps_one_byte_an_entry_for_backward() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         adapter.train()(x, base)
-    mask, h = 100 * 64, 100 * 2 * 4
-    assert sum(sizes.values()) <= mask + 8 + h  # keep_mask draws eight bytes at a time
+    return sizes
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("train", ["both", "B"])
+def test_a_forward_keeps_few_bytes_and_with_a_frozen_A_not_even_its_input(train: str, dropout: float) -> None:
+    """LoRA-FA's saving: r numbers a token, and with dropout a byte an entry of x, where x itself is not needed."""
+    base = linear(64, 32, torch.float32)
+    adapter = LowRankAdapter(base, rank=2, scaling=0.5, dropout=dropout, train=train)  # type: ignore[arg-type]
+    x = torch.randn(100, 64, requires_grad=True)
+    kept = kept_bytes(adapter, base, x)
+    assert (kept.pop(x.untyped_storage().data_ptr(), 0) > 0) == (train == "both")
+    mask, h = (100 * 64 + 8) * bool(dropout), 100 * 2 * 4  # keep_mask draws eight bytes at a time
+    assert sum(kept.values()) <= mask + h
 
 
 # -- the shared product ------------------------------------------------------------------------------------------------
