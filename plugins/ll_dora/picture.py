@@ -78,8 +78,10 @@ def draw_scatter(path: Path, panels: Sequence[Fit]) -> None:
         if fit.slope == fit.slope:  # NaN: no line
             axes.plot(ends, [fit.intercept + fit.slope * end for end in ends], color="0.4", lw=1)
         axes.set(title=f"{fit.run.label}, {fit.kind}: r = {fit.correlation:+.2f}", xlabel="dD", ylabel="dM")
-        axes.legend(fontsize=7)
-        figure.colorbar(shades, ax=axes, label="layer")
+        _short_ticks(axes, "both")
+        for handle in axes.legend(fontsize=7).legend_handles:
+            handle.set(array=None, color="0.4")  # a marker is a checkpoint, whatever the layer's colour
+        figure.colorbar(shades, ax=axes, label="layer").locator.set_params(integer=True)
     _save(figure, path)
 
 
@@ -90,15 +92,24 @@ def draw_layers(path: Path, panels: Sequence[Fit]) -> None:
     for row, name in enumerate(("dM", "dD")):
         for column, kind in enumerate(kinds):
             axes = figure.add_subplot(2, len(kinds), row * len(kinds) + column + 1)
-            for fit in panels:
-                if fit.kind == kind:
-                    values = [point.magnitude if name == "dM" else point.direction for point in fit.last()]
-                    axes.plot([point.index for point in fit.last()], values, marker="o", ms=3, label=fit.run.label)
+            for number, fit in enumerate(fit for fit in panels if fit.kind == kind):
+                values = [point.magnitude if name == "dM" else point.direction for point in fit.last()]
+                marker = _MARKERS[number % len(_MARKERS)]
+                axes.plot(
+                    [point.index for point in fit.last()], values, marker=marker, ms=5, alpha=0.7, label=fit.run.label
+                )
             axes.set(title=kind, xlabel="layer", ylabel=name)
             axes.xaxis.get_major_locator().set_params(integer=True)
+            _short_ticks(axes, "y")
             axes.grid(alpha=0.25)
             axes.legend(fontsize=7)
     _save(figure, path)
+
+
+def _short_ticks(axes: Any, axis: str) -> None:
+    """A common power of ten beside small numbers, whose digits would run into one another."""
+    axes.ticklabel_format(axis=axis, style="sci", scilimits=(-2, 4))
+    axes.locator_params(axis=axis, nbins=5)
 
 
 def _grid(panels: Sequence[Fit]) -> tuple[Any, list[tuple[Fit, Any]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -318,6 +319,25 @@ def test_panels_hold_every_point_and_the_fitted_line(tmp_path, monkeypatch):
         (kind, name, 2) for name in ("dM", "dD") for kind in ("query", "value")
     ]
     assert figures[1].axes[0].lines[0].get_ydata() == pytest.approx([1 + 0.5 * (i + 0.4) for i in range(3)])
+
+
+def test_small_numbers_stay_readable(tmp_path, monkeypatch):
+    """Labels of ticks are apart, and a marker in the legend is grey: the colour of a point says its layer."""
+    figures = []
+    monkeypatch.setattr(picture, "_save", lambda figure, path: figures.append(figure))
+    file = write_run(tmp_path / "a.json", "LoRA", 1)
+    content = json.loads(file.read_text())
+    for record in content["records"]:
+        for values in record["layers"].values():
+            values |= {"dM": 3e-4 * values["dM"], "dD": 1.23e-4 * values["dD"]}
+    file.write_text(json.dumps(content))
+    picture.draw_scatter(tmp_path / "x.png", picture.fits([records.read(file)], ["query", "value"]))
+    figures[0].canvas.draw()
+    for axes in figures[0].axes:
+        boxes = [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()]
+        assert not any(one.overlaps(other) for one, other in itertools.pairwise(boxes))
+        if axes.get_legend() is not None:
+            assert all(len(set(h.get_facecolor()[0][:3])) == 1 for h in axes.get_legend().legend_handles)
 
 
 def test_a_run_folder_one_module_and_zero_vectors(tmp_path, capsys):
