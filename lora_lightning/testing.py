@@ -445,14 +445,16 @@ class MethodContract:
         assert penalty is None or (penalty.dim() == 0 and bool(torch.isfinite(penalty)))
         json.dumps(self.method.report(adapters))
 
-    def test_gradient_checkpointing(self) -> None:
-        """Recomputing activations (non-reentrant) gives the same gradients, dropout included."""
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_gradient_checkpointing(self, reentrant: bool) -> None:
+        """Recomputing activations, in either form, gives the same gradients, dropout included."""
         gradients = []
         for recompute in (False, True):
             model, x = self._mlp()
             model.train()
+            x.requires_grad_()  # without which the reentrant form has no backward at all
             with seeded(4):
-                y = checkpoint(model, x, use_reentrant=False) if recompute else model(x)
+                y = checkpoint(model, x, use_reentrant=reentrant) if recompute else model(x)
                 cast(Tensor, y).square().sum().backward()
             gradients.append([p.grad for p in model.parameters() if p.grad is not None])
         assert len(gradients[0]) == len(gradients[1]) > 0

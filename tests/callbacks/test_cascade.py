@@ -15,6 +15,7 @@ from training import trainer
 import lora_lightning as ll
 from ll_lora import LoRA
 from ll_rose import RoseLoRA
+from lora_lightning.adapters.seeds import generator
 from lora_lightning.adapters.shift import DenseShift, LogShift
 from lora_lightning.callbacks import Cascade, ExactResume, InjectAdapters, NoiseInjection
 from lora_lightning.errors import AdapterStateError, NoEffectError, SettingsError
@@ -166,6 +167,35 @@ def test_noise_of_a_stage(tmp_path, mode):
     assert module.used.rewritten == (mode == "persist")
     ll.eject(module)
     assert torch.equal(module.used.weight, start)
+
+
+def test_noise_is_relative_to_the_deviation_of_the_weight_of_each_stage(tmp_path):
+    """U[-1/2, 1/2] times strength times the deviation, with n - 1, of the weight of the stage, without noise."""
+    sizes = {}
+
+    class Sizes(Callback):
+        phase = 4
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            weight = pl_module.used.clean_weight("default").flatten()
+            deviation = math.sqrt(float(((weight - weight.sum() / 48) ** 2).sum()) / 47)
+            noise = pl_module.used.under("default").weight() - pl_module.used.clean_weight("default")
+            sizes[trainer.global_step] = noise / (0.2 * deviation), deviation
+
+    run(tmp_path, Cascade(stage_steps=3, noise=0.2), LoRA(rank=1, alpha=9.0), extra=[Sizes()])
+    assert sizes[1][1] == pytest.approx(sizes[3][1], rel=1e-12)
+    assert abs(sizes[4][1] / sizes[3][1] - 1) > 1e-4  # the second stage measures what the first has left
+    for stage, step in enumerate((1, 4)):
+        uniform = torch.rand(12, 4, generator=generator(3, "noise", stage, "used")) - 0.5
+        torch.testing.assert_close(sizes[step][0], uniform.double(), rtol=0, atol=1e-9)
+
+
+def test_one_stage_that_shrinks_its_update_is_said(tmp_path, caplog):
+    run(tmp_path, Cascade(stage_steps=6, share=0.5))
+    assert "Cascade: one stage only; share=0.5 shrinks its update by that." in caplog.text
+    caplog.clear()
+    run(tmp_path, Cascade(stage_steps=3, share=0.5))
+    assert "one stage only" not in caplog.text
 
 
 def test_noise_differs_by_stage_and_not_by_run(tmp_path):

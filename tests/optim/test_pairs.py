@@ -56,6 +56,20 @@ def test_batched_cholesky_equals_a_loop_of_solves():
             assert not factorised.raises.any()
 
 
+def test_one_factorisation_a_rank_however_many_layers_and_experts(monkeypatch):
+    calls = []
+    original = torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda A: calls.append(tuple(A.shape)) or original(A))
+    layers = [pair(r, d_in, 5, lead, seed) for seed, (r, d_in, lead) in enumerate([(2, 6, ()), (3, 6, (2,))] * 10)]
+    layers += [pair(2, 9, 7, (), 30 + seed) for seed in range(10)]
+    stacks = stack_pairs(layers)
+    factorise(
+        [gram(stack.join(stack.factors(side))) for stack in stacks for gram, side in ((gram_A, "A"), (gram_B, "B"))],
+        1e-3,
+    )
+    assert sorted(calls) == [(40, 2, 2), (40, 3, 3)]  # both sides of 20 pairs, and of 10 with two experts each
+
+
 def test_a_singular_gram_gets_the_smallest_sufficient_tenfold_damping_and_its_neighbours_none():
     good = torch.eye(2, dtype=torch.float64)
     bad = torch.tensor([[1.0, 0.0], [0.0, -3e-6]], dtype=torch.float64)  # a Gram spoilt by rounding

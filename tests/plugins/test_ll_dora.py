@@ -232,6 +232,27 @@ def test_no_tensor_of_the_size_of_the_weight_is_made(method):
     assert seen  # it would be noticed
 
 
+@pytest.mark.parametrize("method", [METHOD, FULL, DoRA(rank=3, dropout=0.25)], ids=["detached", "full", "dropout"])
+def test_backward_keeps_one_more_tensor_of_the_size_of_the_output(method):
+    """The card's cost: beside the input, and the bytes of dropout's mask, all else is of the size of the factors."""
+    model, _ = adapted(method, nn.Linear(40, 48), torch.float32)
+    x = data(100, 40, torch.float32).requires_grad_()
+    known = {t.untyped_storage().data_ptr() for t in [x, *model.state_dict().values()]}
+    sizes = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.train()(x)
+    output, mask, factors = 100 * 48 * 4, 100 * 40 + 8, 3 * (40 + 48 + 100) * 4
+    assert sum(size == output for size in sizes.values()) == 1
+    assert sum(sizes.values()) <= output + mask * bool(method.dropout) + 4 * factors
+
+
 # -- dropout -----------------------------------------------------------------------------------------------------------
 
 
@@ -386,6 +407,25 @@ def test_autocast_keeps_the_ratio_in_float32():
             assert model(x).dtype == torch.bfloat16
             merged = adapter.merged_weight(adapter.base.weight())
         assert torch.equal(merged, adapter.merged_weight(adapter.base.weight()))
+
+
+@pytest.mark.parametrize("method", [METHOD, FULL, DoRA(mode="magnitude")], ids=["detached", "full", "magnitude"])
+@pytest.mark.parametrize("mode", ["autocast", "bfloat16 base"])
+def test_half_precision_gradients_are_near_the_exact_ones_and_float32(method, mode):
+    found = []
+    for half in (False, True):
+        model, adapter = adapted(method, nn.Linear(48, 40), torch.bfloat16 if mode != "autocast" else torch.float32)
+        if not half and mode != "autocast":
+            exact = copy.deepcopy(model[0].base).float()
+            model, adapter = adapted(method, exact, torch.float32)
+        x = data(d_in=48, dtype=model[0].base.weight.dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half and mode == "autocast"):
+            y = model.train()(x)
+        y.float().square().sum().backward()
+        found.append([p.grad for p in adapter.parameters()])
+    for exact, half in zip(*found, strict=True):
+        assert half.dtype == torch.float32
+        assert float((half - exact).norm() / exact.norm()) < 0.03
 
 
 # -- state and caches --------------------------------------------------------------------------------------------------

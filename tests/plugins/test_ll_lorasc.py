@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 
 import pytest
 import torch
 from resuming import SaveAt, assert_equal_runs, at_step, run
 from safetensors.torch import load_file
-from training import classification, encoder_folder, labelled_data
+from training import classification, encoder_folder, labelled_data, labelled_file
 
 import lora_lightning as ll
 from ll_dora import DoRA
@@ -16,6 +17,7 @@ from ll_lora import LoRA
 from ll_lorasc import LoRASC
 from ll_lorasc.optim import SlowFast
 from ll_riemannian_moe import MoELoRA
+from lora_lightning.__main__ import main
 from lora_lightning.adapters.shift import DenseShift, LogShift
 from lora_lightning.callbacks import Cascade
 from lora_lightning.checkpoint import read_folder
@@ -109,12 +111,12 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_resume_in_the_middle_of_a_stage(encoder, tmp_path, name):
-    """Saved in stage 2 of 3: every tensor, base weights included, equals the uninterrupted run."""
+@pytest.mark.parametrize(("name", "step"), [*((name, 6) for name in METHODS), ("LoRA, noise", 4), ("DoRA", 8)])
+def test_resume_in_the_middle_of_a_stage_and_at_a_knot(encoder, tmp_path, name, step):
+    """Stages of 4 steps: every tensor, base weights included, equals the uninterrupted run."""
     saved, make = tmp_path / "saved.ckpt", METHODS[name]
     data = labelled_data(encoder)
-    straight = run(classification(encoder, make()), data, tmp_path, [SaveAt(saved, at_step(6))], max_steps=10)
+    straight = run(classification(encoder, make()), data, tmp_path, [SaveAt(saved, at_step(step))], max_steps=10)
     module = classification(encoder, make())
     resumed = run(module, labelled_data(encoder), tmp_path, (), saved, seed=77, max_steps=10)
     assert_equal_runs(straight, resumed)
@@ -212,6 +214,56 @@ def test_exports(tmp_path, dense):
     ll.export(model, tmp_path / "merged", format="merged")
     merged = type(model).from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(merged(TOKENS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+# -- through the command line ------------------------------------------------------------------------------------------
+
+PARTS = """
+model:
+  pretrained: {folder}
+  method: {{class_path: {method}, init_args: {{rank: 2}}}}
+  targets: [query, value]
+  linear_baseline: false
+  optimizer:
+    class_path: SlowFast
+    init_args:
+      share: 0.3
+      every_n_steps: 2
+      inner: {{class_path: LoRAPlus, init_args: {{ratio: 4, inner: {{class_path: AdamW, init_args: {{lr: 1.0e-3}}}}}}}}
+data:
+  class_path: LabelledText
+  init_args: {{train: {folder}/train.csv, validation: {folder}/train.csv, batch_size: 4}}
+trainer:
+  max_steps: 6
+  accelerator: cpu
+  enable_progress_bar: false
+  callbacks: [{{class_path: {callback}, init_args: {options}}}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "callback", "options"),
+    [
+        ("DoRA", "Cascade", {"stage_steps": 3, "share": 0.5, "rule": "figure_ema", "noise": 0.1}),
+        ("LoRA", "NoiseInjection", {"strength": 0.1, "mode": "persist"}),
+    ],
+)
+def test_each_part_from_yaml(encoder, tmp_path, monkeypatch, method, callback, options):
+    """SlowFast around LoRAPlus around AdamW, and a part of LoRASC beside a method of another plugin, by short names."""
+    monkeypatch.chdir(tmp_path)
+    labelled_file(encoder / "train.csv")
+    text = PARTS.format(folder=encoder, method=method, callback=callback, options=json.dumps(options))
+    (tmp_path / "parts.yaml").write_text(text)
+    assert main(["fit", "--config", "parts.yaml"]) == 0
+    saved = torch.load(tmp_path / "runs" / "parts" / "001" / "last.ckpt", weights_only=True)
+    [optimizer] = saved["optimizer_states"]
+    rates = {group["name"]: (group["initial_lr"], group["fast_steps"]) for group in optimizer["param_groups"]}
+    assert rates["A"] == rates["head"] == (1e-3, 6)
+    assert rates["B"] == (4e-3, 6)
+    states = list(optimizer["state"].values())
+    assert any({"slow", "exp_avg"} <= set(state) for state in states)
+    assert any(name.startswith(callback) for name in saved["callbacks"])
+    assert any(".shifts.default." in key and bool(value.any()) for key, value in saved["state_dict"].items())
 
 
 # -- SlowFast ----------------------------------------------------------------------------------------------------------

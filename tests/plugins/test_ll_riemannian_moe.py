@@ -531,6 +531,17 @@ def test_recomputation_neither_doubles_the_penalty_nor_the_load():
         assert not other.pending.values
 
 
+def test_reentrant_recomputation_does_not_double_the_load():
+    counts = []
+    for recompute in (False, True):
+        model, adapters = two_layers(settings())
+        x = randn(N, D_IN).requires_grad_()
+        y = checkpoint(model, x, use_reentrant=True) if recompute else model(x)
+        y.sum().backward()
+        counts.append([(adapter.load.sum.tolist(), adapter.load.count) for adapter in adapters.values()])
+    assert counts[0] == counts[1]
+
+
 def test_two_forwards_before_one_backward_give_the_mean_of_their_penalties():
     model, adapters = two_layers(method := settings(**LOSSES))
     alone = []
