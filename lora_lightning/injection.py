@@ -17,12 +17,12 @@ from lora_lightning.adapters.seeds import generator
 from lora_lightning.adapters.weights import BaseLayer
 from lora_lightning.errors import AdapterStateError, SettingsError, TargetError, did_you_mean
 from lora_lightning.methods import Method, check_overridable, replace
+from lora_lightning.scopes import pretrained_models
 from lora_lightning.targets import (
     Heads,
     Targets,
     other_users,
     places,
-    pretrained_models,
     select,
     trained_parameters,
     within,
@@ -121,7 +121,9 @@ def inject(
     Args:
         model: any module; its weights are there and not sharded yet.
         method: settings of the adapter method.
-        targets: "all-linear", a scope ("attention", "mlp", "experts"), name suffixes, or one regular expression.
+        targets: "all-linear", a scope ("attention", "mixer", "mlp", "experts", "vision", "vision.mlp", ...), a list of
+            name suffixes and scopes, or one regular expression. Of a vision-language model, a scope without a tower
+            means the language tower.
         exclude: names along a path, or regular expressions for all of it, of layers to leave out.
         overrides: other settings for some layers, such as `{"layer.0": {"rank": 4, "alpha": 8}}`; later ones win.
         also_train: base parameters that train in full: "heads" (what a Hugging Face task model has outside its

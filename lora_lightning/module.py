@@ -49,7 +49,9 @@ class AdapterModule(LightningModule):
         pretrained: folder, hub id, or `pkg:IMPORT_NAME/FOLDER` for weights that an installed package carries.
         method: the adapter method and its settings.
         task: "sequence-classification", "token-classification", "regression" or "causal-lm".
-        targets: "all-linear", a scope ("attention", "mlp", "experts"), name suffixes, or one regular expression.
+        targets: "all-linear", a scope ("attention", "mixer", "mlp", "experts", "vision", "vision.mlp", ...), a list of
+            name suffixes and scopes, or one regular expression. Of a vision-language model, a scope without a tower
+            means the language tower.
         exclude: names of layers to leave out.
         overrides: other settings for some layers, such as `{layer.0: {rank: 4}}`.
         also_train: base parameters that train in full: "heads", or names.

@@ -1,7 +1,9 @@
 """Which layers get an adapter: patterns to layers, with the reason for every layer that is left out.
 
-`targets` is "all-linear", a scope ("attention", "mlp", "experts"), a list of name suffixes, or one regular expression
-over whole paths. Heads, poolers and routers are never matched by accident: a pattern reaches them only by naming them.
+`targets` is "all-linear", a scope ("attention", "vision", "vision.mlp", ...), a list of name suffixes and scopes, or
+one regular expression over whole paths. Heads, poolers and routers are never matched by accident: a pattern reaches
+them only by naming them. Of a vision-language model, towers other than the language tower are not either: their scope
+reaches them, and a pattern that holds their name or fits nothing in the language tower.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ from torch import nn
 from lora_lightning.adapters.layer import AdaptedLayer
 from lora_lightning.adapters.weights import BaseLayer, base_layer
 from lora_lightning.errors import TargetError, did_you_mean, nearest
+from lora_lightning.scopes import ALL, SCOPES, TOWERS, Scopes, inside, is_scope, join, pretrained_models
 
 Targets = str | Sequence[str]
 Heads = Literal["heads"] | Sequence[str]
-SCOPES = ("attention", "mlp", "experts")
 _ROUTER_NAMES = ("router", "gate", "shared_expert_gate")
 
 
@@ -59,19 +61,6 @@ def _fullmatch(pattern: str, path: str, where: str) -> bool:
         ) from error
 
 
-def pretrained_models(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Hugging Face models inside `model`, outermost only, by path ("" is `model` itself)."""
-    found: list[tuple[str, nn.Module]] = []
-    for path, module in model.named_modules():
-        if hasattr(module, "base_model_prefix") and not any(path.startswith(f"{p}." if p else "") for p, _ in found):
-            found.append((path, module))
-    return found
-
-
-def _join(*parts: str) -> str:
-    return ".".join(part for part in parts if part)
-
-
 def head_prefixes(model: nn.Module) -> list[str]:
     """Paths of task heads: what lies outside the backbone of a Hugging Face model, and its poolers.
 
@@ -82,9 +71,9 @@ def head_prefixes(model: nn.Module) -> list[str]:
         backbone = cast(str, hf_model.base_model_prefix)
         if not hasattr(hf_model, backbone) or _output_embeddings(hf_model) is not None:
             continue
-        outside = [_join(path, name) for name, _ in hf_model.named_children() if name != backbone]
+        outside = [join(path, name) for name, _ in hf_model.named_children() if name != backbone]
         outside = [name for name in outside if any(True for _ in model.get_submodule(name).parameters())]
-        poolers = [_join(path, name) for name, _ in hf_model.named_modules() if segments(name)[-1] == "pooler"]
+        poolers = [join(path, name) for name, _ in hf_model.named_modules() if segments(name)[-1] == "pooler"]
         prefixes += outside + (poolers if outside else [])
     return prefixes
 
@@ -94,19 +83,19 @@ def _output_embeddings(hf_model: nn.Module) -> nn.Module | None:
     return cast("nn.Module | None", getter() if getter else None)
 
 
-def _protected(model: nn.Module) -> dict[str, str]:
+def _protected(model: nn.Module, scopes: Scopes) -> dict[str, str]:
     """Paths that a pattern must name to reach, with what they are."""
     protected: dict[str, str] = {}
     for path, hf_model in pretrained_models(model):
         backbone = cast(str, hf_model.base_model_prefix)
         if hasattr(hf_model, backbone):
-            protected |= {_join(path, name): "head" for name, _ in hf_model.named_children() if name != backbone}
+            protected |= {join(path, name): "head" for name, _ in hf_model.named_children() if name != backbone}
         output = _output_embeddings(hf_model)
-        protected |= {_join(path, name): "head" for name, module in hf_model.named_modules() if module is output}
+        protected |= {join(path, name): "head" for name, module in hf_model.named_modules() if module is output}
     for path, _ in model.named_modules():
         name = segments(path)[-1]
         parent = model.get_submodule(path.rpartition(".")[0])
-        if name == "pooler":
+        if name == "pooler" or (name == "head" and scopes.tower(path) == "vision"):
             protected[path] = "pooler"
         elif name == "router" or (name in _ROUTER_NAMES and hasattr(parent, "experts")):
             protected[path] = "router"
@@ -116,7 +105,7 @@ def _protected(model: nn.Module) -> dict[str, str]:
 def fused_experts(model: nn.Module) -> list[str]:
     """Paths of 3-D expert parameters, which hold one matrix an expert and are no layers."""
     return [
-        _join(path, name)
+        join(path, name)
         for path, module in model.named_modules()
         if "expert" in f"{path} {type(module).__name__}".lower() and not isinstance(module, AdaptedLayer)
         for name, parameter in module.named_parameters(recurse=False)
@@ -137,47 +126,33 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, BaseLayer | None
             yield path, module, base_layer(module)
 
 
-def _scope(path: str, numbered: bool) -> str | None:
-    parts = [part.lower() for part in segments(path)]
-    if "experts" in parts:
-        return "experts"
-    if any("attn" in part or "attention" in part for part in parts):
-        return "attention"
-    return "mlp" if numbered else None
-
-
-def select(model: nn.Module, targets: Targets = "all-linear", exclude: Sequence[str] = ()) -> Selection:
+def select(model: nn.Module, targets: Targets = ALL, exclude: Sequence[str] = ()) -> Selection:
     """Layers of `model` that `targets` names and `exclude` does not.
 
     Raises:
-        TargetError: a pattern that matches nothing (with the nearest names), a fused expert tensor that would be
-            skipped, a layer kind that takes no adapter, or two layers that share one weight.
+        TargetError: a pattern that matches nothing (with the nearest names), a scope that the model has not, a fused
+            expert tensor that would be skipped, a layer kind that takes no adapter, two layers that share one weight.
     """
     layers = {path: (module, base) for path, module, base in _layers(model)}
     adaptable = {path: base for path, (_, base) in layers.items() if base is not None}
-    protected, fused = _protected(model), fused_experts(model)
+    scopes, fused, patterns = Scopes(model), fused_experts(model), as_patterns(exclude)
+    protected = _protected(model, scopes)
+    wanted = _wanted(model, targets, layers, adaptable, fused, scopes)
+    excluded = _excluded(model, patterns, adaptable, fused, scopes)
     selection = Selection()
-    wanted = _wanted(model, targets, layers, adaptable, fused)
-    exclude = as_patterns(exclude)
-    for pattern in exclude:
-        if not any(within(pattern, path) for path in [*adaptable, *fused]):
-            raise TargetError(_no_match("exclude", [pattern], adaptable, model))
     for path, named_by in wanted.items():
-        shield = next((p for p in protected if path == p or path.startswith(f"{p}.")), None)
-        if any(within(pattern, path) for pattern in exclude):
-            selection.skipped[path] = "excluded"
-        elif shield is not None and segments(shield)[-1] not in named_by:
-            selection.skipped[path] = protected[shield]
-        else:
+        reason = "excluded" if path in excluded else _reason(path, named_by, protected, scopes)
+        if reason is None:
             selection.layers[path] = adaptable[path]
-    _refuse_fused(targets, [path for path in fused if not any(within(pattern, path) for pattern in exclude)])
+        else:
+            selection.skipped[path] = reason
+    _refuse_fused(targets, [path for path in fused if path not in excluded], scopes)
     if not selection.layers:
         left_out = ", ".join(f"{path} ({reason})" for path, reason in list(selection.skipped.items())[:5])
-        if left_out:
-            raise TargetError(f"targets={targets!r} leaves no layer to adapt; left out: {left_out}.")
-        raise TargetError(_no_match("targets", targets, adaptable, model))
-    if isinstance(targets, str) and targets in ("all-linear", *SCOPES):
-        selection.skipped |= _out_of_reach(model, layers, targets)
+        left_out = left_out or f"all that exclude={patterns} names"
+        raise TargetError(f"targets={targets!r} leaves no layer to adapt; left out: {left_out}.")
+    selection.skipped |= _out_of_reach(layers, targets, scopes)
+    selection.skipped |= _other_towers(adaptable, targets, selection, protected, scopes)
     selection.tied = other_users(model, selection.layers)
     for path, others in selection.tied.items():
         both = [other for other in others if other in selection.layers]
@@ -186,10 +161,54 @@ def select(model: nn.Module, targets: Targets = "all-linear", exclude: Sequence[
     return selection
 
 
-def _out_of_reach(
-    model: nn.Module, layers: dict[str, tuple[nn.Module, BaseLayer | None]], targets: str
+def _excluded(
+    model: nn.Module, patterns: Sequence[str], adaptable: dict[str, BaseLayer], fused: Sequence[str], scopes: Scopes
+) -> set[str]:
+    """Paths of layers and fused tensors that `exclude` names, by a part of the path or by a scope."""
+    found: set[str] = set()
+    for pattern in patterns:
+        paths = [*adaptable, *fused]
+        hits = [p for p in paths if within(pattern, p)]
+        hits = hits or [p for p in paths if is_scope(pattern) and scopes.means(pattern, p)]
+        if not hits:
+            raise TargetError(_no_match("exclude", [pattern], adaptable, model))
+        found |= set(hits)
+    return found
+
+
+def _reason(path: str, named_by: str, protected: Mapping[str, str], scopes: Scopes) -> str | None:
+    """Why a wanted layer stays as it is; None where it gets an adapter."""
+    shield = next((p for p in protected if inside(path, p)), None)
+    if shield is not None and segments(shield)[-1] not in named_by:
+        return protected[shield]
+    return next((reason for block, reason in scopes.unused.items() if inside(path, block)), None)
+
+
+def _other_towers(
+    adaptable: dict[str, BaseLayer],
+    targets: Targets,
+    selection: Selection,
+    protected: Mapping[str, str],
+    scopes: Scopes,
 ) -> dict[str, str]:
-    """Linear maps a keyword means but no accessor serves, with the reason; they stay frozen, and that is said."""
+    """Towers of a vision-language model that nobody named, with how to name them."""
+    if any(is_scope(word) and word.partition(".")[0] in TOWERS for word in as_patterns(targets)):
+        return {}
+    taken = {scopes.tower(path) for path in selection.layers} | {None, "language"}
+    return scopes.left_out(
+        path
+        for path, base in adaptable.items()
+        if base.kind == "linear"
+        and scopes.tower(path) not in taken
+        and _reason(path, "", protected, scopes) is None
+        and path not in selection.skipped
+    )
+
+
+def _out_of_reach(
+    layers: dict[str, tuple[nn.Module, BaseLayer | None]], targets: Targets, scopes: Scopes
+) -> dict[str, str]:
+    """Linear maps a scope means but no accessor serves, with the reason; they stay frozen, and that is said."""
     found: dict[str, str] = {}
     for path, (module, base) in layers.items():
         if base is None and isinstance(module, nn.Linear):
@@ -197,17 +216,8 @@ def _out_of_reach(
         if isinstance(module, nn.MultiheadAttention):
             names = [name for name, _ in module.named_parameters(recurse=False) if name.endswith("_proj_weight")]
             found |= {f"{path}.{name}": "a bare parameter of nn.MultiheadAttention, not a layer" for name in names}
-    repeated = _repeated(model)
-    return {
-        path: reason
-        for path, reason in found.items()
-        if targets == "all-linear" or _scope(path, path.startswith(repeated)) == targets
-    }
-
-
-def _repeated(model: nn.Module) -> tuple[str, ...]:
-    """Prefixes of what stands in a ModuleList: the blocks of a network."""
-    return tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    words = [word for word in as_patterns(targets) if is_scope(word)]
+    return {path: reason for path, reason in found.items() if any(scopes.means(word, path) for word in words)}
 
 
 def _wanted(
@@ -216,28 +226,26 @@ def _wanted(
     layers: dict[str, tuple[nn.Module, BaseLayer | None]],
     adaptable: dict[str, BaseLayer],
     fused: Sequence[str],
+    scopes: Scopes,
 ) -> dict[str, str]:
-    """Matched paths, each with the pattern that named it ("" for keywords)."""
-    if targets == "all-linear":
-        return {path: "" for path, base in adaptable.items() if base.kind == "linear"}
-    if isinstance(targets, str) and targets in SCOPES:
-        repeated = _repeated(model)
-        return {
-            path: ""
-            for path, base in adaptable.items()
-            if base.kind == "linear" and _scope(path, path.startswith(repeated)) == targets
-        }
-    if isinstance(targets, str):
+    """Matched paths, each with the pattern that named it ("" for scopes)."""
+    if isinstance(targets, str) and not is_scope(targets):
         if re.fullmatch(r"[\w-]+", targets):
-            hint = did_you_mean(targets, ["all-linear", *SCOPES]) or f' For a name suffix write ["{targets}"].'
+            hint = did_you_mean(targets, [ALL, *SCOPES]) or f' For a name suffix write ["{targets}"].'
             raise TargetError(f'targets="{targets}" is neither "all-linear" nor a scope ({", ".join(SCOPES)}).{hint}')
-        return {path: targets for path in adaptable if _fullmatch(targets, path, "targets")}
+        hits = [path for path in adaptable if _fullmatch(targets, path, "targets")]
+        if not hits and not any(_fullmatch(targets, path, "targets") for path in fused):
+            raise TargetError(_no_match("targets", targets, adaptable, model))
+        return dict.fromkeys(scopes.reach(targets, hits), targets)
     if not targets:
         raise TargetError('targets is empty; name at least one layer, or write "all-linear".')
     wanted: dict[str, str] = {}
-    for pattern in targets:
+    for pattern in as_patterns(targets):
         hits = [path for path in layers if path == pattern or path.endswith(f".{pattern}")]
         served = [path for path in hits if path in adaptable]
+        if is_scope(pattern) and (isinstance(targets, str) or not served):
+            wanted |= dict.fromkeys(_meant(model, pattern, layers, adaptable, fused, scopes), "")
+            continue
         other = [path for path in hits if path not in adaptable and _holds_weights(layers[path][0])]
         if other:
             kind = type(layers[other[0]][0]).__name__
@@ -246,8 +254,38 @@ def _wanted(
             )
         if not served and not any(path == pattern or path.endswith(f".{pattern}") for path in fused):
             raise TargetError(_no_match("targets", [pattern], adaptable, model) + _inside(pattern, hits, adaptable))
-        wanted |= dict.fromkeys(served, pattern)
+        wanted |= dict.fromkeys(scopes.reach(pattern, served), pattern)
     return {path: wanted[path] for path in layers if path in wanted}
+
+
+def _meant(
+    model: nn.Module,
+    word: str,
+    layers: dict[str, tuple[nn.Module, BaseLayer | None]],
+    adaptable: dict[str, BaseLayer],
+    fused: Sequence[str],
+    scopes: Scopes,
+) -> list[str]:
+    """Linear layers that a scope means.
+
+    Raises:
+        TargetError: there are none, naming the scopes that the model has.
+    """
+    found = [path for path, base in adaptable.items() if base.kind == "linear" and scopes.means(word, path)]
+    if found or any(_means_fused(word, path, scopes) for path in fused):
+        return found
+    linear = [path for path, base in adaptable.items() if base.kind == "linear"]
+    bare = [
+        join(path, name)
+        for path, (module, base) in layers.items()
+        for name, parameter in module.named_parameters(recurse=False)
+        if base is None and parameter.dim() == 2 and word in TOWERS and scopes.means(word, join(path, name))
+    ]
+    hint = f" {bare[0]} is a bare parameter, not a layer; also_train can name it." if bare else ""
+    raise TargetError(
+        f'targets="{word}" means no linear layer of {_kind(model)}. Its scopes: '
+        f"{', '.join(scopes.present(linear)) or 'none'}.{hint}"
+    )
 
 
 def _inside(pattern: str, blocks: Sequence[str], adaptable: Iterable[str]) -> str:
@@ -266,16 +304,27 @@ def _no_match(where: str, pattern: Targets, adaptable: dict[str, BaseLayer], mod
     word = segments(pattern if isinstance(pattern, str) else pattern[0])[-1]
     close = nearest(word, names) or [name for name, _ in names.most_common(5)]
     listed = ", ".join(f'"{name}" ({names[name]} layer{"s" * (names[name] > 1)})' for name in close) or "none"
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    return f"{where}={shown} matched none of the {len(adaptable)} adaptable layers of {kind}. Nearest: {listed}."
+    count = len(adaptable)
+    return f"{where}={shown} matched none of the {count} adaptable layers of {_kind(model)}. Nearest: {listed}."
 
 
-def _refuse_fused(targets: Targets, fused: Sequence[str]) -> None:
+def _kind(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+
+
+def _means_fused(word: str, path: str, scopes: Scopes) -> bool:
+    """Whether a scope means a fused expert tensor, which is the MLP of its block."""
+    return scopes.means(word, path) or scopes.means(re.sub("mlp$", "experts", word), path)
+
+
+def _refuse_fused(targets: Targets, fused: Sequence[str], scopes: Scopes) -> None:
     """Raise `TargetError` for expert tensors that the targets mean, but a walk over layers would miss."""
+    scoped = [word for word in as_patterns(targets) if is_scope(word)]
+    meant = [path for path in fused if any(_means_fused(word, path, scopes) for word in scoped)]
     if isinstance(targets, str):
-        meant = [p for p in fused if targets in ("all-linear", "mlp", "experts") or re.fullmatch(targets, p)]
+        meant = meant or [path for path in fused if re.fullmatch(targets, path)]
     else:
-        meant = [path for path in fused if any(f".{path}".endswith(f".{pattern}") for pattern in targets)]
+        meant = meant or [path for path in fused if any(f".{path}".endswith(f".{pattern}") for pattern in targets)]
     if meant:
         raise TargetError(
             f"targets={targets!r} means {len(meant)} fused expert tensors, such as {meant[0]}, which hold all experts "

@@ -209,8 +209,8 @@ def test_overrides_by_layer_the_later_wins() -> None:
         (tiny_encoder, {"targets": []}, r"targets is empty; name at least one layer"),
         (
             tiny_encoder,
-            {"targets": ["query", "attention"]},
-            r'targets=\["attention"\] matched none .* "attention" is a block; its layers are: dense, key, query, val',
+            {"targets": ["query", "attention.output"]},
+            r'targets=\["attention.output"\] matched none .* "attention.output" is a block; its layers are: dense\.',
         ),
         (
             tiny_encoder,

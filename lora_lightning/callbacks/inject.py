@@ -63,7 +63,9 @@ class InjectAdapters(Callback):
 
     Args:
         method: the adapter method and its settings.
-        targets: "all-linear", a scope, name suffixes, or one regular expression.
+        targets: "all-linear", a scope ("attention", "mixer", "mlp", "experts", "vision", "vision.mlp", ...), a list of
+            name suffixes and scopes, or one regular expression. Of a vision-language model, a scope without a tower
+            means the language tower.
         exclude: names of layers to leave out.
         overrides: other settings for some layers.
         also_train: base parameters that train in full: "heads" of a Hugging Face model inside, or names.

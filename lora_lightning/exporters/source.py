@@ -14,7 +14,7 @@ from lora_lightning.adapters.layer import AdaptedLayer
 from lora_lightning.checkpoint import plain
 from lora_lightning.errors import AdapterStateError, ExportError, did_you_mean
 from lora_lightning.injection import AdapterRecord, injected_root, iter_adapters, records
-from lora_lightning.targets import pretrained_models
+from lora_lightning.scopes import pretrained_models
 
 
 @dataclass(frozen=True)
