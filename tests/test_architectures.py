@@ -1,0 +1,115 @@
+"""Architectures of transformers: what each scope matches, and that adapters train, save, merge and generate on each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from architectures import ARCHITECTURES, Architecture, Batch, matched
+from torch import Tensor, nn
+
+import lora_lightning as ll
+from ll_dora import DoRA
+from ll_lora import LoRA
+from ll_rose import RoseLoRA
+from lora_lightning.optim.groups import build_optimizer
+from lora_lightning.scopes import TOWERS
+from lora_lightning.testing import perturb
+
+GOLDEN: dict[str, dict[str, Any]] = yaml.safe_load(
+    Path(__file__).with_suffix(".yaml").with_stem("architectures").read_text()
+)
+METHODS: dict[str, Any] = {"LoRA": LoRA(rank=2), "DoRA": DoRA(rank=2), "RoseLoRA": RoseLoRA(rank=2)}
+CELLS = [(name, method) for name in ARCHITECTURES for method in METHODS]
+FAST = {(name, list(METHODS)[index % len(METHODS)]) for index, name in enumerate(ARCHITECTURES)}
+STEPS = 3
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_each_scope_matches(name: str) -> None:
+    found = matched(ARCHITECTURES[name])
+    assert {key: value for key, value in found.items() if value != {}} == GOLDEN[name]
+
+
+def targets(name: str) -> Any:
+    """Every tower of a vision-language model, else "all-linear"."""
+    return [tower for tower in TOWERS if tower in GOLDEN[name]] or "all-linear"
+
+
+def outputs(model: nn.Module, batch: Batch) -> Tensor:
+    with torch.no_grad():
+        found = model(**batch)
+    return found.logits if hasattr(found, "logits") else found.logits_per_image
+
+
+def double(batch: Batch) -> Batch:
+    return {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
+
+
+def generated(model: Any, batch: Batch) -> Tensor:
+    """Six greedy tokens a row, whatever the model would rather stop at."""
+    given = {key: value for key, value in batch.items() if key != "labels"}
+    return model.generate(**given, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+
+
+def train(model: Any, batch: Batch) -> None:
+    """`STEPS` steps; every tensor that trains gets a gradient and moves."""
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    start, reached = {name: p.detach().clone() for name, p in trainable.items()}, set()
+    optimizer = build_optimizer(model, None)
+    model.train()
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        reached |= {name for name, p in trainable.items() if p.grad is not None and p.grad.any()}
+        optimizer.step()
+    model.eval()
+    assert reached == set(trainable)
+    assert [name for name, p in trainable.items() if torch.equal(p, start[name])] == []
+
+
+def cycle(architecture: Architecture, method: Any, what: Any, folder: Path) -> None:
+    """Inject, train, save, load, merge, generate and unmerge; each as it must be."""
+    model, batch = architecture.build(), architecture.batch()
+    base = outputs(model, batch)
+    ll.inject(model, method, what, exclude=architecture.exclude, seed=0)
+    assert torch.equal(outputs(model, batch), base)
+
+    train(model, batch)
+    for index, (_, layer) in enumerate(ll.iter_adapters(model)):
+        perturb(layer.adapters, index)
+    adapted = outputs(model, batch)
+    assert (adapted - base).abs().max() > 1e-3
+
+    ll.save_adapter(model, folder)
+    fresh = architecture.build()
+    ll.load_adapter(fresh, folder)
+    state = fresh.state_dict()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    torch.testing.assert_close(outputs(fresh, batch), adapted)
+
+    model, batch = model.double(), double(batch)
+    model.set_experts_implementation("eager")  # the grouped product of torch takes no float64
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    adapted = outputs(model, batch)
+    tokens = generated(model, batch) if model.can_generate() else None
+    ll.merge(model)
+    torch.testing.assert_close(outputs(model, batch), adapted, rtol=1e-6, atol=1e-6)
+    if tokens is not None:
+        assert torch.equal(generated(model, batch), tokens)
+    ll.unmerge(model)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        pytest.param(*cell, marks=() if cell in FAST else pytest.mark.slow, id="-".join(cell).replace(" ", "-"))
+        for cell in CELLS
+    ],
+)
+def test_adapters_train_save_merge_and_generate(name: str, method: str, tmp_path: Path) -> None:
+    cycle(ARCHITECTURES[name], METHODS[method], targets(name), tmp_path)
