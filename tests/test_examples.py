@@ -1,0 +1,37 @@
+"""Scripts in examples/ run, at a small size."""
+
+from __future__ import annotations
+
+import functools
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from training import encoder_folder
+
+from lora_lightning.data import pydocs
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+@pytest.mark.slow
+def test_decomposition_of_three_ways_to_train(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pydocs, "library_docstrings", functools.cache(pydocs.library_docstrings))
+    monkeypatch.chdir(tmp_path)
+    folder = encoder_folder(tmp_path / "encoder")
+    words = ["--steps", "4", "--limit", "16", "--pretrained", str(folder), "--output", "out", "--cpu"]
+    monkeypatch.setattr(sys, "argv", ["decomposition.py", *words])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(EXAMPLES / "decomposition.py"), run_name="__main__")
+    assert end.value.code == 0
+    out = tmp_path / "out"
+    for name, label in (("full", "full fine-tuning"), ("lora", "LoRA"), ("dora", "DoRA")):
+        content = json.loads((out / name / "decomposition.json").read_text())
+        assert content["label"] == label
+        assert [record["step"] for record in content["records"]] == [1, 2, 3, 4]
+        assert len(content["records"][0]["layers"]) == 4
+    lines = [line for line in capsys.readouterr().out.splitlines() if " query " in line or " value " in line]
+    assert len(lines) == 6
+    assert (out / "analysis.png").is_file()
