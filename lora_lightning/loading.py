@@ -59,7 +59,7 @@ def load_model(
         raise ModelError(
             f'model.task is "{task.name}", but "{pretrained}" has no {task.auto_class} in transformers.'
         ) from error
-    _check_complete(model, info, pretrained)
+    _check_complete(model, info, pretrained, task.unused)
     model.config._name_or_path = pretrained  # as given, so that an adapter's description holds on another machine
     if model.config.pad_token_id is None and model.config.eos_token_id is not None:
         eos = model.config.eos_token_id
@@ -85,9 +85,10 @@ def _first_line(error: BaseException) -> str:
     return " ".join(str(error).split("\n", maxsplit=1)[0].split())
 
 
-def _check_complete(model: nn.Module, info: dict[str, Any], pretrained: str) -> None:
+def _check_complete(model: nn.Module, info: dict[str, Any], pretrained: str, unused: Sequence[str]) -> None:
     heads = tuple(f"{prefix}." for prefix in head_prefixes(model))
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith(heads or ("\0",)))
+    needed = [key for key in info["missing_keys"] if not set(unused).intersection(key.split("."))]
+    missing = sorted(key for key in needed if not key.startswith(heads or ("\0",)))
     if missing:
         raise ModelError(
             f'"{pretrained}" lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}; they would '

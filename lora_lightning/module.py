@@ -48,7 +48,8 @@ class AdapterModule(LightningModule):
     Args:
         pretrained: folder, hub id, or `pkg:IMPORT_NAME/FOLDER` for weights that an installed package carries.
         method: the adapter method and its settings.
-        task: "sequence-classification", "token-classification", "regression" or "causal-lm".
+        task: "sequence-classification", "multi-label-classification", "token-classification", "regression",
+            "causal-lm", "sentence-embedding" or "sentence-similarity".
         targets: "all-linear", a scope ("attention", "mixer", "mlp", "experts", "vision", "vision.mlp", ...), a list of
             name suffixes and scopes, or one regular expression. Of a vision-language model, a scope without a tower
             means the language tower.
@@ -62,6 +63,7 @@ class AdapterModule(LightningModule):
         linear_baseline: before training, fit the head alone on frozen features for as many steps, to compare with.
         max_new_tokens: tokens that `predict` generates for a causal language model.
         seed: seed of the adapter's start values; null takes the run's.
+        task_settings: settings of the task, such as `{temperature: 0.02}` of "sentence-embedding".
     """
 
     strict_loading = False
@@ -82,9 +84,10 @@ class AdapterModule(LightningModule):
         linear_baseline: bool = True,
         max_new_tokens: int = 64,
         seed: int | None = None,
+        task_settings: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.pretrained, self.method, self.task = pretrained, method, find_task(task)
+        self.pretrained, self.method, self.task = pretrained, method, find_task(task, task_settings)
         self.targets, self.exclude, self.overrides = targets, exclude or [], overrides or {}
         self.also_train, self.optimizer_factory, self.lr_scheduler = also_train, optimizer, lr_scheduler
         self.num_labels, self.gradient_checkpointing = num_labels, gradient_checkpointing

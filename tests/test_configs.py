@@ -73,6 +73,8 @@ def test_a_task_runs_and_predicts(name, tmp_path, monkeypatch, capsys):
 
 
 PREDICTED = {
+    "multi_label": {"text", "labels", "probabilities"},
+    "sentence_embedding": {"anchor", "positive", "similarity"},
     "token_classification": {"tokens", "prediction", "tagged"},
 }
 """Columns of the predictions of each task's example, by config."""

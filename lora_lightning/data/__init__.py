@@ -1,10 +1,21 @@
-"""Data modules: texts with a label, words with tags, prompts with completions, plain text, and the built-in PyDocs."""
+"""Data modules: texts with labels, words with tags, pairs, prompts with completions, plain text, and PyDocs."""
 
 from lora_lightning.data.completions import Completions
 from lora_lightning.data.labelled import LabelledText
 from lora_lightning.data.loader import ResumableLoader
+from lora_lightning.data.multi_label import MultiLabelText
+from lora_lightning.data.pairs import TextPairs
 from lora_lightning.data.plain import PlainText
 from lora_lightning.data.pydocs import PyDocs
 from lora_lightning.data.tagged import TaggedWords
 
-__all__ = ["Completions", "LabelledText", "PlainText", "PyDocs", "ResumableLoader", "TaggedWords"]
+__all__ = [
+    "Completions",
+    "LabelledText",
+    "MultiLabelText",
+    "PlainText",
+    "PyDocs",
+    "ResumableLoader",
+    "TaggedWords",
+    "TextPairs",
+]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
@@ -33,10 +34,10 @@ def _figures(datamodule: TableData) -> Iterator[str]:
     yield f"{'split':<12}{'examples':>9}{'truncated':>11}{'tokens: min':>13}{'median':>8}{'max':>6}"
     for split in datamodule.ready:
         examples = datamodule.examples(split)
-        lengths = [len(ids) for ids in examples["input_ids"]]
-        share = sum(examples["truncated"]) / len(lengths)
+        lengths = list(_lengths(examples["input_ids"]))
+        share = sum(examples["truncated"]) / len(examples)
         middle = round(statistics.median(lengths))
-        yield f"{split:<12}{len(lengths):>9}{share:>11.1%}{min(lengths):>13}{middle:>8}{max(lengths):>6}"
+        yield f"{split:<12}{len(examples):>9}{share:>11.1%}{min(lengths):>13}{middle:>8}{max(lengths):>6}"
     if isinstance(datamodule, CausalText) and datamodule.packing:
         packs, tokens = datamodule.packs("train"), sum(len(ids) for ids in datamodule.examples("train")["input_ids"])
         full = tokens / (packs * datamodule.max_length)
@@ -44,6 +45,12 @@ def _figures(datamodule: TableData) -> Iterator[str]:
     for split, count in getattr(datamodule, "dropped", {}).items():
         if count:
             yield f"dropped from {split}: {count} examples without a token to learn"
+
+
+def _lengths(rows: Iterable[Any]) -> Iterator[int]:
+    """Tokens of each text; of each of several in a row."""
+    for ids in rows:
+        yield from _lengths(ids) if isinstance(ids[0], list) else [len(ids)]
 
 
 def _examples(datamodule: TableData, n: int) -> Iterator[str]:

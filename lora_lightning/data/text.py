@@ -52,6 +52,10 @@ class TextData(TableData):
 
     def collation(self, split: str, columns: Sequence[str], sampler: DistributedSampler[Any]) -> Collation:  # noqa: ARG002 - the same for every split
         """Padding to the longest row."""
+        return self.padding(columns)
+
+    def padding(self, columns: Sequence[str]) -> Collate:
+        """Collation that pads `columns` to the longest row."""
         if self.num_workers:  # workers do not tokenise; unset, each of them prints that it was forked after tokenising
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         return Collate(self.tokenizer_object.pad_token_id, columns)

@@ -32,7 +32,7 @@ class Loss:
 
 
 class Task(ABC):
-    """One kind of problem.
+    """One kind of problem. A task with settings is a dataclass; they are checked where it is made.
 
     Class facts:
         name: what YAML calls it.
@@ -41,6 +41,7 @@ class Task(ABC):
         higher_is_better: its direction.
         has_head: whether a head is trained from scratch, so that a linear baseline makes sense.
         per_token: whether the loss is averaged over tokens, across an accumulation window and all processes.
+        unused: names of modules that the task passes by, so that a file without their weights will do.
     """
 
     name: ClassVar[str]
@@ -49,6 +50,7 @@ class Task(ABC):
     higher_is_better: ClassVar[bool]
     has_head: ClassVar[bool] = True
     per_token: ClassVar[bool] = False
+    unused: ClassVar[tuple[str, ...]] = ()
 
     def model_options(self, num_labels: int | None) -> dict[str, Any]:
         """Extra arguments of `from_pretrained`."""

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from lora_lightning.data import TaggedWords
-from lora_lightning.data.builtin import documented, words
+from lora_lightning.data.builtin import documented, pairs, traits, words
 from lora_lightning.errors import DataError
 
 SOURCE = '''
@@ -67,6 +67,19 @@ def test_words_of_a_documentation(library, monkeypatch):
     found = {word: tag for word, tag in zip(row["tokens"], row["tags"], strict=True) if tag != "other"}
     assert found == {"book": "parameter", "where": "parameter", "ValueError": "type"}
     assert row["name"] == "json.Shelf.put"
+
+
+def test_traits_of_functions(library, monkeypatch):
+    monkeypatch.setattr(traits, "documented", lambda: documented.documented(library))
+    [row] = traits.table()
+    assert row["labels"] == ["branches", "loops", "method", "raises", "returns"]
+    assert row["text"].startswith("Put a book")
+
+
+def test_pairs_of_paragraphs(library, monkeypatch):
+    monkeypatch.setattr(pairs, "documented", lambda: documented.documented(library) * 2)
+    [row] = pairs.table()  # once, although it is there twice
+    assert (row["anchor"][:10], row["positive"][:10], row["name"]) == ("Put a book", "The shelf ", "json.Shelf.put")
 
 
 def test_a_built_in_table_is_a_source(library, monkeypatch, encoder_tokenizer):

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from sklearn.metrics import accuracy_score, f1_score, label_ranking_average_precision_score, log_loss, matthews_corrcoef
 
+from lora_lightning.errors import SettingsError
 from lora_lightning.tasks import all_tasks, find_task
-from lora_lightning.tasks.base import measure, meters
+from lora_lightning.tasks.base import PredictContext, measure, meters
 
 
 def model(labels: int) -> SimpleNamespace:
@@ -26,7 +27,15 @@ def measured(task, batches, labels=3):
 
 
 def test_every_task_has_a_name_and_a_direction():
-    assert set(all_tasks()) == {"causal-lm", "regression", "sequence-classification", "token-classification"}
+    assert set(all_tasks()) == {
+        "causal-lm",
+        "multi-label-classification",
+        "regression",
+        "sentence-embedding",
+        "sentence-similarity",
+        "sequence-classification",
+        "token-classification",
+    }
     assert all(find_task(name).name == name for name in all_tasks())
 
 
@@ -97,3 +106,112 @@ def test_token_classification_counts_labelled_tokens_only():
         },
         abs=1e-6,
     )
+
+
+def test_multi_label():
+    task = find_task("multi-label-classification", {"threshold": 0.4})
+    logits, labels = torch.randn(40, 4), torch.randint(0, 2, (40, 4)).float()
+    values = measured(
+        task, [(a, {"labels": b}) for a, b in zip(logits.split(16), labels.split(16), strict=True)], labels=4
+    )
+    p = 1 / (1 + np.exp(-logits.double().numpy()))
+    y, predicted = labels.int().numpy(), p >= 0.4
+    assert values == pytest.approx(
+        {
+            "loss": np.mean([log_loss(y[:, i], p[:, i]) for i in range(4)]),
+            "f1": f1_score(y, predicted, average="macro"),
+            "f1_micro": f1_score(y, predicted, average="micro"),
+            "exact_match": accuracy_score(y, predicted),
+            "ranking": label_ranking_average_precision_score(y, p),
+        },
+        abs=1e-6,
+    )
+    assert task.model_options(4)["problem_type"] == "multi_label_classification"
+
+
+def test_multi_label_predictions_are_names():
+    def net(**inputs):
+        return SimpleNamespace(logits=torch.tensor([[2.0, -3.0, 0.5], [-1.0, -1.0, -1.5]]))
+
+    rows = find_task("multi-label-classification").predict(net, {}, PredictContext(label_names=["a", "b", "c"]))
+    assert [row["prediction"] for row in rows] == ["a, c", ""]
+    assert rows[0]["probabilities"] == "a 0.881, c 0.622, b 0.047"
+
+
+def texts_of(vectors):
+    """A model whose hidden states are given, and a batch of two sides."""
+    hidden = torch.randn(6, 4, 5)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]] * 2)
+    return (
+        (lambda **inputs: SimpleNamespace(last_hidden_state=hidden)),
+        {
+            "input_ids": mask,
+            "attention_mask": mask,
+            "sides": torch.tensor(2),
+        },
+        hidden,
+    )
+
+
+def test_sentence_embedding():
+    task = find_task("sentence-embedding", {"temperature": 0.1})
+    net, batch, hidden = texts_of(2)
+    sides = task.logits(net, batch)
+    means = [hidden[i, : int(batch["attention_mask"][i].sum())].double().mean(0) for i in range(6)]
+    unit = torch.stack([mean / mean.norm() for mean in means])
+    cosines = unit[:3] @ unit[3:].T
+    losses = [-(c / 0.1).log_softmax(dim)[range(3), range(3)] for dim, c in ((1, cosines), (0, cosines))]
+    ranks = [1 + sum(float(cosines[i, j]) > float(cosines[i, i]) for j in range(3)) for i in range(3)]
+    assert measured(task, [(sides, batch)]) == pytest.approx(
+        {
+            "loss": float(torch.stack(losses).mean()),
+            "accuracy": np.mean([rank == 1 for rank in ranks]),
+            "mrr": np.mean([1 / rank for rank in ranks]),
+        },
+        abs=1e-6,
+    )
+    shown = task.predict(net, batch, PredictContext())
+    assert [row["similarity"] for row in shown] == pytest.approx(cosines.diagonal().tolist(), abs=2e-6)
+    [first, *_] = task.predict(net, {**batch, "sides": torch.tensor(1)}, PredictContext())
+    assert first["embedding"] == pytest.approx(unit[0].tolist(), abs=2e-6)
+    assert torch.equal(
+        find_task("sentence-embedding", {"pooling": "first"}).logits(net, batch)[0, 1],
+        torch.nn.functional.normalize(hidden[1, 0], dim=-1),
+    )
+
+
+def test_negatives_of_their_own_are_further_candidates():
+    task = find_task("sentence-embedding", {"temperature": 1.0})
+    sides = torch.nn.functional.normalize(torch.randn(3, 4, 5), dim=-1)
+    there = torch.cat([sides[0] @ sides[1].T, sides[0] @ sides[2].T], 1).double().log_softmax(1)
+    back = (sides[1] @ sides[0].T).double().log_softmax(1)
+    expected = -(there[range(4), range(4)].sum() + back[range(4), range(4)].sum()) / 2
+    assert float(task.loss(sides, {}).total) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_sentence_similarity():
+    task = find_task("sentence-similarity")
+    net, batch, _ = texts_of(2)
+    cosines = task.logits(net, batch)
+    sides = find_task("sentence-embedding").logits(net, batch)
+    assert torch.allclose(cosines, (sides[0] * sides[1]).sum(-1))
+    labels = torch.tensor([0.1, -0.2, 0.9])
+    values = measured(task, [(cosines, {"labels": labels})])
+    assert values["loss"] == values["mse"] == pytest.approx(float(((cosines - labels) ** 2).mean()), rel=1e-5)
+    assert values["spearman"] == pytest.approx(spearmanr(cosines, labels)[0], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "text"),
+    [
+        ("sentence-embedding", {"temprature": 1}, 'has no "temprature". Did you mean "temperature"\\? It takes: temp'),
+        ("sentence-embedding", {"temperature": 0.0}, r"SentenceEmbedding.temperature is 0.0; it must be positive"),
+        ("sentence-embedding", {"temperature": "low"}, r"model.task_settings is {'temperature': 'low'}; sentence-emb"),
+        ("sentence-similarity", {"pooling": "max"}, r"SentenceSimilarity.pooling is 'max'; it must be \"mean\" or"),
+        ("multi-label-classification", {"threshold": 1}, r"MultiLabelClassification.threshold is 1; it must lie in"),
+        ("regression", {"scale": 1}, 'regression has no "scale". It has no settings'),
+    ],
+)
+def test_settings_of_a_task_are_checked(task, settings, text):
+    with pytest.raises(SettingsError, match=text):
+        find_task(task, settings)

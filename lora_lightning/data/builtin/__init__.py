@@ -18,6 +18,8 @@ PREFIX = "builtin:"
 TABLES: dict[str, str] = {
     "python-docs": "docs",
     "python-words": "words",
+    "python-traits": "traits",
+    "python-pairs": "pairs",
 }
 """Module of this package, with a function `table()`, by name."""
 
