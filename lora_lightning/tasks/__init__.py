@@ -29,7 +29,7 @@ def find_task(name: str, settings: Mapping[str, Any] | None = None) -> Task:
     if name not in tasks:
         raise SettingsError(f'model.task is "{name}".{did_you_mean(name, tasks)} Tasks: {", ".join(tasks)}.')
     task, settings = tasks[name], settings or {}
-    known = {field.name: field.type for field in fields(task)} if is_dataclass(task) else {}
+    known: dict[str, Any] = {field.name: field.type for field in fields(task)} if is_dataclass(task) else {}
     for key in settings:
         if key not in known:
             takes = f"It takes: {', '.join(known)}." if known else "It has no settings."

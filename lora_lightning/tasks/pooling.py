@@ -28,4 +28,4 @@ def embed(model: Callable[..., Any], batch: Batch, pooling: Pooling) -> Tensor:
         mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
         pooled = (hidden * mask).sum(1) / mask.sum(1).clamp_min(1)
     vectors = F.normalize(pooled.float(), dim=-1)
-    return vectors.unflatten(0, (int(batch["sides"]), -1))
+    return vectors.reshape(int(batch["sides"]), -1, vectors.shape[-1])

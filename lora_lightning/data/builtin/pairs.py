@@ -20,6 +20,6 @@ def table() -> datasets.Dataset:
         if len(pair) < 2 or min(map(len, pair)) < FEWEST or not seen.isdisjoint(map(folded, pair)):
             continue
         seen.update(map(folded, pair))
-        rows.append((*pair, entry.name))
+        rows.append((pair[0], pair[1], entry.name))
     anchors, positives, names = zip(*rows, strict=True)
     return datasets.Dataset.from_dict({"anchor": anchors, "positive": positives, "name": names})
