@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from string import Formatter
 from typing import Any
 
 import datasets
@@ -10,7 +9,8 @@ import datasets
 from lora_lightning.data.causal import completion_example, end_id, plain_ids, start_ids
 from lora_lightning.data.causal_text import CausalText
 from lora_lightning.data.encoding import tokenised
-from lora_lightning.errors import DataError
+from lora_lightning.data.formats import PromptFormat, fields, find_format
+from lora_lightning.errors import check
 
 
 class Completions(CausalText):
@@ -22,27 +22,41 @@ class Completions(CausalText):
     predict need none, and where they have one its loss is told beside the prediction.
 
     Args:
-        prompt: Column of the prompt; not used where prompt_template is given.
-        completion: Column of the completion.
+        prompt: Column of the prompt; not used where format or prompt_template is given.
+        completion: Column of the completion; null takes the format's, else "completion".
         prompt_template: Prompt built from columns, such as "{instruction}\n{input}\n"; a missing value counts as empty.
+        format: Prompt of a known layout: alpaca (columns instruction, input, output), dolly (the same from instruction,
+            context, response), instruction (instruction and input as they are, output) or question (question, answer).
+            An input or context may be empty or absent.
         common: Settings that all text data share.
     """
 
     def __init__(
-        self, prompt: str = "prompt", completion: str = "completion", prompt_template: str | None = None, **common: Any
+        self,
+        prompt: str = "prompt",
+        completion: str | None = None,
+        prompt_template: str | None = None,
+        format: str | None = None,
+        **common: Any,
     ) -> None:
         super().__init__(**common)
         self.prompt = prompt
-        self.completion = completion
         self.prompt_template = prompt_template
+        self.format = format
+        check(format is None or prompt_template is None, self, "format", "prompt_template must be null beside it.")
+        self._layout = find_format(format, "Completions.format") if format is not None else None
+        self.completion = completion or (self._layout.completion if self._layout else "completion")
 
     def read(self, split: str) -> datasets.Dataset | None:
         """Rows with the columns of prompt and, but for predict, completion."""
-        if self.prompt_template is None:
+        texts: list[str] = []
+        if self._layout is not None:
+            prompts = {f'Completions.format "{self.format}": column {name}': name for name in self._layout.required}
+        elif self.prompt_template is None:
             prompts, texts = {"Completions.prompt": self.prompt}, [self.prompt]
         else:
-            fields, texts = _fields(self.prompt_template), []
-            prompts = {f"Completions.prompt_template: field {n}": field for n, field in enumerate(fields, 1)}
+            names = fields(self.prompt_template)
+            prompts = {f"Completions.prompt_template: field {n}": name for n, name in enumerate(names, 1)}
         learned = {} if split == "predict" else {"Completions.completion": self.completion}
         columns, texts = {**prompts, **learned}, [*texts, *learned.values()]
         return self.sources.read(split, columns, texts=texts, hold_out_by=list(prompts.values()))
@@ -71,24 +85,11 @@ class Completions(CausalText):
         return encoded
 
     def _prompts(self, batch: dict[str, list[Any]]) -> list[str]:
-        if self.prompt_template is None:
+        layout = self._layout or (PromptFormat(self.prompt_template, self.completion) if self.prompt_template else None)
+        if layout is None:
             return [str(text) for text in batch[self.prompt]]
-        filled = ({name: "" if value is None else value for name, value in row.items()} for row in _rows(batch))
-        return [self.prompt_template.format(**row) for row in filled]
+        return [layout.fill(row) for row in _rows(batch)]
 
 
 def _rows(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-
-
-def _fields(template: str) -> list[str]:
-    """The columns that a template names."""
-    try:
-        fields = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
-    except ValueError as error:
-        raise DataError(f"Completions.prompt_template is {template!r}; {error}. A literal brace is doubled.") from error
-    if not all(fields):
-        raise DataError(f"Completions.prompt_template is {template!r}; each {{}} must name a column.")
-    if not fields:
-        raise DataError(f"Completions.prompt_template is {template!r}; it names no column in {{}}.")
-    return fields
