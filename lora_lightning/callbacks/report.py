@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -182,6 +183,7 @@ class RunReport(Callback):
             "trainable_parameters": sum(p.numel() for p in trained),
             "surviving_parameters": sum(int(torch.count_nonzero(p)) for p in [*own, *_folded(root, self.name)]),
             "report": record.method.report(adapters),
+            "data": _data_facts(trainer),
             "moved": _moved(guard.moved() if guard else {}, root, self.name),
             "damping_raised": _damping(trainer),
             "adapter_dir": str(adapter),
@@ -202,6 +204,12 @@ class RunReport(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the curves of a resumed run."""
         self.history, self._before = list(state_dict["history"]), state_dict["seconds"]
+
+
+def _data_facts(trainer: Trainer) -> dict[str, dict[str, int]]:
+    """Numbers of examples, cut and dropped ones, where the data module counts them."""
+    facts: Callable[[], dict[str, dict[str, int]]] | None = getattr(getattr(trainer, "datamodule", None), "facts", None)
+    return facts() if facts else {}
 
 
 def _damping(trainer: Trainer) -> dict[str, int]:

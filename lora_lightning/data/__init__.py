@@ -1,5 +1,6 @@
-"""Data modules: texts with labels, words with tags, pairs, prompts with completions, plain text, and PyDocs."""
+"""Data modules: texts with labels, words with tags, pairs, prompts with completions, chats, plain text, PyDocs."""
 
+from lora_lightning.data.chat import Chat
 from lora_lightning.data.completions import Completions
 from lora_lightning.data.labelled import LabelledText
 from lora_lightning.data.loader import ResumableLoader
@@ -10,6 +11,7 @@ from lora_lightning.data.pydocs import PyDocs
 from lora_lightning.data.tagged import TaggedWords
 
 __all__ = [
+    "Chat",
     "Completions",
     "LabelledText",
     "MultiLabelText",

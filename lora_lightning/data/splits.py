@@ -41,6 +41,12 @@ class Sources:
     columns: Sequence[str] | None = None
     validation_share: float = 0.0
 
+    def column_names(self, split: str) -> list[str] | None:
+        """Columns of a split's source, or None where none is named."""
+        field = self._field(split)
+        source = getattr(self, field) if field else None
+        return self._table(field, source).column_names if field and source else None
+
     def read(
         self, split: str, columns: Mapping[str, str], *, texts: Sequence[str], hold_out_by: Sequence[str]
     ) -> datasets.Dataset | None:
@@ -59,8 +65,7 @@ class Sources:
         source = getattr(self, field) if field else None
         if field is None or source is None:
             return None
-        hub_split = "test" if field == "predict" else field
-        table = read_table(source, hub_split, columns=self.columns, field=f"{self.owner}.{field}")
+        table = self._table(field, source)
         require_columns(table, source, columns)
         require_text(table, source, texts)
         if field == "train" and self.validation is None and self.validation_share:
@@ -73,6 +78,10 @@ class Sources:
                 )
             return table.select(chosen)
         return table
+
+    def _table(self, field: str, source: str) -> datasets.Dataset:
+        hub_split = "test" if field == "predict" else field
+        return read_table(source, hub_split, columns=self.columns, field=f"{self.owner}.{field}")
 
     def _is_held_out(self, texts: Sequence[object]) -> bool:
         return in_share(" ".join(map(str, texts)), self.validation_share)

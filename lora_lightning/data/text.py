@@ -74,6 +74,17 @@ class TextData(TableData):
         names = getattr(self, "label_names", ())
         return f"label {names[labels] if names else labels}\n{self.tokenizer_object.decode(ids)}"
 
+    def facts(self) -> dict[str, dict[str, int]]:
+        """Numbers of examples, and of those that max_length cut or that were dropped, of each split that is ready."""
+        return {
+            split: {
+                "examples": len(self.examples(split)),
+                "truncated": sum(self.examples(split)["truncated"]),
+                "dropped": self.dropped.get(split, 0),
+            }
+            for split in self.ready
+        }
+
     def count_dropped(self, split: str, rows: datasets.Dataset, encoded: datasets.Dataset, setting: str) -> None:
         """Keep and log how many rows `encoded` left out.
 

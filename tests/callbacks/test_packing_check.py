@@ -5,15 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from resuming import SaveAt, assert_equal_runs, at_step, run
+from rich.console import Console
 from training import completion_data, decoder_folder, save_tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ll_lora import LoRA
-from lora_lightning.callbacks import PackingCheck
+from lora_lightning.callbacks import PackingCheck, RunReport
 from lora_lightning.callbacks.packing import packing_difference
 from lora_lightning.errors import ModelError
 from lora_lightning.module import AdapterModule
+from lora_lightning.report import summary_table
 from lora_lightning.tiny import tiny_decoder
 
 SMALL = {"vocab_size": 40, "hidden_size": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -69,6 +71,18 @@ def test_a_packed_run_resumes_exactly(tmp_path, step, accumulate):
     assert_equal_runs(straight, resumed)
     assert check.difference is not None
     assert check.difference < 1e-4
+
+
+def test_a_summary_counts_what_was_cut_and_dropped(tmp_path):
+    folder = decoder_folder(tmp_path)
+    (tmp_path / "pairs.csv").write_text("prompt,completion\nw1 w2,w3\nw1,\nw2 w3 w4 w5 w6,w7\n")
+    report = RunReport(tmp_path / "run")
+    run(module(folder), completion_data(folder, packing=True, max_length=5), tmp_path, [report], max_steps=4)
+    counts = {"examples": 2, "truncated": 1, "dropped": 1}
+    assert report.summary["data"] == {"train": counts, "validation": counts}
+    with (console := Console(width=200)).capture() as capture:
+        console.print(summary_table(report.summary))
+    assert "data        1 train examples had nothing to learn and were left out" in capture.get()
 
 
 def test_a_run_is_refused_before_its_first_step(tmp_path):

@@ -63,5 +63,5 @@ def test_regression_and_plain_text(write, encoder_tokenizer, causal_tokenizer):
 
 
 def test_foreign_data_module():
-    with pytest.raises(DataError, match=r"^data is LightningDataModule; only these can be inspected: Completions, Lab"):
+    with pytest.raises(DataError, match=r"^data is LightningDataModule; only these can be inspected: Chat, "):
         show_examples(LightningDataModule())
