@@ -168,7 +168,7 @@ class AdaptedLayer(nn.Module):
     @torch.no_grad()
     def merged_weight(self, name: str, dtype: torch.dtype) -> Tensor:
         """The pretrained weight with everything one adapter has folded and learned, (d_out, d_in)."""
-        return self.adapter(name).merged_weight(self.clean_weight(name).to(dtype))
+        return self.adapter(name).merged_weight(self.clean_weight(name, dtype))
 
     def low_rank(self, name: str) -> tuple[Tensor, Tensor] | None:
         """(A (R, d_in), B (d_out, R)) of the adapter and what it has folded; None where there is no such form."""
@@ -249,23 +249,31 @@ class AdaptedLayer(nn.Module):
         """
         self._check_unmerged()
         adapter, shift = self.adapter(name), cast("Shift", self.shifts[name])
+        factors = adapter.low_rank()
         if isinstance(shift, LogShift):
-            factors = adapter.low_rank()
             if factors is None or (keep_noise and self._noise is not None):
                 what = "noise" if factors else f"the update of {type(adapter).__name__}"
                 raise AdapterStateError(f'adapter "{name}": {what} has no factors to fold; give it a DenseShift.')
             shift.fold(*factors, share, rule)
             return
-        weight = self.under(name).weight(self.accessor.adapter_dtype)
-        shift.fold(adapter.merged_weight(weight) - weight, share, rule)
+        if factors is None:
+            weight = self.under(name).weight(self.accessor.adapter_dtype)
+            shift.fold(adapter.merged_weight(weight) - weight, share, rule)
+        else:  # the difference of two weights would have lost digits of a small update
+            shift.fold(factors[1] @ factors[0], share, rule)
         if keep_noise and self._noise is not None:
             shift.delta.add_(self._noise.draw(shift.delta))
         self.rewrite()
 
     @torch.no_grad()
-    def clean_weight(self, name: str) -> Tensor:
-        """The pretrained weight with everything the adapter has folded, without noise, (d_out, d_in) in float32."""
-        weight = self.accessor._read(self.original_weight()).to(self.accessor.device, self.accessor.adapter_dtype)
+    def clean_weight(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The pretrained weight with everything the adapter has folded, without noise, (d_out, d_in).
+
+        Summed in `dtype`, by default the one of adapters: a small update is rounded where it joins a large weight.
+        """
+        weight = self.accessor._read(self.original_weight()).to(
+            self.accessor.device, dtype or self.accessor.adapter_dtype
+        )
         return cast("Shift", self.shifts[name]).merged_weight(weight) if name in self.shifts else weight.clone()
 
     @torch.no_grad()

@@ -216,6 +216,34 @@ def test_exports(tmp_path, dense):
     torch.testing.assert_close(merged(TOKENS).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", ["log", "dense"])
+def test_small_folded_updates_of_large_weights_are_exported_whole(tmp_path, form):
+    """As after few steps: an update whose digits float32 would lose beside the weight. The reference is in float64."""
+    model = tiny_encoder()
+    ll.inject(model, LoRASC(inner=LoRA(rank=2, alpha=2.0)), ["query"], also_train=(), seed=0)
+    updates = {}
+    for path, layer in iter_adapters(model):
+        with torch.no_grad():
+            layer.accessor.stored.normal_(generator=torch.Generator().manual_seed(1))
+        adapter = layer.adapter("default")
+        layer.set_shift("default", (LogShift if form == "log" else DenseShift)(layer.accessor))
+        total = torch.zeros(16, 16, dtype=torch.float64)
+        for stage in range(2):
+            for parameter in adapter.parameters():
+                parameter.data.normal_(0, 1e-3, generator=torch.Generator().manual_seed(7 + stage))
+            layer.fold("default", 0.5)
+            total += 0.5 * adapter.lora_B.detach().double() @ adapter.lora_A.detach().double()
+        adapter.reset(torch.Generator())
+        updates[path] = total
+    ll.export(model, tmp_path / "delta", format="delta")
+    stored = load_file(tmp_path / "delta" / "delta.safetensors")
+    report = ll.export(model, tmp_path / "peft", rank=None if form == "log" else 4)
+    assert report.kind == ("exact LoRA" if form == "log" else "truncated SVD")
+    for path, update in updates.items():
+        found = stored[f"{path}.weight"].double()
+        torch.testing.assert_close(found, update, rtol=0, atol=1e-6 * float(update.abs().max()))
+
+
 # -- through the command line ------------------------------------------------------------------------------------------
 
 PARTS = """
