@@ -28,9 +28,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import lora_lightning
-from lora_lightning.adapters.layer import AdaptedLayer, check_name
+from lora_lightning.adapters.layer import check_name
 from lora_lightning.adapters.shift import DenseShift, Shift, shift_like
-from lora_lightning.adapters.weights import BaseLayer, base_layer
+from lora_lightning.adapters.weights import BaseLayer
 from lora_lightning.errors import (
     AdapterFileError,
     AdapterStateError,
@@ -54,7 +54,7 @@ from lora_lightning.injection import (
 from lora_lightning.methods import Method, plain_settings
 from lora_lightning.plugins import registry, restore
 from lora_lightning.shifts import shift_tensors
-from lora_lightning.targets import other_users
+from lora_lightning.targets import all_layers, other_users
 
 FILE = "adapter.safetensors"
 DESCRIPTION = "adapter.json"
@@ -155,7 +155,8 @@ def _base_parameters(model: nn.Module) -> dict[str, Tensor]:
         for name, parameter in layer.base.named_parameters():
             made_by_merge = name == "bias" and name not in originals
             if f"{path}.base.{name}" in listed and not made_by_merge:
-                found[f"{plain(path)}.{name}"] = originals.get(name, parameter)
+                key = layer.accessor.weight_name(path) if name == "weight" else f"{path}.{name}"
+                found[plain(key)] = originals.get(name, parameter)
     return found
 
 
@@ -340,7 +341,7 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default")
     _check_fingerprint(root, stored, directory)
     _check_heads(root, stored, name, directory)
     accessors = _accessors(root, stored, directory)
-    record = _record(method_class, root, stored, directory)
+    record = _record(method_class, root, accessors, stored, directory)
     if present:
         check_unmerged(root)
         _check_same(records(root)[name], record, name, directory)
@@ -383,9 +384,11 @@ def _shifts(
     return found
 
 
-def _record(method_class: type[Method], root: nn.Module, stored: Stored, directory: str | Path) -> AdapterRecord:
+def _record(
+    method_class: type[Method], root: nn.Module, layers: Iterable[str], stored: Stored, directory: str | Path
+) -> AdapterRecord:
     """The record as `inject` would have made it, paths as they are in this model."""
-    paths = {plain(path): path for path, _ in root.named_modules()}
+    paths = {plain(path): path for path in layers}
     parameters = {plain(name): name for name, _ in root.named_parameters()}
     try:
         method = restore(method_class, "settings", stored.settings)
@@ -457,13 +460,12 @@ def _check_heads(root: nn.Module, stored: Stored, name: str, directory: str | Pa
 
 
 def _accessors(root: nn.Module, stored: Stored, directory: str | Path) -> dict[str, BaseLayer]:
-    modules = {plain(path): (path, module) for path, module in root.named_modules()}
+    layers = {plain(path): (path, accessor) for path, _, accessor in all_layers(root)}
     accessors = {}
     for path in stored.layers:
-        own_path, module = modules.get(path, (path, None))
-        accessor = module.accessor if isinstance(module, AdaptedLayer) else base_layer(module) if module else None
+        own_path, accessor = layers.get(path, (path, None))
         if accessor is None:
-            raise AdapterFileError(f'"{directory}" adapts {path}, which this model lacks.{did_you_mean(path, modules)}')
+            raise AdapterFileError(f'"{directory}" adapts {path}, which this model lacks.{did_you_mean(path, layers)}')
         accessors[own_path] = accessor
     return accessors
 

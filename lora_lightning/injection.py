@@ -11,16 +11,18 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from lora_lightning.adapters import experts
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.layer import AdaptedLayer, check_name
 from lora_lightning.adapters.seeds import generator
-from lora_lightning.adapters.weights import BaseLayer
+from lora_lightning.adapters.weights import BaseLayer, ExpertStack
 from lora_lightning.errors import AdapterStateError, SettingsError, TargetError, did_you_mean
 from lora_lightning.methods import Method, check_overridable, replace
 from lora_lightning.scopes import pretrained_models
 from lora_lightning.targets import (
     Heads,
     Targets,
+    fused_experts,
     other_users,
     places,
     select,
@@ -217,8 +219,8 @@ def check_unmerged(model: nn.Module) -> None:
 def _check_disjoint(model: nn.Module, layers: Iterable[str], trained: Sequence[str]) -> None:
     """A layer is adapted, or trains in full, but never both, under no adapter's name."""
     before = {parameter: name for name, record in records(model).items() for parameter in record.trained}
-    owners = {parameter.rpartition(".")[0] for parameter in trained}
-    owners_before = {parameter.rpartition(".")[0]: name for parameter, name in before.items()}
+    owners = {parameter.rpartition(".")[0] for parameter in trained} | set(trained)
+    owners_before = {parameter.rpartition(".")[0]: name for parameter, name in before.items()} | before
     for path in layers:
         if path in owners:
             raise TargetError(f"{path} would be adapted and trained in full; exclude it, or take it out of also_train.")
@@ -271,12 +273,16 @@ def place(
     """
     trained_before = _trainable_names(model)
     where, ties = places(model), other_users(model, accessors)
+    layers = dict(iter_adapters(model))
     for path, adapter in adapters.items():
-        layer = model.get_submodule(path)
-        if not isinstance(layer, AdaptedLayer):
+        layer = layers.get(path)
+        if layer is None:
             layer = AdaptedLayer(accessors[path])
-            layer.train(layer.base.training)
-            put(where[id(layer.base)], layer)
+            owner, _, leaf = path.rpartition(".")
+            # a stack of experts is no module yet: its parameter stands in one place
+            standing = where.get(id(layer.base)) or [(model.get_submodule(owner), leaf)]
+            layer.train(layer.base.training if id(layer.base) in where else standing[0][0].training)
+            put(standing, layer)
         layer.tied_to = ties.get(path, ())
         layer.add(name, adapter.train(layer.training))
     model.__dict__.setdefault(_RECORDS, {})[name] = record
@@ -295,7 +301,12 @@ def _trainable_names(model: nn.Module) -> list[str]:
 def put(where: Iterable[tuple[nn.Module, str]], module: nn.Module) -> None:
     """Set `module` at every (parent, name), so that a layer used in several places is adapted in all of them."""
     for parent, name in where:
-        setattr(parent, name, module)
+        if not experts.stands_for_parameter(module):
+            setattr(parent, name, module)
+        elif isinstance(module, AdaptedLayer):
+            experts.install(parent, name, module)
+        else:
+            experts.restore(parent, name, cast(ExpertStack, module))
 
 
 def _notes(model: nn.Module, layers: Iterable[str], trained: Sequence[str], also_train: Heads) -> tuple[str, ...]:
@@ -314,6 +325,9 @@ def _notes(model: nn.Module, layers: Iterable[str], trained: Sequence[str], also
             f"{len(read)} layers, such as {read[0]}, are read by nn.MultiheadAttention instead of called: their "
             "adapters act through the merged weight, without dropout."
         )
+    fused = fused_experts(model)
+    if fused:
+        notes.append(f"{len(set(fused) & set(layers))} of {len(fused)} expert tensors adapted.")
     for name, record in records(model).items():
         shared = [parameter for parameter in trained if parameter in record.trained]
         if shared:

@@ -16,6 +16,7 @@ from typing import Literal, cast
 
 from torch import nn
 
+from lora_lightning.adapters.experts import expert_parameters, stack, stands_for_parameter
 from lora_lightning.adapters.layer import AdaptedLayer
 from lora_lightning.adapters.weights import BaseLayer, base_layer
 from lora_lightning.errors import TargetError, did_you_mean, nearest
@@ -23,6 +24,8 @@ from lora_lightning.scopes import ALL, SCOPES, TOWERS, Scopes, inside, is_scope,
 
 Targets = str | Sequence[str]
 Heads = Literal["heads"] | Sequence[str]
+PRODUCTS = ("linear", "experts")
+"""Kinds of layer that scopes mean."""
 _ROUTER_NAMES = ("router", "gate", "shared_expert_gate")
 
 
@@ -103,18 +106,21 @@ def _protected(model: nn.Module, scopes: Scopes) -> dict[str, str]:
 
 
 def fused_experts(model: nn.Module) -> list[str]:
-    """Paths of 3-D expert parameters, which hold one matrix an expert and are no layers."""
-    return [
-        join(path, name)
-        for path, module in model.named_modules()
-        if "expert" in f"{path} {type(module).__name__}".lower() and not isinstance(module, AdaptedLayer)
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3 and base_layer(module) is None
-    ]
+    """Paths of 3-D expert parameters, which hold one matrix an expert; adapted ones too."""
+    found = []
+    for path, module in model.named_modules():
+        if isinstance(module, AdaptedLayer) and stands_for_parameter(module):
+            found.append(path)
+        elif base_layer(module) is None:
+            found += [join(path, name) for name in expert_parameters(path, module)]
+    return found
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, BaseLayer | None]]:
-    """Every layer that could take an adapter; for adapted ones the accessor that is there."""
+def all_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, BaseLayer | None]]:
+    """Every module, and every expert parameter, by path, with the accessor of those that can take an adapter.
+
+    For adapted ones it is the accessor that is there, and what lies inside them is left out.
+    """
     inside: str | None = None
     for path, module in model.named_modules():
         if inside is not None and path.startswith(inside):
@@ -122,8 +128,13 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, BaseLayer | None
         if isinstance(module, AdaptedLayer):
             inside = f"{path}."
             yield path, module.base, module.accessor
-        elif path and not isinstance(module, nn.ModuleList):
+            continue
+        if path and not isinstance(module, nn.ModuleList):
             yield path, module, base_layer(module)
+        for name in expert_parameters(path, module):
+            held = stack(module, name)
+            if held is not None:
+                yield join(path, name), held, base_layer(held)
 
 
 def select(model: nn.Module, targets: Targets = ALL, exclude: Sequence[str] = ()) -> Selection:
@@ -133,7 +144,7 @@ def select(model: nn.Module, targets: Targets = ALL, exclude: Sequence[str] = ()
         TargetError: a pattern that matches nothing (with the nearest names), a scope that the model has not, a fused
             expert tensor that would be skipped, a layer kind that takes no adapter, two layers that share one weight.
     """
-    layers = {path: (module, base) for path, module, base in _layers(model)}
+    layers = {path: (module, base) for path, module, base in all_layers(model)}
     adaptable = {path: base for path, (_, base) in layers.items() if base is not None}
     scopes, fused, patterns = Scopes(model), fused_experts(model), as_patterns(exclude)
     protected = _protected(model, scopes)
@@ -146,7 +157,8 @@ def select(model: nn.Module, targets: Targets = ALL, exclude: Sequence[str] = ()
             selection.layers[path] = adaptable[path]
         else:
             selection.skipped[path] = reason
-    _refuse_fused(targets, [path for path in fused if path not in excluded], scopes)
+    unknown = [path for path in fused if path not in adaptable and path not in excluded]
+    _refuse_fused(model, targets, unknown, scopes)
     if not selection.layers:
         left_out = ", ".join(f"{path} ({reason})" for path, reason in list(selection.skipped.items())[:5])
         left_out = left_out or f"all that exclude={patterns} names"
@@ -198,7 +210,7 @@ def _other_towers(
     return scopes.left_out(
         path
         for path, base in adaptable.items()
-        if base.kind == "linear"
+        if base.kind in PRODUCTS
         and scopes.tower(path) not in taken
         and _reason(path, "", protected, scopes) is None
         and path not in selection.skipped
@@ -246,7 +258,8 @@ def _wanted(
         if is_scope(pattern) and (isinstance(targets, str) or not served):
             wanted |= dict.fromkeys(_meant(model, pattern, layers, adaptable, fused, scopes), "")
             continue
-        other = [path for path in hits if path not in adaptable and _holds_weights(layers[path][0])]
+        blocks = [path for path in hits if any(inner.startswith(f"{path}.") for inner in adaptable)]
+        other = [p for p in hits if p not in adaptable and p not in blocks and _holds_weights(layers[p][0])]
         if other:
             kind = type(layers[other[0]][0]).__name__
             raise TargetError(
@@ -271,10 +284,10 @@ def _meant(
     Raises:
         TargetError: there are none, naming the scopes that the model has.
     """
-    found = [path for path, base in adaptable.items() if base.kind == "linear" and scopes.means(word, path)]
-    if found or any(_means_fused(word, path, scopes) for path in fused):
+    linear = [path for path, base in adaptable.items() if base.kind in PRODUCTS]
+    found = [path for path in linear if scopes.means(word, path)]
+    if found or any(_means_fused(word, path, scopes) for path in fused if path not in adaptable):
         return found
-    linear = [path for path, base in adaptable.items() if base.kind == "linear"]
     bare = [
         join(path, name)
         for path, (module, base) in layers.items()
@@ -317,8 +330,8 @@ def _means_fused(word: str, path: str, scopes: Scopes) -> bool:
     return scopes.means(word, path) or scopes.means(re.sub("mlp$", "experts", word), path)
 
 
-def _refuse_fused(targets: Targets, fused: Sequence[str], scopes: Scopes) -> None:
-    """Raise `TargetError` for expert tensors that the targets mean, but a walk over layers would miss."""
+def _refuse_fused(model: nn.Module, targets: Targets, fused: Sequence[str], scopes: Scopes) -> None:
+    """Raise `TargetError` for expert tensors that the targets mean, but whose layout is not known."""
     scoped = [word for word in as_patterns(targets) if is_scope(word)]
     meant = [path for path in fused if any(_means_fused(word, path, scopes) for word in scoped)]
     if isinstance(targets, str):
@@ -326,22 +339,26 @@ def _refuse_fused(targets: Targets, fused: Sequence[str], scopes: Scopes) -> Non
     else:
         meant = meant or [path for path in fused if any(f".{path}".endswith(f".{pattern}") for pattern in targets)]
     if meant:
+        owner = type(model.get_submodule(meant[0].rpartition(".")[0])).__name__
         raise TargetError(
-            f"targets={targets!r} means {len(meant)} fused expert tensors, such as {meant[0]}, which hold all experts "
-            'in one 3-D parameter and cannot be adapted yet. To leave them frozen, say so: exclude=["experts"].'
+            f"targets={targets!r} means {len(meant)} fused expert tensors, such as {meant[0]}, but {owner} does not "
+            "say whether its matrices are stored as (out, in) or (in, out): set is_transposed to False or True on it. "
+            f'To leave them frozen, say so: exclude=["{meant[0]}"].'
         )
 
 
 def other_users(model: nn.Module, layers: Mapping[str, BaseLayer]) -> dict[str, tuple[str, ...]]:
     """Path of each layer whose weight another module uses too, with the paths of those."""
-    users: dict[int, dict[int, str]] = {}
+    users: dict[int, dict[str, str]] = {}
     for path, module in model.named_modules():
-        for parameter in module._parameters.values():
+        owner = path.removesuffix(".base")
+        for name, parameter in module._parameters.items():
             if parameter is not None:
-                users.setdefault(id(parameter), {})[id(module)] = path.removesuffix(".base")
+                users.setdefault(id(parameter), {})[join(path, name)] = owner
     found = {}
     for path, base in layers.items():
-        others = tuple(user for key, user in users[id(base.stored)].items() if key != id(base.module))
+        own = (base.weight_name(path), f"{path}.base.weight")
+        others = tuple(owner for name, owner in users[id(base.stored)].items() if name not in own)
         if others:
             found[path] = others
     return found

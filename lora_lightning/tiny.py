@@ -9,6 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.adapters.weights import ExpertStack
+
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
@@ -90,6 +92,10 @@ def _conv1d_of_transformers() -> nn.Module:
     return cast(nn.Module, Conv1D(5, 6))
 
 
+def _expert_stack(rows: int, columns: int, transposed: bool) -> nn.Module:
+    return ExpertStack(nn.Parameter(torch.randn(3, rows, columns) / 3), transposed)
+
+
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "Linear": (lambda: nn.Linear(6, 5), lambda: torch.randn(3, 6)),
     "Linear without bias": (lambda: nn.Linear(6, 5, bias=False), lambda: torch.randn(2, 3, 6)),
@@ -100,8 +106,12 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
         lambda: nn.Conv2d(4, 6, 3, padding=2, dilation=2, groups=2, bias=False),
         lambda: torch.randn(2, 4, 5, 6),
     ),
+    "Experts": (lambda: _expert_stack(5, 6, transposed=False), lambda: torch.randn(3, 4, 6)),
+    "Experts transposed": (lambda: _expert_stack(6, 5, transposed=True), lambda: torch.randn(3, 4, 6)),
     "Embedding": (lambda: nn.Embedding(11, 5, padding_idx=0), lambda: torch.randint(11, (2, 4))),
 }
 """A base layer and an input for it, by the kind's name."""
 BASE_KINDS: tuple[str, ...] = tuple(LAYERS)
 """Names of the base layers that the contract tries; "Conv1D" is the one of transformers."""
+DROPPING_KINDS: tuple[str, ...] = tuple(kind for kind in LAYERS if kind.split()[0] not in ("Embedding", "Experts"))
+"""Those whose input an adapter can drop entries of, and that can have a bias."""

@@ -189,8 +189,8 @@ def test_damage_between_writing_and_reading_is_found(
 ) -> None:
     real = peft_file.read
 
-    def damaged(directory: Path) -> peft_file.PeftFolder:
-        read = real(directory)
+    def damaged(directory: Path, stacks: peft_file.Stacks) -> peft_file.PeftFolder:
+        read = real(directory, stacks)
         path = next(iter(read.layers))
         layer = read.layers[path]
         if change == "factor":
@@ -260,7 +260,7 @@ def test_truncation_states_what_it_leaves_out(tmp_path: Path) -> None:
     delta = layer.adapter("default").merged_weight(layer.base.weight).detach() - layer.base.weight
     singular = torch.linalg.svdvals(delta).square()
     assert report.discarded[path] == pytest.approx(float(singular[3:].sum() / singular.sum()), rel=1e-4)
-    written = peft_file.read(tmp_path / "out").layers[path].delta().float()
+    written = peft_file.read(tmp_path / "out", {}).layers[path].delta().float()
     lost = (written - delta).square().sum() / delta.square().sum()
     assert float(lost) == pytest.approx(report.discarded[path], rel=1e-4)
     assert report.kind == "truncated SVD"

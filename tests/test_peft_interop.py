@@ -424,7 +424,6 @@ def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> 
         ({"use_dora": True}, "q_proj: the file has no lora_magnitude_vector, while .* has use_dora=True; they belong"),
         ({"trainable_token_indices": [1]}, "uses trainable_token_indices, which no installed method reads"),
         ({"layer_replication": [[0, 1]]}, "uses layer_replication"),
-        ({"target_parameters": ["experts.gate_up_proj"]}, "uses target_parameters"),
         ({"some_later_option": {"a": 1}}, "uses some_later_option"),
         ({"bias": "lora_only"}, "bias='lora_only', with which the biases of the base model were trained"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', with which peft changes the base"),

@@ -58,6 +58,18 @@ def tiny_moe() -> Any:
         return Qwen3MoeForCausalLM(config).eval()
 
 
+class TheirExperts(nn.Module):
+    """Stacked matrices of unknown orientation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.ones(2, 4, 4))
+
+
+def unknown_layout() -> nn.Module:
+    return nn.ModuleDict({"proj": nn.Linear(4, 4), "experts": TheirExperts()})
+
+
 class SparseBlock(nn.Module):
     """Experts as separate layers, routed by a plain linear layer."""
 
@@ -243,13 +255,14 @@ def test_overrides_by_layer_the_later_wins() -> None:
             {"targets": ["query", "classifier"]},
             r"classifier would be adapted and trained in full; exclude it, or take it out of also_train",
         ),
+        (tiny_moe, {"targets": ["experts"]}, r'"experts" is a block; its layers are: down_proj, gate_up_proj'),
         (
-            tiny_moe,
+            unknown_layout,
             {},
-            r"means 2 fused expert tensors, such as model.layers.1.mlp.experts.gate_up_proj, .*exclude=\[\"experts\"\]",
+            r"1 fused expert tensors, such as experts.w1, but TheirExperts does not say .* exclude=\[\"experts.w1\"\]",
         ),
-        (tiny_moe, {"targets": ["down_proj"]}, r"targets=\['down_proj'\] means 1 fused expert tensors"),
-        (tiny_moe, {"targets": "experts"}, r"targets='experts' means 2 fused expert tensors"),
+        (unknown_layout, {"targets": ["w1"]}, r"targets=\['w1'\] means 1 fused expert tensors"),
+        (unknown_layout, {"targets": "experts"}, r"targets='experts' means 1 fused expert tensors"),
         (
             tiny_moe,
             {"targets": ["gate"]},
@@ -317,8 +330,21 @@ def test_fused_experts_stay_frozen_where_that_is_said() -> None:
     assert not any("experts" in name or ".gate." in name for name in trained)
 
 
-def test_attention_of_a_mixture_needs_no_exclude() -> None:
-    assert len(select(tiny_moe(), "attention").layers) == 8
+def test_scopes_of_a_mixture() -> None:
+    model = tiny_moe()
+    tensors = ["model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"]
+    assert len(select(model, "attention").layers) == 8
+    assert list(select(model, "experts").layers) == tensors
+    assert list(select(model, "mlp").layers) == [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")]
+    assert set(tensors) <= set(select(model).layers)
+    assert select(model, ["experts.down_proj"]).layers[tensors[1]].kind == "experts"
+
+
+def test_the_report_says_how_many_expert_tensors_are_adapted() -> None:
+    assert "2 of 2 expert tensors adapted" in str(ll.inject(tiny_moe(), METHOD))
+    assert "1 of 2 expert tensors adapted" in str(ll.inject(tiny_moe(), METHOD, targets=["experts.down_proj"]))
+    assert "0 of 2 expert tensors adapted" in str(ll.inject(tiny_moe(), METHOD, targets="attention"))
+    assert "expert tensors" not in str(ll.inject(tiny_encoder(), METHOD))
 
 
 # -- layers whose owner reads the weight -------------------------------------------------------------------------------

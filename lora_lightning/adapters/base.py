@@ -45,9 +45,14 @@ class EntryMask:
     mask: Tensor
     """Bool buffer like `param`; True where the entry is kept."""
     along: int
-    """Axis along which entries compete: 1 within each row, 0 within each column."""
+    """Axis along which entries compete: -1 within each row, -2 within each column."""
     effect: Literal["zero", "mask", "hold"]
     """`zero`: the value is written and may regrow; `mask`: multiplied in forward; `hold`: the value stays as it is."""
+
+    @property
+    def by_row(self) -> bool:
+        """Whether entries compete within rows, the last axis."""
+        return self.along in (-1, self.param.dim() - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +176,12 @@ def check_rank(base: BaseLayer, rank: int, name: str = "rank") -> None:
 
 
 def check_dropout(base: BaseLayer, dropout: float) -> None:
-    """Raise `SettingsError` for dropout on token ids."""
+    """Raise `SettingsError` for dropout where no input passes through the adapter: token ids, stacked experts."""
+    if base.kind == "experts" and dropout:
+        raise SettingsError(
+            f"dropout is {dropout}; stacked experts take their update as a weight, without its input, so it must be 0 "
+            "there: give overrides for them, or exclude them."
+        )
     if base.kind == "embedding" and dropout:
         raise SettingsError(f"dropout is {dropout}; an embedding has token ids as input, so it must be 0 there.")
 

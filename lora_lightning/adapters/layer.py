@@ -181,7 +181,7 @@ class AdaptedLayer(nn.Module):
         A, B = shift.low_rank()
         if not own[1].any():  # a stage that has just begun
             return A, B
-        return torch.cat([A, own[0]]), torch.cat([B, own[1]], dim=1)
+        return torch.cat([A, own[0]], dim=-2), torch.cat([B, own[1]], dim=-1)
 
     # -- folding: what an adapter gives away at the end of a stage -----------------------------------------------------
 

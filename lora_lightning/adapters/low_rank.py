@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from lora_lightning.adapters import contraction
 from lora_lightning.adapters.base import Adapter, EntryMask, FactorPair, check_dropout, check_rank, write, write_uniform
-from lora_lightning.adapters.weights import BaseLayer
+from lora_lightning.adapters.weights import BaseLayer, plus_product
 from lora_lightning.errors import SettingsError
 
 Side = Literal["both", "A", "B"]
@@ -151,8 +151,9 @@ class LowRankAdapter(Adapter):
         super().__init__()
         check_rank(base, rank)
         check_dropout(base, dropout)
-        if base.kind == "embedding" and bias:
-            raise SettingsError("bias is True; an embedding has no bias to add to, so it must be False there.")
+        if base.kind in ("embedding", "experts") and bias:
+            what = "an embedding" if base.kind == "embedding" else "a stack of experts"
+            raise SettingsError(f"bias is True; {what} has no bias to add to, so it must be False there.")
         self.scaling, self.dropout, self.train_side, self.start, self.order = scaling, dropout, train, start, order
         # token rows: the small side (d_out, rank) is the random one, so that an unseen token keeps its vector
         self.zero_A = train == "A" or (train == "both" and base.kind == "embedding")
@@ -180,7 +181,7 @@ class LowRankAdapter(Adapter):
         """One side zero, the other U(-1/sqrt(n), 1/sqrt(n)) or N(0, 1/rank^2); n its row length. Masks all kept."""
         zero, random = (self.lora_A, self.lora_B) if self.zero_A else (self.lora_B, self.lora_A)
         if self.start == "gaussian":
-            write(random, torch.randn(random.shape, generator=generator) / self.lora_A.shape[0])
+            write(random, torch.randn(random.shape, generator=generator) / self.lora_A.shape[-2])
         else:
             write_uniform(random, generator)
         write(zero, torch.zeros(zero.shape))
@@ -216,7 +217,7 @@ class LowRankAdapter(Adapter):
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """W + s B A."""
-        return torch.addmm(weight, self.lora_B.to(weight.dtype), self._kept().to(weight.dtype), alpha=self.scaling)
+        return plus_product(weight, self.lora_B.to(weight.dtype), self._kept().to(weight.dtype), self.scaling)
 
     def merged_bias(self, bias: Tensor | None) -> Tensor | None:
         """Sum b + bias_delta."""
@@ -227,28 +228,29 @@ class LowRankAdapter(Adapter):
     def low_rank(self) -> tuple[Tensor, Tensor]:
         """(A, s B), removed rank components left out."""
         A, B = self.lora_A.detach(), self.scaling * self.lora_B.detach()
-        return (A, B) if self.rank_mask is None else (A[self.rank_mask], B[:, self.rank_mask])
+        return (A, B) if self.rank_mask is None else (A[..., self.rank_mask, :], B[..., self.rank_mask])
 
     def factor_pairs(self) -> tuple[FactorPair, ...]:
         """The one pair."""
         return (FactorPair("", self.lora_A, self.lora_B, self.scaling),)
 
     def rank_scores(self) -> Tensor | None:
-        """|B_j| |A_j|, the norm of each rank component's product, (rank,)."""
+        """|B_j| |A_j|, the norm of each rank component's product (of stacked experts' together), (rank,)."""
         if self.rank_mask is None:
             return None
-        size_A: Tensor = torch.linalg.vector_norm(self.lora_A.detach(), dim=1)
-        size_B: Tensor = torch.linalg.vector_norm(self.lora_B.detach(), dim=0)
-        return size_A * size_B
+        size_A = torch.linalg.vector_norm(self.lora_A.detach(), dim=-1)
+        size_B = torch.linalg.vector_norm(self.lora_B.detach(), dim=-2)
+        scores: Tensor = torch.linalg.vector_norm((size_A * size_B).view(-1, self.rank_mask.numel()), dim=0)
+        return scores
 
     def masks(self) -> tuple[EntryMask, ...]:
         """Rows of A and columns of B, where the adapter was built with entry masks."""
         found = []
-        for param, mask, along in ((self.lora_A, self.mask_A, 1), (self.lora_B, self.mask_B, 0)):
+        for param, mask, along in ((self.lora_A, self.mask_A, -1), (self.lora_B, self.mask_B, -2)):
             if mask is not None and isinstance(param, nn.Parameter):
                 found.append(EntryMask(param, mask, along, "zero"))
         return tuple(found)
 
     def extra_repr(self) -> str:
         """Rank and scaling for `print(model)`."""
-        return f"rank={self.lora_A.shape[0]}, scaling={self.scaling:g}"
+        return f"rank={self.lora_A.shape[-2]}, scaling={self.scaling:g}"

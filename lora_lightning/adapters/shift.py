@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.low_rank import add_low_rank
 from lora_lightning.adapters.seeds import generator
-from lora_lightning.adapters.weights import BaseLayer
+from lora_lightning.adapters.weights import BaseLayer, plus_product
 from lora_lightning.cascades import Rule
 
 
@@ -30,9 +30,9 @@ class LogShift(nn.Module):
     """Folded low-rank updates, side by side; grows by the rank of each."""
 
     log_A: Tensor
-    """(C, d_in)"""
+    """(*lead, C, d_in)"""
     log_B: Tensor
-    """(d_out, C)"""
+    """(*lead, d_out, C)"""
     log_weight: Tensor
     """c, (C,)"""
     slow_weight: Tensor
@@ -40,14 +40,15 @@ class LogShift(nn.Module):
 
     def __init__(self, base: BaseLayer) -> None:
         super().__init__()
-        sizes = {"log_A": (0, base.d_in), "log_B": (base.d_out, 0), "log_weight": (0,), "slow_weight": (0,)}
-        for name, size in sizes.items():
+        for name, size in {"log_A": (0, base.d_in), "log_B": (base.d_out, 0)}.items():
             self.register_buffer(name, base.zeros(*size))
+        for name in ("log_weight", "slow_weight"):
+            self.register_buffer(name, torch.zeros(0, dtype=base.adapter_dtype, device=base.device))
 
     def fold(self, A: Tensor, B: Tensor, share: float, rule: Rule) -> None:
-        """Add an update B A, for A (r, d_in) and B (d_out, r)."""
-        new, older = self.log_weight.new_full((A.shape[0],), share), self.slow_weight
-        self.log_A, self.log_B = torch.cat([self.log_A, A]), torch.cat([self.log_B, B], dim=1)
+        """Add an update B A, for A (*lead, r, d_in) and B (*lead, d_out, r)."""
+        new, older = self.log_weight.new_full((A.shape[-2],), share), self.slow_weight
+        self.log_A, self.log_B = torch.cat([self.log_A, A], dim=-2), torch.cat([self.log_B, B], dim=-1)
         self.slow_weight = torch.cat([older * (1 - share if rule == "figure_ema" else 0), new])
         self.log_weight = torch.cat([self.log_weight, torch.zeros_like(new)]) + self.slow_weight
 
@@ -60,7 +61,7 @@ class LogShift(nn.Module):
     def merged_weight(self, weight: Tensor) -> Tensor:
         """W + D."""
         A, B = self.low_rank()
-        return torch.addmm(weight, B.to(weight.dtype), A.to(weight.dtype))
+        return plus_product(weight, B.to(weight.dtype), A.to(weight.dtype))
 
     def merged_bias(self, bias: Tensor | None) -> Tensor | None:
         """The bias, unchanged."""
@@ -106,7 +107,7 @@ def shift_like(base: BaseLayer, tensors: Mapping[str, Tensor]) -> Shift | None:
     if isinstance(shift, LogShift) and tensors.keys() == {"log_A", "log_B", "log_weight", "slow_weight"}:
         columns = len(tensors["log_weight"])
         for name, size in {"log_A": (columns, base.d_in), "log_B": (base.d_out, columns)}.items():
-            setattr(shift, name, getattr(shift, name).new_zeros(size))
+            setattr(shift, name, base.zeros(*size))
         shift.log_weight, shift.slow_weight = (shift.log_weight.new_zeros(columns) for _ in range(2))
     if isinstance(shift, DenseShift) and "slow" in tensors:
         shift.register_buffer("slow", torch.zeros_like(shift.delta))

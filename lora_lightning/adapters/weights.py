@@ -5,6 +5,8 @@
     linear      Conv1D of transformers    (out, in): the stored (in, out), transposed
     conv        (out, in/groups, *k)      (out, in/groups * prod(k))
     embedding   (vocabulary, width)       (width, vocabulary)
+    experts     (E, out, in)              (E, out, in)
+    experts     (E, in, out)              (E, out, in): each matrix transposed
 
 Methods use only the protocol below, so each works on every kind. An accessor keeps the wrapped module and reads
 `module.weight` at each call: a parameter kept from before sharding would silently be a stale copy.
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
-Kind = Literal["linear", "conv", "embedding"]
+Kind = Literal["linear", "conv", "embedding", "experts"]
 
 
 class BaseLayer(ABC):
@@ -78,9 +80,13 @@ class BaseLayer(ABC):
         """Data type of trained tensors: float32 at least, because bfloat16 loses small updates."""
         return torch.promote_types(self.dtype, torch.float32)
 
+    def weight_name(self, path: str) -> str:
+        """The weight's name in the plain model, for a layer at `path`."""
+        return f"{path}.weight"
+
     def zeros(self, *size: int) -> Tensor:
-        """Zeros where and in the data type in which adapters hold their tensors."""
-        return torch.zeros(size, dtype=self.adapter_dtype, device=self.device)
+        """Zeros (*lead, *size) where and in the data type in which adapters hold their tensors."""
+        return torch.zeros((*self.lead, *size), dtype=self.adapter_dtype, device=self.device)
 
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as (d_out, d_in), a view where no cast is asked for."""
@@ -273,6 +279,71 @@ class EmbeddingBase(BaseLayer):
             return add_product(onto, h, B, scale)
 
 
+class ExpertStack(nn.Module):
+    """A stack of expert matrices as a layer of its own: y[e] = x[e] W[e]^T for x (E, n, d_in).
+
+    Args:
+        weight: (E, d_out, d_in), or (E, d_in, d_out) where `transposed`.
+        transposed: how the matrices are stored.
+        siblings: where the stack stands for a parameter of an owner: names of all of the owner's parameters, in order.
+    """
+
+    def __init__(self, weight: nn.Parameter, transposed: bool, siblings: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.weight = weight
+        self.transposed = transposed
+        self.siblings = siblings
+
+    @property
+    def owned(self) -> bool:
+        """Whether it stands for a parameter, and so is no module of the plain model."""
+        return bool(self.siblings)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(E, n, d_in) to (E, n, d_out)."""
+        return x @ (self.weight if self.transposed else self.weight.mT)
+
+
+class ExpertsBase(BaseLayer):
+    """A stacked expert parameter; A and B have one matrix an expert, (E, r, d_in) and (E, d_out, r)."""
+
+    kind = "experts"
+
+    def __init__(self, module: ExpertStack) -> None:
+        super().__init__(module)
+        self.transposed, self.owned = module.transposed, module.owned
+        experts, self.d_out, self.d_in = self._read(module.weight).shape
+        self.lead = (experts,)
+
+    def weight_name(self, path: str) -> str:
+        """The path itself, where that is a parameter's in the plain model."""
+        return path if self.owned else super().weight_name(path)
+
+    def _read(self, stored: Tensor) -> Tensor:
+        return stored.mT if self.transposed else stored
+
+    def _store(self, weight: Tensor) -> Tensor:
+        return weight.mT if self.transposed else weight
+
+    def per_output(self, values: Tensor) -> Tensor:
+        """`values` (E, d_out) as (E, 1, d_out)."""
+        return values.unsqueeze(-2)
+
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        """Products x[e] A[e]^T, (E, n, r)."""
+        return x @ A.mT
+
+    def up(self, h: Tensor, B: Tensor, onto: Tensor, scale: float = 1.0) -> Tensor:
+        """Sums onto[e] + scale * h[e] B[e]^T, (E, n, d_out)."""
+        return plus_product(onto, h, B.mT, scale)
+
+
+def plus_product(onto: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+    """Sum onto + scale * left @ right of matrices, or of stacks of them, without a second tensor like `onto`."""
+    add = torch.addmm if onto.dim() == 2 else torch.baddbmm
+    return add(onto, left, right, alpha=scale)
+
+
 def add_product(onto: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
     """Sum onto (..., d_out) + scale * h (..., r) B^T, without a second tensor of the size of `onto`."""
     if onto.dim() == 1:
@@ -301,6 +372,8 @@ def base_layer(module: nn.Module) -> BaseLayer | None:
     if isinstance(module, nn.Embedding):
         plain = cls.forward is nn.Embedding.forward or _trial(_is_linear_in_weight, module)
         return EmbeddingBase(module) if plain and module.max_norm is None and not module.sparse else None
+    if isinstance(module, ExpertStack):
+        return ExpertsBase(module)
     if cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
         return TransposedBase(module)
     return None
@@ -343,6 +416,10 @@ class BaseAround(BaseLayer):
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
         """The layer called another way."""
+
+    def weight_name(self, path: str) -> str:
+        """As of the layer."""
+        return self.under.weight_name(path)
 
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """As of the layer."""

@@ -146,7 +146,7 @@ class Cascade(ScheduleCallback):
         persists = bool(self.noise) and self.noise_mode == "persist"
         if name not in layer.shifts:
             factors, base = adapter.low_rank(), layer.accessor
-            numbers = (stages or math.inf) * (factors[0].shape[0] if factors else math.inf) * (base.d_in + base.d_out)
+            numbers = (stages or math.inf) * (factors[0].shape[-2] if factors else math.inf) * (base.d_in + base.d_out)
             small = numbers < base.d_in * base.d_out and not persists
             layer.set_shift(name, LogShift(base) if small else DenseShift(base))
         elif persists and isinstance(layer.shifts[name], LogShift):

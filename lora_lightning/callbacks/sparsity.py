@@ -32,7 +32,7 @@ class _Stack:
 
     def rows(self, tensors: list[Tensor]) -> Tensor:
         """Stacked, with the axis along which entries compete last."""
-        return torch.stack([t if e.along == 1 else t.mT for t, e in zip(tensors, self.entries, strict=True)])
+        return torch.stack([t if e.by_row else t.mT for t, e in zip(tensors, self.entries, strict=True)])
 
 
 class SparsitySchedule(ScheduleCallback):
@@ -93,7 +93,7 @@ class SparsitySchedule(ScheduleCallback):
         for path, adapter in adapters.items():
             names = {id(parameter): name for name, parameter in adapter.named_parameters()}
             for entry in adapter.masks():
-                shape = entry.param.shape if entry.along == 1 else entry.param.shape[::-1]
+                shape = entry.param.shape if entry.by_row else entry.param.mT.shape
                 stack = stacks.setdefault((*shape, entry.effect, entry.param.device, entry.param.dtype), _Stack([], []))
                 stack.names.append(f"{path}.{names[id(entry.param)]}")
                 stack.entries.append(entry)
@@ -145,7 +145,7 @@ class SparsitySchedule(ScheduleCallback):
             self._choose(stack, average, keep)
         for entry, factor in zip(stack.entries, cast(Tensor, stack.factor).unbind(), strict=True):
             if entry.effect == "zero":
-                entry.param.mul_(factor if entry.along == 1 else factor.mT)
+                entry.param.mul_(factor if entry.by_row else factor.mT)
             if self.clamp is not None:
                 entry.param.clamp_(-self.clamp, self.clamp)
 
@@ -157,7 +157,7 @@ class SparsitySchedule(ScheduleCallback):
             chosen = keep_top(torch.where(before, average, -1.0), keep)
         stack.mask, stack.factor, stack.keep = chosen, chosen.to(stack.entries[0].param.dtype), keep
         for entry, rows in zip(stack.entries, chosen.unbind(), strict=True):
-            entry.mask.copy_(rows if entry.along == 1 else rows.mT)
+            entry.mask.copy_(rows if entry.by_row else rows.mT)
 
     def finished(self, step: int) -> bool:
         """Whether the ramp is over."""
@@ -173,7 +173,7 @@ class SparsitySchedule(ScheduleCallback):
         for stack in self._stacks:
             if stack.average is not None:
                 for (name, entry), rows in zip(self._named(stack), stack.average.unbind(), strict=True):
-                    averages[name] = (rows if entry.along == 1 else rows.mT).contiguous()
+                    averages[name] = (rows if entry.by_row else rows.mT).contiguous()
         return super().state_dict() | {"averages": averages}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

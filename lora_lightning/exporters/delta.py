@@ -1,7 +1,8 @@
 """Writing the dense update of every adapted layer: what to add to the base model, whatever the method.
 
 delta.safetensors    `<layer>.weight`, `<layer>.bias`: merged minus original, in the layer's own layout, float32;
-                     parameters that trained in full under their own names, whole, listed as "whole" in the metadata
+                     an expert parameter's under its own name; parameters that trained in full whole, listed as
+                     "whole" in the metadata
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def _layer(source: Source, path: str) -> dict[str, Tensor]:
     base = layer.accessor
     original = base._read(layer.original_weight()).to(base.device, torch.float64)
     delta = layer.merged_weight(source.name, torch.float64) - original
-    found = {f"{path}.weight": base._store(delta.float().cpu()).contiguous()}
+    found = {base.weight_name(path): base._store(delta.float().cpu()).contiguous()}
     old = layer.originals().get("bias")
     new = adapter.merged_bias(None if old is None else old.to(base.device).double())
     if new is not None and adapter.merged_bias(None) is not None:

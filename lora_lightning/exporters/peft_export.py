@@ -18,7 +18,7 @@ from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.layer import AdaptedLayer
 from lora_lightning.adapters.weights import TransposedBase
 from lora_lightning.errors import ExportError
-from lora_lightning.exporters import peft_file, peft_rules
+from lora_lightning.exporters import peft_experts, peft_file, peft_rules
 from lora_lightning.exporters.peft_factors import Factors, delta, find_factors, original
 from lora_lightning.exporters.peft_file import PeftLayer
 from lora_lightning.exporters.peft_heads import Heads, find_heads
@@ -45,8 +45,10 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     heads = find_heads(source, modules)
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in heads.tensors.items()}
     with_bias = any(f.bias is not None for f in factors.values())
+    in_file = _paths_in_file(source)
     for path, layer in source.layers.items():
-        tensors |= {f"{PREFIX}{path}{end}": t for end, t in _layer_tensors(path, layer, factors[path], with_bias)}
+        found = _layer_tensors(path, layer, factors[path], with_bias)
+        tensors |= {f"{PREFIX}{in_file[path]}{end}": tensor for end, tensor in found}
     check_finite("the adapter", tensors.values())
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / TENSORS, {"format": "pt"})
     write_json(folder / CONFIG, {**_config(source, factors, heads, with_bias, modules), **options})
@@ -66,18 +68,31 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
 # -- tensors -----------------------------------------------------------------------------------------------------------
 
 
+def _paths_in_file(source: Source) -> dict[str, str]:
+    """Where the file has each layer's factors: under the layer's path, or an owner's for its expert parameters."""
+    named = peft_experts.named_in_file(peft_experts.find_stacks(source.host), _expert_parameters(source))
+    return {path: path for path in source.layers} | {path: key for key, (path, _) in named.items()}
+
+
+def _expert_parameters(source: Source) -> list[str]:
+    return [path for path, layer in source.layers.items() if layer.accessor.kind == "experts"]
+
+
 def _layer_tensors(path: str, layer: AdaptedLayer, factors: Factors, with_bias: bool) -> list[tuple[str, Tensor]]:
     base, A, B = layer.accessor, factors.A, factors.B
+    if with_bias and base.kind in ("embedding", "experts"):
+        what = "an embedding" if base.kind == "embedding" else "a stack of experts"
+        raise ExportError(
+            f"{path}: peft's lora_bias holds for all layers or none, and {what} cannot have it. Use "
+            'format="merged", or leave it out.'
+        )
     if base.kind == "embedding":
-        if with_bias:
-            raise ExportError(
-                f"{path}: peft's lora_bias holds for all layers or none, and an embedding cannot have it. Use "
-                'format="merged", or leave the embedding out.'
-            )
         found = [(".lora_embedding_A", A), (".lora_embedding_B", B)]
     else:
         if base.kind == "conv":
             A, B = base._store(A), B.reshape(*B.shape, *[1] * (base.stored.dim() - 2))
+        if base.kind == "experts":
+            A, B = peft_experts.side_by_side(A, B)
         found = [(".lora_A.weight", A), (".lora_B.weight", B)]
     for name, values in factors.extra.items():
         found.append((f".{name}", base.per_output(values)[None] if base.kind == "conv" else values))
@@ -100,6 +115,8 @@ def _config(
     alphas = {path: _number(f.scaling * f.rank) for path, f in factors.items()}
     (rank, alpha), _ = Counter(zip(ranks.values(), alphas.values(), strict=True)).most_common(1)[0]
     saved = [*heads.modules, *peft_rules.task_heads(heads.task)]
+    parameters = _expert_parameters(source)
+    layers = [path for path in factors if path not in parameters]
     experts = peft_rules.renames_experts(source.host)
     transposed = any(isinstance(layer.accessor, TransposedBase) for layer in source.layers.values())
     optional = {
@@ -110,12 +127,13 @@ def _config(
         "fan_in_fan_out": transposed,
         "lora_bias": with_bias,
         "modules_to_save": heads.modules,
+        "target_parameters": parameters,
     }
     return {
         "peft_type": TYPE,
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": peft_rules.targets_for(list(factors), saved, modules, experts),
+        "target_modules": peft_rules.targets_for(layers, saved, modules, experts) if layers else [],
         **{key: value for key, value in optional.items() if value},
     }
 
@@ -140,7 +158,7 @@ def _verified(
     Raises:
         ExportError: it is more than rounding, or a head or base weight differs in any bit.
     """
-    written = peft_file.read(folder)
+    written = peft_file.read(folder, peft_experts.find_stacks(source.host))
     if written.layers.keys() != factors.keys() or written.heads.keys() != heads.tensors.keys():
         raise ExportError("the files do not read back: they list other layers or heads than were written.")
     for name, value in written.heads.items():

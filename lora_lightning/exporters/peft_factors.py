@@ -40,7 +40,7 @@ class Factors:
     @property
     def rank(self) -> int:
         """Inner width."""
-        return self.A.shape[0]
+        return self.A.shape[-2]
 
 
 def find_factors(
@@ -67,7 +67,7 @@ def find_factors(
 
 
 def _check_layer(source: Source, path: str, modules: Mapping[str, nn.Module]) -> None:
-    reason = peft_rules.unlike(path, modules)
+    reason = peft_rules.unlike(path, modules, source.layers[path].base)
     if reason:
         raise ExportError(f'{path} cannot travel in peft\'s format: {reason}. Use format="merged" instead.')
     source.check_fixed(path)
@@ -83,6 +83,8 @@ def _own_factors(source: Source, path: str) -> Factors | str:
         return f"peft's {options} needs a factor pair on every layer, and this one trains without"
     if source.name in layer.shifts:
         return f"peft's {options} has no place for the updates of earlier stages, which are folded into the layer"
+    if layer.accessor.kind == "experts":
+        return f"peft's {options} does not work on stacked experts"
     A, B, scaling = own
     extra = {name: tensor.detach().cpu() for name, tensor in adapter.peft_tensors().items()}
     directed = torch.addmm(layer.clean_weight(source.name).to(A.dtype), B, A, alpha=scaling)
@@ -101,7 +103,7 @@ def _low_rank_factors(source: Source, path: str, rank: int | None, obstacles: di
             f"{source.method} on {path} has no exact low-rank form: {obstacles[path]}. Give rank=N for a truncated SVD "
             'with the discarded share reported, or use format="merged" or "delta".'
         )
-    if exact is None or (rank is not None and exact[0].shape[0] > rank):
+    if exact is None or (rank is not None and exact[0].shape[-2] > rank):
         A, B, discarded = _truncate(delta(layer, source.name)[0], rank or 0)
         return Factors(A, B, 1.0, bias, discarded)
     if own and torch.equal(own[0], exact[0]) and torch.equal(own[2] * own[1], exact[1]):
@@ -120,14 +122,15 @@ def _pair(adapter: Adapter) -> tuple[Tensor, Tensor, float] | None:
     if len(pairs) != 1:
         return None
     A, B, scaling = pairs[0].lora_A.detach(), pairs[0].lora_B.detach(), pairs[0].scaling
-    return (A, B, scaling) if mask is None else (A[mask], B[:, mask], scaling)
+    return (A, B, scaling) if mask is None else (A[..., mask, :], B[..., mask], scaling)
 
 
 def _at_least_one(A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor, float]:
     """The factors on the CPU; one of zeros where every rank component was removed, since peft knows no rank 0."""
-    if A.shape[0]:
+    if A.shape[-2]:
         return A.cpu(), B.cpu(), scaling
-    return torch.zeros(1, A.shape[1], dtype=A.dtype), torch.zeros(B.shape[0], 1, dtype=B.dtype), 1.0
+    lead = A.shape[:-2]
+    return torch.zeros(*lead, 1, A.shape[-1], dtype=A.dtype), torch.zeros(*lead, B.shape[-2], 1, dtype=B.dtype), 1.0
 
 
 def delta(layer: AdaptedLayer, name: str) -> tuple[Tensor, float]:
@@ -143,9 +146,9 @@ def original(layer: AdaptedLayer) -> Tensor:
 
 
 def _truncate(update: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Best (A (rank, d_in), B (d_out, rank)) for `update`, and the share of its sum of squares that is left out."""
+    """Best (A (*lead, rank, d_in), B (*lead, d_out, rank)) for `update`, and the share of its energy left out."""
     U, S, Vh = torch.linalg.svd(update, full_matrices=False)
-    root = S[:rank].sqrt()
+    root = S[..., :rank].sqrt()
     energy = S.square()
-    discarded = float(energy[rank:].sum() / energy.sum()) if energy.sum() else 0.0
-    return (root[:, None] * Vh[:rank]).float(), (U[:, :rank] * root).float(), discarded
+    discarded = float(energy[..., rank:].sum() / energy.sum()) if energy.sum() else 0.0
+    return (root[..., None] * Vh[..., :rank, :]).float(), (U[..., :rank] * root[..., None, :]).float(), discarded

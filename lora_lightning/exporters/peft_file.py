@@ -3,6 +3,7 @@
 base_model.model.<path>.lora_A.weight          (r, d_in)            convolutions (r, in, *kernel)
 base_model.model.<path>.lora_B.weight          (d_out, r)           convolutions (d_out, r, 1, ...)
 base_model.model.<path>.lora_B.bias            (d_out,)             times the scaling
+                                               fused experts: see `peft_experts`
 base_model.model.<path>.lora_embedding_A       (r, vocabulary)      lora_embedding_B (width, r)
 base_model.model.<path>.lora_magnitude_vector  (d_out,)             convolutions (1, d_out, 1, ...)
 base_model.model.<path>.base_layer.weight      an adapted layer's own weight
@@ -26,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_lightning.errors import AdapterFileError, nearest
+from lora_lightning.exporters.peft_experts import Stacks, named_in_file, stacked
 from lora_lightning.exporters.peft_rules import CONFIG, DEFAULT_ALPHA, DEFAULT_RANK, PREFIX, TENSORS, pattern_value
 
 PICKLE = "adapter_model.bin"
@@ -55,15 +57,23 @@ class PeftLayer:
     scaling: float
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors beside the factors, (d_out,), by name."""
+    lead: tuple[int, ...] = ()
+    """(E,) for stacked experts: leading axis of both factors."""
 
     @property
     def rank(self) -> int:
         """Inner width."""
-        return self.A.shape[0]
+        return self.matrices[0].shape[-2]
+
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """(A (*lead, r, d_in), B (*lead, d_out, r)); kernels of a convolution flattened."""
+        return (self.A, self.B) if self.lead else (self.A.flatten(1), self.B.flatten(1))
 
     def delta(self) -> Tensor:
-        """The product of the factors, scaled, (d_out, d_in), in float64."""
-        return self.scaling * (self.B.flatten(1).double() @ self.A.flatten(1).double())
+        """The product of the factors, scaled, (*lead, d_out, d_in), in float64."""
+        A, B = self.matrices
+        return self.scaling * (B.double() @ A.double())
 
     def update(self, weight: Tensor) -> Tensor:
         """What the layer adds to its weight (d_out, d_in), in float64; NaN in a row by whose length 0 peft divides."""
@@ -85,8 +95,12 @@ class PeftFolder:
     """Tensors of modules that are saved whole, by their name in the plain model."""
 
 
-def read(directory: str | Path) -> PeftFolder:
+def read(directory: str | Path, stacks: Stacks) -> PeftFolder:
     """Read such a folder.
+
+    Args:
+        directory: the folder.
+        stacks: expert parameters of the model that it is for.
 
     Raises:
         AdapterFileError: missing, damaged, pickled, or with a tensor that this format does not have.
@@ -106,7 +120,8 @@ def read(directory: str | Path) -> PeftFolder:
         else:
             heads[name] = tensor
     try:
-        layers = {path: _layer(path, parts, config) for path, parts in found.items()}
+        experts = named_in_file(stacks, config.get("target_parameters") or ())
+        layers = dict(_layer(*experts.get(path, (path, 0)), parts, config) for path, parts in found.items())
     except (re.error, IndexError, TypeError, ZeroDivisionError) as error:
         raise AdapterFileError(f'"{directory}": {CONFIG} cannot be read: {error}.') from error
     if not layers:
@@ -114,12 +129,14 @@ def read(directory: str | Path) -> PeftFolder:
     return PeftFolder(config, layers, heads)
 
 
-def _layer(path: str, parts: dict[str, Tensor], config: dict[str, Any]) -> PeftLayer:
+def _layer(path: str, experts: int, parts: dict[str, Tensor], config: dict[str, Any]) -> tuple[str, PeftLayer]:
+    """The layer at `path`; of a parameter with so many experts, or 0 for a module."""
     if "A" not in parts or "B" not in parts:
         raise AdapterFileError(f"{path}: the file holds {', '.join(sorted(parts))} only, no pair of factors.")
-    rank = parts["A"].shape[0]
+    rank = parts["A"].shape[0] // (experts or 1)
     stated = pattern_value(config.get("rank_pattern") or {}, path, config.get("r", DEFAULT_RANK))
-    if not rank == parts["B"].shape[1] == stated:
+    width = rank * (experts or 1)
+    if rank != stated or not parts["A"].shape[0] == parts["B"].shape[1] == width:
         raise AdapterFileError(
             f"{path}: factors of shape {tuple(parts['A'].shape)} and {tuple(parts['B'].shape)} do not fit rank "
             f"{stated}, which {CONFIG} states."
@@ -132,7 +149,9 @@ def _layer(path: str, parts: dict[str, Tensor], config: dict[str, Any]) -> PeftL
             f"{path}: the file has {'a' if extra else 'no'} {MAGNITUDE}, while {CONFIG} has use_dora="
             f"{config.get('use_dora', False)}; they belong together."
         )
-    return PeftLayer(parts["A"], parts["B"], parts.get("bias"), parts.get("base"), alpha, scaling, extra)
+    A, B = stacked(parts["A"], parts["B"], experts) if experts else (parts["A"], parts["B"])
+    lead = (experts,) if experts else ()
+    return path, PeftLayer(A, B, parts.get("bias"), parts.get("base"), alpha, scaling, extra, lead)
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -11,19 +11,29 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter, write
 from lora_lightning.adapters.layer import AdaptedLayer, check_name
-from lora_lightning.adapters.weights import BaseLayer, base_layer
+from lora_lightning.adapters.weights import BaseLayer
 from lora_lightning.errors import AdapterFileError, PluginError, did_you_mean
 from lora_lightning.exporters import peft_file, peft_rules
+from lora_lightning.exporters.peft_experts import find_stacks
 from lora_lightning.exporters.peft_file import PeftFolder, PeftLayer
 from lora_lightning.exporters.peft_rules import TYPE
 from lora_lightning.exporters.source import plain_modules, users
 from lora_lightning.injection import AdapterRecord, InjectionReport, build, check_ready, place, records
 from lora_lightning.methods import Method, replace
 from lora_lightning.plugins import registry
+from lora_lightning.targets import all_layers
 
 _READ = frozenset({"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout"})
 _DECIDED_BY_TENSORS = frozenset(
-    {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "lora_bias"}
+    {
+        "target_modules",
+        "target_parameters",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "modules_to_save",
+        "lora_bias",
+    }
 )
 _NO_EFFECT = frozenset(
     {
@@ -38,11 +48,14 @@ def import_folder(model: nn.Module, directory: str | Path, name: str) -> Injecti
     """Inject the adapter of a peft folder; see `lora_lightning.exporting.import_peft`."""
     check_name(name)
     check_ready(model, name)
-    folder = peft_file.read(directory)
+    folder = peft_file.read(directory, find_stacks(model))
     _refuse_variants(folder.config, directory)
     reader = _reader(folder.config)
     modules = plain_modules(model)
-    accessors = {path: _accessor(model, modules, path, layer, directory) for path, layer in folder.layers.items()}
+    layers = {path: (module, accessor) for path, module, accessor in all_layers(model)}
+    accessors = {
+        path: _accessor(model, layers, modules, path, layer, directory) for path, layer in folder.layers.items()
+    }
     targets = _heads(model, modules, folder, directory)
     method, settings = _settings(reader, folder, accessors)
     adapters = {path: build(settings[path], path, base, torch.initial_seed()) for path, base in accessors.items()}
@@ -114,22 +127,26 @@ def _reader(config: Mapping[str, Any]) -> type[Method]:
 
 
 def _accessor(
-    model: nn.Module, modules: Mapping[str, nn.Module], path: str, layer: PeftLayer, directory: str | Path
+    model: nn.Module,
+    layers: Mapping[str, tuple[nn.Module, BaseLayer | None]],
+    modules: Mapping[str, nn.Module],
+    path: str,
+    layer: PeftLayer,
+    directory: str | Path,
 ) -> BaseLayer:
     """The layer at `path`, after its shapes were compared."""
-    if path not in modules:
+    if path not in layers:
         raise AdapterFileError(
-            f'"{directory}" adapts {path}, which {type(model).__name__} lacks.{did_you_mean(path, modules)}'
+            f'"{directory}" adapts {path}, which {type(model).__name__} lacks.{did_you_mean(path, layers)}'
         )
-    there = model.get_submodule(path)
-    accessor = there.accessor if isinstance(there, AdaptedLayer) else base_layer(there)
+    there, accessor = layers[path]
     if accessor is None:
         raise AdapterFileError(f'"{directory}" adapts {path}, a {type(there).__name__}, which takes no adapter here.')
-    reason = peft_rules.unlike(path, modules)
+    reason = peft_rules.unlike(path, modules, there)
     if reason:
         raise AdapterFileError(f'"{directory}" adapts {path}: {reason}.')
-    shapes = tuple(layer.A.flatten(1).shape), tuple(layer.B.flatten(1).shape)
-    needed = (layer.rank, accessor.d_in), (accessor.d_out, layer.rank)
+    shapes = tuple(tuple(matrix.shape) for matrix in layer.matrices)
+    needed = (*accessor.lead, layer.rank, accessor.d_in), (*accessor.lead, accessor.d_out, layer.rank)
     if shapes != needed:
         raise AdapterFileError(f'"{directory}": the factors of {path} are {shapes}; the layer needs {needed}.')
     for key, values in layer.extra.items():
@@ -238,8 +255,8 @@ def _settings(
 
 def _fill(adapter: Adapter, layer: PeftLayer) -> None:
     (pair,) = adapter.factor_pairs()
-    write(pair.lora_A, layer.A.flatten(1))
-    write(pair.lora_B, layer.B.flatten(1))
+    for factor, matrix in zip((pair.lora_A, pair.lora_B), layer.matrices, strict=True):
+        write(factor, matrix)
     for key, tensor in adapter.peft_tensors().items():
         write(tensor, layer.extra[key])
     if layer.bias is not None:

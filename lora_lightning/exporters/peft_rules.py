@@ -13,7 +13,9 @@ from typing import Any
 
 from torch import nn
 
+from lora_lightning.adapters.weights import ExpertStack
 from lora_lightning.errors import ExportError
+from lora_lightning.exporters import peft_experts
 from lora_lightning.targets import fused_experts
 
 TYPE = "LORA"
@@ -141,14 +143,17 @@ def targets_for(
     )
 
 
-def unlike(path: str, modules: Mapping[str, nn.Module]) -> str | None:
+def unlike(path: str, modules: Mapping[str, nn.Module], layer: nn.Module) -> str | None:
     """Why peft's layer at `path` computes something else with the same factors; None where it does not.
 
     Args:
         path: an adapted layer.
         modules: every module of the plain model by path, under each of its paths.
+        layer: what is adapted there.
     """
-    layer, parent = modules[path], modules[path.rpartition(".")[0]]
+    parent = modules[path.rpartition(".")[0]]
+    if isinstance(layer, ExpertStack):
+        return peft_experts.unlike(parent, layer)
     again = next((other for other, module in modules.items() if module is layer and other != path), None)
     if again:
         return f"it stands at {again} too, where peft puts no factors"

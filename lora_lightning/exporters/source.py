@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lora_lightning.adapters.base import Adapter
+from lora_lightning.adapters.experts import stands_for_parameter
 from lora_lightning.adapters.layer import AdaptedLayer
 from lora_lightning.checkpoint import plain
 from lora_lightning.errors import AdapterStateError, ExportError, did_you_mean
@@ -96,16 +97,17 @@ def _host(root: nn.Module, paths: Iterable[str]) -> tuple[str, nn.Module]:
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Modules under the paths they have without adapters and wrappers; an adapted layer counts as its base.
 
-    A module that stands in several places comes under each path.
+    A module that stands in several places comes under each path. A stack of experts is no module there.
     """
     found: dict[str, nn.Module] = {}
     inside = "\0"
     for path, module in model.named_modules(remove_duplicate=False):
         if path.startswith(inside):
             continue
-        found[plain(path)] = module
         if isinstance(module, AdaptedLayer):
-            found[plain(path)], inside = module.base, f"{path}."
+            inside = f"{path}."
+        if not stands_for_parameter(module):
+            found[plain(path)] = module.base if isinstance(module, AdaptedLayer) else module
     return found
 
 
@@ -115,6 +117,9 @@ def users(model: nn.Module) -> dict[int, list[str]]:
     for path, module in plain_modules(model).items():
         for leaf, parameter in module.named_parameters(recurse=False):
             found.setdefault(id(parameter), []).append(f"{path}.{leaf}" if path else leaf)
+    for path, layer in iter_adapters(model):
+        if stands_for_parameter(layer):
+            found.setdefault(id(layer.accessor.stored), []).append(plain(path))
     return found
 
 

@@ -75,7 +75,7 @@ class DoRAAdapter(Adapter):
         """c (W + s B A)."""
         c = self._ratio_of(weight, functional.squared_row_norms(weight))
         if self.lora_A is None or self.lora_B is None:
-            return (c[:, None] * weight).to(weight.dtype)
+            return (c[..., None] * weight).to(weight.dtype)
         return functional.decomposed_weight(weight, self.lora_A, self.lora_B, c, self.scaling).to(weight.dtype)
 
     def _ratio(self, base: BaseLayer) -> Tensor:
@@ -117,7 +117,7 @@ class DoRAAdapter(Adapter):
 
     def extra_repr(self) -> str:
         """Rank and scaling for `print(model)`."""
-        return "magnitude alone" if self.lora_A is None else f"rank={self.lora_A.shape[0]}, scaling={self.scaling:g}"
+        return "magnitude alone" if self.lora_A is None else f"rank={self.lora_A.shape[-2]}, scaling={self.scaling:g}"
 
 
 @torch.no_grad()

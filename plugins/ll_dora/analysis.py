@@ -43,9 +43,10 @@ class Change:
 
 @torch.no_grad()
 def weight_change(weight: Tensor, start: Tensor, axis: Axis = "out") -> Change:
-    """dM and dD of `weight` against `start`, both (d_out, d_in), accumulated in float64."""
+    """dM and dD of `weight` against `start`, both (*lead, d_out, d_in), accumulated in float64."""
     if axis == "in":
         weight, start = weight.mT, start.mT
+    weight, start = weight.flatten(0, -2), start.flatten(0, -2)  # stacked experts: the vectors of all of them
     step = max(1, _CHUNK // max(1, weight.shape[1]))
     # float64 does not exist on every device
     device = torch.device("cpu") if weight.device.type == "mps" else weight.device

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from lora_lightning.adapters.low_rank import dropped_product, keep_mask
-from lora_lightning.adapters.weights import BaseLayer
+from lora_lightning.adapters.weights import BaseLayer, plus_product
 
 
 def squared_row_norms(weight: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def squared_row_norms(weight: Tensor) -> Tensor:
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     wide = torch.float32 if weight.device.type == "mps" else torch.float64
-    return weight.to(dtype).square().sum(dim=1, dtype=wide).to(dtype)
+    return weight.to(dtype).square().sum(dim=-1, dtype=wide).to(dtype)
 
 
 def squared_direction_norms(weight: Tensor, squares: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
@@ -50,7 +50,7 @@ def squared_direction_norms(weight: Tensor, squares: Tensor, A: Tensor, B: Tenso
     Costs d_out d_in r products and d_out r numbers. Rounding may leave a small negative number where V_j vanishes.
     """
     cross = (2 * scaling) * (weight @ A.mT) + (scaling * scaling) * (B @ (A @ A.mT))
-    return squares + (cross * B).sum(dim=1)
+    return squares + (cross * B).sum(dim=-1)
 
 
 def ratio(magnitude: Tensor, squares: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def decomposed_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, c: Tensor,
     """c (W + s B A), (d_out, d_in), in the dtype of c."""
     dtype = c.dtype
     with torch.autocast(weight.device.type, enabled=False):
-        return c[:, None] * torch.addmm(weight.to(dtype), lora_B.to(dtype), lora_A.to(dtype), alpha=scaling)
+        return c[..., None] * plus_product(weight.to(dtype), lora_B.to(dtype), lora_A.to(dtype), scaling)
 
 
 def scale_output(base: BaseLayer, y: Tensor, product: Tensor, c: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def add_decomposed(
         dropout: probability of dropping entries of x~, one mask for both of its terms; 0 outside training.
     """
     dtype = base.dtype if base.kind == "embedding" else x.dtype
-    A, cB = lora_A.to(dtype), (c[:, None] * lora_B).to(dtype)
+    A, cB = lora_A.to(dtype), (c[..., None] * lora_B).to(dtype)
     y = base(x)
     if dropout and base.kind == "linear":
         mask, grow = keep_mask(x, dropout), 1.0 / (1.0 - dropout)

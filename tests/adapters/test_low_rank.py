@@ -272,8 +272,8 @@ def test_rank_scores_are_the_norms_of_the_components() -> None:
 def test_entry_masks_are_of_the_trained_sides_rows_and_columns() -> None:
     adapter = LowRankAdapter(linear(), rank=3, scaling=1.0, entry_masks=True)
     first, second = adapter.masks()
-    assert (first.param is adapter.lora_A, first.along) == (True, 1)
-    assert (second.param is adapter.lora_B, second.along) == (True, 0)
+    assert (first.param is adapter.lora_A, first.along) == (True, -1)
+    assert (second.param is adapter.lora_B, second.along) == (True, -2)
     assert {first.effect, second.effect} == {"zero"}
     one_sided = LowRankAdapter(linear(), rank=3, scaling=1.0, entry_masks=True, train="B")
     assert [mask.param is one_sided.lora_B for mask in one_sided.masks()] == [True]

@@ -29,6 +29,9 @@ def dense(base: BaseLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     module: Any = base.module
     if base.kind == "linear":
         return F.linear(x, weight, bias)
+    if base.kind == "experts":
+        each = [F.linear(*three) for three in zip(x, weight, [None] * len(x) if bias is None else bias, strict=True)]
+        return torch.stack(each)
     if base.kind == "embedding":
         return weight.T[x]
     conv = F.conv1d if isinstance(module, nn.Conv1d) else F.conv2d
@@ -40,7 +43,7 @@ def dense(base: BaseLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 def test_weight_is_the_one_the_layer_applies(kind: str) -> None:
     base, x = base_of(kind)
     weight = base.weight()
-    assert weight.shape == (base.d_out, base.d_in)
+    assert weight.shape == (*base.lead, base.d_out, base.d_in)
     assert weight.untyped_storage().data_ptr() == base.stored.untyped_storage().data_ptr()
     assert base.weight(torch.float32).dtype == torch.float32
     torch.testing.assert_close(base(x), dense(base, x, weight, base.bias))
@@ -49,10 +52,10 @@ def test_weight_is_the_one_the_layer_applies(kind: str) -> None:
 @pytest.mark.parametrize("kind", BASE_KINDS)
 def test_apply_takes_another_weight_and_bias(kind: str) -> None:
     base, x = base_of(kind)
-    weight = torch.randn(base.d_out, base.d_in, dtype=torch.float64)
+    weight = torch.randn(*base.lead, base.d_out, base.d_in, dtype=torch.float64)
     before = base.stored.clone()
     torch.testing.assert_close(base.apply(x, weight), dense(base, x, weight, None))
-    if base.kind != "embedding":
+    if base.kind not in ("embedding", "experts"):
         bias = torch.randn(base.d_out, dtype=torch.float64)
         torch.testing.assert_close(base.apply(x, weight, bias), dense(base, x, weight, bias))
     assert torch.equal(base.stored, before)
@@ -62,7 +65,7 @@ def test_apply_takes_another_weight_and_bias(kind: str) -> None:
 def test_write_rounds_once_and_moves_the_version(kind: str) -> None:
     base, _ = base_of(kind, torch.bfloat16)
     stored, version = base.stored, base.version
-    weight = torch.randn(base.d_out, base.d_in)
+    weight = torch.randn(*base.lead, base.d_out, base.d_in)
     base.write(weight)
     assert base.stored is stored
     assert torch.equal(base.weight(), weight.bfloat16())
@@ -72,7 +75,8 @@ def test_write_rounds_once_and_moves_the_version(kind: str) -> None:
 @pytest.mark.parametrize("kind", BASE_KINDS)
 def test_down_and_up_are_the_product_of_factors(kind: str) -> None:
     base, x = base_of(kind)
-    A, B = torch.randn(3, base.d_in, dtype=torch.float64), torch.randn(base.d_out, 3, dtype=torch.float64)
+    A = torch.randn(*base.lead, 3, base.d_in, dtype=torch.float64)
+    B = torch.randn(*base.lead, base.d_out, 3, dtype=torch.float64)
     h = base.down(x, A)
     assert h.shape[-1] == 3
     y = base(x)
@@ -83,7 +87,8 @@ def test_down_and_up_are_the_product_of_factors(kind: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_rank_weights_serve_every_kind(kind: str, dtype: torch.dtype) -> None:
     base, x = base_of(kind, dtype)
-    A, B, w = torch.randn(3, base.d_in), torch.randn(base.d_out, 3), torch.randn(3)
+    A, B = torch.randn(*base.lead, 3, base.d_in), torch.randn(*base.lead, base.d_out, 3)
+    w = torch.randn(3)
     y = add_low_rank(base, x, A, B, w)
     assert y.dtype == dtype
     if dtype == torch.float64:
@@ -96,7 +101,7 @@ def test_rank_weights_serve_every_kind(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in BASE_KINDS if kind != "Embedding"])
 def test_per_output_broadcasts_over_outputs(kind: str) -> None:
     base, x = base_of(kind)
-    delta = torch.randn(base.d_out, dtype=torch.float64)
+    delta = torch.randn(*base.lead, base.d_out, dtype=torch.float64)
     bias = delta if base.bias is None else base.bias + delta
     torch.testing.assert_close(base(x) + base.per_output(delta), dense(base, x, base.weight(), bias))
 

@@ -21,7 +21,7 @@ from lora_lightning.errors import ExportError, SettingsError
 from lora_lightning.exporters import peft_file
 from lora_lightning.injection import adapters_named, inject, merge, unmerge
 from lora_lightning.optim.groups import build_optimizer
-from lora_lightning.testing import BASE_KINDS, MethodContract, perturb, tiny_encoder
+from lora_lightning.testing import DROPPING_KINDS, MethodContract, perturb, tiny_encoder
 
 METHOD = DoRA(rank=3, alpha=6.0)
 FULL = DoRA(rank=3, alpha=6.0, detach_norm=False)
@@ -33,7 +33,7 @@ class TestDoRA(MethodContract):
 
 class TestDoRAWithDropout(MethodContract):
     method = DoRA(rank=2, alpha=4.0, dropout=0.3)
-    base_kinds = tuple(kind for kind in BASE_KINDS if kind != "Embedding")
+    base_kinds = DROPPING_KINDS
 
 
 class TestDoRAWithFullGradient(MethodContract):
@@ -601,8 +601,8 @@ def test_it_travels_native_merged_or_truncated(tmp_path):
 def test_a_magnitude_damaged_on_the_disk_is_found(tmp_path, monkeypatch):
     real = peft_file.read
 
-    def damaged(folder):
-        found = real(folder)
+    def damaged(folder, stacks):
+        found = real(folder, stacks)
         next(iter(found.layers.values())).extra[peft_file.MAGNITUDE][1] += 1e-3
         return found
 

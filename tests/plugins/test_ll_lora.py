@@ -11,10 +11,9 @@ from ll_lora import LoRA
 from lora_lightning.errors import SettingsError
 from lora_lightning.injection import adapters_named
 from lora_lightning.plugins import registry
-from lora_lightning.testing import BASE_KINDS, MethodContract, TinyMLP, perturb, tiny_encoder
+from lora_lightning.testing import DROPPING_KINDS, MethodContract, TinyMLP, perturb, tiny_encoder
 
 TOKENS = torch.tensor([[1, 5, 7, 2], [1, 9, 2, 0]])
-NO_EMBEDDING = tuple(kind for kind in BASE_KINDS if kind != "Embedding")
 
 
 class TestLoRA(MethodContract):
@@ -23,12 +22,12 @@ class TestLoRA(MethodContract):
 
 class TestLoRAWithDropout(MethodContract):
     method = LoRA(rank=2, alpha=4.0, dropout=0.4)
-    base_kinds = NO_EMBEDDING  # token ids cannot be dropped
+    base_kinds = DROPPING_KINDS  # token ids cannot be dropped
 
 
 class TestLoRAWithBias(MethodContract):
     method = LoRA(rank=2, alpha=4.0, bias=True)
-    base_kinds = NO_EMBEDDING  # it has no bias to add to
+    base_kinds = DROPPING_KINDS  # it has no bias to add to
 
 
 class TestLoRATrainsA(MethodContract):
