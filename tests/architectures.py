@@ -103,8 +103,6 @@ class Architecture:
     """Name of its class in transformers."""
     settings: Mapping[str, Any]
     batch: Callable[[], Batch]
-    exclude: tuple[str, ...] = ()
-    """Layers that must be named to be left out, because an adapter cannot reach them."""
 
     def build(self, dtype: torch.dtype = torch.float32) -> Any:
         """The model in evaluation mode, its weights the same each time."""
@@ -130,7 +128,7 @@ def _decoder(model: str, family: str = "decoder", **settings: Any) -> Architectu
 
 
 def _experts(model: str, **settings: Any) -> Architecture:
-    return Architecture("experts", model, settings, causal, exclude=("experts",))
+    return Architecture("experts", model, settings, causal)
 
 
 def _vision(model: str, **settings: Any) -> Architecture:
@@ -245,7 +243,6 @@ ARCHITECTURES: dict[str, Architecture] = {
             "use_mamba_kernels": False,
         },
         causal,
-        exclude=("experts",),
     ),
     "Falcon-H1": _decoder(
         "FalconH1ForCausalLM",
@@ -423,12 +420,12 @@ def collapsed(paths: Iterable[str]) -> dict[str, list[str]]:
 def matched(architecture: Architecture) -> dict[str, Any]:
     """What "all-linear" and each scope match, and what "all-linear" leaves out and why."""
     model = architecture.build()
-    everything = select(model, exclude=architecture.exclude)
+    everything = select(model)
     found: dict[str, Any] = {"layers": len(everything.layers)}
     rest = set(everything.layers)
     for scope in SCOPES:
         try:
-            layers = select(model, scope, exclude=architecture.exclude).layers
+            layers = select(model, scope).layers
         except TargetError:
             continue
         found[scope] = len(layers) if scope == "language" else collapsed(layers)

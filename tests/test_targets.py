@@ -255,7 +255,7 @@ def test_overrides_by_layer_the_later_wins() -> None:
             {"targets": ["query", "classifier"]},
             r"classifier would be adapted and trained in full; exclude it, or take it out of also_train",
         ),
-        (tiny_moe, {"targets": ["experts"]}, r'"experts" is a block; its layers are: down_proj, gate_up_proj'),
+        (tiny_moe, {"targets": ["mlp.experts"]}, r'"mlp.experts" is a block; its layers are: down_proj, gate_up_proj'),
         (
             unknown_layout,
             {},
