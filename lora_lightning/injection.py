@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from lora_lightning.adapters.seeds import generator
 from lora_lightning.adapters.weights import BaseLayer, ExpertStack
 from lora_lightning.errors import AdapterStateError, SettingsError, TargetError, did_you_mean
 from lora_lightning.methods import Method, check_overridable, replace
+from lora_lightning.reading import read_layers
 from lora_lightning.scopes import pretrained_models
 from lora_lightning.targets import (
     Heads,
@@ -150,6 +152,7 @@ def inject(
     settings = _settings_by_layer(method, selection.layers, overrides or {})
     run_seed = _common_seed() if seed is None else seed
     adapters = {path: build(settings[path], path, base, run_seed) for path, base in selection.layers.items()}
+    _check_stated(model, method, adapters)
     notes = _notes(model, selection.layers, trained, also_train)
     record = AdapterRecord(method, settings, tuple(trained), run_seed)
     place(model, name, adapters, record, selection.layers)
@@ -226,6 +229,16 @@ def _check_disjoint(model: nn.Module, layers: Iterable[str], trained: Sequence[s
             raise TargetError(f"{path} would be adapted and trained in full; exclude it, or take it out of also_train.")
         if path in owners_before:
             raise TargetError(f'{path} trains in full with adapter "{owners_before[path]}"; exclude it.')
+
+
+def _check_stated(model: nn.Module, method: Method, adapters: Mapping[str, Adapter]) -> None:
+    """A layer that is read instead of called can only have an adapter that a merged weight states."""
+    for path, owner in read_layers(model, [p for p, adapter in adapters.items() if not adapter.mergeable]).items():
+        raise TargetError(
+            f"{path} is read by {owner} instead of called, so its adapter would act through a merged weight; "
+            f'{type(method).__name__} has none, since it depends on the input. exclude=["{path.rpartition(".")[2]}"] '
+            "leaves such layers out."
+        )
 
 
 def _settings_by_layer(
@@ -319,11 +332,12 @@ def _notes(model: nn.Module, layers: Iterable[str], trained: Sequence[str], also
     if frozen:
         head = frozen[0].rpartition(".")[0]
         notes.append(f"the head {head} stays frozen as it was loaded; also_train does not name it.")
-    read = [p for p in layers if isinstance(model.get_submodule(p.rpartition(".")[0]), nn.MultiheadAttention)]
-    if read:
+    read = read_layers(model, layers)
+    for owner, count in Counter(read.values()).items():
+        first = next(path for path, cls in read.items() if cls == owner)
         notes.append(
-            f"{len(read)} layers, such as {read[0]}, are read by nn.MultiheadAttention instead of called: their "
-            "adapters act through the merged weight, without dropout."
+            f"{count} layer{'s' * (count > 1)}, such as {first}, are read by {owner} instead of called: their adapters "
+            "act through the merged weight, without dropout."
         )
     fused = fused_experts(model)
     if fused:

@@ -361,7 +361,7 @@ def test_attention_of_torch_is_adapted_through_the_weight_it_reads() -> None:
     model, x = transformer(), torch.randn(2, 5, 16)
     report = ll.inject(model, METHOD, seed=0)
     assert set(report.skipped) == {f"layers.{i}.self_attn.in_proj_weight" for i in (0, 1)}
-    assert any("layers.0.self_attn.out_proj, are read by nn.MultiheadAttention" in note for note in report.notes)
+    assert any("layers.0.self_attn.out_proj, are read by MultiheadAttention" in note for note in report.notes)
     for i, adapter in enumerate(adapters_named(model, "default").values()):
         perturb(adapter, i)
     merged = copy.deepcopy(model)

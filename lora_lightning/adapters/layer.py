@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.shift import DenseShift, LogShift, Noise, Shift, shift_like
+from lora_lightning.adapters.unstated import unstated
 from lora_lightning.adapters.weights import BaseLayer, StackedBase
 from lora_lightning.cascades import Rule
 from lora_lightning.errors import AdapterStateError, SettingsError, did_you_mean
@@ -131,17 +132,15 @@ class AdaptedLayer(nn.Module):
         """The weight that this layer applies now, in the base layer's own layout and dtype.
 
         An owner that reads it instead of calling the layer (nn.MultiheadAttention) computes the adapted function too,
-        without the adapter's dropout.
-
-        Raises:
-            AdapterStateError: an active adapter depends on its input.
+        without the adapter's dropout. Where an active adapter depends on its input, it answers dtype, device and shape
+        only, and raises `AdapterStateError` when it is computed with.
         """
         names = self._applied()
         if not names:
             return cast(Tensor, self.base.weight)
         for name in names:
             if not self.adapter(name).mergeable:
-                raise AdapterStateError(f'adapter "{name}" depends on its input, so no single weight states it.')
+                return unstated(self.accessor.stored, f'adapter "{name}" depends on its input')
         dtype = self.accessor.adapter_dtype
         return self.accessor._store(self._base_under(names).weight(dtype)).to(self.accessor.dtype)
 
