@@ -146,8 +146,10 @@ class AdaptedLayer(nn.Module):
 
     @torch.no_grad()
     def applied_weight(self, dtype: torch.dtype) -> Tensor:
-        """The weight that this layer applies now, (d_out, d_in), with what adapters have folded and learned."""
-        return self._base_under(self._applied()).weight(dtype).detach()
+        """The weight of this layer now, (d_out, d_in): what adapters have folded and learned is in it, noise is not."""
+        if self._noise is None or not self._applied():
+            return self._base_under(self._applied()).weight(dtype).detach()
+        return self._merged()[0].to(dtype)
 
     @property
     def bias(self) -> Tensor | None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.data import DataLoader
 from training import classification, encoder_folder, labelled_data, trainer
@@ -19,8 +20,9 @@ from training import classification, encoder_folder, labelled_data, trainer
 import lora_lightning as ll
 from ll_dora import DoRA, analysis, picture, records
 from ll_dora.callback import WeightDecomposition
+from ll_lora import LoRA
 from lora_lightning.__main__ import main
-from lora_lightning.callbacks import InjectAdapters
+from lora_lightning.callbacks import Cascade, InjectAdapters
 from lora_lightning.errors import DataError, NoEffectError, ResumeError, SettingsError, TrainingError
 from lora_lightning.injection import adapters_named, inject
 from lora_lightning.testing import perturb
@@ -190,6 +192,28 @@ def test_adapters_in_a_foreign_module_are_recorded_with_their_merged_weight(tmp_
         for path, values in found["records"][-1]["layers"].items():
             merged = module.get_submodule(path).base.weight.detach()
             expected = reference(merged.T.double(), starts()[path].T.double())
+            assert (values["dM"], values["dD"]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_noise_of_a_stage_is_no_change(tmp_path):
+    """Inside a stage a layer computes with noise that no checkpoint holds; what is recorded is what was learned."""
+    module, learned = Project(), {}
+
+    class Learned(Callback):
+        phase = 9
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            for path, layer in ll.iter_adapters(pl_module):
+                A, B = (t.double() for t in layer.adapter("default").low_rank())
+                folded = layer.shifts["default"].delta.double()
+                learned[trainer.global_step, path] = starts()[path].double() + folded + B @ A
+
+    cascade = Cascade(stage_steps=4, share=0.5, noise=0.5)
+    callbacks = [InjectAdapters(LoRA(rank=1), seed=0), cascade, WeightDecomposition(at=[2, 6]), Learned()]
+    trainer(tmp_path, callbacks, max_steps=8).fit(module, loader())
+    for record in content(tmp_path)["records"]:
+        for path, values in record["layers"].items():
+            expected = reference(learned[record["step"], path], starts()[path].double())
             assert (values["dM"], values["dD"]) == pytest.approx(expected, rel=1e-3)
 
 
