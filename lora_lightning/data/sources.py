@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import csv
+import logging
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 
 from lora_lightning.data.builtin import PREFIX, builtin_table
+from lora_lightning.data.lines import bad_lines, copy_without
 from lora_lightning.data.quiet import quiet
 from lora_lightning.errors import DataError, did_you_mean, nearest
 
+log = logging.getLogger(__name__)
+
+OnError = Literal["raise", "skip"]
 TABLE = {"keep_default_na": False}  # pandas would read the words "NA", "null" and "None" as missing
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("csv", TABLE),
@@ -30,7 +35,12 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def read_table(
-    source: str, split: str, *, columns: Sequence[str] | None = None, field: str | None = None
+    source: str,
+    split: str,
+    *,
+    columns: Sequence[str] | None = None,
+    field: str | None = None,
+    on_error: OnError = "raise",
 ) -> datasets.Dataset:
     """The examples that `source` names.
 
@@ -41,9 +51,10 @@ def read_table(
         split: Split to take from a folder or the hub, unless `source` names one.
         columns: Names of the columns of a CSV or TSV file that has no header line.
         field: The setting that holds `source`, for messages.
+        on_error: Whether a line of a file that cannot be read is an error, or left out and counted in the log.
 
     Raises:
-        DataError: nothing there, not readable, or no examples in it.
+        DataError: nothing there, not readable (with the first line that is not), or no examples in it.
     """
     what = f'{field or f"data.{split}"} is "{source}"'
     if source.startswith(PREFIX):
@@ -51,7 +62,7 @@ def read_table(
     name, config, part = (*source.split(":"), "", "")[:3]
     path = Path(source).expanduser()
     if path.is_file():
-        table = _read_file(what, path, columns)
+        table = _read_file(what, path, columns, on_error)
     elif (folder := Path(name).expanduser()).is_dir():
         table = _read_folder(what, folder, config or None, part or split)
     elif HUB_ID.fullmatch(name) and not Path(name).parent.is_dir() and Path(name).suffix not in FORMATS:
@@ -99,7 +110,7 @@ def require_text(dataset: datasets.Dataset, source: str, columns: Iterable[str])
             raise DataError(f'{Path(source).name}: "{column}" is blank in every row.')
 
 
-def _read_file(what: str, path: Path, columns: Sequence[str] | None) -> datasets.Dataset:
+def _read_file(what: str, path: Path, columns: Sequence[str] | None, on_error: OnError) -> datasets.Dataset:
     suffix = path.suffix.lower()
     if suffix not in FORMATS:
         raise DataError(f'{what}; a file must end in {", ".join(FORMATS)}, not "{suffix}".')
@@ -108,7 +119,19 @@ def _read_file(what: str, path: Path, columns: Sequence[str] | None) -> datasets
     builder, options = FORMATS[suffix]
     if columns is not None and builder == "csv":
         options = {**options, "column_names": list(columns), "index_col": False}
-    table = _load(what, builder, data_files=str(path), split="train", **options)
+    try:
+        table = _load(what, builder, data_files=str(path), split="train", **options)
+    except DataError as error:
+        bad = bad_lines(path, columns)
+        if not bad or (columns is not None and bad[0].first == 1):
+            raise
+        if on_error == "raise" or suffix == ".json":
+            advice = "" if suffix == ".json" else " data.on_error: skip leaves such lines out."
+            raise DataError(
+                f"{what}; line {bad[0].first} cannot be read: {bad[0].reason}.{advice}"
+            ) from error.__cause__
+        log.warning("%s: left %d rows out, the first in line %d: %s", path, len(bad), bad[0].first, bad[0].reason)
+        table = _load(what, builder, data_files=str(copy_without(path, bad)), split="train", **options)
     if builder == "text":
         return table.select([row for row, text in enumerate(table["text"]) if text.strip()])
     return table

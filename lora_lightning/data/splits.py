@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import datasets
 
-from lora_lightning.data.sources import read_table, require_columns, require_text
-from lora_lightning.errors import DataError
+from lora_lightning.data.sources import OnError, read_table, require_columns, require_text
+from lora_lightning.errors import DataError, SettingsError
 
 
 def folded(text: str) -> str:
@@ -28,29 +28,51 @@ def in_share(text: str, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
+Source = str | dict[str, float] | list[str]
+"""A source, several with weights, or several as they are."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """The sources of a data module's splits, as its settings name them."""
+    """The sources of a data module's splits, as its settings name them.
+
+    Raises:
+        SettingsError: several sources without any, or with weights that are not above 0.
+    """
 
     owner: str
     """Class name of the data module, for messages."""
-    train: str | None = None
-    validation: str | None = None
-    test: str | None = None
-    predict: str | None = None
+    train: Source | None = None
+    validation: Source | None = None
+    test: Source | None = None
+    predict: Source | None = None
     columns: Sequence[str] | None = None
     validation_share: float = 0.0
+    on_error: OnError = "raise"
+
+    def __post_init__(self) -> None:
+        for field in ("train", "validation", "test", "predict"):
+            source = getattr(self, field)
+            several = isinstance(source, dict | list)
+            if several and not source:
+                raise SettingsError(f"{self.owner}.{field} is {source!r}; it must name a source, or be null.")
+            if isinstance(source, dict) and min(source.values()) <= 0:
+                raise SettingsError(f"{self.owner}.{field} is {source!r}; weights must be above 0.")
 
     def column_names(self, split: str) -> list[str] | None:
-        """Columns of a split's source, or None where none is named."""
+        """Columns that all sources of a split have, or None where none is named."""
         field = self._field(split)
-        source = getattr(self, field) if field else None
-        return self._table(field, source).column_names if field and source else None
+        tables = self._tables(field) if field else {}
+        return _common([table.column_names for table in tables.values()]) if tables else None
 
     def read(
         self, split: str, columns: Mapping[str, str], *, texts: Sequence[str], hold_out_by: Sequence[str]
     ) -> datasets.Dataset | None:
         """Rows of a split, or None where no source is named.
+
+        Weighted sources of the training data are mixed: each row comes from a source with a probability after its
+        weight, until every row of all of them has come; those of a source that ends before come again. Elsewhere
+        sources follow one another, each row once.
 
         Args:
             split: "train", "validation", "test" or "predict".
@@ -59,29 +81,57 @@ class Sources:
             hold_out_by: Columns whose hash decides what is held out; rows equal in them stay on one side.
 
         Raises:
-            DataError: the source, a column or a text is missing.
+            DataError: the source, a column or a text is missing, or sources have columns of one name and other types.
         """
         field = self._field(split)
-        source = getattr(self, field) if field else None
-        if field is None or source is None:
+        tables = self._tables(field) if field else {}
+        if field is None or not tables:
             return None
-        table = self._table(field, source)
-        require_columns(table, source, columns)
-        require_text(table, source, texts)
+        for source, table in tables.items():
+            require_columns(table, source, columns)
+            require_text(table, source, texts)
         if field == "train" and self.validation is None and self.validation_share:
-            held_out = [self._is_held_out(row) for row in zip(*(table[name] for name in hold_out_by), strict=True)]
-            chosen = [row for row, held in enumerate(held_out) if held == (split != "train")]
-            if not chosen:
+            rows = sum(map(len, tables.values()))
+            tables = {name: self._part(table, split, hold_out_by) for name, table in tables.items()}
+            if not sum(map(len, tables.values())):
                 raise DataError(
-                    f"{self.owner}.validation_share is {self.validation_share}; of the {len(table)} training rows it"
+                    f"{self.owner}.validation_share is {self.validation_share}; of the {rows} training rows it"
                     f" leaves none for {split}. Name validation data, or set it to 0 to train without."
                 )
-            return table.select(chosen)
-        return table
+        weights = getattr(self, field)
+        return self._joined(field, tables, weights if split == "train" and isinstance(weights, dict) else None)
 
-    def _table(self, field: str, source: str) -> datasets.Dataset:
-        hub_split = "test" if field == "predict" else field
-        return read_table(source, hub_split, columns=self.columns, field=f"{self.owner}.{field}")
+    def _tables(self, field: str) -> dict[str, datasets.Dataset]:
+        given, hub_split = getattr(self, field), "test" if field == "predict" else field
+        sources = [] if given is None else [given] if isinstance(given, str) else list(given)
+        what = f"{self.owner}.{field}"
+        return {
+            source: read_table(source, hub_split, columns=self.columns, field=what, on_error=self.on_error)
+            for source in sources
+        }
+
+    def _part(self, table: datasets.Dataset, split: str, hold_out_by: Sequence[str]) -> datasets.Dataset:
+        """What is held out of `table` for validation, or what is left for training."""
+        held_out = [self._is_held_out(row) for row in zip(*(table[name] for name in hold_out_by), strict=True)]
+        return table.select([row for row, held in enumerate(held_out) if held == (split != "train")])
+
+    def _joined(
+        self, field: str, tables: Mapping[str, datasets.Dataset], weights: Mapping[str, float] | None
+    ) -> datasets.Dataset:
+        parts = {name: table for name, table in tables.items() if len(table)}
+        if len(parts) == 1:
+            return next(iter(parts.values()))
+        names = _common([table.column_names for table in parts.values()])
+        rows = [table.select_columns(names) for table in parts.values()]
+        try:
+            if weights is None:
+                return datasets.concatenate_datasets(rows)
+            total = sum(weights[name] for name in parts)
+            shares = [weights[name] / total for name in parts]
+            return datasets.interleave_datasets(rows, shares, seed=0, stopping_strategy="all_exhausted")
+        except ValueError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise DataError(f"{self.owner}.{field}: its sources do not fit together: {reason}") from error
 
     def _is_held_out(self, texts: Sequence[object]) -> bool:
         return in_share(" ".join(map(str, texts)), self.validation_share)
@@ -95,3 +145,8 @@ class Sources:
         if split == "predict" and not self.predict:
             return "test" if self.test else validation
         return split
+
+
+def _common(columns: Sequence[Sequence[str]]) -> list[str]:
+    """Names that are in every list, in the order of the first."""
+    return [name for name in columns[0] if all(name in others for others in columns)]

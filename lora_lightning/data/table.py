@@ -14,7 +14,8 @@ from torch.utils.data import DistributedSampler
 from lora_lightning.data.collate import MODEL_INPUTS
 from lora_lightning.data.loader import Batch, ResumableLoader
 from lora_lightning.data.packing import Packs, PackSampler
-from lora_lightning.data.splits import Sources
+from lora_lightning.data.sources import OnError
+from lora_lightning.data.splits import Source, Sources
 from lora_lightning.errors import DataError, check
 
 STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
@@ -30,7 +31,9 @@ class TableData(LightningDataModule, ABC):
 
     Args:
         train: Training data: a CSV, TSV, JSON, JSONL, Parquet or TXT file, a folder, or a hub id ("owner/name",
-            "owner/name:config", "owner/name::split"), or a table made on the spot ("builtin:NAME").
+            "owner/name:config", "owner/name::split"), or a table made on the spot ("builtin:NAME"). Several are given
+            as a list, or with weights, {a.jsonl: 2, b.jsonl: 1}: each row then comes from a source with a probability
+            after its weight, until all rows of all sources have come.
         validation: Validation data; null holds `validation_share` of the training data out.
         test: Test data.
         predict: Data for predict; null takes test, else validation.
@@ -43,6 +46,7 @@ class TableData(LightningDataModule, ABC):
         seed: Seed of the training order.
         limit: Use only so many examples of each split, for a quick try. They are taken at even steps, since many files
             are sorted by class.
+        on_error: What to do with a line of a file that cannot be read: raise, naming it, or skip it and count.
     """
 
     task_kinds: tuple[str, ...]
@@ -51,10 +55,10 @@ class TableData(LightningDataModule, ABC):
     def __init__(
         self,
         *,
-        train: str | None = None,
-        validation: str | None = None,
-        test: str | None = None,
-        predict: str | None = None,
+        train: Source | None = None,
+        validation: Source | None = None,
+        test: Source | None = None,
+        predict: Source | None = None,
         columns: Sequence[str] | None = None,
         validation_share: float = 0.1,
         batch_size: int = 16,
@@ -62,6 +66,7 @@ class TableData(LightningDataModule, ABC):
         num_workers: int = 0,
         seed: int = 0,
         limit: int | None = None,
+        on_error: OnError = "raise",
     ) -> None:
         super().__init__()
         self.batch_size = batch_size
@@ -83,6 +88,7 @@ class TableData(LightningDataModule, ABC):
             predict=predict,
             columns=columns,
             validation_share=validation_share,
+            on_error=on_error,
         )
         self.count: Callable[[Batch], int] | None = None
         """Number whose sum over an accumulation window each training and validation batch carries."""

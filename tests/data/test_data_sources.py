@@ -131,19 +131,45 @@ def test_unknown_extension(write):
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("x.csv", "a,b\n1,2\n3,4,5\n", "Expected 2 fields in line 3, saw 3"),
-        ("x.json", '[{"a": 1}, {"a": ', "Expected object or value"),
-        ("x.jsonl", '{"a": 1}\n{"a": 2\n{"a": 3}\n', r"JSON parse error: Missing a comma .* in row 1"),
-        ("x.parquet", "this is not parquet", "Parquet magic bytes not found"),
+        (
+            "x.csv",
+            'a,b\n1,2\n"3\n3",4,5\n',
+            r"line 3 cannot be read: 3 fields where there are 2 columns\. data\.on_error: s",
+        ),
+        ("x.tsv", "a\tb\n1\t2\n3\t4\t5\n", "line 3 cannot be read: 3 fields where there are 2 columns"),
+        ("x.json", '[{"a": 1},\n {"a": ', r"line 2 cannot be read: Expecting value: line 2 column 8 \(char 18\)\.$"),
+        ("x.jsonl", '{"a": 1}\n{"a": 2\n{"a": 3}\n', r"line 2 cannot be read: Expecting ',' delimiter"),
+        (
+            "x.jsonl",
+            '{"a": 1}\n\n[2]\n',
+            r"line 3 cannot be read: a list, not an object of columns\. data\.on_error: skip",
+        ),
+        ("x.parquet", "this is not parquet", "it cannot be read: .*Parquet magic bytes not found"),
     ],
 )
 def test_corrupt_file(write, name, content, reason):
-    fails(write(name, content), rf"{name}\"; it cannot be read: .*{reason}")
+    fails(write(name, content), rf"{name}\"; {reason}")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kept"),
+    [
+        ("x.csv", b'a,b\n1,x\n"3\n3",4,5\n2,y\n7,8,9\n\xff,z\n3,w\n', ["x", "y", "w"]),
+        ("x.tsv", b"a\tb\n1\tx\n3\t4\t5\n2\ty\n", ["x", "y"]),
+        ("x.jsonl", b'{"b": "x"}\n{"b": \n[1]\n\n{"b": "y"}\n{"b": "\xff"}\n{"b": "w"', ["x", "y"]),
+    ],
+)
+def test_corrupt_lines_are_left_out_and_counted_when_asked(tmp_path, caplog, name, content, kept):
+    (tmp_path / name).write_bytes(content)
+    assert read_table(str(tmp_path / name), "train", on_error="skip")["b"][:] == kept
+    number = {"x.csv": 3, "x.tsv": 1, "x.jsonl": 4}[name]
+    first = {"x.csv": 3, "x.tsv": 3, "x.jsonl": 2}[name]
+    assert f"{name}: left {number} rows out, the first in line {first}: " in caplog.text
 
 
 def test_wrong_encoding(tmp_path):
     (tmp_path / "x.txt").write_bytes(b"caf\xe9\n")
-    fails(str(tmp_path / "x.txt"), r"x\.txt\"; it cannot be read: 'utf-8' codec can't decode byte 0xe9")
+    fails(str(tmp_path / "x.txt"), r"x\.txt\"; line 1 cannot be read: 'utf-8' codec can't decode byte 0xe9")
 
 
 def test_cause_is_kept(write):

@@ -7,7 +7,7 @@ import pytest
 
 from lora_lightning.data import splits
 from lora_lightning.data.splits import Sources, folded, in_share
-from lora_lightning.errors import DataError
+from lora_lightning.errors import DataError, SettingsError
 
 
 def read(sources: Sources, split: str):
@@ -71,3 +71,55 @@ def test_share_that_leaves_nothing(write):
 
 def test_examples_in_docstrings():
     assert doctest.testmod(splits) == (0, 1)  # failed, attempted
+
+
+# -- several sources ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(write) -> tuple[str, str]:
+    def rows(name, count, extra=""):
+        return "\n".join(f'{{"text": "{name}{n}"{extra}}}' for n in range(count))
+
+    return write("a.jsonl", rows("a", 1200)), write("b.jsonl", rows("b", 300, ', "more": 1'))
+
+
+def test_weights_are_shares_of_the_rows(two):
+    a, b = two
+    texts = read(Sources(owner="X", train={a: 2.0, b: 1.0}), "train")["text"][:]
+    share, n = 2 / 3, len(texts)
+    deviation = (share * (1 - share) / n) ** 0.5
+    assert abs(sum(text[0] == "a" for text in texts) / n - share) < 3 * deviation
+    assert set(texts) == {f"a{n}" for n in range(1200)} | {f"b{n}" for n in range(300)}
+    assert len([text for text in texts if text[0] == "a"]) == 1200  # the last to end comes once, the other again
+    half = texts[: n // 2]
+    assert abs(sum(text[0] == "a" for text in half) / len(half) - share) < 3 * deviation * 2**0.5
+    assert read(Sources(owner="X", train={a: 2.0, b: 1.0}), "train")["text"][:] == texts
+
+
+def test_sources_without_weights_follow_one_another(two):
+    rows = read(Sources(owner="X", train=list(two)), "train")
+    assert rows["text"][:] == [f"a{n}" for n in range(1200)] + [f"b{n}" for n in range(300)]
+    assert rows.column_names == ["text"]
+    assert Sources(owner="X", train=list(two)).column_names("train") == ["text"]
+
+
+def test_what_is_held_out_of_a_mixture_comes_once_and_is_not_trained(two):
+    sources = Sources(owner="X", train=dict.fromkeys(two, 1.0), validation_share=0.2)
+    train, validation = read(sources, "train")["text"][:], read(sources, "validation")["text"][:]
+    assert len(set(validation)) == len(validation)
+    assert not set(train) & set(validation)
+    assert len(set(train) | set(validation)) == 1500
+
+
+def test_sources_that_do_not_fit(two, write):
+    a, _ = two
+    other = write("c.jsonl", '{"text": ["x"]}')
+    with pytest.raises(DataError, match=r"^X\.train: its sources do not fit together: The features can't be aligned"):
+        Sources(owner="X", train={a: 1.0, other: 1.0}).read("train", {}, texts=[], hold_out_by=[])
+    with pytest.raises(DataError, match=r"^X\.text is \"text\"; d\.jsonl has the columns txt"):
+        read(Sources(owner="X", train=[a, write("d.jsonl", '{"txt": "x"}')]), "train")
+    with pytest.raises(SettingsError, match=r"^X\.train is {'a': 0}; weights must be above 0\.$"):
+        Sources(owner="X", train={"a": 0})
+    with pytest.raises(SettingsError, match=r"^X\.test is \[\]; it must name a source, or be null\.$"):
+        Sources(owner="X", test=[])

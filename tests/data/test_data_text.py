@@ -181,6 +181,9 @@ def test_command_line_knows_every_setting(capsys):
     data = parser.instantiate(parsed).data
     assert isinstance(data, LabelledText)
     assert (data.max_length, data.text, data.batch_size) == (7, "sentence", 16)
+    several = ["--data=LabelledText", "--data.train={a.csv: 2, b.csv: 0.5}", "--data.test=[c.csv, d.csv]"]
+    sources = parser.instantiate(parser.parse_args(several)).data.sources
+    assert (sources.train, sources.test, sources.predict) == ({"a.csv": 2.0, "b.csv": 0.5}, ["c.csv", "d.csv"], None)
     with pytest.raises(SystemExit):
         parser.parse_args(["--data.help=PyDocs"])
     shown = capsys.readouterr().out
