@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_lightning.errors import ModelError
 from lora_lightning.pretrained import resolve
-from lora_lightning.targets import head_prefixes
+from lora_lightning.targets import head_prefixes, within
 from lora_lightning.tasks.base import Task
 
 
@@ -22,6 +22,7 @@ def load_model(
     num_labels: int | None = None,
     dtype: torch.dtype | None = None,
     label_names: Sequence[str] = (),
+    also_train: Sequence[str] = (),
 ) -> nn.Module:
     """The pretrained model with the task's head.
 
@@ -31,6 +32,7 @@ def load_model(
         num_labels: size of a classification head.
         dtype: dtype of the weights; None takes float32.
         label_names: names of the classes, kept in the model's configuration.
+        also_train: names of parameters that will train in full, and so may start at random.
 
     Raises:
         ModelError: missing folder or weights, a model class without such a head, or backbone weights the files lack.
@@ -59,7 +61,7 @@ def load_model(
         raise ModelError(
             f'model.task is "{task.name}", but "{pretrained}" has no {task.auto_class} in transformers.'
         ) from error
-    _check_complete(model, info, pretrained, task.unused)
+    _check_complete(model, info, pretrained, task.unused, also_train)
     model.config._name_or_path = pretrained  # as given, so that an adapter's description holds on another machine
     if model.config.pad_token_id is None and model.config.eos_token_id is not None:
         eos = model.config.eos_token_id
@@ -85,14 +87,18 @@ def _first_line(error: BaseException) -> str:
     return " ".join(str(error).split("\n", maxsplit=1)[0].split())
 
 
-def _check_complete(model: nn.Module, info: dict[str, Any], pretrained: str, unused: Sequence[str]) -> None:
+def _check_complete(
+    model: nn.Module, info: dict[str, Any], pretrained: str, unused: Sequence[str], also_train: Sequence[str]
+) -> None:
     heads = tuple(f"{prefix}." for prefix in head_prefixes(model))
     needed = [key for key in info["missing_keys"] if not set(unused).intersection(key.split("."))]
-    missing = sorted(key for key in needed if not key.startswith(heads or ("\0",)))
+    frozen = [key for key in needed if not any(within(pattern, key) for pattern in also_train)]
+    missing = sorted(key for key in frozen if not key.startswith(heads or ("\0",)))
     if missing:
         raise ModelError(
             f'"{pretrained}" lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}; they would '
-            "stay random. Choose the task the model was trained for, or complete weights."
+            "stay random. Choose the task the model was trained for, or complete weights; or train them in full: "
+            f"also_train: [{missing[0].partition('.')[0]}]."
         )
     wrong = [key for key, *_ in info["mismatched_keys"] if not key.startswith(heads or ("\0",))]
     if wrong:

@@ -49,13 +49,14 @@ class AdapterModule(LightningModule):
         pretrained: folder, hub id, or `pkg:IMPORT_NAME/FOLDER` for weights that an installed package carries.
         method: the adapter method and its settings.
         task: "sequence-classification", "multi-label-classification", "token-classification", "regression",
-            "causal-lm", "sentence-embedding" or "sentence-similarity".
+            "causal-lm", "masked-lm", "sentence-embedding" or "sentence-similarity".
         targets: "all-linear", a scope ("attention", "mixer", "mlp", "experts", "vision", "vision.mlp", ...), a list of
             name suffixes and scopes, or one regular expression. Of a vision-language model, a scope without a tower
             means the language tower.
         exclude: names of layers to leave out.
         overrides: other settings for some layers, such as `{layer.0: {rank: 4}}`.
-        also_train: base parameters that train in full: "heads", or names.
+        also_train: base parameters that train in full: "heads", or names. What it names need not be in the files of
+            `pretrained`; it then starts at random.
         optimizer: the optimizer; null takes the method's own, else AdamW at a rate of 1e-3.
         lr_scheduler: warm-up and decay of the rate.
         num_labels: classes of a classification head; null takes the data module's.
@@ -109,7 +110,13 @@ class AdapterModule(LightningModule):
             return
         self._check_data()
         self._check_precision()
-        net = load_model(self.pretrained, self.task, self._labels(), label_names=self._label_names())
+        net = load_model(
+            self.pretrained,
+            self.task,
+            self._labels(),
+            label_names=self._label_names(),
+            also_train=() if self.also_train == "heads" else self.also_train,
+        )
         self._check_length(net)
         self.injection = inject(
             net, self.method, self.targets, self.exclude, self.overrides, self.also_train, name=NAME, seed=self.seed

@@ -1,9 +1,10 @@
-"""Data modules: texts with labels, words with tags, pairs, prompts with completions, chats, plain text, PyDocs."""
+"""Data modules: texts with labels, tags or masks, pairs, prompts with completions, chats, plain text, and PyDocs."""
 
 from lora_lightning.data.chat import Chat
 from lora_lightning.data.completions import Completions
 from lora_lightning.data.labelled import LabelledText
 from lora_lightning.data.loader import ResumableLoader
+from lora_lightning.data.masked import MaskedText
 from lora_lightning.data.multi_label import MultiLabelText
 from lora_lightning.data.pairs import TextPairs
 from lora_lightning.data.plain import PlainText
@@ -14,6 +15,7 @@ __all__ = [
     "Chat",
     "Completions",
     "LabelledText",
+    "MaskedText",
     "MultiLabelText",
     "PlainText",
     "PyDocs",

@@ -18,6 +18,11 @@ def count_targets(batch: Batch) -> int:
     return int((batch["labels"][:, 1:] != -100).sum())
 
 
+def count_labelled(batch: Batch) -> int:
+    """Tokens with a loss in a batch whose every token may carry a label."""
+    return int((batch["labels"] != -100).sum())
+
+
 class ResumableLoader(DataLoader[Any]):
     """A DataLoader with an exact position inside the epoch.
 

@@ -13,7 +13,7 @@ import datasets
 from lora_lightning.data.causal import NO_LOSS
 from lora_lightning.data.encoding import tokenised
 from lora_lightning.data.labels import Labels, find_labels, named_labels
-from lora_lightning.data.loader import Batch
+from lora_lightning.data.loader import count_labelled
 from lora_lightning.data.splits import Sources
 from lora_lightning.data.text import TextData
 from lora_lightning.errors import DataError
@@ -43,7 +43,7 @@ class TaggedWords(TextData):
         self.words = words
         self.tags = tags
         self.labels = labels
-        self.count = count_words
+        self.count = count_labelled
 
     def read(self, split: str) -> datasets.Dataset | None:
         """Rows with the column of words and, but for predict, that of tags; both are lists of one length."""
@@ -129,11 +129,6 @@ class TaggedWords(TextData):
             if not isinstance(own, list) or len(own) != len(words):
                 found = f"{len(own)} tags" if isinstance(own, list) else "no list"
                 raise DataError(f'{where}: {len(words)} words, but column "{self.tags}" holds {found}.')
-
-
-def count_words(batch: Batch) -> int:
-    """Tokens with a loss."""
-    return int((batch["labels"] != NO_LOSS).sum())
 
 
 def _on_first_tokens(word_ids: Sequence[int | None], tags: Sequence[int]) -> list[int]:

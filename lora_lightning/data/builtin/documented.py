@@ -18,7 +18,8 @@ from lora_lightning.data.docstrings import no_garbage_collection, sources, synta
 
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 BLOCKS = ("body", "orelse", "handlers", "finalbody")
-LOOPS = {ast.For, ast.AsyncFor, ast.While, ast.comprehension}
+TRAITS = ("branches", "class", "method", "parameters", "private", "returns")
+"""It branches, is a class, is a method, takes parameters, has a name with an underscore before it, returns a value."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Documented:
     parameters: frozenset[str]
     """Names of a function's parameters but the first of a method; none of a class."""
     traits: frozenset[str]
-    """What a function's code does; none of a class."""
+    """What its syntax tree says of it, of `TRAITS`."""
 
 
 @cache
@@ -56,11 +57,12 @@ def _definitions(block: Iterable[ast.AST], path: str, inside_class: bool) -> Ite
             continue
         name, is_class = f"{path}.{statement.name}", isinstance(statement, ast.ClassDef)
         if paragraphs := _paragraphs(ast.get_docstring(statement) or ""):
+            private = {"private"} if statement.name.startswith("_") else set()
             if isinstance(statement, ast.ClassDef):
-                yield Documented(name, paragraphs, frozenset(), frozenset())
+                yield Documented(name, paragraphs, frozenset(), frozenset({"class", *private}))
             else:
                 parameters, traits = _parameters(statement, inside_class), _traits(statement, inside_class)
-                yield Documented(name, paragraphs, parameters, traits)
+                yield Documented(name, paragraphs, parameters, traits | private)
         yield from _definitions(inner, name, is_class)
 
 
@@ -78,15 +80,12 @@ def _parameters(function: ast.FunctionDef | ast.AsyncFunctionDef, method: bool) 
 
 def _traits(function: ast.FunctionDef | ast.AsyncFunctionDef, method: bool) -> frozenset[str]:
     nodes = [node for statement in function.body for node in ast.walk(statement)]
-    kinds = {type(node) for node in nodes}
     values = [node.value for node in nodes if isinstance(node, ast.Return)]
     found = {
-        "returns": any(value is not None and not _is_none(value) for value in values),
-        "raises": ast.Raise in kinds,
-        "loops": not kinds.isdisjoint(LOOPS),
-        "branches": not kinds.isdisjoint({ast.If, ast.IfExp}),
-        "catches": ast.ExceptHandler in kinds,
+        "branches": any(isinstance(node, ast.If | ast.IfExp) for node in nodes),
         "method": method,
+        "parameters": bool(_parameters(function, method)),
+        "returns": any(value is not None and not _is_none(value) for value in values),
     }
     return frozenset(trait for trait, there in found.items() if there)
 

@@ -1,7 +1,6 @@
-"""Function documentation with what the function's code does: text, labels, name.
+"""Documentation of functions and classes with what their syntax tree says of them: text, labels, name.
 
-Labels come from the code alone: it returns a value, raises, loops, branches, catches exceptions, is a method. A text
-tells some of them in words and only hints at others.
+The labels (`TRAITS`) come from the code alone; a text tells some of them in words and only hints at others.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ FEWEST, MOST = 20, 400
 
 
 def table() -> datasets.Dataset:
-    """First paragraphs of functions whose code has at least one trait; a text that stands twice is taken once."""
+    """First paragraphs of docstrings; one that stands twice is taken once."""
     rows: dict[str, tuple[list[str], str]] = {}
     for entry in documented():
         text = entry.paragraphs[0]
-        if entry.traits and FEWEST <= len(text) <= MOST:
+        if FEWEST <= len(text) <= MOST:
             rows.setdefault(text, (sorted(entry.traits), entry.name))
     return datasets.Dataset.from_dict(
         {
