@@ -3,8 +3,8 @@
     nn.MultiheadAttention    out_proj.weight
     Mamba's mixer            dt_proj.weight @ time_step
 
-Found in the owner's source: it holds `self.NAME.weight`, more than a question about its dtype, and no `self.NAME(`.
-What an owner reads in a fused kernel only, and calls elsewhere, is left out: reading and calling give the same.
+Found in the owner's source: it holds `self.NAME.weight @`, or it reads the weight (more than a question about dtype)
+and `self.NAME(` is nowhere. What is handed to a fused kernel, and called elsewhere, is left out: both give the same.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def _reads(owner: type[nn.Module], name: str) -> bool:
         return False
     text = "".join(_source(cls) for cls in classes)
     own = rf"\bself\.{re.escape(name)}"
+    if re.search(rf"{own}\.weight(\.(T|mT|t\(\)))? @", text):
+        return True
     read = re.search(rf"{own}\.weight\b(?!\.({'|'.join(_QUESTIONS)})\b)", text)
     return read is not None and re.search(rf"{own}\(", text) is None
 

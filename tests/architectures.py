@@ -1,17 +1,26 @@
-"""Architectures of transformers as tiny random models: what they are built from, and a batch with labels for each."""
+"""Architectures of transformers as tiny random models: what they are built from, a batch with labels for each, and the
+table of what is adapted in README.md.
+
+`python tests/architectures.py` prints the table, from architectures.yaml and the refusals as they come.
+"""
 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
+import lora_lightning as ll
+from ll_riemannian_moe import MoELoRA
 from lora_lightning.errors import TargetError
-from lora_lightning.scopes import PARTS, SCOPES
+from lora_lightning.scopes import PARTS, SCOPES, TOWERS, Scopes
 from lora_lightning.targets import select
 from lora_lightning.testing import seeded
 
@@ -75,6 +84,11 @@ def _about_images(image_tokens: int, **extra: Tensor) -> Batch:
 def described() -> Batch:
     """Text behind the four patches of an image."""
     return _about_images(4, pixel_values=pixels(2, 3, SIZE, SIZE))
+
+
+def framed() -> Batch:
+    """Text behind the one merged patch of an image, which is the first of several (SmolVLM)."""
+    return _about_images(1, pixel_values=pixels(2, 1, 3, SIZE, SIZE))
 
 
 def tiled() -> Batch:
@@ -262,6 +276,25 @@ ARCHITECTURES: dict[str, Architecture] = {
         block_auto_adjust_ff_dim=False,
         layer_types=["conv", "full_attention"],
     ),
+    "Qwen3-Next": Architecture(
+        "state-space",
+        "Qwen3NextForCausalLM",
+        {
+            **GROUPED,
+            "head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_key_head_dim": 4,
+            "linear_value_head_dim": 4,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8,
+            "shared_expert_intermediate_size": 8,
+            "mlp_only_layers": [0],
+        },
+        causal,
+    ),
     "T5": Architecture(
         "encoder-decoder",
         "T5ForConditionalGeneration",
@@ -394,6 +427,18 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         described_by_type,
     ),
+    "SmolVLM": Architecture(
+        "vision-language",
+        "SmolVLMForConditionalGeneration",
+        {
+            "vision_config": {"model_type": "smolvlm_vision", **IMAGES},
+            "text_config": {"model_type": "llama", **GROUPED},
+            "scale_factor": 2,
+            "image_token_id": IMAGE_TOKEN,
+            "pad_token_id": 0,
+        },
+        framed,
+    ),
     "PaliGemma": Architecture(
         "vision-language",
         "PaliGemmaForConditionalGeneration",
@@ -434,3 +479,87 @@ def matched(architecture: Architecture) -> dict[str, Any]:
         "other": collapsed(path for path in everything.layers if path in rest),
         "left out": everything.skipped,
     }
+
+
+GOLDEN: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+"""What `matched` must give, by architecture, entries that hold nothing left out."""
+ROUTED = MoELoRA(experts=3, top_k=2, rank=1)
+"""A method whose update depends on its input."""
+
+
+def routed(architecture: Architecture) -> Any:
+    """The model with routed adapters on everything but fused experts, which have no input of their own to route by."""
+    model = architecture.build()
+    scopes = Scopes(model)
+    exclude = ["experts"] if any(scopes.part(name) == "experts" for name, _ in model.named_parameters()) else []
+    ll.inject(model, ROUTED, exclude=exclude)
+    return model
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Something that cannot work on some architectures, and is refused by name."""
+
+    what: str
+    on: tuple[str, ...]
+    attempt: Callable[[Architecture], Any]
+
+    def message(self, name: str) -> str:
+        """What is said on one of them.
+
+        Raises:
+            AssertionError: it was not refused.
+        """
+        try:
+            self.attempt(ARCHITECTURES[name])
+        except TargetError as error:
+            return str(error)
+        raise AssertionError(f"{self.what} was not refused on {name}")
+
+
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal("routed adapters", ("Mamba", "Jamba"), routed),
+    Refusal("projector", ("Gemma 3, vision",), lambda architecture: select(architecture.build(), "projector")),
+)
+
+
+def table() -> str:
+    """Markdown: a row for all models of a family that look alike, with layer names a block and what stays frozen."""
+    alike: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for name, architecture in ARCHITECTURES.items():
+        alike[architecture.family, *_cells(GOLDEN[name])].append(name + _footnotes(name))
+    lines = [
+        ["family", "models", '"all-linear"', "more scopes", "left out"],
+        ["---"] * 5,
+    ]
+    lines += [[family, "; ".join(names), *cells] for (family, *cells), names in alike.items()]
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    notes = "\n".join(f"{number}. {r.what}: {r.message(r.on[0])}" for number, r in enumerate(REFUSALS, 1))
+    return f"{rows}\n\n{notes}\n"
+
+
+def _footnotes(name: str) -> str:
+    numbers = [str(number) for number, refusal in enumerate(REFUSALS, 1) if name in refusal.on]
+    return f" ({', '.join(numbers)})" if numbers else ""
+
+
+def _cells(golden: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Layer names a block in "all-linear" and in towers beside it, and what is left out of both."""
+    counts = {
+        scope: sum(len(names) for names in golden[scope].values())
+        for scope in (*PARTS, "other", "vision", "projector")
+        if scope in golden
+    }
+    shown = {scope: f"{scope} {count}" for scope, count in counts.items()}
+    towers = [shown.pop(tower) for tower in TOWERS if tower in shown]
+    left = dict.fromkeys(_part_name(path, why) for path, why in golden["left out"].items() if "scope" not in why)
+    return ", ".join(shown.values()), ", ".join(towers), ", ".join(f"`{name}`" for name in left)
+
+
+def _part_name(path: str, why: str) -> str:
+    """A head by its outermost name, a pooler or router by its own."""
+    return path.split(".")[0] if why == "head" else path.removesuffix(".dense").rpartition(".")[2]
+
+
+if __name__ == "__main__":
+    print(table())

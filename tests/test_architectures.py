@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from architectures import ARCHITECTURES, Architecture, Batch, matched
+from architectures import ARCHITECTURES, GOLDEN, REFUSALS, Architecture, Batch, Refusal, matched, routed, table
 from torch import Tensor, nn
 
 import lora_lightning as ll
@@ -19,9 +19,7 @@ from lora_lightning.optim.groups import build_optimizer
 from lora_lightning.scopes import TOWERS
 from lora_lightning.testing import perturb
 
-GOLDEN: dict[str, dict[str, Any]] = yaml.safe_load(
-    Path(__file__).with_suffix(".yaml").with_stem("architectures").read_text()
-)
+README = Path(__file__).resolve().parents[1] / "README.md"
 METHODS: dict[str, Any] = {"LoRA": LoRA(rank=2), "DoRA": DoRA(rank=2), "RoseLoRA": RoseLoRA(rank=2)}
 CELLS = [(name, method) for name in ARCHITECTURES for method in METHODS]
 FAST = {(name, list(METHODS)[index % len(METHODS)]) for index, name in enumerate(ARCHITECTURES)}
@@ -113,3 +111,42 @@ def cycle(architecture: Architecture, method: Any, what: Any, folder: Path) -> N
 )
 def test_adapters_train_save_merge_and_generate(name: str, method: str, tmp_path: Path) -> None:
     cycle(ARCHITECTURES[name], METHODS[method], targets(name), tmp_path)
+
+
+# -- what is refused, and what README.md says --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("refusal", "name", "message"),
+    [
+        (REFUSALS[0], "Mamba", r"mixer.dt_proj is read by MambaMixer instead of called.* MoELoRA has none, .*exclude="),
+        (REFUSALS[0], "Jamba", r"mamba.dt_proj is read by JambaMambaMixer instead of called.* exclude=\[\"dt_proj\"\]"),
+        (
+            REFUSALS[1],
+            "Gemma 3, vision",
+            r"mm_input_projection_weight is a bare parameter, not a layer; also_train can",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(refusal: Refusal, name: str, message: str) -> None:
+    assert name in refusal.on
+    assert re.search(message, refusal.message(name))
+
+
+def test_each_refusal_is_tested_on_each_of_its_models() -> None:
+    assert [name for refusal in REFUSALS for name in refusal.on] == ["Mamba", "Jamba", "Gemma 3, vision"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in REFUSALS[0].on])
+def test_routed_adapters_work_on_all_others(name: str) -> None:
+    model = routed(ARCHITECTURES[name])
+    for index, (_, layer) in enumerate(ll.iter_adapters(model)):
+        perturb(layer.adapters, index)  # a router's first gradients are below float32 in models as flat as these
+    train(model, ARCHITECTURES[name].batch())
+
+
+def test_the_table_in_the_readme_is_fresh() -> None:
+    """Else print it anew: `python tests/architectures.py`."""
+    told = README.read_text().split("<!-- architectures -->\n")[1].split("<!-- /architectures -->")[0]
+    assert told == table()

@@ -43,6 +43,9 @@ def test_owners_of_transformers() -> None:
     layers = [path for path, module in mamba.named_modules() if isinstance(module, nn.Linear)]
     mixers = [f"backbone.layers.{index}.mixer.dt_proj" for index in (0, 1)]
     assert read_layers(mamba, layers) == dict.fromkeys(mixers, "MambaMixer")
+    jamba = ARCHITECTURES["Jamba"].build()  # calls it where the model is quantised
+    layers = [path for path, module in jamba.named_modules() if isinstance(module, nn.Linear)]
+    assert read_layers(jamba, layers) == {"model.layers.0.mamba.dt_proj": "JambaMambaMixer"}
     assert read_layers(attention, ["out_proj"]) == {"out_proj": "MultiheadAttention"}
     t5 = ARCHITECTURES["T5"].build()
     assert read_layers(t5, [path for path, module in t5.named_modules() if isinstance(module, nn.Linear)]) == {}
