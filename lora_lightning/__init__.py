@@ -30,11 +30,13 @@ if TYPE_CHECKING:
     from lora_lightning.methods import Method
     from lora_lightning.module import AdapterModule
     from lora_lightning.plugins import method
+    from lora_lightning.vocabulary import add_tokens
 
 _HOME = {
     "AdapterModule": "module",
     "InjectAdapters": "callbacks.inject",
     "Method": "methods",
+    "add_tokens": "vocabulary",
     "disable_adapters": "injection",
     "eject": "injection",
     "export": "exporting",
@@ -54,6 +56,7 @@ __all__ = [
     "AdapterModule",
     "InjectAdapters",
     "Method",
+    "add_tokens",
     "disable_adapters",
     "eject",
     "export",

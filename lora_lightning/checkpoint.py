@@ -2,6 +2,7 @@
 
     adapter.safetensors    tensors of adapters and fully trained heads; description in its metadata; the commit point
     adapter.json           the description again, for people
+    tokenizer/             where new tokens were added: the tokenizer that knows them
 
 Tensor names are those of the model: `<path>.adapters.<name>.<tensor>`, heads under their own names, without what
 torch.compile, FSDP1 or activation checkpointing put into a path.
@@ -13,7 +14,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -55,9 +56,11 @@ from lora_lightning.methods import Method, plain_settings
 from lora_lightning.plugins import registry, restore
 from lora_lightning.shifts import shift_tensors
 from lora_lightning.targets import all_layers, other_users
+from lora_lightning.vocabulary import Vocabulary, check_same_tokens, grow, grown_layers, shrink, vocabulary
 
 FILE = "adapter.safetensors"
 DESCRIPTION = "adapter.json"
+TOKENIZER = "tokenizer"
 SCHEMA = 1
 _SAMPLE = 64
 _PARTS = ("adapters", "shifts")
@@ -79,6 +82,8 @@ class Stored:
     versions: dict[str, str]
     base: str | None
     tensors: dict[str, Tensor]
+    vocabulary: Vocabulary | None = None
+    """New tokens that its rows belong to."""
 
 
 def plain(path: str) -> str:
@@ -149,7 +154,8 @@ def _base_parameters(model: nn.Module) -> dict[str, Tensor]:
     listed = dict(model.named_parameters())  # tied ones under their first name only
     layers = dict(iter_adapters(model))
     inside = _starting_with((f"{path}." for path in layers), listed)
-    found: dict[str, Tensor] = {plain(name): listed[name] for name in listed if name not in inside}
+    grown = {f"{path}.base.weight": f"{path}.weight" for path in grown_layers(model)}
+    found: dict[str, Tensor] = {plain(grown.get(name, name)): listed[name] for name in listed if name not in inside}
     for path, layer in layers.items():
         originals = layer.originals()
         for name, parameter in layer.base.named_parameters():
@@ -208,19 +214,23 @@ def save_adapter(model: nn.Module, directory: str | Path, name: str = "default")
     content = to_bytes(tensors, {"format": "lora_lightning", "adapter": json.dumps(description)})
     _check_readable(content, tensors)
 
-    def write_tensors(file: BinaryIO) -> None:
-        file.write(content)
-
-    def write_description(file: BinaryIO) -> None:
-        file.write(as_json(description))
-
+    added = vocabulary(root)
+    tokenizer = {
+        folder / TOKENIZER / name: _writer(content) for name, content in (added.files if added else {}).items()
+    }
     try:
-        write_together({folder / FILE: write_tensors, folder / DESCRIPTION: write_description})
+        write_together(
+            {**tokenizer, folder / FILE: _writer(content), folder / DESCRIPTION: _writer(as_json(description))}
+        )
     except OSError as error:
         raise AdapterFileError(
             f'cannot write the adapter to "{folder}": {error.strerror or error}. What was there before is intact.'
         ) from error
     return folder
+
+
+def _writer(content: bytes) -> Callable[[BinaryIO], int]:
+    return lambda file: file.write(content)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -241,7 +251,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def describe(root: nn.Module, name: str, record: AdapterRecord) -> dict[str, Any]:
     """The description of an adapter as plain data."""
-    common = plain_settings(record.method)
+    common, added = plain_settings(record.method), vocabulary(root)
     layers = {
         plain(path): {key: value for key, value in plain_settings(method).items() if value != common[key]}
         for path, method in record.layers.items()
@@ -260,6 +270,7 @@ def describe(root: nn.Module, name: str, record: AdapterRecord) -> dict[str, Any
         "trained": [plain(parameter) for parameter in record.trained],
         "labels": _labels(root) if record.trained else None,
         "seed": record.seed,
+        "vocabulary": None if added is None else {"first": added.first, "tokens": list(added.tokens)},
         "base": getattr(getattr(root, "config", None), "_name_or_path", None) or None,
         "fingerprint": fingerprint(root, record.trained),
         "versions": versions,
@@ -290,8 +301,9 @@ def read_folder(directory: str | Path) -> Stored:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         content = json.loads(metadata["adapter"])
         newer = content["schema_version"] > SCHEMA
-        fields = {field.name for field in dataclasses.fields(Stored)} - {"tensors", "trained"}
+        fields = {field.name for field in dataclasses.fields(Stored)} - {"tensors", "trained", "vocabulary"}
         given = {} if newer else {key: content[key] for key in fields} | {"trained": tuple(content["trained"])}
+        given["vocabulary"] = _vocabulary(folder, content.get("vocabulary"))
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise AdapterFileError(f'"{path}" is truncated or damaged: {reason}. Save the adapter again.') from error
@@ -300,6 +312,13 @@ def read_folder(directory: str | Path) -> Stored:
             f'"{path}" has schema version {content["schema_version"]}; this library reads up to {SCHEMA}. Update it.'
         )
     return Stored(**given, tensors=tensors)
+
+
+def _vocabulary(folder: Path, content: dict[str, Any] | None) -> Vocabulary | None:
+    if content is None:
+        return None
+    files = {path.name: path.read_bytes() for path in sorted((folder / TOKENIZER).glob("*")) if path.is_file()}
+    return Vocabulary(tuple(content["tokens"]), content["first"], files)
 
 
 def _missing(folder: Path) -> str:
@@ -318,7 +337,8 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default")
 
     Onto a model without an adapter of that name the adapters are built from the file, and stay frozen like everything
     that does not train already; `set_trainable` trains them on. Onto an adapter of that name, which must have the same
-    settings, its tensors are replaced, and what trains is not changed.
+    settings, its tensors are replaced, and what trains is not changed. New tokens that the adapter was trained with get
+    their rows; the folder's `tokenizer/` knows them.
 
     Args:
         model: the base model the adapter was trained on (heads of its task included).
@@ -337,8 +357,24 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default")
     stored = read_folder(directory)
     method_class = registry().method(stored.method, where=f'"{directory}"')
     root = _root_for(model)
-    present = name in records(root)
+    present, grown = name in records(root), vocabulary(root) is not None
     _check_fingerprint(root, stored, directory)
+    if stored.vocabulary is not None:
+        check_same_tokens(root, stored.vocabulary, f'"{directory}"')
+        if not grown:
+            grow(root, stored.vocabulary)
+    try:
+        return _load(root, stored, method_class, name, present, directory)
+    except BaseException:
+        if not grown:
+            shrink(root)
+        raise
+
+
+def _load(
+    root: nn.Module, stored: Stored, method_class: type[Method], name: str, present: bool, directory: str | Path
+) -> Path:
+    """Put the tensors of an adapter file into a model whose base fits."""
     _check_heads(root, stored, name, directory)
     accessors = _accessors(root, stored, directory)
     record = _record(method_class, root, accessors, stored, directory)

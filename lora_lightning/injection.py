@@ -19,6 +19,7 @@ from lora_lightning.adapters.seeds import generator
 from lora_lightning.adapters.weights import BaseLayer, ExpertStack
 from lora_lightning.errors import AdapterStateError, SettingsError, TargetError, did_you_mean
 from lora_lightning.methods import Method, check_overridable, replace
+from lora_lightning.modules import places
 from lora_lightning.reading import read_layers
 from lora_lightning.scopes import pretrained_models
 from lora_lightning.targets import (
@@ -26,7 +27,6 @@ from lora_lightning.targets import (
     Targets,
     fused_experts,
     other_users,
-    places,
     select,
     trained_parameters,
     within,
@@ -150,7 +150,7 @@ def inject(
     trained = trained_parameters(model, also_train)
     _check_disjoint(model, selection.layers, trained)
     settings = _settings_by_layer(method, selection.layers, overrides or {})
-    run_seed = _common_seed() if seed is None else seed
+    run_seed = common_seed() if seed is None else seed
     adapters = {path: build(settings[path], path, base, run_seed) for path, base in selection.layers.items()}
     _check_stated(model, method, adapters)
     notes = _notes(model, selection.layers, trained, also_train)
@@ -170,7 +170,7 @@ def inject(
     )
 
 
-def _common_seed() -> int:
+def common_seed() -> int:
     """Torch's initial seed; the first process's where several run together, which start from seeds of their own."""
     seed = [torch.initial_seed()]
     if torch.distributed.is_initialized():

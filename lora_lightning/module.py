@@ -27,6 +27,7 @@ from lora_lightning.injection import (
     InjectionReport,
     adapters_named,
     check_unmerged,
+    common_seed,
     ignore_adapter_buffers,
     inject,
     records,
@@ -38,6 +39,7 @@ from lora_lightning.optim.warmup import WarmUp
 from lora_lightning.shifts import open_shifts
 from lora_lightning.tasks import find_task
 from lora_lightning.tasks.base import Batch, PredictContext, measure, meters
+from lora_lightning.vocabulary import grow_for
 
 NAME = "default"
 
@@ -118,6 +120,7 @@ class AdapterModule(LightningModule):
             also_train=() if self.also_train == "heads" else self.also_train,
         )
         self._check_length(net)
+        self._add_tokens(net)
         self.injection = inject(
             net, self.method, self.targets, self.exclude, self.overrides, self.also_train, name=NAME, seed=self.seed
         )
@@ -152,6 +155,13 @@ class AdapterModule(LightningModule):
             raise SettingsError(
                 f"data.max_length is {length}; {type(net).__name__} has {longest} positions, so at most that."
             )
+
+    def _add_tokens(self, net: nn.Module) -> None:
+        """Rows for the tokens that the data module has added to its tokenizer."""
+        data = self._datamodule()
+        tokens = getattr(data, "new_tokens", ())
+        if tokens:
+            grow_for(net, data.tokenizer_object, tokens, self.seed if self.seed is not None else common_seed())
 
     def _label_names(self) -> list[str]:
         return list(getattr(self._datamodule(), "label_names", ())) if self.task.has_head else []

@@ -39,7 +39,7 @@ def injection_table(report: InjectionReport, kept_share: float | None, base_byte
     lines = [f"settings    {settings}"]
     lines += [f"trainable   {report.trainable_parameters:,} of {report.total_parameters:,} parameters ({share:.2%})"]
     if report.trained:
-        lines.append(f"in full     {', '.join(sorted({name.rpartition('.')[0] for name in report.trained}))}")
+        lines.append(f"in full     {', '.join(sorted(set(map(_owner, report.trained))))}")
     if kept_share is not None:
         lines.append(f"kept        {kept_share:.1%} of the factors' entries at the end")
     training = report.trainable_parameters * BYTES_PER_TRAINABLE
@@ -50,6 +50,11 @@ def injection_table(report: InjectionReport, kept_share: float | None, base_byte
     lines += [f"tied        {path} shares its weight with {', '.join(to)}" for path, to in report.tied.items()]
     lines += [f"note        {note}" for note in report.notes]
     return Group(table, Text("\n".join(lines)))
+
+
+def _owner(name: str) -> str:
+    """The module that a parameter belongs to; rows of new tokens, which are a part of one, by their own name."""
+    return name if name.endswith(".new_rows") else name.rpartition(".")[0]
 
 
 def _name(path: str) -> str:

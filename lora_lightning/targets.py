@@ -21,6 +21,7 @@ from lora_lightning.adapters.layer import AdaptedLayer
 from lora_lightning.adapters.weights import BaseLayer, base_layer
 from lora_lightning.errors import TargetError, did_you_mean, nearest
 from lora_lightning.scopes import ALL, SCOPES, TOWERS, Scopes, inside, is_scope, join, pretrained_models
+from lora_lightning.vocabulary import GrownLayer, row_names
 
 Targets = str | Sequence[str]
 Heads = Literal["heads"] | Sequence[str]
@@ -129,7 +130,10 @@ def all_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, BaseLayer | N
             inside = f"{path}."
             yield path, module.base, module.accessor
             continue
-        if path and not isinstance(module, nn.ModuleList):
+        if isinstance(module, GrownLayer):
+            inside = f"{path}."
+            yield path, module, None
+        elif path and not isinstance(module, nn.ModuleList):
             yield path, module, base_layer(module)
         for name in expert_parameters(path, module):
             held = stack(module, name)
@@ -364,28 +368,19 @@ def other_users(model: nn.Module, layers: Mapping[str, BaseLayer]) -> dict[str, 
     return found
 
 
-def places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Every (parent, name) under which a module stands, by the module's id."""
-    found: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if child is not None:
-                found.setdefault(id(child), []).append((parent, name))
-    return found
-
-
 def trained_parameters(model: nn.Module, also_train: Heads) -> list[str]:
-    """Names of base parameters that train in full beside the adapters.
+    """Names of base parameters that train in full beside the adapters; rows of new tokens always do.
 
     Raises:
         TargetError: a pattern that matches no parameter.
     """
     adapted = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, AdaptedLayer))
     names = [name for name, _ in model.named_parameters() if not name.startswith(adapted)]
+    rows = row_names(model)
     if also_train == "heads":
         prefixes = tuple(f"{prefix}." for prefix in head_prefixes(model))
-        return [name for name in names if name.startswith(prefixes)]
-    found: dict[str, None] = {}
+        return [name for name in names if name.startswith(prefixes) or name in rows]
+    found: dict[str, None] = dict.fromkeys(rows)
     for pattern in as_patterns(also_train):
         hits = [name for name in names if within(pattern, name)]
         if not hits:

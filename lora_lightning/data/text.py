@@ -17,6 +17,7 @@ from lora_lightning.data.marks import mark
 from lora_lightning.data.table import Collation, TableData
 from lora_lightning.data.tokenizers import load_tokenizer
 from lora_lightning.errors import DataError, check
+from lora_lightning.vocabulary import check_new, teach
 
 log = logging.getLogger(__name__)
 
@@ -30,15 +31,24 @@ class TextData(TableData):
     Args:
         tokenizer: Path, hub id or pkg:IMPORT_NAME/FOLDER. The command line fills in model.pretrained for null.
         max_length: Most tokens of an example. Batches are only as wide as their longest row.
+        new_tokens: Texts that become one token each, such as "<tool>"; their rows in the model train, and the adapter
+            folder keeps them with the tokenizer.
         group_by_length: Put texts of similar length into one batch, so that less of it is padding.
         common: Settings that all data share.
     """
 
     def __init__(
-        self, *, tokenizer: str | None = None, max_length: int = 256, group_by_length: bool = False, **common: Any
+        self,
+        *,
+        tokenizer: str | None = None,
+        max_length: int = 256,
+        new_tokens: Sequence[str] = (),
+        group_by_length: bool = False,
+        **common: Any,
     ) -> None:
         super().__init__(**common)
         self.tokenizer = tokenizer
+        self.new_tokens = list(new_tokens)
         self.max_length = max_length
         self.group_by_length = group_by_length
         check(max_length >= 2, self, "max_length", "it must be at least 2 tokens.")
@@ -47,8 +57,12 @@ class TextData(TableData):
 
     @cached_property
     def tokenizer_object(self) -> Any:
-        """The tokenizer that `tokenizer` names."""
-        return load_tokenizer(self.tokenizer)
+        """The tokenizer that `tokenizer` names, with the new tokens."""
+        tokenizer = load_tokenizer(self.tokenizer)
+        if self.new_tokens:
+            check_new(tokenizer, self.new_tokens)
+            teach(tokenizer, self.new_tokens)
+        return tokenizer
 
     def collation(self, split: str, columns: Sequence[str], sampler: DistributedSampler[Any]) -> Collation:  # noqa: ARG002 - the same for every split
         """Padding to the longest row."""

@@ -13,9 +13,10 @@ from torch import nn
 from lora_lightning.adapters.layer import AdaptedLayer
 from lora_lightning.errors import AdapterStateError, ExportError
 from lora_lightning.exporters.report import Written
-from lora_lightning.exporters.source import Source, check_finite
+from lora_lightning.exporters.source import Source, check_finite, write_files
 from lora_lightning.injection import iter_adapters, put
-from lora_lightning.targets import places
+from lora_lightning.modules import places
+from lora_lightning.vocabulary import plain_vocabulary
 
 
 def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Written:  # noqa: ARG001 - every format's signature
@@ -38,11 +39,12 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
             "Merge in place instead: merge(model, keep_original=False), then eject(model), and save its state_dict."
         )
     _check_mergeable(source)
-    with _plain(source):
+    with _plain(source), plain_vocabulary(source.host):
         check_finite("the model", source.host.state_dict().values())
         config = copy.copy(source.host.config.__dict__)
         try:
             source.host.save_pretrained(folder)
+            write_files(source.tokenizer, folder)
             difference = _compare(source.host, folder) if verify else None
         finally:
             source.host.config.__dict__.clear()

@@ -20,11 +20,11 @@ from lora_lightning.adapters.weights import TransposedBase
 from lora_lightning.errors import ExportError
 from lora_lightning.exporters import peft_experts, peft_file, peft_rules
 from lora_lightning.exporters.peft_factors import Factors, delta, find_factors, original
-from lora_lightning.exporters.peft_file import PeftLayer
+from lora_lightning.exporters.peft_file import ROWS, PeftLayer
 from lora_lightning.exporters.peft_heads import Heads, find_heads
 from lora_lightning.exporters.peft_rules import CONFIG, PREFIX, TENSORS, TYPE
 from lora_lightning.exporters.report import Written
-from lora_lightning.exporters.source import Source, check_finite, plain_modules
+from lora_lightning.exporters.source import Source, check_finite, plain_modules, write_files
 from lora_lightning.files import write_json
 
 
@@ -49,7 +49,10 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     for path, layer in source.layers.items():
         found = _layer_tensors(path, layer, factors[path], with_bias)
         tensors |= {f"{PREFIX}{in_file[path]}{end}": tensor for end, tensor in found}
+    rows = {path: layer.new_rows.detach().cpu().clone() for path, layer in source.grown.items()}
+    tensors |= {f"{PREFIX}{path}{ROWS}": values for path, values in rows.items()}
     check_finite("the adapter", tensors.values())
+    write_files(source.tokenizer, folder)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / TENSORS, {"format": "pt"})
     write_json(folder / CONFIG, {**_config(source, factors, heads, with_bias, modules), **options})
     difference = _verified(source, folder, factors, heads, modules) if verify else None
@@ -61,7 +64,7 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
         layers=len(factors),
         difference=difference,
         discarded=discarded,
-        notes=tuple(heads.notes + _bias_notes(source, with_bias)),
+        notes=tuple(heads.notes + _bias_notes(source, with_bias) + _token_notes(source)),
     )
 
 
@@ -128,6 +131,7 @@ def _config(
         "lora_bias": with_bias,
         "modules_to_save": heads.modules,
         "target_parameters": parameters,
+        "trainable_token_indices": _token_indices(source),
     }
     return {
         "peft_type": TYPE,
@@ -147,6 +151,17 @@ def _bias_notes(source: Source, with_bias: bool) -> list[str]:
     return [f"{bare[0]} has no bias of its own, so peft loads this adapter but cannot merge it"] if bare else []
 
 
+def _token_indices(source: Source) -> dict[str, list[int]] | list[int]:
+    """Ids of new tokens, by the layer that holds their rows; where layers share them, peft finds the other."""
+    ids = {path: list(range(layer.first, layer.first + len(layer.new_rows))) for path, layer in source.grown.items()}
+    return ids if len(ids) > 1 else next(iter(ids.values()), [])
+
+
+def _token_notes(source: Source) -> list[str]:
+    size = max((layer.num_embeddings for layer in source.grown.values()), default=0)
+    return [f"before peft loads it, the model needs room: resize_token_embeddings({size})"] if size else []
+
+
 # -- verification ------------------------------------------------------------------------------------------------------
 
 
@@ -161,6 +176,9 @@ def _verified(
     written = peft_file.read(folder, peft_experts.find_stacks(source.host))
     if written.layers.keys() != factors.keys() or written.heads.keys() != heads.tensors.keys():
         raise ExportError("the files do not read back: they list other layers or heads than were written.")
+    for path, layer in source.grown.items():
+        if not torch.equal(written.rows.get(path, torch.empty(0)), layer.new_rows.detach().cpu()):
+            raise ExportError(f"the new tokens' rows of {path} do not read back bit for bit.")
     for name, value in written.heads.items():
         path = next(path for path in heads.copied if name.startswith(f"{path}."))
         if not torch.equal(value, modules[path].state_dict()[name.removeprefix(f"{path}.")].cpu()):

@@ -6,6 +6,7 @@ base_model.model.<path>.lora_B.bias            (d_out,)             times the sc
                                                fused experts: see `peft_experts`
 base_model.model.<path>.lora_embedding_A       (r, vocabulary)      lora_embedding_B (width, r)
 base_model.model.<path>.lora_magnitude_vector  (d_out,)             convolutions (1, d_out, 1, ...)
+base_model.model.<path>.token_adapter.trainable_tokens_delta   rows of new tokens (n, width)
 base_model.model.<path>.base_layer.weight      an adapted layer's own weight
 base_model.model.<name>                        a parameter of a module that is saved whole
 
@@ -32,6 +33,7 @@ from lora_lightning.exporters.peft_rules import CONFIG, DEFAULT_ALPHA, DEFAULT_R
 
 PICKLE = "adapter_model.bin"
 MAGNITUDE = "lora_magnitude_vector"
+ROWS = ".token_adapter.trainable_tokens_delta"
 _ROLES = {
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",
@@ -93,6 +95,8 @@ class PeftFolder:
     layers: dict[str, PeftLayer]
     heads: dict[str, Tensor]
     """Tensors of modules that are saved whole, by their name in the plain model."""
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    """Rows of new tokens, (n, width), by the layer's path."""
 
 
 def read(directory: str | Path, stacks: Stacks) -> PeftFolder:
@@ -108,6 +112,7 @@ def read(directory: str | Path, stacks: Stacks) -> PeftFolder:
     config, tensors = _config(Path(directory)), _tensors(Path(directory))
     found: dict[str, dict[str, Tensor]] = {}
     heads: dict[str, Tensor] = {}
+    rows: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if not key.startswith(PREFIX):
             raise AdapterFileError(f'"{directory}": tensor {key} does not start with "{PREFIX}".')
@@ -115,6 +120,8 @@ def read(directory: str | Path, stacks: Stacks) -> PeftFolder:
         ending = next((ending for ending in _ROLES if name.endswith(ending)), None)
         if ending is not None:
             found.setdefault(name.removesuffix(ending), {})[_ROLES[ending]] = tensor
+        elif name.endswith(ROWS):
+            rows[name.removesuffix(ROWS)] = tensor
         elif ".lora_" in name or ".token_adapter." in name or ".base_layer." in name:
             raise AdapterFileError(f'"{directory}": tensor {name} belongs to a variant that is not read here.')
         else:
@@ -126,7 +133,7 @@ def read(directory: str | Path, stacks: Stacks) -> PeftFolder:
         raise AdapterFileError(f'"{directory}": {CONFIG} cannot be read: {error}.') from error
     if not layers:
         raise AdapterFileError(f'"{directory}" holds no factor pair; an adapter without layers changes nothing.')
-    return PeftFolder(config, layers, heads)
+    return PeftFolder(config, layers, heads, rows)
 
 
 def _layer(path: str, experts: int, parts: dict[str, Tensor], config: dict[str, Any]) -> tuple[str, PeftLayer]:

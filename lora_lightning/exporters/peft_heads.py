@@ -65,7 +65,7 @@ def _whole_modules(source: Source, modules: dict[str, nn.Module]) -> list[str]:
     Raises:
         ExportError: a parameter that trains without the rest of its module.
     """
-    owned = [name.rpartition(".") for name in source.trained]
+    owned = [name.rpartition(".") for name in source.heads]
     trained = {id(modules[path]._parameters[leaf]) for path, _, leaf in owned}
 
     def whole(path: str) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from lora_lightning.checkpoint import plain
 from lora_lightning.errors import AdapterStateError, ExportError, did_you_mean
 from lora_lightning.injection import AdapterRecord, injected_root, iter_adapters, records
 from lora_lightning.scopes import pretrained_models
+from lora_lightning.vocabulary import GrownLayer, grown_layers, vocabulary
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,23 @@ class Source:
     """Layers that carry the adapter, by path in `host`."""
     trained: tuple[str, ...]
     """Parameters of `host` that train in full, by name without wrappers."""
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Those of `trained` that are no rows of new tokens."""
+        return tuple(name for name in self.trained if not name.endswith(".new_rows"))
+
+    @property
+    def grown(self) -> dict[str, GrownLayer]:
+        """Layers with rows of new tokens, by path; of those that share them, the first."""
+        unique = {id(layer.new_rows): (path, layer) for path, layer in reversed(grown_layers(self.host).items())}
+        return {plain(path): layer for path, layer in reversed(unique.values())}
+
+    @property
+    def tokenizer(self) -> Mapping[str, bytes]:
+        """Files of the tokenizer that knows the new tokens, by name; none where there are none."""
+        added = vocabulary(self.root)
+        return added.files if added else {}
 
     @property
     def method(self) -> str:
@@ -128,3 +147,9 @@ def check_finite(what: str, tensors: Iterable[Tensor]) -> None:
     for tensor in tensors:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ExportError(f"{what} holds values that are not finite; nothing was written.")
+
+
+def write_files(files: Mapping[str, bytes], folder: Path) -> None:
+    """Write files by name into a folder that is there."""
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
