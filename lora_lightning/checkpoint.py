@@ -11,9 +11,7 @@ torch.compile, FSDP1 or activation checkpointing put into a path.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -25,7 +23,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import lora_lightning
@@ -40,6 +37,7 @@ from lora_lightning.errors import (
     nearest,
 )
 from lora_lightning.files import as_json, write_together
+from lora_lightning.fingerprint import fingerprint, whole
 from lora_lightning.injection import (
     AdapterRecord,
     adapters_named,
@@ -53,18 +51,17 @@ from lora_lightning.injection import (
     set_active,
 )
 from lora_lightning.methods import Method, plain_settings
+from lora_lightning.paths import plain, starting_with, unwrap
 from lora_lightning.plugins import registry, restore
 from lora_lightning.shifts import shift_tensors
 from lora_lightning.targets import all_layers, other_users
-from lora_lightning.vocabulary import Vocabulary, check_same_tokens, grow, grown_layers, shrink, vocabulary
+from lora_lightning.vocabulary import Vocabulary, check_same_tokens, grow, shrink, vocabulary
 
 FILE = "adapter.safetensors"
 DESCRIPTION = "adapter.json"
 TOKENIZER = "tokenizer"
 SCHEMA = 1
-_SAMPLE = 64
 _PARTS = ("adapters", "shifts")
-_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -86,11 +83,6 @@ class Stored:
     """New tokens that its rows belong to."""
 
 
-def plain(path: str) -> str:
-    """A module path or tensor name without the wrappers that torch.compile, FSDP1 or checkpointing put into it."""
-    return _WRAPPERS.sub("", path).rstrip(".")
-
-
 def adapter_keys(model: nn.Module, name: str | None = None) -> list[str]:
     """State-dict keys that belong to adapters: all tensors below them, and heads that train in full.
 
@@ -105,82 +97,9 @@ def adapter_keys(model: nn.Module, name: str | None = None) -> list[str]:
     heads = {parameter for adapter in names for parameter in records(root)[adapter].trained}
     owners = {parameter.rpartition(".")[0] for parameter in heads}
     buffers = {f"{owner}.{buffer}" for owner in owners for buffer, _ in root.get_submodule(owner).named_buffers()}
-    own = _starting_with(inside, root.state_dict()) | heads | buffers
+    own = starting_with(inside, root.state_dict()) | heads | buffers
     keys = [key for key in root.state_dict() if key in own]
     return [f"{prefix}.{key}" if prefix else key for key in keys]
-
-
-def _starting_with(prefixes: Iterable[str], keys: Iterable[str]) -> set[str]:
-    """Keys under one of `prefixes`, each of which ends with a dot; in time linear in both."""
-    wanted = set(prefixes)
-    return {key for key in keys if any(key[: match.end()] in wanted for match in re.finditer(r"\.", key))}
-
-
-def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> dict[str, Any]:
-    """What identifies the base model: class, parameter names and shapes, and a hash of a fixed sample of weights.
-
-    Sampled weights are rounded to bfloat16, so that a model loaded in half precision is recognised. `weights` is None
-    where a base stores something else than floating-point numbers.
-
-    Args:
-        model: a plain module, or one with adapters (which do not count, even when merged).
-        without: parameters that do not count, such as heads that train in full.
-
-    Raises:
-        AdapterStateError: a layer was merged with `keep_original=False`.
-    """
-    skip = {plain(name) for name in without}
-    names, sample, sampled = hashlib.sha256(), hashlib.sha256(), True
-    for key, parameter in sorted(_base_parameters(model).items()):
-        if key in skip:
-            continue
-        names.update(f"{key}:{tuple(parameter.shape)};".encode())
-        values = _whole(parameter).reshape(-1)
-        if not values.is_floating_point():
-            sampled = False
-            continue
-        n = min(_SAMPLE, values.numel())
-        where = torch.arange(n, device=values.device) * (values.numel() - 1) // max(n - 1, 1)
-        sample.update(values[where].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
-    return {
-        "architecture": _architecture(_unwrap(model)),
-        "names": names.hexdigest(),
-        "weights": sample.hexdigest() if sampled else None,
-    }
-
-
-def _base_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Base parameters with the values and under the names they have without adapters."""
-    listed = dict(model.named_parameters())  # tied ones under their first name only
-    layers = dict(iter_adapters(model))
-    inside = _starting_with((f"{path}." for path in layers), listed)
-    grown = {f"{path}.base.weight": f"{path}.weight" for path in grown_layers(model)}
-    found: dict[str, Tensor] = {plain(grown.get(name, name)): listed[name] for name in listed if name not in inside}
-    for path, layer in layers.items():
-        originals = layer.originals()
-        for name, parameter in layer.base.named_parameters():
-            made_by_merge = name == "bias" and name not in originals
-            if f"{path}.base.{name}" in listed and not made_by_merge:
-                key = layer.accessor.weight_name(path) if name == "weight" else f"{path}.{name}"
-                found[plain(key)] = originals.get(name, parameter)
-    return found
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, detached; for a sharded one every process has to take part."""
-    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def _architecture(model: nn.Module) -> str:
-    """The model's class; `fully_shard` puts one of its own on top."""
-    cls = type(model)
-    return (cls.__mro__[2] if FSDPModule in cls.__bases__ else cls).__name__
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    """The module that torch.compile wraps, or the module itself."""
-    inner = model._modules.get("_orig_mod")
-    return model if inner is None else inner
 
 
 def save_adapter(model: nn.Module, directory: str | Path, name: str = "default") -> Path:
@@ -206,7 +125,7 @@ def save_adapter(model: nn.Module, directory: str | Path, name: str = "default")
             f'no adapter "{name}".{did_you_mean(name, records(root))} Installed: {", ".join(records(root))}.'
         )
     state = root.state_dict()
-    tensors = {plain(key): _whole(state[key]).to("cpu", copy=True).contiguous() for key in adapter_keys(root, name)}
+    tensors = {plain(key): whole(state[key]).to("cpu", copy=True).contiguous() for key in adapter_keys(root, name)}
     description = describe(root, name, records(root)[name])
     folder = Path(directory)
     if is_sharded(root) and torch.distributed.get_rank() > 0:
@@ -463,7 +382,7 @@ def _root_for(model: nn.Module) -> nn.Module:
     try:
         return injected_root(model)
     except AdapterStateError:
-        return _unwrap(model)
+        return unwrap(model)
 
 
 def _check_fingerprint(root: nn.Module, stored: Stored, directory: str | Path) -> None:
@@ -517,7 +436,7 @@ def _match(
     }
     state = {plain(key): tensor for key, tensor in root.state_dict(keep_vars=True).items()}
     folded = {key for key in stored.tensors if f".shifts.{stored.name}." in key}
-    inside = _starting_with((f"{path}.adapters.{stored.name}." for path in stored.layers), stored.tensors) | folded
+    inside = starting_with((f"{path}.adapters.{stored.name}." for path in stored.layers), stored.tensors) | folded
     targets |= {key: state[key] for key in stored.tensors if key not in inside and key in state}
     missing = sorted((targets.keys() | set(stored.trained)) - stored.tensors.keys())
     unexpected = sorted(stored.tensors.keys() - targets.keys() - folded)

@@ -19,7 +19,7 @@ from lora_lightning.adapters.seeds import generator
 from lora_lightning.adapters.weights import BaseLayer, ExpertStack
 from lora_lightning.errors import AdapterStateError, SettingsError, TargetError, did_you_mean
 from lora_lightning.methods import Method, check_overridable, replace
-from lora_lightning.modules import places
+from lora_lightning.paths import places
 from lora_lightning.reading import read_layers
 from lora_lightning.scopes import pretrained_models
 from lora_lightning.targets import (

@@ -26,7 +26,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 from lora_lightning.adapters.layer import AdaptedLayer
 from lora_lightning.adapters.seeds import generator
 from lora_lightning.errors import AdapterStateError, ModelError, SettingsError, did_you_mean
-from lora_lightning.modules import places
+from lora_lightning.paths import places
 
 _KEY = "_lora_lightning_vocabulary"
 
@@ -205,7 +205,8 @@ def check_growable(model: nn.Module, first: int, tokens: Sequence[str]) -> None:
 
 def grow(model: nn.Module, added: Vocabulary, seed: int = 0) -> None:
     """Give the model's embedding and output layer the rows of `added`; shared ones where they share a weight."""
-    where, rows = places(model), {}
+    where = places(model)
+    rows: dict[int, nn.Parameter] = {}
     for path, layer in list(_token_layers(model)):
         weight = cast(nn.Parameter, layer.weight)
         if id(weight) not in rows:
@@ -252,7 +253,8 @@ def shrink(model: nn.Module) -> None:
 @contextmanager
 def plain_vocabulary(model: nn.Module) -> Iterator[None]:
     """Inside, layers with new rows are plain ones of the full size; afterwards they are as before."""
-    where, layers, weights = places(model), grown_layers(model), {}
+    where, layers = places(model), grown_layers(model)
+    weights: dict[int, nn.Parameter] = {}
     for layer in layers.values():
         key = id(layer.base.weight)
         weights.setdefault(key, nn.Parameter(layer.weight.detach().clone(), requires_grad=False))

@@ -19,9 +19,11 @@ from torch.distributed.fsdp import fully_shard
 import lora_lightning as ll
 from ll_lora import LoRA
 from lora_lightning import checkpoint, files
-from lora_lightning.checkpoint import DESCRIPTION, FILE, adapter_keys, fingerprint, plain, read_folder
+from lora_lightning.checkpoint import DESCRIPTION, FILE, adapter_keys, read_folder
 from lora_lightning.errors import AdapterFileError, AdapterStateError, LoraLightningError, UnknownMethodError
+from lora_lightning.fingerprint import fingerprint
 from lora_lightning.injection import adapters_named, records
+from lora_lightning.paths import plain
 from lora_lightning.testing import TinyMLP, perturb, tiny_decoder, tiny_encoder
 
 METHOD = LoRA(rank=2, alpha=4.0)

@@ -15,7 +15,7 @@ from lora_lightning.errors import AdapterStateError, ExportError
 from lora_lightning.exporters.report import Written
 from lora_lightning.exporters.source import Source, check_finite, write_files
 from lora_lightning.injection import iter_adapters, put
-from lora_lightning.modules import places
+from lora_lightning.paths import places
 from lora_lightning.vocabulary import plain_vocabulary
 
 

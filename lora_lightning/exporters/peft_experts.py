@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.experts import stands_for_parameter
 from lora_lightning.adapters.weights import ExpertStack
-from lora_lightning.checkpoint import plain
+from lora_lightning.paths import plain
 from lora_lightning.targets import all_layers
 
 Stacks = Mapping[str, Sequence[tuple[str, int]]]

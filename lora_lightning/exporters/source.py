@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.experts import stands_for_parameter
 from lora_lightning.adapters.layer import AdaptedLayer
-from lora_lightning.checkpoint import plain
 from lora_lightning.errors import AdapterStateError, ExportError, did_you_mean
 from lora_lightning.injection import AdapterRecord, injected_root, iter_adapters, records
+from lora_lightning.paths import plain
 from lora_lightning.scopes import pretrained_models
 from lora_lightning.vocabulary import GrownLayer, grown_layers, vocabulary
 
