@@ -26,13 +26,14 @@ def read_layers(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
     for path in paths:
         parent, _, name = path.rpartition(".")
         owner: Any = type(model.get_submodule(parent))  # a class is hashable, which mypy doubts of module classes
-        if _reads(owner, name):
+        if reads(owner, name):
             found[path] = owner.__name__
     return found
 
 
 @functools.cache
-def _reads(owner: type[nn.Module], name: str) -> bool:
+def reads(owner: type[nn.Module], name: str) -> bool:
+    """Whether modules of class `owner` read the weight of their layer `name` instead of calling it."""
     classes: list[Any] = [cls for cls in owner.__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module]
     if not any(_mentions(cls, name) for cls in classes):
         return False

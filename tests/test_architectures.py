@@ -15,6 +15,7 @@ import lora_lightning as ll
 from ll_dora import DoRA
 from ll_lora import LoRA
 from ll_rose import RoseLoRA
+from lora_lightning.errors import ExportError
 from lora_lightning.optim.groups import build_optimizer
 from lora_lightning.scopes import TOWERS
 from lora_lightning.testing import perturb
@@ -144,6 +145,41 @@ def test_routed_adapters_work_on_all_others(name: str) -> None:
     for index, (_, layer) in enumerate(ll.iter_adapters(model)):
         perturb(layer.adapters, index)  # a router's first gradients are below float32 in models as flat as these
     train(model, ARCHITECTURES[name].batch())
+
+
+NOT_FOR_PEFT = {
+    "Qwen3-MoE": "peft takes the name for the fused experts",
+    "DeepSeek-V3": "peft takes the name for the fused experts",
+    "Qwen3-Next": "peft takes the name for the fused experts",
+    "Mamba": "MambaMixer reads the weight without calling the layer, so that peft's factors have no effect",
+    "Mamba-2": "peft refuses out_proj and conv1d in models of type mamba2",
+    "Jamba": "JambaMambaMixer reads the weight without calling the layer, so that peft's factors have no effect",
+    "Falcon-H1": "peft refuses out_proj and conv1d in models of type falcon_h1",
+}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's call
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("Mamba", "Mamba-2", "LLaVA", "Whisper") else pytest.mark.slow)
+        for name in ARCHITECTURES
+    ],
+)
+def test_peft_computes_the_same_or_the_export_is_refused(name: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    model, batch = ARCHITECTURES[name].build(), ARCHITECTURES[name].batch()
+    ll.inject(model, METHODS["LoRA"], targets(name), seed=0)
+    for index, (_, layer) in enumerate(ll.iter_adapters(model)):
+        perturb(layer.adapters, index)
+    if name in NOT_FOR_PEFT:
+        with pytest.raises(ExportError, match=NOT_FOR_PEFT[name]):
+            ll.export(model, tmp_path / "peft")
+        return
+    ll.export(model, tmp_path / "peft")
+    theirs = PeftModel.from_pretrained(ARCHITECTURES[name].build(), tmp_path / "peft")
+    torch.testing.assert_close(outputs(theirs, batch), outputs(model, batch), rtol=1e-4, atol=1e-4)
 
 
 def test_the_table_in_the_readme_is_fresh() -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from lora_lightning.adapters.weights import ExpertStack
 from lora_lightning.errors import ExportError
 from lora_lightning.exporters import peft_experts
+from lora_lightning.reading import reads
 from lora_lightning.targets import fused_experts
 
 TYPE = "LORA"
@@ -40,6 +41,8 @@ _TASK_HEADS = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 _RENAMING_FAMILIES = ("mixtral", "qwen2_moe")
+_STATE_SPACE = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+_REFUSED_THERE = ("out_proj", "conv1d")
 _EXPERT_NAMES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
@@ -48,7 +51,8 @@ def task_type(model: nn.Module) -> str | None:
     name = type(model).__name__
     if name.endswith("ForConditionalGeneration"):
         encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        return "SEQ_2_SEQ_LM" if encoder_decoder else None
+        # the class of peft for that task calls the model with token ids only
+        return "SEQ_2_SEQ_LM" if encoder_decoder and getattr(model, "main_input_name", None) == "input_ids" else None
     if not hasattr(model, "base_model_prefix"):
         return None
     return next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
@@ -164,9 +168,13 @@ def unlike(path: str, modules: Mapping[str, nn.Module], layer: nn.Module) -> str
             return f"dilation={layer.dilation}, which peft drops for its factors"
         if layer.padding_mode != "zeros":
             return f'padding_mode="{layer.padding_mode}", while peft pads with zeros'
-    elif isinstance(layer, nn.Embedding):
-        if type(layer).forward is not nn.Embedding.forward and not hasattr(layer, "embed_scale"):
-            return f"{type(layer).__name__} has a look-up of its own, while peft looks its factors up plainly"
-    elif isinstance(parent, nn.MultiheadAttention):
-        return "nn.MultiheadAttention reads the weight without calling the layer, so that peft's factors have no effect"
+    own = isinstance(layer, nn.Embedding) and type(layer).forward is not nn.Embedding.forward
+    if own and not hasattr(layer, "embed_scale"):
+        return f"{type(layer).__name__} has a look-up of its own, while peft looks its factors up plainly"
+    owner: Any = type(parent)
+    if reads(owner, path.rpartition(".")[2]):
+        return f"{owner.__name__} reads the weight without calling the layer, so that peft's factors have no effect"
+    kind = getattr(getattr(modules[""], "config", None), "model_type", None)
+    if kind in _STATE_SPACE and path.rpartition(".")[2] in _REFUSED_THERE:
+        return f"peft refuses {' and '.join(_REFUSED_THERE)} in models of type {kind}"
     return None
