@@ -114,6 +114,45 @@ def test_adapters_train_save_merge_and_generate(name: str, method: str, tmp_path
     cycle(ARCHITECTURES[name], METHODS[method], targets(name), tmp_path)
 
 
+def half(batch: Batch) -> Batch:
+    """Pictures and sounds in bfloat16; attention masks stay what they are."""
+    return {k: v.bfloat16() if v.is_floating_point() and k != "attention_mask" else v for k, v in batch.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["LoRA", "DoRA"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_bfloat16_starts_at_the_base_and_trains(name: str, method: str) -> None:
+    model, batch = ARCHITECTURES[name].build(torch.bfloat16), half(ARCHITECTURES[name].batch())
+    base = outputs(model, batch)
+    ll.inject(model, METHODS[method], targets(name), seed=0)
+    assert torch.equal(outputs(model, batch), base)
+    model.train()(**batch).loss.backward()
+    trainable = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    assert [key for key, p in trainable.items() if p.grad is None or not torch.isfinite(p.grad).all()] == []
+    assert any(p.grad.any() for p in trainable.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_that_a_model_keeps_in_float32(method: str) -> None:
+    """T5 casts to the dtype of `wo` before it calls it, and keeps that in float32 in half precision."""
+    model, batch = ARCHITECTURES["T5"].build(torch.bfloat16), ARCHITECTURES["T5"].batch()
+    kept = [module for path, module in model.named_modules() if path.endswith(".wo")]
+    for module in kept:
+        module.float()
+    base = outputs(model, batch)
+    ll.inject(model, METHODS[method], seed=0)
+    assert torch.equal(outputs(model, batch), base)
+    for index, (_, layer) in enumerate(ll.iter_adapters(model)):
+        perturb(layer.adapters, index, size=0.1)
+    adapted = outputs(model, batch)
+    assert {module.weight.dtype for module in kept} == {torch.float32}
+    assert adapted.dtype == base.dtype
+    assert not torch.equal(adapted, base)
+    model(**batch).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
 # -- what is refused, and what README.md says --------------------------------------------------------------------------
 
 
