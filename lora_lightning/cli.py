@@ -32,6 +32,7 @@ from lora_lightning.methods import Method
 from lora_lightning.module import NAME, AdapterModule
 from lora_lightning.parser import Parser
 from lora_lightning.pretrained import resolve
+from lora_lightning.random_models import is_random
 from lora_lightning.saving import AtomicCheckpoints, LastCheckpoint
 
 _CLASSES = {"lora_lightning_optimizers": Optimizer, "lora_lightning_callbacks": Callback}
@@ -88,12 +89,13 @@ class CLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
-        """A data module without a tokenizer gets the model's, which is looked for first."""
+        """A data module without a tokenizer or an image processor gets the model's, which is looked for first."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         resolve(config.model.pretrained)
         settings = config.data.get("init_args", {}) if config.data else {}
-        if "tokenizer" in settings and settings["tokenizer"] is None:
-            settings["tokenizer"] = config.model.pretrained
+        for name in ("tokenizer", "processor"):
+            if name in settings and settings[name] is None and not is_random(config.model.pretrained):
+                settings[name] = config.model.pretrained
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with the run folder's loggers and checkpoint, for `fit`; without any for the other verbs."""

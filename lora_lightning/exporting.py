@@ -27,6 +27,7 @@ from lora_lightning.exporters.source import Source, find
 from lora_lightning.files import write_json
 from lora_lightning.injection import InjectionReport
 from lora_lightning.pretrained import resolve
+from lora_lightning.random_models import build, config_of, is_random
 
 FORMATS = {"delta": delta.write, "merged": merged.write, "peft": peft_export.write}
 
@@ -175,10 +176,12 @@ def _load_base(folder: str, stored: Stored, where: str, dtype: torch.dtype | str
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # the head is not in the base, and comes from the adapter
     try:
-        config = cls.config_class.from_pretrained(folder)
+        config = config_of(folder) if is_random(folder) else cls.config_class.from_pretrained(folder)
         labels = _labels(cls, config, {key: stored.tensors[key] for key in stored.trained})
         if labels is not None:
             config.num_labels = labels
+        if is_random(folder):
+            return build(folder, lambda: cls(config))
         model, info = cls.from_pretrained(
             folder,
             config=config,

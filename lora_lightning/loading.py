@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -12,6 +12,7 @@ from torch import nn
 
 from lora_lightning.errors import ModelError
 from lora_lightning.pretrained import resolve
+from lora_lightning.random_models import build, config_of, is_random
 from lora_lightning.targets import head_prefixes, within
 from lora_lightning.tasks.base import Task
 
@@ -27,7 +28,7 @@ def load_model(
     """The pretrained model with the task's head.
 
     Args:
-        pretrained: folder, hub id, or `pkg:IMPORT_NAME/FOLDER`.
+        pretrained: folder, hub id, `pkg:IMPORT_NAME/FOLDER`, or the full name of a random model.
         task: decides the model class.
         num_labels: size of a classification head.
         dtype: dtype of the weights; None takes float32.
@@ -42,6 +43,8 @@ def load_model(
     if label_names and len(label_names) == num_labels:
         options["id2label"] = dict(enumerate(label_names))
         options["label2id"] = {name: number for number, name in enumerate(label_names)}
+    if is_random(pretrained):
+        return _random(pretrained, task, options)
     try:
         with _silent():
             # a head of another size starts anew; any other tensor of another shape is refused below
@@ -56,17 +59,33 @@ def load_model(
     except OSError as error:
         raise ModelError(f'model.pretrained is "{pretrained}": {_first_line(error)}') from error
     except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
+        _refuse_class(error, pretrained, task)
+        raise
+    _check_complete(model, info, pretrained, task.unused, also_train)
+    model.config._name_or_path = pretrained  # as given, so that an adapter's description holds on another machine
+    eos = getattr(model.config, "eos_token_id", None)  # a model of images has neither
+    if eos is not None and model.config.pad_token_id is None:
+        model.config.pad_token_id = eos[0] if isinstance(eos, list) else eos
+    return model  # type: ignore[no-any-return]
+
+
+def _random(name: str, task: Task, options: dict[str, Any]) -> nn.Module:
+    config = config_of(name, **options)
+    try:
+        model = build(name, lambda: getattr(transformers, task.auto_class).from_config(config, dtype=torch.float32))
+    except ValueError as error:
+        _refuse_class(error, name, task)
+        raise
+    cast(Any, model).config._name_or_path = name
+    return model
+
+
+def _refuse_class(error: ValueError, pretrained: str, task: Task) -> None:
+    """Raise `ModelError` where transformers said that the model has no class for the task."""
+    if "Unrecognized configuration class" in str(error):
         raise ModelError(
             f'model.task is "{task.name}", but "{pretrained}" has no {task.auto_class} in transformers.'
         ) from error
-    _check_complete(model, info, pretrained, task.unused, also_train)
-    model.config._name_or_path = pretrained  # as given, so that an adapter's description holds on another machine
-    if model.config.pad_token_id is None and model.config.eos_token_id is not None:
-        eos = model.config.eos_token_id
-        model.config.pad_token_id = eos[0] if isinstance(eos, list) else eos
-    return model  # type: ignore[no-any-return]
 
 
 @contextmanager

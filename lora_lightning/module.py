@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 from lightning.pytorch import LightningModule
@@ -36,6 +37,7 @@ from lora_lightning.loading import load_model
 from lora_lightning.methods import Method
 from lora_lightning.optim.groups import build_optimizer
 from lora_lightning.optim.warmup import WarmUp
+from lora_lightning.random_models import full_name, is_random, tokenizer_settings
 from lora_lightning.shifts import open_shifts
 from lora_lightning.tasks import find_task
 from lora_lightning.tasks.base import Batch, PredictContext, measure, meters
@@ -48,10 +50,12 @@ class AdapterModule(LightningModule):
     """Loads a pretrained model, puts an adapter method on it, and trains it on a task.
 
     Args:
-        pretrained: folder, hub id, or `pkg:IMPORT_NAME/FOLDER` for weights that an installed package carries.
+        pretrained: folder, hub id, `pkg:IMPORT_NAME/FOLDER` for weights that an installed package carries, or
+            `random:MODEL_TYPE` (of transformers) for a model that knows nothing yet; data.tokenizer is then needed.
         method: the adapter method and its settings.
         task: "sequence-classification", "multi-label-classification", "token-classification", "regression",
-            "causal-lm", "masked-lm", "sentence-embedding" or "sentence-similarity".
+            "image-classification", "causal-lm", "seq2seq-lm", "masked-lm", "sentence-embedding" or
+            "sentence-similarity".
         targets: "all-linear", a scope ("attention", "mixer", "mlp", "experts", "vision", "vision.mlp", ...), a list of
             name suffixes and scopes, or one regular expression. Of a vision-language model, a scope without a tower
             means the language tower.
@@ -67,6 +71,8 @@ class AdapterModule(LightningModule):
         max_new_tokens: tokens that `predict` generates for a causal language model.
         seed: seed of the adapter's start values; null takes the run's.
         task_settings: settings of the task, such as `{temperature: 0.02}` of "sentence-embedding".
+        random_config: settings of a `random:` model, such as `{hidden_size: 64}`; the vocabulary's size and the marks
+            around a text follow from the tokenizer. Its weights are drawn from `seed`.
     """
 
     strict_loading = False
@@ -88,6 +94,7 @@ class AdapterModule(LightningModule):
         max_new_tokens: int = 64,
         seed: int | None = None,
         task_settings: dict[str, Any] | None = None,
+        random_config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.pretrained, self.method, self.task = pretrained, method, find_task(task, task_settings)
@@ -95,6 +102,12 @@ class AdapterModule(LightningModule):
         self.also_train, self.optimizer_factory, self.lr_scheduler = also_train, optimizer, lr_scheduler
         self.num_labels, self.gradient_checkpointing = num_labels, gradient_checkpointing
         self.linear_baseline, self.max_new_tokens, self.seed = linear_baseline, max_new_tokens, seed
+        self.random_config = random_config or {}
+        if random_config and not is_random(pretrained):
+            raise SettingsError(
+                f'model.random_config is {random_config}, but model.pretrained is "{pretrained}"; it belongs to '
+                '"random:MODEL_TYPE".'
+            )
         self.net: nn.Module | None = None
         self.injection: InjectionReport | None = None
         self.meters: dict[str, MetricCollection] = {}
@@ -112,8 +125,9 @@ class AdapterModule(LightningModule):
             return
         self._check_data()
         self._check_precision()
+        pretrained = self._random_name() if is_random(self.pretrained) else self.pretrained
         net = load_model(
-            self.pretrained,
+            pretrained,
             self.task,
             self._labels(),
             label_names=self._label_names(),
@@ -124,10 +138,19 @@ class AdapterModule(LightningModule):
         self.injection = inject(
             net, self.method, self.targets, self.exclude, self.overrides, self.also_train, name=NAME, seed=self.seed
         )
+        if is_random(pretrained):
+            note = f"nothing is pretrained: what is frozen stays as it was drawn ({pretrained})"
+            self.injection = replace(self.injection, notes=(*self.injection.notes, note))
         if self.gradient_checkpointing:
             enable_checkpointing(net)
         self.net = net
         ignore_adapter_buffers(self)
+
+    def _random_name(self) -> str:
+        tokenizer = getattr(self._datamodule(), "tokenizer_object", None)
+        found = tokenizer_settings(self.pretrained, tokenizer, self.random_config) if tokenizer else {}
+        seed = common_seed() if self.seed is None else self.seed
+        return full_name(self.pretrained, {**found, **self.random_config}, seed)
 
     def _datamodule(self) -> Any:
         return getattr(self._trainer, "datamodule", None) if self._trainer is not None else None

@@ -6,13 +6,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lora_lightning.errors import ModelError, nearest
+from lora_lightning.random_models import is_random
 
 PACKAGE = "pkg:"
 """Prefix of `pkg:IMPORT_NAME/FOLDER`, weights that an installed package carries."""
 
 
 def resolve(name: str, field: str = "model.pretrained", needs: str | None = "config.json") -> str:
-    """The local folder that `name` means, or `name` itself where it is a hub id.
+    """The local folder that `name` means, or `name` itself where it is a hub id or a model without pretrained weights.
 
     Args:
         name: Path, hub id, or `pkg:IMPORT_NAME/FOLDER`; the package is found without importing it.
@@ -22,6 +23,8 @@ def resolve(name: str, field: str = "model.pretrained", needs: str | None = "con
     Raises:
         ModelError: a package that is not installed, a folder that does not exist or lacks the file `needs`.
     """
+    if is_random(name):
+        return name
     if name.startswith(PACKAGE):
         folder = _package_folder(name, field)
     elif Path(name).expanduser().exists() or _looks_like_path(name):

@@ -73,8 +73,10 @@ def test_a_task_runs_and_predicts(name, tmp_path, monkeypatch, capsys):
 
 
 PREDICTED = {
+    "image_classification": {"image", "label", "prediction", "probability"},
     "masked_lm": {"text", "prediction", "fillings", "loss"},
     "multi_label": {"text", "labels", "probabilities"},
+    "seq2seq": {"source", "target", "loss"},
     "sentence_embedding": {"anchor", "positive", "similarity"},
     "token_classification": {"tokens", "prediction", "tagged"},
 }

@@ -1,7 +1,8 @@
-"""Data modules: texts with labels, tags or masks, pairs, prompts with completions, chats, plain text, and PyDocs."""
+"""Data modules: texts with labels, tags or masks, pairs, completions, translations, chats, images, PyDocs."""
 
 from lora_lightning.data.chat import Chat
 from lora_lightning.data.completions import Completions
+from lora_lightning.data.images import LabelledImages
 from lora_lightning.data.labelled import LabelledText
 from lora_lightning.data.loader import ResumableLoader
 from lora_lightning.data.masked import MaskedText
@@ -10,10 +11,12 @@ from lora_lightning.data.pairs import TextPairs
 from lora_lightning.data.plain import PlainText
 from lora_lightning.data.pydocs import PyDocs
 from lora_lightning.data.tagged import TaggedWords
+from lora_lightning.data.text_to_text import TextToText
 
 __all__ = [
     "Chat",
     "Completions",
+    "LabelledImages",
     "LabelledText",
     "MaskedText",
     "MultiLabelText",
@@ -22,4 +25,5 @@ __all__ = [
     "ResumableLoader",
     "TaggedWords",
     "TextPairs",
+    "TextToText",
 ]

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule
 
 import lora_lightning.data
 from lora_lightning.data.causal_text import CausalText
+from lora_lightning.data.images import LabelledImages
 from lora_lightning.data.table import TableData
 from lora_lightning.errors import DataError
 
@@ -31,6 +32,14 @@ def show_examples(datamodule: LightningDataModule, n: int = 3) -> str:
 
 
 def _figures(datamodule: TableData) -> Iterator[str]:
+    if isinstance(datamodule, LabelledImages):
+        yield f"{'split':<12}{'examples':>9}  classes"
+        yield from (datamodule.figures(split) for split in datamodule.ready)
+    else:
+        yield from _text_figures(datamodule)
+
+
+def _text_figures(datamodule: TableData) -> Iterator[str]:
     yield f"{'split':<12}{'examples':>9}{'truncated':>11}{'tokens: min':>13}{'median':>8}{'max':>6}"
     for split in datamodule.ready:
         examples = datamodule.examples(split)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
 
@@ -30,6 +31,14 @@ def in_share(text: str, share: float) -> bool:
 
 Source = str | dict[str, float] | list[str]
 """A source, several with weights, or several as they are."""
+
+
+def identity(value: object) -> str:
+    """What tells a text or an image from others: the text; of an image its content, or its name and folder's name."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    content, path = value.get("bytes"), value.get("path")
+    return hashlib.sha256(content).hexdigest() if content else "/".join(Path(str(path)).parts[-2:])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +115,7 @@ class Sources:
         sources = [] if given is None else [given] if isinstance(given, str) else list(given)
         what = f"{self.owner}.{field}"
         return {
-            source: read_table(source, hub_split, columns=self.columns, field=what, on_error=self.on_error)
+            source: _unread(read_table(source, hub_split, columns=self.columns, field=what, on_error=self.on_error))
             for source in sources
         }
 
@@ -134,7 +143,14 @@ class Sources:
             raise DataError(f"{self.owner}.{field}: its sources do not fit together: {reason}") from error
 
     def _is_held_out(self, texts: Sequence[object]) -> bool:
-        return in_share(" ".join(map(str, texts)), self.validation_share)
+        return in_share(" ".join(map(identity, texts)), self.validation_share)
+
+    def folder(self, split: str) -> Path | None:
+        """Where the one file lies that the rows of a split are read from; paths in it are relative to that."""
+        field = self._field(split)
+        source = getattr(self, field) if field else None
+        path = Path(source).expanduser() if isinstance(source, str) else None
+        return path.parent if path and path.is_file() else None
 
     def _field(self, split: str) -> str | None:
         """The setting that names the source of `split`: its own, or for validation and predict the next best."""
@@ -145,6 +161,14 @@ class Sources:
         if split == "predict" and not self.predict:
             return "test" if self.test else validation
         return split
+
+
+def _unread(table: datasets.Dataset) -> datasets.Dataset:
+    """`table` with images that are read when they are used, not when they are looked at."""
+    for name, feature in (getattr(table, "features", None) or {}).items():
+        if isinstance(feature, datasets.Image) and feature.decode:
+            table = table.cast_column(name, datasets.Image(decode=False))
+    return table
 
 
 def _common(columns: Sequence[Sequence[str]]) -> list[str]:

@@ -19,7 +19,8 @@ def load_tokenizer(name: str | None) -> Any:
     """
     if name is None:
         raise DataError(
-            "data.tokenizer is null; set it to the model's path or hub id (the command line copies model.pretrained)."
+            "data.tokenizer is null; set it to the model's path or hub id (the command line copies model.pretrained; a "
+            "random: model has none)."
         )
     folder = resolve(name, "data.tokenizer", needs=None)
     try:

@@ -29,11 +29,13 @@ def measured(task, batches, labels=3):
 def test_every_task_has_a_name_and_a_direction():
     assert set(all_tasks()) == {
         "causal-lm",
+        "image-classification",
         "masked-lm",
         "multi-label-classification",
         "regression",
         "sentence-embedding",
         "sentence-similarity",
+        "seq2seq-lm",
         "sequence-classification",
         "token-classification",
     }

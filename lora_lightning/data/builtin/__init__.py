@@ -20,6 +20,8 @@ TABLES: dict[str, str] = {
     "python-words": "words",
     "python-traits": "traits",
     "python-pairs": "pairs",
+    "dates": "dates",
+    "shapes": "shapes",
 }
 """Module of this package, with a function `table()`, by name."""
 
