@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from resuming import SaveAt, assert_equal_runs, at_step, run
-from training import classification, completion_data, decoder_folder, encoder_folder, labelled_data
+from training import classification, completion_data, completion_file, decoder_folder, encoder_folder, labelled_data
 
 from ll_lora import LoRA
 from ll_rose import RoseLoRA
@@ -206,3 +208,29 @@ def test_another_number_of_processes_is_refused(encoder, tmp_path, saved):
     torch.save(checkpoint, saved)
     with pytest.raises(ResumeError, match="written by 2 processes; this run has 1"):
         run(classification(encoder, LoRA(rank=2)), labelled_data(encoder), tmp_path, (), saved, max_steps=5)
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+def test_resume_of_a_stream_inside_a_window(tmp_path, workers):
+    folder, saved = decoder_folder(tmp_path), tmp_path / "saved.ckpt"
+    for name, rows in (("one", 24), ("two", 9)):
+        file = completion_file(tmp_path / f"{name}.csv", rows, seed=rows)
+        lines = [line.split(",") for line in file.read_text().splitlines()[1:]]
+        text = "\n".join(json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in lines)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    options = {"accumulate_grad_batches": 3, "max_steps": 8}
+
+    def data():
+        train = [str(tmp_path / name) for name in ("one.jsonl", "two.jsonl")]
+        settings = {"streaming": True, "packing": True, "max_length": 24, "batch_size": 1, "shuffle_block": 5}
+        return completion_data(folder, train=train, num_workers=workers, **settings)
+
+    def module():
+        return AdapterModule(str(folder), LoRA(rank=2, dropout=0.1), task="causal-lm", seed=1)
+
+    inside = SaveAt(saved, lambda trainer, batch_idx: trainer.global_step == 4 and batch_idx % 3 == 1)
+    straight = run(module(), data(), tmp_path, [inside], **options)
+    resumed = run(module(), data(), tmp_path, (), saved, seed=77, **options)
+    assert straight["step"] == 8
+    assert_equal_runs(straight, resumed)

@@ -110,7 +110,8 @@ def completion_data(folder: Path, **options: Any) -> Completions:
     file = folder / "pairs.csv"
     if not file.exists():
         completion_file(file)
-    return Completions(train=str(file), validation=str(file), tokenizer=str(folder), **{"batch_size": 4, **options})
+    settings = {"train": str(file), "batch_size": 4, **options}
+    return Completions(validation=str(file), tokenizer=str(folder), **settings)
 
 
 def trainer(folder: Path, callbacks: list[Any] | None = None, **options: Any) -> Trainer:

@@ -1,16 +1,26 @@
-"""What the data of a causal language model share: token counts, and packing."""
+"""What the data of a causal language model share: token counts, packing, and streaming."""
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from abc import abstractmethod
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, cast
 
 import datasets
+from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DistributedSampler
 
+from lora_lightning.data.collate import Collate
 from lora_lightning.data.loader import count_targets
 from lora_lightning.data.packing import PackSampler, best_fit
+from lora_lightning.data.stream_loader import StreamLoader
+from lora_lightning.data.streaming import Encoder, Position, StreamBatches
 from lora_lightning.data.text import TextData, token_counts
-from lora_lightning.errors import check
+from lora_lightning.errors import DataError, SettingsError, check
+
+log = logging.getLogger(__name__)
 
 
 class CausalText(TextData):
@@ -23,16 +33,31 @@ class CausalText(TextData):
         packing: Put several training examples into one row of max_length tokens; batch_size then counts rows. No
             example sees another, and positions start anew, so that losses are those of unpacked examples. A model
             that cannot keep examples apart is refused before the first step.
+        streaming: Read the training data while training, without end, for what does not fit on the disk or takes long
+            to tokenise; trainer.max_steps says when to stop. Workers and ranks read files of their own where there are
+            enough. The validation data must be named, or validation_share be 0.
+        shuffle_block: Rows of a stream that are shuffled together, and read again on resume.
         common: Settings that all text data share.
     """
 
     task_kinds = ("causal-lm",)
 
-    def __init__(self, *, packing: bool = False, **common: Any) -> None:
+    def __init__(
+        self, *, packing: bool = False, streaming: bool = False, shuffle_block: int = 1000, **common: Any
+    ) -> None:
         super().__init__(**common)
         self.packing = packing
+        self.streaming = streaming
+        self.shuffle_block = shuffle_block
         self.count = count_targets
         check(not (packing and self.group_by_length), self, "packing", "it leaves nothing to group_by_length; use one.")
+        check(shuffle_block >= 1, self, "shuffle_block", "it must be at least 1.")
+        if streaming:
+            self._check_streaming()
+
+    @abstractmethod
+    def encoder(self, split: str) -> Encoder:
+        """What makes examples of rows; without labels they are learned whole."""
 
     def sampler(self, examples: datasets.Dataset, batch_size: int, **options: Any) -> DistributedSampler[Any]:
         """Packed rows in training, where asked for."""
@@ -43,3 +68,85 @@ class CausalText(TextData):
     def packs(self, split: str) -> int:
         """Rows that the examples of a split fill."""
         return len(best_fit(sorted(token_counts(self.examples(split)), reverse=True), self.max_length))
+
+    def prepare(self, split: str) -> None:
+        """Read and tokenise a split, or open the stream."""
+        if self.streaming and split == "train":
+            self.encoder(split)
+            _ = self.stream
+        else:
+            super().prepare(split)
+
+    def examples(self, split: str) -> datasets.Dataset:
+        """The tokenised rows of a split.
+
+        Raises:
+            DataError: they are streamed.
+        """
+        if self.streaming and split == "train":
+            raise DataError(
+                f"{type(self).__name__}.streaming is True, so that nobody knows the training examples beforehand. To "
+                "inspect some, set streaming to false and a limit."
+            )
+        return super().examples(split)
+
+    @cached_property
+    def stream(self) -> datasets.IterableDataset:
+        """The rows of the training data."""
+        rows = self.read("train")
+        if rows is None:
+            raise DataError(f"{type(self).__name__}.train is null; name a file, a folder or a hub data set.")
+        return cast(datasets.IterableDataset, rows)
+
+    def train_dataloader(self) -> Any:
+        """Shuffled by epoch, or a stream; with an exact position for resume."""
+        return self._stream_loader() if self.streaming else super().train_dataloader()
+
+    def _check_streaming(self) -> None:
+        held_out = self.sources.validation is None and self.validation_share
+        check(not held_out, self, "streaming", "name validation data, or set validation_share to 0.")
+        check(self.limit is None, self, "streaming", "limit must be null: trainer.max_steps ends a stream.")
+        check(not self.group_by_length, self, "streaming", "group_by_length needs all lengths; packing does not.")
+        check(self.sources.on_error == "raise", self, "streaming", "on_error skip needs the whole file.")
+        self.sources = replace(self.sources, streaming=True)
+
+    def _stream_loader(self) -> StreamLoader:
+        trainer = self.trainer
+        options: dict[str, Any] = {}
+        ranks = {"num_replicas": 1, "rank": 0}
+        if trainer is not None:
+            if trainer.max_steps < 1 or trainer.limit_train_batches != 1.0:
+                raise SettingsError(
+                    f"{type(self).__name__}.streaming is True, and a stream has no end: set trainer.max_steps, and "
+                    f"leave trainer.limit_train_batches (now {trainer.limit_train_batches}) alone."
+                )
+            ranks = trainer.distributed_sampler_kwargs or ranks
+            options["window"] = lambda: trainer.accumulate_grad_batches
+            options["length"] = lambda: trainer.max_steps * trainer.accumulate_grad_batches
+        rows = split_dataset_by_node(self.stream, ranks["rank"], ranks["num_replicas"])
+        workers = min(self.num_workers, rows.num_shards)
+        if workers < self.num_workers:
+            log.warning(
+                "%s: %d of %d workers read the stream, as it has %d files; more files keep more workers busy",
+                type(self).__name__,
+                workers,
+                self.num_workers,
+                rows.num_shards,
+            )
+        columns = ("input_ids", "labels", "position_ids") if self.packing else ("input_ids", "attention_mask", "labels")
+
+        def make(positions: dict[int, Position]) -> StreamBatches:
+            return StreamBatches(
+                stream=rows,
+                encode=self.encoder("train"),
+                collate=Collate(self.tokenizer_object.pad_token_id, columns),
+                batch_size=self.batch_size,
+                max_length=self.max_length,
+                packing=self.packing,
+                block=self.shuffle_block,
+                seed=self.seed,
+                positions=positions,
+                sources=[self.sources.train] if isinstance(self.sources.train, str) else list(self.sources.train or ()),
+            )
+
+        return StreamLoader(make, workers=workers, count=self.count, **options)

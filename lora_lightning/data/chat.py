@@ -14,6 +14,7 @@ from lora_lightning.data.causal_text import CausalText
 from lora_lightning.data.chat_templates import choose_template
 from lora_lightning.data.encoding import tokenised
 from lora_lightning.data.rendering import Renderer, Tools
+from lora_lightning.data.streaming import Encoder
 from lora_lightning.data.turns import Turn, conversation, last_answer, tool_list, without_first_exchange
 from lora_lightning.errors import DataError
 
@@ -69,10 +70,18 @@ class Chat(CausalText):
 
     def encode(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:
         """Token ids and loss mask of each conversation that has something to learn; `dropped` counts the others."""
-        column, tools = self._column(rows.column_names, split), self.tools or "tools"
+        encoded = tokenised(rows, self.encoder(split))
+        lost = encoded["lost"][:]
+        self._count_lost(split, Counter(filter(None, lost)), len(rows))
+        kept = encoded.remove_columns("lost")
+        return kept.select([number for number, reason in enumerate(lost) if not reason]) if any(lost) else kept
+
+    def encoder(self, split: str) -> Encoder:
+        """Token ids and loss mask of conversations, or in `lost` why there are none."""
+        tools = self.tools or "tools"
 
         def encode(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
-            examples = []
+            examples, column = [], self._column(list(batch), split)
             given_tools = batch.get(tools, [None] * len(numbers))
             for number, value, given in zip(numbers, batch[column], given_tools, strict=True):
                 where = f"Chat.{split}, row {number}"
@@ -84,11 +93,7 @@ class Chat(CausalText):
             names = ("input_ids", "attention_mask", "labels", "index", "truncated", "lost")
             return {name: [example[name] for example in examples] for name in names}
 
-        encoded = tokenised(rows, encode)
-        lost = encoded["lost"][:]
-        self._count_lost(split, Counter(filter(None, lost)), len(rows))
-        kept = encoded.remove_columns("lost")
-        return kept.select([number for number, reason in enumerate(lost) if not reason]) if any(lost) else kept
+        return encode
 
     @cached_property
     def renderer(self) -> Renderer:

@@ -10,6 +10,7 @@ from lora_lightning.data.causal import completion_example, end_id, plain_ids, st
 from lora_lightning.data.causal_text import CausalText
 from lora_lightning.data.encoding import tokenised
 from lora_lightning.data.formats import PromptFormat, fields, find_format
+from lora_lightning.data.streaming import Encoder
 from lora_lightning.errors import check
 
 
@@ -63,6 +64,12 @@ class Completions(CausalText):
 
     def encode(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:
         """Token ids and loss mask of each row to predict, or that has a completion; `dropped` counts the others."""
+        encoded = tokenised(rows, self.encoder(split))
+        self.count_dropped(split, rows, encoded, "completion")
+        return encoded
+
+    def encoder(self, split: str) -> Encoder:
+        """Token ids and loss mask of rows with a completion."""
         start, end = start_ids(self.tokenizer_object), end_id(self.tokenizer_object)
 
         def encode(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
@@ -80,9 +87,7 @@ class Completions(CausalText):
             names = ("input_ids", "attention_mask", "labels", "index", "truncated")
             return {name: [example[name] for example in examples] for name in names}
 
-        encoded = tokenised(rows, encode)
-        self.count_dropped(split, rows, encoded, "completion")
-        return encoded
+        return encode
 
     def _prompts(self, batch: dict[str, list[Any]]) -> list[str]:
         layout = self._layout or (PromptFormat(self.prompt_template, self.completion) if self.prompt_template else None)

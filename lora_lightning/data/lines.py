@@ -57,6 +57,14 @@ def copy_without(path: Path, bad: Sequence[BadLines]) -> Path:
     return copy
 
 
+def first_bad_line(sources: Sequence[str]) -> str:
+    """The first line that cannot be read in the files, or files of folders, among `sources`; "" where there is none."""
+    paths = [Path(source).expanduser() for source in sources]
+    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*.*")))]
+    found = ((file, bad) for file in files for bad in bad_lines(file))
+    return next((f"{file}, line {bad.first}: {bad.reason}" for file, bad in found), "")
+
+
 def _bad_texts(path: Path) -> Iterator[BadLines]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -78,8 +77,14 @@ class Packs(Dataset[dict[str, list[int]]]):
 
     def __getitem__(self, pack: Sequence[int]) -> dict[str, list[int]]:
         parts = self.examples[list(pack)]
-        return {
-            "input_ids": list(chain.from_iterable(parts["input_ids"])),
-            "labels": list(chain.from_iterable([NO_LOSS, *labels[1:]] for labels in parts["labels"])),
-            "position_ids": list(chain.from_iterable(range(len(ids)) for ids in parts["input_ids"])),
-        }
+        names = ("input_ids", "labels")
+        return packed([{name: parts[name][number] for name in names} for number in range(len(pack))])
+
+
+def packed(examples: Sequence[Mapping[str, list[int]]]) -> dict[str, list[int]]:
+    """One row of several examples."""
+    return {
+        "input_ids": [token for example in examples for token in example["input_ids"]],
+        "labels": [label for example in examples for label in [NO_LOSS, *example["labels"][1:]]],
+        "position_ids": [position for example in examples for position in range(len(example["input_ids"]))],
+    }

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lora_lightning.data.causal import end_id, plain_ids, start_ids
 from lora_lightning.data.causal_text import CausalText
 from lora_lightning.data.encoding import tokenised
+from lora_lightning.data.streaming import Encoder
 from lora_lightning.errors import check
 
 Tokens = NDArray[np.integer[Any]]
@@ -36,6 +37,7 @@ class PlainText(CausalText):
         self.text = text
         self.block = block
         check(not (block and self.packing), self, "packing", "documents must stay whole for it: set block to false.")
+        check(not (block and self.streaming), self, "streaming", "blocks need all documents: set block to false.")
 
     def read(self, split: str) -> datasets.Dataset | None:
         """Rows with the text column."""
@@ -43,14 +45,7 @@ class PlainText(CausalText):
 
     def encode(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:
         """Token ids of each row or piece."""
-        start, end = start_ids(self.tokenizer_object), end_id(self.tokenizer_object)
-
-        def encode(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
-            texts = plain_ids(self.tokenizer_object, [str(text) for text in batch[self.text]])
-            documents = [(number, [*start, *text, end]) for number, text in zip(numbers, texts, strict=True) if text]
-            return {"index": [number for number, _ in documents], "input_ids": [ids for _, ids in documents]}
-
-        documents = tokenised(rows, encode)
+        documents = tokenised(rows, self.encoder(split))
         self.count_dropped(split, rows, documents, "text")
         lines = documents.with_format("numpy")["input_ids"][:]
         if self.block:
@@ -58,6 +53,17 @@ class PlainText(CausalText):
             return _examples(pieces, range(len(pieces)), [False] * len(pieces))
         cut = [ids[: self.max_length] for ids in lines]
         return _examples(cut, documents["index"][:], [len(ids) > self.max_length for ids in lines])
+
+    def encoder(self, split: str) -> Encoder:  # noqa: ARG002 - the same for every split
+        """Token ids of documents with a text."""
+        start, end = start_ids(self.tokenizer_object), end_id(self.tokenizer_object)
+
+        def encode(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
+            texts = plain_ids(self.tokenizer_object, [str(text) for text in batch[self.text]])
+            documents = [(number, [*start, *text, end]) for number, text in zip(numbers, texts, strict=True) if text]
+            return {"index": [number for number, _ in documents], "input_ids": [ids for _, ids in documents]}
+
+        return encode
 
 
 def blocks(ids: Tokens, length: int) -> list[Tokens]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import datasets
 
 from lora_lightning.data.builtin import PREFIX, builtin_table
-from lora_lightning.data.lines import bad_lines, copy_without
+from lora_lightning.data.lines import bad_lines, copy_without, first_bad_line
 from lora_lightning.data.quiet import quiet
 from lora_lightning.errors import DataError, did_you_mean, nearest
 
@@ -74,7 +74,48 @@ def read_table(
     return table
 
 
-def require_columns(dataset: datasets.Dataset, source: str, columns: Mapping[str, str]) -> None:
+def read_stream(
+    source: str, split: str, *, columns: Sequence[str] | None = None, field: str | None = None
+) -> datasets.IterableDataset:
+    """The examples that `source` names, read while they are used; arguments and errors as for `read_table`."""
+    what = f'{field or f"data.{split}"} is "{source}"'
+    if source.startswith(PREFIX):
+        return builtin_table(source, what).to_iterable_dataset()
+    name, config, part = (*source.split(":"), "", "")[:3]
+    path, folder = Path(source).expanduser(), Path(name).expanduser()
+    if path.is_file():
+        builder, options = _format(what, path, columns)
+        stream = _load(what, builder, data_files=str(path), split="train", streaming=True, **options)
+        return stream.filter(_has_text) if builder == "text" else stream
+    if (folder / "state.json").is_file():
+        return datasets.load_from_disk(str(folder)).to_iterable_dataset()
+    if folder.is_dir():
+        return _load(what, str(folder), config or None, split=part or split, streaming=True)
+    if not HUB_ID.fullmatch(name) or Path(name).suffix in FORMATS:
+        raise DataError(f"{what}; no such file.{_nearest_file(path)}")
+    return _load(what, name, config or None, split=part or split, streaming=True)
+
+
+def stream_columns(stream: datasets.IterableDataset, source: str) -> list[str]:
+    """The columns of a stream that `source` names: those it declares, else those of its first row.
+
+    Raises:
+        DataError: not even that can be read.
+    """
+    try:
+        with quiet():
+            return stream.column_names or list(next(iter(stream), {}))
+    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+        raise DataError(f"{source} cannot be read: {first_bad_line([source]) or error}.") from error
+
+
+def _has_text(row: Mapping[str, Any]) -> bool:
+    return bool(row["text"].strip())
+
+
+def require_columns(
+    dataset: datasets.Dataset | datasets.IterableDataset, source: str, columns: Mapping[str, str]
+) -> None:
     """Check that `dataset`, read from `source`, has the columns that settings name.
 
     Args:
@@ -85,7 +126,7 @@ def require_columns(dataset: datasets.Dataset, source: str, columns: Mapping[str
     Raises:
         DataError: a column that is missing, with the nearest one.
     """
-    there = dataset.column_names
+    there = stream_columns(dataset, source) if isinstance(dataset, datasets.IterableDataset) else dataset.column_names
     for setting, column in columns.items():
         if column not in there:
             headless = Path(source).suffix in {".csv", ".tsv"}
@@ -112,13 +153,7 @@ def require_text(dataset: datasets.Dataset, source: str, columns: Iterable[str])
 
 def _read_file(what: str, path: Path, columns: Sequence[str] | None, on_error: OnError) -> datasets.Dataset:
     suffix = path.suffix.lower()
-    if suffix not in FORMATS:
-        raise DataError(f'{what}; a file must end in {", ".join(FORMATS)}, not "{suffix}".')
-    if path.stat().st_size == 0:
-        raise DataError(f"{what}; it holds no examples.")
-    builder, options = FORMATS[suffix]
-    if columns is not None and builder == "csv":
-        options = {**options, "column_names": list(columns), "index_col": False}
+    builder, options = _format(what, path, columns)
     try:
         table = _load(what, builder, data_files=str(path), split="train", **options)
     except DataError as error:
@@ -137,13 +172,25 @@ def _read_file(what: str, path: Path, columns: Sequence[str] | None, on_error: O
     return table
 
 
+def _format(what: str, path: Path, columns: Sequence[str] | None) -> tuple[str, dict[str, Any]]:
+    """Builder of `datasets` for a file, and its settings."""
+    suffix = path.suffix.lower()
+    if suffix not in FORMATS:
+        raise DataError(f'{what}; a file must end in {", ".join(FORMATS)}, not "{suffix}".')
+    if path.stat().st_size == 0:
+        raise DataError(f"{what}; it holds no examples.")
+    builder, options = FORMATS[suffix]
+    headless = columns is not None and builder == "csv"
+    return builder, {**options, "column_names": list(columns or ()), "index_col": False} if headless else options
+
+
 def _read_folder(what: str, folder: Path, config: str | None, split: str) -> datasets.Dataset:
     if (folder / "state.json").is_file():  # one table written by `save_to_disk`, which `load_dataset` refuses
         return datasets.load_from_disk(str(folder))
     return _load(what, str(folder), config, split=split)
 
 
-def _load(what: str, *args: Any, **options: Any) -> datasets.Dataset:
+def _load(what: str, *args: Any, **options: Any) -> Any:
     try:
         with quiet(), warnings.catch_warnings():
             # fewer names than fields: pandas would drop the rest of each line with a mere warning

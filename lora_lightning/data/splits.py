@@ -6,10 +6,11 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 
-from lora_lightning.data.sources import OnError, read_table, require_columns, require_text
+from lora_lightning.data.sources import OnError, read_stream, read_table, require_columns, require_text, stream_columns
 from lora_lightning.errors import DataError, SettingsError
 
 
@@ -58,6 +59,8 @@ class Sources:
     columns: Sequence[str] | None = None
     validation_share: float = 0.0
     on_error: OnError = "raise"
+    streaming: bool = False
+    """Whether the training data are read while training."""
 
     def __post_init__(self) -> None:
         for field in ("train", "validation", "test", "predict"):
@@ -71,13 +74,14 @@ class Sources:
     def column_names(self, split: str) -> list[str] | None:
         """Columns that all sources of a split have, or None where none is named."""
         field = self._field(split)
+        if self.streaming and split == "train":
+            streams = self._streams()
+            return _common([stream_columns(stream, name) for name, stream in streams.items()]) if streams else None
         tables = self._tables(field) if field else {}
         return _common([table.column_names for table in tables.values()]) if tables else None
 
-    def read(
-        self, split: str, columns: Mapping[str, str], *, texts: Sequence[str], hold_out_by: Sequence[str]
-    ) -> datasets.Dataset | None:
-        """Rows of a split, or None where no source is named.
+    def read(self, split: str, columns: Mapping[str, str], *, texts: Sequence[str], hold_out_by: Sequence[str]) -> Any:
+        """Rows of a split, or None where no source is named: a table, or a stream of training data if so asked.
 
         Weighted sources of the training data are mixed: each row comes from a source with a probability after its
         weight, until every row of all of them has come; those of a source that ends before come again. Elsewhere
@@ -92,6 +96,8 @@ class Sources:
         Raises:
             DataError: the source, a column or a text is missing, or sources have columns of one name and other types.
         """
+        if self.streaming and split == "train":
+            return self._stream(columns, texts)
         field = self._field(split)
         tables = self._tables(field) if field else {}
         if field is None or not tables:
@@ -118,6 +124,30 @@ class Sources:
             source: _unread(read_table(source, hub_split, columns=self.columns, field=what, on_error=self.on_error))
             for source in sources
         }
+
+    def _streams(self) -> dict[str, datasets.IterableDataset]:
+        sources = [] if self.train is None else [self.train] if isinstance(self.train, str) else list(self.train)
+        what = f"{self.owner}.train"
+        return {source: read_stream(source, "train", columns=self.columns, field=what) for source in sources}
+
+    def _stream(self, columns: Mapping[str, str], texts: Sequence[str]) -> datasets.IterableDataset | None:
+        """The training data as a stream; a row without a text is found when it is read."""
+        streams = self._streams()
+        for source, stream in streams.items():
+            require_columns(stream, source, columns)
+        if not streams:
+            return None
+        names = _common([stream_columns(stream, name) for name, stream in streams.items()])
+        rows = [
+            stream.select_columns(names).map(TextChecked(source, tuple(texts))) for source, stream in streams.items()
+        ]
+        if len(rows) == 1:
+            return rows[0]
+        if not isinstance(self.train, dict):
+            return datasets.concatenate_datasets(rows)
+        total = sum(self.train.values())
+        shares = [self.train[source] / total for source in streams]
+        return datasets.interleave_datasets(rows, shares, seed=0, stopping_strategy="all_exhausted")
 
     def _part(self, table: datasets.Dataset, split: str, hold_out_by: Sequence[str]) -> datasets.Dataset:
         """What is held out of `table` for validation, or what is left for training."""
@@ -169,6 +199,25 @@ def _unread(table: datasets.Dataset) -> datasets.Dataset:
         if isinstance(feature, datasets.Image) and feature.decode:
             table = table.cast_column(name, datasets.Image(decode=False))
     return table
+
+
+@dataclass(frozen=True)
+class TextChecked:
+    """Rows of a stream as they are, unless one has no text where it must."""
+
+    source: str
+    columns: tuple[str, ...]
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row.
+
+        Raises:
+            DataError: a text is missing.
+        """
+        for column in self.columns:
+            if row[column] is None:
+                raise DataError(f'{Path(self.source).name}: "{column}" is missing in a row: {row}.')
+        return row
 
 
 def _common(columns: Sequence[Sequence[str]]) -> list[str]:

@@ -126,7 +126,11 @@ class TableData(LightningDataModule, ABC):
                 # how Lightning sees that there is none; an empty list of loaders would make it warn
                 self.val_dataloader = None  # type: ignore[method-assign, assignment]
             else:
-                self.examples(split)
+                self.prepare(split)
+
+    def prepare(self, split: str) -> None:
+        """Read and prepare one split."""
+        self.examples(split)
 
     def inputs(self, split: str) -> datasets.Dataset:
         """The original rows of a split, in the order that `index` of a predict batch counts them.
