@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from abc import abstractmethod
 from dataclasses import replace
 from functools import cached_property
@@ -18,9 +19,27 @@ from lora_lightning.data.packing import PackSampler, best_fit
 from lora_lightning.data.stream_loader import StreamLoader
 from lora_lightning.data.streaming import Encoder, Position, StreamBatches
 from lora_lightning.data.text import TextData, token_counts
+from lora_lightning.data.token_cache import cache_key, load, store
 from lora_lightning.errors import DataError, SettingsError, check
 
 log = logging.getLogger(__name__)
+
+WORTH_KEEPING = 2.0
+"""Seconds of tokenising from which on the result is kept on the disk."""
+SERVING = {
+    "batch_size",
+    "cache",
+    "dropped",
+    "group_by_length",
+    "num_workers",
+    "packing",
+    "seed",
+    "shuffle_block",
+    "streaming",
+    "tokenizer",  # its contents count, not its place
+    "trainer",
+    "validation_batch_size",
+}
 
 
 class CausalText(TextData):
@@ -37,18 +56,28 @@ class CausalText(TextData):
             to tokenise; trainer.max_steps says when to stop. Workers and ranks read files of their own where there are
             enough. The validation data must be named, or validation_share be 0.
         shuffle_block: Rows of a stream that are shuffled together, and read again on resume.
+        cache: Keep tokenised data on the disk if they took more than seconds, beside the tables that `datasets` caches
+            (its folder lora_lightning/tokens can be deleted at any time). They are found again only by the same
+            contents, tokenizer, settings and code.
         common: Settings that all text data share.
     """
 
     task_kinds = ("causal-lm",)
 
     def __init__(
-        self, *, packing: bool = False, streaming: bool = False, shuffle_block: int = 1000, **common: Any
+        self,
+        *,
+        packing: bool = False,
+        streaming: bool = False,
+        shuffle_block: int = 1000,
+        cache: bool = True,
+        **common: Any,
     ) -> None:
         super().__init__(**common)
         self.packing = packing
         self.streaming = streaming
         self.shuffle_block = shuffle_block
+        self.cache = cache
         self.count = count_targets
         check(not (packing and self.group_by_length), self, "packing", "it leaves nothing to group_by_length; use one.")
         check(shuffle_block >= 1, self, "shuffle_block", "it must be at least 1.")
@@ -88,7 +117,31 @@ class CausalText(TextData):
                 f"{type(self).__name__}.streaming is True, so that nobody knows the training examples beforehand. To "
                 "inspect some, set streaming to false and a limit."
             )
+        if split not in self._examples and self.cache:
+            self._examples[split] = self._cached(split)
         return super().examples(split)
+
+    def _cached(self, split: str) -> datasets.Dataset:
+        """Examples from the disk, or made, and kept there if that took long."""
+        rows, _ = self.inputs(split), self.encoder(split)  # which settles the chat template
+        key = cache_key(rows, self.tokenizer_object, {"split": split, "kind": type(self).__name__, **self._settings()})
+        if (known := load(key)) is not None:
+            examples, self.dropped[split] = known
+            if self.dropped[split]:
+                rule = "for lack of anything to learn"
+                log.warning("%s: left %d %s rows out %s", type(self).__name__, self.dropped[split], split, rule)
+            return examples
+        began = time.monotonic()
+        examples = self.encode(rows, split)
+        if time.monotonic() - began >= WORTH_KEEPING:
+            store(key, examples, self.dropped.get(split, 0))
+        return examples
+
+    def _settings(self) -> dict[str, Any]:
+        """Settings that examples may depend on: plain ones, but for those that only say how they are served."""
+        plain = (str, int, float, bool, list, dict, type(None))
+        public = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {name: value for name, value in public.items() if isinstance(value, plain) and name not in SERVING}
 
     @cached_property
     def stream(self) -> datasets.IterableDataset:

@@ -79,6 +79,7 @@ class Chat(CausalText):
     def encoder(self, split: str) -> Encoder:
         """Token ids and loss mask of conversations, or in `lost` why there are none."""
         tools = self.tools or "tools"
+        _ = self.renderer  # a template that is missing is told before any row is read
 
         def encode(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
             examples, column = [], self._column(list(batch), split)

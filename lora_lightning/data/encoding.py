@@ -7,19 +7,29 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import datasets
+from tqdm import tqdm
 
 from lora_lightning.data.quiet import quiet
 
+SILENT = 3.0
+"""Seconds of work without a bar."""
+
 
 def tokenised(rows: datasets.Dataset, encode: Callable[[dict[str, list[Any]], list[int]], Any]) -> datasets.Dataset:
-    """The rows that `encode(columns, row numbers)` makes of batches of rows.
+    """The rows that `encode(columns, row numbers)` makes of batches of rows; a bar is shown if it takes long.
 
     Kept in memory: `datasets` takes a function of an installed module for the same as long as its name is, so that its
-    cache would outlive the code.
+    cache would outlive the code. `token_cache` knows better.
     """
-    with quiet():
+
+    def told(batch: dict[str, list[Any]], numbers: list[int]) -> Any:
+        made = encode(batch, numbers)
+        bar.update(len(numbers))
+        return made
+
+    with quiet(), tqdm(total=len(rows), delay=SILENT, desc="tokenising", unit=" rows", leave=False) as bar:
         return rows.map(
-            encode,
+            told,
             batched=True,
             with_indices=True,
             remove_columns=rows.column_names,
