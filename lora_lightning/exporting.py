@@ -166,6 +166,8 @@ def _load_base(folder: str, stored: Stored, where: str, dtype: torch.dtype | str
     """The base model in the class it was trained in, its head as large as the stored one."""
     import transformers
 
+    from lora_lightning.loading import zero_absent  # imports transformers
+
     architecture = stored.fingerprint["architecture"]
     cls = getattr(transformers, architecture, None)
     if cls is None or not hasattr(cls, "config_class"):
@@ -198,6 +200,7 @@ def _load_base(folder: str, stored: Stored, where: str, dtype: torch.dtype | str
     finally:
         transformers.logging.set_verbosity(verbosity)
     absent = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])} - stored.tensors.keys()
+    absent -= zero_absent(model, info["missing_keys"], ["pooler"])  # the task did without
     if absent:
         raise ExportError(f'{where} is "{folder}", which lacks {min(absent)} of {architecture}; it is another model.')
     return model  # type: ignore[no-any-return]

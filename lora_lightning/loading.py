@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -62,6 +62,7 @@ def load_model(
         _refuse_class(error, pretrained, task)
         raise
     _check_complete(model, info, pretrained, task.unused, also_train)
+    zero_absent(model, info["missing_keys"], task.unused)
     model.config._name_or_path = pretrained  # as given, so that an adapter's description holds on another machine
     eos = getattr(model.config, "eos_token_id", None)  # a model of images has neither
     if eos is not None and model.config.pad_token_id is None:
@@ -104,6 +105,15 @@ def _silent() -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     return " ".join(str(error).split("\n", maxsplit=1)[0].split())
+
+
+def zero_absent(model: nn.Module, missing: Iterable[str], unused: Sequence[str]) -> set[str]:
+    """Zero weights below modules called `unused` that the files lack, so that every loading gives the same model."""
+    absent = {key for key in missing if set(unused).intersection(key.split("."))}
+    with torch.no_grad():
+        for key in absent:
+            model.get_parameter(key).zero_()
+    return absent
 
 
 def _check_complete(

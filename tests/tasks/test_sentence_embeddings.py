@@ -13,8 +13,10 @@ from training import WORDS, encoder_folder
 from transformers import AutoModel, AutoTokenizer
 
 from ll_lora import LoRA
+from lora_lightning import inject, save_adapter
 from lora_lightning.__main__ import main
 from lora_lightning.data import TextPairs
+from lora_lightning.exporting import export_folder
 from lora_lightning.loading import load_model
 from lora_lightning.module import AdapterModule
 from lora_lightning.tasks import find_task
@@ -74,6 +76,11 @@ def test_a_model_without_pooler_weights_will_do(tmp_path):
     model.save_pretrained(folder, state_dict=weights)
     loaded = load_model(str(folder), find_task("sentence-embedding"))
     assert torch.equal(loaded.embeddings.word_embeddings.weight, model.embeddings.word_embeddings.weight)
+    inject(loaded, LoRA(rank=2), ["query"], seed=0)
+    save_adapter(loaded, tmp_path / "adapter")
+    export_folder(tmp_path / "adapter", tmp_path / "merged", "merged")  # the same model again, pooler included
+    merged = AutoModel.from_pretrained(tmp_path / "merged")
+    assert torch.equal(merged.embeddings.word_embeddings.weight, model.embeddings.word_embeddings.weight)
 
 
 def test_resume_of_pairs(tmp_path):
