@@ -12,7 +12,7 @@ import pytest
 from readme_commands import README, commands
 
 from lora_lightning import hookspecs, plugins
-from lora_lightning.argv import find_config
+from lora_lightning.argv import config_names, find_config
 from lora_lightning.verbs.methods import markdown_table
 
 TEXT = README.read_text()
@@ -70,4 +70,4 @@ def test_files_and_configs_it_names_exist():
     for name in re.findall(r"`((?:tests|lora_lightning|plugins|configs)/[\w/.]+)`", TEXT):
         assert (root / name).exists(), name
     for name in re.findall(r"--config (\w[\w/.]*)", TEXT):
-        assert Path(find_config(str(root / name) if "/" in name else name)).is_file()
+        assert Path(find_config(name if name in config_names() else str(root / name))).is_file()
