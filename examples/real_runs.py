@@ -94,7 +94,7 @@ def config(run: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         "data": data,
         "trainer": {
             "accelerator": "cpu",
-            "max_steps": STEPS[run],
+            "max_steps": args.steps or STEPS[run],
             "limit_val_batches": 4,
             "enable_progress_bar": False,
             "num_sanity_val_steps": 0,
@@ -223,6 +223,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("real"))
     parser.add_argument("--runs", default=",".join(STEPS))
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--steps", type=int, help="optimizer steps of each run, for a quick try")
     args = parser.parse_args()
     args.data_dir, args.output = args.data_dir.resolve(), args.output.resolve()
     args.language_model = (args.language_model or args.data_dir.parent / "models" / "stories260k").resolve()

@@ -35,3 +35,18 @@ def test_decomposition_of_three_ways_to_train(tmp_path, monkeypatch, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if " query " in line or " value " in line]
     assert len(lines) == 6
     assert (out / "analysis.png").is_file()
+
+
+@pytest.mark.slow
+def test_real_runs_print_a_table_and_go_on_where_they_stopped(tmp_path, monkeypatch, capsys, test_data):
+    monkeypatch.chdir(tmp_path)
+    words = ["--data-dir", str(test_data / "data"), "--output", "real", "--seeds", "0", "--steps", "2"]
+    for runs, rows in (("pairs", 1), ("pairs,boolq", 2)):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["real_runs.py", *words, "--runs", runs])
+        runpy.run_path(str(EXAMPLES / "real_runs.py"), run_name="__main__")
+        found = [json.loads(line) for line in (tmp_path / "real" / "results.jsonl").read_text().splitlines()]
+        assert [row["run"] for row in found] == runs.split(",")
+        assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]) == rows + 1
+    assert 0 <= found[1]["before"]["accuracy"] <= 100
+    assert found[1]["steps"] == 2
