@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from lora_lightning.data.labels import Labels, find_labels, named_labels
+from lora_lightning.data.labels import Labels, known_labels
 from lora_lightning.data.splits import Sources
 from lora_lightning.data.table import Collation, TableData
 from lora_lightning.errors import DataError, check
@@ -176,15 +176,8 @@ class LabelledImages(TableData):
 
     @cached_property
     def _classes(self) -> Labels:
-        if self.labels is not None:
-            return named_labels(self.labels)
-        train = self._read(replace(self.sources, validation_share=0.0), "train")
-        if train is None:
-            raise DataError(
-                "LabelledImages.labels is null, and so is train, whose classes would be taken; list them in labels."
-            )
-        where = f'LabelledImages.label: train column "{self.label}"'
-        return find_labels(train[self.label][:], train.features[self.label], where)
+        train = None if self.labels is not None else self._read(replace(self.sources, validation_share=0.0), "train")
+        return known_labels("LabelledImages", "label", self.labels, train, self.label)
 
     def _read(self, sources: Sources, split: str) -> datasets.Dataset | None:
         columns = {"LabelledImages.image": self.image}

@@ -9,10 +9,9 @@ from typing import Any
 import datasets
 
 from lora_lightning.data.encoding import encode_texts
-from lora_lightning.data.labels import Labels, find_labels, named_labels, scores
+from lora_lightning.data.labels import Labels, known_labels, scores
 from lora_lightning.data.splits import Sources
 from lora_lightning.data.text import TextData
-from lora_lightning.errors import DataError
 
 
 class LabelledText(TextData):
@@ -72,16 +71,9 @@ class LabelledText(TextData):
 
     @cached_property
     def _classes(self) -> Labels:
-        if self.labels is not None:
-            return named_labels(self.labels)
         # not `inputs`: neither `limit` nor the held-out share may hide a class
-        train = self._read(replace(self.sources, validation_share=0.0), "train")
-        if train is None:
-            raise DataError(
-                "LabelledText.labels is null, and so is train, whose labels would be taken; list the classes in labels."
-            )
-        where = f'LabelledText.label: train column "{self.label}"'
-        return find_labels(train[self.label][:], train.features[self.label], where)
+        train = None if self.labels is not None else self._read(replace(self.sources, validation_share=0.0), "train")
+        return known_labels("LabelledText", "label", self.labels, train, self.label)
 
     def _read(self, sources: Sources, split: str) -> datasets.Dataset | None:
         columns = {"text": self.text, "text_pair": self.text_pair, "label": self.label if split != "predict" else None}

@@ -37,6 +37,33 @@ class Labels:
         return [self.ids[value] for value in values]
 
 
+def known_labels(
+    owner: str, setting: str, given: Sequence[str] | None, train: datasets.Dataset | None, column: str
+) -> Labels:
+    """The labels that a data module's settings list, else those that its training data declare or hold.
+
+    Args:
+        owner: Class name of the data module, for messages.
+        setting: Its setting that names the column.
+        given: Its setting `labels`.
+        train: All training rows, None where there are none.
+        column: The column: a label a row, or a list of them.
+
+    Raises:
+        DataError: nothing is listed, and there are no training rows; or see `find_labels`.
+    """
+    if given is not None:
+        return named_labels(given)
+    if train is None:
+        raise DataError(
+            f"{owner}.labels is null, and so is train, whose labels would be taken; list the names in labels."
+        )
+    values, feature = train[column][:], train.features[column]
+    if values and isinstance(values[0], list):
+        values, feature = [label for labels in values for label in labels], getattr(feature, "feature", None)
+    return find_labels(values, feature, f'{owner}.{setting}: train column "{column}"')
+
+
 def find_labels(column: Sequence[Any], feature: object, where: str) -> Labels:
     """The labels of a training column: class names that the data set declares, numbers from 0, or sorted strings.
 

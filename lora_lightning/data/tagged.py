@@ -12,7 +12,7 @@ import datasets
 
 from lora_lightning.data.causal import NO_LOSS
 from lora_lightning.data.encoding import tokenised
-from lora_lightning.data.labels import Labels, find_labels, named_labels
+from lora_lightning.data.labels import Labels, known_labels
 from lora_lightning.data.loader import count_labelled
 from lora_lightning.data.splits import Sources
 from lora_lightning.data.text import TextData
@@ -99,16 +99,8 @@ class TaggedWords(TextData):
 
     @cached_property
     def _classes(self) -> Labels:
-        if self.labels is not None:
-            return named_labels(self.labels)
-        train = self._read(replace(self.sources, validation_share=0.0), "train")
-        if train is None:
-            raise DataError(
-                "TaggedWords.labels is null, and so is train, whose tags would be taken; list the tags in labels."
-            )
-        column = [tag for tags in train[self.tags] for tag in tags]
-        feature = train.features[self.tags]
-        return find_labels(column, getattr(feature, "feature", None), f'TaggedWords.tags: train column "{self.tags}"')
+        train = None if self.labels is not None else self._read(replace(self.sources, validation_share=0.0), "train")
+        return known_labels("TaggedWords", "tags", self.labels, train, self.tags)
 
     def _read(self, sources: Sources, split: str) -> datasets.Dataset | None:
         columns = {"TaggedWords.words": self.words}

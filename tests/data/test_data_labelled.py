@@ -187,7 +187,7 @@ def test_missing_sources(make, encoder_tokenizer, write):
     fails(make(), r"^LabelledText\.predict is null", "predict")
     fails(LabelledText(tokenizer=encoder_tokenizer), r"^LabelledText\.train is null")
     data = LabelledText(tokenizer=encoder_tokenizer, test=write("test.json", ROWS))
-    fails(data, r"^LabelledText\.labels is null, and so is train, .* list the classes in labels\.$", "test")
+    fails(data, r"^LabelledText\.labels is null, and so is train, .* list the names in labels\.$", "test")
 
 
 def test_missing_tokenizer(make):

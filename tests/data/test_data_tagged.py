@@ -84,7 +84,7 @@ def test_an_unknown_tag_is_named(make, write):
 
 def test_without_training_data_tags_must_be_listed(write, encoder_tokenizer):
     data = TaggedWords(validation=write("val.json", ROWS), tokenizer=encoder_tokenizer)
-    with pytest.raises(DataError, match="list the tags in labels"):
+    with pytest.raises(DataError, match="list the names in labels"):
         data.setup("validate")
 
 
