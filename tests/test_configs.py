@@ -46,17 +46,32 @@ def test_a_config_runs(name, tmp_path, monkeypatch, capsys):
     assert (run / "adapter" / "adapter.safetensors").is_file()
 
 
-@pytest.mark.parametrize("name", [name for name in config_names() if name.startswith("tasks/")])
-def test_a_task_runs_and_predicts(name, tmp_path, monkeypatch, capsys):
-    """Trains, is validated with the numbers of its summary, predicts names and texts, and its data can be looked at."""
-    monkeypatch.chdir(tmp_path)
-    stem = name.removeprefix("tasks/")
+TASKS = [name for name in config_names() if name.startswith("tasks/")]
+
+
+def fitted(name):
+    """The run folder of a task's example after 12 steps, and its summary."""
     small = [word for word in SMALL if "image" not in name or "max_length" not in word]
     assert main(["fit", "--config", name, *small, "--data.limit=64"]) == 0
-    run = Path("runs") / stem / "001"
-    summary = json.loads((run / "summary.json").read_text())
+    run = Path("runs") / name.removeprefix("tasks/") / "001"
+    return run, json.loads((run / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, summary = fitted(name)
     assert summary["steps"] == 12
     assert (summary["linear_baseline"] is not None) == summary["has_head"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_is_validated_and_predicts(name, tmp_path, monkeypatch, capsys):
+    """It is validated with the numbers of its summary, predicts names and texts, and its data can be looked at."""
+    monkeypatch.chdir(tmp_path)
+    stem = name.removeprefix("tasks/")
+    run, summary = fitted(name)
     capsys.readouterr()
     few = ["--trainer.limit_predict_batches=2", "--trainer.limit_val_batches=4", "--trainer.enable_progress_bar=false"]
     assert main(["validate", "--run", str(run), few[1], few[2]]) == 0

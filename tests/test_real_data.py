@@ -40,6 +40,7 @@ def language_model(data: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_a_language_model_learns_e2e_from_the_valid_file(work):
     train, test = (
         pairs(work / "data" / "e2e" / f"{split}.txt", Path(f"{split}.jsonl"), 200) for split in ("valid", "test")

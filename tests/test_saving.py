@@ -30,6 +30,7 @@ for n in itertools.count(1):
 """
 
 
+@pytest.mark.slow
 def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     saved = [int(process.stdout.readline()) for _ in range(3)]

