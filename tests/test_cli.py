@@ -171,6 +171,7 @@ trainer: {{max_steps: 6, accumulate_grad_batches: 2, enable_progress_bar: false,
     )
 
 
+@pytest.mark.slow
 def test_words_with_tags(here):
     """Learns that words from w20 on are names; predict gives a tag for each word."""
     rows = [[f"w{3 * i % 40}", f"w{7 * i % 40}", f"w{11 * i % 40}"] for i in range(1, 40)]

@@ -37,7 +37,7 @@ def library_read_once():
 @pytest.mark.parametrize("name", [name for name in config_names() if "/" not in name])
 def test_a_config_runs(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["fit", "--config", name, *SMALL]) == 0
+    assert main(["fit", "--config", name, *SMALL, "--data.limit=256"]) == 0
     run = tmp_path / "runs" / name / "001"
     assert capsys.readouterr().out.strip().endswith(f"run: runs/{name}/001")
     summary = json.loads((run / "summary.json").read_text())
@@ -47,6 +47,7 @@ def test_a_config_runs(name, tmp_path, monkeypatch, capsys):
 
 
 TASKS = [name for name in config_names() if name.startswith("tasks/")]
+READS_THE_LIBRARY = ("tasks/masked_lm", "tasks/multi_label", "tasks/token_classification")
 
 
 def fitted(name):
@@ -57,7 +58,9 @@ def fitted(name):
     return run, json.loads((run / "summary.json").read_text())
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in READS_THE_LIBRARY else ()) for n in TASKS]
+)
 def test_a_task_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _, summary = fitted(name)

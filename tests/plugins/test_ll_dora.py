@@ -36,6 +36,7 @@ class TestDoRAWithDropout(MethodContract):
     base_kinds = DROPPING_KINDS
 
 
+@pytest.mark.slow
 class TestDoRAWithFullGradient(MethodContract):
     method = DoRA(rank=2, alpha=4.0, detach_norm=False)
 

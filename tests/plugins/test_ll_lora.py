@@ -38,10 +38,12 @@ class TestLoRATrainsB(MethodContract):
     method = LoRA(rank=2, alpha=4.0, train="B", start="gaussian")
 
 
+@pytest.mark.slow
 class TestLoRAInCheapestOrder(MethodContract):
     method = LoRA(rank=2, alpha=4.0, order="flops")
 
 
+@pytest.mark.slow
 class TestRsLoRA(MethodContract):
     method = LoRA(rank=2, alpha=4.0, scaling_rule="alpha/sqrt(r)")
 

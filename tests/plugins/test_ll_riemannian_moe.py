@@ -49,6 +49,7 @@ class TestOneExpertATokenWithLossesAndDropout(MethodContract):
     base_kinds = LINEAR
 
 
+@pytest.mark.slow
 class TestOneExpert(MethodContract):
     method = MoELoRA(experts=1, top_k=1, rank=2, alpha=4.0, gate_exponent=1.0)
     base_kinds = LINEAR
