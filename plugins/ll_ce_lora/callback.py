@@ -104,7 +104,9 @@ class RefreshIndex(ScheduleCallback):
 
     def _follow_resets(self, adapters: Mapping[str, Adapter]) -> None:
         """Have adapters choose anew that were started again since their last choice, and so have none."""
-        for path in [path for path in self._chosen if cast(CELoRAAdapter, adapters[path]).index is None]:
+        for path in [
+            path for path in self._chosen & adapters.keys() if cast(CELoRAAdapter, adapters[path]).index is None
+        ]:
             self._chosen.remove(path)
             del self._last[path]
 
