@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.optim import AdamW
 
 from lora_lightning.optim.warmup import WarmUp
-from lora_lightning.tasks.base import Batch, Task, measure, meters
+from lora_lightning.tasks.base import Batch, PredictContext, Task, evaluate, measure, meters
 
 RATES = (1e-3, 3e-3, 1e-2)
 """Candidate learning rates; the best by validation metric counts."""
@@ -100,6 +100,7 @@ def fit_baseline(
     steps: int,
     schedule: WarmUp,
     average: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+    context: PredictContext = PredictContext(),  # noqa: B008 - frozen
 ) -> Baseline:
     """Train the heads alone at each candidate rate, and measure them beside the untrained ones.
 
@@ -112,9 +113,12 @@ def fit_baseline(
         steps: optimizer steps; 0 measures the untrained heads only.
         schedule: warm-up and decay, as in the run.
         average: mean of a gradient over processes.
+        context: what a task without a head needs to measure texts.
     """
+    if not steps:
+        return Baseline(evaluate(task, model, validation(), context))
     start = {name: model.get_parameter(name).detach() for name in heads}
-    candidates = [{n: p.clone().requires_grad_() for n, p in start.items()} for _ in RATES] if steps else []
+    candidates = [{n: p.clone().requires_grad_() for n, p in start.items()} for _ in RATES]
     optimizers = [AdamW(head.values(), lr=rate) for head, rate in zip(candidates, RATES, strict=False)]
     schedulers = [schedule.schedule(optimizer, steps) for optimizer in optimizers]
     frozen = FrozenParts(model, heads)
@@ -132,8 +136,6 @@ def fit_baseline(
         with torch.no_grad():
             results = _evaluate(frozen, model, task, validation(), [start, *candidates])
     untrained, trained = results[0], dict(zip(RATES, results[1:], strict=False))
-    if not trained:
-        return Baseline(untrained)
     sign = 1 if task.higher_is_better else -1
     rate = max(trained, key=lambda r: sign * trained[r][task.metric])
     return Baseline(untrained, trained[rate], rate, {r: result[task.metric] for r, result in trained.items()})

@@ -40,7 +40,7 @@ from lora_lightning.optim.warmup import WarmUp
 from lora_lightning.random_models import full_name, is_random, tokenizer_settings
 from lora_lightning.shifts import open_shifts
 from lora_lightning.tasks import find_task
-from lora_lightning.tasks.base import Batch, PredictContext, measure, meters
+from lora_lightning.tasks.base import Batch, PredictContext, measure, measure_texts, meters
 from lora_lightning.vocabulary import grow_for
 
 NAME = "default"
@@ -68,7 +68,7 @@ class AdapterModule(LightningModule):
         num_labels: classes of a classification head; null takes the data module's.
         gradient_checkpointing: recompute activations in backward: less memory, about a third more time.
         linear_baseline: before training, fit the head alone on frozen features for as many steps, to compare with.
-        max_new_tokens: tokens that `predict` generates for a causal language model.
+        max_new_tokens: most tokens of a text that is generated, to predict or to be measured.
         seed: seed of the adapter's start values; null takes the run's.
         task_settings: settings of the task, such as `{temperature: 0.02}` of "sentence-embedding".
         random_config: settings of a `random:` model, such as `{hidden_size: 64}`; the vocabulary's size and the marks
@@ -308,6 +308,7 @@ class AdapterModule(LightningModule):
     def _measure(self, stage: str, batch: Batch) -> None:
         logits = self.task.logits(self.model, batch)
         measure(self.task, self._meters(stage), logits, batch)
+        measure_texts(self.task, self._meters(stage), self.model, batch, self.predict_context())
 
     def _log_measured(self, stage: str) -> None:
         meters = self._meters(stage)
@@ -331,15 +332,17 @@ class AdapterModule(LightningModule):
         """Log the test metrics."""
         self._log_measured("test")
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
-        """One dictionary an example, with its row number in the data."""
-        data = self._datamodule()
-        context = PredictContext(
+    def predict_context(self) -> PredictContext:
+        """What predictions, and texts that are measured, need beside the model."""
+        return PredictContext(
             label_names=list(getattr(cast(Any, self.model).config, "id2label", {}).values()),
-            tokenizer=getattr(data, "tokenizer_object", None),
+            tokenizer=getattr(self._datamodule(), "tokenizer_object", None),
             max_new_tokens=self.max_new_tokens,
         )
-        rows = self.task.predict(self.model, batch, context)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        """One dictionary an example, with its row number in the data."""
+        rows = self.task.predict(self.model, batch, self.predict_context())
         index = batch["index"].tolist() if "index" in batch else range(len(rows))
         return [{"index": i, **row} for i, row in zip(index, rows, strict=True)]
 

@@ -62,6 +62,7 @@ class LinearBaseline(Callback):
                 steps,
                 module.lr_scheduler,
                 lambda gradient: cast(Tensor, trainer.strategy.reduce(gradient, reduce_op="mean")),
+                module.predict_context(),
             )
         if self.result.linear is not None:
             metric = module.task.metric

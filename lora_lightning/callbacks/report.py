@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -26,7 +26,7 @@ from lora_lightning.injection import adapters_named, injected_root, iter_adapter
 from lora_lightning.optim.pair_optimizer import PairOptimizer
 from lora_lightning.optim.wrapper import innermost
 from lora_lightning.report import draw, injection_table, summary_table
-from lora_lightning.tasks.base import measure, meters
+from lora_lightning.tasks.base import evaluate
 
 
 class RunReport(Callback):
@@ -148,16 +148,10 @@ class RunReport(Callback):
         task = getattr(module, "task", None)
         if task is None or not trainer.num_val_batches:
             return {}
-        model = injected_root(module)
-        collection = meters(task, model).to(module.device)
-        modes = {m: m.training for m in model.modules()}
-        model.eval()
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
-            for batch in validation_batches(trainer):
-                measure(task, collection, task.logits(model, batch), batch)
-        for m, mode in modes.items():
-            m.training = mode
-        values = {name: float(value) for name, value in collection.compute().items()}
+        with trainer.precision_plugin.forward_context():
+            values = evaluate(
+                task, injected_root(module), validation_batches(trainer), cast(Any, module).predict_context()
+            )
         self.history.append({"step": trainer.global_step, **{f"val_{name}": value for name, value in values.items()}})
         return values
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
@@ -76,6 +77,11 @@ class Task(ABC):
     def update(self, metrics: Mapping[str, Metric], logits: Tensor, batch: Batch) -> None:
         """Add a batch to the metrics."""
 
+    def write(  # noqa: B027 - a task that writes no texts has nothing to add
+        self, metrics: Mapping[str, Metric], model: Any, batch: Batch, context: PredictContext
+    ) -> None:
+        """Add texts that the model writes for a batch, where the task has metrics of them; nothing by default."""
+
     @abstractmethod
     def predict(self, model: Any, batch: Batch, context: PredictContext) -> list[dict[str, Any]]:
         """One plain dictionary an example."""
@@ -88,7 +94,33 @@ def meters(task: Task, model: nn.Module) -> MetricCollection:
 
 
 def measure(task: Task, collection: MetricCollection, logits: Tensor, batch: Batch) -> None:
-    """Add a batch to metrics made by `meters`."""
+    """Add a batch to metrics made by `meters`, but for texts that the model has to write."""
     loss = task.loss(logits, batch)
     collection["loss"].update(loss.total / loss.count.clamp_min(1), weight=loss.count)
-    task.update({name: metric for name, metric in collection.items() if name != "loss"}, logits, batch)
+    task.update(_own(collection), logits, batch)
+
+
+def measure_texts(
+    task: Task, collection: MetricCollection, model: nn.Module, batch: Batch, context: PredictContext
+) -> None:
+    """Add texts that the model writes for a batch."""
+    task.write(_own(collection), model, batch, context)
+
+
+@torch.no_grad()
+def evaluate(task: Task, model: nn.Module, batches: Iterable[Batch], context: PredictContext) -> dict[str, float]:
+    """All metrics of a model in eval mode; its modules go back to the modes they were in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    collection = meters(task, model)
+    for batch in batches:
+        logits = task.logits(model, batch)
+        measure(task, collection.to(logits.device), logits, batch)
+        measure_texts(task, collection, model, batch, context)
+    for module, mode in modes.items():
+        module.training = mode
+    return {name: float(value) for name, value in collection.compute().items()}
+
+
+def _own(collection: MetricCollection) -> dict[str, Metric]:
+    return {name: metric for name, metric in collection.items() if name != "loss"}

@@ -1,0 +1,40 @@
+"""Texts that a model writes, held against those that it should have written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.text import CHRFScore, SacreBLEUScore
+
+from lora_lightning.errors import DataError
+
+
+def text_metrics() -> dict[str, Metric]:
+    """BLEU with sacreBLEU's 13a words (arXiv:1804.08771), and chrF++ (characters, and pairs of words); 0 to 1 each."""
+    return {"bleu": SacreBLEUScore(), "chrf": CHRFScore()}
+
+
+def due(metrics: Mapping[str, Metric], batches: int) -> bool:
+    """Whether one more batch is to be written, of `batches` in all."""
+    return bool(batches) and metrics["bleu"].update_count < batches
+
+
+def add_texts(metrics: Mapping[str, Metric], made: Sequence[str], wanted: Sequence[str]) -> None:
+    """Add texts to the metrics of `text_metrics`."""
+    for name in ("bleu", "chrf"):
+        metrics[name].update(made, [[text] for text in wanted])
+
+
+def label_texts(labels: Iterable[Tensor], tokenizer: Any) -> list[str]:
+    """The texts of rows of labels; places without a label, and special tokens, are left out.
+
+    Raises:
+        DataError: there is no tokenizer.
+    """
+    if tokenizer is None:
+        raise DataError("model.task_settings.generate_batches needs data with a tokenizer, such as TextToText.")
+    rows = [row[row >= 0] for row in labels]
+    return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
