@@ -50,3 +50,21 @@ def test_real_runs_print_a_table_and_go_on_where_they_stopped(tmp_path, monkeypa
         assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]) == rows + 1
     assert 0 <= found[1]["before"]["accuracy"] <= 100
     assert found[1]["steps"] == 2
+
+
+# peft 0.21.2 reads a name that transformers 5.23 has renamed
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.slow
+def test_step_time_and_memory_beside_peft(tmp_path, monkeypatch, capsys):
+    """On the CPU, where it measures no memory; a second call measures only what is missing."""
+    words = ["--output", str(tmp_path / "gpu.jsonl"), "--device", "cpu", "--models", "tiny", "--steps", "2"]
+    for methods, rows in (("DoRA", 4), ("DoRA,RoseLoRA", 6)):
+        monkeypatch.setattr(sys, "argv", ["measure_gpu.py", *words, "--methods", methods])
+        runpy.run_path(str(EXAMPLES / "measure_gpu.py"), run_name="__main__")
+        found = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+        assert len(found) == rows
+    assert found[0]["trained"] == found[1]["trained"]
+    assert all(row["step_ms"] > 0 and row["steps"] == 2 for row in found)
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| tiny")]
+    assert len(table) == 2 + 4
+    assert "peft" in {row["library"] for row in found if row["method"] == "DoRA"}
