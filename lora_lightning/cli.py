@@ -163,6 +163,25 @@ def _export_format(module: AdapterModule) -> str | None:
     return "peft" if exact else "merged"
 
 
+class Description(CLI):
+    """Module, data module and the trainer's settings as they were given; no Trainer is made, which needs hardware."""
+
+    def __init__(self, line: command_line.Line) -> None:
+        self.settings: dict[str, Any] = {}
+        super().__init__(line, run=False)
+
+    def before_instantiate_classes(self) -> None:
+        """Keep the trainer's settings back."""
+        super().before_instantiate_classes()
+        self.settings = self.config.trainer.as_dict()
+        for name in ("strategy", "callbacks", "logger", "plugins"):
+            self.config.trainer[name] = "auto" if name == "strategy" else None
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:  # noqa: ARG002 - Lightning's signature
+        """None."""
+        return None
+
+
 def main(args: Sequence[str]) -> int:
     """Run one training verb; returns the exit code.
 
@@ -188,6 +207,13 @@ def build(args: Sequence[str]) -> tuple[AdapterModule, LightningDataModule]:
     _quiet()
     cli = CLI(command_line.read(args), run=False)
     return cli.model, cli.datamodule
+
+
+def describe(args: Sequence[str]) -> tuple[AdapterModule, LightningDataModule, dict[str, Any]]:
+    """As `build`, with the trainer's settings; they need not fit this machine."""
+    _quiet()
+    cli = Description(command_line.read(args))
+    return cli.model, cli.datamodule, cli.settings
 
 
 def _quiet() -> None:

@@ -44,7 +44,7 @@ def load_model(
         options["id2label"] = dict(enumerate(label_names))
         options["label2id"] = {name: number for number, name in enumerate(label_names)}
     if is_random(pretrained):
-        return _random(pretrained, task, options)
+        return _from_config(pretrained, task, config_of(pretrained, **options), torch.float32)
     try:
         with _silent():
             # a head of another size starts anew; any other tensor of another shape is refused below
@@ -70,10 +70,36 @@ def load_model(
     return model  # type: ignore[no-any-return]
 
 
-def _random(name: str, task: Task, options: dict[str, Any]) -> nn.Module:
-    config = config_of(name, **options)
+def load_skeleton(
+    pretrained: str,
+    task: Task,
+    num_labels: int | None = None,
+    dtype: torch.dtype | None = None,
+    label_names: Sequence[str] = (),  # noqa: ARG001 - arguments of `load_model`
+    also_train: Sequence[str] = (),  # noqa: ARG001
+) -> nn.Module:
+    """As `load_model`, but from the configuration alone: weights start at random, and files of weights are not read.
+
+    Raises:
+        ModelError: no configuration, or a model class without such a head.
+    """
+    source, options = resolve(pretrained), task.model_options(num_labels)
+    if is_random(pretrained):
+        config = config_of(pretrained, **options)
+    else:
+        try:
+            config = transformers.AutoConfig.from_pretrained(source, **options)
+        except OSError as error:
+            raise ModelError(f'model.pretrained is "{pretrained}": {_first_line(error)}') from error
+    return _from_config(pretrained, task, config, dtype or torch.float32)
+
+
+def _from_config(name: str, task: Task, config: Any, dtype: torch.dtype) -> nn.Module:
+    def make() -> nn.Module:
+        return getattr(transformers, task.auto_class).from_config(config, dtype=dtype)  # type: ignore[no-any-return]
+
     try:
-        model = build(name, lambda: getattr(transformers, task.auto_class).from_config(config, dtype=torch.float32))
+        model = build(name, make) if is_random(name) else make().eval()
     except ValueError as error:
         _refuse_class(error, name, task)
         raise

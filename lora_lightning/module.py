@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -121,12 +121,15 @@ class AdapterModule(LightningModule):
             ModelError: the model cannot be loaded for the task.
             TargetError: the targets do not fit the model.
         """
-        if self.net is not None:
-            return
+        if self.net is None:
+            self.assemble(load_model)
+
+    def assemble(self, load: Callable[..., nn.Module]) -> None:
+        """Inject into the model that `load`, called as `load_model` is, gives; raises as `configure_model`."""
         self._check_data()
         self._check_precision()
         pretrained = self._random_name() if is_random(self.pretrained) else self.pretrained
-        net = load_model(
+        net = load(
             pretrained,
             self.task,
             self._labels(),

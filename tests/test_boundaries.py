@@ -24,6 +24,7 @@ PLAIN_TORCH = {
     "adapters",
     "checkpoint",
     "errors",
+    "estimate",
     "exporters",
     "exporting",
     "files",
@@ -37,6 +38,7 @@ PLAIN_TORCH = {
     "shifts",
     "targets",
     "tiny",
+    "tracing",
     "vocabulary",
 }
 """Parts of core that serve a bare script: everything but the training loop."""

@@ -65,6 +65,18 @@ class Task(ABC):
         logits: Tensor = model(**inputs).logits
         return logits
 
+    def example(self, config: Any, size: int, length: int) -> dict[str, Tensor]:  # noqa: ARG002 - one question for all
+        """A batch of zeros in the shapes of training: what memory is counted with.
+
+        Args:
+            config: the model's configuration.
+            size: examples.
+            length: tokens of each, where the task is one of texts.
+        """
+        ids = torch.zeros(size, length, dtype=torch.int64)
+        labels = torch.zeros_like(ids if self.per_token else ids[:, 0])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
     @abstractmethod
     def loss(self, logits: Tensor, batch: Batch) -> Loss:
         """Summed loss of a batch."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -19,6 +20,13 @@ class ImageClassification(Task):
     auto_class: ClassVar[str] = "AutoModelForImageClassification"
     metric: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
+
+    def example(self, config: Any, size: int, length: int) -> dict[str, Tensor]:  # noqa: ARG002 - an image has none
+        """Black images of the size that the model takes."""
+        side, colours = getattr(config, "image_size", 224), getattr(config, "num_channels", 3)
+        sides = (side, side) if isinstance(side, int) else tuple(side)
+        pixels = torch.zeros(size, colours, *sides)
+        return {"pixel_values": pixels, "labels": torch.zeros(size, dtype=torch.int64)}
 
     def loss(self, logits: Tensor, batch: Batch) -> Loss:
         """Cross-entropy summed over examples."""

@@ -35,6 +35,10 @@ class MultiLabelClassification(Task):
         """Labels that do not exclude one another."""
         return {"num_labels": num_labels, "problem_type": "multi_label_classification"} if num_labels else {}
 
+    def example(self, config: Any, size: int, length: int) -> dict[str, Tensor]:
+        """With a number for each label."""
+        return {**super().example(config, size, length), "labels": torch.zeros(size, config.num_labels)}
+
     def loss(self, logits: Tensor, batch: Batch) -> Loss:
         """Binary cross-entropy summed over examples and labels."""
         labels = batch["labels"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
@@ -29,3 +30,10 @@ def embed(model: Callable[..., Any], batch: Batch, pooling: Pooling) -> Tensor:
         pooled = (hidden * mask).sum(1) / mask.sum(1).clamp_min(1)
     vectors = F.normalize(pooled.float(), dim=-1)
     return vectors.reshape(int(batch["sides"]), -1, vectors.shape[-1])
+
+
+def example_pairs(size: int, length: int) -> dict[str, Tensor]:
+    """A batch of `size` pairs of texts of `length` tokens, all zeros, with a score each."""
+    ids = torch.zeros(2 * size, length, dtype=torch.int64)
+    mask = torch.ones_like(ids)
+    return {"input_ids": ids, "attention_mask": mask, "sides": torch.tensor(2), "labels": torch.zeros(size)}

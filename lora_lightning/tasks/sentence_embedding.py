@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric, Metric
 
 from lora_lightning.errors import check
 from lora_lightning.tasks.base import Batch, Loss, PredictContext, Task
-from lora_lightning.tasks.pooling import POOLINGS, Pooling, embed
+from lora_lightning.tasks.pooling import POOLINGS, Pooling, embed, example_pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,10 @@ class SentenceEmbedding(Task):
     def model_options(self, num_labels: int | None) -> dict[str, Any]:  # noqa: ARG002 - vectors have no labels
         """None."""
         return {}
+
+    def example(self, config: Any, size: int, length: int) -> dict[str, Tensor]:  # noqa: ARG002
+        """Pairs of texts."""
+        return example_pairs(size, length)
 
     def logits(self, model: Callable[..., Any], batch: Batch) -> Tensor:
         """Unit vectors: (sides, pairs, width); sides are anchors, positives and, where there are any, negatives."""

@@ -1,0 +1,189 @@
+"""What each GPU of a training run holds and sends: parts counted once, laid out by a strategy. All numbers are bytes.
+
+    W   frozen weights             T   trained parameters, as many gradients G, optimizer state O
+    n   GPUs                       m   batches of an optimizer step
+    R   frozen weights outside the blocks, B the two largest blocks, trained parameters included
+
+    strategy                    held beside activations         made on the way   sent by each GPU in a step
+    ddp                         W + T + G + O                   T (buckets)       2 (n-1)/n T
+    fsdp2, fsdp, deepspeed_3    (W + T + G + O) / n             R + B             m (n-1)/n (2 (W - R) + R + 3 T)
+    deepspeed_2                 W + T + (G + O) / n             T (buckets)       (n-1)/n (m + 1) T
+
+Ring algorithms: of an all-gather or a reduce-scatter of x bytes each GPU sends (n-1)/n x, of an all-reduce twice that.
+Sharded weights are gathered for forward and again for backward, but those outside the blocks once; gradients are
+reduced for each batch. With ddp, batches of a window but the last one are not reduced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lora_lightning.errors import SettingsError, did_you_mean
+
+Strategy = Literal["ddp", "fsdp2", "fsdp", "deepspeed_2", "deepspeed_3"]
+STRATEGIES: dict[str, tuple[str, ...]] = {
+    "ddp": ("auto", "ddp_find_unused_parameters_true", "DDPStrategy", "SingleDeviceStrategy"),
+    "fsdp2": ("model_parallel", "ModelParallelStrategy"),
+    "fsdp": ("FSDPStrategy",),
+    "deepspeed_2": ("deepspeed", "deepspeed_stage_2"),
+    "deepspeed_3": ("deepspeed_stage_3",),
+}
+"""Strategies by the name that is printed, with other names that mean them."""
+_SHARDED = ("fsdp2", "fsdp", "deepspeed_3")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters that are gathered together."""
+
+    frozen: int
+    trained: int
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a training step of one process holds, nothing sharded."""
+
+    blocks: tuple[Unit, ...]
+    rest: Unit
+    """Everything outside the blocks."""
+    optimizer: int
+    kept: int
+    """Buffers, the batch, and what adapters keep from the frozen weights."""
+    activations: int
+    """What is held beside, at its fullest."""
+    dequantised: int = 0
+    """The largest weight, unpacked for a product, where the base is quantised."""
+
+    @property
+    def frozen(self) -> int:
+        """Frozen weights."""
+        return self.rest.frozen + sum(block.frozen for block in self.blocks)
+
+    @property
+    def trained(self) -> int:
+        """Trained parameters."""
+        return self.rest.trained + sum(block.trained for block in self.blocks)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on each GPU, by what they are for, and bytes that each sends in an optimizer step."""
+
+    strategy: str
+    gpus: int
+    frozen: float
+    trained: float
+    gradients: float
+    optimizer: float
+    kept: float
+    activations: float
+    gathered: float
+    """Blocks gathered from their shards, or buckets that gradients are reduced in."""
+    sent: float
+
+    @property
+    def total(self) -> float:
+        """The most that a GPU holds; the CUDA context and the allocator's gaps come on top."""
+        return (
+            self.frozen + self.trained + self.gradients + self.optimizer + self.kept + self.activations + self.gathered
+        )
+
+
+def find_strategy(name: str) -> str:
+    """The name in `STRATEGIES` of a strategy given by name, alias or class path.
+
+    Raises:
+        SettingsError: there is none, with the nearest.
+    """
+    last = name.rpartition(".")[2]
+    for known, aliases in STRATEGIES.items():
+        if last in (known, *aliases):
+            return known
+    listed = ", ".join(STRATEGIES)
+    raise SettingsError(f'strategy is "{name}".{did_you_mean(last, STRATEGIES)} Estimates know: {listed}.')
+
+
+def check_positive(**numbers: int) -> None:
+    """Raise `SettingsError` for a number below 1, by its name."""
+    for name, value in numbers.items():
+        if value < 1:
+            raise SettingsError(f"{name} is {value}; it must be at least 1.")
+
+
+def estimate(parts: Parts, strategy: str, gpus: int, batches: int = 1) -> Estimate:
+    """Lay parts out over GPUs.
+
+    Args:
+        parts: what one process holds.
+        strategy: a name in `STRATEGIES`.
+        gpus: processes, one a GPU.
+        batches: batches of an optimizer step, on each.
+
+    Raises:
+        SettingsError: an unknown strategy, or less than one GPU or batch; a quantised base that it cannot shard.
+    """
+    strategy = find_strategy(strategy)
+    check_positive(gpus=gpus, batches=batches)
+    if parts.dequantised and strategy in ("fsdp", "deepspeed_3") and gpus > 1:
+        raise SettingsError(
+            f'strategy is "{strategy}", which cannot shard a quantised base; nearest: ddp, with the base on each GPU.'
+        )
+    everywhere, shared, others = 1.0, 1 / gpus, (gpus - 1) / gpus
+    base = shared if strategy in _SHARDED else everywhere
+    state = everywhere if strategy == "ddp" else shared
+    return Estimate(
+        strategy=strategy,
+        gpus=gpus,
+        frozen=parts.frozen * base,
+        trained=parts.trained * base,
+        gradients=parts.trained * state,
+        optimizer=parts.optimizer * state,
+        kept=parts.kept,
+        activations=parts.activations + parts.dequantised,
+        gathered=_gathered(parts, strategy) if gpus > 1 else 0,
+        sent=others * _moved(parts, strategy, batches),
+    )
+
+
+def _gathered(parts: Parts, strategy: str) -> int:
+    """What is made whole at a time: the block at work, the next one, and what lies outside the blocks."""
+    if strategy not in _SHARDED:
+        return parts.trained
+    largest = sorted((block.frozen + block.trained for block in parts.blocks), reverse=True)[:2]
+    return parts.rest.frozen + parts.rest.trained + sum(largest)
+
+
+def _moved(parts: Parts, strategy: str, batches: int) -> float:
+    """Bytes that all-gathers and reduce-scatters of a step handle; an all-reduce is one of each."""
+    if strategy == "ddp":
+        return 2 * parts.trained
+    if strategy == "deepspeed_2":
+        return (batches + 1) * parts.trained
+    inside = sum(block.frozen for block in parts.blocks)
+    return batches * (2 * inside + parts.rest.frozen + 3 * parts.trained)
+
+
+def smallest_fit(parts: Parts, memory: float, batches: int = 1, most: int = 1024) -> Estimate | None:
+    """The fewest GPUs, a power of two up to `most`, on which fsdp2 holds a run in `memory` bytes; None for none."""
+    gpus = 1
+    while gpus <= most:
+        found = estimate(parts, "fsdp2", gpus, batches)
+        if found.total <= memory:
+            return found
+        gpus *= 2
+    return None
+
+
+def verdict(found: Sequence[Estimate], parts: Parts, memory: float, batches: int = 1) -> str:
+    """One sentence on what fits into GPUs of `memory` bytes; the last tenth is left to context and allocator."""
+    room, gib = 0.9 * memory, 2**30
+    fits = [e for e in found if e.total <= room]
+    if fits:
+        names = ", ".join(f"{e.strategy} on {e.gpus}" for e in fits)
+        return f"Fits into {memory / gib:g} GiB a GPU, a tenth of it left free: {names}."
+    best = smallest_fit(parts, room, batches)
+    where = f"fsdp2 on {best.gpus} GPUs does" if best else "no number of GPUs does; lower batch_size or max_length"
+    return f"Nothing of this fits into {memory / gib:g} GiB a GPU, a tenth of it left free; {where}."

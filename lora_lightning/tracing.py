@@ -1,0 +1,218 @@
+"""One training step without values: what it holds in memory at its fullest, before anything is loaded.
+
+Inside `without_values` every tensor is one of torch's fake tensors: shape, dtype and autograd are real, the data lie on
+the meta device and take no memory. The model, its adapters and its optimizer run there as they are, so the count is of
+this model with this method, attention and checkpointing, and of no formula. `Meter` adds up the storages that are
+alive. Where a value would decide, it is taken as 1 or true, so that a mask selects everything; an optimizer that stops
+at its own checks then gets the other answer.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.nn import functional as F  # noqa: N812 - the field's usual name
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lora_lightning.estimate import Unit
+
+
+@dataclass(frozen=True)
+class Step:
+    """Bytes of one process in a training step, nothing sharded. Tensors that share a storage count once."""
+
+    optimizer: int
+    """Optimizer state."""
+    kept: int
+    """Buffers, and what adapters keep from the frozen weights between steps."""
+    activations: int
+    """The most held beside parameters, gradients, optimizer state and what is kept: saved for backward, logits, loss,
+    and whatever is made on the way."""
+
+
+class Meter(TorchDispatchMode):
+    """Bytes of all tensor storages that are alive, made inside the block or given to `count`, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = 0
+        self.peak = 0
+        self.answer = True
+        """What a value that is asked for is taken as."""
+        self._known: set[int] = set()
+
+    def count(self, tensor: Tensor) -> None:
+        """Add the storage of `tensor`, until it is freed."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._forget, key, size).atexit = False
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+    def __torch_dispatch__(  # type: ignore[no-untyped-def]
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ):
+        """Run the operation and count what it makes."""
+        result = _run(func, args, dict(kwargs or {}), self.answer)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
+                self.count(leaf)
+        return result
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], answer: bool) -> Any:
+    try:
+        return func(*args, **kwargs)
+    except DataDependentOutputException:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is not torch.bool:
+            return float(answer) if args[0].is_floating_point() else int(answer)
+        return answer  # of a comparison
+    except DynamicOutputShapeException:
+        if func is torch.ops.aten.nonzero.default:
+            return args[0].new_zeros((args[0].numel(), args[0].dim()), dtype=torch.long)
+        if func is torch.ops.aten.masked_select.default:
+            return args[0].new_zeros(args[0].numel())
+        if func is torch.ops.aten.index.Tensor:
+            return func(args[0], _everything(args[1]), **kwargs)
+        raise
+
+
+def _everything(indices: list[Tensor | None]) -> list[Tensor | None]:
+    """Boolean masks in `indices` as the indices they would be with every entry true."""
+    found: list[Tensor | None] = []
+    for index in indices:
+        if index is None or index.dtype is not torch.bool:
+            found.append(index)
+        else:
+            found += [index.new_zeros(index.numel(), dtype=torch.long) for _ in range(index.dim())]
+    return found
+
+
+class GpuKernels(TorchFunctionMode):
+    """Functions as a GPU's kernels hold memory: attention drops entries without keeping them, dropout keeps bytes."""
+
+    def __torch_function__(  # type: ignore[no-untyped-def]
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ):
+        """Run the function, or its counterpart."""
+        options = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention:
+            options.pop("dropout_p", None)
+            args = args[:4] + (0.0,) * (len(args) > 4) + args[5:]
+        if func is F.dropout:
+            x, p, training, inplace = _bind(args, options)
+            if training and p and not inplace:
+                return torch.native_dropout(x, p, True)[0]
+        return func(*args, **options)
+
+
+def _bind(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, float, bool, bool]:
+    names, defaults = ("input", "p", "training", "inplace"), (None, 0.5, True, False)
+    given = {**dict(zip(names, defaults, strict=True)), **dict(zip(names, args, strict=False)), **options}
+    return given["input"], given["p"], given["training"], given["inplace"]
+
+
+@contextmanager
+def without_values(gpu: bool = True) -> Iterator[Meter]:
+    """Inside, tensors have no data. Gives the meter that counts them.
+
+    Args:
+        gpu: whether operations hold memory as a GPU's kernels do, or as the CPU's.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        with FakeTensorMode(), Meter() as meter, GpuKernels() if gpu else nullcontext():
+            yield meter
+
+
+def trace_step(
+    meter: Meter,
+    model: nn.Module,
+    loss: Callable[[], Tensor],
+    optimizer: Optimizer,
+    autocast: torch.dtype | None = None,
+) -> Step:
+    """Run forward, backward and an optimizer step inside `without_values`, and say what they hold.
+
+    Gradients are there from the start, as between the batches of an accumulation window.
+
+    Args:
+        meter: what `without_values` gave.
+        model: in train mode, with adapters; made inside the block.
+        loss: computes the loss of one batch with `model`.
+        optimizer: over the trainables, not stepped yet.
+        autocast: dtype of mixed precision; None for none.
+    """
+    parameters = list(model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    fixed = size(parameters) + size([parameter.grad for parameter in trained])
+    meter.peak = meter.live
+    device = parameters[0].device.type
+    with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
+        value = loss()
+    value.backward()
+    del value
+    peak, kept = meter.peak, meter.live - fixed
+    _step(meter, optimizer)
+    state = size([value for values in optimizer.state.values() for value in values.values()])
+    return Step(optimizer=state, kept=kept, activations=max(0, peak - fixed - kept))
+
+
+def _step(meter: Meter, optimizer: Optimizer) -> None:
+    """One step; a check that a value of 0 fails gets a value of 1."""
+    for answer in (False, True):
+        meter.answer = answer
+        try:
+            optimizer.step()
+            return
+        except Exception:
+            if answer:
+                raise
+
+
+def size(values: list[Any]) -> int:
+    """Bytes of the tensors among `values`; those that share a storage once."""
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in values if isinstance(t, Tensor)}
+    return sum(storages.values())
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """Blocks that are sharded each by itself: what the model says is not to be split, else the items of its lists."""
+    names = {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or ())}
+    found = [module for module in model.modules() if type(module).__name__ in names]
+    if not found:
+        found = [item for module in model.modules() if isinstance(module, nn.ModuleList) for item in module]
+    inner = {id(below) for block in found for below in block.modules() if below is not block}
+    return [block for block in found if id(block) not in inner]
+
+
+def units(model: nn.Module) -> tuple[tuple[Unit, ...], Unit]:
+    """Sizes of the blocks, and of what lies outside them; a shared parameter counts where it comes first."""
+    seen: set[int] = set()
+
+    def unit(module: nn.Module) -> Unit:
+        new = [p for p in module.parameters() if id(p) not in seen]
+        seen.update(map(id, new))
+        return Unit(size([p for p in new if not p.requires_grad]), size([p for p in new if p.requires_grad]))
+
+    found = tuple(unit(block) for block in blocks(model))
+    return found, unit(model)

@@ -1,0 +1,73 @@
+"""Layouts against sums written out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from lora_lightning.errors import SettingsError
+from lora_lightning.estimate import Parts, Unit, estimate, find_strategy, smallest_fit, verdict
+
+# two blocks of 100 frozen and 8 trained bytes, one of 60 and 4, outside them 40 and 4
+PARTS = Parts((Unit(100, 8), Unit(60, 4), Unit(100, 8)), Unit(40, 4), optimizer=48, kept=6, activations=1000)
+
+
+def test_one_gpu_holds_everything_and_sends_nothing():
+    for strategy in ("ddp", "fsdp2", "fsdp", "deepspeed_2", "deepspeed_3"):
+        found = estimate(PARTS, strategy, 1)
+        assert found.total == 300 + 24 + 24 + 48 + 6 + 1000
+        assert found.sent == 0
+
+
+def test_ddp_copies_all_and_reduces_gradients_once_a_step():
+    found = estimate(PARTS, "ddp", 4, batches=3)
+    assert found.total == 300 + 24 + 24 + 48 + 6 + 1000 + 24
+    assert found.sent == 2 * 3 / 4 * 24
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp", "deepspeed_3"])
+def test_sharded_weights_are_gathered_two_blocks_at_a_time(strategy):
+    found = estimate(PARTS, strategy, 4, batches=3)
+    assert found.total == (300 + 24 + 24 + 48) / 4 + 6 + 1000 + (40 + 4) + 2 * (100 + 8)
+    a_batch = 2 * 260 + 40 + 3 * 24  # blocks twice, the rest once; trained ones gathered twice and reduced once
+    assert found.sent == 3 / 4 * 3 * a_batch
+
+
+def test_deepspeed_2_shards_gradients_and_state():
+    found = estimate(PARTS, "deepspeed_2", 4, batches=3)
+    assert found.total == 300 + 24 + (24 + 48) / 4 + 6 + 1000 + 24
+    assert found.sent == 3 / 4 * (3 + 1) * 24
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("auto", "ddp"),
+        ("lightning.pytorch.strategies.ModelParallelStrategy", "fsdp2"),
+        ("FSDPStrategy", "fsdp"),
+        ("deepspeed_stage_3", "deepspeed_3"),
+    ],
+)
+def test_names_of_strategies(given, name):
+    assert find_strategy(given) == name
+
+
+def test_an_unknown_strategy_names_the_nearest():
+    with pytest.raises(SettingsError, match=r'strategy is "fsdpp"\. Did you mean "fsdp"\? Estimates know: ddp, '):
+        estimate(PARTS, "fsdpp", 2)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "batches", "message"), [(0, 1, "gpus is 0; it must"), (1, 0, "batches is 0; it must")]
+)
+def test_less_than_one(gpus, batches, message):
+    with pytest.raises(SettingsError, match=message):
+        estimate(PARTS, "ddp", gpus, batches)
+
+
+def test_what_fits():
+    assert smallest_fit(PARTS, 1350).gpus == 8  # 396 / 8 + 6 + 1000 + 260 = 1315.5; on 4 it is 1365
+    assert smallest_fit(PARTS, 1200) is None
+    small, large = estimate(PARTS, "ddp", 1), estimate(PARTS, "fsdp2", 8)
+    assert verdict([small, large], PARTS, 1500).endswith("a tenth of it left free: fsdp2 on 8.")
+    assert verdict([small], PARTS, 1500).endswith("a tenth of it left free; fsdp2 on 8 GPUs does.")
+    assert "lower batch_size or max_length" in verdict([small], PARTS, 1000)

@@ -1,0 +1,102 @@
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from lora_lightning import plugins
+from lora_lightning.__main__ import main
+from lora_lightning.injection import inject
+from lora_lightning.loading import load_skeleton
+from lora_lightning.random_models import full_name
+from lora_lightning.tasks import all_tasks
+from lora_lightning.tiny import tiny_decoder
+from lora_lightning.verbs.estimate import _devices, _strategy
+
+CONFIG = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+CONFIG |= {"intermediate_size": 24, "vocab_size": 32}
+WORDS = [
+    "estimate",
+    "--config",
+    "lora",
+    "--model.pretrained=random:llama",
+    "--model.task=causal-lm",
+    f"--model.random_config={json.dumps(CONFIG)}",
+    "--model.method.init_args.rank=2",
+    "--length=8",
+    "--batch-size=2",
+]
+
+
+def rows(text):
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+
+
+def mib(cell):
+    value, unit = cell.split()
+    return float(value) * {"GiB": 1024, "MiB": 1}[unit]
+
+
+def test_a_table_of_strategies_and_gpus(capsys):
+    assert main([*WORDS, "--strategy", "ddp", "fsdp2", "--gpus", "1", "4", "--memory=1", "--markdown"]) == 0
+    out = capsys.readouterr().out
+    found = rows(out)
+    assert [(row["Strategy"], row["GPUs"]) for row in found] == [
+        ("ddp", "1"),
+        ("fsdp2", "1"),
+        ("ddp", "4"),
+        ("fsdp2", "4"),
+    ]
+    net = tiny_decoder()
+    report = inject(net, plugins.method("LoRA")(rank=2), seed=0)
+    trained = 4 * report.trainable_parameters / 2**20
+    frozen = 4 * report.total_parameters / 2**20 - trained
+    assert mib(found[0]["Frozen"]) == pytest.approx(frozen, rel=0.01)
+    assert mib(found[0]["Trained"]) == mib(found[0]["Gradients"]) == pytest.approx(trained, rel=0.01)
+    assert mib(found[0]["Optimizer"]) == pytest.approx(2 * trained, rel=0.05)
+    assert mib(found[3]["Frozen"]) == pytest.approx(frozen / 4, rel=0.01)
+    assert "LlamaForCausalLM with LoRA: batches of 2 x 8 tokens, 1 batch a step, 32-true" in out
+    assert "Fits into 1 GiB a GPU" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--strategy=ddq"], 'strategy is "ddq". Did you mean "ddp"?'),
+        (["--gpus", "8", "0"], "gpus is 0; it must be at least 1."),
+        (["--precision=bf16-true"], 'precision is "bf16-true"; nearest: "bf16-mixed".'),
+        (["--dtype=int8"], 'dtype is "int8"; it takes float32, bfloat16 or float16.'),
+    ],
+)
+def test_what_cannot_be_estimated(words, message, capsys, monkeypatch):
+    module, data = SimpleNamespace(), SimpleNamespace(batch_size=2, max_length=8)
+    monkeypatch.setitem(sys.modules, "lora_lightning.cli", SimpleNamespace(describe=lambda flags: (module, data, {})))
+    assert main(["estimate", "{}", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_what_the_trainer_says():
+    assert (_devices({}), _devices({"devices": "auto"}), _devices({"devices": -1})) == (1, 1, 1)
+    assert (_devices({"devices": 4, "num_nodes": 2}), _devices({"devices": [0, 1]})) == (8, 2)
+    assert _strategy({"strategy": {"class_path": "x.DDPStrategy"}}) == "x.DDPStrategy"
+    assert _strategy({}) == "auto"
+
+
+@pytest.mark.parametrize("task", all_tasks().values(), ids=all_tasks())
+def test_the_example_of_a_task_is_a_batch_it_can_be_trained_on(task):
+    """The smallest models of their kinds: the loss of the example is a number that has a gradient."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    kinds = {
+        "image-classification": ("vit", {**sizes, "image_size": 8, "patch_size": 4}),
+        "causal-lm": ("llama", {**sizes, "vocab_size": 16}),
+        "seq2seq-lm": ("t5", {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 16}),
+    }
+    kind, settings = kinds.get(task.name, ("bert", {**sizes, "vocab_size": 16}))
+    settings |= {"decoder_start_token_id": 0} if kind == "t5" else {}
+    net = load_skeleton(full_name(f"random:{kind}", settings, 0), task(), 1 if task.name == "regression" else 3)
+    batch = task().example(net.config, 2, 4)
+    loss = task().loss(task().logits(net, batch), batch)
+    assert loss.total.isfinite()
+    assert loss.total.requires_grad
+    assert int(loss.count) > 0
