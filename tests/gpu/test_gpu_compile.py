@@ -50,13 +50,12 @@ def test_a_compiled_model_trains_as_the_eager_one(name):
         torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
 
 
-def test_a_compiled_bfloat16_base_computes_as_the_eager_one():
+@pytest.mark.parametrize("name", METHODS)
+def test_a_compiled_bfloat16_base_computes_as_the_eager_one(name):
     """Adapters in float32 beside it, as in training under bf16."""
-    for name, method in METHODS.items():
-        torch._dynamo.reset()
-        net, ids = adapted("decoder", method, dtype=torch.bfloat16), tokens()
-        with torch.no_grad():
-            expected = net(ids, use_cache=False).logits
-            found = torch.compile(net, fullgraph=True)(ids, use_cache=False).logits
-        assert found.dtype == torch.bfloat16
-        torch.testing.assert_close(found, expected, rtol=0, atol=2e-2, msg=lambda m, name=name: f"{name}: {m}")
+    net, ids = adapted("decoder", METHODS[name], dtype=torch.bfloat16), tokens()
+    with torch.no_grad():
+        expected = net(ids, use_cache=False).logits
+        found = torch.compile(net, fullgraph=True)(ids, use_cache=False).logits
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-2)
