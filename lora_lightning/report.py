@@ -89,11 +89,10 @@ def summary_table(summary: Mapping[str, Any]) -> Group:
         lines.append(f"moved       all {len(moved)} {what}, the least by {moved[least]:.2g} ({least})")
     if summary["damping_raised"]:
         lines.append(f"damping     {_raised(summary['damping_raised'])}")
-    lines += [
-        f"data        {facts['dropped']:,} {split} examples had nothing to learn and were left out"
-        for split, facts in summary.get("data", {}).items()
-        if facts["dropped"]
-    ]
+    for split, counts in summary.get("data", {}).items():
+        for kind, reason in (("dropped", "examples had nothing to learn"), ("skipped", "rows could not be read")):
+            if counts.get(kind):
+                lines.append(f"data        {counts[kind]:,} {split} {reason} and were left out")
     lines.append(f"time        {summary['seconds']:.0f} s")
     lines.append(f"adapter     {summary['adapter_dir']}")
     return Group(table, Text("\n".join(lines)))

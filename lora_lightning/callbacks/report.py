@@ -105,13 +105,13 @@ class RunReport(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the adapter, summary.json and report.png."""
         folder = Path(self.directory or trainer.default_root_dir)
-        values = self._final_values(trainer, pl_module)
+        values, facts = self._final_values(trainer, pl_module), _data_facts(trainer)
         if not trainer.is_global_zero and not is_sharded(pl_module):
             return
         adapter = save_adapter(pl_module, folder / "adapter", self.name)
         if not trainer.is_global_zero:
             return
-        self.summary = self._summarise(trainer, pl_module, values, adapter)
+        self.summary = self._summarise(trainer, pl_module, values, facts, adapter)
         write_json(folder / "summary.json", self.summary)
         metric = self.summary["metric"]
         levels = {
@@ -156,7 +156,12 @@ class RunReport(Callback):
         return values
 
     def _summarise(
-        self, trainer: Trainer, module: LightningModule, values: dict[str, float], adapter: Path
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        values: dict[str, float],
+        facts: dict[str, dict[str, int]],
+        adapter: Path,
     ) -> dict[str, Any]:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         baseline = next((c.result for c in callbacks if isinstance(c, LinearBaseline) and c.result is not None), None)
@@ -177,7 +182,7 @@ class RunReport(Callback):
             "trainable_parameters": sum(p.numel() for p in trained),
             "surviving_parameters": sum(int(torch.count_nonzero(p)) for p in [*own, *_folded(root, self.name)]),
             "report": record.method.report(adapters),
-            "data": _data_facts(trainer),
+            "data": facts,
             "moved": _moved(guard.moved() if guard else {}, root, self.name),
             "damping_raised": _damping(trainer),
             "adapter_dir": str(adapter),
@@ -201,7 +206,7 @@ class RunReport(Callback):
 
 
 def _data_facts(trainer: Trainer) -> dict[str, dict[str, int]]:
-    """Numbers of examples, cut and dropped ones, where the data module counts them."""
+    """Numbers of examples, where the data module counts them; all processes take part."""
     facts: Callable[[], dict[str, dict[str, int]]] | None = getattr(getattr(trainer, "datamodule", None), "facts", None)
     return facts() if facts else {}
 

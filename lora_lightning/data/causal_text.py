@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from abc import abstractmethod
 from dataclasses import replace
 from functools import cached_property
@@ -17,29 +16,11 @@ from lora_lightning.data.collate import Collate
 from lora_lightning.data.loader import count_targets
 from lora_lightning.data.packing import PackSampler, best_fit
 from lora_lightning.data.stream_loader import StreamLoader
-from lora_lightning.data.streaming import Encoder, Position, StreamBatches
+from lora_lightning.data.streaming import Encoder, Fill, Position, StreamBatches
 from lora_lightning.data.text import TextData, token_counts
-from lora_lightning.data.token_cache import cache_key, load, store
 from lora_lightning.errors import DataError, SettingsError, check
 
 log = logging.getLogger(__name__)
-
-WORTH_KEEPING = 2.0
-"""Seconds of tokenising from which on the result is kept on the disk."""
-SERVING = {
-    "batch_size",
-    "cache",
-    "dropped",
-    "group_by_length",
-    "num_workers",
-    "packing",
-    "seed",
-    "shuffle_block",
-    "streaming",
-    "tokenizer",  # its contents count, not its place
-    "trainer",
-    "validation_batch_size",
-}
 
 
 class CausalText(TextData):
@@ -54,11 +35,10 @@ class CausalText(TextData):
             that cannot keep examples apart is refused before the first step.
         streaming: Read the training data while training, without end, for what does not fit on the disk or takes long
             to tokenise; trainer.max_steps says when to stop. Workers and ranks read files of their own where there are
-            enough. The validation data must be named, or validation_share be 0.
+            enough. `limit` means the first rows.
         shuffle_block: Rows of a stream that are shuffled together, and read again on resume.
-        cache: Keep tokenised data on the disk if they took more than seconds, beside the tables that `datasets` caches
-            (its folder lora_lightning/tokens can be deleted at any time). They are found again only by the same
-            contents, tokenizer, settings and code.
+        held_out_rows: Most rows that are held out of a stream for validation (by validation_share, where no validation
+            data are named): the first ones. Those held out beyond are neither learned nor measured.
         common: Settings that all text data share.
     """
 
@@ -70,17 +50,19 @@ class CausalText(TextData):
         packing: bool = False,
         streaming: bool = False,
         shuffle_block: int = 1000,
-        cache: bool = True,
+        held_out_rows: int = 1000,
         **common: Any,
     ) -> None:
         super().__init__(**common)
         self.packing = packing
         self.streaming = streaming
         self.shuffle_block = shuffle_block
-        self.cache = cache
+        self.held_out_rows = held_out_rows
+        self._reader: StreamLoader | None = None
         self.count = count_targets
         check(not (packing and self.group_by_length), self, "packing", "it leaves nothing to group_by_length; use one.")
         check(shuffle_block >= 1, self, "shuffle_block", "it must be at least 1.")
+        check(held_out_rows >= 1, self, "held_out_rows", "it must be at least 1; validation_share 0 holds none out.")
         if streaming:
             self._check_streaming()
 
@@ -117,31 +99,19 @@ class CausalText(TextData):
                 f"{type(self).__name__}.streaming is True, so that nobody knows the training examples beforehand. To "
                 "inspect some, set streaming to false and a limit."
             )
-        if split not in self._examples and self.cache:
-            self._examples[split] = self._cached(split)
         return super().examples(split)
 
-    def _cached(self, split: str) -> datasets.Dataset:
-        """Examples from the disk, or made, and kept there if that took long."""
-        rows, _ = self.inputs(split), self.encoder(split)  # which settles the chat template
-        key = cache_key(rows, self.tokenizer_object, {"split": split, "kind": type(self).__name__, **self._settings()})
-        if (known := load(key)) is not None:
-            examples, self.dropped[split] = known
-            if self.dropped[split]:
-                rule = "for lack of anything to learn"
-                log.warning("%s: left %d %s rows out %s", type(self).__name__, self.dropped[split], split, rule)
-            return examples
-        began = time.monotonic()
-        examples = self.encode(rows, split)
-        if time.monotonic() - began >= WORTH_KEEPING:
-            store(key, examples, self.dropped.get(split, 0))
-        return examples
+    def settle(self, split: str) -> None:
+        """The encoder settles the chat template."""
+        self.encoder(split)
 
-    def _settings(self) -> dict[str, Any]:
-        """Settings that examples may depend on: plain ones, but for those that only say how they are served."""
-        plain = (str, int, float, bool, list, dict, type(None))
-        public = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        return {name: value for name, value in public.items() if isinstance(value, plain) and name not in SERVING}
+    def facts(self) -> dict[str, dict[str, int]]:
+        """Also of a stream: what became of the rows that have been read, each counted once."""
+        found = super().facts()
+        if self._reader is not None:
+            counts = self._reader.counts()
+            found["train"] = {name: counts[name] for name in ("examples", "truncated", "dropped", "skipped")}
+        return found
 
     @cached_property
     def stream(self) -> datasets.IterableDataset:
@@ -149,19 +119,21 @@ class CausalText(TextData):
         rows = self.read("train")
         if rows is None:
             raise DataError(f"{type(self).__name__}.train is null; name a file, a folder or a hub data set.")
-        return cast(datasets.IterableDataset, rows)
+        stream = cast(datasets.IterableDataset, rows)
+        return stream if self.limit is None else stream.take(self.limit)
+
+    @property
+    def fill(self) -> Fill:
+        """How examples of a stream become rows."""
+        return "packs" if self.packing else "examples"
 
     def train_dataloader(self) -> Any:
         """Shuffled by epoch, or a stream; with an exact position for resume."""
         return self._stream_loader() if self.streaming else super().train_dataloader()
 
     def _check_streaming(self) -> None:
-        held_out = self.sources.validation is None and self.validation_share
-        check(not held_out, self, "streaming", "name validation data, or set validation_share to 0.")
-        check(self.limit is None, self, "streaming", "limit must be null: trainer.max_steps ends a stream.")
         check(not self.group_by_length, self, "streaming", "group_by_length needs all lengths; packing does not.")
-        check(self.sources.on_error == "raise", self, "streaming", "on_error skip needs the whole file.")
-        self.sources = replace(self.sources, streaming=True)
+        self.sources = replace(self.sources, streaming=True, held_out_rows=self.held_out_rows)
 
     def _stream_loader(self) -> StreamLoader:
         trainer = self.trainer
@@ -195,11 +167,12 @@ class CausalText(TextData):
                 collate=Collate(self.tokenizer_object.pad_token_id, columns),
                 batch_size=self.batch_size,
                 max_length=self.max_length,
-                packing=self.packing,
+                fill=self.fill,
                 block=self.shuffle_block,
                 seed=self.seed,
                 positions=positions,
                 sources=[self.sources.train] if isinstance(self.sources.train, str) else list(self.sources.train or ()),
             )
 
-        return StreamLoader(make, workers=workers, count=self.count, **options)
+        self._reader = StreamLoader(make, workers=workers, count=self.count, **options)
+        return self._reader

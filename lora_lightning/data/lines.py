@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,27 @@ def bad_lines(path: Path, columns: Sequence[str] | None = None) -> list[BadLines
         path: The file.
         columns: Names of the columns of a CSV or TSV file that has no header line.
     """
-    find: dict[str, Callable[[], Iterator[BadLines]]] = {
-        ".csv": lambda: _bad_records(path, columns, {}),
-        ".tsv": lambda: _bad_records(path, columns, {"delimiter": "\t", "quoting": csv.QUOTE_NONE}),
-        ".txt": lambda: _bad_texts(path),
-        ".jsonl": lambda: _bad_objects(path),
-        ".json": lambda: _bad_document(path) if path.read_bytes().lstrip()[:1] == b"[" else _bad_objects(path),
-    }
-    return list(find.get(path.suffix.lower(), lambda: iter(()))())
+    if has_lines(path):
+        return [row for row in rows_of(path, columns) if isinstance(row, BadLines)]
+    return list(_bad_document(path)) if path.suffix.lower() == ".json" else []
+
+
+def has_lines(path: Path) -> bool:
+    """Whether `path` is a file of rows that are lines, so that one of them can be left out."""
+    suffix = path.suffix.lower()
+    return suffix in READERS and not (suffix == ".json" and _is_document(path))
+
+
+def rows_of(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any] | BadLines]:
+    """The rows of a file that has lines, read one by one, and in the place of each that cannot be read its lines.
+
+    Values of CSV and TSV are texts.
+
+    Args:
+        path: The file.
+        columns: Names of the columns of a CSV or TSV file that has no header line.
+    """
+    return READERS[path.suffix.lower()](path, columns)
 
 
 def copy_without(path: Path, bad: Sequence[BadLines]) -> Path:
@@ -65,16 +79,19 @@ def first_bad_line(sources: Sequence[str]) -> str:
     return next((f"{file}, line {bad.first}: {bad.reason}" for file, bad in found), "")
 
 
-def _bad_texts(path: Path) -> Iterator[BadLines]:
+def _texts(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any] | BadLines]:  # noqa: ARG001 - one column
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                line.decode()
+                text = line.decode().rstrip("\r\n")
             except UnicodeDecodeError as error:
                 yield BadLines(number, number, str(error))
+            else:
+                if text.strip():
+                    yield {"text": text}
 
 
-def _bad_objects(path: Path) -> Iterator[BadLines]:
+def _objects(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any] | BadLines]:  # noqa: ARG001 - each names its own
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -84,8 +101,15 @@ def _bad_objects(path: Path) -> Iterator[BadLines]:
             except ValueError as error:  # no JSON, or no UTF-8
                 yield BadLines(number, number, str(error))
             else:
-                if not isinstance(value, dict):
-                    yield BadLines(number, number, f"a {type(value).__name__}, not an object of columns")
+                is_row = isinstance(value, dict)
+                yield (
+                    value if is_row else BadLines(number, number, f"a {type(value).__name__}, not an object of columns")
+                )
+
+
+def _is_document(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(1000).lstrip()[:1] == b"["
 
 
 def _bad_document(path: Path) -> Iterator[BadLines]:
@@ -95,16 +119,38 @@ def _bad_document(path: Path) -> Iterator[BadLines]:
         yield BadLines(error.lineno, error.lineno, str(error))
 
 
-def _bad_records(path: Path, columns: Sequence[str] | None, dialect: dict[str, Any]) -> Iterator[BadLines]:
-    undecodable = {bad.first: bad.reason for bad in _bad_texts(path)}
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+def _records(path: Path, columns: Sequence[str] | None = None, **dialect: Any) -> Iterator[dict[str, Any] | BadLines]:
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         reader, end = csv.reader(file, **dialect), 0
-        width = len(columns) if columns is not None else None
+        names, width = columns, len(columns) if columns is not None else None
         for record in reader:
             first, end = end + 1, reader.line_num
             width = len(record) if width is None else width
-            reasons = [undecodable[number] for number in range(first, end + 1) if number in undecodable]
-            if len(record) > width:
-                reasons.append(f"{len(record)} fields where there are {width} columns")
-            if reasons:
-                yield BadLines(first, end, reasons[0])
+            reason = _undecodable(record)
+            if not reason and len(record) > width:
+                reason = f"{len(record)} fields where there are {width} columns"
+            if reason:
+                yield BadLines(first, end, reason)
+            elif names is None:
+                names = record
+            elif record:
+                yield dict(zip(names, record, strict=False))
+
+
+def _undecodable(fields: Sequence[str]) -> str:
+    """Why a field that was read byte by byte is no UTF-8."""
+    try:
+        "".join(fields).encode("utf-8", "surrogateescape").decode()
+    except UnicodeDecodeError as error:
+        return str(error)
+    return ""
+
+
+READERS: dict[str, Callable[..., Iterator[dict[str, Any] | BadLines]]] = {
+    ".csv": _records,
+    ".tsv": partial(_records, delimiter="\t", quoting=csv.QUOTE_NONE),
+    ".txt": _texts,
+    ".jsonl": _objects,
+    ".json": _objects,
+}
+"""What reads the lines of a file, by suffix."""

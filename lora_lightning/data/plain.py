@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lora_lightning.data.causal import end_id, plain_ids, start_ids
 from lora_lightning.data.causal_text import CausalText
 from lora_lightning.data.encoding import tokenised
-from lora_lightning.data.streaming import Encoder
+from lora_lightning.data.streaming import Encoder, Fill
 from lora_lightning.errors import check
 
 Tokens = NDArray[np.integer[Any]]
@@ -37,7 +37,6 @@ class PlainText(CausalText):
         self.text = text
         self.block = block
         check(not (block and self.packing), self, "packing", "documents must stay whole for it: set block to false.")
-        check(not (block and self.streaming), self, "streaming", "blocks need all documents: set block to false.")
 
     def read(self, split: str) -> datasets.Dataset | None:
         """Rows with the text column."""
@@ -53,6 +52,11 @@ class PlainText(CausalText):
             return _examples(pieces, range(len(pieces)), [False] * len(pieces))
         cut = [ids[: self.max_length] for ids in lines]
         return _examples(cut, documents["index"][:], [len(ids) > self.max_length for ids in lines])
+
+    @property
+    def fill(self) -> Fill:
+        """Pieces, unless documents stay whole."""
+        return "pieces" if self.block else super().fill
 
     def encoder(self, split: str) -> Encoder:  # noqa: ARG002 - the same for every split
         """Token ids of documents with a text."""

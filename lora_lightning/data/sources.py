@@ -6,14 +6,14 @@ import csv
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import datasets
 
 from lora_lightning.data.builtin import PREFIX, builtin_table
-from lora_lightning.data.lines import bad_lines, copy_without, first_bad_line
+from lora_lightning.data.lines import BadLines, bad_lines, copy_without, first_bad_line, has_lines, rows_of
 from lora_lightning.data.quiet import quiet
 from lora_lightning.errors import DataError, did_you_mean, nearest
 
@@ -31,6 +31,9 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Builder of `datasets` and its settings by file suffix."""
 
+UNREADABLE = "__unreadable__"
+"""Column of a stream that tells why a row cannot be read."""
+
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -41,6 +44,7 @@ def read_table(
     columns: Sequence[str] | None = None,
     field: str | None = None,
     on_error: OnError = "raise",
+    skipped: dict[str, int] | None = None,
 ) -> datasets.Dataset:
     """The examples that `source` names.
 
@@ -51,7 +55,8 @@ def read_table(
         split: Split to take from a folder or the hub, unless `source` names one.
         columns: Names of the columns of a CSV or TSV file that has no header line.
         field: The setting that holds `source`, for messages.
-        on_error: Whether a line of a file that cannot be read is an error, or left out and counted in the log.
+        on_error: Whether a line of a file that cannot be read is an error, or left out.
+        skipped: Where the number of rows that were left out is put down, by source.
 
     Raises:
         DataError: nothing there, not readable (with the first line that is not), or no examples in it.
@@ -62,7 +67,9 @@ def read_table(
     name, config, part = (*source.split(":"), "", "")[:3]
     path = Path(source).expanduser()
     if path.is_file():
-        table = _read_file(what, path, columns, on_error)
+        table, bad = _read_file(what, path, columns, on_error)
+        if skipped is not None:
+            skipped[source] = bad
     elif (folder := Path(name).expanduser()).is_dir():
         table = _read_folder(what, folder, config or None, part or split)
     elif HUB_ID.fullmatch(name) and not Path(name).parent.is_dir() and Path(name).suffix not in FORMATS:
@@ -75,14 +82,25 @@ def read_table(
 
 
 def read_stream(
-    source: str, split: str, *, columns: Sequence[str] | None = None, field: str | None = None
+    source: str,
+    split: str,
+    *,
+    columns: Sequence[str] | None = None,
+    field: str | None = None,
+    on_error: OnError = "raise",
 ) -> datasets.IterableDataset:
-    """The examples that `source` names, read while they are used; arguments and errors as for `read_table`."""
+    """The examples that `source` names, read while they are used; arguments and errors as for `read_table`.
+
+    With `on_error` "skip", a row that cannot be read has its file, line and reason in the column `UNREADABLE` and
+    nothing elsewhere, so that whoever reads the stream can leave it out and count it.
+    """
     what = f'{field or f"data.{split}"} is "{source}"'
     if source.startswith(PREFIX):
         return builtin_table(source, what).to_iterable_dataset()
     name, config, part = (*source.split(":"), "", "")[:3]
     path, folder = Path(source).expanduser(), Path(name).expanduser()
+    if on_error == "skip":
+        return _line_stream(what, path, folder, config or None, part or split, columns)
     if path.is_file():
         builder, options = _format(what, path, columns)
         stream = _load(what, builder, data_files=str(path), split="train", streaming=True, **options)
@@ -96,6 +114,42 @@ def read_stream(
     return _load(what, name, config or None, split=part or split, streaming=True)
 
 
+def _line_stream(
+    what: str, path: Path, folder: Path, config: str | None, split: str, columns: Sequence[str] | None
+) -> datasets.IterableDataset:
+    """Rows read line by line, those that cannot be read too."""
+    if path.is_file():
+        _format(what, path, columns)
+        files = [path]
+    elif folder.is_dir() and not (folder / "state.json").is_file():
+        with quiet():
+            found = datasets.load_dataset_builder(str(folder), config).config.data_files or {}
+        files = [Path(file) for file in found.get(split, ())]
+    else:
+        files = []
+    if not files or not all(map(has_lines, files)):
+        which = next((f'; "{file.name}" is none' for file in files if not has_lines(file)), "")
+        raise DataError(
+            f"{what}, streamed with data.on_error: skip, which reads CSV, TSV, JSONL and TXT files by line{which}."
+            " Set data.on_error to raise."
+        )
+    rows = (row for file in files for row in rows_of(file, columns) if not isinstance(row, BadLines))
+    names = tuple(next(rows, {}))
+    if not names:
+        raise DataError(f"{what}; it holds no examples.")
+    settings = {"files": [str(file) for file in files], "names": names, "columns": columns and tuple(columns)}
+    return cast(datasets.IterableDataset, datasets.IterableDataset.from_generator(_marked_rows, gen_kwargs=settings))
+
+
+def _marked_rows(files: Sequence[str], names: Sequence[str], columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+    for file in files:
+        for row in rows_of(Path(file), columns):
+            if isinstance(row, BadLines):
+                yield {**dict.fromkeys(names), UNREADABLE: f"{file}, line {row.first}: {row.reason}"}
+            else:
+                yield {**{name: row.get(name) for name in names}, UNREADABLE: None}
+
+
 def stream_columns(stream: datasets.IterableDataset, source: str) -> list[str]:
     """The columns of a stream that `source` names: those it declares, else those of its first row.
 
@@ -104,9 +158,10 @@ def stream_columns(stream: datasets.IterableDataset, source: str) -> list[str]:
     """
     try:
         with quiet():
-            return stream.column_names or list(next(iter(stream), {}))
+            names = stream.column_names or list(next(iter(stream), {}))
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         raise DataError(f"{source} cannot be read: {first_bad_line([source]) or error}.") from error
+    return [name for name in names if name != UNREADABLE]
 
 
 def _has_text(row: Mapping[str, Any]) -> bool:
@@ -151,8 +206,9 @@ def require_text(dataset: datasets.Dataset, source: str, columns: Iterable[str])
             raise DataError(f'{Path(source).name}: "{column}" is blank in every row.')
 
 
-def _read_file(what: str, path: Path, columns: Sequence[str] | None, on_error: OnError) -> datasets.Dataset:
-    suffix = path.suffix.lower()
+def _read_file(what: str, path: Path, columns: Sequence[str] | None, on_error: OnError) -> tuple[datasets.Dataset, int]:
+    """The rows of a file, and how many were left out."""
+    suffix, bad = path.suffix.lower(), []
     builder, options = _format(what, path, columns)
     try:
         table = _load(what, builder, data_files=str(path), split="train", **options)
@@ -168,8 +224,8 @@ def _read_file(what: str, path: Path, columns: Sequence[str] | None, on_error: O
         log.warning("%s: left %d rows out, the first in line %d: %s", path, len(bad), bad[0].first, bad[0].reason)
         table = _load(what, builder, data_files=str(copy_without(path, bad)), split="train", **options)
     if builder == "text":
-        return table.select([row for row, text in enumerate(table["text"]) if text.strip()])
-    return table
+        table = table.select([row for row, text in enumerate(table["text"]) if text.strip()])
+    return table, len(bad)
 
 
 def _format(what: str, path: Path, columns: Sequence[str] | None) -> tuple[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,15 @@ from typing import Any
 
 import datasets
 
-from lora_lightning.data.sources import OnError, read_stream, read_table, require_columns, require_text, stream_columns
+from lora_lightning.data.sources import (
+    UNREADABLE,
+    OnError,
+    read_stream,
+    read_table,
+    require_columns,
+    require_text,
+    stream_columns,
+)
 from lora_lightning.errors import DataError, SettingsError
 
 
@@ -61,6 +70,10 @@ class Sources:
     on_error: OnError = "raise"
     streaming: bool = False
     """Whether the training data are read while training."""
+    held_out_rows: int = 0
+    """Most rows that are held out of a stream."""
+    skipped: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict, compare=False)
+    """Rows that could not be read and were left out, by split and source; filled while reading."""
 
     def __post_init__(self) -> None:
         for field in ("train", "validation", "test", "predict"):
@@ -74,7 +87,7 @@ class Sources:
     def column_names(self, split: str) -> list[str] | None:
         """Columns that all sources of a split have, or None where none is named."""
         field = self._field(split)
-        if self.streaming and split == "train":
+        if self.streaming and field == "train":
             streams = self._streams()
             return _common([stream_columns(stream, name) for name, stream in streams.items()]) if streams else None
         tables = self._tables(field) if field else {}
@@ -96,9 +109,10 @@ class Sources:
         Raises:
             DataError: the source, a column or a text is missing, or sources have columns of one name and other types.
         """
-        if self.streaming and split == "train":
-            return self._stream(columns, texts)
         field = self._field(split)
+        if self.streaming and field == "train":
+            stream = self._stream(split, columns, texts, hold_out_by)
+            return stream if split == "train" or stream is None else self._first_rows(stream, split)
         tables = self._tables(field) if field else {}
         if field is None or not tables:
             return None
@@ -121,17 +135,31 @@ class Sources:
         sources = [] if given is None else [given] if isinstance(given, str) else list(given)
         what = f"{self.owner}.{field}"
         return {
-            source: _unread(read_table(source, hub_split, columns=self.columns, field=what, on_error=self.on_error))
+            source: _unread(
+                read_table(
+                    source,
+                    hub_split,
+                    columns=self.columns,
+                    field=what,
+                    on_error=self.on_error,
+                    skipped=self.skipped.setdefault(field, {}),
+                )
+            )
             for source in sources
         }
 
     def _streams(self) -> dict[str, datasets.IterableDataset]:
         sources = [] if self.train is None else [self.train] if isinstance(self.train, str) else list(self.train)
         what = f"{self.owner}.train"
-        return {source: read_stream(source, "train", columns=self.columns, field=what) for source in sources}
+        return {
+            source: read_stream(source, "train", columns=self.columns, field=what, on_error=self.on_error)
+            for source in sources
+        }
 
-    def _stream(self, columns: Mapping[str, str], texts: Sequence[str]) -> datasets.IterableDataset | None:
-        """The training data as a stream; a row without a text is found when it is read."""
+    def _stream(
+        self, split: str, columns: Mapping[str, str], texts: Sequence[str], hold_out_by: Sequence[str]
+    ) -> datasets.IterableDataset | None:
+        """The training data, or what is held out of them, as a stream; a missing text is found when it is read."""
         streams = self._streams()
         for source, stream in streams.items():
             require_columns(stream, source, columns)
@@ -139,15 +167,29 @@ class Sources:
             return None
         names = _common([stream_columns(stream, name) for name, stream in streams.items()])
         rows = [
-            stream.select_columns(names).map(TextChecked(source, tuple(texts))) for source, stream in streams.items()
+            stream.map(StreamedRow(source, tuple(texts))).select_columns([*names, UNREADABLE])
+            for source, stream in streams.items()
         ]
+        if self.validation is None and self.validation_share:
+            side = HeldOut(self, tuple(hold_out_by), held=split != "train")
+            rows = [stream.filter(side) for stream in rows]
         if len(rows) == 1:
             return rows[0]
-        if not isinstance(self.train, dict):
+        if split != "train" or not isinstance(self.train, dict):
             return datasets.concatenate_datasets(rows)
         total = sum(self.train.values())
         shares = [self.train[source] / total for source in streams]
         return datasets.interleave_datasets(rows, shares, seed=0, stopping_strategy="all_exhausted")
+
+    def _first_rows(self, stream: datasets.IterableDataset, split: str) -> datasets.Dataset:
+        """The first rows of what is held out of a stream, as a table."""
+        rows = [{k: v for k, v in row.items() if k != UNREADABLE} for row in stream.take(self.held_out_rows)]
+        if not rows:
+            raise DataError(
+                f"{self.owner}.validation_share is {self.validation_share}; of the streamed rows it leaves none for"
+                f" {split}. Name validation data, or set it to 0 to train without."
+            )
+        return datasets.Dataset.from_list(rows)
 
     def _part(self, table: datasets.Dataset, split: str, hold_out_by: Sequence[str]) -> datasets.Dataset:
         """What is held out of `table` for validation, or what is left for training."""
@@ -202,11 +244,11 @@ def _unread(table: datasets.Dataset) -> datasets.Dataset:
 
 
 @dataclass(frozen=True)
-class TextChecked:
-    """Rows of a stream as they are, unless one has no text where it must."""
+class StreamedRow:
+    """Rows of a stream as they are, with `UNREADABLE`, which is None for those that can be read."""
 
     source: str
-    columns: tuple[str, ...]
+    texts: tuple[str, ...]
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row.
@@ -214,10 +256,26 @@ class TextChecked:
         Raises:
             DataError: a text is missing.
         """
-        for column in self.columns:
-            if row[column] is None:
+        reason = row.get(UNREADABLE)
+        for column in self.texts:
+            if row[column] is None and reason is None:
                 raise DataError(f'{Path(self.source).name}: "{column}" is missing in a row: {row}.')
-        return row
+        return {**row, UNREADABLE: reason}
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Whether a row of a stream is on one side of what is held out; one that cannot be read counts as training data."""
+
+    sources: Sources
+    columns: tuple[str, ...]
+    held: bool
+
+    def __call__(self, row: Mapping[str, Any]) -> bool:
+        """Whether the row stays."""
+        if row[UNREADABLE] is not None:
+            return not self.held
+        return self.sources._is_held_out([row[column] for column in self.columns]) == self.held
 
 
 def _common(columns: Sequence[Sequence[str]]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -44,6 +44,8 @@ class StreamLoader:
         self.make, self.workers, self.window, self.count, self.length = make, workers, window, count, length
         self.positions: dict[int, Position] = {}
         """Behind the last batch of each worker before the current window."""
+        self.reached: dict[int, Position] = {}
+        """Behind the last batch of each worker that has been handed out."""
         self.next = 0
         """Worker whose batch opens the current window."""
         self.taken = 0
@@ -57,9 +59,11 @@ class StreamLoader:
         batches = self._in_turn()
         while True:
             window = list(islice(batches, size))
+            self.reached |= {worker: position for worker, _, position in window[: self.taken]}
             total = torch.tensor(sum(self.count(batch) for _, batch, _ in window)) if self.count else None
-            for _, batch, _ in window[self.taken :]:
+            for worker, batch, position in window[self.taken :]:
                 self.taken += 1
+                self.reached[worker] = position
                 yield batch if total is None else {**batch, "window_tokens": total}
             self.positions |= {worker: position for worker, _, position in window}
             self.next, self.taken = (self.next + size) % max(1, self.workers), 0
@@ -72,6 +76,11 @@ class StreamLoader:
         positions = {worker: dataclasses.asdict(position) for worker, position in self.positions.items()}
         mine = {"positions": positions, "next": self.next, "taken": self.taken}
         return {"workers": self.workers, "ranks": gather_objects(mine)}
+
+    def counts(self) -> Counter[str]:
+        """What became of the rows of the first turn, of all workers and processes; all of them take part."""
+        mine = sum((Counter(position.counts) for position in self.reached.values()), Counter())
+        return sum(gather_objects(mine), Counter())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken.
@@ -87,6 +96,7 @@ class StreamLoader:
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         mine = state["ranks"][rank]
         self.positions = {worker: Position(**position) for worker, position in mine["positions"].items()}
+        self.reached = dict(self.positions)
         self.next, self.taken = mine["next"], mine["taken"]
 
     def _in_turn(self) -> Iterator[tuple[int, Batch, Position]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import torch
@@ -15,10 +17,14 @@ from lora_lightning.adapters.seeds import generator
 from lora_lightning.data.lines import first_bad_line
 from lora_lightning.data.loader import Batch
 from lora_lightning.data.packing import packed
+from lora_lightning.data.sources import UNREADABLE
 from lora_lightning.errors import DataError
 
 Encoder = Callable[[dict[str, list[Any]], list[int]], Mapping[str, list[Any]]]
 Example = dict[str, list[int]]
+Fill = Literal["examples", "packs", "pieces"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,10 @@ class Position:
     """Rows of the block that have been taken."""
     start: dict[str, Any] | None = None
     """State of the stream where the block begins; None at its beginning."""
+    used: int = 0
+    """Tokens of the next example that have been taken, where examples are cut into pieces."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """What became of the rows of the first turn: examples, truncated, dropped, skipped."""
 
 
 def shuffled(
@@ -57,10 +67,10 @@ def shuffled(
             order = torch.randperm(len(block), generator=generator(seed, "stream", position.block, path_of_turn))
             for offset in range(position.offset, len(block)):
                 yield replace(position, offset=offset + 1), block[int(order[offset])]
-            position = Position(position.turn, position.block + 1, 0, stream.state_dict())
+            position = replace(position, block=position.block + 1, offset=0, start=stream.state_dict())
         if not read and position.block == 0:
             raise DataError("a stream holds no examples.")
-        position = Position(position.turn + 1)
+        position = replace(position, turn=position.turn + 1, block=0, offset=0, start=None)
 
 
 def _next(blocks: Iterator[dict[str, list[Any]]], sources: Sequence[str]) -> list[dict[str, Any]]:
@@ -85,7 +95,8 @@ class StreamBatches(IterableDataset[tuple[int, Batch, Position]]):
         collate: Examples to a batch.
         batch_size: Examples, or packed rows, of a batch.
         max_length: Most tokens of an example, or of a packed row.
-        packing: Whether examples share rows; they fill one after the other.
+        fill: How examples become rows: each is one ("examples"), whole ones share a row until the next does not fit
+            ("packs"), or all are laid end to end and cut into full rows ("pieces").
         block: Rows that are shuffled together.
         seed: Seed of their order.
         positions: Where workers go on, by number.
@@ -97,7 +108,7 @@ class StreamBatches(IterableDataset[tuple[int, Batch, Position]]):
     collate: Callable[[Sequence[Example]], Batch]
     batch_size: int
     max_length: int
-    packing: bool
+    fill: Fill
     block: int
     seed: int
     positions: Mapping[int, Position]
@@ -108,7 +119,9 @@ class StreamBatches(IterableDataset[tuple[int, Batch, Position]]):
         worker = info.id if info else 0
         stream = self.stream.shard(info.num_workers, worker, contiguous=False) if info else self.stream
         examples = self._examples(worker, stream)
-        rows = self._packs(examples) if self.packing else examples
+        rows = examples
+        if self.fill != "examples":
+            rows = self._packs(examples) if self.fill == "packs" else self._pieces(examples, worker)
         while True:
             batch = list(islice(rows, self.batch_size))
             yield worker, self.collate([example for _, example in batch]), batch[-1][0]
@@ -116,15 +129,25 @@ class StreamBatches(IterableDataset[tuple[int, Batch, Position]]):
     def _examples(self, worker: int, stream: datasets.IterableDataset) -> Iterator[tuple[Position, Example]]:
         position = self.positions.get(worker, Position())
         since = position.turn  # when something was last found to learn
+        counts = Counter(position.counts)
         rows = shuffled(stream, self.block, self.seed, f"worker {worker}", position, self.sources)
         for after, row in rows:
             if after.turn > since + 1:
                 raise DataError("a stream holds no example that has anything to learn.")
-            made = self.encode({name: [value] for name, value in row.items()}, [0])
-            if made["input_ids"] and not any(made.get("lost", ())):
-                ids = list(made["input_ids"][0][: self.max_length])
+            unreadable = row.pop(UNREADABLE, None)
+            made = {} if unreadable else self.encode({name: [value] for name, value in row.items()}, [0])
+            lost = not made.get("input_ids") or any(made.get("lost", ()))
+            whole = [] if lost else list(made["input_ids"][0])
+            ids = whole if self.fill == "pieces" else whole[: self.max_length]
+            if not after.turn:
+                kind = "skipped" if unreadable else "dropped" if lost else "examples"
+                counts.update({kind: 1, "truncated": int(len(ids) < len(whole) or any(made.get("truncated", ())))})
+                if unreadable:
+                    log.warning("left a row out: %s", unreadable)
+            if not lost:
                 since = after.turn
-                yield after, {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": _labels(made, ids)}
+                example = {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": _labels(made, ids)}
+                yield replace(after, used=0, counts=dict(counts)), example
 
     def _packs(self, examples: Iterator[tuple[Position, Example]]) -> Iterator[tuple[Position, Example]]:
         """Rows that are filled until the next example does not fit, with the position behind their last example."""
@@ -136,6 +159,25 @@ class StreamBatches(IterableDataset[tuple[int, Batch, Position]]):
                 held, tokens = [], 0
             held.append(example)
             tokens, behind = tokens + len(example["input_ids"]), after
+
+    def _pieces(self, examples: Iterator[tuple[Position, Example]], worker: int) -> Iterator[tuple[Position, Example]]:
+        """Full rows of all tokens end to end; each example is learned whole, and may begin in one and end in another.
+
+        The position behind a piece that ends inside an example is before that example, with how much of it is used.
+        """
+        held: list[int] = []
+        before = self.positions.get(worker, Position())
+        first = before.used
+        for after, example in examples:
+            ids, first = example["input_ids"][first:], 0
+            while len(held) + len(ids) >= self.max_length:
+                room = self.max_length - len(held)
+                piece, ids, held = [*held, *ids[:room]], ids[room:], []
+                used = len(example["input_ids"]) - len(ids)
+                behind = replace(before, used=used) if ids else after
+                yield behind, {"input_ids": piece, "attention_mask": [1] * len(piece), "labels": piece}
+            held += ids
+            before = after
 
 
 def _labels(made: Mapping[str, list[Any]], ids: list[int]) -> list[int]:

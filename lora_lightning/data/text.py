@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -15,11 +16,31 @@ from lora_lightning.data.collate import Collate
 from lora_lightning.data.grouping import LengthGroupedSampler
 from lora_lightning.data.marks import mark
 from lora_lightning.data.table import Collation, TableData
+from lora_lightning.data.token_cache import cache_key, load, store
 from lora_lightning.data.tokenizers import load_tokenizer
 from lora_lightning.errors import DataError, check
 from lora_lightning.vocabulary import check_new, teach
 
 log = logging.getLogger(__name__)
+
+WORTH_KEEPING = 2.0
+"""Seconds of tokenising from which on the result is kept on the disk."""
+SERVING = {
+    "batch_size",
+    "cache",
+    "dropped",
+    "group_by_length",
+    "held_out_rows",
+    "num_workers",
+    "packing",
+    "seed",
+    "shuffle_block",
+    "streaming",
+    "tokenizer",  # its contents count, not its place
+    "trainer",
+    "validation_batch_size",
+}
+"""Settings that examples do not depend on."""
 
 
 class TextData(TableData):
@@ -34,6 +55,10 @@ class TextData(TableData):
         new_tokens: Texts that become one token each, such as "<tool>"; their rows in the model train, and the adapter
             folder keeps them with the tokenizer.
         group_by_length: Put texts of similar length into one batch, so that less of it is padding.
+        cache: Keep tokenised data on the disk if they took more than seconds, beside the tables that `datasets` caches
+            (in its folder lora_lightning/tokens, which can be deleted at any time, and which drops what was not used
+            for longest beyond LORA_LIGHTNING_CACHE_GB, 10 by default). They are found again only by the same contents,
+            tokenizer, settings and code.
         common: Settings that all data share.
     """
 
@@ -44,6 +69,7 @@ class TextData(TableData):
         max_length: int = 256,
         new_tokens: Sequence[str] = (),
         group_by_length: bool = False,
+        cache: bool = True,
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -51,6 +77,7 @@ class TextData(TableData):
         self.new_tokens = list(new_tokens)
         self.max_length = max_length
         self.group_by_length = group_by_length
+        self.cache = cache
         check(max_length >= 2, self, "max_length", "it must be at least 2 tokens.")
         self.dropped: dict[str, int] = {}
         """Rows left out because nothing in them can be learned, by split."""
@@ -63,6 +90,40 @@ class TextData(TableData):
             check_new(tokenizer, self.new_tokens)
             teach(tokenizer, self.new_tokens)
         return tokenizer
+
+    def settle(self, split: str) -> None:
+        """Bring the tokenizer into the state in which it encodes a split."""
+
+    def examples(self, split: str) -> datasets.Dataset:
+        """The tokenised rows of a split, from the disk if they are there."""
+        if split not in self._examples and self.cache:
+            self._examples[split] = self._cached(split)
+        return super().examples(split)
+
+    def _cached(self, split: str) -> datasets.Dataset:
+        """Examples from the disk, or made, and kept there if that took long."""
+        rows = self.inputs(split)
+        self.settle(split)
+        names = list(getattr(self, "label_names", ())) if split != "predict" else []
+        settings = {"split": split, "kind": type(self).__name__, "label_names": names, **self._settings()}
+        key = cache_key(rows, self.tokenizer_object, settings)
+        if (known := load(key)) is not None:
+            examples, self.dropped[split] = known
+            if self.dropped[split]:
+                rule = "for lack of anything to learn"
+                log.warning("%s: left %d %s rows out %s", type(self).__name__, self.dropped[split], split, rule)
+            return examples
+        began = time.monotonic()
+        examples = self.encode(rows, split)
+        if time.monotonic() - began >= WORTH_KEEPING:
+            store(key, examples, self.dropped.get(split, 0))
+        return examples
+
+    def _settings(self) -> dict[str, Any]:
+        """Settings that examples may depend on: plain ones, but for those that only say how they are served."""
+        plain = (str, int, float, bool, list, dict, type(None))
+        public = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {name: value for name, value in public.items() if isinstance(value, plain) and name not in SERVING}
 
     def collation(self, split: str, columns: Sequence[str], sampler: DistributedSampler[Any]) -> Collation:  # noqa: ARG002 - the same for every split
         """Padding to the longest row."""
@@ -89,12 +150,16 @@ class TextData(TableData):
         return f"label {names[labels] if names else labels}\n{self.tokenizer_object.decode(ids)}"
 
     def facts(self) -> dict[str, dict[str, int]]:
-        """Numbers of examples, and of those that max_length cut or that were dropped, of each split that is ready."""
+        """Numbers of examples of each split that is ready, and of these of those that max_length cut.
+
+        Also of those dropped because nothing in them can be learned, and of rows skipped because they cannot be read.
+        """
         return {
             split: {
                 "examples": len(self.examples(split)),
                 "truncated": sum(self.examples(split)["truncated"]),
                 "dropped": self.dropped.get(split, 0),
+                "skipped": sum(self.sources.skipped.get(split, {}).values()),
             }
             for split in self.ready
         }

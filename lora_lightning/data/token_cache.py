@@ -19,6 +19,8 @@ from lora_lightning.data.quiet import quiet
 
 log = logging.getLogger(__name__)
 
+LIMIT = "LORA_LIGHTNING_CACHE_GB"
+"""Environment variable: gigabytes that the folder may hold."""
 LIBRARIES = ("transformers", "tokenizers", "datasets")
 
 
@@ -35,10 +37,12 @@ def cache_key(rows: datasets.Dataset, tokenizer: Any, settings: Mapping[str, Any
 def load(key: str) -> tuple[datasets.Dataset, int] | None:
     """The tokenised rows of that key and how many were dropped, if they are there. Read from the disk when used."""
     folder = _folder() / key
-    if not folder.is_dir():
+    try:
+        os.utime(folder)  # it was used just now
+        with quiet():
+            return datasets.load_from_disk(str(folder)), int((folder / "dropped").read_text())
+    except OSError:  # not there, or another process has just dropped it
         return None
-    with quiet():
-        return datasets.load_from_disk(str(folder)), int((folder / "dropped").read_text())
 
 
 def store(key: str, examples: datasets.Dataset, dropped: int) -> None:
@@ -52,10 +56,23 @@ def store(key: str, examples: datasets.Dataset, dropped: int) -> None:
         (mine / "dropped").write_text(str(dropped))
         if not folder.exists():
             mine.rename(folder)
+        drop_oldest(_folder(), int(float(os.environ.get(LIMIT, "10")) * 1e9), keep=folder)
     except OSError as error:  # no room on the disk, or another process was faster
         log.warning("tokenised data are not kept in %s: %s", folder.parent, error)
     finally:
         shutil.rmtree(mine, ignore_errors=True)
+
+
+def drop_oldest(parent: Path, most: int, keep: Path) -> None:
+    """Remove folders in `parent` that were not used for longest until they hold at most `most` bytes; never `keep`."""
+    used = {folder: folder.stat().st_mtime for folder in parent.iterdir() if folder.is_dir() and "." not in folder.name}
+    sizes = {folder: sum(file.stat().st_size for file in folder.rglob("*")) for folder in used}
+    for folder in sorted(used, key=lambda folder: used[folder]):
+        if sum(sizes.values()) <= most:
+            return
+        if folder != keep:
+            shutil.rmtree(folder, ignore_errors=True)
+            del sizes[folder]
 
 
 def _folder() -> Path:

@@ -10,7 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from training import decoder_folder
 
+from lora_lightning.__main__ import main
 from lora_lightning.data import Chat, Completions, PlainText
 from lora_lightning.errors import DataError, ResumeError, SettingsError
 
@@ -38,11 +40,10 @@ def folder(tmp_path):
 
 @pytest.fixture
 def make(folder, causal_tokenizer):
-    def make(workers: int = 0, ranks: tuple[int, int] = (1, 0), window: int = 1, **settings) -> Completions:
+    def make(workers: int = 0, ranks: tuple[int, int] = (1, 0), window: int = 1, kind=Completions, **settings):
         settings = {"train": str(folder), "batch_size": 2, "shuffle_block": 4, "max_length": 16, **settings}
-        data = Completions(
-            tokenizer=causal_tokenizer, validation_share=0.0, streaming=True, num_workers=workers, **settings
-        )
+        common = {"tokenizer": causal_tokenizer, "validation_share": 0.0, "num_workers": workers, "streaming": True}
+        data = kind(**{**common, **settings})
         data.trainer = SimpleNamespace(
             distributed_sampler_kwargs={"num_replicas": ranks[0], "rank": ranks[1]},
             accumulate_grad_batches=window,
@@ -203,24 +204,153 @@ def test_more_workers_than_files_are_told(make, write, caplog):
     assert "Completions: 1 of 2 workers read the stream, as it has 1 files" in caplog.text
 
 
+# -- what is held out, limited, skipped, cut ---------------------------------------------------------------------------
+
+
+def first_turn(data, workers: int = 1) -> list[int]:
+    """Rows of the first turn, one after the other."""
+    rows = []
+    for _, batch, position in data.train_dataloader().make({}):
+        if position.turn:
+            return rows
+        rows += numbers(batch)
+    raise AssertionError
+
+
+def test_validation_rows_are_held_out_as_from_a_table(make):
+    data = make(validation_share=0.4, batch_size=1)
+    table = make(validation_share=0.4, batch_size=1, streaming=False)
+    known = {split: sorted(map(name, table.inputs(split)["prompt"])) for split in ("train", "validation")}
+    assert sorted(map(name, data.inputs("validation")["prompt"])) == known["validation"]
+    assert sorted(first_turn(data)) == known["train"]
+    assert len(known["validation"]) > 9
+    few = make(validation_share=0.4, batch_size=1, held_out_rows=3)
+    assert len(few.examples("validation")) == 3
+    assert sorted(first_turn(few)) == known["train"]
+    with pytest.raises(
+        DataError, match=r"validation_share is 1e-09; of the streamed rows it leaves none for validation"
+    ):
+        make(validation_share=1e-9)
+
+
+def name(prompt: str) -> int:
+    return int("".join(str(WORDS.index(word)) for word in prompt.split()))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_limit_takes_the_first_rows(make, write, share):
+    file = write("t.jsonl", "\n".join(json.dumps(row(n)) for n in range(30)))
+    whole = make(train=file, validation_share=share, batch_size=1, shuffle_block=1)
+    data = make(train=file, validation_share=share, batch_size=1, limit=5)
+    assert sorted(first_turn(data)) == first_turn(whole)[:5]
+    assert not share or len(data.examples("validation")) == 5
+
+
+BAD = {
+    "jsonl": [*(json.dumps(row(n)) for n in range(9)), "{", "[1]", json.dumps(row(9)), b"\xff", json.dumps(row(10))],
+    "csv": ["prompt,completion", "a b c,yes", "a,b,c", "a b d,yes", b"\xff,yes", '"a b e","it,', 'is"', "a b f,no"],
+    "txt": ["a b c", "", b"\xff", "a b d"],
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_lines_that_cannot_be_read_are_skipped_and_counted(make, tmp_path, kind, workers):
+    """The same rows as of a table; the count goes on in a resumed run, and counts each line once."""
+    lines = [line if isinstance(line, bytes) else line.encode() for line in BAD[kind]]
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    for part in range(2):
+        (folder / f"train-{part}.{kind}").write_bytes(b"\n".join(lines) + b"\n")
+    settings = {"on_error": "skip", "batch_size": 1, "max_length": 32}
+    settings |= {"kind": PlainText, "block": False} if kind == "txt" else {}
+    data = make(workers, train=str(folder), **settings)
+    one = folder / f"train-0.{kind}"
+    table = make(train=str(one), streaming=False, **settings)
+    skipped = {"jsonl": 3, "csv": 2, "txt": 1}[kind]
+    ids = sorted(table.examples("train")["input_ids"])
+    assert table.facts()["train"] == {"examples": len(ids), "truncated": 0, "dropped": 0, "skipped": skipped}
+    loader = data.train_dataloader()
+    batches, seen = iter(loader), 0
+    while loader.counts()["examples"] < 2 * len(ids):
+        next(batches)
+        seen += 1
+        if seen == 3:  # stopped and resumed
+            state, loader = loader.state_dict(), data.train_dataloader()
+            loader.load_state_dict(state)
+            batches = iter(loader)
+    next(batches), next(batches), next(batches)
+    found = data.facts()["train"]
+    assert found == {"examples": 2 * len(ids), "truncated": 0, "dropped": 0, "skipped": 2 * skipped}
+    got = [
+        batch["input_ids"][0].tolist()
+        for batch in islice(make(train=str(one), **settings).train_dataloader(), len(ids))
+    ]
+    assert sorted(got) == ids
+
+
+def test_what_cannot_be_skipped_in(make, write, tmp_path):
+    for file in (write("c.json", [row(1)]), "owner/name"):
+        with pytest.raises(DataError, match=r"by line(; \"c\.json\" is none)?\. Set data\.on_error to raise"):
+            make(train=file, on_error="skip")
+    empty = tmp_path / "none.jsonl"
+    empty.write_text("{\n")
+    with pytest.raises(DataError, match="it holds no examples"):
+        make(train=str(empty), on_error="skip")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_documents_in_full_pieces(make, folder, workers):
+    """The tokens of whole documents laid end to end, over turns; each piece full; resumed inside a document."""
+    settings = {"kind": PlainText, "text": "prompt", "batch_size": 1}
+    ends = make(**settings, block=False, max_length=99).train_dataloader()
+    tokens = [token for batch in islice(ends, 100) for token in batch["input_ids"][0].tolist()]
+    pieces = [batch["input_ids"][0].tolist() for batch in islice(make(**settings, max_length=7).train_dataloader(), 60)]
+    assert [token for piece in pieces for token in piece] == tokens[: 60 * 7]
+    assert {len(piece) for piece in pieces} == {7}
+    whole = plain(islice(make(workers, **settings, max_length=3).train_dataloader(), 40))
+    assert all(batch["labels"] == batch["input_ids"] for batch in whole)
+    for stop in (1, 2, 7, 16, 29):
+        stopped = make(workers, **settings, max_length=3).train_dataloader()
+        assert plain(islice(stopped, stop)) == whole[:stop]
+        resumed = make(workers, **settings, max_length=3).train_dataloader()
+        resumed.load_state_dict(stopped.state_dict())
+        assert plain(islice(resumed, 11)) == whole[stop : stop + 11]
+
+
+def test_a_run_tells_what_was_left_out(tmp_path, monkeypatch, capsys):
+    decoder = decoder_folder(tmp_path / "decoder")
+    rows = [json.dumps({"prompt": f"w{n} w1", "completion": f"w{n} w2" if n % 5 else ""}) for n in range(10)]
+    (tmp_path / "rows.jsonl").write_text("\n".join([*rows[:4], "{", *rows[4:]]) + "\n")
+    monkeypatch.chdir(tmp_path)
+    words = [f"--model.pretrained={decoder}", "--model.task=causal-lm", "--model.method=LoRA", "--data=Completions"]
+    words += ["--data.train=rows.jsonl", "--data.streaming=true", "--data.on_error=skip", "--data.batch_size=2"]
+    words += ["--data.validation_share=0.3", "--trainer.max_steps=12", "--trainer.val_check_interval=6"]
+    words += [
+        "--trainer.check_val_every_n_epoch=null",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+    ]
+    assert main(["fit", *words]) == 0
+    counts = json.loads((tmp_path / "runs/run/001/summary.json").read_text())["data"]
+    held = counts["validation"]["examples"] + counts["validation"]["dropped"]
+    assert counts["train"]["examples"] + counts["train"]["dropped"] + held == 10
+    assert counts["train"]["skipped"] == 1
+    assert counts["train"]["dropped"] + counts["validation"]["dropped"] == 2
+    assert "data        1 train rows could not be read and were left out" in capsys.readouterr().out
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"validation_share": 0.1}, r"streaming is True; name validation data, or set validation_share to 0\.$"),
-        ({"limit": 5}, r"streaming is True; limit must be null: trainer\.max_steps ends a stream"),
+def test_settings_that_a_stream_cannot_have():
+    for settings, message in (
         ({"group_by_length": True}, r"streaming is True; group_by_length needs all lengths"),
-        ({"on_error": "skip"}, r"streaming is True; on_error skip needs the whole file"),
         ({"shuffle_block": 0}, r"shuffle_block is 0; it must be at least 1"),
-    ],
-)
-def test_settings_that_need_all_rows(settings, message):
-    with pytest.raises(SettingsError, match=rf"^Completions\.{message}"):
-        Completions(**{"train": "x.jsonl", "streaming": True, "validation_share": 0.0, **settings})
-    with pytest.raises(SettingsError, match=r"^PlainText\.streaming is True; blocks need all documents"):
-        PlainText(streaming=True, validation_share=0.0)
+        ({"held_out_rows": 0}, r"held_out_rows is 0; it must be at least 1; validation_share 0 holds none out"),
+    ):
+        with pytest.raises(SettingsError, match=rf"^Completions\.{message}"):
+            Completions(**{"train": "x.jsonl", "streaming": True, **settings})
 
 
 def test_a_run_without_an_end(make):

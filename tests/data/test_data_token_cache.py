@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import datasets
 import pytest
 
-from lora_lightning.data import Chat, Completions, causal_text, encoding, token_cache
+from lora_lightning.data import Chat, Completions, LabelledText, encoding, text, token_cache
 
 ROWS = [
     {"prompt": "what is", "completion": "tea"},
@@ -19,7 +20,7 @@ ROWS = [
 
 @pytest.fixture(autouse=True)
 def folder(monkeypatch, tmp_path) -> Path:
-    monkeypatch.setattr(causal_text, "WORTH_KEEPING", 0.0)
+    monkeypatch.setattr(text, "WORTH_KEEPING", 0.0)
     monkeypatch.setattr(token_cache, "_folder", lambda: tmp_path / "tokens")
     return tmp_path / "tokens"
 
@@ -64,7 +65,7 @@ def test_anything_that_matters_makes_another(make, bare_tokenizer, monkeypatch):
 
 def test_it_can_be_left_off_and_what_is_quick_is_not_kept(make, folder, monkeypatch):
     assert make(cache=False)[1]
-    monkeypatch.setattr(causal_text, "WORTH_KEEPING", 3600.0)
+    monkeypatch.setattr(text, "WORTH_KEEPING", 3600.0)
     assert make()[1]
     assert not folder.exists()
 
@@ -91,6 +92,39 @@ def test_a_folder_that_cannot_be_written_is_no_harm(make, folder, caplog):
     folder.write_text("a file stands here")
     assert make()[1]
     assert f"tokenised data are not kept in {folder}: " in caplog.text
+
+
+def test_any_text_is_kept_by_its_labels_too(write, encoder_tokenizer, folder):
+    """What a label's number is depends on the training data, which are not among the rows of another split."""
+    dev = write("dev.csv", "text,label\ngood,yes\nbad,yes\n")
+    numbers = []
+    for other in ("no", "zebra", "zebra"):
+        train = write("train.csv", f"text,label\na,yes\nb,{other}\n")
+        data = LabelledText(train=train, validation=dev, tokenizer=encoder_tokenizer)
+        data.setup("validate")
+        numbers.append(data.examples("validation")["labels"][:])
+    assert numbers == [[1, 1], [0, 0], [0, 0]]
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_what_was_not_used_for_longest_goes_first(make, folder, monkeypatch):
+    def kept() -> int:
+        return len(list(folder.iterdir()))
+
+    make(max_length=9)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    make(max_length=8)
+    old, older = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+    os.utime(old, (2, 2))
+    os.utime(older, (1, 1))
+    make(max_length=9)  # which is used again
+    monkeypatch.setenv("LORA_LIGHTNING_CACHE_GB", str(2.5 * size / 1e9))
+    make(max_length=7)
+    assert (kept(), old.exists(), older.exists()) == (2, False, True)
+    monkeypatch.setenv("LORA_LIGHTNING_CACHE_GB", "0")
+    assert make(max_length=6)[1]
+    assert kept() == 1  # the one that was just made
+    assert not make(max_length=6)[1]
 
 
 def test_long_work_shows_a_bar(make, monkeypatch, capsys):
