@@ -29,6 +29,7 @@ import lora_lightning
 from lora_lightning.adapters.layer import check_name
 from lora_lightning.adapters.shift import DenseShift, Shift, shift_like
 from lora_lightning.adapters.weights import BaseLayer
+from lora_lightning.base_layers import packed_formats
 from lora_lightning.errors import (
     AdapterFileError,
     AdapterStateError,
@@ -37,7 +38,7 @@ from lora_lightning.errors import (
     nearest,
 )
 from lora_lightning.files import as_json, write_together
-from lora_lightning.fingerprint import fingerprint, whole
+from lora_lightning.fingerprint import fingerprint, say_unsampled, whole
 from lora_lightning.injection import (
     AdapterRecord,
     adapters_named,
@@ -81,6 +82,8 @@ class Stored:
     tensors: dict[str, Tensor]
     vocabulary: Vocabulary | None = None
     """New tokens that its rows belong to."""
+    quantisation: str | None = None
+    """Formats that the base weights were stored in, joined."""
 
 
 def adapter_keys(model: nn.Module, name: str | None = None) -> list[str]:
@@ -192,6 +195,7 @@ def describe(root: nn.Module, name: str, record: AdapterRecord) -> dict[str, Any
         "vocabulary": None if added is None else {"first": added.first, "tokens": list(added.tokens)},
         "base": getattr(getattr(root, "config", None), "_name_or_path", None) or None,
         "fingerprint": fingerprint(root, record.trained),
+        "quantisation": packed_formats(root),
         "versions": versions,
     }
 
@@ -220,9 +224,15 @@ def read_folder(directory: str | Path) -> Stored:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         content = json.loads(metadata["adapter"])
         newer = content["schema_version"] > SCHEMA
-        fields = {field.name for field in dataclasses.fields(Stored)} - {"tensors", "trained", "vocabulary"}
+        fields = {field.name for field in dataclasses.fields(Stored)} - {
+            "tensors",
+            "trained",
+            "vocabulary",
+            "quantisation",
+        }
         given = {} if newer else {key: content[key] for key in fields} | {"trained": tuple(content["trained"])}
         given["vocabulary"] = _vocabulary(folder, content.get("vocabulary"))
+        given["quantisation"] = content.get("quantisation")  # older files have none
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise AdapterFileError(f'"{path}" is truncated or damaged: {reason}. Save the adapter again.') from error
@@ -402,6 +412,7 @@ def _check_fingerprint(root: nn.Module, stored: Stored, directory: str | Path) -
             f'"{directory}" was trained on other base weights than this model has (base: {stored.base or "unknown"}); '
             "load the same pretrained weights first."
         )
+    say_unsampled(own, theirs, packed_formats(root), stored.quantisation)
 
 
 def _check_heads(root: nn.Module, stored: Stored, name: str, directory: str | Path) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lora_lightning.checkpoint import adapter_keys, describe
 from lora_lightning.errors import ResumeError
+from lora_lightning.fingerprint import say_unsampled
 from lora_lightning.injection import injected_root, records
 
 
@@ -24,6 +25,7 @@ def check_same(model: nn.Module, name: str, theirs: Mapping[str, Any]) -> None:
     differing = [key for key in ours if None not in (ours[key], base[key]) and ours[key] != base[key]]
     if differing:
         raise ResumeError(f"the checkpoint was trained on another base model ({', '.join(differing)} differ).")
+    say_unsampled(ours, base, own["quantisation"], theirs.get("quantisation"))
     if own["method"] != theirs["method"]:
         raise ResumeError(f"the checkpoint was trained with {theirs['method']}; the model has {own['method']}.")
     for key, value in own["settings"].items():

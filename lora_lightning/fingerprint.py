@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from lora_lightning.base_layers import packed_layers
 from lora_lightning.injection import iter_adapters
 from lora_lightning.paths import plain, starting_with, unwrap
 from lora_lightning.vocabulary import grown_layers
@@ -21,8 +22,8 @@ _SAMPLE = 64
 def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> dict[str, Any]:
     """What identifies the base model: class, parameter names and shapes, and a hash of a fixed sample of weights.
 
-    Sampled weights are rounded to bfloat16, so that a model loaded in half precision is recognised. `weights` is None
-    where a base stores something else than floating-point numbers.
+    Sampled weights are rounded to bfloat16, so that a model loaded in half precision is recognised. A layer in few bits
+    has the name and shape of the plain one; `weights` is None where there is such a layer.
 
     Args:
         model: a plain module, or one with adapters (which do not count, even when merged).
@@ -32,15 +33,17 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> dict[str, Any]
         AdapterStateError: a layer was merged with `keep_original=False`.
     """
     skip = {plain(name) for name in without}
-    names, sample, sampled = hashlib.sha256(), hashlib.sha256(), True
+    packed = {plain(base.weight_name(path)): base for path, base in packed_layers(model)}
+    names, sample, sampled = hashlib.sha256(), hashlib.sha256(), not packed
     for key, parameter in sorted(_base_parameters(model).items()):
         if key in skip:
             continue
-        names.update(f"{key}:{tuple(parameter.shape)};".encode())
-        values = whole(parameter).reshape(-1)
-        if not values.is_floating_point():
+        shape = packed[key].plain_shape if key in packed else tuple(parameter.shape)
+        names.update(f"{key}:{shape};".encode())
+        if key in packed or not parameter.is_floating_point():
             sampled = False
             continue
+        values = whole(parameter).reshape(-1)
         n = min(_SAMPLE, values.numel())
         where = torch.arange(n, device=values.device) * (values.numel() - 1) // max(n - 1, 1)
         sample.update(values[where].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
@@ -66,6 +69,16 @@ def _base_parameters(model: nn.Module) -> dict[str, Tensor]:
                 key = layer.accessor.weight_name(path) if name == "weight" else f"{path}.{name}"
                 found[plain(key)] = originals.get(name, parameter)
     return found
+
+
+def say_unsampled(
+    own: Mapping[str, Any], theirs: Mapping[str, Any], own_format: str | None, their_format: str | None
+) -> None:
+    """Print that base weights were not compared, where a side has them in few bits, and in which."""
+    if None in (own["weights"], theirs["weights"]):
+        sides = {"here": own_format, "in training": their_format}
+        stored = " and ".join(f"{'as ' + name if name else 'plain'} {where}" for where, name in sides.items())
+        print(f"note: base weights were compared by name and shape only; they are stored {stored}")
 
 
 def whole(tensor: Tensor) -> Tensor:

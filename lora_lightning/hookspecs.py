@@ -15,6 +15,7 @@ One run, from the command line to the export; `*` marks a hook of ours, `o` a ho
       |
       |  o configure_callbacks       guard, resume, report, and method.callbacks()
       |  o setup                     callbacks sorted by phase, Checkpoint callbacks last
+      |    * lora_lightning_base_layers       asked for each layer, by inject and by whatever reads a weight
       |  o configure_model           load model -> inject: method.build(base), adapter.reset(generator) -> freeze
       |  o configure_optimizers      method.param_groups(adapters); the user's, the method's or AdamW
       |  o on_train_start            totals of schedules resolved once, linear baseline
@@ -37,15 +38,17 @@ its arguments. Hooks are declared here when their first user arrives.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import pluggy
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
+    from torch import nn
     from torch.optim import Optimizer
 
+    from lora_lightning.adapters.weights import BaseLayer
     from lora_lightning.methods import Method
 
 NAMESPACE = "lora_lightning"
@@ -91,5 +94,16 @@ def lora_lightning_callbacks() -> Iterable[type[Callback]]:
 
     Runs only where something trains; import Lightning inside. Answers are joined, and names clash, as for optimizers.
     What a method needs always comes from `Method.callbacks` instead.
+    """
+    raise NotImplementedError("a specification: plugins implement it")
+
+
+@hookspec
+def lora_lightning_base_layers() -> Iterable[Callable[[nn.Module], BaseLayer | None]]:
+    """Kinds of layer that can carry an adapter: functions from a module to its accessor, or None.
+
+    Runs once, when a layer is first looked at, on the command line and in Python; import torch inside. Each function is
+    asked for every module before core's own kinds are. Two plugins that serve one module raise `PluginError` naming
+    both. An accessor is a `BaseLayer`; for a weight in few bits, a `PackedBase` that answers `dequantise`.
     """
     raise NotImplementedError("a specification: plugins implement it")

@@ -17,6 +17,8 @@ from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.layer import AdaptedLayer, check_name
 from lora_lightning.adapters.seeds import generator
 from lora_lightning.adapters.weights import BaseLayer, ExpertStack
+from lora_lightning.base_layers import check_packed, count_numbers, kind_of, packed_layers
+from lora_lightning.dequantised import Dequantised
 from lora_lightning.errors import AdapterStateError, SettingsError, TargetError, did_you_mean
 from lora_lightning.methods import Method, check_overridable, replace
 from lora_lightning.paths import places
@@ -149,6 +151,8 @@ def inject(
     selection = select(model, targets, exclude)
     trained = trained_parameters(model, also_train)
     _check_disjoint(model, selection.layers, trained)
+    packed = dict(packed_layers(model))
+    check_packed(packed, trained, selection.layers)
     settings = _settings_by_layer(method, selection.layers, overrides or {})
     run_seed = common_seed() if seed is None else seed
     adapters = {path: build(settings[path], path, base, run_seed) for path, base in selection.layers.items()}
@@ -160,10 +164,10 @@ def inject(
     return InjectionReport(
         name=name,
         method=method,
-        layers={path: (base.kind, base.d_in, base.d_out) for path, base in selection.layers.items()},
+        layers={path: (kind_of(base), base.d_in, base.d_out) for path, base in selection.layers.items()},
         adapter_parameters=sum(p.numel() for adapter in adapters.values() for p in adapter.parameters()),
         trained={parameter: named[parameter].numel() for parameter in trained},
-        total_parameters=sum(p.numel() for p in named.values()),
+        total_parameters=count_numbers(model, packed),
         skipped=selection.skipped,
         tied=selection.tied,
         notes=notes,
@@ -447,9 +451,13 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 def merge(model: nn.Module, keep_original: bool = True) -> None:
     """Write the active adapters into the base weights, all or none.
 
+    A layer in few bits is not written: a plain one, dequantised once, stands in its place, and what that changes is
+    printed.
+
     Args:
         model: a model with adapters.
-        keep_original: keep each original weight on the CPU, so that `unmerge` restores it bit for bit.
+        keep_original: keep each original weight (on the CPU; a layer in few bits where it is), so that `unmerge`
+            restores it bit for bit.
 
     Raises:
         AdapterStateError: no adapter is active; one is routed, not finite or too large for the weight's dtype; or a
@@ -468,8 +476,11 @@ def merge(model: nn.Module, keep_original: bool = True) -> None:
             layer.check_mergeable()
         except AdapterStateError as error:
             raise AdapterStateError(f"{path}: {error} Nothing was merged.") from error
-    for layer in layers.values():
-        layer.merge(keep_original)
+    dequantised = Dequantised()
+    for path, layer in layers.items():
+        dequantised.merge(path, layer, keep_original)
+    if dequantised.layers:
+        print(dequantised)
 
 
 def unmerge(model: nn.Module) -> None:

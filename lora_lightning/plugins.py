@@ -10,7 +10,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,8 @@ class Registry:
     """Import path of the module by verb."""
     classes: dict[str, tuple[str, type[Any]]] = field(default_factory=dict)
     """Plugin and class by name, of optimizers and callbacks; filled by `load_classes`."""
+    kinds: list[tuple[str, Callable[[Any], Any]]] | None = None
+    """Plugin and function from a module to its accessor; filled by `base_layer_kinds`."""
     manager: pluggy.PluginManager = field(default_factory=lambda: pluggy.PluginManager(hookspecs.NAMESPACE))
 
     def method(self, name: str, where: str = "method") -> type[Method]:
@@ -158,6 +160,25 @@ def load_classes(registry: Registry, bases: Mapping[str, type[Any]]) -> None:
                     _add_class(registry, plugin, cls, hook, base)
             except (Exception, SystemExit) as error:
                 registry.failed[plugin] = error
+
+
+def base_layer_kinds(registry: Registry) -> list[tuple[str, Callable[[Any], Any]]]:
+    """Kinds of base layer that plugins bring, with their plugin; asked for once. They import torch.
+
+    A plugin that fails is recorded with its cause; its methods stay.
+    """
+    if registry.kinds is None:
+        registry.kinds, hook = [], "lora_lightning_base_layers"
+        for plugin, _ in registry.manager.list_name_plugin():
+            try:
+                kinds = _listed(registry.manager, plugin, hook)
+                wrong = [kind for kind in kinds if not callable(kind)]
+                if wrong:
+                    raise TypeError(f"{hook} returned {wrong[0]!r}, which is no function")
+                registry.kinds += [(plugin, kind) for kind in kinds]
+            except (Exception, SystemExit) as error:
+                registry.failed[plugin] = error
+    return registry.kinds
 
 
 def _ask(manager: pluggy.PluginManager, plugin: str, hook: str, kind: type[Any], what: str) -> list[Any]:

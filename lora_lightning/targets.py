@@ -19,6 +19,7 @@ from torch import nn
 from lora_lightning.adapters.experts import expert_parameters, stack, stands_for_parameter
 from lora_lightning.adapters.layer import AdaptedLayer
 from lora_lightning.adapters.weights import BaseLayer, base_layer
+from lora_lightning.base_layers import accessor_in
 from lora_lightning.errors import TargetError, did_you_mean, nearest
 from lora_lightning.scopes import ALL, SCOPES, TOWERS, Scopes, inside, is_scope, join, pretrained_models
 from lora_lightning.vocabulary import GrownLayer, row_names
@@ -112,7 +113,7 @@ def fused_experts(model: nn.Module) -> list[str]:
     for path, module in model.named_modules():
         if isinstance(module, AdaptedLayer) and stands_for_parameter(module):
             found.append(path)
-        elif base_layer(module) is None:
+        elif accessor_in(model, module) is None:
             found += [join(path, name) for name in expert_parameters(path, module)]
     return found
 
@@ -134,7 +135,7 @@ def all_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, BaseLayer | N
             inside = f"{path}."
             yield path, module, None
         elif path and not isinstance(module, nn.ModuleList):
-            yield path, module, base_layer(module)
+            yield path, module, accessor_in(model, module)
         for name in expert_parameters(path, module):
             held = stack(module, name)
             if held is not None:

@@ -45,7 +45,17 @@ from lora_lightning.methods import Method, plain_settings
 from lora_lightning.optim.groups import build_optimizer
 from lora_lightning.parser import Parser
 from lora_lightning.plugins import restore
-from lora_lightning.tiny import BASE_KINDS, DROPPING_KINDS, LAYERS, TinyMLP, perturb, seeded, tiny_decoder, tiny_encoder
+from lora_lightning.tiny import (
+    BASE_KINDS,
+    DROPPING_KINDS,
+    LAYERS,
+    QUANTISED,
+    TinyMLP,
+    perturb,
+    seeded,
+    tiny_decoder,
+    tiny_encoder,
+)
 
 __all__ = ["BASE_KINDS", "DROPPING_KINDS", "MethodContract", "TinyMLP", "perturb", "tiny_decoder", "tiny_encoder"]
 
@@ -63,6 +73,11 @@ _MODES: dict[str, tuple[torch.dtype, Callable[[], AbstractContextManager[Any]]]]
     "autocast to bfloat16": (torch.float32, _autocast),
     "bfloat16 base": (torch.bfloat16, nullcontext),
 }
+
+
+def _plain(value: Tensor) -> Tensor:
+    """A tensor's numbers, whatever subclass holds them."""
+    return value if type(value.data) in (Tensor, nn.Parameter) else cast(Any, value).dequantize()
 
 
 class MethodContract:
@@ -96,6 +111,8 @@ class MethodContract:
         """One test for each declared kind of base layer."""
         if "kind" in metafunc.fixturenames:
             metafunc.parametrize("kind", self.base_kinds)
+        if "quantised" in metafunc.fixturenames:
+            metafunc.parametrize("quantised", QUANTISED if "Linear" in self.base_kinds else ())
 
     @pytest.fixture(autouse=True)
     def _one_thread(self) -> Iterator[None]:
@@ -401,6 +418,112 @@ class MethodContract:
             perturb(layer, seed=9)
         assert torch.equal(model(x), before)
         assert not torch.equal(twin(x), before)
+
+    # -- quantised bases -----------------------------------------------------------------------------------------------
+
+    def _quantised(
+        self, kind: str, dtype: torch.dtype = torch.float32, moved: bool = True
+    ) -> tuple[nn.Sequential, AdaptedLayer, Adapter, Tensor]:
+        """As `_one_layer`, for a linear layer in few bits; skips where its package is not installed."""
+        package, quantise = QUANTISED[kind]
+        pytest.importorskip(package, reason=f'needs {package}: pip install "lora-lightning[quant]"')
+        with seeded(1):
+            model, x = nn.Sequential(quantise(nn.Linear(16, 8).to(dtype))).eval(), torch.randn(2, 3, 16, dtype=dtype)
+            model.append(nn.LayerNorm(8, elementwise_affine=False))
+        model.register_parameter("plain", nn.Parameter(torch.zeros(1, dtype=dtype)))
+        inject(model, self.method, ["0"], also_train=(), seed=0)
+        layer = cast(AdaptedLayer, model[0])
+        adapter = layer.adapter("default")
+        if moved:
+            perturb(adapter)
+        return model, layer, adapter, x
+
+    def _near(self, a: Tensor, b: Tensor, kind: str) -> None:
+        """Equal up to rounding in float32; LLM.int8() rounds the layer's inputs to eight bits as well."""
+        allowed = 3e-2 if kind == "int8" else 1e-5
+        a, b = a.detach().double(), b.detach().double()
+        assert float((a - b).norm()) <= allowed * float(b.norm())
+
+    @pytest.mark.parametrize("mode", _MODES)
+    def test_quantised_base_starts_and_trains(self, quantised: str, mode: str) -> None:
+        """On a layer in few bits: the same start, the base's dtype, gradients for input and trainables, frozen bits."""
+        dtype, context = _MODES[mode]
+        for training in (False, True):
+            model, layer, adapter, x = self._quantised(quantised, dtype, moved=False)
+            model.train(training)
+            with context(), torch.no_grad():
+                adapted, base = layer(x), layer.base(x)
+            assert adapted.dtype == base.dtype
+            assert torch.equal(adapted, base) == self.method.starts_at_base
+            perturb(adapter)
+            before = {key: value.clone() for key, value in layer.base.state_dict().items()}
+            x.requires_grad_()
+            with context():
+                loss = layer(x).float().square().sum()
+            penalty = self.method.penalty({"0": adapter})
+            (loss if penalty is None else loss + penalty).backward()
+            assert x.grad is not None
+            assert bool(x.grad.any())
+            assert {p.dtype for p in adapter.parameters()} == {torch.float32}
+            missed = {name for name, p in adapter.named_parameters() if p.grad is None or not p.grad.any()}
+            assert not training or missed <= adapter.idle()
+            after = layer.base.state_dict()
+            assert all(torch.equal(_plain(before[key]), _plain(after[key])) for key in before)
+
+    def test_quantised_base_keeps_the_law(self, quantised: str) -> None:
+        """The output is that of the dequantised weight with the update, and so are its gradients."""
+        self._needs_merge()
+        _, layer, adapter, x = self._quantised(quantised)
+        base, x = layer.accessor, x.requires_grad_()
+        with torch.no_grad():
+            weight = adapter.merged_weight(base.weight(torch.float64))
+        layer(x).square().sum().backward()
+        wide = x.detach().double().requires_grad_()
+        bias = adapter.merged_bias(base.bias)
+        y = nn.functional.linear(wide, weight, None if bias is None else bias.double())
+        y.square().sum().backward()
+        self._near(layer(x), y, quantised)
+        self._near(cast(Tensor, x.grad), cast(Tensor, wide.grad), quantised)
+
+    def test_quantised_base_merges(self, quantised: str, capsys: pytest.CaptureFixture[str]) -> None:
+        """A merge puts a plain layer in the place, says how far that is off, and comes off bit for bit."""
+        self._needs_merge()
+        model, layer, _, x = self._quantised(quantised)
+        packed, before = layer.base, {key: value.clone() for key, value in model.state_dict().items()}
+        with torch.no_grad():
+            adapted, base = model(x), layer.base(x)
+            merge(model)
+            assert "outputs differ from the unmerged ones by" in capsys.readouterr().out
+            assert type(layer.base) is nn.Linear
+            self._near(model(x), adapted, quantised)
+            assert {key: _plain(value).shape for key, value in model.state_dict().items()} == {
+                key: _plain(value).shape for key, value in before.items()
+            }
+            with disable_adapters(model):
+                assert torch.equal(layer(x), base)
+            assert type(layer.base) is nn.Linear
+            unmerge(model)
+            assert layer.base is packed
+            assert torch.equal(model(x), adapted)
+            after = model.state_dict()
+            assert before.keys() == after.keys()
+            assert all(torch.equal(_plain(before[key]), _plain(after[key])) for key in before)
+            merge(model, keep_original=False)
+            merged = model(x)
+            eject(model)
+            assert type(model[0]) is nn.Linear
+            assert torch.equal(model(x), merged)
+
+    def test_quantised_base_saves_and_loads(self, quantised: str, tmp_path: Path) -> None:
+        """An adapter folder fits a base that was quantised anew."""
+        model, _, _, x = self._quantised(quantised)
+        save_adapter(model, tmp_path / "adapter")
+        fresh, _, _, _ = self._quantised(quantised, moved=False)
+        load_adapter(fresh, tmp_path / "adapter")
+        assert torch.equal(fresh(x), model(x))
+        eject(fresh)
+        load_adapter(fresh, tmp_path / "adapter")
+        assert torch.equal(fresh(x), model(x))
 
     # -- training ------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -115,3 +116,43 @@ BASE_KINDS: tuple[str, ...] = tuple(LAYERS)
 """Names of the base layers that the contract tries; "Conv1D" is the one of transformers."""
 DROPPING_KINDS: tuple[str, ...] = tuple(kind for kind in LAYERS if kind.split()[0] not in ("Embedding", "Experts"))
 """Those whose input an adapter can drop entries of, and that can have a bias."""
+
+
+def _four_bits(layer: nn.Linear, double: bool) -> nn.Module:
+    nn4 = importlib.import_module("bitsandbytes.nn")
+    module = nn4.Linear4bit(
+        layer.in_features, layer.out_features, layer.bias is not None, compress_statistics=double, quant_type="nf4"
+    )
+    module.load_state_dict(layer.state_dict())
+    module.weight = nn4.Params4bit(layer.weight.data, compress_statistics=double, quant_type="nf4", module=module)
+    return cast(nn.Module, module.to("cpu").requires_grad_(False))
+
+
+def _eight_bits(layer: nn.Linear) -> nn.Module:
+    make = importlib.import_module("bitsandbytes.nn").Linear8bitLt
+    # transformers' threshold, above which a column of inputs is not rounded
+    module = make(layer.in_features, layer.out_features, layer.bias is not None, has_fp16_weights=False, threshold=6.0)
+    module.load_state_dict(layer.state_dict())
+    return cast(nn.Module, module.to("cpu").requires_grad_(False))
+
+
+def _torchao(layer: nn.Linear, bits: int) -> nn.Module:
+    ao = importlib.import_module("torchao.quantization")
+    if bits == 8:
+        config = ao.Int8WeightOnlyConfig()
+    else:  # in whole bytes: the packed four-bit format has kernels for CUDA only
+        groups = importlib.import_module("torchao.quantization.granularity").PerGroup(8)
+        config = ao.IntxWeightOnlyConfig(cast(Any, torch).int4, groups)
+    model = nn.Sequential(layer.requires_grad_(False))
+    ao.quantize_(model, config)
+    return model[0]
+
+
+QUANTISED: dict[str, tuple[str, Callable[[nn.Linear], nn.Module]]] = {
+    "nf4": ("bitsandbytes", lambda layer: _four_bits(layer, double=False)),
+    "nf4-double": ("bitsandbytes", lambda layer: _four_bits(layer, double=True)),
+    "int8": ("bitsandbytes", _eight_bits),
+    "torchao-int8": ("torchao", lambda layer: _torchao(layer, 8)),
+    "torchao-int4": ("torchao", lambda layer: _torchao(layer, 4)),
+}
+"""The package that has a format, and a function that quantises a linear layer, by the format's name."""

@@ -22,7 +22,9 @@ PLUGINS = sorted((ROOT / "plugins").glob("ll_*/**/*.py"))
 
 PLAIN_TORCH = {
     "adapters",
+    "base_layers",
     "checkpoint",
+    "dequantised",
     "errors",
     "estimate",
     "exporters",
@@ -52,6 +54,8 @@ LEVEL = {
     "hookspecs": 1,
     "plugins": 2,
     "vocabulary": 2,
+    "base_layers": 2,
+    "dequantised": 2,
     "targets": 2,
     "injection": 3,
     "shifts": 3,

@@ -1,16 +1,20 @@
+import importlib
 import re
 import subprocess
 import sys
 from textwrap import dedent
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 
 from lora_lightning import __main__ as program
 from lora_lightning import plugins
 from lora_lightning.errors import DuplicateMethodError, PluginError, UnknownMethodError
+from lora_lightning.injection import inject, merge
 from lora_lightning.methods import Method
+from lora_lightning.tiny import perturb
 
 OURS = {"CELoRA", "DoRA", "LoRA", "LoRASC", "MoELoRA", "RoseLoRA"}
 
@@ -344,6 +348,69 @@ def test_hook_lora_lightning_commands(install, capsys):
     assert program.main(["hello", "you", "--loud"]) == 2
     assert program.main(["-p", "no:ll_hello", "hello", "you"]) == 2
     assert 'no verb "hello"' in capsys.readouterr().err
+
+
+HALVES = """import torch
+        from torch import nn
+        from torch.nn import functional as F
+        from lora_lightning.adapters.packed import PackedBase
+
+        class Halved(nn.Module):
+            def __init__(self, layer):
+                super().__init__()
+                self.weight = nn.Parameter((2 * layer.weight.data).bfloat16(), requires_grad=False)
+
+            def forward(self, x):
+                return F.linear(x, self.weight.to(x.dtype) / 2)
+
+        class HalvedBase(PackedBase):
+            def dequantise(self):
+                return self.module.weight.float() / 2
+
+        def halved(module):
+            if type(module).__name__ != "Halved":
+                return None
+            return HalvedBase(module, "halves", 6, 5, torch.float32)
+"""
+
+
+def test_hook_lora_lightning_base_layers(install):
+    install("ll_halves", answering("lora_lightning_base_layers", "return [halved]", HALVES))
+    plugins.load()
+    plain = torch.nn.Linear(6, 5, bias=False)
+    model = torch.nn.Sequential(importlib.import_module("ll_halves").Halved(plain))
+    report = inject(model, plugins.method("LoRA")(rank=2), ["0"], also_train=(), seed=0)
+    assert report.layers == {"0": ("linear, halves", 6, 5)}
+    perturb(model[0].adapter("default"))
+    x = torch.randn(3, 6)
+    expected = model(x)
+    merge(model)
+    torch.testing.assert_close(model(x), expected)
+    assert type(model[0].base) is torch.nn.Linear
+    install("ll_halves_again", answering("lora_lightning_base_layers", "return [halved]", HALVES))
+    plugins.load()
+    with pytest.raises(PluginError, match="Halved is served by ll_halves and ll_halves_again; leave one out with -p"):
+        inject(
+            torch.nn.Sequential(importlib.import_module("ll_halves").Halved(plain)),
+            plugins.method("LoRA")(rank=2),
+            ["0"],
+        )
+
+
+def test_a_kind_that_makes_something_else(install):
+    install("ll_wrong", answering("lora_lightning_base_layers", "return [lambda module: 3]"))
+    plugins.load()
+    with pytest.raises(PluginError, match="ll_wrong: lora_lightning_base_layers made 3 of a Linear"):
+        inject(torch.nn.Sequential(torch.nn.Linear(6, 5)), plugins.method("LoRA")(rank=2), ["0"])
+
+
+@pytest.mark.parametrize("answer", ["return [3]", "raise ImportError('no such package')"])
+def test_kinds_that_fail_leave_the_others(install, answer):
+    install("ll_wrong", answering("lora_lightning_base_layers", answer))
+    registry = plugins.load()
+    inject(torch.nn.Sequential(torch.nn.Linear(6, 5)), plugins.method("LoRA")(rank=2), ["0"])
+    assert "ll_wrong" in registry.failed
+    assert "ll_quantised" in {plugin for plugin, _ in registry.kinds}
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter
+from lora_lightning.adapters.packed import PackedBase
 from lora_lightning.adapters.shift import DenseShift, LogShift, Noise, Shift, shift_like
 from lora_lightning.adapters.unstated import unstated
-from lora_lightning.adapters.weights import BaseLayer, StackedBase
+from lora_lightning.adapters.weights import BaseLayer, StackedBase, base_layer
 from lora_lightning.cascades import Rule
 from lora_lightning.errors import AdapterStateError, SettingsError, did_you_mean
 
@@ -37,6 +38,7 @@ class AdaptedLayer(nn.Module):
         self.tied_to: tuple[str, ...] = ()
         self._kept: tuple[Tensor, Tensor | None] | None = None  # weight and bias, while the layer holds others
         self._noise: Noise | None = None
+        self._stand_in: BaseLayer | None = None  # of the plain layer in the place of a packed one, while merged
         self.register_state_dict_post_hook(_emit_originals)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_expect_originals)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_write_after_loading)  # type: ignore[no-untyped-call]
@@ -73,7 +75,7 @@ class AdaptedLayer(nn.Module):
         return () if self._disabled or self.merged else self._active
 
     def _base_under(self, names: Iterable[str]) -> BaseLayer:
-        base = self.accessor
+        base = self._stand_in or self.accessor
         for name in names:
             base = StackedBase(self._shifted(base, name), self.adapters[name])
         return base
@@ -140,7 +142,7 @@ class AdaptedLayer(nn.Module):
             return cast(Tensor, self.base.weight)
         for name in names:
             if not self.adapter(name).mergeable:
-                return unstated(self.accessor.stored, f'adapter "{name}" depends on its input')
+                return unstated(self.accessor, f'adapter "{name}" depends on its input')
         dtype = self.accessor.adapter_dtype
         return self.accessor._store(self._base_under(names).weight(dtype)).to(self.accessor.dtype)
 
@@ -199,11 +201,13 @@ class AdaptedLayer(nn.Module):
         """Give the adapter another shift, or none.
 
         Raises:
-            AdapterStateError: the layer is merged; or a dense one on a weight that another module shares.
+            AdapterStateError: the layer is merged; or a dense one on a weight that another module shares, or that is
+                stored in few bits.
         """
         self._check_unmerged()
         if isinstance(shift, DenseShift):
             self._check_own_weight()
+            self._check_written("an update that has no factors")
         if name in self.shifts:
             del self.shifts[name]
         if shift is not None:
@@ -227,11 +231,12 @@ class AdaptedLayer(nn.Module):
         """Put noise on the weight, or take it off; without any, and without a dense shift, the original is back.
 
         Raises:
-            AdapterStateError: the layer is merged, or another module shares the weight.
+            AdapterStateError: the layer is merged, another module shares the weight, or it is stored in few bits.
         """
         if noise is not None:
             self._check_unmerged()
             self._check_own_weight()
+            self._check_written("noise")
         self._noise = noise
         self.rewrite()
 
@@ -272,9 +277,7 @@ class AdaptedLayer(nn.Module):
 
         Summed in `dtype`, by default the one of adapters: a small update is rounded where it joins a large weight.
         """
-        weight = self.accessor._read(self.original_weight()).to(
-            self.accessor.device, dtype or self.accessor.adapter_dtype
-        )
+        weight = self.pretrained_weight(dtype or self.accessor.adapter_dtype)
         return cast("Shift", self.shifts[name]).merged_weight(weight) if name in self.shifts else weight.clone()
 
     @torch.no_grad()
@@ -316,6 +319,13 @@ class AdaptedLayer(nn.Module):
                 "leave the layer out."
             )
 
+    def _check_written(self, what: str) -> None:
+        if isinstance(self.accessor, PackedBase):
+            raise AdapterStateError(
+                f"the weight is stored as {self.accessor.packed}, and {what} would have to be written into it. What "
+                "has factors (LoRA and its like, without noise) is folded beside it, exactly."
+            )
+
     # -- merging -------------------------------------------------------------------------------------------------------
 
     def check_mergeable(self) -> None:
@@ -337,8 +347,7 @@ class AdaptedLayer(nn.Module):
     @torch.no_grad()
     def _merged(self) -> tuple[Tensor, Tensor | None]:
         """Weight (d_out, d_in) and bias with the active adapters and without noise, in float32 at least."""
-        kept = self.originals()
-        weight = self.accessor._read(kept["weight"]).to(self.accessor.device, self.accessor.adapter_dtype)
+        kept, weight = self.originals(), self.pretrained_weight(self.accessor.adapter_dtype)
         bias = kept["bias"].to(self.accessor.device) if "bias" in kept else None
         for name in self.active:
             if name in self.shifts:
@@ -350,11 +359,20 @@ class AdaptedLayer(nn.Module):
     def merge(self, keep_original: bool = True) -> None:
         """Write the active adapters' update into the base weight, rounded once; does nothing where it is merged.
 
-        Call `check_mergeable` first.
+        A packed layer stays as it is, and a plain one with the sum stands in its place. Call `check_mergeable` first.
         """
         if self.merged or not self.active:
             return
         weight, bias = self._merged()
+        if isinstance(self.accessor, PackedBase):
+            self.base = self.accessor.plain(weight, bias)
+            plain = cast(BaseLayer, base_layer(self.base))
+            if keep_original:
+                self._stand_in = plain
+            else:
+                self.accessor = plain
+            self.merged = self.active
+            return
         self._keep()
         if not keep_original:
             self._kept = None
@@ -369,6 +387,9 @@ class AdaptedLayer(nn.Module):
             AdapterStateError: it was merged with `keep_original=False`.
         """
         if not self.merged:
+            return
+        if self._stand_in is not None:
+            self.base, self._stand_in, self.merged = self.accessor.module, None, ()
             return
         if self._kept is None:
             raise AdapterStateError("merged with keep_original=False; the original weight is gone.")
@@ -400,6 +421,18 @@ class AdaptedLayer(nn.Module):
         weight, bias = now if self._kept is None else self._kept
         return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
 
+    @torch.no_grad()
+    def pretrained_weight(self, dtype: torch.dtype) -> Tensor:
+        """The base weight as (d_out, d_in), as it was before any merge or fold, where the layer is.
+
+        Raises:
+            AdapterStateError: it was merged with `keep_original=False`.
+        """
+        original = self.originals()["weight"]
+        if isinstance(self.accessor, PackedBase):
+            return self.accessor.weight(dtype)
+        return self.accessor._read(original).detach().to(self.accessor.device, dtype)
+
     def original_weight(self) -> Tensor:
         """The base weight in its own layout, as it was before any merge or fold.
 
@@ -411,7 +444,7 @@ class AdaptedLayer(nn.Module):
     @property
     def can_unmerge(self) -> bool:
         """Whether the base weight is the original, or can be restored."""
-        return not self.merged or self._kept is not None
+        return not self.merged or self._kept is not None or self._stand_in is not None
 
 
 # -- state dictionaries hold the original weight, whatever the layer holds now -----------------------------------------
@@ -419,7 +452,11 @@ class AdaptedLayer(nn.Module):
 
 def _emit_originals(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: object) -> None:
     layer = cast(AdaptedLayer, module)
-    if layer._kept is not None:
+    if layer._stand_in is not None:
+        for key in [key for key in state if key.startswith(f"{prefix}base.")]:
+            del state[key]
+        layer.accessor.module.state_dict(destination=state, prefix=f"{prefix}base.")
+    elif layer._kept is not None:
         state.pop(f"{prefix}base.bias", None)
         state.update({f"{prefix}base.{name}": tensor for name, tensor in layer.originals().items()})
 

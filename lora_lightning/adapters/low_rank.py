@@ -69,7 +69,8 @@ class DroppedProduct(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, x: Tensor, mask: Tensor, A: Tensor, B: Tensor, c: float) -> Tensor:
         """Keeps the mask, h = (x * mask) A^T, the factors, and x for the gradient of A."""
         ctx.shape, ctx.x_dtype, ctx.c = x.shape, x.dtype, c
-        ctx.dtype = dtype = autocast_dtype(x) or x.dtype
+        # a quantised layer keeps its input's dtype under autocast, and its output must come through unrounded
+        ctx.dtype = dtype = torch.promote_types(autocast_dtype(x) or x.dtype, y.dtype)
         with torch.autocast(x.device.type, enabled=False):
             h = rows(x * mask).to(dtype) @ A.to(dtype).mT
             # into a tensor of the final shape: a Function that returns a view forbids in-place ops on its output

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_lightning.adapters.packed import PackedBase
+from lora_lightning.adapters.weights import BaseLayer
 from lora_lightning.errors import AdapterStateError
 
 _FACTS: frozenset[Any] = frozenset(
@@ -44,14 +46,15 @@ class Unstated(Tensor):
         raise AdapterStateError(f"{why}, so no single weight states it.")
 
 
-def unstated(stored: Tensor, why: str) -> Tensor:
-    """A stand-in for the weight kept in `stored`.
+def unstated(base: BaseLayer, why: str) -> Tensor:
+    """A stand-in for the weight of a layer.
 
     Args:
-        stored: the parameter it is like.
+        base: the layer; where its weight is stored in few bits, the stand-in is like the plain layer's.
         why: which adapter has no weight.
     """
+    shape = base.plain_shape if isinstance(base, PackedBase) else base.stored.shape
     with torch.no_grad():
-        found = torch.empty_like(stored, device="meta").as_subclass(Unstated)
-    found.like, found.why = stored.device, why
+        found = torch.empty(shape, dtype=base.dtype, device="meta").as_subclass(Unstated)
+    found.like, found.why = base.device, why
     return found

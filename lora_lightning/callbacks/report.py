@@ -228,7 +228,7 @@ def _moved(distances: dict[str, float], root: nn.Module, name: str) -> dict[str,
     for path, layer in iter_adapters(root):
         if name in layer.shifts:
             found = {key: value for key, value in found.items() if f"{path}.adapters.{name}." not in key}
-            original = layer.accessor._read(layer.original_weight()).detach().double().cpu()
+            original = layer.pretrained_weight(torch.float64).cpu()
             change = layer.merged_weight(name, torch.float64).cpu() - original
             found[f"{path} (folded)"] = float(change.norm() / original.norm().clamp_min(1e-30))
     return found

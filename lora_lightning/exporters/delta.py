@@ -51,7 +51,7 @@ def _layer(source: Source, path: str) -> dict[str, Tensor]:
     source.check_fixed(path)
     layer, adapter = source.layers[path], source.adapter(path)
     base = layer.accessor
-    original = base._read(layer.original_weight()).to(base.device, torch.float64)
+    original = layer.pretrained_weight(torch.float64)
     delta = layer.merged_weight(source.name, torch.float64) - original
     found = {base.weight_name(path): base._store(delta.float().cpu()).contiguous()}
     old = layer.originals().get("bias")

@@ -142,7 +142,7 @@ def delta(layer: AdaptedLayer, name: str) -> tuple[Tensor, float]:
 
 def original(layer: AdaptedLayer) -> Tensor:
     """The pretrained weight, (d_out, d_in), in float64."""
-    return layer.accessor._read(layer.original_weight()).detach().to(layer.accessor.device, torch.float64)
+    return layer.pretrained_weight(torch.float64)
 
 
 def _truncate(update: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lora_lightning.adapters.base import Adapter, write
 from lora_lightning.adapters.layer import AdaptedLayer, check_name
 from lora_lightning.adapters.weights import BaseLayer
+from lora_lightning.base_layers import count_numbers, kind_of, packed_layers
 from lora_lightning.errors import AdapterFileError, PluginError, did_you_mean
 from lora_lightning.exporters import peft_file, peft_rules
 from lora_lightning.exporters.peft_experts import find_stacks
@@ -69,10 +70,10 @@ def import_folder(model: nn.Module, directory: str | Path, name: str) -> Injecti
     return InjectionReport(
         name=name,
         method=method,
-        layers={path: (base.kind, base.d_in, base.d_out) for path, base in accessors.items()},
+        layers={path: (kind_of(base), base.d_in, base.d_out) for path, base in accessors.items()},
         adapter_parameters=sum(p.numel() for adapter in adapters.values() for p in adapter.parameters()),
         trained={key: targets[key].numel() for key in trained},
-        total_parameters=sum(p.numel() for p in model.parameters()),
+        total_parameters=count_numbers(model, dict(packed_layers(model))),
         tied={path: layer.tied_to for path, layer in placed.items() if layer.tied_to},
         notes=_unmatched(folder),
     )

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from ll_dora.analysis import Axis, weight_change
 from ll_dora.records import FILENAME, FORMAT
 from lora_lightning.adapters.layer import AdaptedLayer
-from lora_lightning.adapters.weights import base_layer
+from lora_lightning.base_layers import accessor
 from lora_lightning.callbacks.schedule import REPORTS, order_callbacks, resolve_step, total_steps
 from lora_lightning.errors import NoEffectError, ResumeError, SettingsError, TrainingError, check
 from lora_lightning.files import write_json
@@ -164,7 +164,7 @@ class WeightDecomposition(Callback):
         for path, layer in module.named_modules():
             if isinstance(layer, AdaptedLayer) or path.startswith(inside) or not self._wants(path):
                 continue
-            base = base_layer(layer)
+            base = accessor(layer)
             if base is not None and not base.stored.is_meta:
                 found[path] = base.weight()
         return found
@@ -199,12 +199,12 @@ def _fixed(layer: AdaptedLayer) -> bool:
 def _weight(module: nn.Module, start: bool = False) -> Tensor:
     """The weight (d_out, d_in) that a layer applies now, or applied before its adapter trained."""
     if not isinstance(module, AdaptedLayer):
-        base = base_layer(module)
+        base = accessor(module)
         if base is None:
             raise TrainingError(f"a {type(module).__name__} has become a layer whose weight cannot be read.")
         return base.weight().detach()
     if start:
-        return module.accessor._read(module.original_weight()).detach()
+        return module.pretrained_weight(module.accessor.dtype)
     return module.applied_weight(module.accessor.adapter_dtype)
 
 

@@ -104,7 +104,8 @@ class GatedExperts(torch.autograd.Function):
         watcher: Watcher | None,
     ) -> Tensor:
         """Keeps x, the mask, h = A (x * mask), the factors and the gates."""
-        device, dtype = x.device.type, autocast_dtype(x) or x.dtype
+        # a quantised layer keeps its input's dtype under autocast, and its output must come through unrounded
+        device, dtype = x.device.type, torch.promote_types(autocast_dtype(x) or x.dtype, y.dtype)
         ctx.dtype, ctx.scaling, ctx.exponent, ctx.watcher = dtype, scaling, exponent, watcher
         with torch.autocast(device, enabled=False):
             h = _masked(x, mask, dtype) @ A.flatten(0, 1).to(dtype).mT

@@ -1,0 +1,121 @@
+"""The accessor of a layer, whoever provides its kind: plugins are asked first, then core."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.adapters.layer import AdaptedLayer
+from lora_lightning.adapters.packed import PackedBase
+from lora_lightning.adapters.weights import BaseLayer, base_layer
+from lora_lightning.errors import PluginError, TargetError
+from lora_lightning.plugins import base_layer_kinds, registry
+
+
+def accessor(module: nn.Module) -> BaseLayer | None:
+    """The accessor for a module, or None where no kind serves it.
+
+    Raises:
+        PluginError: several plugins serve it, or one answers something else than an accessor.
+    """
+    return _brought(module) or base_layer(module)
+
+
+def _brought(module: nn.Module) -> BaseLayer | None:
+    """The accessor that a plugin has for a module."""
+    found: dict[str, BaseLayer] = {}
+    for plugin, kind in base_layer_kinds(registry()):
+        base = kind(module)
+        if isinstance(base, BaseLayer):
+            found[plugin] = base
+        elif base is not None:
+            raise PluginError(f"{plugin}: lora_lightning_base_layers made {base!r} of a {type(module).__name__}.")
+    if len(found) > 1:
+        one, other, *_ = found
+        raise PluginError(
+            f"{type(module).__name__} is served by {' and '.join(found)}; leave one out with -p no:{one} or "
+            f"-p no:{other}."
+        )
+    return next(iter(found.values()), None)
+
+
+def accessor_in(model: nn.Module, module: nn.Module) -> BaseLayer | None:
+    """As `accessor`; a packed layer that does not tell its plain dtype takes that of the model's weights."""
+    return _adopted(model, _brought(module)) or base_layer(module)
+
+
+def _adopted(model: nn.Module, base: BaseLayer | None) -> BaseLayer | None:
+    if isinstance(base, PackedBase) and base.plain_dtype is None:
+        base.adopt(weights_dtype(model))
+    return base
+
+
+def weights_dtype(model: nn.Module) -> torch.dtype:
+    """Data type of the first plain floating-point weight outside adapters; float32 where there is none."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and type(parameter.data) is Tensor and ".adapters." not in name:
+            return parameter.dtype
+    return torch.float32
+
+
+def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedBase]]:
+    """Quantised layers by path, adapted ones too, each as it is without adapters."""
+    inside: str | None = None
+    base: BaseLayer | None
+    for path, module in model.named_modules():
+        if inside is not None and path.startswith(inside):
+            continue
+        if isinstance(module, AdaptedLayer):
+            inside, base = f"{path}.", module.accessor
+        else:
+            base = _adopted(model, _brought(module))
+        if isinstance(base, PackedBase):
+            yield path, base
+
+
+def packed_formats(model: nn.Module) -> str | None:
+    """Names of the formats that the model's weights are stored in, joined; None for a plain model."""
+    return ", ".join(sorted({base.packed for _, base in packed_layers(model)})) or None
+
+
+def check_packed(packed: Mapping[str, PackedBase], trained: Sequence[str], adapted: Iterable[str]) -> None:
+    """Refuse what quantised layers cannot do.
+
+    Args:
+        packed: quantised layers by path.
+        trained: names of base parameters that train in full.
+        adapted: paths of the layers that get an adapter.
+
+    Raises:
+        TargetError: a weight in few bits would train, or a layer without an adapter would stop the gradient.
+    """
+    for name in trained:
+        base = packed.get(name.removesuffix(".weight"))
+        if base is not None:
+            raise TargetError(
+                f"{name} is stored as {base.packed}, so it cannot train in full: load the model with that layer left "
+                "as it is (llm_int8_skip_modules, modules_to_not_convert), or name other layers in also_train."
+            )
+    bare = [path for path in packed.keys() - set(adapted) if not packed[path].differentiable]
+    if bare:
+        raise TargetError(
+            f"{min(bare)} is stored as {packed[min(bare)].packed}, whose product has no backward, and gets no adapter, "
+            'which would stop the gradient there: adapt it as well (targets="all-linear"), or load it unquantised.'
+        )
+
+
+def kind_of(base: BaseLayer) -> str:
+    """The kind of a layer for people, with the format of its weight."""
+    return f"{base.kind}, {base.packed}" if isinstance(base, PackedBase) else base.kind
+
+
+def count_numbers(model: nn.Module, packed: Mapping[str, PackedBase]) -> int:
+    """Numbers that the parameters of `model` hold, however many of a packed weight share a byte."""
+    total = 0
+    for name, parameter in model.named_parameters():
+        layer, _, leaf = name.rpartition(".")
+        base = packed.get(layer.removesuffix(".base")) if leaf == "weight" else None
+        total += parameter.numel() if base is None else base.d_in * base.d_out
+    return total
