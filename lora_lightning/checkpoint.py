@@ -23,7 +23,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 import lora_lightning
 from lora_lightning.adapters.layer import check_name
@@ -38,7 +37,7 @@ from lora_lightning.errors import (
     nearest,
 )
 from lora_lightning.files import as_json, write_together
-from lora_lightning.fingerprint import fingerprint, say_unsampled, whole
+from lora_lightning.fingerprint import fingerprint, say_unsampled
 from lora_lightning.injection import (
     AdapterRecord,
     adapters_named,
@@ -54,6 +53,7 @@ from lora_lightning.injection import (
 from lora_lightning.methods import Method, plain_settings
 from lora_lightning.paths import plain, starting_with, unwrap
 from lora_lightning.plugins import registry, restore
+from lora_lightning.sharding import gather, is_sharded, reshard
 from lora_lightning.shifts import shift_tensors
 from lora_lightning.targets import all_layers, other_users
 from lora_lightning.vocabulary import Vocabulary, check_same_tokens, grow, shrink, vocabulary
@@ -127,8 +127,10 @@ def save_adapter(model: nn.Module, directory: str | Path, name: str = "default")
         raise AdapterStateError(
             f'no adapter "{name}".{did_you_mean(name, records(root))} Installed: {", ".join(records(root))}.'
         )
-    state = root.state_dict()
-    tensors = {plain(key): whole(state[key]).to("cpu", copy=True).contiguous() for key in adapter_keys(root, name)}
+    reshard(root)
+    state, keys = root.state_dict(), adapter_keys(root, name)
+    whole = gather([state[key] for key in keys])
+    tensors = {plain(k): t.to("cpu", copy=True).contiguous() for k, t in zip(keys, whole, strict=True)}
     description = describe(root, name, records(root)[name])
     folder = Path(directory)
     if is_sharded(root) and torch.distributed.get_rank() > 0:
@@ -153,11 +155,6 @@ def save_adapter(model: nn.Module, directory: str | Path, name: str = "default")
 
 def _writer(content: bytes) -> Callable[[BinaryIO], int]:
     return lambda file: file.write(content)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether a parameter lies in pieces on several processes, so that all of them have to take part in reading it."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def _check_readable(content: bytes, tensors: Mapping[str, Tensor]) -> None:

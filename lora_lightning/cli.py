@@ -21,7 +21,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Optimizer
 
-import lora_lightning.data  # noqa: F401 - makes the short names of our data modules known
+import lora_lightning.data
+import lora_lightning.strategies  # noqa: F401 - and of our strategies
 from lora_lightning import argv as command_line
 from lora_lightning import plugins, run_folder
 from lora_lightning.callbacks.predictions import WritePredictions

@@ -62,6 +62,10 @@ class ResumeError(LoraLightningError):
     """A checkpoint cannot continue this run exactly."""
 
 
+class ProcessError(LoraLightningError):
+    """Another process failed, so this one stops as well."""
+
+
 class RunFolderError(LoraLightningError):
     """A run folder cannot be read or written."""
 

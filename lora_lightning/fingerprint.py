@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from lora_lightning.base_layers import packed_layers
 from lora_lightning.injection import iter_adapters
 from lora_lightning.paths import plain, starting_with, unwrap
+from lora_lightning.sharding import first_entry, local
 from lora_lightning.vocabulary import grown_layers
 
 _SAMPLE = 64
@@ -34,24 +35,42 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> dict[str, Any]
     """
     skip = {plain(name) for name in without}
     packed = {plain(base.weight_name(path)): base for path, base in packed_layers(model)}
-    names, sample, sampled = hashlib.sha256(), hashlib.sha256(), not packed
-    for key, parameter in sorted(_base_parameters(model).items()):
-        if key in skip:
-            continue
+    found = {key: t for key, t in sorted(_base_parameters(model).items()) if key not in skip}
+    names, sampled = hashlib.sha256(), not packed and all(t.is_floating_point() for t in found.values())
+    for key, parameter in found.items():
         shape = packed[key].plain_shape if key in packed else tuple(parameter.shape)
         names.update(f"{key}:{shape};".encode())
-        if key in packed or not parameter.is_floating_point():
-            sampled = False
-            continue
-        values = whole(parameter).reshape(-1)
-        n = min(_SAMPLE, values.numel())
-        where = torch.arange(n, device=values.device) * (values.numel() - 1) // max(n - 1, 1)
-        sample.update(values[where].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return {
         "architecture": _architecture(unwrap(model)),
         "names": names.hexdigest(),
-        "weights": sample.hexdigest() if sampled else None,
+        "weights": hashlib.sha256(_sample(list(found.values()))).hexdigest() if sampled else None,
     }
+
+
+def _sample(parameters: list[Tensor]) -> bytes:
+    """Weights at fixed places, rounded to bfloat16."""
+    parts = [_at_places(parameter).to(torch.bfloat16) for parameter in parameters]
+    sharded = [i for i, parameter in enumerate(parameters) if isinstance(parameter, DTensor)]
+    if sharded:  # each entry is there on one process, and zero on the others
+        mesh = cast(DTensor, parameters[sharded[0]]).device_mesh
+        total = torch.cat([parts[i] for i in sharded]).float()
+        torch.distributed.all_reduce(total, group=mesh.get_group())
+        for i, part in zip(sharded, total.split([len(parts[i]) for i in sharded]), strict=True):
+            parts[i] = part.to(torch.bfloat16)
+    return b"".join(part.cpu().view(torch.int16).numpy().tobytes() for part in parts)
+
+
+def _at_places(parameter: Tensor) -> Tensor:
+    """Up to 64 entries, evenly spread; of a sharded parameter zeros for those that this process does not hold."""
+    count = min(_SAMPLE, parameter.numel())
+    where = torch.arange(count, device=parameter.device) * (parameter.numel() - 1) // max(count - 1, 1)
+    held, first = local(parameter).detach().reshape(-1), first_entry(parameter)
+    if len(held) == parameter.numel():
+        return held[where]
+    here = (where >= first) & (where < first + len(held))
+    values = held.new_zeros(count)
+    values[here] = held[where[here] - first]
+    return values
 
 
 def _base_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -79,11 +98,6 @@ def say_unsampled(
         sides = {"here": own_format, "in training": their_format}
         stored = " and ".join(f"{'as ' + name if name else 'plain'} {where}" for where, name in sides.items())
         print(f"note: base weights were compared by name and shape only; they are stored {stored}")
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, detached; for a sharded one every process has to take part."""
-    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def _architecture(model: nn.Module) -> str:

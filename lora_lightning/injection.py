@@ -22,6 +22,7 @@ from lora_lightning.dequantised import Dequantised
 from lora_lightning.errors import AdapterStateError, SettingsError, TargetError, did_you_mean
 from lora_lightning.methods import Method, check_overridable, replace
 from lora_lightning.paths import places
+from lora_lightning.precision import compute_in_float32
 from lora_lightning.reading import read_layers
 from lora_lightning.scopes import pretrained_models
 from lora_lightning.targets import (
@@ -35,6 +36,7 @@ from lora_lightning.targets import (
 )
 
 _RECORDS = "_lora_lightning_records"
+_FOLLOWS = "_lora_lightning_values_follow"
 
 
 @dataclass(frozen=True)
@@ -210,10 +212,21 @@ def check_ready(model: nn.Module, name: str) -> None:
             raise AdapterStateError(
                 "the model is sharded already; inject adapters before fully_shard, for instance in configure_model."
             )
-        if parameter.is_meta:
+        if parameter.is_meta and not values_follow(model):
             raise AdapterStateError(
                 f"{parameter_name} is on the meta device, without a value; load the weights before injecting."
             )
+
+
+def values_follow(model: nn.Module) -> bool:
+    """Whether a model on the meta device will be given its values later, by the process that has read them."""
+    return bool(model.__dict__.get(_FOLLOWS))
+
+
+def expect_values(model: nn.Module) -> nn.Module:
+    """Mark a model without values as one that will be given them, adapters included; returns it."""
+    model.__dict__[_FOLLOWS] = True
+    return model
 
 
 def check_unmerged(model: nn.Module) -> None:
@@ -302,6 +315,7 @@ def place(
             put(standing, layer)
         layer.tied_to = ties.get(path, ())
         layer.add(name, adapter.train(layer.training))
+    compute_in_float32({model.get_submodule(parameter.rpartition(".")[0]): None for parameter in record.trained})
     model.__dict__.setdefault(_RECORDS, {})[name] = record
     set_active(model, [name])
     set_trainable(model, [name] if trainable else trained_before)

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import transformers
 from torch import nn
 
 from lora_lightning.errors import ModelError
+from lora_lightning.injection import expect_values
 from lora_lightning.pretrained import resolve
 from lora_lightning.random_models import build, config_of, is_random
 from lora_lightning.targets import head_prefixes, within
 from lora_lightning.tasks.base import Task
+
+Dtype = torch.dtype | Literal["auto"] | None
 
 
 def load_model(
     pretrained: str,
     task: Task,
     num_labels: int | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: Dtype = None,
     label_names: Sequence[str] = (),
     also_train: Sequence[str] = (),
 ) -> nn.Module:
@@ -31,7 +35,7 @@ def load_model(
         pretrained: folder, hub id, `pkg:IMPORT_NAME/FOLDER`, or the full name of a random model.
         task: decides the model class.
         num_labels: size of a classification head.
-        dtype: dtype of the weights; None takes float32.
+        dtype: dtype of the weights, or "auto" for that of the files; None takes float32.
         label_names: names of the classes, kept in the model's configuration.
         also_train: names of parameters that will train in full, and so may start at random.
 
@@ -39,12 +43,9 @@ def load_model(
         ModelError: missing folder or weights, a model class without such a head, or backbone weights the files lack.
     """
     source = resolve(pretrained)
-    options: dict[str, Any] = task.model_options(num_labels)
-    if label_names and len(label_names) == num_labels:
-        options["id2label"] = dict(enumerate(label_names))
-        options["label2id"] = {name: number for number, name in enumerate(label_names)}
+    options = _options(task, num_labels, label_names)
     if is_random(pretrained):
-        return _from_config(pretrained, task, config_of(pretrained, **options), torch.float32)
+        return _from_config(pretrained, task, config_of(pretrained, **options), dtype)
     try:
         with _silent():
             # a head of another size starts anew; any other tensor of another shape is refused below
@@ -63,27 +64,51 @@ def load_model(
         raise
     _check_complete(model, info, pretrained, task.unused, also_train)
     zero_absent(model, info["missing_keys"], task.unused)
-    model.config._name_or_path = pretrained  # as given, so that an adapter's description holds on another machine
+    return _named(model, pretrained)
+
+
+def _options(task: Task, num_labels: int | None, label_names: Sequence[str]) -> dict[str, Any]:
+    """Settings of the model's configuration that the task needs."""
+    options: dict[str, Any] = task.model_options(num_labels)
+    if label_names and len(label_names) == num_labels:
+        options["id2label"] = dict(enumerate(label_names))
+        options["label2id"] = {name: number for number, name in enumerate(label_names)}
+    return options
+
+
+def _named(model: Any, pretrained: str) -> nn.Module:
+    """The model with its name as given, so that an adapter's description holds on another machine."""
+    model.config._name_or_path = pretrained
     eos = getattr(model.config, "eos_token_id", None)  # a model of images has neither
     if eos is not None and model.config.pad_token_id is None:
         model.config.pad_token_id = eos[0] if isinstance(eos, list) else eos
-    return model  # type: ignore[no-any-return]
+    return cast(nn.Module, model)
+
+
+def load_without_values(pretrained: str, *args: Any, **options: Any) -> nn.Module:
+    """As `load_model`, on the meta device: another process reads the values and will send them."""
+    with torch.device("meta"):
+        model: Any = load_skeleton(pretrained, *args, **options)
+    if model.can_generate():
+        with contextlib.suppress(OSError):  # a model without a file for it generates as its configuration says
+            model.generation_config = transformers.GenerationConfig.from_pretrained(resolve(pretrained))
+    return expect_values(model)
 
 
 def load_skeleton(
     pretrained: str,
     task: Task,
     num_labels: int | None = None,
-    dtype: torch.dtype | None = None,
-    label_names: Sequence[str] = (),  # noqa: ARG001 - arguments of `load_model`
-    also_train: Sequence[str] = (),  # noqa: ARG001
+    dtype: Dtype = None,
+    label_names: Sequence[str] = (),
+    also_train: Sequence[str] = (),  # noqa: ARG001 - an argument of `load_model`
 ) -> nn.Module:
     """As `load_model`, but from the configuration alone: weights start at random, and files of weights are not read.
 
     Raises:
         ModelError: no configuration, or a model class without such a head.
     """
-    source, options = resolve(pretrained), task.model_options(num_labels)
+    source, options = resolve(pretrained), _options(task, num_labels, label_names)
     if is_random(pretrained):
         config = config_of(pretrained, **options)
     else:
@@ -91,20 +116,22 @@ def load_skeleton(
             config = transformers.AutoConfig.from_pretrained(source, **options)
         except OSError as error:
             raise ModelError(f'model.pretrained is "{pretrained}": {_first_line(error)}') from error
-    return _from_config(pretrained, task, config, dtype or torch.float32)
+    return _from_config(pretrained, task, config, dtype)
 
 
-def _from_config(name: str, task: Task, config: Any, dtype: torch.dtype) -> nn.Module:
+def _from_config(name: str, task: Task, config: Any, dtype: Dtype) -> nn.Module:
+    if dtype == "auto":
+        dtype = config.dtype
+
     def make() -> nn.Module:
-        return getattr(transformers, task.auto_class).from_config(config, dtype=dtype)  # type: ignore[no-any-return]
+        return getattr(transformers, task.auto_class).from_config(config, dtype=dtype or torch.float32)  # type: ignore[no-any-return]
 
     try:
         model = build(name, make) if is_random(name) else make().eval()
     except ValueError as error:
         _refuse_class(error, name, task)
         raise
-    cast(Any, model).config._name_or_path = name
-    return model
+    return _named(model, name)
 
 
 def _refuse_class(error: ValueError, pretrained: str, task: Task) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
@@ -33,10 +34,12 @@ from lora_lightning.injection import (
     inject,
     records,
 )
-from lora_lightning.loading import load_model
+from lora_lightning.loading import load_model, load_without_values
 from lora_lightning.methods import Method
 from lora_lightning.optim.groups import build_optimizer
 from lora_lightning.optim.warmup import WarmUp
+from lora_lightning.precision import kept
+from lora_lightning.processes import together
 from lora_lightning.random_models import full_name, is_random, tokenizer_settings
 from lora_lightning.shifts import open_shifts
 from lora_lightning.tasks import find_task
@@ -66,6 +69,8 @@ class AdapterModule(LightningModule):
         optimizer: the optimizer; null takes the method's own, else AdamW at a rate of 1e-3.
         lr_scheduler: warm-up and decay of the rate.
         num_labels: classes of a classification head; null takes the data module's.
+        dtype: of frozen weights: "float64", "float32", "bfloat16", "float16", or "auto" for that of the files; null
+            takes "float32", and "bfloat16" where trainer.precision is "bf16-true". What trains is float32 at least.
         gradient_checkpointing: recompute activations in backward: less memory, about a third more time.
         linear_baseline: before training, fit the head alone on frozen features for as many steps, to compare with.
         max_new_tokens: most tokens of a text that is generated, to predict or to be measured.
@@ -89,6 +94,7 @@ class AdapterModule(LightningModule):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: WarmUp = WarmUp(),  # noqa: B008 - frozen
         num_labels: int | None = None,
+        dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] | None = None,
         gradient_checkpointing: bool = False,
         linear_baseline: bool = True,
         max_new_tokens: int = 64,
@@ -100,7 +106,7 @@ class AdapterModule(LightningModule):
         self.pretrained, self.method, self.task = pretrained, method, find_task(task, task_settings)
         self.targets, self.exclude, self.overrides = targets, exclude or [], overrides or {}
         self.also_train, self.optimizer_factory, self.lr_scheduler = also_train, optimizer, lr_scheduler
-        self.num_labels, self.gradient_checkpointing = num_labels, gradient_checkpointing
+        self.num_labels, self.dtype_name, self.gradient_checkpointing = num_labels, dtype, gradient_checkpointing
         self.linear_baseline, self.max_new_tokens, self.seed = linear_baseline, max_new_tokens, seed
         self.random_config = random_config or {}
         if random_config and not is_random(pretrained):
@@ -122,37 +128,46 @@ class AdapterModule(LightningModule):
             TargetError: the targets do not fit the model.
         """
         if self.net is None:
-            self.assemble(load_model)
+            self.assemble(load_model if self._reads_values() else load_without_values)
 
     def assemble(self, load: Callable[..., nn.Module]) -> None:
         """Inject into the model that `load`, called as `load_model` is, gives; raises as `configure_model`."""
+        seed = common_seed() if self.seed is None else self.seed
+        with together():
+            self.net = self._assembled(load, seed)
+        ignore_adapter_buffers(self)
+
+    def _assembled(self, load: Callable[..., nn.Module], seed: int) -> nn.Module:
         self._check_data()
-        self._check_precision()
-        pretrained = self._random_name() if is_random(self.pretrained) else self.pretrained
+        pretrained = self._random_name(seed) if is_random(self.pretrained) else self.pretrained
         net = load(
             pretrained,
             self.task,
             self._labels(),
+            dtype=self._frozen_dtype(),
             label_names=self._label_names(),
             also_train=() if self.also_train == "heads" else self.also_train,
         )
         self._check_length(net)
-        self._add_tokens(net)
+        self._add_tokens(net, seed)
         self.injection = inject(
-            net, self.method, self.targets, self.exclude, self.overrides, self.also_train, name=NAME, seed=self.seed
+            net, self.method, self.targets, self.exclude, self.overrides, self.also_train, name=NAME, seed=seed
         )
         if is_random(pretrained):
             note = f"nothing is pretrained: what is frozen stays as it was drawn ({pretrained})"
             self.injection = replace(self.injection, notes=(*self.injection.notes, note))
         if self.gradient_checkpointing:
             enable_checkpointing(net)
-        self.net = net
-        ignore_adapter_buffers(self)
+        return net
 
-    def _random_name(self) -> str:
+    def _reads_values(self) -> bool:
+        """Whether this process reads the model's files; under some strategies the first one sends what it has read."""
+        strategy = self._trainer.strategy if self._trainer is not None else None
+        return not getattr(strategy, "reads_on_first_rank", False) or self.global_rank == 0
+
+    def _random_name(self, seed: int) -> str:
         tokenizer = getattr(self._datamodule(), "tokenizer_object", None)
         found = tokenizer_settings(self.pretrained, tokenizer, self.random_config) if tokenizer else {}
-        seed = common_seed() if self.seed is None else self.seed
         return full_name(self.pretrained, {**found, **self.random_config}, seed)
 
     def _datamodule(self) -> Any:
@@ -166,13 +181,27 @@ class AdapterModule(LightningModule):
                 f"{' and '.join(kinds)}."
             )
 
-    def _check_precision(self) -> None:
+    def _frozen_dtype(self) -> torch.dtype | Literal["auto"]:
+        """Dtype of frozen weights: the setting's, else what the trainer's precision means by "true"."""
         precision = str(self.trainer.precision) if self._trainer is not None else "32-true"
-        if precision in ("bf16-true", "16-true"):
+        if precision == "16-true":
             raise SettingsError(
-                f'trainer.precision is "{precision}"; it would turn the adapters into half precision too, where small '
-                f'updates are lost. Nearest: "{precision.replace("true", "mixed")}", which keeps them in float32.'
+                'trainer.precision is "16-true", under which gradients underflow; take "bf16-true", or "16-mixed", '
+                "which scales the loss."
             )
+        if precision == "bf16-true" and self.dtype_name not in (None, "auto", "bfloat16"):
+            raise SettingsError(
+                f'model.dtype is "{self.dtype_name}", but trainer.precision "bf16-true" casts frozen weights to '
+                'bfloat16; leave dtype null, or take precision "bf16-mixed".'
+            )
+        if precision == "bf16-true":
+            return torch.bfloat16
+        return "auto" if self.dtype_name == "auto" else getattr(torch, self.dtype_name or "float32")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves and casts, of which those to half precision are not for what trains."""
+        trained = {id(p) for p in self.parameters() if p.requires_grad}
+        return cast(Self, super()._apply(kept(fn, lambda tensor: id(tensor) in trained), recurse))  # type: ignore[no-untyped-call]
 
     def _check_length(self, net: nn.Module) -> None:
         longest = getattr(getattr(net, "config", None), "max_position_embeddings", None)
@@ -182,12 +211,12 @@ class AdapterModule(LightningModule):
                 f"data.max_length is {length}; {type(net).__name__} has {longest} positions, so at most that."
             )
 
-    def _add_tokens(self, net: nn.Module) -> None:
+    def _add_tokens(self, net: nn.Module, seed: int) -> None:
         """Rows for the tokens that the data module has added to its tokenizer."""
         data = self._datamodule()
         tokens = getattr(data, "new_tokens", ())
         if tokens:
-            grow_for(net, data.tokenizer_object, tokens, self.seed if self.seed is not None else common_seed())
+            grow_for(net, data.tokenizer_object, tokens, seed)
 
     def _label_names(self) -> list[str]:
         return list(getattr(self._datamodule(), "label_names", ())) if self.task.has_head else []

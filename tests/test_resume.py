@@ -202,11 +202,17 @@ def test_a_checkpoint_of_an_interrupted_step_is_refused(encoder, tmp_path, saved
         run(classification(encoder, LoRA(rank=2)), labelled_data(encoder), tmp_path, (), saved, max_steps=5)
 
 
-def test_another_number_of_processes_is_refused(encoder, tmp_path, saved):
+def test_another_number_of_processes_goes_on_with_the_same_tensors_but_not_inside_a_window(
+    encoder, tmp_path, saved, capsys
+):
     checkpoint = torch.load(saved, weights_only=True)
     checkpoint["lora_lightning_resume"]["ranks"] *= 2
     torch.save(checkpoint, saved)
-    with pytest.raises(ResumeError, match="written by 2 processes; this run has 1"):
+    run(classification(encoder, LoRA(rank=2)), labelled_data(encoder), tmp_path, (), saved, max_steps=5)
+    assert "resume: 1 processes instead of 2" in capsys.readouterr().out
+    checkpoint["lora_lightning_resume"]["ranks"][0]["gradients"] = {"a": torch.zeros(1)}
+    torch.save(checkpoint, saved)
+    with pytest.raises(ResumeError, match="written by 2 processes inside an accumulation window; this run has 1"):
         run(classification(encoder, LoRA(rank=2)), labelled_data(encoder), tmp_path, (), saved, max_steps=5)
 
 

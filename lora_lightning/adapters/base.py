@@ -13,13 +13,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.weights import BaseLayer
 from lora_lightning.errors import SettingsError
+from lora_lightning.precision import kept
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,8 @@ class Adapter(nn.Module, ABC):
     """True where the update does not depend on the base weight, so that several adapters on one layer add up."""
     mergeable: bool = True
     """False where the update depends on the input, so that no merged weight exists."""
+    in_half: bool = False
+    """True where the tensors may be cast to half precision with the model; small updates are then lost."""
     rank_mask: Tensor | None
     """Bool buffer (rank,), multiplied into the rank components; None where components cannot be removed."""
 
@@ -129,6 +132,10 @@ class Adapter(nn.Module, ABC):
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
         """Detached (A (R, d_in), B (d_out, R)) with update == B @ A exactly, scaling included; None if not low rank."""
         return None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves and casts of a model, of which those to half precision are not for what trains."""
+        return cast(Self, super()._apply(kept(fn, lambda _: not self.in_half), recurse))  # type: ignore[no-untyped-call]
 
     def factor_pairs(self) -> tuple[FactorPair, ...]:
         """Factor pairs, in the order of `param_groups`; a frozen side is listed as well."""

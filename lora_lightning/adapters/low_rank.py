@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from lora_lightning.adapters import contraction
 from lora_lightning.adapters.base import Adapter, EntryMask, FactorPair, check_dropout, check_rank, write, write_uniform
-from lora_lightning.adapters.weights import BaseLayer, plus_product
+from lora_lightning.adapters.weights import BaseLayer, plus_product, reshaped
 from lora_lightning.errors import SettingsError
 
 Side = Literal["both", "A", "B"]
@@ -214,7 +214,7 @@ class LowRankAdapter(Adapter):
         merged = x.dtype in (torch.float32, torch.float64)
         order = contraction.choose(flat.shape[0], base.d_in, base.d_out, A.shape[0], needs, merged=merged)
         y = contraction.contract(flat, base.weight(), base.bias, A, B, self.scaling, order)
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], base.d_out)
+        return y if x.dim() == 2 else reshaped(y, (*x.shape[:-1], base.d_out))
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """W + s B A."""

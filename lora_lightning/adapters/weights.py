@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -349,7 +349,12 @@ def add_product(onto: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
     if onto.dim() == 1:
         return onto + scale * (B @ h)
     total = torch.addmm(onto.flatten(0, -2), h.flatten(0, -2), B.mT, alpha=scale)
-    return total if onto.dim() == 2 else total.view(onto.shape)
+    return total if onto.dim() == 2 else reshaped(total, onto.shape)
+
+
+def reshaped(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """`tensor`, which nobody else holds, in another shape; no view to autograd, so it may be changed in place."""
+    return torch.ops.aten._unsafe_view(tensor, list(shape))  # type: ignore[no-any-return]
 
 
 def base_layer(module: nn.Module) -> BaseLayer | None:

@@ -18,6 +18,7 @@ from torch.utils.data import DistributedSampler
 from lora_lightning.baseline import Baseline, fit_baseline
 from lora_lightning.callbacks.schedule import JUDGES, total_steps
 from lora_lightning.injection import disable_adapters, injected_root, records
+from lora_lightning.sharding import is_sharded, reshard
 from lora_lightning.targets import trained_parameters
 
 
@@ -47,6 +48,10 @@ class LinearBaseline(Callback):
         every_head = trained_parameters(root, "heads")
         heads = [name for name in every_head if name in trained]
         comparable = self.enabled and module.task.has_head and heads and heads == every_head
+        if is_sharded(root):
+            if comparable and trainer.is_global_zero:
+                print("linear baseline: not fitted, because the model is sharded; a run under DDP fits one", flush=True)
+            heads, comparable = [], False
         steps = (total_steps(trainer) or 0) if comparable else 0
         began = time.monotonic()
         if steps:
@@ -64,6 +69,7 @@ class LinearBaseline(Callback):
                 lambda gradient: cast(Tensor, trainer.strategy.reduce(gradient, reduce_op="mean")),
                 module.predict_context(),
             )
+        reshard(root)
         if self.result.linear is not None:
             metric = module.task.metric
             rates = ", ".join(f"{value:.4f} at {rate:g}" for rate, value in (self.result.by_rate or {}).items())

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lora_lightning.callbacks.schedule import JUDGES, gradients_finite, order_callbacks
 from lora_lightning.errors import TrainingError
 from lora_lightning.injection import iter_adapters, trainable_adapters
+from lora_lightning.sharding import gather_nested, laid_out, local, summed
 
 
 class TrainingGuard(Callback):
@@ -61,7 +62,7 @@ class TrainingGuard(Callback):
             self._real, self._had_gradient = dict(self._restored["real"]), set(self._restored["had_gradient"])
             self._moved = set(self._restored["moved"])
             for name, value in self._restored["start"].items():
-                self._start[name] = value.to(self._watched[name].device)
+                self._start[name] = laid_out(value, self._watched[name])
             self._restored = None
         self._seen = trainer.global_step
 
@@ -73,21 +74,34 @@ class TrainingGuard(Callback):
             return
         rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
         elsewhere = {id(p) for other in trainer.optimizers for group in other.param_groups for p in group["params"]}
+        real: list[str] = []
         for name, parameter in self._watched.items():
             # a tensor that no optimizer holds is judged as well: it will not move
-            if rates.get(id(parameter), float(id(parameter) not in elsewhere)) == 0.0:
-                continue
-            self._real[name] += 1
-            self._note_move(name)  # before the step as well: a new stage may put a factor back to where it started
-            if name not in self._had_gradient and parameter.grad is not None and bool(parameter.grad.any()):
-                self._had_gradient.add(name)
+            if rates.get(id(parameter), float(id(parameter) not in elsewhere)) != 0.0:
+                real.append(name)
+                self._real[name] += 1
+        self._note_gradients(real)
+        self._note_moves(real)  # before the step as well: a new stage may put a factor back to where it started
 
-    def _note_move(self, name: str) -> None:
-        if name not in self._moved and not torch.equal(self._watched[name].detach(), self._start[name]):
-            self._moved.add(name)
+    def _note_gradients(self, names: list[str]) -> None:
+        unknown = [name for name in names if name not in self._had_gradient]
+        grads = [self._watched[name].grad for name in unknown]
+        self._had_gradient |= self._holding(unknown, [grad is not None and local(grad).any() for grad in grads])
+
+    def _note_moves(self, names: list[str]) -> None:
+        unknown = [name for name in names if name not in self._moved]
+        pieces = [(local(self._watched[name].detach()), local(self._start[name])) for name in unknown]
+        self._moved |= self._holding(unknown, [not torch.equal(now, start) for now, start in pieces])
+
+    def _holding(self, names: list[str], flags: list[Any]) -> set[str]:
+        """Those of `names` whose flag is set on any process that holds a piece."""
+        if not names:
+            return set()
+        counts = summed(torch.tensor([float(flag) for flag in flags]), [self._watched[name] for name in names])
+        return {name for name, count in zip(names, counts.tolist(), strict=True) if count > 0}
 
     def _not_finite(self, step: int) -> str:
-        bad = [n for n, p in self._watched.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
+        bad = [n for n, p in self._watched.items() if p.grad is not None and not torch.isfinite(local(p.grad)).all()]
         loss = "" if self._loss is None else f" Last loss: {float(self._loss):g}."
         where = f"{len(bad)} tensors, {bad[0]} first" if bad else "the gradient norm overflows"
         return (
@@ -119,13 +133,14 @@ class TrainingGuard(Callback):
         # one step cannot give a gradient to the partner of a factor that starts at zero
         short = [name for name, steps in self._real.items() if 2 <= steps < self.patience_steps]
         never = [name for name, steps in self._real.items() if steps == 0]
-        still = [name for name in never if torch.equal(self._watched[name].detach(), self._start[name])]
+        self._note_moves(never)
+        still = [name for name in never if name not in self._moved]
         self._judge(short + still, self._idle(pl_module))
 
     def _judge(self, names: list[str], idle: set[str]) -> None:
         untrained = []
+        self._note_moves(names)
         for name in names:
-            self._note_move(name)
             if name in idle:
                 self._real[name] -= 1
             elif name not in self._had_gradient:
@@ -145,12 +160,11 @@ class TrainingGuard(Callback):
 
     def moved(self) -> dict[str, float]:
         """Relative distance |p - start| / |start| (|p| where the start is zero) of every trained tensor so far."""
-        distances = {}
-        for name, parameter in self._watched.items():
-            now, start = parameter.detach(), self._start[name]
-            size = float(start.norm())
-            distances[name] = float((now - start).norm()) / (size if size > 0 else 1.0)
-        return distances
+        names, watched = list(self._watched), list(self._watched.values())
+        pairs = [(local(p.detach()), local(self._start[name])) for name, p in self._watched.items()]
+        squares = [torch.stack([(now - start).square().sum(), start.square().sum()]) for now, start in pairs]
+        sizes = summed(torch.stack(squares).double(), watched).sqrt().tolist()
+        return {name: moved / (size if size > 0 else 1.0) for name, (moved, size) in zip(names, sizes, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
         """What has been judged, and start values: a resumed run goes on judging and measures from its first start."""
@@ -158,7 +172,7 @@ class TrainingGuard(Callback):
             "real": self._real,
             "had_gradient": sorted(self._had_gradient),
             "moved": sorted(self._moved),
-            "start": self._start,
+            "start": gather_nested(self._start),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.schedule import REPORTS, order_callbacks
-from lora_lightning.checkpoint import adapter_keys, describe, is_sharded, save_adapter
+from lora_lightning.checkpoint import adapter_keys, describe, save_adapter
 from lora_lightning.comparison import check_fits, check_same
 from lora_lightning.errors import AdapterStateError, ResumeError
 from lora_lightning.injection import (
@@ -27,6 +27,7 @@ from lora_lightning.injection import (
     records,
 )
 from lora_lightning.methods import Method
+from lora_lightning.sharding import is_sharded
 from lora_lightning.shifts import open_shifts, rewrite_weights
 from lora_lightning.targets import Heads, Targets
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from lora_lightning.callbacks.schedule import JUDGES
 from lora_lightning.errors import ModelError
 from lora_lightning.injection import injected_root
+from lora_lightning.sharding import reshard
 
 TOLERANCE = {4: 1e-2, 2: 0.1}
 """Largest difference that passes, by bytes a number: rounding is far below it, an example that is seen far above."""
@@ -46,6 +47,7 @@ class PackingCheck(Callback):
         finally:
             for module, mode in modes.items():
                 module.training = mode
+            reshard(model)
 
 
 def packing_difference(model: Callable[..., Any], rows: Tensor) -> float:

@@ -12,9 +12,9 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from lora_lightning.callbacks.resume import gather_objects
 from lora_lightning.errors import RunFolderError, SettingsError
 from lora_lightning.files import write_atomically
+from lora_lightning.processes import gather_objects
 
 
 class WritePredictions(Callback):

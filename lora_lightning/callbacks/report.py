@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -12,7 +12,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import lora_lightning
 from lora_lightning.callbacks.baseline import LinearBaseline, validation_batches
@@ -20,12 +21,13 @@ from lora_lightning.callbacks.best import KeepBest
 from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.schedule import REPORTS, ScheduleCallback, order_callbacks
 from lora_lightning.callbacks.sparsity import SparsitySchedule
-from lora_lightning.checkpoint import is_sharded, save_adapter
+from lora_lightning.checkpoint import save_adapter
 from lora_lightning.files import write_json
 from lora_lightning.injection import adapters_named, injected_root, iter_adapters, records
 from lora_lightning.optim.pair_optimizer import PairOptimizer
 from lora_lightning.optim.wrapper import innermost
 from lora_lightning.report import draw, injection_table, summary_table
+from lora_lightning.sharding import is_sharded, local, reshard, summed
 from lora_lightning.tasks.base import evaluate
 
 
@@ -109,9 +111,9 @@ class RunReport(Callback):
         if not trainer.is_global_zero and not is_sharded(pl_module):
             return
         adapter = save_adapter(pl_module, folder / "adapter", self.name)
+        self.summary = self._summarise(trainer, pl_module, values, facts, adapter)  # every process holds a piece
         if not trainer.is_global_zero:
             return
-        self.summary = self._summarise(trainer, pl_module, values, facts, adapter)
         write_json(folder / "summary.json", self.summary)
         metric = self.summary["metric"]
         levels = {
@@ -152,6 +154,7 @@ class RunReport(Callback):
             values = evaluate(
                 task, injected_root(module), validation_batches(trainer), cast(Any, module).predict_context()
             )
+        reshard(module)
         self.history.append({"step": trainer.global_step, **{f"val_{name}": value for name, value in values.items()}})
         return values
 
@@ -180,7 +183,7 @@ class RunReport(Callback):
             "linear_baseline": baseline.linear if baseline else None,
             "linear_baseline_rate": baseline.rate if baseline else None,
             "trainable_parameters": sum(p.numel() for p in trained),
-            "surviving_parameters": sum(int(torch.count_nonzero(p)) for p in [*own, *_folded(root, self.name)]),
+            "surviving_parameters": _not_zero([*own, *_folded(root, self.name)]),
             "report": record.method.report(adapters),
             "data": facts,
             "moved": _moved(guard.moved() if guard else {}, root, self.name),
@@ -220,6 +223,14 @@ def _damping(trainer: Trainer) -> dict[str, int]:
 def _folded(root: nn.Module, name: str) -> list[torch.Tensor]:
     """What an adapter has folded."""
     return [t for _, layer in iter_adapters(root) if name in layer.shifts for t in layer.shifts[name].buffers()]
+
+
+def _not_zero(tensors: Sequence[Tensor]) -> int:
+    """Entries that are not zero; a piece counts where it lies, a whole tensor once."""
+    pieces = [t for t in tensors if isinstance(t, DTensor)]
+    counts = torch.tensor([float(sum(int(torch.count_nonzero(local(t))) for t in pieces))], dtype=torch.float64)
+    rest = sum(int(torch.count_nonzero(t)) for t in tensors if not isinstance(t, DTensor))
+    return rest + int(summed(counts, pieces))
 
 
 def _moved(distances: dict[str, float], root: nn.Module, name: str) -> dict[str, float]:

@@ -15,6 +15,8 @@ from torch import Tensor
 from lora_lightning.callbacks.schedule import JUDGES, order_callbacks, total_steps
 from lora_lightning.errors import ResumeError
 from lora_lightning.optim.warmup import WarmUp
+from lora_lightning.processes import gather_objects
+from lora_lightning.sharding import local, piece_like
 from lora_lightning.shifts import rewrite_weights
 
 _SECTION = "lora_lightning_resume"
@@ -26,8 +28,12 @@ class ExactResume(Callback):
     A shuffling loader must draw its order from (seed, epoch) and report its position (`state_dict`), as the loaders of
     `lora_lightning.data` do.
 
+    Another number of processes goes on with the same tensors bit for bit where batches and steps are as many; its
+    random numbers are others.
+
     Raises:
-        ResumeError: another number of processes or of optimizer steps than the run was started with.
+        ResumeError: another number of batches or optimizer steps than the run was started with; another number of
+            processes inside an accumulation window.
     """
 
     phase: ClassVar[int] = JUDGES
@@ -57,11 +63,17 @@ class ExactResume(Callback):
                 "the checkpoint was not written while training went on (an interrupted step, or another program); "
                 "an exact resume is not possible from it. Resume from last.ckpt."
             )
-        if len(section["ranks"]) != trainer.world_size:
-            raise ResumeError(
-                f"the checkpoint was written by {len(section['ranks'])} processes; this run has {trainer.world_size}. "
-                "Resume with the same number."
-            )
+        before = len(section["ranks"])
+        if before != trainer.world_size:
+            if any(mine["gradients"] for mine in section["ranks"]):
+                raise ResumeError(
+                    f"the checkpoint was written by {before} processes inside an accumulation window; this run has "
+                    f"{trainer.world_size}. Resume with the same number."
+                )
+            if trainer.is_global_zero:
+                print(
+                    f"resume: {trainer.world_size} processes instead of {before}; random numbers are others from here"
+                )
         self._pending = section
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -75,22 +87,28 @@ class ExactResume(Callback):
                     f"the run was started with {name} {before} and would go on with {value}; rates, schedules or "
                     "batches would jump. Resume with the same settings."
                 )
-        gradients = self._pending["ranks"][trainer.global_rank]["gradients"]
+        gradients = self._mine(trainer)["gradients"]
         for name, parameter in pl_module.named_parameters():
             if name in gradients:
-                parameter.grad = gradients[name].to(parameter.device, copy=True)
+                parameter.grad = piece_like(gradients[name].to(parameter.device, copy=True), parameter)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Restore random numbers here: building the loader's iterator draws one."""
         if self._pending is not None:
-            _restore_random(self._pending["ranks"][trainer.global_rank]["rng"])
+            _restore_random(self._mine(trainer)["rng"])
             self._pending = None
+
+    def _mine(self, trainer: Trainer) -> dict[str, Any]:
+        """This process's part of the section."""
+        ranks: list[dict[str, Any]] = (self._pending or {})["ranks"]
+        return ranks[trainer.global_rank % len(ranks)]
 
 
 def _open_window(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
     if not trainer.fit_loop.epoch_loop._should_accumulate():
         return {}
-    return {n: p.grad.detach().cpu() for n, p in module.named_parameters() if p.requires_grad and p.grad is not None}
+    grads = {n: p.grad.detach() for n, p in module.named_parameters() if p.requires_grad and p.grad is not None}
+    return {name: local(grad).cpu() for name, grad in grads.items()}
 
 
 def _run_facts(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
@@ -108,15 +126,6 @@ def _run_facts(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         # torch adds "differentiable" to any optimizer's defaults while it loads a state
         facts[f"optimizer {number}"] = {"class": type(optimizer).__name__, "differentiable": False, **plain}
     return facts
-
-
-def gather_objects(mine: Any) -> list[Any]:
-    """One object of every process, in the order of ranks."""
-    if not torch.distributed.is_initialized():
-        return [mine]
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, mine)
-    return everyone
 
 
 def _random_states() -> dict[str, Any]:

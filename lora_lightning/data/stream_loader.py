@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from lora_lightning.callbacks.resume import gather_objects
 from lora_lightning.data.loader import Batch
 from lora_lightning.data.streaming import Position, StreamBatches
 from lora_lightning.errors import ResumeError
+from lora_lightning.processes import gather_objects
 
 
 class StreamLoader:

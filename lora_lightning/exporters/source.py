@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.experts import stands_for_parameter
@@ -17,6 +16,7 @@ from lora_lightning.errors import AdapterStateError, ExportError, did_you_mean
 from lora_lightning.injection import AdapterRecord, injected_root, iter_adapters, records
 from lora_lightning.paths import plain
 from lora_lightning.scopes import pretrained_models
+from lora_lightning.sharding import is_sharded
 from lora_lightning.vocabulary import GrownLayer, grown_layers, vocabulary
 
 
@@ -86,7 +86,7 @@ def find(model: nn.Module, name: str) -> Source:
     known = records(root)
     if name not in known:
         raise AdapterStateError(f'no adapter "{name}".{did_you_mean(name, known)} Installed: {", ".join(known)}.')
-    if any(isinstance(parameter, DTensor) for parameter in root.parameters()):
+    if is_sharded(root):
         raise ExportError("the model is sharded; save_adapter writes it whole, and that folder can be exported.")
     layers = {path: layer for path, layer in iter_adapters(root) if name in layer.adapters}
     if not all(layer.can_unmerge for _, layer in iter_adapters(root)):

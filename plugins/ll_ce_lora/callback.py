@@ -17,10 +17,10 @@ from torch.distributed.tensor import DTensor
 from ll_ce_lora.adapter import CELoRAAdapter
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.weights import BaseLayer
-from lora_lightning.callbacks.resume import gather_objects
 from lora_lightning.callbacks.schedule import ScheduleCallback
 from lora_lightning.errors import NoEffectError, ResumeError
 from lora_lightning.injection import iter_adapters
+from lora_lightning.processes import gather_objects
 
 
 class RefreshIndex(ScheduleCallback):
