@@ -2,16 +2,18 @@
 
     W   frozen weights             T   trained parameters, as many gradients G, optimizer state O
     n   GPUs                       m   batches of an optimizer step
-    R   frozen weights outside the blocks, B the two largest blocks, trained parameters included
+    R   all parameters outside the blocks; B the frozen, T_B the trained ones of the two largest blocks
 
-    strategy                    held beside activations         made on the way   sent by each GPU in a step
-    ddp                         W + T + G + O                   T (buckets)       2 (n-1)/n T
-    fsdp2, fsdp, deepspeed_3    (W + T + G + O) / n             R + B             m (n-1)/n (2 (W - R) + R + 3 T)
-    deepspeed_2                 W + T + (G + O) / n             T (buckets)       (n-1)/n (m + 1) T
+    strategy             held beside activations     made on the way     sent by each GPU in a step
+    ddp                  W + T + G + O               T (buckets)         2 (n-1)/n T
+    fsdp2                (W + T + G + O) / n         R + B + T           m (n-1)/n (2 (W - R) + R + 2 T)
+    fsdp, deepspeed_3    (W + T + G + O) / n         R + B + T_B         m (n-1)/n (2 (W - R) + R + 3 T)
+    deepspeed_2          W + T + (G + O) / n         T (buckets)         (n-1)/n (m + 1) T
 
 Ring algorithms: of an all-gather or a reduce-scatter of x bytes each GPU sends (n-1)/n x, of an all-reduce twice that.
-Sharded weights are gathered for forward and again for backward, but those outside the blocks once; gradients are
-reduced for each batch. With ddp, batches of a window but the last one are not reduced.
+Sharded weights are gathered for forward and again for backward, the next block while one is at work; those outside the
+blocks once, and, under fsdp2, trained ones too, which stay until backward. Gradients are reduced for each batch; with
+ddp only for the last one of a step.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from lora_lightning.errors import SettingsError, did_you_mean
 Strategy = Literal["ddp", "fsdp2", "fsdp", "deepspeed_2", "deepspeed_3"]
 STRATEGIES: dict[str, tuple[str, ...]] = {
     "ddp": ("auto", "ddp_find_unused_parameters_true", "DDPStrategy", "SingleDeviceStrategy"),
-    "fsdp2": ("model_parallel", "ModelParallelStrategy"),
+    "fsdp2": ("FSDP2", "model_parallel", "ModelParallelStrategy"),
     "fsdp": ("FSDPStrategy",),
     "deepspeed_2": ("deepspeed", "deepspeed_stage_2"),
     "deepspeed_3": ("deepspeed_stage_3",),
@@ -152,8 +154,14 @@ def _gathered(parts: Parts, strategy: str) -> int:
     """What is made whole at a time: the block at work, the next one, and what lies outside the blocks."""
     if strategy not in _SHARDED:
         return parts.trained
-    largest = sorted((block.frozen + block.trained for block in parts.blocks), reverse=True)[:2]
-    return parts.rest.frozen + parts.rest.trained + sum(largest)
+    if strategy == "fsdp2":
+        return parts.rest.frozen + parts.trained + _two_largest([block.frozen for block in parts.blocks])
+    inside = [block.frozen + block.trained for block in parts.blocks]
+    return parts.rest.frozen + parts.rest.trained + _two_largest(inside)
+
+
+def _two_largest(sizes: list[int]) -> int:
+    return sum(sorted(sizes)[-2:])
 
 
 def _moved(parts: Parts, strategy: str, batches: int) -> float:
@@ -163,7 +171,7 @@ def _moved(parts: Parts, strategy: str, batches: int) -> float:
     if strategy == "deepspeed_2":
         return (batches + 1) * parts.trained
     inside = sum(block.frozen for block in parts.blocks)
-    return batches * (2 * inside + parts.rest.frozen + 3 * parts.trained)
+    return batches * (2 * inside + parts.rest.frozen + (2 if strategy == "fsdp2" else 3) * parts.trained)
 
 
 def smallest_fit(parts: Parts, memory: float, batches: int = 1, most: int = 1024) -> Estimate | None:

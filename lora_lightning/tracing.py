@@ -146,35 +146,105 @@ def trace_step(
     meter: Meter,
     model: nn.Module,
     loss: Callable[[], Tensor],
-    optimizer: Optimizer,
+    optimizer: Callable[[], Optimizer],
     autocast: torch.dtype | None = None,
+    whole: bool = False,
 ) -> Step:
     """Run forward, backward and an optimizer step inside `without_values`, and say what they hold.
 
-    Gradients are there from the start, as between the batches of an accumulation window.
+    Gradients are there from the start, as between the batches of an accumulation window. Of a model that is one list of
+    equal blocks, two and three of them are run: everything grows by as much with each further one.
 
     Args:
         meter: what `without_values` gave.
         model: in train mode, with adapters; made inside the block.
         loss: computes the loss of one batch with `model`.
-        optimizer: over the trainables, not stepped yet.
+        optimizer: makes a fresh one over the trainables of `model`.
         autocast: dtype of mixed precision; None for none.
+        whole: run all blocks, whatever they are.
     """
-    parameters = list(model.parameters())
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    fixed = meter.live - size(list(model.parameters()))
+    stack = None if whole else _equal_blocks(model)
+    if stack is None:
+        last = next(reversed(blocks(model)), model)
+        run = _run_step(meter, model, last, loss, optimizer, autocast)
+        return Step(run.optimizer, fixed + run.kept, max(run.early, run.late))
+    every = dict(stack._modules)
+    runs = []
+    for depth in (2, 3):
+        stack._modules = dict(list(every.items())[:depth])
+        runs.append(_run_step(meter, model, stack[-1], loss, optimizer, autocast))
+    stack._modules = every
+    two, three = runs
+    more = len(every) - 2
+    return Step(
+        optimizer=two.optimizer + more * (three.optimizer - two.optimizer),
+        kept=fixed + two.kept + more * three.kept,  # the first two blocks kept theirs already
+        activations=max(two.early, two.late + more * (three.saved - two.saved)),
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    optimizer: int
+    kept: int
+    """What was made and is still there."""
+    saved: int
+    """Held for backward."""
+    early: int
+    """Peak before the last block starts."""
+    late: int
+    """Peak from there on."""
+
+
+def _run_step(
+    meter: Meter,
+    model: nn.Module,
+    last: nn.Module,
+    loss: Callable[[], Tensor],
+    make: Callable[[], Optimizer],
+    autocast: torch.dtype | None,
+) -> _Run:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
-    fixed = size(parameters) + size([parameter.grad for parameter in trained])
-    meter.peak = meter.live
-    device = parameters[0].device.type
+    early = start = meter.peak = meter.live
+
+    def starts(_module: nn.Module, _inputs: Any) -> None:
+        nonlocal early
+        handle.remove()  # a block that is recomputed starts again
+        early, meter.peak = meter.peak, meter.live
+
+    handle = last.register_forward_pre_hook(starts)
+    device = next(model.parameters()).device.type
     with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
         value = loss()
+    saved = meter.live - start
     value.backward()
     del value
-    peak, kept = meter.peak, meter.live - fixed
+    kept, late = meter.live - start, meter.peak
+    optimizer = make()
     _step(meter, optimizer)
     state = size([value for values in optimizer.state.values() for value in values.values()])
-    return Step(optimizer=state, kept=kept, activations=max(0, peak - fixed - kept))
+    for parameter in trained:
+        parameter.grad = None
+    meter.answer = True
+    return _Run(state, kept, saved - kept, early - start - kept, late - start - kept)
+
+
+def _equal_blocks(model: nn.Module) -> nn.ModuleList | None:
+    """The list of the model's blocks, where there is one with at least four that are all alike."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    found = [m for m in lists if set(map(id, m)) & set(map(id, blocks(model)))]
+    if len(found) != 1 or len(found[0]) < 4 or len(blocks(model)) != len(found[0]):
+        return None
+    kinds = {
+        (repr(block), tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters()))
+        for block in found[0]
+    }
+    config = getattr(model, "config", None)
+    layers = set(getattr(config, "layer_types", None) or ())
+    return found[0] if len(kinds) == 1 and len(layers) < 2 else None
 
 
 def _step(meter: Meter, optimizer: Optimizer) -> None:

@@ -12,6 +12,7 @@ import pytest
 from readme_commands import README, commands
 
 from lora_lightning import hookspecs, plugins
+from lora_lightning.__main__ import main
 from lora_lightning.argv import config_names, find_config
 from lora_lightning.verbs.methods import markdown_table
 
@@ -53,6 +54,17 @@ def test_the_plugin_of_the_readme_passes_its_contract(tmp_path):
 def test_the_method_table_is_current():
     generated = TEXT.partition("<!-- methods:")[2].partition("-->\n")[2].partition("<!-- end of methods -->")[0]
     assert generated.strip() == markdown_table(plugins.load()).strip(), "python -m lora_lightning methods --markdown"
+
+
+@pytest.mark.slow
+def test_the_plan_is_current(capsys):
+    generated = TEXT.partition("<!-- plan:")[2].partition("-->\n")[2].partition("<!-- end of plan -->")[0]
+    words = re.search(r"llama_2_7b (--.*?);", TEXT)[1].split()
+    titles = {"Llama-2-7B": "llama_2_7b", "Llama-3-70B": "llama_3_70b", "Llama-3.1-405B": "llama_3_405b"}
+    for title, name in titles.items():
+        assert main(["estimate", f"shapes/{name}", *words]) == 0
+        lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+        assert f"**{title}**\n\n" + "\n".join(lines) in generated, name
 
 
 def test_every_hook_stands_there_with_its_signature():

@@ -16,6 +16,7 @@ from lora_lightning.tasks import find_task
 from lora_lightning.tiny import tiny_decoder, tiny_encoder
 from lora_lightning.tracing import GpuKernels, Meter, blocks, size, trace_step, units, without_values
 
+TINY = {"hidden_size": 16, "num_hidden_layers": 5, "num_attention_heads": 2, "intermediate_size": 24}
 SMALL = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512}
 
 
@@ -27,12 +28,14 @@ def model(kind):
         "tiny decoder": tiny_decoder,
         "encoder": lambda: BertForSequenceClassification(BertConfig(vocab_size=500, **SMALL)),
         "decoder": lambda: LlamaForCausalLM(LlamaConfig(vocab_size=500, **SMALL)),
+        "five-block encoder": lambda: BertForSequenceClassification(BertConfig(vocab_size=32, **TINY)),
+        "five-block decoder": lambda: LlamaForCausalLM(LlamaConfig(vocab_size=32, **TINY)),
     }
     return made[kind]()
 
 
 def ready(kind, method, checkpointing):
-    """A model with adapters in train mode, its loss, and its optimizer."""
+    """A model with adapters in train mode, its loss, and the batch of it."""
     net = model(kind).train()
     ll.inject(net, plugins.method(method)(rank=4), seed=0)
     if checkpointing:
@@ -44,18 +47,19 @@ def ready(kind, method, checkpointing):
         made = task.loss(task.logits(net, batch), batch)
         return made.total / made.count.clamp_min(1)
 
-    return net, loss, build_optimizer(net, None), batch
+    return net, loss, batch
 
 
-def counted(kind, method, checkpointing, autocast=None):
+def counted(kind, method, checkpointing, autocast=None, whole=False):
     with without_values(gpu=False) as meter:
-        net, loss, optimizer, _ = ready(kind, method, checkpointing)
-        return trace_step(meter, net, loss, optimizer, autocast)
+        net, loss, _ = ready(kind, method, checkpointing)
+        return trace_step(meter, net, loss, lambda: build_optimizer(net, None), autocast, whole)
 
 
 def measured(kind, method, checkpointing, autocast=None):
     """(activations, optimizer state) of the second step of a real run: bytes from the CPU allocator's events."""
-    _, loss, optimizer, batch = ready(kind, method, checkpointing)
+    net, loss, batch = ready(kind, method, checkpointing)
+    optimizer = build_optimizer(net, None)
     batch["attention_mask"][0, -3:] = 0
 
     def forward_backward():
@@ -100,6 +104,22 @@ def test_a_step_of_a_middling_model_holds_what_was_counted(kind, method, checkpo
     check(kind, method, checkpointing, autocast)
 
 
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"),
+    [
+        ("five-block decoder", True),
+        pytest.param("five-block decoder", False, marks=SLOW),
+        pytest.param("five-block encoder", True, marks=SLOW),
+        pytest.param("five-block encoder", False, marks=SLOW),
+    ],
+)
+def test_two_and_three_equal_blocks_say_what_five_hold(kind, checkpointing):
+    assert counted(kind, "DoRA", checkpointing) == counted(kind, "DoRA", checkpointing, whole=True)
+
+
 def test_a_storage_counts_once_and_until_it_is_freed():
     with Meter() as meter:
         x = torch.zeros(1000)
@@ -138,8 +158,11 @@ def test_an_optimizer_that_stops_at_its_checks_gets_the_other_answer():
     with without_values() as meter:
         layer = nn.Linear(5, 4, bias=False)
         x = torch.zeros(3, 5)
-        optimizer = Strict(layer.parameters(), lr=0.1, momentum=0.9)
-        assert trace_step(meter, layer, lambda: layer(x).sum(), optimizer).optimizer == 80
+
+        def strict():
+            return Strict(layer.parameters(), lr=0.1, momentum=0.9)
+
+        assert trace_step(meter, layer, lambda: layer(x).sum(), strict).optimizer == 80
 
 
 def test_on_a_gpu_attention_keeps_no_dropped_weights_and_dropout_a_byte_an_entry():

@@ -11,9 +11,11 @@ from lora_lightning.tables import print_table
 
 if TYPE_CHECKING:
     import torch
+    from torch.optim import Optimizer
 
     from lora_lightning.estimate import Estimate, Parts
     from lora_lightning.module import AdapterModule
+    from lora_lightning.tasks.base import Task
 
 COLUMNS = (
     "Strategy",
@@ -63,10 +65,10 @@ def run(args: argparse.Namespace) -> int:
         check_positive(gpus=n, batch_size=batch_size, length=length)
     precision = args.precision or str(trainer.get("precision") or "32-true")
     parts = count(module, datamodule, batch_size, length, precision, args.dtype)
-    found = [estimate(parts, name, n, batches) for n in gpus for name in names]
+    found = [estimate(parts, name, n, batches) for n in gpus for name in (names if n > 1 else names[:1])]
     rows = [_row(each) for each in found]
     if args.markdown:
-        print("\n".join(f"| {' | '.join(row)} |" for row in [_columns(), ["---"] * len(_columns()), *rows]))
+        print("\n".join(f"| {' | '.join(row)} |" for row in [_columns(), ["---"] * len(_columns()), *rows]), "\n")
     else:
         print_table(_columns(), rows)
     print(_assumptions(module, batch_size, length, precision, args.dtype, batches))
@@ -91,8 +93,8 @@ def count(
     autocast = _autocast(precision)
     weights = _dtype(dtype)
 
-    def load(*args: Any, **options: Any) -> torch.nn.Module:
-        net = load_skeleton(*args, **{**options, "dtype": weights})
+    def load(pretrained: str, task: Task, num_labels: int | None = None, **_: Any) -> torch.nn.Module:
+        net = load_skeleton(pretrained, task, num_labels, weights)
         tokens = getattr(datamodule, "new_tokens", ())
         if tokens:
             from lora_lightning.vocabulary import Vocabulary, grow
@@ -113,7 +115,9 @@ def count(
             mean = made.total / made.count.clamp_min(1)
             return mean if penalty is None else mean + penalty
 
-        optimizer = build_optimizer(module.model, module.optimizer_factory)
+        def optimizer() -> Optimizer:
+            return build_optimizer(module.model, module.optimizer_factory)
+
         inside, rest = units(module.model)
         step = trace_step(meter, module.model, loss, optimizer, autocast)
     return Parts(inside, rest, step.optimizer, step.kept, step.activations)
