@@ -18,7 +18,8 @@ ddp only for the last one of a step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +34,13 @@ STRATEGIES: dict[str, tuple[str, ...]] = {
     "deepspeed_3": ("deepspeed_stage_3",),
 }
 """Strategies by the name that is printed, with other names that mean them."""
+PACKED: dict[str, Callable[[int, int], float]] = {
+    "nf4": lambda rows, columns: rows * columns * (1 / 2 + 4 / 64),
+    "nf4-double": lambda rows, columns: rows * columns * (1 / 2 + 1 / 64 + 4 / (64 * 256)),
+    "int8": lambda rows, columns: rows * columns + 4 * rows,
+}
+"""Bytes of a weight in few bits: four bits with a scale for each 64 of them (of 8 bits, and a scale for each 256 of
+those), or eight bits with a scale a row."""
 _SHARDED = ("fsdp2", "fsdp", "deepspeed_3")
 
 
@@ -108,6 +116,17 @@ def find_strategy(name: str) -> str:
     raise SettingsError(f'strategy is "{name}".{did_you_mean(last, STRATEGIES)} Estimates know: {listed}.')
 
 
+def packed_size(shape: Sequence[int], name: str) -> int:
+    """Bytes of a linear weight of that shape in a format of `PACKED`.
+
+    Raises:
+        SettingsError: there is no such format, with the nearest.
+    """
+    if name not in PACKED:
+        raise SettingsError(f'quantised is "{name}".{did_you_mean(name, PACKED)} Estimates know: {", ".join(PACKED)}.')
+    return math.ceil(PACKED[name](*shape))
+
+
 def check_positive(**numbers: int) -> None:
     """Raise `SettingsError` for a number below 1, by its name."""
     for name, value in numbers.items():
@@ -129,9 +148,9 @@ def estimate(parts: Parts, strategy: str, gpus: int, batches: int = 1) -> Estima
     """
     strategy = find_strategy(strategy)
     check_positive(gpus=gpus, batches=batches)
-    if parts.dequantised and strategy in ("fsdp", "deepspeed_3") and gpus > 1:
+    if parts.dequantised and strategy in _SHARDED and gpus > 1:
         raise SettingsError(
-            f'strategy is "{strategy}", which cannot shard a quantised base; nearest: ddp, with the base on each GPU.'
+            f'strategy is "{strategy}", which cannot shard a quantised base; nearest: "ddp", with the base on each GPU.'
         )
     everywhere, shared, others = 1.0, 1 / gpus, (gpus - 1) / gpus
     base = shared if strategy in _SHARDED else everywhere
@@ -192,6 +211,6 @@ def verdict(found: Sequence[Estimate], parts: Parts, memory: float, batches: int
     if fits:
         names = ", ".join(f"{e.strategy} on {e.gpus}" for e in fits)
         return f"Fits into {memory / gib:g} GiB a GPU, a tenth of it left free: {names}."
-    best = smallest_fit(parts, room, batches)
+    best = None if parts.dequantised else smallest_fit(parts, room, batches)
     where = f"fsdp2 on {best.gpus} GPUs does" if best else "no number of GPUs does; lower batch_size or max_length"
     return f"Nothing of this fits into {memory / gib:g} GiB a GPU, a tenth of it left free; {where}."

@@ -25,7 +25,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lora_lightning.estimate import Unit
+from lora_lightning.estimate import Unit, packed_size
+from lora_lightning.sharding import blocks
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def trace_step(
     fixed = meter.live - size(list(model.parameters()))
     stack = None if whole else _equal_blocks(model)
     if stack is None:
-        last = next(reversed(blocks(model)), model)
+        last = next(reversed(blocks(model).values()), model)
         run = _run_step(meter, model, last, loss, optimizer, autocast)
         return Step(run.optimizer, fixed + run.kept, max(run.early, run.late))
     every = dict(stack._modules)
@@ -235,8 +236,9 @@ def _run_step(
 def _equal_blocks(model: nn.Module) -> nn.ModuleList | None:
     """The list of the model's blocks, where there is one with at least four that are all alike."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
-    found = [m for m in lists if set(map(id, m)) & set(map(id, blocks(model)))]
-    if len(found) != 1 or len(found[0]) < 4 or len(blocks(model)) != len(found[0]):
+    every = set(map(id, blocks(model).values()))
+    found = [m for m in lists if every.intersection(map(id, m))]
+    if len(found) != 1 or len(found[0]) < 4 or every != set(map(id, found[0])):
         return None
     kinds = {
         (repr(block), tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters()))
@@ -265,24 +267,29 @@ def size(values: list[Any]) -> int:
     return sum(storages.values())
 
 
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """Blocks that are sharded each by itself: what the model says is not to be split, else the items of its lists."""
-    names = {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or ())}
-    found = [module for module in model.modules() if type(module).__name__ in names]
-    if not found:
-        found = [item for module in model.modules() if isinstance(module, nn.ModuleList) for item in module]
-    inner = {id(below) for block in found for below in block.modules() if below is not block}
-    return [block for block in found if id(block) not in inner]
+def units(model: nn.Module, packed: str | None = None) -> tuple[tuple[Unit, ...], Unit]:
+    """Sizes of the blocks, and of what lies outside them; a shared parameter counts where it comes first.
 
-
-def units(model: nn.Module) -> tuple[tuple[Unit, ...], Unit]:
-    """Sizes of the blocks, and of what lies outside them; a shared parameter counts where it comes first."""
+    Args:
+        model: with adapters.
+        packed: format in which frozen linear weights inside blocks would lie (`estimate.PACKED`); None as they are.
+    """
     seen: set[int] = set()
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} if packed else set()
 
-    def unit(module: nn.Module) -> Unit:
+    def bytes_of(parameter: Tensor) -> int:
+        return packed_size(parameter.shape, packed) if packed and id(parameter) in linear else size([parameter])
+
+    def unit(module: nn.Module, of: Callable[[Tensor], int]) -> Unit:
         new = [p for p in module.parameters() if id(p) not in seen]
         seen.update(map(id, new))
-        return Unit(size([p for p in new if not p.requires_grad]), size([p for p in new if p.requires_grad]))
+        return Unit(sum(of(p) for p in new if not p.requires_grad), size([p for p in new if p.requires_grad]))
 
-    found = tuple(unit(block) for block in blocks(model))
-    return found, unit(model)
+    found = tuple(unit(block, bytes_of) for block in blocks(model).values())
+    return found, unit(model, lambda parameter: size([parameter]))
+
+
+def largest_linear(model: nn.Module) -> int:
+    """Bytes of the largest linear weight inside blocks."""
+    inside = (m for block in blocks(model).values() for m in block.modules() if isinstance(m, nn.Linear))
+    return max((size([m.weight]) for m in inside), default=0)

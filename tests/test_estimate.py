@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from lora_lightning.errors import SettingsError
-from lora_lightning.estimate import Parts, Unit, estimate, find_strategy, smallest_fit, verdict
+from lora_lightning.estimate import Parts, Unit, estimate, find_strategy, packed_size, smallest_fit, verdict
 
 # two blocks of 100 frozen and 8 trained bytes, one of 60 and 4, outside them 40 and 4
 PARTS = Parts((Unit(100, 8), Unit(60, 4), Unit(100, 8)), Unit(40, 4), optimizer=48, kept=6, activations=1000)
@@ -78,3 +80,21 @@ def test_what_fits():
     assert verdict([small, large], PARTS, 1500).endswith("a tenth of it left free: fsdp2 on 8.")
     assert verdict([small], PARTS, 1500).endswith("a tenth of it left free; fsdp2 on 8 GPUs does.")
     assert "lower batch_size or max_length" in verdict([small], PARTS, 1000)
+
+
+def test_weights_in_few_bits():
+    rows, columns = 128, 256
+    blocks = rows * columns // 64
+    assert packed_size((rows, columns), "nf4") == rows * columns // 2 + 4 * blocks
+    assert packed_size((rows, columns), "nf4-double") == rows * columns // 2 + blocks + 4 * blocks // 256
+    assert packed_size((rows, columns), "int8") == rows * columns + 4 * rows
+    with pytest.raises(SettingsError, match=r'quantised is "nf"\. Did you mean "nf4"'):
+        packed_size((rows, columns), "nf")
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2", "deepspeed_3"])
+def test_what_shards_no_quantised_base_names_what_takes_one(strategy):
+    parts = replace(PARTS, dequantised=100)
+    assert estimate(parts, "ddp", 2).activations == 1100
+    with pytest.raises(SettingsError, match=f'strategy is "{strategy}", which cannot .*; nearest: "ddp"'):
+        estimate(parts, strategy, 2)

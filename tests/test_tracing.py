@@ -14,7 +14,7 @@ from lora_lightning.module import enable_checkpointing
 from lora_lightning.optim.groups import build_optimizer
 from lora_lightning.tasks import find_task
 from lora_lightning.tiny import tiny_decoder, tiny_encoder
-from lora_lightning.tracing import GpuKernels, Meter, blocks, size, trace_step, units, without_values
+from lora_lightning.tracing import GpuKernels, Meter, largest_linear, size, trace_step, units, without_values
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 5, "num_attention_heads": 2, "intermediate_size": 24}
 SMALL = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512}
@@ -188,11 +188,13 @@ def test_on_a_gpu_attention_keeps_no_dropped_weights_and_dropout_a_byte_an_entry
 def test_blocks_and_what_lies_outside_add_up():
     net = tiny_decoder(tied=True)
     ll.inject(net, plugins.method("LoRA")(rank=2), seed=0)
-    assert [type(block).__name__ for block in blocks(net)] == ["LlamaDecoderLayer"] * 2
     inside, rest = units(net)
     assert inside[0] == inside[1]
     assert rest.trained == 0
     assert rest.frozen == 4 * (32 * 16 + 16)  # embedding and last norm; the output layer shares the embedding's weight
     assert rest.frozen + sum(u.frozen + u.trained for u in inside) == size(list(net.parameters()))
-    plain = nn.Sequential(nn.Linear(2, 2), nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)]))
-    assert len(blocks(plain)) == 2
+    packed, same = units(net, "int8")
+    assert same == rest
+    weights = 2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 24  # query and output, key and value, MLP
+    assert packed[0].frozen == 4 * 2 * 16 + weights + 4 * (16 + 16 + 8 + 8 + 24 + 24 + 16)  # norms, weights, scales
+    assert largest_linear(net) == 4 * 16 * 24

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lora_lightning.errors import SettingsError
+from lora_lightning.errors import SettingsError, did_you_mean
 from lora_lightning.tables import print_table
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from lora_lightning.estimate import Estimate, Parts
     from lora_lightning.module import AdapterModule
-    from lora_lightning.tasks.base import Task
 
 COLUMNS = (
     "Strategy",
@@ -39,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", nargs="+", type=int, metavar="N", help="numbers of GPUs; one row each")
     parser.add_argument("--batch-size", type=int, metavar="N", help="examples of a batch on each GPU; the data's")
     parser.add_argument("--length", type=int, metavar="N", help="tokens of each example; the data's max_length")
-    parser.add_argument("--precision", metavar="NAME", help="32-true, bf16-mixed or 16-mixed; the trainer's")
-    parser.add_argument("--dtype", metavar="NAME", help="dtype of the frozen weights: float32 (default), bfloat16, ...")
+    parser.add_argument("--precision", metavar="NAME", help="32-true, bf16-true, bf16-mixed, 16-mixed; the trainer's")
+    parser.add_argument("--quantised", metavar="FORMAT", help="frozen linear weights as nf4, nf4-double or int8")
     parser.add_argument("--memory", type=float, metavar="GIB", help="of one GPU; adds what fits")
     parser.add_argument("--markdown", action="store_true", help="the table as in README.md")
     parser.set_defaults(flags=[])
@@ -49,13 +48,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Count a training step without values, lay it out, print."""
     from lora_lightning.cli import describe
-    from lora_lightning.estimate import check_positive, estimate, find_strategy, verdict
+    from lora_lightning.estimate import check_positive, estimate, find_strategy, packed_size, verdict
 
     module, datamodule, trainer = describe(args.flags)
     gpus = args.gpus or [_devices(trainer)]
     names = args.strategy or [_strategy(trainer)]
     for name in names:
         find_strategy(name)
+    if args.quantised:
+        packed_size((1, 1), args.quantised)
     batches = trainer.get("accumulate_grad_batches") or 1
     batch_size = args.batch_size or getattr(datamodule, "batch_size", None)
     length = args.length or getattr(datamodule, "max_length", None) or 1
@@ -64,37 +65,41 @@ def run(args: argparse.Namespace) -> int:
     for n in gpus:
         check_positive(gpus=n, batch_size=batch_size, length=length)
     precision = args.precision or str(trainer.get("precision") or "32-true")
-    parts = count(module, datamodule, batch_size, length, precision, args.dtype)
+    parts = count(module, datamodule, batch_size, length, precision, args.quantised)
     found = [estimate(parts, name, n, batches) for n in gpus for name in (names if n > 1 else names[:1])]
     rows = [_row(each) for each in found]
     if args.markdown:
-        print("\n".join(f"| {' | '.join(row)} |" for row in [_columns(), ["---"] * len(_columns()), *rows]), "\n")
+        lines = [f"| {' | '.join(row)} |" for row in [_columns(), ["---"] * len(_columns()), *rows]]
+        print("\n".join(lines), end="\n\n")
     else:
         print_table(_columns(), rows)
-    print(_assumptions(module, batch_size, length, precision, args.dtype, batches))
+    print(_assumptions(module, batch_size, length, precision, args.quantised, batches))
     if args.memory:
         print(verdict(found, parts, args.memory * GIB, batches))
     return 0
 
 
 def count(
-    module: AdapterModule, datamodule: Any, batch_size: int, length: int, precision: str, dtype: str | None
+    module: AdapterModule, datamodule: Any, batch_size: int, length: int, precision: str, quantised: str | None = None
 ) -> Parts:
     """Build the module's model without values and count one step of it.
 
     Raises:
-        SettingsError: a precision that trains no adapters, or a dtype that torch has not.
+        SettingsError: a precision that training refuses.
     """
+    import torch
+
     from lora_lightning.estimate import Parts
     from lora_lightning.loading import load_skeleton
     from lora_lightning.optim.groups import build_optimizer
-    from lora_lightning.tracing import trace_step, units, without_values
+    from lora_lightning.tracing import largest_linear, trace_step, units, without_values
 
     autocast = _autocast(precision)
-    weights = _dtype(dtype)
 
-    def load(pretrained: str, task: Task, num_labels: int | None = None, **_: Any) -> torch.nn.Module:
-        net = load_skeleton(pretrained, task, num_labels, weights)
+    def load(*args: Any, **options: Any) -> torch.nn.Module:
+        if quantised or precision == "bf16-true":
+            options["dtype"] = torch.bfloat16
+        net = load_skeleton(*args, **options)
         tokens = getattr(datamodule, "new_tokens", ())
         if tokens:
             from lora_lightning.vocabulary import Vocabulary, grow
@@ -118,29 +123,21 @@ def count(
         def optimizer() -> Optimizer:
             return build_optimizer(module.model, module.optimizer_factory)
 
-        inside, rest = units(module.model)
+        inside, rest = units(module.model, quantised)
+        unpacked = largest_linear(module.model) if quantised else 0
         step = trace_step(meter, module.model, loss, optimizer, autocast)
-    return Parts(inside, rest, step.optimizer, step.kept, step.activations)
+    return Parts(inside, rest, step.optimizer, step.kept, step.activations, unpacked)
 
 
 def _autocast(precision: str) -> torch.dtype | None:
     import torch
 
-    known = {"32-true": None, "32": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+    known = {"32-true": None, "32": None, "bf16-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
     if precision not in known:
-        near = precision.replace("true", "mixed")
-        nearest = near if near in known else "bf16-mixed"
-        raise SettingsError(f'precision is "{precision}"; nearest: "{nearest}". It takes: {", ".join(known)}.')
+        raise SettingsError(
+            f'precision is "{precision}".{did_you_mean(precision, known)} Estimates know: {", ".join(known)}.'
+        )
     return known[precision]
-
-
-def _dtype(name: str | None) -> torch.dtype:
-    import torch
-
-    found = getattr(torch, name or "float32", None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise SettingsError(f'dtype is "{name}"; it takes float32, bfloat16 or float16.')
-    return found
 
 
 def _devices(trainer: dict[str, Any]) -> int:
@@ -172,13 +169,15 @@ def _size(value: float) -> str:
 
 
 def _assumptions(
-    module: AdapterModule, batch_size: int, length: int, precision: str, dtype: str | None, batches: int
+    module: AdapterModule, batch_size: int, length: int, precision: str, quantised: str | None, batches: int
 ) -> str:
     model = type(module.model).__name__
+    dtype = next(p.dtype for p in module.model.parameters() if not p.requires_grad)
+    frozen = quantised or str(dtype).removeprefix("torch.")
     again = "recomputed in backward" if module.gradient_checkpointing else "kept for backward"
     steps = f"{batches} batch{'es' * (batches > 1)} a step"
     return (
         f"{model} with {type(module.method).__name__}: batches of {batch_size} x {length} tokens, {steps}, "
-        f"{precision}, frozen weights in {dtype or 'float32'}, activations {again}. "
+        f"{precision}, frozen weights in {frozen}, activations {again}. "
         "The CUDA context and the allocator's gaps come on top."
     )

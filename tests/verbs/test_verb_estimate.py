@@ -64,8 +64,8 @@ def test_a_table_of_strategies_and_gpus(capsys):
     [
         (["--strategy=ddq"], 'strategy is "ddq". Did you mean "ddp"?'),
         (["--gpus", "8", "0"], "gpus is 0; it must be at least 1."),
-        (["--precision=bf16-true"], 'precision is "bf16-true"; nearest: "bf16-mixed".'),
-        (["--dtype=int8"], 'dtype is "int8"; it takes float32, bfloat16 or float16.'),
+        (["--precision=bf16"], 'precision is "bf16". Did you mean "bf16-true"?'),
+        (["--quantised=nf44"], 'quantised is "nf44". Did you mean "nf4"?'),
     ],
 )
 def test_what_cannot_be_estimated(words, message, capsys, monkeypatch):
