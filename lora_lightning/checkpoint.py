@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -93,6 +93,11 @@ def adapter_keys(model: nn.Module, name: str | None = None) -> list[str]:
         model: a module with adapters, or one that contains it.
         name: one adapter; None for all.
     """
+    return list(adapter_state(model, name))
+
+
+def adapter_state(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
+    """Tensors that belong to adapters by state-dict key, as `adapter_keys`; of a sharded model its pieces."""
     root = injected_root(model)
     prefix = next(path for path, module in model.named_modules() if module is root)
     names = list(records(root)) if name is None else [name]
@@ -100,9 +105,19 @@ def adapter_keys(model: nn.Module, name: str | None = None) -> list[str]:
     heads = {parameter for adapter in names for parameter in records(root)[adapter].trained}
     owners = {parameter.rpartition(".")[0] for parameter in heads}
     buffers = {f"{owner}.{buffer}" for owner in owners for buffer, _ in root.get_submodule(owner).named_buffers()}
-    own = starting_with(inside, root.state_dict()) | heads | buffers
-    keys = [key for key in root.state_dict() if key in own]
-    return [f"{prefix}.{key}" if prefix else key for key in keys]
+    state = dict(_state(root))
+    own = starting_with(inside, state) | heads | buffers
+    found = {f"{prefix}.{key}" if prefix else key: tensor.detach() for key, tensor in state.items() if key in own}
+    return {key.replace("_fsdp_wrapped_module.", ""): tensor for key, tensor in found.items()}
+
+
+def _state(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a state dict of `root` names, where it lies; nothing is gathered."""
+    for path, module in root.named_modules(remove_duplicate=False):
+        persistent = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
+        for key, tensor in (module._parameters | persistent).items():
+            if tensor is not None:
+                yield f"{path}.{key}" if path else key, tensor
 
 
 def save_adapter(model: nn.Module, directory: str | Path, name: str = "default") -> Path:
@@ -128,9 +143,9 @@ def save_adapter(model: nn.Module, directory: str | Path, name: str = "default")
             f'no adapter "{name}".{did_you_mean(name, records(root))} Installed: {", ".join(records(root))}.'
         )
     reshard(root)
-    state, keys = root.state_dict(), adapter_keys(root, name)
-    whole = gather([state[key] for key in keys])
-    tensors = {plain(k): t.to("cpu", copy=True).contiguous() for k, t in zip(keys, whole, strict=True)}
+    state = adapter_state(root, name)
+    whole = gather(list(state.values()))
+    tensors = {plain(k): t.to("cpu", copy=True).contiguous() for k, t in zip(state, whole, strict=True)}
     description = describe(root, name, records(root)[name])
     folder = Path(directory)
     if is_sharded(root) and torch.distributed.get_rank() > 0:

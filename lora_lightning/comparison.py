@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_lightning.checkpoint import adapter_keys, describe
+from lora_lightning.checkpoint import adapter_state, describe
 from lora_lightning.errors import ResumeError
 from lora_lightning.fingerprint import say_unsampled
 from lora_lightning.injection import injected_root, records
@@ -53,8 +53,7 @@ def check_fits(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> No
     Raises:
         ResumeError: a name is missing or unexpected, or a shape differs.
     """
-    state = model.state_dict()
-    wanted = {key: tuple(state[key].shape) for key in adapter_keys(model, name)}
+    wanted = {key: tuple(tensor.shape) for key, tensor in adapter_state(model, name).items()}
     found = {key: tuple(value.shape) for key, value in tensors.items()}
     if wanted != found:
         first = min(wanted.items() ^ found.items())[0]

@@ -18,6 +18,7 @@ from lora_lightning.sharding import first_entry, local
 from lora_lightning.vocabulary import grown_layers
 
 _SAMPLE = 64
+_KEPT = "_lora_lightning_fingerprint"
 
 
 def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> dict[str, Any]:
@@ -33,6 +34,9 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> dict[str, Any]
     Raises:
         AdapterStateError: a layer was merged with `keep_original=False`.
     """
+    kept = unwrap(model).__dict__.get(_KEPT)
+    if kept is not None:
+        return cast("dict[str, Any]", kept)
     skip = {plain(name) for name in without}
     packed = {plain(base.weight_name(path)): base for path, base in packed_layers(model)}
     found = {key: t for key, t in sorted(_base_parameters(model).items()) if key not in skip}
@@ -45,6 +49,11 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> dict[str, Any]
         "names": names.hexdigest(),
         "weights": hashlib.sha256(_sample(list(found.values()))).hexdigest() if sampled else None,
     }
+
+
+def keep_fingerprint(model: nn.Module, without: Iterable[str] = ()) -> None:
+    """Remember the fingerprint of a model whose parameters will not be readable any more; its base stays as it is."""
+    model.__dict__[_KEPT] = fingerprint(model, without)
 
 
 def _sample(parameters: list[Tensor]) -> bytes:

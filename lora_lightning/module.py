@@ -289,15 +289,16 @@ class AdapterModule(LightningModule):
                 f"trainer.gradient_clip_val is {gradient_clip_val}; {type(optimizer).__name__} clips where its rule "
                 "allows it, and clipping before would spoil the rule. Leave it null."
             )
-        own = [group for group in optimizer.param_groups if group.get("clip") is not None]
-        if not own:
-            return self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        for group in own:
-            nn.utils.clip_grad_norm_(group["params"], group["clip"])
-        rest = [p for group in optimizer.param_groups if group.get("clip") is None for p in group["params"]]
-        if gradient_clip_val:
-            nn.utils.clip_grad_norm_(rest, gradient_clip_val)
-        return None
+        shared = []
+        for group in optimizer.param_groups:
+            if group.get("clip") is None:
+                shared += group["params"]
+            else:
+                nn.utils.clip_grad_norm_(group["params"], group["clip"])
+        if gradient_clip_val and gradient_clip_algorithm == "value":
+            nn.utils.clip_grad_value_(shared, gradient_clip_val)
+        elif gradient_clip_val:
+            nn.utils.clip_grad_norm_(shared, gradient_clip_val)
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 

@@ -20,18 +20,22 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.optim import Optimizer
 
-from lora_lightning.checkpoint import adapter_keys
-from lora_lightning.errors import AdapterStateError
-from lora_lightning.injection import injected_root
-from lora_lightning.sharding import gather, gather_nested, laid_out, reshard, roots, shard
+from lora_lightning.adapters.base import Adapter
+from lora_lightning.checkpoint import adapter_state
+from lora_lightning.errors import AdapterStateError, ResumeError, SettingsError
+from lora_lightning.fingerprint import keep_fingerprint
+from lora_lightning.injection import injected_root, records
+from lora_lightning.sharding import blocks, gather, gather_nested, laid_out, reshard, roots, shard
 
-__all__ = ["FSDP2"]
+__all__ = ["FSDP1", "FSDP2", "DeepSpeed"]
 
 
 class FSDP2(ModelParallelStrategy):
@@ -115,9 +119,8 @@ class FSDP2(ModelParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Whole tensors: of the adapters alone where the module's files hold no more, else of everything."""
         assert self.model is not None
-        state = self.model.state_dict()
-        keys = list(state) if self._files_are_complete() else adapter_keys(self.model)
-        return dict(zip(keys, (t.cpu() for t in gather([state[key] for key in keys])), strict=True))
+        state = self.model.state_dict() if self._files_are_complete() else adapter_state(self.model)
+        return dict(zip(state, (t.cpu() for t in gather(list(state.values()))), strict=True))
 
     def _files_are_complete(self) -> bool:
         assert self.lightning_module is not None
@@ -162,3 +165,165 @@ class FSDP2(ModelParallelStrategy):
 
 def _like(value: Any, parameter: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == parameter.shape and value.dim() > 0
+
+
+class FSDP1(FSDPStrategy):
+    """Fully sharded data parallelism of torch's first kind: frozen weights in pieces, what trains whole everywhere.
+
+    Frozen blocks are its units. Adapters and trained heads stay apart from them, and their gradients are averaged after
+    each backward. So every method, optimizer and schedule acts as under DDP, but for what reads or writes frozen
+    weights between steps, which is refused. It needs GPUs.
+
+    Args:
+        cpu_offload: keep the pieces of frozen weights in the CPU's memory.
+        process_group_backend: "nccl" or None for the device's own.
+        timeout: of a collective.
+    """
+
+    def __init__(
+        self,
+        cpu_offload: bool = False,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(cpu_offload=cpu_offload, process_group_backend=process_group_backend, timeout=timeout)
+        self._apart: list[nn.Parameter] = []
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Yes: optimizer states are plain."""
+        return True
+
+    @property
+    def mixed_precision_config(self) -> None:
+        """None: autocast casts, and weights keep their dtype."""
+
+    def setup(self, trainer: Trainer) -> None:
+        """Refuse what cannot work, then wrap.
+
+        Raises:
+            SettingsError: a callback that needs frozen weights between steps.
+            AdapterStateError: no adapters, or files that would hold frozen weights.
+        """
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if getattr(callback, "reads_base", False):
+                raise SettingsError(
+                    f"trainer.strategy is FSDP1, but {type(callback).__name__} reads or writes frozen weights between "
+                    "steps, which FSDP1 keeps in flat pieces. Take FSDP2, or ddp."
+                )
+        super().setup(trainer)
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        assert self.lightning_module is not None
+        root = injected_root(model)
+        if self.lightning_module.strict_loading:
+            raise AdapterStateError(
+                "under FSDP1 checkpoints hold the adapter alone; set strict_loading = False, or give InjectAdapters "
+                'checkpoint="adapter". FSDP2 writes all of a module.'
+            )
+        record = records(root)
+        keep_fingerprint(root, [name for own in record.values() for name in own.trained])
+        owners = [root.get_submodule(name.rpartition(".")[0]) for own in record.values() for name in own.trained]
+        apart = [module for module in root.modules() if isinstance(module, Adapter)] + owners
+        for module in apart:
+            module.to(self.root_device)
+            for tensor in (*module.parameters(), *module.buffers()):
+                torch.distributed.broadcast(tensor.detach(), 0)
+        self._apart = [p for p in model.parameters() if p.requires_grad]
+        units = {id(block) for block in blocks(root).values()}
+        wrapped = FullyShardedDataParallel(
+            model,
+            auto_wrap_policy=CustomPolicy(lambda module: id(module) in units),
+            ignored_states=apart,
+            sync_module_states=self.root_device.type != "cpu",
+            use_orig_params=True,
+            cpu_offload=self.cpu_offload,
+            device_id=self.root_device,
+        )
+        wrapped.check_is_root()  # now, before a unit that is called or saved by itself takes itself for the root
+        return wrapped
+
+    def post_backward(self, closure_loss: Tensor) -> None:  # noqa: ARG002 - Lightning's signature
+        """Average the gradients of what trains over processes; what has none anywhere keeps none."""
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._apart]
+        there = torch.tensor([float(p.grad is not None) for p in self._apart], device=self.root_device)
+        packed = torch.cat([there, *(grad.reshape(-1) for grad in grads)])
+        torch.distributed.all_reduce(packed)
+        there, *sums = packed.split([len(grads), *(grad.numel() for grad in grads)])
+        for parameter, total, count in zip(self._apart, sums, there.tolist(), strict=True):
+            if count:
+                parameter.grad = (total / self.world_size).view_as(parameter).to(parameter.dtype)
+
+    def inside(self, run: Callable[[], Any]) -> Any:
+        """Run what calls the model outside a step through the wrapper, which gathers weights."""
+        assert self.lightning_module is not None
+        assert self.model is not None
+        self.lightning_module.__dict__["_lora_lightning_run"] = run
+        return self._forward_redirection(self.model, self.lightning_module, "_lora_lightning_run")
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Tensors of the adapters."""
+        assert self.lightning_module is not None
+        return {key: tensor.cpu() for key, tensor in adapter_state(self.lightning_module).items()}
+
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        """The file, as one process reads it."""
+        path = Path(self.broadcast(checkpoint_path))
+        return self.checkpoint_io.load_checkpoint(path, map_location="cpu", weights_only=weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:  # noqa: ARG002
+        """Copy the adapters' tensors; the module has compared the keys."""
+        assert self.lightning_module is not None
+        for key, tensor in adapter_state(self.lightning_module).items():
+            tensor.copy_(checkpoint["state_dict"][key])
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The state, which is whole."""
+        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return inner.state_dict()
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load it."""
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(saved)
+        _optimizers_to_device(self.optimizers, self.root_device)
+
+
+class DeepSpeed(DeepSpeedStrategy):
+    """ZeRO stage 2 of DeepSpeed, which has to be installed: gradients and optimizer states in pieces. It needs GPUs.
+
+    Checkpoints hold the adapter and not the optimizer's state, which lies in DeepSpeed: a run is not resumed from them.
+
+    Args:
+        offload_optimizer: keep optimizer states in the CPU's memory.
+    """
+
+    def __init__(self, offload_optimizer: bool = False) -> None:
+        super().__init__(stage=2, offload_optimizer=offload_optimizer)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        """One file, written by the first process."""
+        path, kept = self.broadcast(filepath), {**checkpoint, "optimizer_states": []}
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(kept, path, storage_options=storage_options)
+        self.barrier()
+
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        """The file, for all verbs but `fit`.
+
+        Raises:
+            ResumeError: a run is to go on.
+        """
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            raise ResumeError(
+                "trainer.strategy is DeepSpeed; its checkpoints hold no optimizer state, so a run cannot go on from "
+                "one exactly. Train under FSDP2, or start anew from the adapter."
+            )
+        path = Path(self.broadcast(checkpoint_path))
+        return self.checkpoint_io.load_checkpoint(path, map_location="cpu", weights_only=weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """As one process does."""
+        assert self.lightning_module is not None
+        self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)

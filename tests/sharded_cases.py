@@ -1,7 +1,7 @@
 """Runs that two processes must take like one: what they train, with what, and where they are resumed.
 
 `python -m torch.distributed.run --nproc-per-node=2 tests/sharded_cases.py STRATEGY FOLDER [CASE ...]` takes every case
-straight, then again from a checkpoint in the middle, and writes the adapter of both; `STRATEGY` is "ddp" or "fsdp2".
+straight, then again from a checkpoint in the middle, and writes the adapter of both. STRATEGY: ddp, fsdp2 or fsdp.
 A process that fails ends the launch.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import seed_everything
+from lightning.pytorch.strategies import DDPStrategy
 from resuming import SaveAt, at_step
 from training import classification, completion_data, decoder_folder, encoder_folder, labelled_data, trainer
 
@@ -24,9 +25,10 @@ from lora_lightning.checkpoint import save_adapter
 from lora_lightning.methods import Method
 from lora_lightning.module import AdapterModule
 from lora_lightning.saving import AtomicCheckpoints
-from lora_lightning.strategies import FSDP2
+from lora_lightning.strategies import FSDP1, FSDP2
 
 STEPS, SAVED_AT = 6, 3
+STRATEGIES: dict[str, Callable[[], Any]] = {"ddp": DDPStrategy, "fsdp2": FSDP2, "fsdp": FSDP1}
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def main(strategy: str, base: Path, names: list[str]) -> None:
         for kind in ("straight", "resumed"):
             saved = out / "saved.ckpt"
             callbacks = [SaveAt(saved, at_step(min(SAVED_AT, case.trainer.get("max_steps", STEPS) - 1)))]
-            more = {"devices": 2, "strategy": FSDP2() if strategy == "fsdp2" else strategy, "accelerator": "cpu"}
+            more = {"devices": 2, "strategy": STRATEGIES[strategy](), "accelerator": "cpu"}
             resumed = {"checkpoint": saved} if kind == "resumed" else {}
             module = take(case, base / case.model, 2, callbacks if not resumed else [], **resumed, **more)
             save_adapter(module, out / kind) if strategy == "fsdp2" or module.global_rank == 0 else None

@@ -28,7 +28,7 @@ def base(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+@pytest.fixture(scope="module", params=["ddp", "fsdp2", "fsdp"])
 def launched(request, base):
     """The strategy's name, once it has taken all cases."""
     script = Path(__file__).with_name("sharded_cases.py")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from lora_lightning.baseline import Baseline, fit_baseline
-from lora_lightning.callbacks.schedule import JUDGES, total_steps
+from lora_lightning.callbacks.schedule import JUDGES, outside_step, total_steps
 from lora_lightning.injection import disable_adapters, injected_root, records
 from lora_lightning.sharding import is_sharded, reshard
 from lora_lightning.targets import trained_parameters
@@ -58,16 +58,19 @@ class LinearBaseline(Callback):
             print(f"linear baseline: the head alone, {steps} steps on frozen features ...", flush=True)
         with torch.random.fork_rng(), disable_adapters(root):
             torch.manual_seed(0)
-            self.result = fit_baseline(
-                root,
-                heads,
-                module.task,
-                _windows(trainer),
-                lambda: validation_batches(trainer),
-                steps,
-                module.lr_scheduler,
-                lambda gradient: cast(Tensor, trainer.strategy.reduce(gradient, reduce_op="mean")),
-                module.predict_context(),
+            self.result = outside_step(
+                trainer,
+                lambda: fit_baseline(
+                    root,
+                    heads,
+                    module.task,
+                    _windows(trainer),
+                    lambda: validation_batches(trainer),
+                    steps,
+                    module.lr_scheduler,
+                    lambda gradient: cast(Tensor, trainer.strategy.reduce(gradient, reduce_op="mean")),
+                    module.predict_context(),
+                ),
             )
         reshard(root)
         if self.result.linear is not None:

@@ -54,6 +54,7 @@ class Cascade(ScheduleCallback):
     """
 
     phase: ClassVar[int] = KNOTS
+    reads_base: ClassVar[bool] = True
     asks: ClassVar[str] = "an update that does not depend on the input, so that it can be folded"
 
     def __init__(

@@ -90,6 +90,7 @@ class NoiseInjection(ScheduleCallback):
     """
 
     phase: ClassVar[int] = KNOTS
+    reads_base: ClassVar[bool] = True
     asks: ClassVar[str] = "a frozen weight beneath"
 
     def __init__(self, strength: float = 0.1, mode: NoiseMode = "restore", seed: int | None = None) -> None:

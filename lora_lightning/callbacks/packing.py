@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lora_lightning.callbacks.schedule import JUDGES
+from lora_lightning.callbacks.schedule import JUDGES, outside_step
 from lora_lightning.errors import ModelError
 from lora_lightning.injection import injected_root
 from lora_lightning.sharding import reshard
@@ -43,7 +43,8 @@ class PackingCheck(Callback):
         model.eval()
         try:
             with torch.no_grad():
-                self.difference = packing_difference(model, batch["input_ids"][:2])
+                rows = batch["input_ids"][:2]
+                self.difference = outside_step(trainer, lambda: packing_difference(model, rows))
         finally:
             for module, mode in modes.items():
                 module.training = mode

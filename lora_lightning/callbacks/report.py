@@ -19,7 +19,7 @@ import lora_lightning
 from lora_lightning.callbacks.baseline import LinearBaseline, validation_batches
 from lora_lightning.callbacks.best import KeepBest
 from lora_lightning.callbacks.guard import TrainingGuard
-from lora_lightning.callbacks.schedule import REPORTS, ScheduleCallback, order_callbacks
+from lora_lightning.callbacks.schedule import REPORTS, ScheduleCallback, order_callbacks, outside_step
 from lora_lightning.callbacks.sparsity import SparsitySchedule
 from lora_lightning.checkpoint import save_adapter
 from lora_lightning.files import write_json
@@ -151,8 +151,9 @@ class RunReport(Callback):
         if task is None or not trainer.num_val_batches:
             return {}
         with trainer.precision_plugin.forward_context():
-            values = evaluate(
-                task, injected_root(module), validation_batches(trainer), cast(Any, module).predict_context()
+            context = cast(Any, module).predict_context()
+            values = outside_step(
+                trainer, lambda: evaluate(task, injected_root(module), validation_batches(trainer), context)
             )
         reshard(module)
         self.history.append({"step": trainer.global_step, **{f"val_{name}": value for name, value in values.items()}})

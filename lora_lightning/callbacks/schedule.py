@@ -13,8 +13,8 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar, cast
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,6 +27,8 @@ from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.layer import AdaptedLayer
 from lora_lightning.errors import NoEffectError, ResumeError, SettingsError
 from lora_lightning.injection import injected_root, records, trainable_adapters
+
+T = TypeVar("T")
 
 MASKS = 3
 """Phase of callbacks that write values and masks."""
@@ -48,6 +50,12 @@ def total_steps(trainer: Trainer) -> int | None:
     """Optimizer steps of the whole fit; None where nothing bounds it."""
     total = trainer.estimated_stepping_batches
     return int(total) if math.isfinite(total) and total > 0 else None
+
+
+def outside_step(trainer: Trainer, run: Callable[[], T]) -> T:
+    """What `run` returns, which calls the model between steps; some strategies have to gather its weights for it."""
+    inside = getattr(trainer.strategy, "inside", None)
+    return run() if inside is None else inside(run)
 
 
 def adapted_layer(module: nn.Module, path: str) -> tuple[AdaptedLayer, str, int]:
@@ -130,6 +138,7 @@ class ScheduleCallback(Callback, ABC):
     Attributes:
         phase: order among schedules of one step.
         asks: the question an adapter must answer, for the error when none does.
+        reads_base: whether it reads or writes frozen weights between steps, which not every strategy allows.
         trainer: the run, from `begin` on.
         module: its module.
         total: optimizer steps of the run, or None where nothing bounds it.
@@ -138,6 +147,7 @@ class ScheduleCallback(Callback, ABC):
 
     phase: ClassVar[int]
     asks: ClassVar[str]
+    reads_base: ClassVar[bool] = False
     trainer: Trainer
     module: LightningModule
     changed_at_end: bool = False

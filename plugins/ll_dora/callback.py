@@ -48,6 +48,7 @@ class WeightDecomposition(Callback):
     """
 
     phase: ClassVar[int] = REPORTS
+    reads_base: ClassVar[bool] = True
 
     def __init__(
         self,
