@@ -126,6 +126,40 @@ def test_two_processes_train_what_one_does_on_the_joint_batch(tmp_path: Path, na
         torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-10, msg=lambda text, key=key: f"{key}: {text}")
 
 
+PAIRS = """
+model:
+  pretrained: {encoder}
+  task: sentence-embedding
+  targets: [query, value]
+  method: {{class_path: LoRA, init_args: {{rank: 2}}}}
+  lr_scheduler: {{share: 0}}
+data:
+  class_path: TextPairs
+  init_args: {{train: {file}, validation: {file}, negative: negative, batch_size: {batch}}}
+trainer: {{accelerator: cpu, max_steps: 6, enable_progress_bar: false, precision: 64-true}}
+"""
+
+
+def test_texts_of_all_processes_are_each_others_negatives(tmp_path: Path) -> None:
+    """Loss, gradients and metrics are those of one process on the joint batch."""
+    adapters, summaries = [], []
+    for folder, batch, words in ((tmp_path / "one", 8, ()), (tmp_path / "two", 4, TWO)):
+        folder.mkdir()
+        encoder = encoder_folder(folder / "encoder", dropout=0.0)
+        rows = [f"w{i} w{i % 7},w{i % 5} w{i},w{i % 3} w{39 - i}" for i in range(32)]
+        (folder / "pairs.csv").write_text("\n".join(["anchor,positive,negative", *rows]) + "\n")
+        (folder / "pairs.yaml").write_text(PAIRS.format(encoder=encoder, file=folder / "pairs.csv", batch=batch))
+        run(folder, "fit", "--config", "pairs.yaml", *words)
+        done = folder / "runs" / "pairs" / "001"
+        adapters.append(load_file(done / "adapter" / "adapter.safetensors"))
+        summaries.append(json.loads((done / "summary.json").read_text()))
+    for key, tensor in adapters[0].items():
+        torch.testing.assert_close(adapters[1][key], tensor, rtol=0, atol=1e-10)
+    for values in ("untrained", "values"):
+        assert summaries[1][values] == pytest.approx(summaries[0][values], abs=1e-6)
+    assert summaries[0]["values"]["loss"] != pytest.approx(summaries[0]["untrained"]["loss"], abs=1e-3)
+
+
 def test_processes_that_another_launcher_started_share_one_run_folder(tmp_path: Path) -> None:
     write_config(tmp_path, batch=2)
     launcher = ("torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}", "--module")

@@ -28,7 +28,7 @@ def embed(model: Callable[..., Any], batch: Batch, pooling: Pooling) -> Tensor:
     else:
         mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
         pooled = (hidden * mask).sum(1) / mask.sum(1).clamp_min(1)
-    vectors = F.normalize(pooled.float(), dim=-1)
+    vectors = F.normalize(pooled.to(torch.promote_types(pooled.dtype, torch.float32)), dim=-1)
     return vectors.reshape(int(batch["sides"]), -1, vectors.shape[-1])
 
 

@@ -13,6 +13,7 @@ from torchmetrics import MeanMetric, Metric
 
 from lora_lightning.errors import check
 from lora_lightning.tasks.base import Batch, Loss, PredictContext, Task
+from lora_lightning.tasks.gathering import gather
 from lora_lightning.tasks.pooling import POOLINGS, Pooling, embed, example_pairs
 
 
@@ -21,7 +22,8 @@ class SentenceEmbedding(Task):
     """Each anchor must find its positive among all positives (and negatives) of the batch, and the other way round.
 
     InfoNCE (arXiv:1807.03748) with the other pairs of the batch as negatives, averaged over both directions. What it
-    asks grows with batch_size, and so do its metrics. With several processes each has its own negatives.
+    asks grows with batch_size, and so do its metrics. The batches of several processes are one: each finds its partners
+    among the texts of all of them.
     """
 
     temperature: float = 0.05
@@ -53,12 +55,12 @@ class SentenceEmbedding(Task):
         return embed(model, batch, self.pooling)
 
     def loss(self, logits: Tensor, batch: Batch) -> Loss:  # noqa: ARG002 - a pair's place is its label
-        """Cross-entropy of the right partner, averaged over both directions, summed over pairs."""
-        anchors, positives = logits[0], logits[1]
-        right = torch.arange(len(anchors), device=logits.device)
-        there = F.cross_entropy(_cosines(logits) / self.temperature, right, reduction="sum")
-        back = F.cross_entropy(positives @ anchors.T / self.temperature, right, reduction="sum")
-        return Loss((there + back) / 2, torch.tensor(len(anchors)))
+        """Cross-entropy of the right partner, averaged over both directions, summed over the pairs of this process."""
+        every, mine = gather(logits)
+        right = _places(logits, mine)
+        there = F.cross_entropy(logits[0] @ _candidates(every).T / self.temperature, right, reduction="sum")
+        back = F.cross_entropy(logits[1] @ every[:, 0].flatten(0, 1).T / self.temperature, right, reduction="sum")
+        return Loss((there + back) / 2, torch.tensor(len(right)))
 
     def metrics(self, num_labels: int) -> dict[str, Metric]:  # noqa: ARG002 - vectors have no labels
         """Share of anchors whose nearest text of the batch is their own, and the mean reciprocal rank of it."""
@@ -66,8 +68,9 @@ class SentenceEmbedding(Task):
 
     def update(self, metrics: Mapping[str, Metric], logits: Tensor, batch: Batch) -> None:  # noqa: ARG002
         """Add the rank of each positive; a text that is as near counts as nearer."""
-        cosines = _cosines(logits)
-        ranks = (cosines >= cosines.diagonal().unsqueeze(1)).sum(1)
+        every, mine = gather(logits)
+        cosines = logits[0] @ _candidates(every).T
+        ranks = (cosines >= cosines.gather(1, _places(logits, mine).unsqueeze(1))).sum(1)
         metrics["accuracy"].update((ranks == 1).float())
         metrics["mrr"].update(1 / ranks.float())
 
@@ -84,6 +87,12 @@ class SentenceEmbedding(Task):
         ]
 
 
-def _cosines(sides: Tensor) -> Tensor:
-    """Cosines of anchors with all positives, then all negatives: (pairs, candidates)."""
-    return sides[0] @ sides[1:].flatten(0, 1).T
+def _candidates(every: Tensor) -> Tensor:
+    """All positives, process by process, then all negatives: (candidates, width)."""
+    return every.transpose(0, 1)[1:].flatten(0, 2)
+
+
+def _places(sides: Tensor, process: int) -> Tensor:
+    """Where the positives of a process are among those of all."""
+    pairs = sides.shape[1]
+    return torch.arange(pairs, device=sides.device) + process * pairs
