@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -154,22 +154,14 @@ def save_adapter(model: nn.Module, directory: str | Path, name: str = "default")
     _check_readable(content, tensors)
 
     added = vocabulary(root)
-    tokenizer = {
-        folder / TOKENIZER / name: _writer(content) for name, content in (added.files if added else {}).items()
-    }
+    tokenizer = {folder / TOKENIZER / file: own for file, own in (added.files if added else {}).items()}
     try:
-        write_together(
-            {**tokenizer, folder / FILE: _writer(content), folder / DESCRIPTION: _writer(as_json(description))}
-        )
+        write_together({**tokenizer, folder / FILE: content, folder / DESCRIPTION: as_json(description)})
     except OSError as error:
         raise AdapterFileError(
             f'cannot write the adapter to "{folder}": {error.strerror or error}. What was there before is intact.'
         ) from error
     return folder
-
-
-def _writer(content: bytes) -> Callable[[BinaryIO], int]:
-    return lambda file: file.write(content)
 
 
 def _check_readable(content: bytes, tensors: Mapping[str, Tensor]) -> None:

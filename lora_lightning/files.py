@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,20 +21,28 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Raises:
         OSError: the folder cannot be written, or the disk is full.
     """
-    write_together({path: write})
+    _write({path: write})
 
 
-def write_together(files: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
+def write_together(files: Mapping[Path, bytes]) -> None:
     """Write several files; only when all of them are on the disk is the first one replaced, then the next.
 
     On any error before that the old files stay, and neither new files nor new folders are left over.
 
     Args:
-        files: what writes each file, by its path, in the order of replacement.
+        files: what each file holds, by its path, in the order of replacement.
 
     Raises:
         OSError: a folder cannot be written, or the disk is full.
     """
+    _write({path: partial(_put, content) for path, content in files.items()})
+
+
+def _put(content: bytes, file: BinaryIO) -> None:
+    file.write(content)
+
+
+def _write(files: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
     made: list[Path] = []
     beside = {path: path.with_name(f".{path.name}.writing") for path in files}
     try:
@@ -74,5 +83,4 @@ def as_json(content: Any) -> bytes:
 
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as readable JSON, atomically."""
-    text = as_json(content)
-    write_atomically(path, lambda file: file.write(text))
+    write_together({path: as_json(content)})

@@ -21,6 +21,9 @@ from lora_lightning.adapters.base import Adapter, EntryMask, FactorPair, check_d
 from lora_lightning.adapters.weights import BaseLayer, plus_product, reshaped
 from lora_lightning.errors import SettingsError
 
+NO_BIAS = {"embedding": "an embedding", "experts": "a stack of experts"}
+"""Kinds of layers that have no bias to add to, as messages call them."""
+
 Side = Literal["both", "A", "B"]
 Start = Literal["kaiming", "gaussian"]
 Order = Literal["autograd", "flops"]
@@ -152,8 +155,7 @@ class LowRankAdapter(Adapter):
         super().__init__()
         check_rank(base, rank)
         check_dropout(base, dropout)
-        if base.kind in ("embedding", "experts") and bias:
-            what = "an embedding" if base.kind == "embedding" else "a stack of experts"
+        if bias and (what := NO_BIAS.get(base.kind)):
             raise SettingsError(f"bias is True; {what} has no bias to add to, so it must be False there.")
         self.scaling, self.dropout, self.train_side, self.start, self.order = scaling, dropout, train, start, order
         # token rows: the small side (d_out, rank) is the random one, so that an unseen token keeps its vector

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 
 from lora_lightning.data.encoding import encode_texts
-from lora_lightning.data.labels import Labels, known_labels, scores
+from lora_lightning.data.labels import Labels, known_labels, read_labelled, scores
 from lora_lightning.data.splits import Sources
 from lora_lightning.data.text import TextData
 
@@ -76,10 +76,8 @@ class LabelledText(TextData):
         return known_labels("LabelledText", "label", self.labels, train, self.label)
 
     def _read(self, sources: Sources, split: str) -> datasets.Dataset | None:
-        columns = {"text": self.text, "text_pair": self.text_pair, "label": self.label if split != "predict" else None}
-        required = {f"LabelledText.{setting}": column for setting, column in columns.items() if column is not None}
-        return sources.read(split, required, texts=self._texts, hold_out_by=self._texts)
+        return read_labelled(sources, split, {"text": self.text, "text_pair": self.text_pair}, self.label)
 
     @property
     def _texts(self) -> list[str]:
-        return [self.text, self.text_pair] if self.text_pair is not None else [self.text]
+        return [column for column in (self.text, self.text_pair) if column is not None]

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 
 from lora_lightning.data.encoding import encode_texts
-from lora_lightning.data.labels import Labels, find_labels, named_labels
+from lora_lightning.data.labels import Labels, known_labels, read_labelled
 from lora_lightning.data.splits import Sources
 from lora_lightning.data.text import TextData
 from lora_lightning.errors import DataError, check
@@ -92,23 +92,16 @@ class MultiLabelText(TextData):
 
     @cached_property
     def _classes(self) -> Labels:
-        classes = named_labels(self.labels) if self.labels is not None else self._found()
+        train = None if self.labels is not None else self._read(replace(self.sources, validation_share=0.0), "train")
+        classes = known_labels(
+            "MultiLabelText", "label", self.labels, train, self.label, lambda rows: self._lists(rows, "train")
+        )
         if len(classes.names) < 2:
             raise DataError(
                 f"MultiLabelText.labels are {classes.names}; at least 2 are needed. For one yes-or-no question use "
                 "LabelledText."
             )
         return classes
-
-    def _found(self) -> Labels:
-        train = self._read(replace(self.sources, validation_share=0.0), "train")
-        if train is None:
-            raise DataError(
-                "MultiLabelText.labels is null, and so is train, whose labels would be taken; list the names in labels."
-            )
-        column = [label for labels in self._lists(train, "train") for label in labels]
-        feature = getattr(train.features[self.label], "feature", None)
-        return find_labels(column, feature, f'MultiLabelText.label: train column "{self.label}"')
 
     def _lists(self, rows: datasets.Dataset, split: str) -> list[Sequence[Any]]:
         """The labels of each row as a list."""
@@ -126,10 +119,8 @@ class MultiLabelText(TextData):
         return found
 
     def _read(self, sources: Sources, split: str) -> datasets.Dataset | None:
-        columns = {"text": self.text, "text_pair": self.text_pair, "label": self.label if split != "predict" else None}
-        required = {f"MultiLabelText.{setting}": column for setting, column in columns.items() if column is not None}
-        return sources.read(split, required, texts=self._texts, hold_out_by=self._texts)
+        return read_labelled(sources, split, {"text": self.text, "text_pair": self.text_pair}, self.label)
 
     @property
     def _texts(self) -> list[str]:
-        return [self.text, self.text_pair] if self.text_pair is not None else [self.text]
+        return [column for column in (self.text, self.text_pair) if column is not None]

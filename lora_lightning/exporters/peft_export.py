@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.layer import AdaptedLayer
+from lora_lightning.adapters.low_rank import NO_BIAS
 from lora_lightning.adapters.weights import TransposedBase
 from lora_lightning.errors import ExportError
 from lora_lightning.exporters import peft_experts, peft_file, peft_rules
@@ -83,8 +84,7 @@ def _expert_parameters(source: Source) -> list[str]:
 
 def _layer_tensors(path: str, layer: AdaptedLayer, factors: Factors, with_bias: bool) -> list[tuple[str, Tensor]]:
     base, A, B = layer.accessor, factors.A, factors.B
-    if with_bias and base.kind in ("embedding", "experts"):
-        what = "an embedding" if base.kind == "embedding" else "a stack of experts"
+    if with_bias and (what := NO_BIAS.get(base.kind)):
         raise ExportError(
             f"{path}: peft's lora_bias holds for all layers or none, and {what} cannot have it. Use "
             'format="merged", or leave it out.'
