@@ -1,12 +1,13 @@
 """Which part of a network a layer belongs to: the words that `targets` and `exclude` understand.
 
     attention, mixer, mlp, experts    parts of a block
-    language, vision, audio, projector    towers of a vision-language model
+    language, vision, audio, projector    towers of a vision-language or audio-language model
     vision.attention, ...             a part of one tower
 
-A vision-language model is a Hugging Face model that takes images and text and holds a model that takes only text and
-one that takes only images: its language and its vision tower. What lies outside the towers is the projector, and so is
-a merger at the end of a vision tower. There "all-linear" and the parts of a block mean the language tower; other towers
+Such a model is a Hugging Face model that takes images or sound and text and holds a model that takes only text and one
+that takes only images or sound: its language and its vision or audio tower. A speech model whose decoder reads its
+encoder (Whisper) is one network and has none. What lies outside the towers is the projector, and so is a merger at the
+end of a vision tower. There "all-linear" and the parts of a block mean the language tower; other towers
 are reached only by naming them.
 """
 
@@ -47,7 +48,7 @@ class Scopes:
     """Parts and towers of one model.
 
     Attributes:
-        towers: path of each tower, and which one it is; empty unless the model is a vision-language model.
+        towers: path of each tower, and which one it is; empty unless the model is of several kinds of input.
         unused: path of each block whose output nothing reads, and why; an adapter there would get no gradient.
     """
 
@@ -57,7 +58,7 @@ class Scopes:
         self._whole: list[str] = []
         for path, hf_model in pretrained_models(model):
             found = _towers(hf_model)
-            if {"language", "vision"} <= set(found.values()):
+            if "language" in found.values() and not {"vision", "audio"}.isdisjoint(found.values()):
                 self.towers |= {join(path, name): tower for name, tower in found.items()}
                 self.unused |= {join(path, name): why for name, why in _unused(hf_model, found).items()}
                 self._whole.append(path)
@@ -80,7 +81,7 @@ class Scopes:
         return "mlp" if path.startswith(self._blocks) and _BETWEEN_STAGES not in parts else None
 
     def tower(self, path: str) -> str | None:
-        """The tower that the layer at `path` belongs to; None outside vision-language models."""
+        """The tower that the layer at `path` belongs to; None in models without any."""
         if not any(inside(path, whole) for whole in self._whole):
             return None
         prefix = max((prefix for prefix in self.towers if inside(path, prefix)), key=len, default=None)
@@ -163,6 +164,8 @@ def _towers(hf_model: nn.Module) -> dict[str, str]:
 
     Where a language model holds its vision tower, the rest of it is the language tower.
     """
+    if getattr(getattr(hf_model, "config", None), "is_encoder_decoder", False) and not _sees(hf_model):
+        return {}
     outside = (hf_model, getattr(hf_model, "base_model", None))
     models = {n: module for n, module in hf_model.named_modules() if module not in outside and not _between_towers(n)}
     found = {name: tower for name in models if (tower := _NAMES.get(name.rpartition(".")[2]))}
@@ -176,9 +179,13 @@ def _towers(hf_model: nn.Module) -> dict[str, str]:
     return {name: tower for name, tower in found.items() if not _within_any(name, found.keys() - {name, ""})}
 
 
+def _sees(hf_model: nn.Module) -> bool:
+    return bool({"image", "video"} & set(getattr(hf_model, "input_modalities", ())))
+
+
 def _written_by(hf_model: nn.Module, models: Mapping[str, nn.Module], found: Mapping[str, str]) -> dict[str, str]:
     """What gives words: the decoder of a Hugging Face model and its output layer."""
-    if "vision" not in found.values():
+    if {"vision", "audio"}.isdisjoint(found.values()):
         return {}
     words = getattr(hf_model, "get_output_embeddings", lambda: None)()
     decoder = getattr(hf_model, "get_decoder", lambda: None)()

@@ -108,6 +108,11 @@ def described_by_type() -> Batch:
     return _about_images(4, pixel_values=pixels(2, 3, SIZE, SIZE), token_type_ids=_image_positions(4))
 
 
+def heard() -> Batch:
+    """Text behind the four frames of a sound (Qwen2-Audio)."""
+    return _about_images(4, input_features=pixels(2, 8, 16), feature_attention_mask=torch.ones(2, 16).long())
+
+
 @dataclass(frozen=True)
 class Architecture:
     """How to build one model and what to feed it."""
@@ -450,6 +455,23 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         described_by_type,
     ),
+    "Qwen2-Audio": Architecture(
+        "audio-language",
+        "Qwen2AudioForConditionalGeneration",
+        {
+            "audio_config": {
+                "num_mel_bins": 8,
+                "d_model": WIDTH,
+                "encoder_layers": 2,
+                "encoder_attention_heads": 2,
+                "encoder_ffn_dim": 24,
+                "max_source_positions": 8,
+            },
+            "text_config": {"model_type": "qwen2", **GROUPED},
+            "audio_token_index": IMAGE_TOKEN,
+        },
+        heard,
+    ),
 }
 
 
@@ -547,7 +569,7 @@ def _cells(golden: Mapping[str, Any]) -> tuple[str, str, str]:
     """Layer names a block in "all-linear" and in towers beside it, and what is left out of both."""
     counts = {
         scope: sum(len(names) for names in golden[scope].values())
-        for scope in (*PARTS, "other", "vision", "projector")
+        for scope in (*PARTS, "other", "vision", "audio", "projector")
         if scope in golden
     }
     shown = {scope: f"{scope} {count}" for scope, count in counts.items()}
