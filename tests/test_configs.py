@@ -47,12 +47,25 @@ def test_a_config_runs(name, tmp_path, monkeypatch, capsys):
 
 
 TASKS = [name for name in config_names() if name.startswith("tasks/")]
-READS_THE_LIBRARY = ("tasks/masked_lm", "tasks/multi_label", "tasks/token_classification")
+READS_THE_LIBRARY = tuple(
+    f"tasks/{stem}"
+    for stem in (
+        "masked_lm",
+        "multi_label",
+        "regression",
+        "sentence_embedding",
+        "sentence_similarity",
+        "streaming",
+        "token_classification",
+    )
+)
 
 
 def fitted(name):
     """The run folder of a task's example after 12 steps, and its summary."""
-    small = [word for word in SMALL if "image" not in name or "max_length" not in word]
+    small = [
+        word for word in SMALL if name not in ("tasks/image_classification", "tasks/chat") or "max_length" not in word
+    ]
     assert main(["fit", "--config", name, *small, "--data.limit=64"]) == 0
     run = Path("runs") / name.removeprefix("tasks/") / "001"
     return run, json.loads((run / "summary.json").read_text())
@@ -86,16 +99,21 @@ def test_a_task_is_validated_and_predicts(name, tmp_path, monkeypatch, capsys):
     assert len(rows) == 8
     assert PREDICTED[stem] <= set(rows[0])
     assert all(row[column] for row in rows for column in PREDICTED[stem])
-    assert main(["inspect-data", name, "-n", "1", "--data.limit=64"]) == 0
+    table = ["--data.streaming=false"] if stem == "streaming" else []
+    assert main(["inspect-data", name, "-n", "1", "--data.limit=64", *table]) == 0
     assert "--- train example 0" in capsys.readouterr().out
 
 
 PREDICTED = {
+    "chat": {"messages", "loss"},
     "image_classification": {"image", "label", "prediction", "probability"},
     "masked_lm": {"text", "prediction", "fillings", "loss"},
     "multi_label": {"text", "labels", "probabilities"},
+    "regression": {"text", "size", "prediction"},
     "seq2seq": {"source", "target", "loss"},
     "sentence_embedding": {"anchor", "positive", "similarity"},
+    "sentence_similarity": {"first", "second", "score", "similarity"},
+    "streaming": {"text", "loss"},
     "token_classification": {"tokens", "prediction", "tagged"},
 }
 """Columns of the predictions of each task's example, by config."""

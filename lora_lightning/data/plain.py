@@ -23,8 +23,8 @@ class PlainText(CausalText):
 
     Each document ends in an end-of-text token. With `block`, all documents are laid end to end and cut into pieces of
     max_length tokens, the last one short; `index` then counts the pieces. A piece is one text to the model: tokens see
-    the end of the document before theirs, by design. Otherwise a row is an example, cut to max_length on the right, and
-    with `packing` documents share a row without seeing one another.
+    the end of the document before theirs, by design. Otherwise, and in predict, a row is an example, cut to max_length
+    on the right; with `packing` documents share a row without seeing one another.
 
     Args:
         text: Column of the text.
@@ -47,7 +47,7 @@ class PlainText(CausalText):
         documents = tokenised(rows, self.encoder(split))
         self.count_dropped(split, rows, documents, "text")
         lines = documents.with_format("numpy")["input_ids"][:]
-        if self.block:
+        if self.block and split != "predict":
             pieces = blocks(np.concatenate(lines), self.max_length)
             return _examples(pieces, range(len(pieces)), [False] * len(pieces))
         cut = [ids[: self.max_length] for ids in lines]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from lora_lightning.data import TaggedWords
-from lora_lightning.data.builtin import documented, pairs, traits, words
+from lora_lightning.data.builtin import dates, documented, kin, pairs, sizes, traits, weekdays, words
 from lora_lightning.errors import DataError
 
 SOURCE = '''
@@ -81,6 +81,40 @@ def test_pairs_of_paragraphs(library, monkeypatch):
     monkeypatch.setattr(pairs, "documented", lambda: documented.documented(library) * 2)
     [row] = pairs.table()  # once, although it is there twice
     assert (row["anchor"][:10], row["positive"][:10], row["name"]) == ("Put a book", "The shelf ", "json.Shelf.put")
+
+
+def test_sizes_of_functions(library, monkeypatch):
+    monkeypatch.setattr(sizes, "documented", lambda: documented.documented(library))
+    [row] = sizes.table()  # a class has no size, the other text is too short
+    assert (row["text"][:10], row["size"]) == ("Put a book", 2.0)  # for, if, raise, return
+
+
+def test_nearness_of_documented_things(monkeypatch):
+    def entry(name: str) -> documented.Documented:
+        paragraphs = (f"{name}: what it does, in one sentence.", f"{name}: more about what it does, in another one.")
+        return documented.Documented(name, paragraphs, frozenset(), frozenset())
+
+    names = ["json.A.f", "json.A.g", "json.h", "ast.i"]
+    entries = [entry(name) for name in names]
+    scores = [[kin.nearness(one, other) for other in entries] for one in entries[:3]]
+    assert scores == [[1, 2 / 3, 1 / 3, 0], [2 / 3, 1, 1 / 3, 0], [1 / 3, 1 / 3, 1, 0]]
+    monkeypatch.setattr(kin, "documented", lambda: entries * 5)
+    rows = kin.table()
+    assert {round(3 * score) for score in rows["score"]} == {0, 1, 2, 3}
+    for row in rows:
+        first, second = (entry(row[side].partition(":")[0]) for side in ("first", "second"))
+        assert (row["first"], row["second"]) == (first.paragraphs[0], second.paragraphs[1])
+
+
+def test_conversations_about_days():
+    """Each answer is a day after or before the one asked about."""
+    for row in weekdays.table().select(range(50)):
+        turns = [turn["content"] for turn in row["messages"]]
+        assert [turn["role"] for turn in row["messages"]] == ["system", *["user", "assistant"] * 3]
+        day = dates.DAYS.index(turns[1].split()[-1].strip("?"))
+        for asked, answer in zip(turns[1::2], turns[2::2], strict=True):
+            day = (day + (1 if "after" in asked else -1)) % 7
+            assert answer == f"{dates.DAYS[day]}."
 
 
 def test_a_built_in_table_is_a_source(library, monkeypatch, encoder_tokenizer):

@@ -45,6 +45,14 @@ def test_blocks_across_many_documents_lose_nothing(make):
     assert {len(ids) for ids in examples["input_ids"][:-1]} == {64}
 
 
+def test_rows_to_predict_stay_rows(make, write):
+    """Their predictions are written beside them."""
+    data = make(max_length=4, predict=write("more.txt", "a b c\nd\n"))
+    data.setup("predict")
+    examples = data.examples("predict")
+    assert (examples["index"][:], list(map(len, examples["input_ids"]))) == ([0, 1], [4, 3])
+
+
 def test_rows_are_examples_without_blocks(make):
     data = make(max_length=5, block=False)
     examples = data.examples("train")

@@ -51,3 +51,25 @@ def test_hub_out_of_reach():
     with pytest.raises(DataError, match=r'^data\.tokenizer is "owner/name"; no tokenizer can be read there: ') as error:
         load_tokenizer("owner/name")
     assert "\n" not in str(error.value)
+
+
+def test_one_of_a_built_in_table():
+    """Made again alike; words are one token wherever they stand, other texts come back byte by byte."""
+    tokenizer = load_tokenizer("builtin:dates")
+    assert tokenizer.get_vocab() == load_tokenizer("builtin:dates").get_vocab()
+    first, later = tokenizer(["March 14", "14 March"], add_special_tokens=False)["input_ids"]
+    assert first == later[::-1]
+    strange = "Ünä  3\n\tx."
+    ids = tokenizer(strange)["input_ids"]
+    assert ids[-1] == tokenizer.eos_token_id == 1
+    assert tokenizer.decode(ids, skip_special_tokens=True) == f" {strange}"
+    with pytest.raises(
+        DataError, match=r'^data\.tokenizer is "builtin:date"; there is no such table\. Did you mean "dates"'
+    ):
+        load_tokenizer("builtin:date")
+
+
+def test_one_of_a_table_without_texts(monkeypatch):
+    monkeypatch.setattr("lora_lightning.data.tokenizers.builtin_table", lambda name, what: [{"size": 1.0}])
+    with pytest.raises(DataError, match=r'is "builtin:dates"; that table has no texts to make tokens of'):
+        load_tokenizer("builtin:dates")

@@ -20,7 +20,10 @@ TABLES: dict[str, str] = {
     "python-words": "words",
     "python-traits": "traits",
     "python-pairs": "pairs",
+    "python-kin": "kin",
+    "python-sizes": "sizes",
     "dates": "dates",
+    "weekdays": "weekdays",
     "shapes": "shapes",
 }
 """Module of this package, with a function `table()`, by name."""

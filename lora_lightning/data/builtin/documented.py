@@ -34,6 +34,8 @@ class Documented:
     """Names of a function's parameters but the first of a method; none of a class."""
     traits: frozenset[str]
     """What its syntax tree says of it, of `TRAITS`."""
+    statements: int = 0
+    """Statements of a function, those inside others too, but for the docstring."""
 
 
 @cache
@@ -62,7 +64,7 @@ def _definitions(block: Iterable[ast.AST], path: str, inside_class: bool) -> Ite
                 yield Documented(name, paragraphs, frozenset(), frozenset({"class", *private}))
             else:
                 parameters, traits = _parameters(statement, inside_class), _traits(statement, inside_class)
-                yield Documented(name, paragraphs, parameters, traits | private)
+                yield Documented(name, paragraphs, parameters, traits | private, _statements(statement))
         yield from _definitions(inner, name, is_class)
 
 
@@ -88,6 +90,10 @@ def _traits(function: ast.FunctionDef | ast.AsyncFunctionDef, method: bool) -> f
         "returns": any(value is not None and not _is_none(value) for value in values),
     }
     return frozenset(trait for trait, there in found.items() if there)
+
+
+def _statements(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    return sum(isinstance(node, ast.stmt) for statement in function.body[1:] for node in ast.walk(statement))
 
 
 def _is_none(value: ast.expr) -> bool:
