@@ -37,7 +37,7 @@ class Dequantised:
         if layer.merged or not layer.active or not isinstance(base, PackedBase):
             layer.merge(keep_original)
             return
-        draws = torch.randn(INPUTS, base.d_in, generator=generator(0, "merge", 0, path))
+        draws = torch.randn(INPUTS, base.d_in, device="cpu", generator=generator(0, "merge", 0, path))
         x = draws.to(base.device, base.dtype)
         before = _output(layer, x)
         layer.merge(keep_original)

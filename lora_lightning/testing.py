@@ -222,17 +222,23 @@ class MethodContract:
                 assert torch.equal(adapter.merged_weight(weight), weight)
 
     def test_start_is_a_function_of_seed_and_path(self) -> None:
-        """The same seed gives the same start, whatever was drawn before; layers of one shape start differently."""
+        """The same seed gives the same start, whatever was drawn before and whatever torch's default device is.
 
-        def starts(seed: int, draws: int = 0) -> dict[str, Tensor]:
+        Layers of one shape start differently.
+        """
+
+        def starts(seed: int, draws: int = 0, device: str = "cpu") -> dict[str, Tensor]:
             with seeded(1):  # a start may depend on the base weight
                 model = nn.ModuleDict({"a": nn.Linear(6, 5), "b": nn.Linear(6, 5)})
             torch.rand(draws)
-            inject(model, self.method, ["a", "b"], also_train=(), seed=seed)
+            with torch.device(device):  # Lightning builds a module with its device as the default one
+                inject(model, self.method, ["a", "b"], also_train=(), seed=seed)
             return {key: value for key, value in model.state_dict().items() if ".adapters." in key}
 
-        first, again, other = starts(1), starts(1, draws=7), starts(2)
-        assert all(torch.equal(first[key], again[key]) for key in first)
+        first, again, elsewhere, other = starts(1), starts(1, draws=7), starts(1, device="meta"), starts(2)
+        for key, value in first.items():
+            assert torch.equal(value, again[key])
+            assert torch.equal(value, elsewhere[key])
         if self.random_start:
             assert any(not torch.equal(first[key], other[key]) for key in first)
             own = [key for key in first if key.startswith("a.")]

@@ -229,7 +229,8 @@ def _token_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _start(weight: Tensor, added: Vocabulary, seed: int, path: str) -> nn.Parameter:
     known = weight.detach()[: added.first].to(torch.promote_types(weight.dtype, torch.float32))
-    noise = torch.randn(len(added.tokens), known.shape[1], generator=generator(seed, "new tokens", 0, path))
+    drawn = generator(seed, "new tokens", 0, path)
+    noise = torch.randn(len(added.tokens), known.shape[1], generator=drawn, device=drawn.device)
     return nn.Parameter(known.mean(0) + 0.01 * known.std(0) * noise.to(known.device, known.dtype))
 
 

@@ -168,9 +168,16 @@ def write(target: Tensor, values: Tensor) -> None:
         target.copy_(values.to(target.dtype))
 
 
+def write_zeros(target: Tensor) -> None:
+    """Write zeros."""
+    with torch.no_grad():
+        target.zero_()
+
+
 def write_uniform(target: Tensor, generator: torch.Generator) -> None:
     """Write U(-1/sqrt(n), 1/sqrt(n)), n the length of a row: torch's start of a linear layer."""
-    write(target, (2 * torch.rand(target.shape, generator=generator) - 1) / math.sqrt(target.shape[-1]))
+    drawn = torch.rand(target.shape, generator=generator, device=generator.device)
+    write(target, (2 * drawn - 1) / math.sqrt(target.shape[-1]))
 
 
 def check_rank(base: BaseLayer, rank: int, name: str = "rank") -> None:

@@ -17,7 +17,16 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from lora_lightning.adapters import contraction
-from lora_lightning.adapters.base import Adapter, EntryMask, FactorPair, check_dropout, check_rank, write, write_uniform
+from lora_lightning.adapters.base import (
+    Adapter,
+    EntryMask,
+    FactorPair,
+    check_dropout,
+    check_rank,
+    write,
+    write_uniform,
+    write_zeros,
+)
 from lora_lightning.adapters.weights import BaseLayer, plus_product, reshaped
 from lora_lightning.errors import SettingsError
 
@@ -184,12 +193,13 @@ class LowRankAdapter(Adapter):
         """One side zero, the other U(-1/sqrt(n), 1/sqrt(n)) or N(0, 1/rank^2); n its row length. Masks all kept."""
         zero, random = (self.lora_A, self.lora_B) if self.zero_A else (self.lora_B, self.lora_A)
         if self.start == "gaussian":
-            write(random, torch.randn(random.shape, generator=generator) / self.lora_A.shape[-2])
+            drawn = torch.randn(random.shape, generator=generator, device=generator.device)
+            write(random, drawn / self.lora_A.shape[-2])
         else:
             write_uniform(random, generator)
-        write(zero, torch.zeros(zero.shape))
+        write_zeros(zero)
         if self.bias_delta is not None:
-            write(self.bias_delta, torch.zeros(self.bias_delta.shape))
+            write_zeros(self.bias_delta)
         for mask in (self.rank_mask, self.mask_A, self.mask_B):
             if mask is not None:
                 mask.fill_(True)

@@ -8,7 +8,7 @@ import torch
 
 
 def generator(seed: int, purpose: str, stage: int, path: str) -> torch.Generator:
-    """A CPU generator for one draw.
+    """A CPU generator for one draw, which has to name the generator's device: the default one may be another.
 
     Args:
         seed: seed of the run.

@@ -129,5 +129,6 @@ class Noise:
 
     def draw(self, like: Tensor) -> Tensor:
         """The noise, in the shape, dtype and place of `like`."""
-        values = torch.rand(like.shape, generator=generator(self.seed, "noise", self.stage, self.path)) - 0.5
+        drawn = generator(self.seed, "noise", self.stage, self.path)
+        values = torch.rand(like.shape, generator=drawn, device=drawn.device) - 0.5
         return self.scale * values.to(like.device, like.dtype)

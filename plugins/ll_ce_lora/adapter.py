@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ll_ce_lora import functional
-from lora_lightning.adapters.base import Adapter, FactorPair, check_rank, write, write_uniform
+from lora_lightning.adapters.base import Adapter, FactorPair, check_rank, write_uniform, write_zeros
 from lora_lightning.adapters.low_rank import add_low_rank
 from lora_lightning.adapters.seeds import generator
 from lora_lightning.adapters.weights import BaseAround, BaseLayer, StackedBase
@@ -107,7 +107,7 @@ class CELoRAAdapter(Adapter):
         """B zero, A from U(-1/sqrt(d_in), 1/sqrt(d_in)), no channels chosen; later draws use the generator's seed."""
         self.seed = generator.initial_seed()
         write_uniform(self.lora_A, generator)
-        write(self.lora_B, torch.zeros(self.lora_B.shape))
+        write_zeros(self.lora_B)
         self.forget()
 
     def forward(self, x: Tensor, base: BaseLayer) -> Tensor:

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from ll_dora import functional
 from ll_dora.analysis import weight_change
-from lora_lightning.adapters.base import Adapter, FactorPair, check_dropout, check_rank, write, write_uniform
+from lora_lightning.adapters.base import (
+    Adapter,
+    FactorPair,
+    check_dropout,
+    check_rank,
+    write,
+    write_uniform,
+    write_zeros,
+)
 from lora_lightning.adapters.weights import BaseLayer
 
 _SQUARES = "ll_dora: squared row norms"
@@ -60,7 +68,7 @@ class DoRAAdapter(Adapter):
         if self.base.kind == "embedding":
             random, zero = zero, random
         write_uniform(random, generator)
-        write(zero, torch.zeros(zero.shape))
+        write_zeros(zero)
 
     def forward(self, x: Tensor, base: BaseLayer) -> Tensor:
         """c (x~ W^T + s x~ A^T B^T) with the bias and the undropped product beside it; see `functional`."""

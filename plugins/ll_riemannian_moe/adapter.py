@@ -24,7 +24,7 @@ from ll_riemannian_moe.functional import (
     selected,
     z_loss,
 )
-from lora_lightning.adapters.base import Adapter, FactorPair, Tally, check_rank, write, write_uniform
+from lora_lightning.adapters.base import Adapter, FactorPair, Tally, check_rank, write_uniform, write_zeros
 from lora_lightning.adapters.low_rank import keep_mask
 from lora_lightning.adapters.weights import BaseLayer
 from lora_lightning.errors import AdapterStateError, SettingsError
@@ -98,7 +98,7 @@ class MoELoRAAdapter(Adapter):
         """Experts and router uniform by row length, each from its own numbers; B zero."""
         for parameter in (self.lora_A, self.router):
             write_uniform(parameter, generator)
-        write(self.lora_B, torch.zeros(self.lora_B.shape))
+        write_zeros(self.lora_B)
 
     def forward(self, x: Tensor, base: BaseLayer) -> Tensor:
         """base(x) + s sum_i g_i(x) B_i A_i drop(x)."""

@@ -42,7 +42,8 @@ def test_a_compiled_model_trains_as_the_eager_one(name):
     eager, compiled = (adapted("decoder", METHODS[name]).train() for _ in range(2))
     losses, gradients = train(eager, eager, ids)
     compiled_losses, compiled_gradients = train(torch.compile(compiled, fullgraph=True), compiled, ids)
-    assert compiled_losses == pytest.approx(losses, rel=1e-4)
+    assert compiled_losses[0] == pytest.approx(losses[0], rel=1e-4)
+    assert compiled_losses == pytest.approx(losses, rel=1e-3)  # Adam divides small gradients by themselves
     assert compiled_gradients.keys() == gradients.keys()
     assert gradients
     for key, value in gradients.items():
