@@ -422,7 +422,8 @@ def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> 
     [
         ({"peft_type": "LOHA"}, "peft_type 'LOHA'; only \"LORA\" is read"),
         ({"use_dora": True}, "q_proj: the file has no lora_magnitude_vector, while .* has use_dora=True; they belong"),
-        ({"trainable_token_indices": [1]}, "uses trainable_token_indices, which no installed method reads"),
+        ({"trainable_token_indices": [1, 3]}, r"has trainable_token_indices \[1, 3\]; only new tokens are read"),
+        ({"trainable_token_indices": [1]}, r"has trainable_token_indices \[1\], but no tokenizer that says which"),
         ({"layer_replication": [[0, 1]]}, "uses layer_replication"),
         ({"some_later_option": {"a": 1}}, "uses some_later_option"),
         ({"bias": "lora_only"}, "bias='lora_only', with which the biases of the base model were trained"),

@@ -193,8 +193,55 @@ def test_peft_computes_the_same_with_new_tokens(tied: bool, tmp_path: Path) -> N
     theirs.resize_token_embeddings(34, mean_resizing=False)
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
     torch.testing.assert_close(theirs(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-5)
-    with pytest.raises(AdapterFileError, match="uses trainable_token_indices"):
+    with pytest.raises(AdapterFileError, match=r"trainable_token_indices .* but no tokenizer that says which tokens"):
         ll.import_peft(tiny_decoder(tied=tied), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's call
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_tokens_come_back_from_peft(tied: bool, tmp_path: Path) -> None:
+    """peft itself trains and writes the rows; the tokenizer beside them says which tokens they are."""
+    folder = decoder_folder(tmp_path / "decoder")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    first = len(tokenizer)
+
+    def base() -> Any:
+        with seeded(0):
+            config = transformers.LlamaConfig.from_pretrained(folder, vocab_size=first, tie_word_embeddings=tied)
+            return transformers.LlamaForCausalLM(config).eval()
+
+    tokenizer.add_tokens(["<tool>", "<end>"])
+    theirs = base()
+    theirs.resize_token_embeddings(first + 2, mean_resizing=False)
+    new = [first, first + 1]
+    settings = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}
+    indices = new if tied else {"embed_tokens": new, "lm_head": new}
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(**settings, trainable_token_indices=indices)).eval()
+    with torch.no_grad(), seeded(1):
+        for name, parameter in theirs.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.normal_()
+    theirs.save_pretrained(tmp_path / "peft")
+    tokenizer.save_pretrained(tmp_path / "peft")
+    model = base()
+    report = ll.import_peft(model, tmp_path / "peft")
+    ids = torch.tensor([[1, first, 5, first + 1], [7, first + 1, 3, 2]])
+    torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+    assert vocabulary(model) == Vocabulary(("<tool>", "<end>"), first)
+    assert set(report.trained) == set(row_names(model))
+    assert all(model.get_parameter(name).requires_grad for name in row_names(model))
+    ll.save_adapter(model, tmp_path / "ours")
+    again = base()
+    ll.load_adapter(again, tmp_path / "ours")
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    other = base()
+    before = other(ids % first).logits
+    config = tmp_path / "peft" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"q_proj"', '"q_proj", "nothing"').replace('"r": 2', '"r": 3'))
+    with pytest.raises(AdapterFileError, match="do not fit rank 3"):
+        ll.import_peft(other, tmp_path / "peft")
+    assert vocabulary(other) is None
+    assert torch.equal(other(ids % first).logits, before)
 
 
 def test_a_failed_load_leaves_the_model_as_it_was(folder: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from lora_lightning.exporters import peft_file, peft_rules
 from lora_lightning.exporters.peft_experts import find_stacks
 from lora_lightning.exporters.peft_file import PeftFolder, PeftLayer
 from lora_lightning.exporters.peft_rules import TYPE
+from lora_lightning.exporters.peft_tokens import fill_rows, new_tokens, room_for
 from lora_lightning.exporters.source import plain_modules, users
 from lora_lightning.injection import AdapterRecord, InjectionReport, build, check_ready, place, records
 from lora_lightning.methods import Method, replace
@@ -34,6 +35,7 @@ _DECIDED_BY_TENSORS = frozenset(
         "layers_pattern",
         "modules_to_save",
         "lora_bias",
+        "trainable_token_indices",
     }
 )
 _NO_EFFECT = frozenset(
@@ -51,6 +53,11 @@ def import_folder(model: nn.Module, directory: str | Path, name: str) -> Injecti
     check_ready(model, name)
     folder = peft_file.read(directory, find_stacks(model))
     _refuse_variants(folder.config, directory)
+    with room_for(model, new_tokens(folder, directory), directory):
+        return _import(model, folder, directory, name)
+
+
+def _import(model: nn.Module, folder: PeftFolder, directory: str | Path, name: str) -> InjectionReport:
     reader = _reader(folder.config)
     modules = plain_modules(model)
     layers = {path: (module, accessor) for path, module, accessor in all_layers(model)}
@@ -60,7 +67,8 @@ def import_folder(model: nn.Module, directory: str | Path, name: str) -> Injecti
     targets = _heads(model, modules, folder, directory)
     method, settings = _settings(reader, folder, accessors)
     adapters = {path: build(settings[path], path, base, torch.initial_seed()) for path, base in accessors.items()}
-    trained = [key for key, value in targets.items() if isinstance(value, nn.Parameter)]
+    rows = {row: cast(Tensor, model.get_parameter(row)) for row in fill_rows(model, folder, directory)}
+    trained = [key for key, value in targets.items() if isinstance(value, nn.Parameter)] + list(rows)
     place(model, name, adapters, AdapterRecord(method, settings, tuple(trained), torch.initial_seed()), accessors)
     for path, adapter in adapters.items():
         _fill(adapter, folder.layers[path])
@@ -72,7 +80,7 @@ def import_folder(model: nn.Module, directory: str | Path, name: str) -> Injecti
         method=method,
         layers={path: (kind_of(base), base.d_in, base.d_out) for path, base in accessors.items()},
         adapter_parameters=sum(p.numel() for adapter in adapters.values() for p in adapter.parameters()),
-        trained={key: targets[key].numel() for key in trained},
+        trained={key: {**targets, **rows}[key].numel() for key in trained},
         total_parameters=count_numbers(model, dict(packed_layers(model))),
         tied={path: layer.tied_to for path, layer in placed.items() if layer.tied_to},
         notes=_unmatched(folder),
