@@ -111,6 +111,13 @@ def kind_of(base: BaseLayer) -> str:
     return f"{base.kind}, {base.packed}" if isinstance(base, PackedBase) else base.kind
 
 
+def frozen_bytes(model: nn.Module) -> int:
+    """Bytes that frozen parameters hold, scales of packed weights included."""
+    packed = {id(base.stored): base for _, base in packed_layers(model)}
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    return sum(packed[id(p)].held if id(p) in packed else p.numel() * p.element_size() for p in frozen)
+
+
 def count_numbers(model: nn.Module, packed: Mapping[str, PackedBase]) -> int:
     """Numbers that the parameters of `model` hold, however many of a packed weight share a byte."""
     total = 0

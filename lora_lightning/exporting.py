@@ -27,6 +27,7 @@ from lora_lightning.exporters.source import Source, find
 from lora_lightning.files import write_json
 from lora_lightning.injection import InjectionReport
 from lora_lightning.pretrained import resolve
+from lora_lightning.quantisation import Loading, check
 from lora_lightning.random_models import build, config_of, is_random
 
 FORMATS = {"delta": delta.write, "merged": merged.write, "peft": peft_export.write}
@@ -133,7 +134,8 @@ def export_folder(
 ) -> str:
     """Export an adapter folder: load its base model, the adapter onto it, export, and return the report as text.
 
-    For "merged" the base is loaded in its file's own dtype, else in float32, so that heads stay bit for bit.
+    For "merged" the base is loaded in its file's own dtype, else in float32, so that heads stay bit for bit. A base
+    that was quantised in training is quantised again: it is what the adapter was trained on.
 
     Args:
         adapter: an adapter folder.
@@ -166,7 +168,7 @@ def _load_base(folder: str, stored: Stored, where: str, dtype: torch.dtype | str
     """The base model in the class it was trained in, its head as large as the stored one."""
     import transformers
 
-    from lora_lightning.loading import zero_absent  # imports transformers
+    from lora_lightning.loading import quantised_options, zero_absent  # imports transformers
 
     architecture = stored.fingerprint["architecture"]
     cls = getattr(transformers, architecture, None)
@@ -184,9 +186,15 @@ def _load_base(folder: str, stored: Stored, where: str, dtype: torch.dtype | str
             config.num_labels = labels
         if is_random(folder):
             return build(folder, lambda: cls(config))
+        quantised = {}
+        if stored.quantisation is not None:  # the adapter belongs to that function, not to the plain model's
+            check(stored.quantisation, where="the adapter's base model")
+            how = Loading(stored.quantisation)
+            quantised = quantised_options(config, lambda: cls(config), how, stored.trained)
         model, info = cls.from_pretrained(
             folder,
             config=config,
+            **quantised,
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,

@@ -188,13 +188,15 @@ def ignore_adapter_buffers(root: nn.Module) -> None:
     """Keep DistributedDataParallel around `root` from overwriting adapter buffers with the first process's.
 
     Masks and statistics are made equal by whoever writes them; a broadcast before each forward would undo local ones.
+    Weights in few bits are left out as well: every process has loaded the same, and not all formats can be sent.
     """
+    packed = {f"{path}{inside}" for path, _ in packed_layers(root) for inside in (".weight", ".base.weight")}
     root._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]  # an attribute that the wrapper looks up
         f"{path}.{name}" if path else name
         for path, module in root.named_modules()
         if isinstance(module, Adapter)
         for name, _ in module.named_buffers()
-    ]
+    ] + [name for name, _ in root.named_parameters() if name in packed]
 
 
 def check_ready(model: nn.Module, name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast
 
@@ -11,11 +11,13 @@ import torch
 import transformers
 from torch import nn
 
+from lora_lightning.base_layers import packed_formats
 from lora_lightning.errors import ModelError
 from lora_lightning.injection import expect_values
 from lora_lightning.pretrained import resolve
+from lora_lightning.quantisation import Loading, quantization_config, stated
 from lora_lightning.random_models import build, config_of, is_random
-from lora_lightning.targets import head_prefixes, within
+from lora_lightning.targets import head_prefixes, kept_plain, within
 from lora_lightning.tasks.base import Task
 
 Dtype = torch.dtype | Literal["auto"] | None
@@ -28,6 +30,7 @@ def load_model(
     dtype: Dtype = None,
     label_names: Sequence[str] = (),
     also_train: Sequence[str] = (),
+    quantise: Loading | None = None,
 ) -> nn.Module:
     """The pretrained model with the task's head.
 
@@ -38,14 +41,18 @@ def load_model(
         dtype: dtype of the weights, or "auto" for that of the files; None takes float32.
         label_names: names of the classes, kept in the model's configuration.
         also_train: names of parameters that will train in full, and so may start at random.
+        quantise: how linear layers of the backbone are quantised, or are already; None for a plain model.
 
     Raises:
-        ModelError: missing folder or weights, a model class without such a head, or backbone weights the files lack.
+        ModelError: missing folder or weights, a model class without such a head, backbone weights the files lack, or
+            nothing that could be quantised.
     """
     source = resolve(pretrained)
     options = _options(task, num_labels, label_names)
     if is_random(pretrained):
         return _from_config(pretrained, task, config_of(pretrained, **options), dtype)
+    if quantise is not None:
+        options |= _quantised(source, task, options, quantise, also_train)
     try:
         with _silent():
             # a head of another size starts anew; any other tensor of another shape is refused below
@@ -62,6 +69,11 @@ def load_model(
     except ValueError as error:
         _refuse_class(error, pretrained, task)
         raise
+    if quantise is not None and packed_formats(model) is None:
+        raise ModelError(
+            f'model.quantisation is "{quantise.format}", which has quantised no layer of {type(model).__name__}: it '
+            'knows nn.Linear only. Nearest: "nf4" or "int8", which know Conv1D too.'
+        )
     _check_complete(model, info, pretrained, task.unused, also_train)
     zero_absent(model, info["missing_keys"], task.unused)
     return _named(model, pretrained)
@@ -95,6 +107,45 @@ def load_without_values(pretrained: str, *args: Any, **options: Any) -> nn.Modul
     return expect_values(model)
 
 
+def checkpoint_format(pretrained: str) -> str | None:
+    """The format that a checkpoint's weights are stored in; None for a plain one, or where there is no checkpoint."""
+    if is_random(pretrained):
+        return None
+    try:
+        return stated(transformers.AutoConfig.from_pretrained(resolve(pretrained)))
+    except (OSError, ValueError):  # said when it is loaded
+        return None
+
+
+def _quantised(
+    source: str, task: Task, options: Mapping[str, Any], how: Loading, also_train: Sequence[str]
+) -> dict[str, Any]:
+    cls = getattr(transformers, task.auto_class)
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, **options)
+        return quantised_options(config, lambda: cls.from_config(config), how, also_train)
+    except (OSError, ValueError):  # said in the words of every other model when it is loaded
+        return {}
+
+
+def quantised_options(
+    config: Any, make: Callable[[], nn.Module], how: Loading, also_train: Sequence[str]
+) -> dict[str, Any]:
+    """Options of `from_pretrained`: where to load, and how to quantise what is not quantised already.
+
+    Args:
+        config: the model's configuration.
+        make: builds the model from it; called on the meta device.
+        how: format, device and compute type.
+        also_train: parameters that train in full, and so stay as they are.
+    """
+    found: dict[str, Any] = {"device_map": {"": how.device}}
+    if stated(config) is None:
+        with torch.device("meta"):
+            found["quantization_config"] = quantization_config(how, kept_plain(make(), also_train))
+    return found
+
+
 def load_skeleton(
     pretrained: str,
     task: Task,
@@ -102,12 +153,18 @@ def load_skeleton(
     dtype: Dtype = None,
     label_names: Sequence[str] = (),
     also_train: Sequence[str] = (),  # noqa: ARG001 - an argument of `load_model`
+    quantise: Loading | None = None,
 ) -> nn.Module:
     """As `load_model`, but from the configuration alone: weights start at random, and files of weights are not read.
 
     Raises:
-        ModelError: no configuration, or a model class without such a head.
+        ModelError: no configuration, a model class without such a head, or a quantised model.
     """
+    if quantise is not None:
+        raise ModelError(
+            f'the base model is to be "{quantise.format}", and without its weights there is nothing to quantise: set '
+            "model.quantisation to null for a plain base."
+        )
     source, options = resolve(pretrained), _options(task, num_labels, label_names)
     if is_random(pretrained):
         config = config_of(pretrained, **options)

@@ -34,12 +34,13 @@ from lora_lightning.injection import (
     inject,
     records,
 )
-from lora_lightning.loading import load_model, load_without_values
+from lora_lightning.loading import checkpoint_format, load_model, load_without_values
 from lora_lightning.methods import Method
 from lora_lightning.optim.groups import build_optimizer
 from lora_lightning.optim.warmup import WarmUp
 from lora_lightning.precision import kept
 from lora_lightning.processes import together
+from lora_lightning.quantisation import Loading, Quantisation, check, loading
 from lora_lightning.random_models import full_name, is_random, tokenizer_settings
 from lora_lightning.shifts import open_shifts
 from lora_lightning.tasks import find_task
@@ -78,6 +79,9 @@ class AdapterModule(LightningModule):
         task_settings: settings of the task, such as `{temperature: 0.02}` of "sentence-embedding".
         random_config: settings of a `random:` model, such as `{hidden_size: 64}`; the vocabulary's size and the marks
             around a text follow from the tokenizer. Its weights are drawn from `seed`.
+        quantisation: quantise the linear layers of the backbone while loading: "nf4" (4 bits), "nf4-double" (4 bits,
+            scales quantised too), "int8" or "torchao-int8" (8 bits). What trains stays in float32. A checkpoint that
+            is quantised already needs null.
     """
 
     strict_loading = False
@@ -101,6 +105,7 @@ class AdapterModule(LightningModule):
         seed: int | None = None,
         task_settings: dict[str, Any] | None = None,
         random_config: dict[str, Any] | None = None,
+        quantisation: Quantisation | None = None,
     ) -> None:
         super().__init__()
         self.pretrained, self.method, self.task = pretrained, method, find_task(task, task_settings)
@@ -108,7 +113,7 @@ class AdapterModule(LightningModule):
         self.also_train, self.optimizer_factory, self.lr_scheduler = also_train, optimizer, lr_scheduler
         self.num_labels, self.dtype_name, self.gradient_checkpointing = num_labels, dtype, gradient_checkpointing
         self.linear_baseline, self.max_new_tokens, self.seed = linear_baseline, max_new_tokens, seed
-        self.random_config = random_config or {}
+        self.random_config, self.quantisation = random_config or {}, quantisation
         if random_config and not is_random(pretrained):
             raise SettingsError(
                 f'model.random_config is {random_config}, but model.pretrained is "{pretrained}"; it belongs to '
@@ -139,6 +144,7 @@ class AdapterModule(LightningModule):
 
     def _assembled(self, load: Callable[..., nn.Module], seed: int) -> nn.Module:
         self._check_data()
+        quantise = self._quantising()
         pretrained = self._random_name(seed) if is_random(self.pretrained) else self.pretrained
         net = load(
             pretrained,
@@ -147,6 +153,7 @@ class AdapterModule(LightningModule):
             dtype=self._frozen_dtype(),
             label_names=self._label_names(),
             also_train=() if self.also_train == "heads" else self.also_train,
+            **({"quantise": quantise} if quantise else {}),
         )
         self._check_length(net)
         self._add_tokens(net, seed)
@@ -164,6 +171,34 @@ class AdapterModule(LightningModule):
         """Whether this process reads the model's files; under some strategies the first one sends what it has read."""
         strategy = self._trainer.strategy if self._trainer is not None else None
         return not getattr(strategy, "reads_on_first_rank", False) or self.global_rank == 0
+
+    def _quantising(self) -> Loading | None:
+        """How the base is quantised, after everything that could not work has been refused."""
+        own = checkpoint_format(self.pretrained)
+        given, where = self.quantisation, "model.quantisation"
+        if given and is_random(self.pretrained):
+            raise SettingsError(
+                f'{where} is "{given}", but "{self.pretrained}" has no weights to quantise; leave it null.'
+            )
+        if given and own:
+            raise SettingsError(
+                f'{where} is "{given}", but "{self.pretrained}" is stored as {own} already; leave it null.'
+            )
+        kind = given or own
+        if kind is None:
+            return None
+        trainer = self._trainer
+        strategy = type(trainer.strategy).__name__ if trainer else "auto"
+        precision = str(trainer.precision) if trainer else "32-true"
+        device = trainer.strategy.root_device if trainer else torch.device("cpu")
+        check(kind, strategy, precision, device.type, where if given else f'the checkpoint "{self.pretrained}"')
+        for callback in trainer.callbacks if trainer else ():  # type: ignore[attr-defined]
+            if getattr(callback, "writes_weights", False):
+                raise SettingsError(
+                    f"the base is stored as {kind}, and {type(callback).__name__} writes noise into its weights, which "
+                    "cannot be written: leave it out (noise=0), or load a plain base."
+                )
+        return loading(kind, precision, str(device))
 
     def _random_name(self, seed: int) -> str:
         tokenizer = getattr(self._datamodule(), "tokenizer_object", None)

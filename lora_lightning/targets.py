@@ -83,6 +83,18 @@ def head_prefixes(model: nn.Module) -> list[str]:
     return prefixes
 
 
+def kept_plain(model: nn.Module, also_train: Sequence[str] = ()) -> list[str]:
+    """Paths of modules that are not to be quantised: heads, output layers, and what trains in full."""
+    found = dict.fromkeys(head_prefixes(model))
+    for path, hf_model in pretrained_models(model):
+        output = _output_embeddings(hf_model)
+        found |= {join(path, name): None for name, module in hf_model.named_modules() if module is output}
+    for name, _ in model.named_parameters():
+        if any(within(pattern, name) for pattern in also_train):
+            found[name.rpartition(".")[0]] = None
+    return list(found)
+
+
 def _output_embeddings(hf_model: nn.Module) -> nn.Module | None:
     getter = getattr(hf_model, "get_output_embeddings", None)
     return cast("nn.Module | None", getter() if getter else None)

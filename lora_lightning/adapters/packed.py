@@ -97,6 +97,11 @@ class PackedBase(BaseLayer):
         """
         raise AdapterStateError(f"the weight is stored as {self.packed}, which cannot be written without another loss.")
 
+    @property
+    def held(self) -> int:
+        """Bytes of the weight as it is stored."""
+        return stored_bytes(self.stored)
+
     def plain(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """A frozen plain layer with this weight (d_out, d_in) and bias, rounded once, and with the layer's hooks."""
         module: nn.Module
@@ -135,6 +140,14 @@ class PackedBase(BaseLayer):
         # packages keep their input's dtype under autocast, so must what is added to their output
         with torch.autocast(onto.device.type, enabled=False):
             return add_product(onto, h.to(onto.dtype), B.to(onto.dtype), scale)
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """Bytes that a tensor holds, or the tensors inside one that stands for others."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.numel() * tensor.element_size()
+    names, _ = tensor.__tensor_flatten__()
+    return sum(stored_bytes(getattr(tensor, name)) for name in names)
 
 
 class FrozenProduct(torch.autograd.Function):

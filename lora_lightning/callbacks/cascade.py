@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.layer import AdaptedLayer
+from lora_lightning.adapters.packed import PackedBase
 from lora_lightning.adapters.seeds import generator
 from lora_lightning.adapters.shift import DenseShift, LogShift
 from lora_lightning.callbacks.noise import NoiseInjection, StageNoise, is_zero
@@ -86,6 +87,11 @@ class Cascade(ScheduleCallback):
         """Adapters whose update is a weight."""
         return adapter.mergeable
 
+    @property
+    def writes_weights(self) -> bool:
+        """Whether base weights are written: noise is."""
+        return self.noise > 0
+
     def stage_length(self, trainer: Trainer) -> int:
         """Optimizer steps of a stage.
 
@@ -148,7 +154,8 @@ class Cascade(ScheduleCallback):
         if name not in layer.shifts:
             factors, base = adapter.low_rank(), layer.accessor
             numbers = (stages or math.inf) * (factors[0].shape[-2] if factors else math.inf) * (base.d_in + base.d_out)
-            small = numbers < base.d_in * base.d_out and not persists
+            few_bits = isinstance(base, PackedBase) and factors is not None  # which no dense update can be added to
+            small = (numbers < base.d_in * base.d_out or few_bits) and not persists
             layer.set_shift(name, LogShift(base) if small else DenseShift(base))
         elif persists and isinstance(layer.shifts[name], LogShift):
             raise SettingsError(

@@ -92,6 +92,8 @@ class NoiseInjection(ScheduleCallback):
     phase: ClassVar[int] = KNOTS
     reads_base: ClassVar[bool] = True
     asks: ClassVar[str] = "a frozen weight beneath"
+    writes_weights: ClassVar[bool] = True
+    """Weights in few bits cannot be."""
 
     def __init__(self, strength: float = 0.1, mode: NoiseMode = "restore", seed: int | None = None) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import lora_lightning
+from lora_lightning.base_layers import frozen_bytes
 from lora_lightning.callbacks.baseline import LinearBaseline, validation_batches
 from lora_lightning.callbacks.best import KeepBest
 from lora_lightning.callbacks.guard import TrainingGuard
@@ -67,8 +68,7 @@ class RunReport(Callback):
             return
         schedules = [c for c in trainer.callbacks if isinstance(c, SparsitySchedule)]  # type: ignore[attr-defined]
         kept = 1 - schedules[0].sparsity if schedules else None
-        frozen = sum(p.numel() * p.element_size() for p in pl_module.parameters() if not p.requires_grad)
-        Console().print(injection_table(injection, kept, frozen))
+        Console().print(injection_table(injection, kept, frozen_bytes(pl_module)))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from the step the run is at."""

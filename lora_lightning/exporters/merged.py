@@ -6,17 +6,22 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from lora_lightning.adapters.layer import AdaptedLayer
+from lora_lightning.base_layers import packed_layers
+from lora_lightning.dequantised import Dequantised
 from lora_lightning.errors import AdapterStateError, ExportError
 from lora_lightning.exporters.report import Written
 from lora_lightning.exporters.source import Source, check_finite, write_files
 from lora_lightning.injection import iter_adapters, put
 from lora_lightning.paths import places
 from lora_lightning.vocabulary import plain_vocabulary
+
+_SAY_QUANTISED = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
 
 
 def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Written:  # noqa: ARG001 - every format's signature
@@ -39,21 +44,22 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
             "Merge in place instead: merge(model, keep_original=False), then eject(model), and save its state_dict."
         )
     _check_mergeable(source)
-    with _plain(source), plain_vocabulary(source.host):
+    dequantised = Dequantised()
+    with _plain(source, dequantised), _unquantised(source), plain_vocabulary(source.host):
         check_finite("the model", source.host.state_dict().values())
         config = copy.copy(source.host.config.__dict__)
         try:
             source.host.save_pretrained(folder)
             write_files(source.tokenizer, folder)
             difference = _compare(source.host, folder) if verify else None
+            dtypes = {p.dtype for p in source.host.parameters() if p.is_floating_point()}
         finally:
             source.host.config.__dict__.clear()
             source.host.config.__dict__.update(config)
-    dtypes = {p.dtype for p in source.host.parameters() if p.is_floating_point()}
-    notes = ("its tensors have several dtypes; from_pretrained makes them one unless told otherwise",)
-    return Written(
-        kind="merged", layers=len(source.layers), difference=difference, notes=notes if len(dtypes) > 1 else ()
-    )
+    notes = [str(dequantised)] if dequantised.layers else []
+    if len(dtypes) > 1:
+        notes.append("its tensors have several dtypes; from_pretrained makes them one unless told otherwise")
+    return Written(kind="merged", layers=len(source.layers), difference=difference, notes=tuple(notes))
 
 
 def _check_mergeable(source: Source) -> None:
@@ -73,7 +79,7 @@ def _check_mergeable(source: Source) -> None:
 
 
 @contextmanager
-def _plain(source: Source) -> Iterator[None]:
+def _plain(source: Source, dequantised: Dequantised) -> Iterator[None]:
     """Inside, the model is the plain one with exactly this adapter merged; afterwards it is as before, bit for bit."""
     layers = dict(iter_adapters(source.root))
     before = {path: (layer.active, layer.merged) for path, layer in layers.items()}
@@ -82,7 +88,7 @@ def _plain(source: Source) -> Iterator[None]:
     try:
         for path, layer in layers.items():
             try:
-                _set_merged(layer, wanted[path])
+                _set_merged(layer, wanted[path], path, dequantised)
             except AdapterStateError as error:
                 raise ExportError(f"{path}: {error}") from error
         for layer in layers.values():
@@ -91,18 +97,37 @@ def _plain(source: Source) -> Iterator[None]:
     finally:
         for path, layer in layers.items():
             put(where[id(layer)], layer)
-            _set_merged(layer, before[path][1])
+            _set_merged(layer, before[path][1], path, Dequantised())
             layer.active = before[path][0]
 
 
-def _set_merged(layer: AdaptedLayer, names: tuple[str, ...]) -> None:
+@contextmanager
+def _unquantised(source: Source) -> Iterator[None]:
+    """Inside, packed layers without an adapter are plain as well, and nothing says that the model is quantised."""
+    packed, where = dict(packed_layers(source.root)), places(source.root)
+    said = {name: source.host.__dict__.pop(name) for name in _SAY_QUANTISED if name in source.host.__dict__}
+    config: Any = source.host.config
+    stated = config.__dict__.pop("quantization_config", None)
+    try:
+        for base in packed.values():
+            put(where[id(base.module)], base.plain(base.weight(torch.float32), base.bias))
+        yield
+    finally:
+        for base in packed.values():
+            put(where[id(base.module)], base.module)
+        source.host.__dict__.update(said)
+        if stated is not None:
+            config.quantization_config = stated
+
+
+def _set_merged(layer: AdaptedLayer, names: tuple[str, ...], path: str, dequantised: Dequantised) -> None:
     """Merge exactly `names`."""
     if layer.merged == names:
         return
     layer.unmerge()
     layer.active = names
     layer.check_mergeable()
-    layer.merge()
+    dequantised.merge(path, layer)
 
 
 def _compare(model: nn.Module, folder: Path) -> float:

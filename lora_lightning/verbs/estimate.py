@@ -65,7 +65,9 @@ def run(args: argparse.Namespace) -> int:
     for n in gpus:
         check_positive(gpus=n, batch_size=batch_size, length=length)
     precision = args.precision or str(trainer.get("precision") or "32-true")
-    parts = count(module, datamodule, batch_size, length, precision, args.quantised)
+    packed = args.quantised or (module.quantisation or "").removeprefix("torchao-") or None
+    module.quantisation = None  # nothing is loaded, so nothing can be quantised; sizes are counted
+    parts = count(module, datamodule, batch_size, length, precision, packed)
     found = [estimate(parts, name, n, batches) for n in gpus for name in (names if n > 1 else names[:1])]
     rows = [_row(each) for each in found]
     if args.markdown:
@@ -73,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(lines), end="\n\n")
     else:
         print_table(_columns(), rows)
-    print(_assumptions(module, batch_size, length, precision, args.quantised, batches))
+    print(_assumptions(module, batch_size, length, precision, packed, batches))
     if args.memory:
         print(verdict(found, parts, args.memory * GIB, batches))
     return 0

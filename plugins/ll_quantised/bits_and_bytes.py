@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lora_lightning.adapters.packed import PackedBase
+from lora_lightning.adapters.packed import PackedBase, stored_bytes
 
 
 class FourBitBase(PackedBase):
@@ -24,6 +24,14 @@ class FourBitBase(PackedBase):
         name = f"{state.quant_type}-double" if state.nested else state.quant_type
         transposed = _from_conv1d(module)
         super().__init__(module, name, layer.in_features, layer.out_features, state.dtype, transposed)
+
+    @property
+    def held(self) -> int:
+        """Bytes of the numbers and of their scales."""
+        state = cast(Any, self.module.weight).quant_state
+        inner = state.state2.absmax if state.nested else None
+        scales = [state.absmax, *([inner] if inner is not None else [])]
+        return stored_bytes(self.stored) + sum(stored_bytes(scale) for scale in scales)
 
     def dequantise(self) -> Tensor:
         """The weight, as the package's own function gives it."""
@@ -43,13 +51,22 @@ class EightBitBase(PackedBase):
         layer = cast(Any, module)
         super().__init__(module, "int8", layer.in_features, layer.out_features, None, _from_conv1d(module))
 
+    @property
+    def held(self) -> int:
+        """Bytes of the numbers and of their scales."""
+        return stored_bytes(self.stored) + stored_bytes(self._scale)
+
+    @property
+    def _scale(self) -> Tensor:
+        # the first forward moves it from the parameter into the state
+        state = cast(Any, self.module.state)
+        return cast(Tensor, state.SCB if state.SCB is not None else cast(Any, self.module.weight).SCB)
+
     def dequantise(self) -> Tensor:
         """Each row's numbers times its scale / 127, in float32."""
         weight, state = cast(Any, self.module.weight), cast(Any, self.module.state)
-        # the first forward moves both from the parameter into the state
-        scale = state.SCB if state.SCB is not None else weight.SCB
         numbers = state.CB if state.CB is not None else weight.data
-        return cast(Tensor, numbers.float().mul_(scale.float().unsqueeze(1) / 127))
+        return cast(Tensor, numbers.float().mul_(self._scale.float().unsqueeze(1) / 127))
 
 
 def _from_conv1d(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ import lora_lightning as ll
 from lora_lightning import plugins
 from lora_lightning.adapters.packed import PackedBase
 from lora_lightning.adapters.shift import DenseShift, LogShift, Noise
-from lora_lightning.base_layers import accessor, packed_formats
+from lora_lightning.base_layers import accessor, frozen_bytes, packed_formats
 from lora_lightning.errors import AdapterStateError, TargetError
 from lora_lightning.fingerprint import fingerprint
 from lora_lightning.tiny import QUANTISED, TinyMLP, perturb, seeded
@@ -138,6 +138,22 @@ def test_what_would_train_in_few_bits_is_refused(kind):
     report = ll.inject(model, LoRA(rank=2), ["first"], also_train=())
     assert report.layers == {"first": (f"linear, {kind}", 8, 8)}
     assert report.total_parameters == 2 * (64 + 8) + report.adapter_parameters
+
+
+@pytest.mark.parametrize(
+    ("kind", "held"),  # 64 x 32 weights, and scales: of blocks of 64, of rows (in float32), of groups of 8
+    [
+        ("nf4", 1024 + 32 * 4),
+        ("nf4-double", 1024 + 32 + 4),
+        ("int8", 2048 + 32 * 4),
+        ("torchao-int8", 2048 + 32 * (4 + 1)),
+        ("torchao-int4", 2048 + 256 * (4 + 1)),
+    ],
+)
+def test_bytes_that_frozen_weights_hold(kind, held):
+    model = nn.Sequential(quantised(kind, d_in=64, d_out=32), nn.LayerNorm(32).requires_grad_(False))
+    ll.inject(model, LoRA(rank=2), ["0"], also_train=())
+    assert frozen_bytes(model) == held + (32 + 2 * 32) * 4
 
 
 def test_a_format_without_backward_must_be_adapted(monkeypatch):

@@ -59,6 +59,14 @@ def test_a_table_of_strategies_and_gpus(capsys):
     assert "Fits into 1 GiB a GPU" in out
 
 
+def test_a_config_that_quantises_its_base_is_counted_so(capsys):
+    printed = []
+    for words in (["--quantised=nf4"], ["--model.quantisation=nf4"]):
+        assert main([*WORDS, *words, "--markdown"]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
