@@ -53,7 +53,7 @@ from lora_lightning.injection import (
 from lora_lightning.methods import Method, plain_settings
 from lora_lightning.paths import plain, starting_with, unwrap
 from lora_lightning.plugins import registry, restore
-from lora_lightning.sharding import gather, is_sharded, reshard
+from lora_lightning.sharding import gather, is_sharded, put, reshard
 from lora_lightning.shifts import shift_tensors
 from lora_lightning.targets import all_layers, other_users
 from lora_lightning.vocabulary import Vocabulary, check_same_tokens, grow, shrink, vocabulary
@@ -273,6 +273,8 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default")
     settings, its tensors are replaced, and what trains is not changed. New tokens that the adapter was trained with get
     their rows; the folder's `tokenizer/` knows them.
 
+    Of a sharded model, which can only take tensors for an adapter that it has, every process calls this.
+
     Args:
         model: the base model the adapter was trained on (heads of its task included).
         directory: an adapter folder.
@@ -283,7 +285,7 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default")
 
     Raises:
         AdapterFileError: missing or damaged folder; another base model; settings, keys or shapes that differ.
-        AdapterStateError: the model is merged or sharded.
+        AdapterStateError: the model is merged, or is sharded without an adapter of that name.
         UnknownMethodError: the plugin that provides the method is not installed.
     """
     check_name(name)
@@ -291,7 +293,10 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default")
     method_class = registry().method(stored.method, where=f'"{directory}"')
     root = _root_for(model)
     present, grown = name in records(root), vocabulary(root) is not None
+    reshard(root)
     _check_fingerprint(root, stored, directory)
+    if not present:
+        check_ready(root, name)
     if stored.vocabulary is not None:
         check_same_tokens(root, stored.vocabulary, f'"{directory}"')
         if not grown:
@@ -316,7 +321,6 @@ def _load(
         _check_same(records(root)[name], record, name, directory)
         adapters = adapters_named(root, name)
     else:
-        check_ready(root, name)
         adapters = {path: build(record.layers[path], path, base, stored.seed) for path, base in accessors.items()}
     sources = _match(root, stored, adapters, directory)
     shifts = _shifts(root, stored, accessors, directory)
@@ -326,7 +330,7 @@ def _load(
         place(root, name, adapters, record, accessors, trainable=False)
     with torch.no_grad():
         for target, value in sources:
-            target.copy_(value)
+            put(target, value)
     for path, layer in iter_adapters(root):
         if name in layer.adapters:
             layer.set_shift(name, shifts.get(path))
@@ -348,7 +352,8 @@ def _shifts(
                 f'"{directory}" holds a dense update of {path}, whose weight is shared with {tied[paths[path]][0]}, '
                 "which would change too; untie it first."
             )
-        shift.load_state_dict(tensors)
+        for key, value in tensors.items():
+            put(shift.get_buffer(key), value)
         found[paths[path]] = shift
     return found
 

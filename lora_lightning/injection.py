@@ -25,6 +25,7 @@ from lora_lightning.paths import places
 from lora_lightning.precision import compute_in_float32
 from lora_lightning.reading import read_layers
 from lora_lightning.scopes import pretrained_models
+from lora_lightning.sharding import reshard
 from lora_lightning.targets import (
     Heads,
     Targets,
@@ -410,6 +411,7 @@ def set_active(model: nn.Module, names: Sequence[str] | str) -> None:
     """
     wanted = _known(injected_root(model), [names] if isinstance(names, str) else names)
     layers = [(layer, tuple(n for n in wanted if n in layer.adapters)) for _, layer in iter_adapters(model)]
+    reshard(model)
     for layer, here in layers:
         if layer.merged and layer.merged != here:
             raise AdapterStateError(f"{', '.join(layer.merged)} is merged; call unmerge before another set is active.")
@@ -445,6 +447,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     Raises:
         AdapterStateError: a layer was merged with `keep_original=False`.
     """
+    reshard(model)
     layers = [layer for _, layer in iter_adapters(model)]
     merged = [layer for layer in layers if layer.merged]
     stuck = [layer for layer in merged if not layer.can_unmerge]
@@ -458,6 +461,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        reshard(model)
         for layer, was in zip(layers, before, strict=True):
             layer.disabled = was
         for layer in merged:
@@ -479,6 +483,7 @@ def merge(model: nn.Module, keep_original: bool = True) -> None:
         AdapterStateError: no adapter is active; one is routed, not finite or too large for the weight's dtype; or a
             weight is shared with another module. Nothing is merged then.
     """
+    reshard(model)
     layers = dict(iter_adapters(injected_root(model)))
     if not any(layer.active for layer in layers.values()):
         raise AdapterStateError("no adapter is active, so there is nothing to merge; call set_active first.")
@@ -505,6 +510,7 @@ def unmerge(model: nn.Module) -> None:
     Raises:
         AdapterStateError: a layer was merged with `keep_original=False`. Nothing is restored then.
     """
+    reshard(model)
     layers = [layer for _, layer in iter_adapters(injected_root(model))]
     if any(not layer.can_unmerge for layer in layers):
         raise AdapterStateError("merged with keep_original=False; the original weights are gone.")
@@ -523,6 +529,7 @@ def eject(model: nn.Module, name: str | None = None) -> None:
         AdapterStateError: no such adapter, or one of several that were merged with `keep_original=False`.
     """
     root = injected_root(model)
+    reshard(root)
     names = _known(root, list(records(root)) if name is None else [name])
     layers = dict(iter_adapters(root))
     for path, layer in layers.items():

@@ -7,14 +7,13 @@ A unit is gathered for its forward and given back. Each block of a model is one,
     its adapters    trained factors, float32                  gathered from forward to backward
     root            embeddings, output layer, trained heads
 
-Pieces are rows: process k of n holds rows [k c, (k + 1) c) of a tensor's first axis, c = ceil(rows / n).
+What a piece is, and how tensors are read and written, says `pieces`; its functions are to be had here as well.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -22,143 +21,46 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Shard
 
 from lora_lightning.adapters import experts
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.layer import AdaptedLayer
 from lora_lightning.errors import AdapterStateError
+from lora_lightning.pieces import (
+    assembled,
+    first_entry,
+    gather,
+    gather_nested,
+    is_sharded,
+    laid_out,
+    local,
+    own_rows,
+    piece_like,
+    put,
+    summed,
+    whole,
+)
 from lora_lightning.reading import read_layers
 from lora_lightning.scopes import pretrained_models
 
-# -- reading -----------------------------------------------------------------------------------------------------------
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether a parameter lies in pieces on several processes, so that all of them have to take part in reading it."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's piece of a tensor, sharing its memory; a whole tensor is its own piece."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, detached; for a sharded one every process has to take part."""
-    return gather([tensor])[0]
-
-
-def gather(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Each tensor whole, detached: one collective a dtype for those that lie in rows; all processes take part.
-
-    Whole tensors are returned as they are.
-    """
-    found = [tensor.detach() for tensor in tensors]
-    groups: dict[Any, list[int]] = {}
-    for i, tensor in enumerate(found):
-        if isinstance(tensor, DTensor):
-            by_rows = tensor.placements == (Shard(0),) and tensor.dim() > 0
-            if by_rows:
-                groups.setdefault((tensor.device_mesh, tensor.dtype), []).append(i)
-            else:
-                found[i] = tensor.full_tensor()
-    for (mesh, _), where in groups.items():
-        for i, value in zip(where, _gather_rows([cast(DTensor, found[i]) for i in where], mesh), strict=True):
-            found[i] = value
-    return found
-
-
-def _gather_rows(tensors: Sequence[DTensor], mesh: DeviceMesh) -> list[Tensor]:
-    """Whole tensors of those sharded by rows, in one all-gather of pieces padded to equal length."""
-    n = mesh.size()
-    rows = [math.ceil(t.shape[0] / n) for t in tensors]
-    sizes = [count * t.shape[1:].numel() for count, t in zip(rows, tensors, strict=True)]
-    pieces = [t.to_local() for t in tensors]
-    packed = pieces[0].new_zeros(sum(sizes))
-    for piece, room in zip(pieces, packed.split(sizes), strict=True):
-        room[: piece.numel()].copy_(piece.reshape(-1))
-    everyone = [torch.empty_like(packed) for _ in range(n)]
-    dist.all_gather(everyone, packed, group=mesh.get_group())
-    parts = torch.stack(everyone).split(sizes, dim=1)
-    return [
-        part.reshape(n * count, *t.shape[1:])[: t.shape[0]].contiguous()
-        for part, count, t in zip(parts, rows, tensors, strict=True)
-    ]
-
-
-def gather_nested(value: Any) -> Any:
-    """Nested dictionaries and lists with every sharded tensor in them whole; all processes take part."""
-    tensors: list[Tensor] = []
-
-    def collect(tensor: Tensor) -> Tensor:
-        tensors.append(tensor)
-        return tensor
-
-    _map_sharded(value, collect)
-    found = iter(gather(tensors))
-    return _map_sharded(value, lambda _: next(found))
-
-
-def _map_sharded(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, DTensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _map_sharded(inside, change) for key, inside in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_map_sharded(inside, change) for inside in value)
-    return value
-
-
-def summed(values: Tensor, over: Sequence[Tensor]) -> Tensor:
-    """`values` summed over the processes that hold pieces of a tensor in `over`; as they are where all are whole."""
-    mesh = next((t.device_mesh for t in over if isinstance(t, DTensor)), None)
-    if mesh is None:
-        return values
-    values = values.to(next(local(t).device for t in over if isinstance(t, DTensor)), copy=True)
-    dist.all_reduce(values, group=mesh.get_group())
-    return values
-
-
-# -- writing -----------------------------------------------------------------------------------------------------------
-
-
-def own_rows(value: Tensor, like: Tensor) -> Tensor:
-    """The rows of a whole tensor that this process holds of `like`, which has as many; all of them if it is whole."""
-    if not isinstance(like, DTensor):
-        return value
-    start, count = _rows(like)
-    return value[start : start + count]
-
-
-def first_entry(tensor: Tensor) -> int:
-    """Number of the first entry, counted along all of the tensor, that this process holds; 0 of a whole one."""
-    return _rows(tensor)[0] * tensor.shape[1:].numel() if isinstance(tensor, DTensor) else 0
-
-
-def _rows(tensor: DTensor) -> tuple[int, int]:
-    """First row that this process holds, and how many."""
-    if tensor.placements != (Shard(0),):
-        raise AdapterStateError(
-            f"a tensor is laid out as {tensor.placements}; only pieces by rows (Shard(0)) are known."
-        )
-    step = math.ceil(tensor.shape[0] / tensor.device_mesh.size())
-    start = min(tensor.device_mesh.get_local_rank() * step, tensor.shape[0])
-    return start, min(step, tensor.shape[0] - start)
-
-
-def laid_out(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, equal on all processes, in the layout and on the device of `like`; nothing is sent."""
-    if not isinstance(like, DTensor) or isinstance(value, DTensor):
-        return value.to(like.device)
-    return piece_like(own_rows(value, like).to(like.device, copy=True).contiguous(), like)
-
-
-def piece_like(piece: Tensor, like: Tensor) -> Tensor:
-    """This process's piece of a tensor as one in the layout of `like`."""
-    if not isinstance(like, DTensor):
-        return piece
-    return DTensor.from_local(piece, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+__all__ = [
+    "assembled",
+    "blocks",
+    "first_entry",
+    "gather",
+    "gather_nested",
+    "is_sharded",
+    "laid_out",
+    "local",
+    "own_rows",
+    "piece_like",
+    "put",
+    "reshard",
+    "roots",
+    "shard",
+    "summed",
+    "whole",
+]
 
 
 def reshard(model: nn.Module) -> None:
@@ -200,6 +102,9 @@ def shard(model: nn.Module, mesh: DeviceMesh, device: torch.device, reshard_afte
         _cut(block, apart, mesh, reshard_after_forward)
     sender.send(model)
     _cut(model, apart, mesh, None)
+    for module in model.modules():
+        if isinstance(module, AdaptedLayer):
+            module.follow_pieces()
     return list(found)
 
 

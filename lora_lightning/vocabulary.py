@@ -27,6 +27,7 @@ from lora_lightning.adapters.layer import AdaptedLayer
 from lora_lightning.adapters.seeds import generator
 from lora_lightning.errors import AdapterStateError, ModelError, SettingsError, did_you_mean
 from lora_lightning.paths import places
+from lora_lightning.pieces import is_sharded
 
 _KEY = "_lora_lightning_vocabulary"
 
@@ -190,6 +191,8 @@ def check_growable(model: nn.Module, first: int, tokens: Sequence[str]) -> None:
     """Raise `ModelError` or `AdapterStateError` unless the model can be given rows from id `first` on."""
     if not hasattr(model, "get_input_embeddings"):
         raise ModelError(f"{type(model).__name__} is no model of transformers, so its embedding is not known.")
+    if is_sharded(model):
+        raise AdapterStateError("the model is sharded already; add tokens before fully_shard.")
     before = vocabulary(model)
     if before is not None:
         raise AdapterStateError(f"the model has new tokens already: {', '.join(before.tokens)}; name all at once.")

@@ -7,25 +7,50 @@ A process that fails ends the launch.
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from lightning.pytorch import seed_everything
+from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.strategies import DDPStrategy
 from resuming import SaveAt, at_step
-from training import classification, completion_data, decoder_folder, encoder_folder, labelled_data, trainer
+from torch import Tensor, nn
+from torch.utils.data import DistributedSampler, TensorDataset
+from training import (
+    classification,
+    completion_data,
+    decoder_folder,
+    encoder_folder,
+    experts_folder,
+    labelled_data,
+    trainer,
+)
 
+from ll_ce_lora import CELoRA
+from ll_dora import DoRA
+from ll_dora.callback import WeightDecomposition
 from ll_lora import LoRA
+from ll_lorasc import LoRASC
+from ll_riemannian_moe import MoELoRA
+from lora_lightning.callbacks.cascade import Cascade
+from lora_lightning.callbacks.inject import InjectAdapters
+from lora_lightning.callbacks.noise import NoiseInjection
+from lora_lightning.callbacks.resume import ExactResume
 from lora_lightning.checkpoint import save_adapter
+from lora_lightning.data import ResumableLoader
+from lora_lightning.errors import SettingsError
 from lora_lightning.methods import Method
 from lora_lightning.module import AdapterModule
 from lora_lightning.saving import AtomicCheckpoints
 from lora_lightning.strategies import FSDP1, FSDP2
+from lora_lightning.tiny import seeded
 
 STEPS, SAVED_AT = 6, 3
 STRATEGIES: dict[str, Callable[[], Any]] = {"ddp": DDPStrategy, "fsdp2": FSDP2, "fsdp": FSDP1}
@@ -39,11 +64,22 @@ class Case:
     optimizer: Callable[[Any], torch.optim.Optimizer] | None = None
     callbacks: Callable[[], list[Any]] = list
     model: str = "encoder"
-    """ "encoder" (a classifier) or "decoder" (a causal language model)."""
+    """ "encoder" (a classifier), "decoder" (a causal language model), "experts" (one with fused experts), or "project"
+    (a module that knows nothing of adapters)."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """More settings of the data module."""
+    reads_base: bool = False
+    """Whether frozen weights are read or written between steps, which FSDP1 refuses."""
+    apart: bool = False
+    """Whether a loss is one of micro-batches, so that one process takes two of one row for a step, as two do."""
     module: dict[str, Any] = field(default_factory=dict)
     """More settings of AdapterModule."""
     trainer: dict[str, Any] = field(default_factory=dict)
     """More settings of Trainer."""
+
+
+def adamw(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=1e-2)
 
 
 CASES: dict[str, Case] = {
@@ -52,7 +88,115 @@ CASES: dict[str, Case] = {
         LoRA(rank=3), trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "max_steps": 4}
     ),
     "LoRA, decoder, checkpointed": Case(LoRA(rank=3), model="decoder", module={"gradient_checkpointing": True}),
+    "DoRA": Case(DoRA(rank=3), callbacks=lambda: [WeightDecomposition(at=[2])], reads_base=True),
+    "DoRA, full gradient": Case(DoRA(rank=3, detach_norm=False), module={"targets": "all-linear"}),
+    "DoRA, magnitude": Case(DoRA(mode="magnitude"), model="decoder"),
+    "CELoRA": Case(
+        CELoRA(rank=3, kept=0.5, svd_rank=2, every_n_steps=2), module={"targets": "all-linear"}, reads_base=True
+    ),
+    "CELoRA, drawn, window of 2": Case(
+        CELoRA(rank=3, kept=0.5, svd_rank=2, every_n_steps=1, selection="sample"),
+        model="decoder",
+        trainer={"accumulate_grad_batches": 2, "max_steps": 4},
+        reads_base=True,
+    ),
+    "MoELoRA": Case(MoELoRA(rank=2, experts=4, top_k=2, balance_loss=0.1, z_loss=0.01), adamw, apart=True),
+    "LoRASC, logs": Case(
+        LoRASC(inner=LoRA(rank=1), noise=0.0, stage_steps=2, share=0.5), model="decoder", reads_base=True
+    ),
+    "LoRASC, dense, noise persists": Case(
+        LoRASC(inner=LoRA(rank=3), noise=0.1, noise_mode="persist", stage_steps=4, rule="outer_step"),
+        model="decoder",
+        reads_base=True,
+    ),
+    "LoRASC of DoRA": Case(
+        LoRASC(inner=DoRA(rank=3), noise=0.1, stage_steps=2), module={"targets": "all-linear"}, reads_base=True
+    ),
+    "LoRASC of CELoRA": Case(
+        LoRASC(inner=CELoRA(rank=3, kept=0.5, svd_rank=2, every_n_steps=1), noise=0.1, stage_steps=2),
+        model="decoder",
+        reads_base=True,
+    ),
+    "noise": Case(LoRA(rank=3), callbacks=lambda: [NoiseInjection(0.2)], reads_base=True),
+    "noise persists": Case(DoRA(rank=3), callbacks=lambda: [NoiseInjection(0.2, "persist")], reads_base=True),
+    "embedding, cascade": Case(
+        DoRA(rank=3),
+        callbacks=lambda: [Cascade(stage_steps=3, noise=0.1)],
+        module={"targets": ["word_embeddings"]},
+        reads_base=True,
+    ),
+    "experts": Case(DoRA(rank=3), model="experts", module={"targets": "experts"}),
+    "experts, cascade": Case(
+        LoRASC(inner=LoRA(rank=3), noise=0.1, stage_steps=2),
+        model="experts",
+        module={"targets": ["gate_up_proj", "down_proj", "q_proj"]},
+        reads_base=True,
+    ),
+    "project": Case(DoRA(rank=2), model="project", module={"targets": ["mix"], "checkpoint": "full"}),
+    "project, cascade, adapter alone": Case(
+        LoRASC(inner=LoRA(rank=2), noise=0.1, stage_steps=2),
+        model="project",
+        module={"targets": ["mix"], "also_train": ["head"], "checkpoint": "adapter"},
+        reads_base=True,
+    ),
+    "new tokens": Case(LoRA(rank=3), model="decoder", data={"new_tokens": ["<a>", "<b>", "<c>"]}),
 }
+
+
+class Eager(AdapterModule):
+    """With a loop over experts: the grouped product of torch takes no float64."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.model.set_experts_implementation("eager")
+
+
+class Block(nn.Module):
+    """x + tanh(W norm(x))."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mix = nn.LayerNorm(7), nn.Linear(7, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 7) to (N, 7)."""
+        return x + torch.tanh(self.mix(self.norm(x)))
+
+
+class Net(nn.Module):
+    """Two blocks and an output layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 7) to (N, 3)."""
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Project(LightningModule):
+    """A module and data of a project's own."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__()
+        self.batch = batch
+        with seeded(4):
+            self.net = Net().double()
+            self.rows = TensorDataset(torch.randn(32, 7).double(), torch.randint(3, (32,)))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def train_dataloader(self) -> Any:
+        mine = DistributedSampler(self.rows, self.trainer.world_size, self.global_rank, shuffle=False)
+        return ResumableLoader(self.rows, batch_size=self.batch, sampler=mine)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
 def take(
@@ -60,16 +204,24 @@ def take(
 ) -> Any:
     """One run; its module, still in pieces where the strategy makes any."""
     seed_everything(3, verbose=False)
+    if case.apart:
+        batch, more = 1, more if "devices" in more else {"accumulate_grad_batches": 2}
+    module: Any
+    data: Any
     options: dict[str, Any] = {"optimizer": case.optimizer, "dtype": "float64", **case.module}
-    if case.model == "encoder":
+    callbacks = [*case.callbacks(), *callbacks]
+    if case.model == "project":
+        callbacks += [InjectAdapters(case.method, seed=1, **case.module), ExactResume()]
+        module, data, more = Project(batch), None, {"use_distributed_sampler": False, **more}
+    elif case.model == "encoder":
         module = classification(folder, case.method, **options)
-        data: Any = labelled_data(folder, batch_size=batch, group_by_length=False, limit=32)
+        data = labelled_data(folder, batch_size=batch, group_by_length=False, limit=32, **case.data)
     else:
         targets = {"targets": "all-linear", "linear_baseline": False, "seed": 1, "task": "causal-lm"}
-        module = AdapterModule(str(folder), case.method, **{**targets, **options})
-        data = completion_data(folder, batch_size=batch, group_by_length=False)
+        module = Eager(str(folder), case.method, **{**targets, **options})
+        data = completion_data(folder, batch_size=batch, group_by_length=False, **case.data)
     settings = {"max_steps": STEPS, "plugins": [AtomicCheckpoints()], **case.trainer, **more}
-    run = trainer(folder, [*case.callbacks(), *callbacks], **settings)
+    run = trainer(folder, callbacks, **settings)
     run.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     return module
 
@@ -78,8 +230,22 @@ def folder_of(base: Path, case: Case) -> Path:
     """A model without dropout, with its tokenizer and data."""
     folder = base / case.model
     if not folder.exists():
-        folder = encoder_folder(folder, dropout=0.0) if case.model == "encoder" else decoder_folder(folder)
+        make: dict[str, Callable[[Path], Any]] = {
+            "encoder": partial(encoder_folder, dropout=0.0),
+            "decoder": decoder_folder,
+            "experts": experts_folder,
+            "project": Path.mkdir,
+        }
+        make[case.model](folder)
     return folder
+
+
+def record(module: Any, out: Path) -> None:
+    """Write the adapter, and what was logged of its router, where a test looks for it."""
+    save_adapter(module, out)
+    if module.global_rank == 0:
+        logged = {k: float(v) for k, v in module.trainer.callback_metrics.items() if k.startswith("router_")}
+        (out / "router.json").write_text(json.dumps(logged))
 
 
 def main(strategy: str, base: Path, names: list[str]) -> None:
@@ -90,10 +256,15 @@ def main(strategy: str, base: Path, names: list[str]) -> None:
         for kind in ("straight", "resumed"):
             saved = out / "saved.ckpt"
             callbacks = [SaveAt(saved, at_step(min(SAVED_AT, case.trainer.get("max_steps", STEPS) - 1)))]
-            more = {"devices": 2, "strategy": STRATEGIES[strategy](), "accelerator": "cpu"}
+            shared = {"devices": 2, "accelerator": "cpu", "default_root_dir": out / kind}
+            more = shared | {"strategy": STRATEGIES[strategy]()}
+            if strategy == "fsdp" and case.reads_base:
+                with pytest.raises(SettingsError, match="reads or writes frozen weights between steps"):
+                    take(case, base / case.model, 2, [], **more)
+                continue
             resumed = {"checkpoint": saved} if kind == "resumed" else {}
             module = take(case, base / case.model, 2, callbacks if not resumed else [], **resumed, **more)
-            save_adapter(module, out / kind) if strategy == "fsdp2" or module.global_rank == 0 else None
+            record(module, out / kind) if strategy == "fsdp2" or module.global_rank == 0 else None
             module.trainer.strategy.barrier()
         print(f"{name}: taken", flush=True)
 

@@ -16,6 +16,8 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -68,6 +70,26 @@ def decoder_folder(folder: Path) -> Path:
         tie_word_embeddings=True,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def experts_folder(folder: Path) -> Path:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=12,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=2,
+    )
+    MixtralForCausalLM(config).save_pretrained(folder)
     save_tokenizer(folder)
     return folder
 

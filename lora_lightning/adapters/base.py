@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.weights import BaseLayer
 from lora_lightning.errors import SettingsError
+from lora_lightning.pieces import put
 from lora_lightning.precision import kept
 
 
@@ -163,9 +164,8 @@ class Adapter(nn.Module, ABC):
 
 
 def write(target: Tensor, values: Tensor) -> None:
-    """Copy `values`, whole and on the CPU, into a parameter or buffer, in its dtype."""
-    with torch.no_grad():
-        target.copy_(values.to(target.dtype))
+    """Copy `values`, whole and equal on all processes, into a parameter or buffer, in its dtype."""
+    put(target, values.to(target.dtype))
 
 
 def write_zeros(target: Tensor) -> None:

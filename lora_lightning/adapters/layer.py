@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.packed import PackedBase
@@ -16,6 +17,7 @@ from lora_lightning.adapters.unstated import unstated
 from lora_lightning.adapters.weights import BaseLayer, StackedBase, base_layer
 from lora_lightning.cascades import Rule
 from lora_lightning.errors import AdapterStateError, SettingsError, did_you_mean
+from lora_lightning.pieces import all_finite, assembled, laid_out, local, own_rows, piece_like, put, whole
 
 
 class AdaptedLayer(nn.Module):
@@ -36,7 +38,8 @@ class AdaptedLayer(nn.Module):
         self.merged: tuple[str, ...] = ()
         self._disabled = False
         self.tied_to: tuple[str, ...] = ()
-        self._kept: tuple[Tensor, Tensor | None] | None = None  # weight and bias, while the layer holds others
+        # this process's pieces of weight and bias, on the CPU, while the layer holds others
+        self._kept: tuple[Tensor, Tensor | None] | None = None
         self._noise: Noise | None = None
         self._stand_in: BaseLayer | None = None  # of the plain layer in the place of a packed one, while merged
         self.register_state_dict_post_hook(_emit_originals)  # type: ignore[no-untyped-call]
@@ -149,8 +152,10 @@ class AdaptedLayer(nn.Module):
     @torch.no_grad()
     def applied_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight of this layer now, (d_out, d_in): what adapters have folded and learned is in it, noise is not."""
-        if self._noise is None or not self._applied():
-            return self._base_under(self._applied()).weight(dtype).detach()
+        names = self._applied()
+        if self._noise is None or not names:
+            with assembled(self.adapters):
+                return self._base_under(names).weight(dtype).detach()
         return self._merged()[0].to(dtype)
 
     @property
@@ -171,11 +176,14 @@ class AdaptedLayer(nn.Module):
     @torch.no_grad()
     def merged_weight(self, name: str, dtype: torch.dtype) -> Tensor:
         """The pretrained weight with everything one adapter has folded and learned, (d_out, d_in)."""
-        return self.adapter(name).merged_weight(self.clean_weight(name, dtype))
+        weight = self.clean_weight(name, dtype)
+        with assembled(self.adapter(name)):
+            return self.adapter(name).merged_weight(weight)
 
     def low_rank(self, name: str) -> tuple[Tensor, Tensor] | None:
         """(A (R, d_in), B (d_out, R)) of the adapter and what it has folded; None where there is no such form."""
-        own = self.adapter(name).low_rank()
+        with assembled(self.adapter(name)):
+            own = self.adapter(name).low_rank()
         if own is None or name not in self.shifts:
             return own
         shift = self.shifts[name]
@@ -255,20 +263,22 @@ class AdaptedLayer(nn.Module):
         """
         self._check_unmerged()
         adapter, shift = self.adapter(name), cast("Shift", self.shifts[name])
-        factors = adapter.low_rank()
-        if isinstance(shift, LogShift):
-            if factors is None or (keep_noise and self._noise is not None):
-                what = "noise" if factors else f"the update of {type(adapter).__name__}"
-                raise AdapterStateError(f'adapter "{name}": {what} has no factors to fold; give it a DenseShift.')
-            shift.fold(*factors, share, rule)
-            return
-        if factors is None:
-            weight = self.under(name).weight(self.accessor.adapter_dtype)
-            shift.fold(adapter.merged_weight(weight) - weight, share, rule)
-        else:  # the difference of two weights would have lost digits of a small update
-            shift.fold(factors[1] @ factors[0], share, rule)
+        with assembled(adapter):
+            factors = adapter.low_rank()
+            if isinstance(shift, LogShift):
+                if factors is None or (keep_noise and self._noise is not None):
+                    what = "noise" if factors else f"the update of {type(adapter).__name__}"
+                    raise AdapterStateError(f'adapter "{name}": {what} has no factors to fold; give it a DenseShift.')
+                shift.fold(*factors, share, rule)
+                return
+            if factors is None:
+                weight = self.under(name).weight(self.accessor.adapter_dtype)
+                update = adapter.merged_weight(weight) - weight
+            else:  # the difference of two weights would have lost digits of a small update
+                update = factors[1] @ factors[0]
+        shift.fold(update, share, rule)
         if keep_noise and self._noise is not None:
-            shift.delta.add_(self._noise.draw(shift.delta))
+            local(shift.delta).add_(self._noise.draw(shift.delta))
         self.rewrite()
 
     @torch.no_grad()
@@ -288,25 +298,41 @@ class AdaptedLayer(nn.Module):
         noise = None if self._disabled else self._noise
         if self.merged or not (dense or noise or self.rewritten):
             return
-        original = self._keep()
+        self.accessor.check_writable()
+        original, stored = self._keep(), self.accessor.stored
         if not dense and noise is None:
-            self.accessor.stored.copy_(original)
+            local(stored).copy_(original)
             self._kept = None
             return
         weight = self.accessor._read(original).to(self.accessor.device, self.accessor.adapter_dtype, copy=True)
         for shift in dense:
-            weight += shift.delta
+            weight += local(shift.delta)
         if noise is not None:
-            weight += noise.draw(weight)
-        self.accessor.write(weight)
+            weight += noise.draw(self.accessor._read(stored), weight.dtype)
+        local(stored).copy_(self.accessor._store(weight))
 
     def _keep(self) -> Tensor:
-        """The original weight, kept on the CPU with its bias from now on."""
+        """This process's piece of the original weight, kept on the CPU with its bias from now on."""
         if self._kept is None:
             bias = self.accessor.bias
-            kept_bias = None if bias is None else bias.detach().to("cpu", copy=True)
-            self._kept = (self.accessor.stored.detach().to("cpu", copy=True), kept_bias)
+            kept_bias = None if bias is None else local(bias.detach()).to("cpu", copy=True)
+            self._kept = (local(self.accessor.stored.detach()).to("cpu", copy=True), kept_bias)
         return self._kept[0]
+
+    def follow_pieces(self) -> None:
+        """Lay out what goes with the weight as the weight has just been cut up: originals and dense updates."""
+        stored, bias = self.accessor.stored, self.accessor.bias
+        if not isinstance(stored, DTensor):
+            return
+        self.accessor.pieces = stored
+        if self._kept is not None:
+            kept, kept_bias = self._kept
+            own_bias = kept_bias if kept_bias is None or bias is None else own_rows(kept_bias, bias).clone()
+            self._kept = (own_rows(kept, stored).clone(), own_bias)
+        for shift in self.shifts.values():
+            if isinstance(shift, DenseShift):
+                for name, buffer in shift.named_buffers():
+                    setattr(shift, name, laid_out(buffer, self.accessor._read(stored.detach())))
 
     def _check_unmerged(self) -> None:
         if self.merged:
@@ -337,10 +363,16 @@ class AdaptedLayer(nn.Module):
             if not adapter.mergeable:
                 raise AdapterStateError(f'adapter "{name}" ({type(adapter).__name__}) depends on its input; no merge.')
             for tensor_name, tensor in adapter.named_parameters():
-                if not torch.isfinite(tensor).all():
+                if not all_finite(tensor):
                     raise AdapterStateError(f'adapter "{name}": {tensor_name} holds values that are not finite.')
         if self.active and not self.merged:
-            for merged in self._merged():
+            weight, bias = self._merged()
+            if bias is not None and self.accessor.bias is None and isinstance(self.accessor.stored, DTensor):
+                raise AdapterStateError(
+                    "the layer has no bias and lies in pieces, so that it cannot be given the adapter's; save the "
+                    "adapter, and merge it into a model that is not sharded."
+                )
+            for merged in (weight, bias):
                 if merged is not None and not torch.isfinite(merged.to(self.accessor.dtype)).all():
                     raise AdapterStateError(f"the merged weight overflows {self.accessor.dtype}.")
 
@@ -348,11 +380,12 @@ class AdaptedLayer(nn.Module):
     def _merged(self) -> tuple[Tensor, Tensor | None]:
         """Weight (d_out, d_in) and bias with the active adapters and without noise, in float32 at least."""
         kept, weight = self.originals(), self.pretrained_weight(self.accessor.adapter_dtype)
-        bias = kept["bias"].to(self.accessor.device) if "bias" in kept else None
+        bias = whole(kept["bias"]).to(self.accessor.device) if "bias" in kept else None
         for name in self.active:
             if name in self.shifts:
                 weight = cast("Shift", self.shifts[name]).merged_weight(weight)
-            weight, bias = self.adapter(name).merged_weight(weight), self.adapter(name).merged_bias(bias)
+            with assembled(self.adapter(name)):
+                weight, bias = self.adapter(name).merged_weight(weight), self.adapter(name).merged_bias(bias)
         return weight, bias
 
     @torch.no_grad()
@@ -363,6 +396,7 @@ class AdaptedLayer(nn.Module):
         """
         if self.merged or not self.active:
             return
+        self.accessor.check_writable()
         weight, bias = self._merged()
         if isinstance(self.accessor, PackedBase):
             self.base = self.accessor.plain(weight, bias)
@@ -393,8 +427,13 @@ class AdaptedLayer(nn.Module):
             return
         if self._kept is None:
             raise AdapterStateError("merged with keep_original=False; the original weight is gone.")
+        self.accessor.check_writable()
         with torch.no_grad():
-            self._write_bias(self._kept[1])
+            own, bias = self.accessor.bias, self._kept[1]
+            if isinstance(own, DTensor) and bias is not None:
+                local(own).copy_(bias)
+            else:
+                self._write_bias(bias)
         self.merged = ()
         self.rewrite()
 
@@ -407,10 +446,12 @@ class AdaptedLayer(nn.Module):
             value = bias.detach().to(self.accessor.dtype, copy=True)
             self.base.bias = nn.Parameter(value, requires_grad=False)
         else:
-            own.copy_(bias)
+            put(own, bias)
 
     def originals(self) -> dict[str, Tensor]:
         """Weight and, where there is one, bias of the base layer in their own layout, as before any merge or fold.
+
+        Where the layer lies in pieces, so do they.
 
         Raises:
             AdapterStateError: it was merged with `keep_original=False`.
@@ -419,6 +460,9 @@ class AdaptedLayer(nn.Module):
             raise AdapterStateError("merged with keep_original=False; the original weight is gone.")
         now: tuple[Tensor, Tensor | None] = self.accessor.stored, self.accessor.bias
         weight, bias = now if self._kept is None else self._kept
+        if self._kept is not None and isinstance(now[0], DTensor):
+            weight = piece_like(weight.to(now[0].device), now[0])
+            bias = bias if bias is None or now[1] is None else piece_like(bias.to(now[0].device), now[1])
         return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
 
     @torch.no_grad()
@@ -431,7 +475,7 @@ class AdaptedLayer(nn.Module):
         original = self.originals()["weight"]
         if isinstance(self.accessor, PackedBase):
             return self.accessor.weight(dtype)
-        return self.accessor._read(original).detach().to(self.accessor.device, dtype)
+        return self.accessor._read(whole(original)).to(self.accessor.device, dtype)
 
     def original_weight(self) -> Tensor:
         """The base weight in its own layout, as it was before any merge or fold.

@@ -24,6 +24,7 @@ from lora_lightning.adapters.low_rank import add_low_rank
 from lora_lightning.adapters.seeds import generator
 from lora_lightning.adapters.weights import BaseLayer, plus_product
 from lora_lightning.cascades import Rule
+from lora_lightning.pieces import local, own_rows, whole, zeros_laid_out
 
 
 class LogShift(nn.Module):
@@ -76,26 +77,27 @@ class DenseShift(nn.Module):
     """A folded update of any form."""
 
     delta: Tensor
-    """D, (d_out, d_in), in float32 at least."""
+    """D, (d_out, d_in), in float32 at least; in pieces where the weight is."""
     slow: Tensor
     """S of the rule "figure_ema", (d_out, d_in); there once it is needed."""
 
     def __init__(self, base: BaseLayer) -> None:
         super().__init__()
-        self.register_buffer("delta", base.zeros(base.d_out, base.d_in))
+        self.register_buffer("delta", base.zeros_like_weight())
 
     def fold(self, update: Tensor, share: float, rule: Rule) -> None:
-        """Add an update F, (d_out, d_in)."""
+        """Add an update F, whole, (d_out, d_in)."""
+        delta, own = local(self.delta), own_rows(update, self.delta)
         if rule == "outer_step":
-            self.delta.add_(update, alpha=share)
+            delta.add_(own, alpha=share)
             return
         if not hasattr(self, "slow"):
-            self.register_buffer("slow", torch.zeros_like(self.delta))
-        self.delta.add_(self.slow.mul_(1 - share).add_(update, alpha=share))
+            self.register_buffer("slow", zeros_laid_out(self.delta, self.delta.dtype))
+        delta.add_(local(self.slow).mul_(1 - share).add_(own, alpha=share))
 
     def merged_weight(self, weight: Tensor) -> Tensor:
-        """W + D."""
-        return weight + self.delta.to(weight.dtype)
+        """W + D, whole."""
+        return weight + whole(self.delta).to(weight.dtype)
 
 
 Shift = LogShift | DenseShift
@@ -110,7 +112,7 @@ def shift_like(base: BaseLayer, tensors: Mapping[str, Tensor]) -> Shift | None:
             setattr(shift, name, base.zeros(*size))
         shift.log_weight, shift.slow_weight = (shift.log_weight.new_zeros(columns) for _ in range(2))
     if isinstance(shift, DenseShift) and "slow" in tensors:
-        shift.register_buffer("slow", torch.zeros_like(shift.delta))
+        shift.register_buffer("slow", zeros_laid_out(shift.delta, shift.delta.dtype))
     own = {name: tensor.shape for name, tensor in shift.state_dict().items()}
     return shift if own == {name: tensor.shape for name, tensor in tensors.items()} else None
 
@@ -127,8 +129,8 @@ class Noise:
     path: str
     scale: float
 
-    def draw(self, like: Tensor) -> Tensor:
-        """The noise, in the shape, dtype and place of `like`."""
+    def draw(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The noise for what this process holds of `like`, drawn whole, so that an entry's is the same anywhere."""
         drawn = generator(self.seed, "noise", self.stage, self.path)
         values = torch.rand(like.shape, generator=drawn, device=drawn.device) - 0.5
-        return self.scale * values.to(like.device, like.dtype)
+        return self.scale * own_rows(values, like).to(like.device, dtype or like.dtype)

@@ -21,8 +21,12 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
+
+from lora_lightning.errors import AdapterStateError
+from lora_lightning.pieces import local, put, whole, zeros_laid_out
 
 Kind = Literal["linear", "conv", "embedding", "experts"]
 
@@ -44,6 +48,8 @@ class BaseLayer(ABC):
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self.pieces: Tensor | None = None
+        """The parameter that holds the weight's pieces; what a gathered unit shows instead is a passing copy."""
         self._cache: dict[Hashable, tuple[tuple[int, ...], Tensor]] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -88,20 +94,43 @@ class BaseLayer(ABC):
         """Zeros (*lead, *size) where and in the data type in which adapters hold their tensors."""
         return torch.zeros((*self.lead, *size), dtype=self.adapter_dtype, device=self.device)
 
+    def zeros_like_weight(self) -> Tensor:
+        """Zeros (*lead, d_out, d_in) in the data type of adapters, in pieces where the weight is."""
+        if not isinstance(self.stored, DTensor):
+            return self.zeros(self.d_out, self.d_in)
+        return zeros_laid_out(self._read(self.stored.detach()), self.adapter_dtype)
+
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight as (d_out, d_in), a view where no cast is asked for."""
-        weight = self._read(self.stored)
+        """The weight as (d_out, d_in), a view where no cast is asked for.
+
+        One that lies in pieces is gathered: outside the forward of its unit all processes take part.
+        """
+        stored = self.stored
+        weight = self._read(whole(stored) if isinstance(stored, DTensor) else stored)
         return weight if dtype is None else weight.to(dtype)
 
     def write(self, weight: Tensor) -> None:
-        """Write a weight given as (d_out, d_in) in place, rounded once to the stored dtype."""
-        with torch.no_grad():
-            self.stored.copy_(self._store(weight))
+        """Write a weight given whole, as (d_out, d_in), in place, rounded once to the stored dtype."""
+        self.check_writable()
+        put(self.stored, self._store(weight))
+
+    def check_writable(self) -> None:
+        """Raise `AdapterStateError` where a write would be lost: what a gathered unit shows is a passing copy."""
+        if self.pieces is not None and not isinstance(self.stored, DTensor):
+            raise AdapterStateError(
+                "the weight lies in pieces and is gathered now, so that what is written would be lost; call "
+                "lora_lightning.sharding.reshard on the model first, outside its forward."
+            )
 
     @property
     def version(self) -> tuple[int, ...]:
         """Changes whenever the weight is written or replaced."""
-        return self.stored._version, self.stored.data_ptr()
+        if self.pieces is None:
+            return self.stored._version, self.stored.data_ptr()
+        # not of what is gathered, which moves no version; writes to a sharded parameter move one of two counts
+        with torch.no_grad():
+            piece = local(self.pieces)
+        return self.pieces._version, piece._version, piece.data_ptr()
 
     def cached(self, key: Hashable, fn: Callable[[Tensor], Tensor]) -> Tensor:
         """`fn(weight())`, computed again only when `version` has moved; never written to any file."""
@@ -415,7 +444,7 @@ class BaseAround(BaseLayer):
 
     def __init__(self, under: BaseLayer) -> None:
         super().__init__(under.module)
-        self.under = under
+        self.under, self.pieces = under, under.pieces
         self.kind, self.d_in, self.d_out, self.lead = under.kind, under.d_in, under.d_out, under.lead
 
     @abstractmethod

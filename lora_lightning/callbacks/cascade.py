@@ -152,7 +152,7 @@ class Cascade(ScheduleCallback):
             )
         persists = bool(self.noise) and self.noise_mode == "persist"
         if name not in layer.shifts:
-            factors, base = adapter.low_rank(), layer.accessor
+            factors, base = layer.low_rank(name), layer.accessor
             numbers = (stages or math.inf) * (factors[0].shape[-2] if factors else math.inf) * (base.d_in + base.d_out)
             few_bits = isinstance(base, PackedBase) and factors is not None  # which no dense update can be added to
             small = (numbers < base.d_in * base.d_out or few_bits) and not persists

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, cast
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.schedule import REPORTS, order_callbacks
@@ -27,7 +28,7 @@ from lora_lightning.injection import (
     records,
 )
 from lora_lightning.methods import Method
-from lora_lightning.sharding import is_sharded
+from lora_lightning.sharding import is_sharded, laid_out, put
 from lora_lightning.shifts import open_shifts, rewrite_weights
 from lora_lightning.targets import Heads, Targets
 
@@ -193,6 +194,9 @@ class InjectAdapters(Callback):
                 if not rest.startswith(("base.", "adapters.", "shifts.")):
                     state_dict[f"{path}.base.{rest}"] = state_dict.pop(key)
         current = module.state_dict()
+        for key, own in current.items():
+            if key in state_dict and isinstance(own, DTensor):
+                state_dict[key] = laid_out(state_dict[key], own)
         for key in adapter_keys(module, self.name):
             state_dict.setdefault(key, current[key])
 
@@ -211,7 +215,7 @@ class InjectAdapters(Callback):
         check_fits(pl_module, self.name, tensors)
         state = pl_module.state_dict()
         for key, value in tensors.items():
-            state[key].copy_(value)
+            put(state[key], value)
         rewrite_weights(pl_module)
 
 

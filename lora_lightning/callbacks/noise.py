@@ -16,6 +16,7 @@ from lora_lightning.adapters.shift import DenseShift, Noise
 from lora_lightning.callbacks.schedule import KNOTS, ScheduleCallback, adapted_layer, injected_path
 from lora_lightning.cascades import NoiseMode
 from lora_lightning.errors import AdapterStateError, check
+from lora_lightning.sharding import assembled, put
 
 
 class StageNoise:
@@ -68,7 +69,8 @@ def is_zero(adapter: Adapter, layer: AdaptedLayer, name: str) -> bool:
     if not adapter.mergeable:
         return False
     weight = layer.clean_weight(name)
-    return torch.equal(adapter.merged_weight(weight), weight)
+    with assembled(adapter):
+        return torch.equal(adapter.merged_weight(weight), weight)
 
 
 class NoiseInjection(ScheduleCallback):
@@ -125,7 +127,7 @@ class NoiseInjection(ScheduleCallback):
         if name in layer.shifts:
             raise AdapterStateError(f"{path}: it has folded something already, so no noise can persist on it.")
         shift = DenseShift(layer.accessor)
-        shift.delta.copy_(layer.under(name).weight(shift.delta.dtype) - layer.clean_weight(name))
+        put(shift.delta, layer.under(name).weight(shift.delta.dtype) - layer.clean_weight(name))
         layer.set_noise(None)
         layer.set_shift(name, shift)
 

@@ -12,7 +12,6 @@ from typing import Any, ClassVar, cast
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ll_ce_lora.adapter import CELoRAAdapter
 from lora_lightning.adapters.base import Adapter
@@ -134,8 +133,10 @@ class RefreshIndex(ScheduleCallback):
 
     def _split(self, path: str, adapter: CELoRAAdapter) -> None:
         base = self._bases[path]
-        weight = base.weight()
-        adapter.split(weight.full_tensor() if isinstance(weight, DTensor) else weight)
+        adapter.split(base.weight())
+        if torch.distributed.is_initialized():  # another device may have found other bits, and then other channels
+            for derived in adapter.derived().values():
+                torch.distributed.broadcast(derived, 0)
         self._versions[path] = base.version
 
     def on_stepped(self, step: int, adapters: Mapping[str, Adapter]) -> None:

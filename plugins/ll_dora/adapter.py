@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ll_dora import functional
 from ll_dora.analysis import weight_change
@@ -26,6 +27,7 @@ from lora_lightning.adapters.base import (
     write_zeros,
 )
 from lora_lightning.adapters.weights import BaseLayer
+from lora_lightning.pieces import assembled
 
 _SQUARES = "ll_dora: squared row norms"
 
@@ -92,7 +94,8 @@ class DoRAAdapter(Adapter):
             weight = base.weight()
             return self._ratio_of(weight, functional.squared_row_norms(weight))
         squares = base.cached(_SQUARES, functional.squared_row_norms)
-        if self.training or torch.is_grad_enabled():
+        # parameters of a sharded unit are gathered anew for each call, which no version tells
+        if self.training or torch.is_grad_enabled() or isinstance(self, FSDPModule):
             self._eval_ratio = None
             return self._ratio_of(base.weight(), squares)
         # a base that cannot tell whether it has changed gives new squares at each call
@@ -135,7 +138,8 @@ def survey(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
     for path, adapter in adapters.items():
         if isinstance(adapter, DoRAAdapter):
             weight = adapter.base.weight(adapter.base.adapter_dtype)
-            change = weight_change(adapter.merged_weight(weight), weight)
+            with assembled(adapter):
+                change = weight_change(adapter.merged_weight(weight), weight)
             layers[path] = {"dM": change.magnitude, "dD": change.direction, "zero_rows": adapter.zero_rows()}
     count = max(1, len(layers))
     return {

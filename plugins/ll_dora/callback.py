@@ -14,11 +14,11 @@ from typing import Any, ClassVar, get_args
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ll_dora.analysis import Axis, weight_change
 from ll_dora.records import FILENAME, FORMAT
 from lora_lightning.adapters.layer import AdaptedLayer
+from lora_lightning.adapters.weights import BaseLayer
 from lora_lightning.base_layers import accessor
 from lora_lightning.callbacks.schedule import REPORTS, order_callbacks, resolve_step, total_steps
 from lora_lightning.errors import NoEffectError, ResumeError, SettingsError, TrainingError, check
@@ -31,7 +31,7 @@ class WeightDecomposition(Callback):
 
     Works in any Lightning project. Where the model has adapters, their layers are measured, with the merged weight;
     where it has none, every linear layer, convolution and embedding whose weight trains. A copy of the start weights of
-    the measured layers stays on the CPU while the model trains.
+    the measured layers stays on the CPU of the first process while the model trains.
 
     Args:
         at: optimizer steps to measure after; up to 1 a share of all steps, from 2 on a step number. The last step of
@@ -66,7 +66,8 @@ class WeightDecomposition(Callback):
         check(not isinstance(layers, str), self, "layers", "it must be a list of regular expressions.")
         for pattern in layers or ():
             _compile(pattern)
-        self._starts: dict[str, Tensor] = {}
+        self._starts: dict[str, Tensor | None] = {}
+        self._first = True
         self._steps: frozenset[int] = frozenset()
         self._records: list[dict[str, Any]] = []
         self._seen = 0
@@ -77,7 +78,8 @@ class WeightDecomposition(Callback):
         if stage != "fit":
             return
         order_callbacks(trainer)
-        self._starts = {path: _copy(path, weight) for path, weight in self._plain(pl_module).items()}
+        self._first = trainer.is_global_zero
+        self._starts = {path: self._copy(base.weight()) for path, base in self._plain(pl_module).items()}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the layers and complete the copies.
@@ -90,7 +92,7 @@ class WeightDecomposition(Callback):
         if adapted:
             found = [path for path, layer in adapted.items() if self._wants(path) and _fixed(layer)]
         else:
-            found = [path for path, weight in self._plain(pl_module).items() if weight.requires_grad]
+            found = [path for path, base in self._plain(pl_module).items() if base.stored.requires_grad]
         if not found:
             raise NoEffectError(
                 f"{type(self).__name__} found nothing to measure: it needs layers with a mergeable adapter, or without "
@@ -104,7 +106,7 @@ class WeightDecomposition(Callback):
                     f"{type(self).__name__}: {path} was built after the checkpoint was chosen, so its weight at the "
                     "start of the run is unknown; build the model in __init__ to resume with this callback."
                 )
-            self._starts[path] = _copy(path, _weight(adapted.get(path) or pl_module.get_submodule(path), start=True))
+            self._starts[path] = self._copy(_weight(adapted.get(path) or pl_module.get_submodule(path), start=True))
         self._starts = {path: self._starts[path] for path in found}
         self.label = self.label or _label(pl_module)
 
@@ -145,7 +147,9 @@ class WeightDecomposition(Callback):
         """Record every layer, and write the file, so that a killed run keeps what was measured."""
         values = {}
         for path, start in self._starts.items():
-            weight = _weight(module.get_submodule(path))
+            weight = _weight(module.get_submodule(path))  # gathered where it lies in pieces, so by every process
+            if start is None:
+                continue
             change = weight_change(weight, start.to(weight.device), self.axis)
             values[path] = {"dM": _number(change.magnitude), "dD": _number(change.direction), "skipped": change.skipped}
         self._records.append({"step": trainer.global_step, "layers": values})
@@ -158,8 +162,12 @@ class WeightDecomposition(Callback):
     def _wants(self, path: str) -> bool:
         return self.layers is None or any(_compile(pattern).search(path) for pattern in self.layers)
 
-    def _plain(self, module: nn.Module) -> dict[str, Tensor]:
-        """Weights (d_out, d_in) of layers without adapters, by path."""
+    def _copy(self, weight: Tensor) -> Tensor | None:
+        """A copy on the CPU, of the first process alone."""
+        return weight.detach().to("cpu", copy=True) if self._first else None
+
+    def _plain(self, module: nn.Module) -> dict[str, BaseLayer]:
+        """Layers without adapters, by path."""
         inside = tuple(f"{path}." for path, _ in iter_adapters(module))
         found = {}
         for path, layer in module.named_modules():
@@ -167,7 +175,7 @@ class WeightDecomposition(Callback):
                 continue
             base = accessor(layer)
             if base is not None and not base.stored.is_meta:
-                found[path] = base.weight()
+                found[path] = base
         return found
 
     # -- resuming ------------------------------------------------------------------------------------------------------
@@ -207,14 +215,6 @@ def _weight(module: nn.Module, start: bool = False) -> Tensor:
     if start:
         return module.pretrained_weight(module.accessor.dtype)
     return module.applied_weight(module.accessor.adapter_dtype)
-
-
-def _copy(path: str, weight: Tensor) -> Tensor:
-    if isinstance(weight, DTensor):
-        raise TrainingError(
-            f"WeightDecomposition: {path} is sharded; it compares whole weights, so measure on one device or under DDP."
-        )
-    return weight.detach().to("cpu", copy=True)
 
 
 def _label(module: nn.Module) -> str:

@@ -747,8 +747,13 @@ def test_norms_are_summed_over_processes_before_choosing(monkeypatch):
     other[[1, 4, 6, 7]] = 1e6
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: t.add_(other) if len(t) == 8 else t)
+    sent = []
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda t, source: sent.append((t, source)))
     loop.step()
     assert loop.index("b") == [1, 4, 6, 7]
+    # what is derived from a weight comes from one process as well
+    chosen = next(adapter for path, adapter in loop.adapters.items() if path.startswith("b."))
+    assert any(tensor is chosen.row_norms and source == 0 for tensor, source in sent)
 
 
 # -- under a trainer ---------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from ll_dora.callback import WeightDecomposition
 from ll_lora import LoRA
 from lora_lightning.__main__ import main
 from lora_lightning.callbacks import Cascade, InjectAdapters
-from lora_lightning.errors import DataError, NoEffectError, ResumeError, SettingsError, TrainingError
+from lora_lightning.errors import DataError, NoEffectError, ResumeError, SettingsError
 from lora_lightning.injection import adapters_named, inject
 from lora_lightning.testing import perturb
 
@@ -276,19 +276,6 @@ def test_what_cannot_be_recorded_is_an_error(tmp_path, options, error, message):
 def test_settings_outside_their_rules(options, message):
     with pytest.raises(SettingsError, match=message):
         WeightDecomposition(**options)
-
-
-def test_sharded_weights_are_refused(monkeypatch):
-    monkeypatch.setattr("ll_dora.callback.DTensor", torch.Tensor)
-    with pytest.raises(TrainingError, match=r"blocks\.0\.mix is sharded"):
-        WeightDecomposition().setup(trainer_stub(), Project(), "fit")
-
-
-def trainer_stub():
-    class Stub:
-        callbacks = ()
-
-    return Stub()
 
 
 # -- drawing -----------------------------------------------------------------------------------------------------------
