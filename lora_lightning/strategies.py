@@ -29,6 +29,7 @@ from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.optim import Optimizer
 
 from lora_lightning.adapters.base import Adapter
+from lora_lightning.callbacks.schedule import ScheduleCallback
 from lora_lightning.checkpoint import adapter_state
 from lora_lightning.errors import AdapterStateError, ResumeError, SettingsError
 from lora_lightning.fingerprint import keep_fingerprint
@@ -293,13 +294,45 @@ class DeepSpeed(DeepSpeedStrategy):
     """ZeRO stage 2 of DeepSpeed, which has to be installed: gradients and optimizer states in pieces. It needs GPUs.
 
     Checkpoints hold the adapter and not the optimizer's state, which lies in DeepSpeed: a run is not resumed from them.
+    Gradients lie there as well: what reads them, or steps factors in pairs, is refused.
 
     Args:
         offload_optimizer: keep optimizer states in the CPU's memory.
     """
 
+    hides_gradients = True
+
     def __init__(self, offload_optimizer: bool = False) -> None:
         super().__init__(stage=2, offload_optimizer=offload_optimizer)
+
+    def setup(self, trainer: Trainer) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            SettingsError: a schedule that reads gradients, or an optimizer of factor pairs.
+        """
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if (
+                isinstance(callback, ScheduleCallback)
+                and type(callback).on_gradients is not ScheduleCallback.on_gradients
+            ):
+                raise SettingsError(
+                    f"trainer.strategy is DeepSpeed, but {type(callback).__name__} reads gradients, which DeepSpeed "
+                    "keeps to itself. Take FSDP2, or ddp."
+                )
+        super().setup(trainer)
+
+    def _setup_model_and_optimizer(
+        self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any | None = None
+    ) -> Any:
+        pairs = hasattr(optimizer, "bind_pairs")
+        if pairs or any(group.get("clip") is not None for group in getattr(optimizer, "param_groups", ())):
+            what = "steps factors in pairs" if pairs else "has groups that are clipped by themselves"
+            raise SettingsError(
+                f"trainer.strategy is DeepSpeed, but {type(optimizer).__name__} {what}, and DeepSpeed holds gradients "
+                "in flat pieces. Take FSDP2, or ddp."
+            )
+        return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         """One file, written by the first process."""

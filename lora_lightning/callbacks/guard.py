@@ -80,7 +80,10 @@ class TrainingGuard(Callback):
             if rates.get(id(parameter), float(id(parameter) not in elsewhere)) != 0.0:
                 real.append(name)
                 self._real[name] += 1
-        self._note_gradients(real)
+        if getattr(trainer.strategy, "hides_gradients", False):
+            self._had_gradient |= set(real)  # that they move says it
+        else:
+            self._note_gradients(real)
         self._note_moves(real)  # before the step as well: a new stage may put a factor back to where it started
 
     def _note_gradients(self, names: list[str]) -> None:

@@ -57,7 +57,8 @@ class Project(LightningModule):
 
     def configure_model(self):
         if self.net is None:
-            self.net = tiny_decoder().train()
+            with torch.device("cpu"):  # the same random weights, wherever Lightning builds the module
+                self.net = tiny_decoder().train()
             inject(self.net, self.method, seed=0)
             if self.shard is not None:
                 self.shard(self)
