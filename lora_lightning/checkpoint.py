@@ -322,14 +322,14 @@ def _load(
         adapters = adapters_named(root, name)
     else:
         adapters = {path: build(record.layers[path], path, base, stored.seed) for path, base in accessors.items()}
-    sources = _match(root, stored, adapters, directory)
+    _match(root, stored, adapters, directory)
     shifts = _shifts(root, stored, accessors, directory)
     if present:
         set_active(root, [name])
     else:
         place(root, name, adapters, record, accessors, trainable=False)
-    with torch.no_grad():
-        for target, value in sources:
+    with torch.no_grad():  # heads in half precision have become others
+        for target, value in _match(root, stored, adapters, directory):
             put(target, value)
     for path, layer in iter_adapters(root):
         if name in layer.adapters:

@@ -177,6 +177,14 @@ def inject(
     )
 
 
+def lower_adapters(model: nn.Module, name: str) -> None:
+    """Turn an adapter's tensors to the dtype of the layers they are on, where that is half precision."""
+    for _, layer in iter_adapters(model):
+        if name in layer.adapters:
+            layer.adapter(name).in_half = True
+            layer.adapter(name).to(layer.accessor.dtype)
+
+
 def common_seed() -> int:
     """Torch's initial seed; the first process's where several run together, which start from seeds of their own."""
     seed = [torch.initial_seed()]

@@ -32,6 +32,7 @@ from lora_lightning.injection import (
     common_seed,
     ignore_adapter_buffers,
     inject,
+    lower_adapters,
     records,
 )
 from lora_lightning.loading import checkpoint_format, load_model, load_without_values
@@ -72,6 +73,8 @@ class AdapterModule(LightningModule):
         num_labels: classes of a classification head; null takes the data module's.
         dtype: of frozen weights: "float64", "float32", "bfloat16", "float16", or "auto" for that of the files; null
             takes "float32", and "bfloat16" where trainer.precision is "bf16-true". What trains is float32 at least.
+        half_adapters: keep adapters in the dtype of the frozen weights, too: in half precision small updates are lost,
+            and optimizers of factor pairs refuse them.
         gradient_checkpointing: recompute activations in backward: less memory, about a third more time.
         linear_baseline: before training, fit the head alone on frozen features for as many steps, to compare with.
         max_new_tokens: most tokens of a text that is generated, to predict or to be measured.
@@ -99,6 +102,7 @@ class AdapterModule(LightningModule):
         lr_scheduler: WarmUp = WarmUp(),  # noqa: B008 - frozen
         num_labels: int | None = None,
         dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] | None = None,
+        half_adapters: bool = False,
         gradient_checkpointing: bool = False,
         linear_baseline: bool = True,
         max_new_tokens: int = 64,
@@ -112,6 +116,7 @@ class AdapterModule(LightningModule):
         self.targets, self.exclude, self.overrides = targets, exclude or [], overrides or {}
         self.also_train, self.optimizer_factory, self.lr_scheduler = also_train, optimizer, lr_scheduler
         self.num_labels, self.dtype_name, self.gradient_checkpointing = num_labels, dtype, gradient_checkpointing
+        self.half_adapters = half_adapters
         self.linear_baseline, self.max_new_tokens, self.seed = linear_baseline, max_new_tokens, seed
         self.random_config, self.quantisation = random_config or {}, quantisation
         if random_config and not is_random(pretrained):
@@ -160,6 +165,8 @@ class AdapterModule(LightningModule):
         self.injection = inject(
             net, self.method, self.targets, self.exclude, self.overrides, self.also_train, name=NAME, seed=seed
         )
+        if self.half_adapters:
+            lower_adapters(net, NAME)
         if is_random(pretrained):
             note = f"nothing is pretrained: what is frozen stays as it was drawn ({pretrained})"
             self.injection = replace(self.injection, notes=(*self.injection.notes, note))
@@ -235,7 +242,8 @@ class AdapterModule(LightningModule):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts, of which those to half precision are not for what trains."""
-        trained = {id(p) for p in self.parameters() if p.requires_grad}
+        adapters = {id(p) for m in self.modules() if isinstance(m, Adapter) for p in m.parameters()}
+        trained = {id(p) for p in self.parameters() if p.requires_grad} - adapters
         return cast(Self, super()._apply(kept(fn, lambda tensor: id(tensor) in trained), recurse))  # type: ignore[no-untyped-call]
 
     def _check_length(self, net: nn.Module) -> None:

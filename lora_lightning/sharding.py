@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from lora_lightning.adapters import experts
 from lora_lightning.adapters.base import Adapter
@@ -73,7 +74,13 @@ def reshard(model: nn.Module) -> None:
 # -- cutting up --------------------------------------------------------------------------------------------------------
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, device: torch.device, reshard_after_forward: bool = True) -> list[str]:
+def shard(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    device: torch.device,
+    reshard_after_forward: bool = True,
+    cpu_offload: bool = False,
+) -> list[str]:
     """Cut a model with its adapters into units over the processes of `mesh`, the first of which says the values.
 
     Values are sent unit by unit, so that no other process ever holds more than one unit whole. Elsewhere parameters may
@@ -84,12 +91,14 @@ def shard(model: nn.Module, mesh: DeviceMesh, device: torch.device, reshard_afte
         mesh: one axis.
         device: where the pieces lie.
         reshard_after_forward: whether blocks are given back between forward and backward.
+        cpu_offload: whether the pieces of blocks wait in the CPU's memory.
 
     Returns:
         Paths of the blocks.
 
     Raises:
-        AdapterStateError: it is sharded already, or processes hold different models.
+        AdapterStateError: it is sharded already, processes hold different models, or a block to wait on the CPU holds
+            tensors that train and cannot be kept apart.
     """
     if is_sharded(model) or isinstance(model, FSDPModule):
         raise AdapterStateError("the model is sharded already; leave sharding to the strategy.")
@@ -99,7 +108,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, device: torch.device, reshard_afte
     sender = _Sender(model, mesh, device)
     for block in found.values():
         sender.send(block)
-        _cut(block, apart, mesh, reshard_after_forward)
+        _cut(block, apart, mesh, reshard_after_forward, cpu_offload)
     sender.send(model)
     _cut(model, apart, mesh, None)
     for module in model.modules():
@@ -108,11 +117,20 @@ def shard(model: nn.Module, mesh: DeviceMesh, device: torch.device, reshard_afte
     return list(found)
 
 
-def _cut(module: nn.Module, apart: set[int], mesh: DeviceMesh, reshard_after_forward: bool | None) -> None:
+def _cut(
+    module: nn.Module, apart: set[int], mesh: DeviceMesh, reshard_after_forward: bool | None, cpu_offload: bool = False
+) -> None:
     adapters = [m for m in module.modules() if id(m) in apart and not isinstance(m, FSDPModule)]
     if adapters:
         fully_shard(adapters, mesh=mesh, reshard_after_forward=False)
-    fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward)
+    trained = [name for name, p in module.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    if cpu_offload and trained:
+        raise AdapterStateError(
+            f"cpu_offload is True, but {trained[0]} trains inside a block that would wait on the CPU; leave it false, "
+            "or exclude that layer."
+        )
+    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward, offload_policy=offload)
 
 
 def _entered_adapters(model: nn.Module) -> set[int]:

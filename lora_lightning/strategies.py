@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import Trainer
@@ -48,6 +49,7 @@ class FSDP2(ModelParallelStrategy):
     Args:
         reshard_after_forward: give a block's weights back between forward and backward: least memory; False keeps them
             and saves a collective a block.
+        cpu_offload: keep the pieces of frozen blocks in the CPU's memory, from where each step fetches them.
         process_group_backend: "nccl", "gloo" or None for the device's own.
         timeout: of a collective.
     """
@@ -58,6 +60,7 @@ class FSDP2(ModelParallelStrategy):
     def __init__(
         self,
         reshard_after_forward: bool = True,
+        cpu_offload: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
@@ -67,7 +70,7 @@ class FSDP2(ModelParallelStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
-        self.reshard_after_forward = reshard_after_forward
+        self.reshard_after_forward, self.cpu_offload = reshard_after_forward, cpu_offload
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -88,8 +91,11 @@ class FSDP2(ModelParallelStrategy):
         mesh = self.device_mesh["data_parallel"]
         self.model = self.precision_plugin.convert_module(self.model)
         for root in roots(self.model).values():
-            shard(root, mesh, self.root_device, self.reshard_after_forward)
-        self.model_to_device()
+            shard(root, mesh, self.root_device, self.reshard_after_forward, self.cpu_offload)
+        if self.cpu_offload:
+            _update_properties(self.model, device=self.root_device)  # where steps are taken; blocks stay where they are
+        else:
+            self.model_to_device()
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)

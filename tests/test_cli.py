@@ -240,7 +240,7 @@ ERRORS = {
     "data file": (["--data.train", "model/trian.csv"], '"model/trian.csv"'),
     "column": (["--data.text", "sentence"], 'LabelledText.text is "sentence"'),
     "trainer": (["--trainer.val_check_interval", "0.5"], "error: trainer: `val_check_interval` should be an integer"),
-    "half precision": (["--trainer.precision", "bf16-true"], 'Nearest: "bf16-mixed", which keeps them in float32'),
+    "half precision": (["--trainer.precision", "16-true"], 'gradients underflow; take "bf16-true"'),
     "length": (
         ["--data.max_length", "9999"],
         "data.max_length is 9999; BertForSequenceClassification has 512 positions",

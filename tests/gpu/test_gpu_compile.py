@@ -59,4 +59,6 @@ def test_a_compiled_bfloat16_base_computes_as_the_eager_one(name):
         expected = net(ids, use_cache=False).logits
         found = torch.compile(net, fullgraph=True)(ids, use_cache=False).logits
     assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-2)
+    far = ((found - expected).abs() > 2e-2).any(-1).sum()
+    # what routes sends a token that is nearly undecided elsewhere when fused products round otherwise
+    assert int(far) <= (0 if METHODS[name].mergeable else 2), f"{int(far)} of {ids.numel()} tokens differ"

@@ -133,8 +133,15 @@ trainer:
 """
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp", "deepspeed"])
-def test_strategy_files(tmp_path, strategy):
+OFFLOAD = ["--trainer.strategy.init_args.cpu_offload", "true"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "more"),
+    [("ddp", []), ("fsdp2", []), ("fsdp2", OFFLOAD), ("fsdp", []), ("fsdp", OFFLOAD), ("deepspeed", [])],
+    ids=["ddp", "fsdp2", "fsdp2 offloaded", "fsdp", "fsdp offloaded", "deepspeed"],
+)
+def test_strategy_files(tmp_path, strategy, more):
     """A second --config: the same adapter as without it, and a fresh model loads it."""
     file = ROOT / "configs" / "strategies" / f"{strategy}.yaml"
     if not file.exists():
@@ -147,7 +154,7 @@ def test_strategy_files(tmp_path, strategy):
     config.write_text(CONFIG.format(encoder=encoder, file=rows, accelerator=ACCELERATOR))
     words = ["fit", "--config", "small.yaml"]
     command_line(tmp_path, *words)
-    command_line(tmp_path, *words, "--config", str(file), "--trainer.devices", "1")
+    command_line(tmp_path, *words, "--config", str(file), "--trainer.devices", "1", *more)
     one, two = (tmp_path / "runs" / "small" / number / "adapter" for number in ("001", "002"))
     expected, found = (load_file(folder / "adapter.safetensors") for folder in (one, two))
     assert expected.keys() == found.keys()
