@@ -115,11 +115,14 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 @contextmanager
-def assembled(module: nn.Module) -> Iterator[None]:
-    """Inside, the parameters of a module that lie in pieces are whole copies; all processes take part."""
+def assembled(*modules: nn.Module) -> Iterator[None]:
+    """Inside, the parameters of `modules` that lie in pieces are whole copies, read for all in one packed collective.
+
+    All processes take part, and hold all of these parameters until the end.
+    """
     found: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]] = [
         (table, name, cast(nn.Parameter, parameter))
-        for table in (part._parameters for part in module.modules())
+        for table in (part._parameters for module in modules for part in module.modules())
         for name, parameter in table.items()
         if isinstance(parameter, DTensor)
     ]

@@ -38,10 +38,20 @@ from ll_dora import DoRA
 from ll_dora.callback import WeightDecomposition
 from ll_lora import LoRA
 from ll_lorasc import LoRASC
+from ll_lorasc.optim import SlowFast
+from ll_optimizers.fa import LoRAFA
+from ll_optimizers.plus import LoRAPlus
+from ll_optimizers.pro import LoRAPro
+from ll_optimizers.rite import LoRARITE
 from ll_riemannian_moe import MoELoRA
+from ll_riemannian_moe.optim import RiemannianAdamW, RiemannianSGD
+from ll_rose import RoseLoRA
+from lora_lightning.callbacks.best import KeepBest
 from lora_lightning.callbacks.cascade import Cascade
 from lora_lightning.callbacks.inject import InjectAdapters
 from lora_lightning.callbacks.noise import NoiseInjection
+from lora_lightning.callbacks.rank_pruning import RankPruning
+from lora_lightning.callbacks.report import RunReport
 from lora_lightning.callbacks.resume import ExactResume
 from lora_lightning.checkpoint import save_adapter
 from lora_lightning.data import ResumableLoader
@@ -86,6 +96,47 @@ CASES: dict[str, Case] = {
     "LoRA": Case(LoRA(rank=3)),
     "LoRA, window of 2, clipped": Case(
         LoRA(rank=3), trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "max_steps": 4}
+    ),
+    "LoRA, RiemannianSGD": Case(
+        LoRA(rank=3), partial(RiemannianSGD, lr=1e-2, weight_decay=0.1, divide_by_scaling_sq=True)
+    ),
+    "LoRA, RiemannianAdamW, gauss_seidel": Case(
+        LoRA(rank=3), partial(RiemannianAdamW, lr=1e-2, weight_decay=0.1, order="gauss_seidel")
+    ),
+    "LoRA of rank 1, RiemannianAdamW, window of 2, clipped": Case(
+        LoRA(rank=1),
+        partial(RiemannianAdamW, lr=1e-2, damping=0.0),
+        trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "max_steps": 4},
+    ),
+    "LoRA, LoRAPlus": Case(LoRA(rank=3), partial(LoRAPlus, ratio=4.0)),
+    "LoRA, LoRAFA": Case(LoRA(rank=3, train="B"), partial(LoRAFA, lr=1e-2)),
+    "LoRA, LoRAPro": Case(LoRA(rank=3), partial(LoRAPro, lr=1e-2, weight_decay=0.1)),
+    "LoRA, LoRARITE": Case(
+        LoRA(rank=3),
+        partial(LoRARITE, lr=1e-2, weight_decay=0.1, clip_norm=0.1, skip_rms=None),
+        model="decoder",  # rounding is magnified where factors are near singular, as on the encoder's few examples
+    ),
+    "LoRA as wide as its layer, LoRARITE": Case(
+        LoRA(rank=16), partial(LoRARITE, lr=1e-2), model="decoder", module={"targets": ["gate_proj", "up_proj"]}
+    ),
+    "LoRA, SlowFast": Case(LoRA(rank=3), partial(SlowFast, inner=partial(RiemannianAdamW, lr=1e-2), every_n_steps=2)),
+    "RoseLoRA, RiemannianAdamW": Case(
+        RoseLoRA(rank=3, sparsity=0.6, start=2, end=5, clamp=0.3),
+        partial(RiemannianAdamW, lr=1e-2),
+        callbacks=lambda: [RunReport()],
+    ),
+    "RoseLoRA": Case(RoseLoRA(rank=3, sparsity=0.6, start=2, end=4, first_score="gradient")),
+    "LoRA, RankPruning": Case(LoRA(rank=5), callbacks=lambda: [RankPruning(final_rank=2, start=2, end=5)]),
+    "LoRA, KeepBest": Case(
+        LoRA(rank=3),
+        partial(torch.optim.SGD, lr=3.0),
+        callbacks=lambda: [KeepBest("val_loss", "max")],  # which is not the last state
+        trainer={"val_check_interval": 2},
+    ),
+    "MoELoRA, RiemannianAdamW, clipped": Case(
+        MoELoRA(experts=3, top_k=3, rank=2, router_clip=1e-3, router_lr_ratio=1.0),
+        partial(RiemannianAdamW, lr=1e-2),
+        trainer={"gradient_clip_val": 0.05},
     ),
     "LoRA, decoder, checkpointed": Case(LoRA(rank=3), model="decoder", module={"gradient_checkpointing": True}),
     "DoRA": Case(DoRA(rank=3), callbacks=lambda: [WeightDecomposition(at=[2])], reads_base=True),
@@ -241,11 +292,15 @@ def folder_of(base: Path, case: Case) -> Path:
 
 
 def record(module: Any, out: Path) -> None:
-    """Write the adapter, and what was logged of its router, where a test looks for it."""
+    """Write the adapter, what was logged of its router, and what a report says, where a test looks for it."""
     save_adapter(module, out)
     if module.global_rank == 0:
         logged = {k: float(v) for k, v in module.trainer.callback_metrics.items() if k.startswith("router_")}
         (out / "router.json").write_text(json.dumps(logged))
+        summary = next((c.summary for c in module.trainer.callbacks if isinstance(c, RunReport)), None)
+        if summary is not None:
+            told = {name: summary[name] for name in ("report", "surviving_parameters", "moved", "values")}
+            (out / "summary.json").write_text(json.dumps(told))
 
 
 def main(strategy: str, base: Path, names: list[str]) -> None:

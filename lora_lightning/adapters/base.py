@@ -99,7 +99,11 @@ class Tally:
 
 
 class Adapter(nn.Module, ABC):
-    """One method's module on one layer. Holds the trained tensors; the layer itself is handed in at each call."""
+    """One method's module on one layer. Holds the trained tensors; the layer itself is handed in at each call.
+
+    Where parameters lie in pieces on several processes, callbacks ask questions about their values inside
+    `pieces.assembled`, so that an answer is computed from whole tensors and is the same on all of them.
+    """
 
     additive: bool = False
     """True where the update does not depend on the base weight, so that several adapters on one layer add up."""

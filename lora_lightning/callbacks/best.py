@@ -13,6 +13,7 @@ from lora_lightning.callbacks.schedule import JUDGES, ScheduleCallback, order_ca
 from lora_lightning.checkpoint import adapter_keys
 from lora_lightning.errors import NoEffectError, check
 from lora_lightning.injection import injected_root, records
+from lora_lightning.pieces import gather_nested, laid_out
 from lora_lightning.shifts import open_shifts, rewrite_weights
 
 
@@ -79,7 +80,7 @@ class KeepBest(Callback):
             open_shifts(root, name, self._tensors)
         state = root.state_dict()
         for key, value in self._tensors.items():
-            state[key].copy_(value)
+            state[key].copy_(laid_out(value, state[key]))
         rewrite_weights(root)
         if trainer.is_global_zero:
             print(f"kept: the state of step {self.step}, {self.monitor} {self.values[str(self.monitor)]:.4f}")
@@ -99,7 +100,7 @@ class KeepBest(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The best so far."""
-        return {"step": self.step, "values": self.values, "tensors": self._tensors}
+        return {"step": self.step, "values": self.values, "tensors": gather_nested(self._tensors)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """A resumed run compares with what came before."""

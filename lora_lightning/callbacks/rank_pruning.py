@@ -10,6 +10,7 @@ from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.sparsity import keep_top, kept_share
 from lora_lightning.callbacks.schedule import MASKS, ScheduleCallback, resolve_ramp
 from lora_lightning.errors import SettingsError, check
+from lora_lightning.pieces import assembled
 
 
 class RankPruning(ScheduleCallback):
@@ -58,8 +59,9 @@ class RankPruning(ScheduleCallback):
     def on_stepped(self, step: int, adapters: Mapping[str, Adapter]) -> None:
         """Keep the components of largest norm."""
         if step % self.every_n_steps == 0 or step == self.end_step:
-            for adapter in adapters.values():
-                mask, scores = adapter.rank_mask, adapter.rank_scores()
+            with assembled(*adapters.values()):
+                found = [(adapter.rank_mask, adapter.rank_scores()) for adapter in adapters.values()]
+            for mask, scores in found:
                 assert mask is not None
                 assert scores is not None
                 share = kept_share(step, self.start_step, self.end_step, self.final_rank / len(mask))

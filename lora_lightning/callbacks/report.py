@@ -28,7 +28,7 @@ from lora_lightning.injection import adapters_named, injected_root, iter_adapter
 from lora_lightning.optim.pair_optimizer import PairOptimizer
 from lora_lightning.optim.wrapper import innermost
 from lora_lightning.report import draw, injection_table, summary_table
-from lora_lightning.sharding import is_sharded, local, reshard, summed
+from lora_lightning.sharding import assembled, is_sharded, local, reshard, summed
 from lora_lightning.tasks.base import evaluate
 
 
@@ -175,6 +175,8 @@ class RunReport(Callback):
         record, adapters = records(root)[self.name], adapters_named(root, self.name)
         trained = [p for p in module.parameters() if p.requires_grad]
         own = [p for a in adapters.values() for p in a.parameters() if p.requires_grad]
+        with assembled(*adapters.values()):
+            told = record.method.report(adapters)
         return {
             "method": type(record.method).__name__,
             "metric": task.metric if task else "loss",
@@ -185,7 +187,7 @@ class RunReport(Callback):
             "linear_baseline_rate": baseline.rate if baseline else None,
             "trainable_parameters": sum(p.numel() for p in trained),
             "surviving_parameters": _not_zero([*own, *_folded(root, self.name)]),
-            "report": record.method.report(adapters),
+            "report": told,
             "data": facts,
             "moved": _moved(guard.moved() if guard else {}, root, self.name),
             "damping_raised": _damping(trainer),

@@ -8,11 +8,13 @@ from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lora_lightning.adapters.base import Adapter, EntryMask
 from lora_lightning.adapters.sparsity import KeepRule, keep_count, keep_top, kept_share, sensitivity
 from lora_lightning.callbacks.schedule import MASKS, ScheduleCallback, resolve_ramp
 from lora_lightning.errors import ResumeError, check
+from lora_lightning.pieces import gather, gather_nested, laid_out, local, own_rows, piece_like
 
 FirstScore = Literal["zero", "gradient"]
 
@@ -24,7 +26,9 @@ class _Stack:
     names: list[str]
     entries: list[EntryMask]
     average: Tensor | None = None
+    """Of this process's pieces, stacked like scores."""
     mask: Tensor | None = None
+    """Of whole tensors, as are `factor` and `keep`."""
     factor: Tensor | None = None
     """`mask` in the parameters' dtype."""
     keep: int = 0
@@ -34,12 +38,20 @@ class _Stack:
         """Stacked, with the axis along which entries compete last."""
         return torch.stack([t if e.by_row else t.mT for t, e in zip(tensors, self.entries, strict=True)])
 
+    def unstacked(self, average: Tensor) -> list[Tensor]:
+        """The pieces of an average, each laid out like its parameter."""
+        parts = zip(average.unbind(), self.entries, strict=True)
+        return [piece_like((rows if e.by_row else rows.mT).contiguous(), e.param) for rows, e in parts]
+
 
 class SparsitySchedule(ScheduleCallback):
     """Prunes the entries of adapters that answer `masks()`.
 
     Each optimizer step, |w dL/dw| (the weight before the step, the gradient before clipping) enters a moving average;
     after the step the entries of smallest average in each row or column are removed, as the adapter's mask declares.
+
+    Where parameters lie in pieces on several processes, so do the averages. They are gathered, packed, at a step that
+    removes entries, and every process chooses alike from whole rows and columns.
 
     Args:
         sparsity: share of zeros at the end, in [0, 1).
@@ -94,7 +106,9 @@ class SparsitySchedule(ScheduleCallback):
             names = {id(parameter): name for name, parameter in adapter.named_parameters()}
             for entry in adapter.masks():
                 shape = entry.param.shape if entry.by_row else entry.param.mT.shape
-                stack = stacks.setdefault((*shape, entry.effect, entry.param.device, entry.param.dtype), _Stack([], []))
+                cut = isinstance(entry.param, DTensor) and entry.by_row  # pieces of rows and of columns differ in shape
+                key = (*shape, cut, entry.effect, entry.param.device, entry.param.dtype)
+                stack = stacks.setdefault(key, _Stack([], []))
                 stack.names.append(f"{path}.{names[id(entry.param)]}")
                 stack.entries.append(entry)
         self._stacks = list(stacks.values())
@@ -110,7 +124,7 @@ class SparsitySchedule(ScheduleCallback):
             lost = [name for name in stack.names if name not in self._saved]
             if lost:
                 raise ResumeError(f"the checkpoint holds no sensitivity average for {lost[0]}.")
-            stack.average = stack.rows([self._saved[n].to(e.param.device) for n, e in self._named(stack)])
+            stack.average = stack.rows([local(laid_out(self._saved[n], e.param)) for n, e in self._named(stack)])
         self._saved = {}
 
     @staticmethod
@@ -120,8 +134,12 @@ class SparsitySchedule(ScheduleCallback):
     def on_gradients(self, step: int, adapters: Mapping[str, Adapter]) -> None:
         """Average the sensitivities."""
         for stack in self._stacks:
-            grads = [e.param.grad if e.param.grad is not None else torch.zeros_like(e.param) for e in stack.entries]
-            score = sensitivity(stack.rows([e.param.detach() for e in stack.entries]), stack.rows(grads))
+            params = [e.param.detach() for e in stack.entries]
+            grads = [
+                torch.zeros_like(p) if (g := e.param.grad) is None else g
+                for p, e in zip(params, stack.entries, strict=True)
+            ]
+            score = sensitivity(stack.rows([local(p) for p in params]), stack.rows([local(g) for g in grads]))
             if stack.average is None:
                 stack.average = score if self.first_score == "gradient" else score.mul_(1 - self.beta)
             else:
@@ -131,23 +149,28 @@ class SparsitySchedule(ScheduleCallback):
         """Remove what the ramp removes at this step."""
         share = kept_share(step, self.start_step, self.end_step, 1 - self.sparsity)
         kept = entries = 0
+        due: list[tuple[_Stack, int]] = []
         for stack in self._stacks:
-            average = cast(Tensor, stack.average)
-            n = average.shape[-1]
+            mask = cast(Tensor, stack.mask)
+            n = mask.shape[-1]
             keep = keep_count(share, n, self.keep_rule)
-            kept, entries = kept + keep * average.numel() // n, entries + average.numel()
-            if share < 1:
-                self._prune(stack, average, keep)
+            kept, entries = kept + keep * mask.numel() // n, entries + mask.numel()
+            if keep < stack.keep:  # supports are nested, so an equal count is the same set
+                due.append((stack, keep))
+        for (stack, keep), average in zip(due, _whole_averages([stack for stack, _ in due]), strict=True):
+            self._choose(stack, average, keep)
+        if share < 1:
+            for stack in self._stacks:
+                self._prune(stack)
         self._current = 1 - kept / entries
 
-    def _prune(self, stack: _Stack, average: Tensor, keep: int) -> None:
-        if keep < stack.keep:  # supports are nested, so an equal count is the same set
-            self._choose(stack, average, keep)
+    def _prune(self, stack: _Stack) -> None:
         for entry, factor in zip(stack.entries, cast(Tensor, stack.factor).unbind(), strict=True):
+            piece = local(entry.param)
             if entry.effect == "zero":
-                entry.param.mul_(factor if entry.by_row else factor.mT)
+                piece.mul_(own_rows(factor if entry.by_row else factor.mT, entry.param))
             if self.clamp is not None:
-                entry.param.clamp_(-self.clamp, self.clamp)
+                piece.clamp_(-self.clamp, self.clamp)
 
     @staticmethod
     def _choose(stack: _Stack, average: Tensor, keep: int) -> None:
@@ -169,14 +192,23 @@ class SparsitySchedule(ScheduleCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """The averages by parameter, whatever the stacking."""
-        averages = {}
+        averages: dict[str, Tensor] = {}
         for stack in self._stacks:
             if stack.average is not None:
-                for (name, entry), rows in zip(self._named(stack), stack.average.unbind(), strict=True):
-                    averages[name] = (rows if entry.by_row else rows.mT).contiguous()
-        return super().state_dict() | {"averages": averages}
+                averages |= dict(zip(stack.names, stack.unstacked(stack.average), strict=True))
+        return super().state_dict() | {"averages": gather_nested(averages)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the averages until the adapters are known."""
         super().load_state_dict(state_dict)
         self._saved = state_dict["averages"]
+
+
+def _whole_averages(stacks: list[_Stack]) -> list[Tensor]:
+    """Averages of whole tensors, stacked as they were; one collective for all that lie in pieces."""
+    averages = [cast(Tensor, stack.average) for stack in stacks]
+    if not any(isinstance(entry.param, DTensor) for stack in stacks for entry in stack.entries):
+        return averages
+    pieces = [stack.unstacked(average) for stack, average in zip(stacks, averages, strict=True)]
+    found = iter(gather([piece for of_stack in pieces for piece in of_stack]))
+    return [stack.rows([next(found) for _ in stack.entries]) for stack in stacks]

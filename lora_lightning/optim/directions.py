@@ -11,6 +11,8 @@ Adam is Kingma and Ba, 2014, arXiv:1412.6980, with the decoupled decay of Loshch
     m, v   exp_avg(_sq) like its parameter, in its state
     t      step         a number in its state
 
+Of a parameter that lies in pieces on several processes each moves its own, and its moments lie like it.
+
 Departs from the papers: nothing known.
 """
 
@@ -24,31 +26,42 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lora_lightning.pieces import local, piece_like
+
 Directions = Mapping[Tensor, Tensor]
-"""What to move each parameter along, like the parameter, by parameter."""
+"""What to move each parameter along, like the parameter or like this process's piece of it, by parameter."""
 
 
 def adam(optimizer: Optimizer, gradients: Directions, bias_correction: bool = True) -> dict[Tensor, Tensor]:
-    """u for every parameter in `gradients`; advances its moments. `betas` and `eps` are its group's."""
+    """u for this process's piece of every parameter in `gradients`; advances its moments.
+
+    `betas` and `eps` are its group's.
+    """
     found: dict[Tensor, Tensor] = {}
     for group in optimizer.param_groups:
         params = [p for p in group["params"] if p in gradients]
         if params:
-            states = [optimizer.state[p] for p in params]
-            moved = _adam([gradients[p] for p in params], states, group["betas"], group["eps"], bias_correction)
+            pieces = [local(gradients[p]) for p in params]
+            states = [_begun(optimizer.state[p], p, piece) for p, piece in zip(params, pieces, strict=True)]
+            moved = _adam(pieces, states, group["betas"], group["eps"], bias_correction)
             found |= dict(zip(params, moved, strict=True))
     return found
+
+
+def _begun(state: dict[str, Any], parameter: Tensor, piece: Tensor) -> dict[str, Any]:
+    if "step" not in state:
+        moments = {name: piece_like(torch.zeros_like(piece), parameter) for name in ("exp_avg", "exp_avg_sq")}
+        state |= {"step": 0, **moments}
+    return state
 
 
 def _adam(
     d: list[Tensor], states: list[dict[str, Any]], betas: tuple[float, float], eps: float, bias_correction: bool
 ) -> list[Tensor]:
     b1, b2 = betas
-    for direction, state in zip(d, states, strict=True):
-        if "step" not in state:
-            state |= {"step": 0, "exp_avg": torch.zeros_like(direction), "exp_avg_sq": torch.zeros_like(direction)}
+    for state in states:
         state["step"] += 1
-    m, v = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
+    m, v = [local(state["exp_avg"]) for state in states], [local(state["exp_avg_sq"]) for state in states]
     torch._foreach_lerp_(m, d, 1 - b1)
     torch._foreach_mul_(v, b2)
     torch._foreach_addcmul_(v, d, d, 1 - b2)
@@ -66,6 +79,7 @@ def descend(optimizer: Optimizer, directions: Directions) -> None:
     for group in optimizer.param_groups:
         params = [p for p in group["params"] if p in directions]
         if params:
+            pieces = [local(p) for p in params]
             if group["weight_decay"]:
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(params, [directions[p] for p in params], alpha=-group["lr"])
+                torch._foreach_mul_(pieces, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(pieces, [local(directions[p]) for p in params], alpha=-group["lr"])

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lora_lightning.adapters.base import FactorPair
@@ -36,6 +35,9 @@ class PairOptimizer(Optimizer, ABC):
 
     The pairs are handed over by `bind_pairs`, which `build_optimizer` calls; a step without them is an error. What a
     subclass keeps between steps lies in the parameters' state, as tensors shaped by the factors and plain numbers.
+
+    Parameters may lie in pieces on several processes: `stack_pairs` gives whole factors and gradients, `Stack.own` and
+    the functions of `directions` go back to pieces. State shaped like a parameter lies like it (`piece_like`).
 
     Class facts:
         trains: sides of a pair that must train: "any", "both", or "B" for B alone.
@@ -85,7 +87,7 @@ class PairOptimizer(Optimizer, ABC):
         """Take the pairs of which a side is in this optimizer.
 
         Raises:
-            TrainingError: there is none; a factor is sharded, in half precision, or part of two pairs; the sides that
+            TrainingError: there is none; a factor is in half precision, or part of two pairs; the sides that
                 train are not those the rule needs.
         """
         held = {id(p) for group in self.param_groups for p in group["params"]}
@@ -105,8 +107,6 @@ class PairOptimizer(Optimizer, ABC):
 
     def _check_pair(self, pair: FactorPair, held: set[int]) -> None:
         factors = (pair.lora_A, pair.lora_B)
-        if any(isinstance(factor, DTensor) for factor in factors):
-            raise self._refused(pair, "is sharded, which this optimizer cannot step; use DDP, or AdamW")
         if any(factor.dtype in (torch.float16, torch.bfloat16) for factor in factors):
             raise self._refused(pair, "is in half precision, where small updates are lost; keep adapters in float32")
         trained = [name for name, factor in zip("AB", factors, strict=True) if id(factor) in held]

@@ -9,21 +9,31 @@
 
 Everything here is float64, whatever the factors are: a Gram squares the condition number, and TF32 and autocast leave
 float64 alone. Only r x r matrices are factorised, so the price is small beside a forward pass.
+
+Factors that lie in rows on several processes are gathered with their gradients, in one packed collective for all pairs,
+and are whole until the stacks are dropped at the end of a step. Every process then computes the same, and keeps of each
+result the rows that it holds of the factor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lora_lightning.adapters.base import FactorPair
 from lora_lightning.errors import TrainingError
+from lora_lightning.pieces import gather, own_rows
 
 Side = Literal["A", "B"]
+Part = Literal["A", "B", "grad_A", "grad_B"]
+
+PARTS: tuple[Part, ...] = ("A", "B", "grad_A", "grad_B")
+"""Factors and gradients, what a rule may read of a pair."""
 
 RAISES = 12
 """How often the damping of a Gram is raised tenfold before the step gives up."""
@@ -34,30 +44,35 @@ class Stack:
     """Pairs whose factors have the same shapes, one after another along the leading axis."""
 
     pairs: tuple[FactorPair, ...]
+    gathered: Mapping[int, Tensor]
+    """By id of a sharded factor or gradient: all of it."""
 
     def factors(self, side: Side) -> list[Tensor]:
-        """One side of every pair, as it is."""
+        """One side of every pair, as it is: the optimizer's own tensors."""
         return [pair.lora_A if side == "A" else pair.lora_B for pair in self.pairs]
 
     @property
     def A(self) -> Tensor:
         """The first factors, (n, r, d_in)."""
-        return self.join(self.factors("A"))
+        return self._joined("A")
 
     @property
     def B(self) -> Tensor:
         """The second factors, (n, d_out, r)."""
-        return self.join(self.factors("B"))
+        return self._joined("B")
 
     @property
     def grad_A(self) -> Tensor:
         """Gradients of A, (n, r, d_in); zero where there is none."""
-        return self.join([_gradient(factor) for factor in self.factors("A")])
+        return self._joined("grad_A")
 
     @property
     def grad_B(self) -> Tensor:
         """Gradients of B, (n, d_out, r); zero where there is none."""
-        return self.join([_gradient(factor) for factor in self.factors("B")])
+        return self._joined("grad_B")
+
+    def _joined(self, part: Part) -> Tensor:
+        return self.join([self.gathered.get(id(t), t) for t in _read(self.pairs, part)])
 
     @property
     def scaling(self) -> Tensor:
@@ -80,18 +95,34 @@ class Stack:
         leads = [pair.lora_A.shape[:-2] for pair in self.pairs]
         return [p.reshape((*lead, *p.shape[1:])).to(t.dtype) for p, lead, t in zip(parts, leads, like, strict=True)]
 
+    def own(self, stacked: Tensor, side: Side) -> dict[Tensor, Tensor]:
+        """(n, ...) shaped by the factors of `side` as this process's piece of each, by factor."""
+        factors = self.factors(side)
+        return {f: own_rows(part, f) for f, part in zip(factors, self.split(stacked, factors), strict=True)}
 
-def _gradient(factor: Tensor) -> Tensor:
-    return torch.zeros_like(factor) if factor.grad is None else factor.grad
+
+def _read(pairs: Iterable[FactorPair], part: Part) -> list[Tensor]:
+    """One part of every pair as it lies; a missing gradient is zero, and whole."""
+    factors = [pair.lora_A if part.endswith("A") else pair.lora_B for pair in pairs]
+    if not part.startswith("grad"):
+        return factors
+    return [torch.zeros(f.shape, dtype=f.dtype, device=f.device) if f.grad is None else f.grad for f in factors]
 
 
-def stack_pairs(pairs: Sequence[FactorPair]) -> list[Stack]:
-    """Pairs by shape of their factors and device, in the order of their first."""
+def stack_pairs(pairs: Sequence[FactorPair], read: Collection[Part] = PARTS) -> list[Stack]:
+    """Pairs by shape of their factors and device, in the order of their first.
+
+    Args:
+        pairs: on every process the same, all of which take part where any factor is sharded.
+        read: the parts that will be read.
+    """
+    pieces = {id(t): t for part in read for t in _read(pairs, part) if isinstance(t, DTensor)}
+    gathered = dict(zip(pieces, gather(list(pieces.values())), strict=True))
     groups: dict[object, list[FactorPair]] = {}
     for pair in pairs:
         key = (pair.lora_A.shape[-2:], pair.lora_B.shape[-2:], pair.lora_A.device)
         groups.setdefault(key, []).append(pair)
-    return [Stack(tuple(group)) for group in groups.values()]
+    return [Stack(tuple(group), gathered) for group in groups.values()]
 
 
 def gram_A(A: Tensor) -> Tensor:

@@ -66,12 +66,10 @@ class LoRAFA(PairOptimizer):
 
     def take_step(self) -> None:
         """AdamW on corrected gradients, and on those of parameters in no pair as they are."""
-        stacks = stack_pairs(self.with_gradient("B"))
+        stacks = stack_pairs(self.with_gradient("B"), ("A", "grad_B"))
         found = self.plain_gradients()
         for stack, gram in zip(stacks, self._grams(stacks), strict=True):
-            factors = stack.factors("B")
-            corrected = gram.solve_right(stack.grad_B) / stack.scaling**2
-            found |= dict(zip(factors, stack.split(corrected, factors), strict=True))
+            found |= stack.own(gram.solve_right(stack.grad_B) / stack.scaling**2, "B")
         descend(self, adam(self, found))
 
     def _grams(self, stacks: list[Stack]) -> list[Factorised]:

@@ -144,6 +144,5 @@ class LoRAPro(PairOptimizer):
         for stack in stack_pairs(self.with_gradient("A", "B")):
             options = [self.defaults[name] for name in names]
             steps = factor_steps(stack.A, stack.B, stack.grad_A, stack.grad_B, stack.scaling, *options)
-            for factors, step in zip((stack.factors("A"), stack.factors("B")), steps, strict=True):
-                found |= dict(zip(factors, stack.split(step, factors), strict=True))
+            found |= stack.own(steps[0], "A") | stack.own(steps[1], "B")
         descend(self, adam(self, found) if self.defaults["rule"] == "adamw" else found)

@@ -29,7 +29,7 @@ authors' code loses the whole step to a negative rounding error.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -39,6 +39,11 @@ from torch import Tensor
 from lora_lightning.optim.directions import adam, descend
 from lora_lightning.optim.pair_optimizer import PairOptimizer, check_settings
 from lora_lightning.optim.pairs import Side, Stack, stack_pairs
+from lora_lightning.pieces import gather_nested, local, piece_like, whole
+
+States = Mapping[Tensor, dict[str, Any]]
+"""State by factor, every tensor in it whole. `second` may have the shape of a factor; then a resumed one lies like it
+until the first step, and is gathered with the others."""
 
 CUT_OFF = torch.finfo(torch.float32).eps
 """Singular values of a factor at most rank times this times the largest count as zero."""
@@ -187,25 +192,25 @@ class LoRARITE(PairOptimizer):
         found = adam(self, self._clipped_plain())
         halves = [half for stack in stack_pairs(self.with_gradient("A", "B")) for half in self._halves(stack)]
         scale = self._scale([half.h for half in halves])
-        moved = [self._advance(half, scale) for half in halves]
+        states = self._states(halves)
+        moved = [self._advance(half, scale, states) for half in halves]
         for half, moments in zip(halves, moved, strict=True):
             self._keep(half, moments)
-            factors = half.stack.factors(half.side)
             step = _laid_out(self._capped(moments.momentum) @ half.partner.root_inverse, half.side)
-            found |= dict(zip(factors, half.stack.split(step, factors), strict=True))
+            found |= half.stack.own(step, half.side)
         descend(self, found)
 
     def _clipped_plain(self) -> dict[Tensor, Tensor]:
         gradients = self.plain_gradients()
         scale = self._scale(list(gradients.values()))
-        return {p: gradient * scale.to(gradient.dtype) for p, gradient in gradients.items()}
+        return {p: local(gradient) * scale.to(gradient.dtype) for p, gradient in gradients.items()}
 
     def _scale(self, gradients: Sequence[Tensor]) -> Tensor:
         """The factor that brings the norm of all `gradients` to `clip_norm` where it is above."""
         limit = self.defaults["clip_norm"]
         if limit is None or not gradients:
             return torch.ones(())
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
         return torch.clamp_max(limit / norm.clamp_min(torch.finfo(norm.dtype).tiny), 1.0)
 
     def _halves(self, stack: Stack) -> tuple[_Half, _Half]:
@@ -222,20 +227,25 @@ class LoRARITE(PairOptimizer):
         limit = self.defaults["cap_rms"]
         return momentum if limit is None else momentum * (limit / rms(momentum)).clamp_max(1.0)
 
-    def _advance(self, half: _Half, scale: Tensor) -> Moments:
-        """The moments of one side; reads the bases of the step before, so it precedes every `_keep`."""
-        stack, factors = half.stack, half.stack.factors(half.side)
-        states = [self._state(factor, half.side) for factor in factors]
+    def _advance(self, half: _Half, scale: Tensor, states: States) -> Moments:
+        """The moments of one side."""
+        stack = half.stack
+        own = [states[factor] for factor in stack.factors(half.side)]
         before = Moments(
-            _laid_out(stack.join([state["momentum"] for state in states]), half.side),
-            stack.join([state["second"] for state in states]),
-            stack.join([state["escaped"] for state in states], axes=0),
+            _laid_out(stack.join([state["momentum"] for state in own]), half.side),
+            stack.join([state["second"] for state in own]),
+            stack.join([state["escaped"] for state in own], axes=0),
         )
         other: Side = "B" if half.side == "A" else "A"
-        basis = _laid_out(stack.join([self._state(factor, other)["basis"] for factor in stack.factors(other)]), other)
-        t = [state["step"] for state, count in zip(states, stack.counts, strict=True) for _ in range(count)]
+        basis = _laid_out(stack.join([states[factor]["basis"] for factor in stack.factors(other)]), other)
+        t = [state["step"] for state, count in zip(own, stack.counts, strict=True) for _ in range(count)]
         turned = half.partner.basis.mT @ basis
         return advance(half.h * scale, turned, before, torch.tensor(t).to(turned), self._options)
+
+    def _states(self, halves: Sequence[_Half]) -> States:
+        """Whole states of all factors from the step before, in one packed collective where they lie in pieces."""
+        states = {factor: self._state(factor, h.side) for h in halves for factor in h.stack.factors(h.side)}
+        return dict(zip(states, gather_nested(list(states.values())), strict=True))
 
     def _state(self, factor: Tensor, side: Side) -> dict[str, Any]:
         """State of a factor, all zero before its first step."""
@@ -243,7 +253,8 @@ class LoRARITE(PairOptimizer):
         if "momentum" not in state:
             lead, rank = factor.shape[:-2], factor.shape[-2 if side == "A" else -1]
             state |= {"step": 0, "momentum": torch.zeros_like(factor), "basis": torch.zeros_like(factor)}
-            state |= {"second": factor.new_zeros(*lead, rank, rank), "escaped": factor.new_zeros(lead)}
+            piece = local(factor)
+            state |= {"second": piece.new_zeros(*lead, rank, rank), "escaped": piece.new_zeros(lead)}
         return state
 
     @property
@@ -252,17 +263,18 @@ class LoRARITE(PairOptimizer):
 
     def _keep(self, half: _Half, moments: Moments) -> None:
         factors = half.stack.factors(half.side)
-        kept = {
-            "momentum": _laid_out(moments.momentum, half.side),
-            "basis": _laid_out(half.own.basis, half.side),
-            "second": moments.second,
-            "escaped": moments.escaped,
-        }
-        for name, value in kept.items():
+        for name, tall in (("momentum", moments.momentum), ("basis", half.own.basis)):
+            for factor, piece in half.stack.own(_laid_out(tall, half.side), half.side).items():
+                self.state[factor][name] = piece_like(_copy(piece), factor)
+        for name, value in (("second", moments.second), ("escaped", moments.escaped)):
             for factor, part in zip(factors, half.stack.split(value, factors), strict=True):
-                self.state[factor][name] = part.clone(memory_format=torch.contiguous_format)
+                self.state[factor][name] = _copy(part)
         for factor in factors:
             self.state[factor]["step"] += 1
+
+
+def _copy(part: Tensor) -> Tensor:
+    return part.clone(memory_format=torch.contiguous_format)
 
 
 def _laid_out(tall: Tensor, side: Side) -> Tensor:

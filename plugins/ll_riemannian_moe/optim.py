@@ -25,11 +25,13 @@ from torch import Tensor
 from ll_riemannian_moe.preconditioner import direction, partner_gram
 from lora_lightning.optim.directions import Directions, adam, descend
 from lora_lightning.optim.pair_optimizer import PairOptimizer, check_settings, one_of
-from lora_lightning.optim.pairs import Side, factorise, stack_pairs
+from lora_lightning.optim.pairs import Part, Side, factorise, stack_pairs
 
 Order = Literal["jacobi", "gauss_seidel"]
 
 _RULES = {"order": one_of("jacobi", "gauss_seidel")}
+_READ: dict[Side, tuple[Part, Part]] = {"A": ("B", "grad_A"), "B": ("A", "grad_B")}
+"""What the step of one side reads: its partner, and its gradient."""
 
 
 BIBTEX = """@inproceedings{zhang2024riemannian,
@@ -129,13 +131,12 @@ def _step(optimizer: PairOptimizer, move: Callable[[Directions], None]) -> None:
 def _preconditioned(optimizer: PairOptimizer, sides: tuple[Side, ...]) -> dict[Tensor, Tensor]:
     """Directions of the factors of `sides` that have a gradient; one half of a pair may have none."""
     found: dict[Tensor, Tensor] = {}
-    stacks = [(stack, side) for side in sides for stack in stack_pairs(optimizer.with_gradient(side))]
+    stacks = [(stack, side) for side in sides for stack in stack_pairs(optimizer.with_gradient(side), _READ[side])]
     partners = factorise([partner_gram(stack, side) for stack, side in stacks], optimizer.defaults["damping"])
     for (stack, side), partner in zip(stacks, partners, strict=True):
         optimizer.count_damped(stack, partner, side)
         steps = direction(stack, side, partner)
         if optimizer.defaults["divide_by_scaling_sq"]:
             steps = steps / stack.scaling**2
-        factors = stack.factors(side)
-        found |= dict(zip(factors, stack.split(steps, factors), strict=True))
+        found |= stack.own(steps, side)
     return found

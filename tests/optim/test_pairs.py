@@ -178,19 +178,6 @@ def test_pairs_that_cannot_be_stepped():
         Recorder([half.lora_A, half.lora_B]).bind_pairs((half,))
 
 
-def test_a_sharded_factor_is_refused(monkeypatch):
-    class Sharded(nn.Parameter):
-        pass
-
-    one = pair(2, 4, 4)
-    monkeypatch.setattr("lora_lightning.optim.pair_optimizer.DTensor", Sharded)
-    sharded = FactorPair("p", Sharded(one.lora_A.detach()), one.lora_B, 1.0)
-    with pytest.raises(
-        TrainingError, match='the factor pair "p" is sharded, which this optimizer cannot step; use DDP'
-    ):
-        Recorder([sharded.lora_A, one.lora_B]).bind_pairs((sharded,))
-
-
 @pytest.mark.parametrize(
     ("trains", "train", "message"),
     [
