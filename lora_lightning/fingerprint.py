@@ -62,7 +62,7 @@ def _sample(parameters: list[Tensor]) -> bytes:
     sharded = [i for i, parameter in enumerate(parameters) if isinstance(parameter, DTensor)]
     if sharded:  # each entry is there on one process, and zero on the others
         mesh = cast(DTensor, parameters[sharded[0]]).device_mesh
-        total = torch.cat([parts[i] for i in sharded]).float()
+        total = torch.cat([parts[i].to(mesh.device_type) for i in sharded]).float()
         torch.distributed.all_reduce(total, group=mesh.get_group())
         for i, part in zip(sharded, total.split([len(parts[i]) for i in sharded]), strict=True):
             parts[i] = part.to(torch.bfloat16)

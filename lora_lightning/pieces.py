@@ -66,6 +66,7 @@ def _gather_rows(tensors: Sequence[DTensor], mesh: DeviceMesh) -> list[Tensor]:
     packed = pieces[0].new_zeros(sum(sizes))
     for piece, room in zip(pieces, packed.split(sizes), strict=True):
         room[: piece.numel()].copy_(piece.reshape(-1))
+    packed = packed.to(mesh.device_type)  # where collectives run; pieces may wait on the CPU
     everyone = [torch.empty_like(packed) for _ in range(n)]
     dist.all_gather(everyone, packed, group=mesh.get_group())
     parts = torch.stack(everyone).split(sizes, dim=1)
@@ -103,7 +104,7 @@ def summed(values: Tensor, over: Sequence[Tensor]) -> Tensor:
     mesh = next((t.device_mesh for t in over if isinstance(t, DTensor)), None)
     if mesh is None:
         return values
-    values = values.to(next(local(t).device for t in over if isinstance(t, DTensor)), copy=True)
+    values = values.to(mesh.device_type, copy=True)  # where collectives run; pieces may wait on the CPU
     dist.all_reduce(values, group=mesh.get_group())
     return values
 

@@ -118,7 +118,9 @@ class PackedBase(BaseLayer):
         if bias is not None:
             module.bias = nn.Parameter(bias.detach().to(self.dtype, copy=True), requires_grad=False)
         for name in _HOOKS:
-            module.__dict__[name] = self.module.__dict__[name]
+            module.__dict__[name] = self.module.__dict__[name].copy()
+        module.register_forward_pre_hook(_take_any_dtype)
+        module.register_forward_hook(_give_back_dtype)
         return module.train(self.module.training)
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -140,6 +142,17 @@ class PackedBase(BaseLayer):
         # packages keep their input's dtype under autocast, so must what is added to their output
         with torch.autocast(onto.device.type, enabled=False):
             return add_product(onto, h.to(onto.dtype), B.to(onto.dtype), scale)
+
+
+def _take_any_dtype(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Packed layers take inputs of any data type, whatever theirs is."""
+    x, weight = inputs[0], cast(Tensor, module.weight)
+    module.__dict__["_input_dtype"] = x.dtype
+    return (x.to(weight.dtype), *inputs[1:])
+
+
+def _give_back_dtype(module: nn.Module, _: Any, output: Tensor) -> Tensor:
+    return output.to(module.__dict__.pop("_input_dtype"))
 
 
 def stored_bytes(tensor: Tensor) -> int:

@@ -122,7 +122,11 @@ def _run_facts(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         "learning-rate schedule": dataclasses.asdict(schedule) if isinstance(schedule, WarmUp) else None,
     }
     for number, optimizer in enumerate(trainer.optimizers):
-        plain = {k: v for k, v in optimizer.defaults.items() if isinstance(v, int | float | str | bool | None)}
+        plain = {
+            k: v
+            for k, v in getattr(optimizer, "defaults", {}).items()
+            if isinstance(v, int | float | str | bool | None)
+        }
         # torch adds "differentiable" to any optimizer's defaults while it loads a state
         facts[f"optimizer {number}"] = {"class": type(optimizer).__name__, "differentiable": False, **plain}
     return facts

@@ -81,9 +81,7 @@ def gates(logits: Tensor, top_k: int) -> Tensor:
     if top_k == logits.shape[-1]:
         return logits.softmax(-1)
     chosen, index = logits.topk(top_k, dim=-1)
-    # not a scatter, for which Inductor's CUDA code (torch 2.11) left gates of zero in backward
-    places = index[..., None] == torch.arange(logits.shape[-1], device=logits.device)
-    return (chosen.softmax(-1)[..., None] * places).sum(-2)
+    return torch.zeros_like(logits).scatter(-1, index, chosen.softmax(-1))
 
 
 class GatedExperts(torch.autograd.Function):

@@ -109,6 +109,20 @@ def test_what_merging_prints_is_measured(kind, capsys):
     assert stated < 10 * found + 1e-6
 
 
+# the other kind takes inputs of its own dtype alone
+@pytest.mark.parametrize("kind", [kind for kind in QUANTISED if kind != "torchao-int4"])
+def test_a_merged_copy_takes_inputs_of_any_dtype_as_the_packed_layer_does(kind):
+    model = nn.Sequential(quantised(kind))
+    ll.inject(model, LoRA(rank=2), ["0"], also_train=(), seed=0)
+    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    with torch.no_grad():
+        before = model(x)
+        ll.merge(model)
+        after = model(x)
+    assert before.dtype == after.dtype == torch.bfloat16
+    torch.testing.assert_close(after, before, rtol=5e-2, atol=5e-2)
+
+
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_what_has_factors_folds_and_the_rest_is_refused(kind):
     model = nn.Sequential(quantised(kind))
