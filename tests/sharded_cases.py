@@ -2,7 +2,7 @@
 
 `python -m torch.distributed.run --nproc-per-node=2 tests/sharded_cases.py STRATEGY FOLDER [CASE ...]` takes every case
 straight, then again from a checkpoint in the middle, and writes the adapter of both. STRATEGY: ddp, fsdp2 or fsdp.
-A process that fails ends the launch.
+A process that fails ends the launch. Without words it prints the table of cases for README.md.
 """
 
 from __future__ import annotations
@@ -324,5 +324,16 @@ def main(strategy: str, base: Path, names: list[str]) -> None:
         print(f"{name}: taken", flush=True)
 
 
+def table() -> str:
+    """Markdown: a row a case, a column a strategy."""
+    lines = ["| run | ddp | fsdp2 | fsdp |", "| --- | --- | --- | --- |"]
+    for name, case in CASES.items():
+        lines.append(f"| {name} | equal | equal | {'refused' if case.reads_base else 'equal'} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
+    if sys.argv[1:]:
+        main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
+    else:
+        print(table())
