@@ -214,6 +214,11 @@ def check_ready(model: nn.Module, name: str) -> None:
         raise AdapterStateError(f'the model has an adapter "{name}" already; eject it or choose another name.')
     check_unmerged(model)
     for path, module in model.named_modules():
+        if type(module).__module__.startswith("peft."):
+            raise AdapterStateError(
+                f"{path or 'the model'} ({type(module).__name__}) is peft's, and its adapters would be frozen. Take "
+                "its merge_and_unload() first, or save its adapter and read that with import_peft into the plain model."
+            )
         if records(module) and module is not model:
             raise AdapterStateError(
                 f"{path} ({type(module).__name__}) has adapters of its own; inject into that module, or eject them."

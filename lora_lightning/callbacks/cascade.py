@@ -96,12 +96,12 @@ class Cascade(ScheduleCallback):
         """Optimizer steps of a stage.
 
         Raises:
-            SettingsError: the stage is counted in epochs, whose length is not known.
+            SettingsError: the stage is counted in epochs, whose number of steps is not known.
         """
         if self.stage_steps is not None:
             return self.stage_steps
-        if math.isinf(trainer.num_training_batches):
-            raise SettingsError("Cascade.stage_steps is None, but the length of an epoch is not known; give it.")
+        if math.isinf(trainer.num_training_batches) or not trainer.lightning_module.automatic_optimization:
+            raise SettingsError("Cascade.stage_steps is None, but the steps of an epoch are not known; give it.")
         epochs = 1 if self.stage_epochs is None else self.stage_epochs
         return epochs * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
 

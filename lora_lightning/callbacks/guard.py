@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lora_lightning.callbacks.schedule import JUDGES, gradients_finite, order_callbacks
+from lora_lightning.callbacks.schedule import JUDGES, announce, gradients_finite, order_callbacks
 from lora_lightning.errors import TrainingError
 from lora_lightning.injection import iter_adapters, trainable_adapters
 from lora_lightning.sharding import gather_nested, laid_out, local, summed
@@ -65,6 +65,7 @@ class TrainingGuard(Callback):
                 self._start[name] = laid_out(value, self._watched[name])
             self._restored = None
         self._seen = trainer.global_step
+        announce(trainer, self, "watches", "trainable tensor", list(self._watched))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Note which tensors have a gradient."""

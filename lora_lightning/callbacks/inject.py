@@ -16,7 +16,7 @@ from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.schedule import REPORTS, order_callbacks
 from lora_lightning.checkpoint import adapter_keys, describe, save_adapter
 from lora_lightning.comparison import check_fits, check_same
-from lora_lightning.errors import AdapterStateError, ResumeError
+from lora_lightning.errors import AdapterStateError, ResumeError, TrainingError
 from lora_lightning.injection import (
     InjectionReport,
     adapters_named,
@@ -28,6 +28,9 @@ from lora_lightning.injection import (
     records,
 )
 from lora_lightning.methods import Method
+from lora_lightning.optim.groups import factor_pairs
+from lora_lightning.optim.pair_optimizer import PairOptimizer
+from lora_lightning.optim.wrapper import innermost
 from lora_lightning.sharding import is_sharded, laid_out, put
 from lora_lightning.shifts import open_shifts, rewrite_weights
 from lora_lightning.targets import Heads, Targets
@@ -164,10 +167,26 @@ class InjectAdapters(Callback):
             callback.setup(trainer, module, stage)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take frozen parameters out of optimizers that were given `self.parameters()`."""
+        """Take frozen parameters out of optimizers that were given `self.parameters()`; hand over factor pairs.
+
+        Raises:
+            TrainingError: an optimizer has nothing left to train.
+        """
         for optimizer in trainer.optimizers:
+            given = [p for group in optimizer.param_groups for p in group["params"]]
+            frozen = sum(not p.requires_grad for p in given)
+            if frozen and frozen == len(given):
+                raise TrainingError(
+                    f"all {frozen} parameters of the module's {type(optimizer).__name__} are frozen now; name what it "
+                    "is to train in InjectAdapters.also_train, or take the optimizer out."
+                )
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if p.requires_grad]
+            if frozen and trainer.is_global_zero:
+                print(f"  {type(optimizer).__name__}: {frozen} frozen tensors taken out, {len(given) - frozen} train")
+            core = innermost(optimizer)
+            if isinstance(core, PairOptimizer) and not core.pairs:
+                core.bind_pairs(factor_pairs(pl_module))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 

@@ -58,7 +58,7 @@ class RankPruning(ScheduleCallback):
 
     def on_stepped(self, step: int, adapters: Mapping[str, Adapter]) -> None:
         """Keep the components of largest norm."""
-        if step % self.every_n_steps == 0 or step == self.end_step:
+        if step % self.every_n_steps == 0 or step >= self.end_step:
             with assembled(*adapters.values()):
                 found = [(adapter.rank_mask, adapter.rank_scores()) for adapter in adapters.values()]
             for mask, scores in found:

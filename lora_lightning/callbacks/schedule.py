@@ -6,6 +6,9 @@ An optimizer step has two moments:
     stepped     on_train_batch_end, only when `global_step` has changed; before any Checkpoint callback saves
 
 Steps are counted from 1 and include attempts that a gradient scaler skipped; after such an attempt nothing acts.
+
+Of several optimizers, which a module with manual optimization steps itself, a schedule follows those that hold
+parameters of its adapters. Step numbers are Lightning's `global_step`, which counts the steps of all of them.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -47,9 +50,21 @@ def order_callbacks(trainer: Trainer) -> None:
 
 
 def total_steps(trainer: Trainer) -> int | None:
-    """Optimizer steps of the whole fit; None where nothing bounds it."""
+    """Optimizer steps of the whole fit; None where nothing bounds them.
+
+    Only max_steps bounds those of a module that steps its optimizers itself: an epoch may have any number.
+    """
+    if not trainer.lightning_module.automatic_optimization:
+        return trainer.max_steps if trainer.max_steps > 0 else None
     total = trainer.estimated_stepping_batches
     return int(total) if math.isfinite(total) and total > 0 else None
+
+
+def announce(trainer: Trainer, callback: Callback, verb: str, what: str, names: Sequence[str]) -> None:
+    """Print what a callback acts on: how many, and the first name."""
+    if trainer.is_global_zero:
+        first = f"{names[0]}{', ...' if len(names) > 1 else ''}"
+        print(f"{type(callback).__name__}: {verb} {len(names)} {what}{'s' * (len(names) > 1)} ({first})")
 
 
 def outside_step(trainer: Trainer, run: Callable[[], T]) -> T:
@@ -98,7 +113,7 @@ def resolve_step(value: float, total: int | None, what: str) -> int:
             )
         return int(value)
     if total is None:
-        raise SettingsError(f"{what} is {value}, a share of all steps, but nothing bounds the run; set max_steps.")
+        raise SettingsError(f"{what} is {value}, a share of all steps, but nothing bounds their number; set max_steps.")
     return round(value * total)
 
 
@@ -156,6 +171,7 @@ class ScheduleCallback(Callback, ABC):
         self._adapters: dict[str, Adapter] = {}
         self._seen = 0
         self._finite = True
+        self._stepped = False
         self.total: int | None = None
         self._saved_total: int | None = None
         self._saved_settings: dict[str, Any] | None = None
@@ -213,14 +229,23 @@ class ScheduleCallback(Callback, ABC):
                     f"{type(self).__name__}.{name} is {value!r}; the run was started with {before!r}. "
                     "Give the same value."
                 )
-        self._seen = trainer.global_step
+        self._seen, self._stepped = trainer.global_step, False
         self.begin(self.total, self._adapters)
+        layers = [path.rpartition(".adapters.")[0] for path in self._adapters]
+        announce(trainer, self, "acts on", "adapter", layers)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """The moment of complete gradients."""
+        if len(trainer.optimizers) > 1 and not self._holds_any(optimizer):
+            return
+        self._stepped = True
         self._finite = gradients_finite(trainer, pl_module)
         if self._finite:
             self.on_gradients(trainer.global_step + 1, self._adapters)
+
+    def _holds_any(self, optimizer: Optimizer) -> bool:
+        own = {id(p) for adapter in self._adapters.values() for p in adapter.parameters()}
+        return any(id(p) in own for group in optimizer.param_groups for p in group["params"])
 
     def on_train_batch_end(
         self,
@@ -231,9 +256,9 @@ class ScheduleCallback(Callback, ABC):
         batch_idx: int,
     ) -> None:
         """The moment after the step."""
-        if trainer.global_step == self._seen:
+        if trainer.global_step == self._seen or not self._stepped:
             return
-        self._seen = trainer.global_step
+        self._seen, self._stepped = trainer.global_step, False
         if self._finite:
             with torch.no_grad():
                 self.on_stepped(self._seen, self._adapters)
