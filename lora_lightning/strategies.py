@@ -85,23 +85,17 @@ class FSDP2(ModelParallelStrategy):
 
     def setup(self, trainer: Trainer) -> None:
         """Cut the module up, then make its optimizers."""
-        assert self.model is not None
-        assert self.accelerator is not None
-        self.accelerator.setup(trainer)
+        _set_up(self, trainer, self._cut)
+
+    def _cut(self, model: nn.Module) -> nn.Module:
         mesh = self.device_mesh["data_parallel"]
-        self.model = self.precision_plugin.convert_module(self.model)
-        for root in roots(self.model).values():
+        for root in roots(model).values():
             shard(root, mesh, self.root_device, self.reshard_after_forward, self.cpu_offload)
         if self.cpu_offload:
-            _update_properties(self.model, device=self.root_device)  # where steps are taken; blocks stay where they are
+            _update_properties(model, device=self.root_device)  # where steps are taken; blocks stay where they are
         else:
             self.model_to_device()
-        self.barrier()
-        if trainer.state.fn == TrainerFn.FITTING:
-            self.setup_optimizers(trainer)
-        self.setup_precision_plugin()
-        if trainer.state.fn == TrainerFn.FITTING:
-            _optimizers_to_device(self.optimizers, self.root_device)
+        return model
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """Give back afterwards what the step has gathered: what is read and written between steps is in pieces."""
@@ -170,6 +164,23 @@ class FSDP2(ModelParallelStrategy):
         _optimizers_to_device(self.optimizers, self.root_device)
 
 
+def _set_up(strategy: FSDP2 | FSDP1, trainer: Trainer, cut: Callable[[nn.Module], nn.Module]) -> None:
+    """What strategies do at the start of a run; `cut` gives the module as it is called in steps."""
+    assert strategy.model is not None
+    assert strategy.accelerator is not None
+    strategy.accelerator.setup(trainer)
+    if str(trainer.precision) == "bf16-true":  # other precisions leave weights as the module has made them
+        strategy.model = strategy.precision_plugin.convert_module(strategy.model)
+    strategy.model = cut(strategy.model)
+    strategy.barrier()
+    fits = trainer.state.fn == TrainerFn.FITTING
+    if fits:
+        strategy.setup_optimizers(trainer)
+    strategy.setup_precision_plugin()
+    if fits:
+        _optimizers_to_device(strategy.optimizers, strategy.root_device)
+
+
 def _like(value: Any, parameter: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == parameter.shape and value.dim() > 0
 
@@ -218,7 +229,7 @@ class FSDP1(FSDPStrategy):
                     f"trainer.strategy is FSDP1, but {type(callback).__name__} reads or writes frozen weights between "
                     "steps, which FSDP1 keeps in flat pieces. Take FSDP2, or ddp."
                 )
-        super().setup(trainer)
+        _set_up(self, trainer, self._setup_model)
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         assert self.lightning_module is not None
