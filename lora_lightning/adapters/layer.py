@@ -259,11 +259,18 @@ class AdaptedLayer(nn.Module):
             keep_noise: whether the noise on the weight becomes part of the shift, which must be dense then.
 
         Raises:
-            AdapterStateError: the layer is merged, or the shift is of a form that cannot hold the update or the noise.
+            AdapterStateError: the layer is merged, or the shift is of a form that cannot hold the update or the noise;
+                the adapter changes the bias.
         """
         self._check_unmerged()
         adapter, shift = self.adapter(name), cast("Shift", self.shifts[name])
+        bias = self.accessor.bias
         with assembled(adapter):
+            moved = adapter.merged_bias(bias)
+            if bias is not None and moved is not bias and not torch.equal(cast(Tensor, moved).to(bias.dtype), bias):
+                raise AdapterStateError(
+                    f'adapter "{name}": {type(adapter).__name__} moves the bias, which no shift holds.'
+                )
             factors = adapter.low_rank()
             if isinstance(shift, LogShift):
                 if factors is None or (keep_noise and self._noise is not None):

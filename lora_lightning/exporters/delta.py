@@ -56,9 +56,10 @@ def _layer(source: Source, path: str) -> dict[str, Tensor]:
     found = {base.weight_name(path): base._store(delta.float().cpu()).contiguous()}
     old = layer.originals().get("bias")
     new = adapter.merged_bias(None if old is None else old.to(base.device).double())
-    if new is not None and adapter.merged_bias(None) is not None:
+    if new is not None:
         change = new.detach().cpu() if old is None else new.detach().cpu() - old.cpu().double()
-        found[f"{path}.bias"] = change.float()
+        if old is None or change.any():
+            found[f"{path}.bias"] = change.float()
     return found
 
 
