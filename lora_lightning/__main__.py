@@ -68,10 +68,9 @@ def _run(words: Sequence[str]) -> int:
     if line.verb in TRAINING:
         return int(importlib.import_module("lora_lightning.cli").main(words))
     if line.verb in argv.LIGHT_VERBS:
+        plugins.load(line.blocked)  # first: a verb's help may name what they bring
         verb = _verb(line.verb)
-        args = _parse(line, verb)
-        plugins.load(line.blocked)
-        return int(verb.run(args))
+        return int(verb.run(_parse(line, verb)))
     commands = plugins.load(line.blocked).commands
     if line.verb not in commands:
         found = f'no verb "{line.verb}".' if line.verb else "the verb comes first."

@@ -36,7 +36,11 @@ from lora_lightning.pretrained import resolve
 from lora_lightning.random_models import is_random
 from lora_lightning.saving import AtomicCheckpoints, LastCheckpoint
 
-_CLASSES = {"lora_lightning_optimizers": Optimizer, "lora_lightning_callbacks": Callback}
+_CLASSES = {
+    "lora_lightning_optimizers": Optimizer,
+    "lora_lightning_callbacks": Callback,
+    "lora_lightning_datamodules": LightningDataModule,
+}
 _VERB = {"allow_abbrev": False, "print_config": "--print_config"}
 _PARSER = {"prog": "lora_lightning", "default_env": True, "env_prefix": "LORA_LIGHTNING", **_VERB}
 _DEFAULTS = {"enable_model_summary": False}

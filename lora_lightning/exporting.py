@@ -11,26 +11,29 @@ An export is written beside its place, read back and compared with the adapter, 
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_lightning.checkpoint import Stored, describe, load_adapter, read_folder
-from lora_lightning.errors import AdapterFileError, ExportError, ModelError, did_you_mean
-from lora_lightning.exporters import delta, merged, peft_export, peft_import
+from lora_lightning.errors import AdapterFileError, ExportError, ModelError, PluginError, did_you_mean
+from lora_lightning.exporters import peft_import
 from lora_lightning.exporters.folder import SIDE_FILE, check_free, check_only_ours, write_folder
 from lora_lightning.exporters.report import ExportReport, Written
 from lora_lightning.exporters.source import Source, find
 from lora_lightning.files import write_json
+from lora_lightning.formats import FORMATS
 from lora_lightning.injection import InjectionReport
+from lora_lightning.plugins import describe as described
+from lora_lightning.plugins import registry
 from lora_lightning.pretrained import resolve
 from lora_lightning.quantisation import Loading, check
 from lora_lightning.random_models import build, config_of, is_random
-
-FORMATS = {"delta": delta.write, "merged": merged.write, "peft": peft_export.write}
 
 __all__ = ["FORMATS", "ExportReport", "export", "export_folder", "import_peft"]
 
@@ -48,10 +51,11 @@ def export(
     Args:
         model: a model with adapters.
         directory: a new or empty folder, or an earlier export, which is replaced when the new one is whole.
-        format: "peft" (a LORA folder, heads included), "merged" (a plain Hugging Face model) or "delta" (the dense
-            update of each layer).
+        format: "peft" (a LORA folder, heads included), "merged" (a plain Hugging Face model), "delta" (the dense
+            update of each layer), or one that a plugin brings.
         name: which adapter.
-        rank: for "peft", the largest rank; an update without so small a form is truncated, and the share lost reported.
+        rank: for "peft" and other formats that take it, the largest rank; an update without so small a form is
+            truncated, and the share lost reported.
         verify: read the files back and compare: updates up to rounding, heads and merged weights bit for bit.
 
     Returns:
@@ -61,14 +65,17 @@ def export(
         AdapterStateError: there is no such adapter.
         ExportError: the format cannot express the adapter, the folder is taken, or writing failed. What was there
             before is intact.
+        PluginError: the plugin that brings the format fails.
     """
-    _check_format(format, rank)
+    writer = _writer(format, rank)
     source = find(model, name)
     folder = check_free(directory)
     check_only_ours(folder, _files_of_earlier(folder))
 
     def fill(beside: Path) -> tuple[Written, tuple[str, ...]]:
-        written = FORMATS[format](source, beside, rank, verify)
+        written = writer.write(source, beside, rank, verify)
+        if not isinstance(written, Written):
+            raise PluginError(f'format "{format}": {writer.__name__}.write returned {written!r}, which is no Written.')
         files = tuple(sorted(path.name for path in beside.iterdir()))
         write_json(beside / SIDE_FILE, _description(source, format, written, files))
         return written, (*files, SIDE_FILE)
@@ -77,11 +84,18 @@ def export(
     return ExportReport(**vars(written), format=format, directory=Path(directory), files=files)
 
 
-def _check_format(format: str, rank: int | None) -> None:
-    if format not in FORMATS:
-        raise ExportError(f'format is "{format}".{did_you_mean(format, FORMATS)} Known: {", ".join(FORMATS)}.')
-    if rank is not None and (format != "peft" or rank < 1):
-        raise ExportError(f'rank is {rank} with format="{format}"; it must be at least 1, and belongs to "peft" only.')
+def _writer(format: str, rank: int | None) -> ModuleType:
+    """The module that writes a format; raises where there is none, it cannot be imported, or takes no such rank."""
+    known = registry().formats
+    if format not in known:
+        raise ExportError(f'format is "{format}".{did_you_mean(format, known)} Known: {", ".join(known)}.')
+    try:
+        writer = importlib.import_module(known[format])
+    except (Exception, SystemExit) as error:
+        raise PluginError(f'format "{format}": its module {known[format]} fails: {described(error)}.') from error
+    if rank is not None and (rank < 1 or not getattr(writer, "TAKES_RANK", False)):
+        raise ExportError(f'rank is {rank} with format="{format}"; it must be at least 1, for a format that takes it.')
+    return writer
 
 
 def _description(source: Source, format: str, written: Written, files: tuple[str, ...]) -> dict[str, Any]:
@@ -148,7 +162,7 @@ def export_folder(
         AdapterFileError: the folder is no adapter of this library, or does not fit the base model.
         ExportError: the base model is not known or cannot be loaded, and see `export`.
     """
-    _check_format(format, rank)
+    _writer(format, rank)
     check_free(output)
     stored = read_folder(adapter)
     base = pretrained or stored.base

@@ -7,9 +7,11 @@ One run, from the command line to the export; `*` marks a hook of ours, `o` a ho
       |  plugins.load                entry points of group "lora_lightning"
       |    * lora_lightning_methods          names usable in YAML from here on
       |    * lora_lightning_commands         further verbs
+      |    * lora_lightning_exporters        further formats of `export`
       |  plugins.load_classes        only where something trains: torch is imported from here on
       |    * lora_lightning_optimizers       names usable as model.optimizer
       |    * lora_lightning_callbacks        names usable in trainer.callbacks
+      |    * lora_lightning_datamodules      names usable as data
       v
     settings -> AdapterModule(method=..., targets=...), data module, Trainer
       |
@@ -34,6 +36,9 @@ One run, from the command line to the export; `*` marks a hook of ours, `o` a ho
 A plugin is an installed package with an entry point in the group `lora_lightning`; the entry point's name is the
 import package. Its `__init__` marks functions with `lora_lightning.hookimpl`. A hook returns values, it never changes
 its arguments. Hooks are declared here when their first user arrives.
+
+`requires_api = ">=1,<2"` in that `__init__` says which versions of this interface (`API`) the plugin was written for; a
+core of another one does not load it, and says so. CONTRIBUTING.md says what a version promises.
 """
 
 from __future__ import annotations
@@ -44,6 +49,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
+    from lightning.pytorch import LightningDataModule
     from lightning.pytorch.callbacks import Callback
     from torch import nn
     from torch.optim import Optimizer
@@ -52,6 +58,8 @@ if TYPE_CHECKING:
     from lora_lightning.methods import Method
 
 NAMESPACE = "lora_lightning"
+API = "1.0"
+"""Version of what plugins may rely on: a new first number breaks some, a new second one only adds."""
 hookspec = pluggy.HookspecMarker(NAMESPACE)
 hookimpl = pluggy.HookimplMarker(NAMESPACE)
 
@@ -94,6 +102,28 @@ def lora_lightning_callbacks() -> Iterable[type[Callback]]:
 
     Runs only where something trains; import Lightning inside. Answers are joined, and names clash, as for optimizers.
     What a method needs always comes from `Method.callbacks` instead.
+    """
+    raise NotImplementedError("a specification: plugins implement it")
+
+
+@hookspec
+def lora_lightning_datamodules() -> Iterable[type[LightningDataModule]]:
+    """Data modules this package provides, usable by their short names as `data`.
+
+    Runs only where something trains; import Lightning inside. Answers are joined, and names clash, as for optimizers.
+    `task_kinds`, `num_labels` and a null `tokenizer` are understood as those of the bundled ones are; `TextData` and
+    `TableData` of `lora_lightning.data` answer most of it.
+    """
+    raise NotImplementedError("a specification: plugins implement it")
+
+
+@hookspec
+def lora_lightning_exporters() -> Mapping[str, str]:
+    """Further formats of `export`: name to import path of a module.
+
+    Runs once, after the methods. The module has `write(source, folder, rank, verify) -> Written`, which writes an
+    adapter (`exporters.source.Source`) into an empty folder, and `TAKES_RANK = True` where it can limit the rank. It is
+    imported when the format is asked for. A format that exists already makes the plugin fail, with `PluginError`.
     """
     raise NotImplementedError("a specification: plugins implement it")
 

@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import re
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +21,14 @@ import pluggy
 from lora_lightning import __version__, hookspecs
 from lora_lightning.argv import LIGHT_VERBS, TRAINING_VERBS
 from lora_lightning.errors import DuplicateMethodError, PluginError, UnknownMethodError, did_you_mean
+from lora_lightning.formats import FORMATS
 from lora_lightning.methods import Method, check_names
 
 GROUP = "lora_lightning"
-_CLASS_HOOKS = ("lora_lightning_optimizers", "lora_lightning_callbacks")
+_REQUIRES = "requires_api"
+_CLASS_HOOKS = ("lora_lightning_optimizers", "lora_lightning_callbacks", "lora_lightning_datamodules")
+_SLOW = ("torch", "lightning", "transformers")
+"""What takes seconds to import."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +56,15 @@ class Registry:
     modules: dict[str, str] = field(default_factory=dict)
     """Import path by blocked plugin; nothing from it may be used."""
     announced: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """Plugin and hook by the name of an optimizer or callback, as far as the plugins' sources tell."""
+    """Plugin and hook by the name of an optimizer, callback or data module, as far as the plugins' sources tell."""
     commands: dict[str, str] = field(default_factory=dict)
     """Import path of the module by verb."""
+    formats: dict[str, str] = field(default_factory=lambda: dict(FORMATS))
+    """Import path of the module that writes it, by export format; core's first."""
+    slow: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """What a plugin imports while it is loaded though it takes seconds, by plugin; as far as nothing had before."""
     classes: dict[str, tuple[str, type[Any]]] = field(default_factory=dict)
-    """Plugin and class by name, of optimizers and callbacks; filled by `load_classes`."""
+    """Plugin and class by name, of optimizers, callbacks and data modules; filled by `load_classes`."""
     kinds: list[tuple[str, Callable[[Any], Any]]] | None = None
     """Plugin and function from a module to its accessor; filled by `base_layer_kinds`."""
     manager: pluggy.PluginManager = field(default_factory=lambda: pluggy.PluginManager(hookspecs.NAMESPACE))
@@ -128,16 +137,22 @@ def load(blocked: Collection[str] = ()) -> Registry:
                 "another plugin has that name already"
             )
             continue
+        before = set(sys.modules)
         try:
             methods = _register(manager, entry)
-            commands = _commands(registry, entry.name)
+            commands = _named(registry, entry.name, "lora_lightning_commands", "verb", _verbs(registry))
+            formats = _named(registry, entry.name, "lora_lightning_exporters", "format", registry.formats)
         except (Exception, SystemExit) as error:
             if manager.has_plugin(entry.name):
                 manager.unregister(name=entry.name)
             registry.failed[entry.name] = _explained(error)
             continue
+        finally:
+            if slow := [name for name in _SLOW if name in sys.modules and name not in before]:
+                registry.slow[entry.name] = tuple(slow)
         _add(registry, entry, methods)
         registry.commands |= commands
+        registry.formats |= formats
         for hook in _CLASS_HOOKS:
             registry.announced |= dict.fromkeys(_announced(entry, hook), (entry.name, hook))
     _current = registry
@@ -205,15 +220,21 @@ def _add_class(registry: Registry, plugin: str, cls: object, hook: str, base: ty
     registry.classes[cls.__name__] = (plugin, cls)
 
 
-def _commands(registry: Registry, plugin: str) -> dict[str, str]:
-    """Verbs of one plugin, as name to import path."""
-    commands: dict[str, str] = {}
-    for answer in _ask(registry.manager, plugin, "lora_lightning_commands", Mapping, "mapping of verb to module"):
-        commands |= answer
-    for verb in commands:
-        if verb in (*TRAINING_VERBS, *LIGHT_VERBS, *registry.commands):
-            raise PluginError(f'lora_lightning_commands: there is a verb "{verb}" already')
-    return commands
+def _verbs(registry: Registry) -> list[str]:
+    return [*TRAINING_VERBS, *LIGHT_VERBS, *registry.commands]
+
+
+def _named(registry: Registry, plugin: str, hook: str, what: str, taken: Collection[str]) -> dict[str, str]:
+    """Verbs or formats of one plugin, as name to import path."""
+    found: dict[str, str] = {}
+    for answer in _ask(registry.manager, plugin, hook, Mapping, f"mapping of {what} to module"):
+        found |= answer
+    for name, path in found.items():
+        if not (isinstance(name, str) and isinstance(path, str)):
+            raise TypeError(f"{hook} returned {name!r}: {path!r}, which is no {what} with the import path of a module")
+        if name in taken:
+            raise PluginError(f'{hook}: there is a {what} "{name}" already')
+    return found
 
 
 def _check_names(blocked: Collection[str], names: Collection[str]) -> None:
@@ -227,7 +248,9 @@ def _check_names(blocked: Collection[str], names: Collection[str]) -> None:
 
 def _register(manager: pluggy.PluginManager, entry: importlib.metadata.EntryPoint) -> list[type[Method]]:
     """Import one plugin, register it, and return its methods; every way in which it can be wrong raises."""
+    _check_api(_requirement(entry))  # read before it runs: what it imports from a newer core would fail first
     module = entry.load()
+    _check_api(getattr(module, _REQUIRES, None))
     manager.register(module, name=entry.name)
     manager.check_pending()
     if not manager.get_hookcallers(module):
@@ -254,16 +277,44 @@ def _check_method(method: object) -> None:
         )
 
 
+def _check_api(required: object) -> None:
+    """Raise `PluginError` unless a plugin was written for an interface like this core's; None says nothing."""
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
+    if required is None:
+        return
+    try:
+        fits = SpecifierSet(str(required)).contains(hookspecs.API)
+    except InvalidSpecifier as error:
+        raise PluginError(f'{_REQUIRES} is "{required}"; it must be a range of versions such as ">=1,<2"') from error
+    if not fits:
+        raise PluginError(
+            f'{_REQUIRES} is "{required}", and the plugin interface of this core ({__version__}) is {hookspecs.API}; '
+            "it needs another version of lora-lightning, or is needed in another version itself"
+        )
+
+
+def _requirement(entry: importlib.metadata.EntryPoint) -> object:
+    """What a plugin's source sets `requires_api` to; None where that is not plainly there."""
+    for node in _body(entry):
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [_REQUIRES]:
+            return node.value.value if isinstance(node.value, ast.Constant) else None
+    return None
+
+
+def _body(entry: importlib.metadata.EntryPoint) -> list[ast.stmt]:
+    """Statements of a plugin's source, which is not run; none where it cannot be read."""
+    try:
+        return ast.parse(_source(entry.module).read_text(encoding="utf-8")).body
+    except (ImportError, OSError, SyntaxError, ValueError):
+        return []
+
+
 def _announced(entry: importlib.metadata.EntryPoint, hook: str = "lora_lightning_methods") -> tuple[str, ...]:
     """Names of what a plugin would answer to a hook, read in its source without running it; empty where unclear."""
-    try:
-        tree = ast.parse(_source(entry.module).read_text(encoding="utf-8"))
-    except (ImportError, OSError, SyntaxError, ValueError):
-        return ()
-    original = {
-        alias.asname: alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
-    }
-    for node in tree.body:
+    body = _body(entry)
+    original = {alias.asname: alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    for node in body:
         if isinstance(node, ast.FunctionDef) and node.name == hook:
             names = [name for statement in node.body for name in _returned(statement)]
             return tuple(original.get(name, name) for name in names)

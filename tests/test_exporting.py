@@ -414,7 +414,7 @@ def test_unknown_format_rank_and_name(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r'format is "mergd"\. Did you mean "merged"'):
         ll.export(model, tmp_path, format="mergd")
     for options in ({"rank": 0}, {"rank": 4, "format": "merged"}):
-        with pytest.raises(ExportError, match="it must be at least 1, and belongs to"):
+        with pytest.raises(ExportError, match="it must be at least 1, for a format that takes it"):
             ll.export(model, tmp_path, **options)
     with pytest.raises(AdapterStateError, match=r'no adapter "defualt"\. Did you mean "default"'):
         ll.export(model, tmp_path, name="defualt")

@@ -1,4 +1,5 @@
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -6,12 +7,15 @@ from textwrap import dedent
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 
 from lora_lightning import __main__ as program
 from lora_lightning import plugins
-from lora_lightning.errors import DuplicateMethodError, PluginError, UnknownMethodError
+from lora_lightning.choices import short_names
+from lora_lightning.errors import DuplicateMethodError, ExportError, PluginError, UnknownMethodError
+from lora_lightning.exporting import export
 from lora_lightning.injection import inject, merge
 from lora_lightning.methods import Method
 from lora_lightning.tiny import perturb
@@ -125,6 +129,18 @@ BROKEN = {
         r"TypeError: method Bare has the field rank but no @dataclass\(frozen=True, kw_only=True\)",
     ),
     "twice": (code("Double").replace("return [Double]", "return [Double, Double]"), r"it provides Double twice"),
+    "api": (
+        "requires_api = '>=2'\nfrom lora_lightning.not_yet import anything",
+        r'PluginError: requires_api is ">=2", and the plugin interface of this core \(\S+\) is 1\.\d+; it needs',
+    ),
+    "api_computed": (
+        code("Extra") + "requires_api = '>=' + '2'",
+        r'requires_api is ">=2", and the plugin interface of this core',
+    ),
+    "api_unreadable": (
+        "requires_api = 'newest'",
+        r'requires_api is "newest"; it must be a range of versions such as ">=1,<2"$',
+    ),
 }
 
 
@@ -139,6 +155,59 @@ def test_a_broken_plugin_is_recorded_and_the_others_live(install, kind):
     text = plugins.describe(registry.failed[f"ll_a_{kind}"])
     assert "\n" not in text
     assert re.search(cause, text), text
+
+
+LINES = {
+    "missing_import": "failed: ll_a_missing_import: ModuleNotFoundError: No module named 'no_such_module_anywhere'\n",
+    "sys_exit": "failed: ll_a_sys_exit: SystemExit: 3\n",
+    "misspelt": 'no hook "lora_lightning_method" here. Did you mean "lora_lightning_methods"?',
+    "newer": 'no hook "lora_lightning_zzz" here.',
+    "api": 'failed: ll_a_api: PluginError: requires_api is ">=2", and the plugin interface of this core',
+}
+
+
+@pytest.mark.parametrize("kind", LINES)
+def test_the_command_line_survives_a_broken_plugin(install, capsys, kind):
+    install(f"ll_a_{kind}", dedent(BROKEN[kind][0]))
+    assert program.main(["methods"]) == 0
+    assert LINES[kind] in capsys.readouterr().out
+    assert program.main(["show", "RoseLoRA"]) == 0
+    assert program.main(["show", "Extra"]) == 2
+    assert f"Plugin ll_a_{kind} failed to load: " in capsys.readouterr().err
+
+
+def test_the_command_line_survives_taken_names(install, capsys):
+    install("ll_copy", code("RoseLoRA"), package="some-package")
+    install("ll_words", answering("lora_lightning_commands", "return {'show': 'x'}"))
+    install("ll_format", answering("lora_lightning_exporters", "return {'peft': 'x'}"))
+    assert program.main(["methods"]) == 0
+    out = capsys.readouterr().out
+    assert 'refused: two plugins provide a method "RoseLoRA": ll_copy (some-package 1.0) and ll_rose' in out
+    assert 'failed: ll_words: PluginError: lora_lightning_commands: there is a verb "show" already' in out
+    assert 'failed: ll_format: PluginError: lora_lightning_exporters: there is a format "peft" already' in out
+    assert program.main(["show", "LoRA"]) == 0
+    assert program.main(["show", "RoseLoRA"]) == 2
+    assert "Block one with -p no:ll_rose." in capsys.readouterr().err
+    assert program.main(["-p", "no:ll_copy", "show", "RoseLoRA"]) == 0
+
+
+def test_a_plugin_that_is_slow_to_import_is_named(install, tmp_path):
+    install("ll_heavy", code("Heavy") + "import torch")
+    install("ll_quick", code("Quick"))
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    words = [sys.executable, "-m", "lora_lightning", "methods"]
+    done = subprocess.run(
+        words, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert [line for line in done.stdout.splitlines() if line.startswith("slow: ")] == [
+        "slow: ll_heavy imports torch while it is loaded; functions should import them inside"
+    ]
+    assert "Heavy" in done.stdout
+
+
+def test_a_plugin_of_this_interface_is_loaded(install):
+    install("ll_fits", code("Fits") + "requires_api = '>=1.0,<2'")
+    assert plugins.load().method("Fits").__name__ == "Fits"
 
 
 def test_two_broken_plugins_do_not_blame_each_other(install):
@@ -294,7 +363,11 @@ def test_loading_imports_neither_torch_nor_lightning():
 
 # -- optimizers, callbacks and verbs -----------------------------------------------------------------------------------
 
-BASES = {"lora_lightning_optimizers": Optimizer, "lora_lightning_callbacks": Callback}
+BASES = {
+    "lora_lightning_optimizers": Optimizer,
+    "lora_lightning_callbacks": Callback,
+    "lora_lightning_datamodules": LightningDataModule,
+}
 
 
 def answering(hook, answer, body=""):
@@ -332,6 +405,52 @@ def test_hook_lora_lightning_callbacks(install):
     plugins.load_classes(registry, BASES)
     assert registry.classes["Mine"][0] == "ll_extra"
     assert not registry.failed
+
+
+def test_hook_lora_lightning_datamodules(install, capsys):
+    body = "from lightning.pytorch import LightningDataModule as Base\n\n        class Rows(Base):\n            pass"
+    install("ll_extra", answering("lora_lightning_datamodules", "return [Rows]", body))
+    registry = plugins.load()
+    plugins.load_classes(registry, BASES)
+    assert registry.classes["Rows"][0] == "ll_extra"
+    assert "Rows" in short_names([LightningDataModule])
+    assert program.main(["methods"]) == 0
+    assert "datamodules: Rows (ll_extra)\n" in capsys.readouterr().out
+
+
+WRITER = """from lora_lightning.exporters.report import Written
+
+        def write(source, folder, rank, verify):
+            (folder / "paths.txt").write_text(" ".join(source.layers))
+            return Written(kind="paths", layers=len(source.layers), difference=None)
+"""
+
+
+def test_hook_lora_lightning_exporters(install, capsys, tmp_path):
+    install("ll_extra", answering("lora_lightning_exporters", "return {'paths': 'll_extra'}", WRITER))
+    install("ll_gone", answering("lora_lightning_exporters", "return {'gone': 'no_such_module_anywhere'}"))
+    install("ll_odd", answering("lora_lightning_exporters", "return {'odd': 'll_odd'}", "def write(*_): return 3"))
+    plugins.load()
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5))
+    inject(model, plugins.method("LoRA")(rank=2), ["0"], also_train=(), seed=0)
+    assert export(model, tmp_path / "out", "paths").files == ("paths.txt", "lora_lightning.json")
+    assert (tmp_path / "out" / "paths.txt").read_text() == "0"
+    with pytest.raises(ExportError, match='rank is 2 with format="paths"; it must be at least 1, for a format that'):
+        export(model, tmp_path / "other", "paths", rank=2)
+    with pytest.raises(PluginError, match='format "gone": its module no_such_module_anywhere fails: ModuleNotFoundErr'):
+        export(model, tmp_path / "other", "gone")
+    with pytest.raises(PluginError, match=r'format "odd": ll_odd\.write returned 3, which is no Written'):
+        export(model, tmp_path / "other", "odd")
+    assert not (tmp_path / "other").exists()
+    assert program.main(["export", "--help"]) == 0
+    assert "--format delta|merged|peft|paths" in capsys.readouterr().out
+    assert program.main(["export", str(tmp_path), "--format", "path", "--output", str(tmp_path / "other")]) == 2
+    assert 'format is "path". Did you mean "paths"? Known: delta, merged, peft, paths' in capsys.readouterr().err
+    assert program.main(["methods"]) == 0
+    assert "formats: paths" in capsys.readouterr().out
+    words = ["-p", "no:ll_extra", "export", str(tmp_path), "--format", "paths", "--output", str(tmp_path / "other")]
+    assert program.main(words) == 2
+    assert 'format is "paths". Known: delta, merged, peft, gone, odd.' in capsys.readouterr().err
 
 
 def test_hook_lora_lightning_commands(install, capsys):
@@ -421,6 +540,10 @@ def test_kinds_that_fail_leave_the_others(install, answer):
         ("lora_lightning_callbacks", "raise ValueError('broken')", "broken"),
         ("lora_lightning_commands", "return {'fit': 'x'}", 'there is a verb "fit" already'),
         ("lora_lightning_commands", "return ['x']", "which is no mapping of verb to module"),
+        ("lora_lightning_commands", "return {'x': 3}", "which is no verb with the import path of a module"),
+        ("lora_lightning_exporters", "return {'merged': 'x'}", 'there is a format "merged" already'),
+        ("lora_lightning_exporters", "return ['x']", "which is no mapping of format to module"),
+        ("lora_lightning_datamodules", "return [int]", "which is no LightningDataModule class"),
     ],
 )
 def test_a_wrong_answer_is_recorded_and_the_others_live(install, hook, answer, text):

@@ -28,6 +28,9 @@ from lora_lightning.exporters.report import Written
 from lora_lightning.exporters.source import Source, check_finite, plain_modules, write_files
 from lora_lightning.files import write_json
 
+TAKES_RANK = True
+"""An update without so small a form can be truncated."""
+
 
 def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Written:
     """Write `source` into `folder`.

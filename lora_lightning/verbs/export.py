@@ -6,12 +6,13 @@ import argparse
 from pathlib import Path
 
 from lora_lightning.errors import RunFolderError
+from lora_lightning.plugins import registry
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where from, where to, and how."""
     parser.add_argument("source", metavar="RUN_OR_ADAPTER", type=Path, help="a run folder, or an adapter folder")
-    parser.add_argument("--format", required=True, metavar="peft|merged|delta", help="what to write")
+    parser.add_argument("--format", required=True, metavar="|".join(registry().formats), help="what to write")
     parser.add_argument("--output", required=True, metavar="DIR", type=Path, help="a new folder")
     parser.add_argument("--rank", type=int, metavar="N", help="largest rank for peft; what is cut off is reported")
     parser.add_argument("--pretrained", metavar="MODEL", help="the base model, where the adapter's own is not at hand")
@@ -23,6 +24,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         RunFolderError: a run without an adapter.
         ExportError: the adapter cannot be written so.
+        PluginError: the plugin that brings the format fails.
     """
     from lora_lightning.exporting import export_folder
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from lora_lightning.formats import FORMATS
 from lora_lightning.methods import Method
 from lora_lightning.plugins import Registry, describe, registry
 from lora_lightning.tables import print_table
@@ -23,12 +24,14 @@ def run(args: argparse.Namespace) -> int:
         print(markdown_table(known), end="")
         return 0
     print_table(COLUMNS, [_row(known, name) for name in sorted(known.methods)])
-    for kind in ("optimizers", "callbacks"):
+    for kind in ("optimizers", "callbacks", "datamodules"):
         found = [
             f"{name} ({plugin})" for name, (plugin, hook) in sorted(known.announced.items()) if hook.endswith(kind)
         ]
         if found:
             print(f"{kind}: {', '.join(found)}")
+    if formats := [name for name in known.formats if name not in FORMATS]:
+        print(f"formats: {', '.join(formats)}")
     for plugin, names in known.blocked.items():
         provides = f" ({', '.join(names)})" if names else ""
         print(f"blocked: {plugin}{provides} by -p no:{plugin}")
@@ -36,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"refused: {error}")
     for plugin, cause in known.failed.items():
         print(f"failed: {plugin}: {describe(cause)}")
+    for plugin, names in known.slow.items():
+        print(f"slow: {plugin} imports {', '.join(names)} while it is loaded; functions should import them inside")
     return 0
 
 
