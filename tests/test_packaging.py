@@ -1,10 +1,12 @@
-"""The wheel holds core, plugins, cards and configs, and works from an empty folder without the checkout."""
+"""The sdist holds all that is needed to build and test; the wheel made of it works without the checkout."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -15,26 +17,59 @@ import lora_lightning
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder)]
-    subprocess.run([*build, str(ROOT)], check=True, timeout=120)
-    (made,) = folder.glob("*.whl")
+def build(kind, source, folder):
+    """Make the sdist or the wheel of the project in `source`."""
+    words = [sys.executable, "-m", "hatchling", "build", "--target", kind, "--directory", str(folder)]
+    subprocess.run(words, cwd=source, check=True, timeout=120, capture_output=True)
+    (made,) = folder.iterdir()
     return made
 
 
-def test_the_wheel_holds_what_it_should(wheel):
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    return build("sdist", ROOT, tmp_path_factory.mktemp("sdist"))
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    (source,) = folder.iterdir()
+    return build("wheel", source, tmp_path_factory.mktemp("wheel"))
+
+
+def files_in(*folders):
+    """Files of the checkout below `folders`, as far as they are part of the project."""
+    found = {path.relative_to(ROOT) for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()}
+    return {path.as_posix() for path in found if "__pycache__" not in path.parts}
+
+
+def test_the_version_stands_in_one_place(sdist, wheel):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "version" not in project
+    assert project["dynamic"] == ["version"]
+    assert sdist.name == f"lora_lightning-{lora_lightning.__version__}.tar.gz"
+    assert wheel.name == f"lora_lightning-{lora_lightning.__version__}-py3-none-any.whl"
+
+
+def test_the_sdist_holds_all_that_is_needed_to_build_and_test(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    needed = files_in("lora_lightning", "plugins", "configs", "tests", "examples")
+    assert needed - names == set()
+    assert {"pyproject.toml", "constraints.txt", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"} <= names
+
+
+def test_the_wheel_holds_what_runs_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert wheel.name.startswith(f"lora_lightning-{lora_lightning.__version__}-")
-    for needed in (
-        "lora_lightning/configs/rose.yaml",
-        "lora_lightning/py.typed",
-        "ll_rose/README.md",
-        "ll_lora/settings.py",
-    ):
-        assert needed in names
-    assert not [name for name in names if name.startswith(("tests/", "plugins/", "lora_lightning/notes/"))]
+    core = {name for name in files_in("lora_lightning") if not name.startswith("lora_lightning/notes/")}
+    plugins = {name.removeprefix("plugins/") for name in files_in("plugins")}
+    configs = {f"lora_lightning/{name}" for name in files_in("configs")}
+    about = {name for name in names if name.partition("/")[0].endswith(".dist-info")}
+    assert names - about == core | plugins | configs
+    assert {"lora_lightning/py.typed", "ll_rose/README.md", "lora_lightning/configs/rose.yaml"} <= names
+    assert {name.rpartition("/")[2] for name in about} == {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "LICENSE"}
 
 
 def test_the_installed_wheel_finds_its_plugins_and_configs(wheel, tmp_path):
