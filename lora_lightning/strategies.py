@@ -84,7 +84,14 @@ class FSDP2(ModelParallelStrategy):
         super().setup_environment()
 
     def setup(self, trainer: Trainer) -> None:
-        """Cut the module up, then make its optimizers."""
+        """Cut the module up, then make its optimizers.
+
+        Raises:
+            SettingsError: a callback that needs frozen weights between steps, where these wait on the CPU.
+        """
+        if self.cpu_offload:
+            own = "FSDP2 with cpu_offload"
+            _check_base_unread(trainer, own, "then wait on the CPU, away from the adapters. Set cpu_offload to false.")
         _set_up(self, trainer, self._cut)
 
     def _cut(self, model: nn.Module) -> nn.Module:
@@ -181,6 +188,16 @@ def _set_up(strategy: FSDP2 | FSDP1, trainer: Trainer, cut: Callable[[nn.Module]
         _optimizers_to_device(strategy.optimizers, strategy.root_device)
 
 
+def _check_base_unread(trainer: Trainer, strategy: str, why: str) -> None:
+    """Raise `SettingsError` for a callback that reads frozen weights where the strategy does not let it."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if getattr(callback, "reads_base", False):
+            raise SettingsError(
+                f"trainer.strategy is {strategy}, but {type(callback).__name__} reads or writes frozen weights between "
+                f"steps, which {why}"
+            )
+
+
 def _like(value: Any, parameter: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == parameter.shape and value.dim() > 0
 
@@ -223,12 +240,7 @@ class FSDP1(FSDPStrategy):
             SettingsError: a callback that needs frozen weights between steps.
             AdapterStateError: no adapters, or files that would hold frozen weights.
         """
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if getattr(callback, "reads_base", False):
-                raise SettingsError(
-                    f"trainer.strategy is FSDP1, but {type(callback).__name__} reads or writes frozen weights between "
-                    "steps, which FSDP1 keeps in flat pieces. Take FSDP2, or ddp."
-                )
+        _check_base_unread(trainer, "FSDP1", "FSDP1 keeps in flat pieces. Take FSDP2, or ddp.")
         _set_up(self, trainer, self._setup_model)
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
