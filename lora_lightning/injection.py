@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -36,6 +36,9 @@ from lora_lightning.targets import (
     within,
 )
 
+if TYPE_CHECKING:
+    from rich.console import Group
+
 _RECORDS = "_lora_lightning_records"
 _FOLLOWS = "_lora_lightning_values_follow"
 
@@ -52,9 +55,12 @@ class AdapterRecord:
     seed: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class InjectionReport:
-    """What `inject` did: matched layers, what trains, what stays frozen, what was left out and why."""
+    """What `inject` did: matched layers, what trains, what stays frozen, what was left out and why.
+
+    `print` gives a few lines; `rich.print`, and a notebook that shows it, the table of layers.
+    """
 
     name: str
     method: Method
@@ -81,6 +87,19 @@ class InjectionReport:
             for path, reason in self.skipped.items()
             if not any(name.startswith(f"{path}.") for name in self.trained)
         }
+
+    def __rich__(self) -> Group:
+        from lora_lightning.report import injection_table
+
+        return injection_table(self)
+
+    def _repr_mimebundle_(self, include: Sequence[str] = (), exclude: Sequence[str] = (), **_: Any) -> dict[str, str]:
+        from rich.jupyter import JupyterMixin
+
+        return JupyterMixin._repr_mimebundle_(cast(Any, self), include, exclude)
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         share = self.trainable_parameters / max(self.total_parameters, 1)

@@ -20,13 +20,13 @@ BYTES_PER_TRAINABLE = 16
 """float32 value, gradient and two moments of Adam."""
 
 
-def injection_table(report: InjectionReport, kept_share: float | None, base_bytes: int) -> Group:
+def injection_table(report: InjectionReport, kept_share: float | None = None, base_bytes: int | None = None) -> Group:
     """What was adapted: layers by name and shape, and what trains.
 
     Args:
         report: what `inject` returned.
         kept_share: share of the factors' entries that a sparsity schedule leaves, or None.
-        base_bytes: memory of the frozen weights.
+        base_bytes: memory of the frozen weights, or None.
     """
     table = Table(title=f"{type(report.method).__name__}: {len(report.layers)} layers adapted", title_justify="left")
     for column in ("layer", "count", "kind", "inputs", "outputs"):
@@ -42,10 +42,10 @@ def injection_table(report: InjectionReport, kept_share: float | None, base_byte
         lines.append(f"in full     {', '.join(sorted(set(map(_owner, report.trained))))}")
     if kept_share is not None:
         lines.append(f"kept        {kept_share:.1%} of the factors' entries at the end")
-    training = report.trainable_parameters * BYTES_PER_TRAINABLE
-    lines.append(
-        f"memory      {base_bytes / 1e6:.0f} MB weights + {training / 1e6:.0f} MB training state, activations on top"
-    )
+    if base_bytes is not None:
+        training = report.trainable_parameters * BYTES_PER_TRAINABLE
+        sizes = f"{base_bytes / 1e6:.0f} MB weights + {training / 1e6:.0f} MB training state"
+        lines.append(f"memory      {sizes}, activations on top")
     lines += [f"left out    {path} ({reason})" for path, reason in report.left_out.items()]
     lines += [f"tied        {path} shares its weight with {', '.join(to)}" for path, to in report.tied.items()]
     lines += [f"note        {note}" for note in report.notes]
@@ -59,7 +59,7 @@ def _owner(name: str) -> str:
 
 def _name(path: str) -> str:
     """The last two names of a path, numbers left out."""
-    return ".".join([part for part in path.split(".") if not part.isdigit()][-2:])
+    return ".".join([part for part in path.split(".") if not part.isdigit()][-2:]) or path
 
 
 def summary_table(summary: Mapping[str, Any]) -> Group:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from training import encoder_folder
 
 from lora_lightning.data import pydocs
@@ -68,3 +70,43 @@ def test_step_time_and_memory_beside_peft(tmp_path, monkeypatch, capsys):
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| tiny")]
     assert len(table) == 2 + 4
     assert "peft" in {row["library"] for row in found if row["method"] == "DoRA"}
+
+
+@pytest.mark.slow
+def test_text_classification_by_plain_calls(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pydocs, "library_docstrings", functools.cache(pydocs.library_docstrings))
+    folder = encoder_folder(tmp_path / "encoder", labels=8)
+    words = ["--steps", "6", "--limit", "32", "--pretrained", str(folder), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["text_classification.py", *words])
+    runpy.run_path(str(EXAMPLES / "text_classification.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    for found in ("Low-rank", "truncated", "memory: ", "4 layers adapted", "val_accuracy"):
+        assert found in out, found
+    assert len((tmp_path / "out" / "predictions.csv").read_text().splitlines()) == 33
+    assert (tmp_path / "out" / "peft" / "adapter_model.safetensors").is_file()
+
+
+def test_plain_torch(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["plain_torch.py", "--steps", "20", "--output", str(tmp_path)])
+    runpy.run_path(str(EXAMPLES / "plain_torch.py"), run_name="__main__")
+    before, sparse, staged = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines())
+    assert before < min(sparse, staged)
+    tensors = load_file(tmp_path / "sparse" / "adapter.safetensors")
+    assert [int((tensors["0.adapters.default.lora_A"] != 0).sum(1).max())] == [32]
+    assert any(".shifts." in name for name in load_file(tmp_path / "in_stages" / "adapter.safetensors"))
+
+
+@pytest.mark.slow
+def test_knowledge_editing(monkeypatch, capsys, test_data):
+    folder = test_data / "models" / "stories260k"
+    if not folder.is_dir():
+        pytest.skip(f"no model at {folder}")
+    monkeypatch.setattr(sys, "argv", ["knowledge_editing.py", str(folder), "--steps", "30", "--seeds", "0"])
+    runpy.run_path(str(EXAMPLES / "knowledge_editing.py"), run_name="__main__")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "edit success" in line]
+    assert [line.split()[0] for line in lines] == ["RoseLoRA", "LoRA"]
+    values = [dict(re.findall(r"([a-z -]+) ([0-9.]+) ±", line)) for line in lines]
+    for found in ({name.strip(): float(value) for name, value in each.items()} for each in values):
+        assert found["before"] < 0.3 < found["edit success"]
+        assert found["drift"] > 0
+        assert found["non-zero"] <= 2300

@@ -14,7 +14,7 @@ from training import classification, encoder_folder, labelled_data, trainer
 
 from ll_lora import LoRA
 from ll_rose import RoseLoRA
-from lora_lightning import inject, load_adapter
+from lora_lightning import inject, load_adapter, merge, unmerge
 from lora_lightning.callbacks import InjectAdapters, RunReport, TrainingGuard
 from lora_lightning.report import draw, injection_table, summary_table
 
@@ -28,6 +28,26 @@ def text(renderable) -> str:
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     return encoder_folder(tmp_path_factory.mktemp("encoder"))
+
+
+def test_reports_and_adapted_models_are_short_in_terminals_and_notebooks():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 2))
+    report = inject(model, LoRA(rank=2), ["0"], also_train=["1"], seed=0)
+    assert len(repr(report).splitlines()) == len(str(report).splitlines()) == 2
+    assert "LoRA: 1 layers adapted" in text(report)
+    assert "│ 0 " in text(report)
+    shown = report._repr_mimebundle_()
+    assert "<pre" in shown["text/html"]
+    assert "1 layers adapted" in shown["text/plain"]
+    base = "Linear(in_features=4, out_features=6, bias=True)"
+    assert repr(model[0]) == f"AdaptedLayer({base}, default=LowRankAdapter(rank=2, scaling=8, active))"
+    merge(model)
+    merged = "default=LowRankAdapter(rank=2, scaling=8, active, merged)"
+    assert repr(model[0]) == f"AdaptedLayer({base}, {merged})"
+    unmerge(model)
+    inject(model, LoRA(rank=2), ["0"], also_train=["1"], name="second", seed=0)
+    assert "default=LowRankAdapter(rank=2, scaling=8, frozen), second=LowRankAdapter(" in repr(model[0])
+    assert len(repr(model).splitlines()) == 4
 
 
 def test_injection_table_counts_what_trains():

@@ -164,6 +164,18 @@ class AdaptedLayer(nn.Module):
         bias = self._base_under(self._applied()).bias
         return bias if bias is None or bias is self.accessor.bias else bias.to(self.accessor.dtype)
 
+    def __repr__(self) -> str:
+        """One line: the base layer, and each adapter with its state."""
+        marks = ((self.active, "active"), (self.merged, "merged"), (tuple(self.shifts), "folded"))
+        parts = []
+        for name, adapter in self.adapters.items():
+            states = [state for names, state in marks if name in names]
+            if not any(p.requires_grad for p in adapter.parameters()):
+                states.append("frozen")
+            options = ", ".join([adapter.extra_repr()] * bool(adapter.extra_repr()) + states)
+            parts.append(f"{name}={type(adapter).__name__}({options})")
+        return f"AdaptedLayer({' '.join(repr(self.base).split())}, {', '.join(parts)})"
+
     def __getattr__(self, name: str) -> Any:
         """Sizes and options of the base layer (`in_features`, `kernel_size`, ...)."""
         try:
