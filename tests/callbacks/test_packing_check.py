@@ -78,7 +78,7 @@ def test_a_summary_counts_what_was_cut_and_dropped(tmp_path):
     (tmp_path / "pairs.csv").write_text("prompt,completion\nw1 w2,w3\nw1,\nw2 w3 w4 w5 w6,w7\n")
     report = RunReport(tmp_path / "run")
     run(module(folder), completion_data(folder, packing=True, max_length=5), tmp_path, [report], max_steps=4)
-    counts = {"examples": 2, "truncated": 1, "dropped": 1}
+    counts = {"examples": 2, "truncated": 1, "dropped": 1, "skipped": 0}
     assert report.summary["data"] == {"train": counts, "validation": counts}
     with (console := Console(width=200)).capture() as capture:
         console.print(summary_table(report.summary))
