@@ -97,7 +97,12 @@ def imported_class(path: str) -> type | None:
 
 
 def parameters_of(owner: type) -> list[str]:
-    """Names that a class takes; what its user never gives in a config is left out."""
+    """Names that a class takes, those it hands on to its bases included; what no config gives is left out."""
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    parameters = inspect.signature(owner).parameters.values()
-    return [p.name for p in parameters if p.kind not in variadic and p.name not in ("params", "optimizer")]
+    found: dict[str, None] = {}
+    for cls in (owner, *owner.__mro__[1:]):
+        parameters = inspect.signature(cls).parameters.values()
+        found |= dict.fromkeys(p.name for p in parameters if p.kind not in variadic)
+        if inspect.Parameter.VAR_KEYWORD not in {p.kind for p in parameters}:
+            break
+    return [name for name in found if name not in ("params", "optimizer")]

@@ -27,7 +27,7 @@ from lora_lightning import argv as command_line
 from lora_lightning import plugins, run_folder
 from lora_lightning.callbacks.predictions import WritePredictions
 from lora_lightning.callbacks.report import RunReport
-from lora_lightning.errors import RunFolderError, SettingsError
+from lora_lightning.errors import LoraLightningError, RunFolderError, SettingsError, wrapped
 from lora_lightning.injection import iter_adapters
 from lora_lightning.methods import Method
 from lora_lightning.module import NAME, AdapterModule
@@ -101,6 +101,16 @@ class CLI(LightningCLI):
         for name in ("tokenizer", "processor"):
             if name in settings and settings[name] is None and not is_random(config.model.pretrained):
                 settings[name] = config.model.pretrained
+
+    def instantiate_classes(self) -> None:
+        """As always; an error of ours that the parser has wrapped, because a setting may be null too, comes out."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            ours = wrapped(error)
+            if ours is None or isinstance(error, LoraLightningError):
+                raise
+            raise ours from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with the run folder's loggers and checkpoint, for `fit`; without any for the other verbs."""
@@ -193,7 +203,7 @@ def main(args: Sequence[str]) -> int:
     Raises:
         LoraLightningError: anything a user can mend.
     """
-    _quiet()
+    quiet()
     try:
         CLI(command_line.read(args))
     except MisconfigurationException as error:
@@ -209,19 +219,19 @@ def build(args: Sequence[str]) -> tuple[AdapterModule, LightningDataModule]:
     Raises:
         SettingsError: no data, or no model.
     """
-    _quiet()
+    quiet()
     cli = CLI(command_line.read(args), run=False)
     return cli.model, cli.datamodule
 
 
 def describe(args: Sequence[str]) -> tuple[AdapterModule, LightningDataModule, dict[str, Any]]:
     """As `build`, with the trainer's settings; they need not fit this machine."""
-    _quiet()
+    quiet()
     cli = Description(command_line.read(args))
     return cli.model, cli.datamodule, cli.settings
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keep hints that do not concern an adapter run out of the terminal."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)

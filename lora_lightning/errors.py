@@ -11,7 +11,13 @@ class LoraLightningError(Exception):
 
 
 class SettingsError(LoraLightningError, ValueError):
-    """A setting has a value outside its rule."""
+    """A setting has a value outside its rule.
+
+    Attributes:
+        setting: class and field of that setting, where it is a single one that `check` has judged.
+    """
+
+    setting: tuple[str, str] | None = None
 
 
 class UnknownMethodError(LoraLightningError, LookupError):
@@ -70,6 +76,13 @@ class RunFolderError(LoraLightningError):
     """A run folder cannot be read or written."""
 
 
+def wrapped(error: BaseException | None) -> LoraLightningError | None:
+    """The error of ours that a library has raised another one from, or `error` itself; None where there is none."""
+    while error is not None and not isinstance(error, LoraLightningError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def nearest(word: str, choices: Iterable[str], n: int = 3) -> list[str]:
     """The choices most like `word`, best first; case does not count."""
     by_folded = {choice.lower(): choice for choice in sorted(choices, reverse=True)}
@@ -88,4 +101,7 @@ def check(condition: bool, owner: object, field: str, rule: str) -> None:
     `owner` is the settings object; its class gives the name, its attribute the value.
     """
     if not condition:
-        raise SettingsError(f"{type(owner).__name__}.{field} is {getattr(owner, field)!r}; {rule}")
+        name = type(owner).__name__
+        error = SettingsError(f"{name}.{field} is {getattr(owner, field)!r}; {rule}")
+        error.setting = (name, field)
+        raise error

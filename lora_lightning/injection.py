@@ -175,7 +175,7 @@ def inject(
     _check_disjoint(model, selection.layers, trained)
     packed = dict(packed_layers(model))
     check_packed(packed, trained, selection.layers)
-    settings = _settings_by_layer(method, selection.layers, overrides or {})
+    settings = settings_by_layer(method, selection.layers, overrides or {})
     run_seed = common_seed() if seed is None else seed
     adapters = {path: build(settings[path], path, base, run_seed) for path, base in selection.layers.items()}
     _check_stated(model, method, adapters)
@@ -293,9 +293,15 @@ def _check_stated(model: nn.Module, method: Method, adapters: Mapping[str, Adapt
         )
 
 
-def _settings_by_layer(
+def settings_by_layer(
     method: Method, layers: Mapping[str, BaseLayer], overrides: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Method]:
+    """The method of each layer, overrides applied.
+
+    Raises:
+        TargetError: a pattern that matches none of the layers.
+        SettingsError: a field or value that the method cannot have.
+    """
     settings = dict.fromkeys(layers, method)
     for pattern, fields in overrides.items():
         hits = [path for path in layers if within(pattern, path)]

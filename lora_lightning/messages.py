@@ -50,8 +50,44 @@ def explain(message: str, parser: argparse.ArgumentParser) -> str:
         return f'a config must be a mapping of settings; this one is "{text[1]}".'
     leaves = _leaves(message)
     if leaves:
-        return _say(min(leaves, key=lambda leaf: (-len(leaf.trail), list(_LEAVES).index(leaf.kind))), leaves, parser)
+        return _say(_told(leaves), leaves, parser)
     return " ".join(_KEY.sub(r"\1:", message).split())
+
+
+def place(message: str) -> tuple[str, str] | None:
+    """The setting that `explain` speaks of, with the class named there, where taking it away would mend the error.
+
+    The key is the full one of a config, without `init_args`, or that of an unknown flag. None where something is
+    missing, or nothing can be read.
+    """
+    if unknown := re.match(r"unrecognized arguments: (--[^\s=]+)", message):
+        return unknown[1].lstrip("-"), ""
+    if text := re.match(
+        r"(?:argument --(\S+): expected one argument|Parser key \"([^\"]+)\":\s+Unable to load)", message
+    ):
+        return text[1] or text[2], ""
+    leaves = _leaves(message)
+    if not leaves:
+        key = _KEY.search(message)
+        return (key[1], "") if key else None
+    leaf = _told(leaves)
+    if leaf.kind == "required":
+        return (leaf.key, leaf.class_path) if leaf.trail else None
+    if leaf.kind == "field":
+        return ".".join(filter(None, (leaf.key, leaf.word))), leaf.class_path if leaf.trail else ""
+    return leaf.key, leaf.class_path
+
+
+def missing(message: str) -> list[str]:
+    """Keys of required settings that a message says are missing."""
+    leaves = _leaves(message)
+    leaf = _told(leaves) if leaves else None
+    return leaf.word.split(", ") if leaf is not None and leaf.kind == "required" and not leaf.trail else []
+
+
+def _told(leaves: Sequence[Leaf]) -> Leaf:
+    """The one that the user most likely meant."""
+    return min(leaves, key=lambda leaf: (-len(leaf.trail), list(_LEAVES).index(leaf.kind)))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from lora_lightning.callbacks.resume import ExactResume
 from lora_lightning.callbacks.schedule import total_steps
 from lora_lightning.checkpoint import adapter_keys, describe
 from lora_lightning.comparison import check_fits, check_same
-from lora_lightning.errors import DataError, ModelError, ResumeError, SettingsError
+from lora_lightning.errors import DataError, LoraLightningError, ModelError, ResumeError, SettingsError
 from lora_lightning.injection import (
     InjectionReport,
     adapters_named,
@@ -150,7 +150,7 @@ class AdapterModule(LightningModule):
     def _assembled(self, load: Callable[..., nn.Module], seed: int) -> nn.Module:
         self._check_data()
         quantise = self._quantising()
-        pretrained = self._random_name(seed) if is_random(self.pretrained) else self.pretrained
+        pretrained = self.source(seed)
         net = load(
             pretrained,
             self.task,
@@ -160,7 +160,7 @@ class AdapterModule(LightningModule):
             also_train=() if self.also_train == "heads" else self.also_train,
             **({"quantise": quantise} if quantise else {}),
         )
-        self._check_length(net)
+        self.check_length(net)
         self._add_tokens(net, seed)
         self.injection = inject(
             net, self.method, self.targets, self.exclude, self.overrides, self.also_train, name=NAME, seed=seed
@@ -173,6 +173,16 @@ class AdapterModule(LightningModule):
         if self.gradient_checkpointing:
             enable_checkpointing(net)
         return net
+
+    def refusals(self) -> list[LoraLightningError]:
+        """Everything that `configure_model` would refuse before it loads the model."""
+        found: list[LoraLightningError] = []
+        for check_one in (self._check_data, self._quantising, self._labels, self._frozen_dtype):
+            try:
+                check_one()
+            except LoraLightningError as error:
+                found.append(error)
+        return found
 
     def _reads_values(self) -> bool:
         """Whether this process reads the model's files; under some strategies the first one sends what it has read."""
@@ -207,7 +217,10 @@ class AdapterModule(LightningModule):
                 )
         return loading(kind, precision, str(device))
 
-    def _random_name(self, seed: int) -> str:
+    def source(self, seed: int) -> str:
+        """Where the model comes from: `pretrained`, or all that decides a random model."""
+        if not is_random(self.pretrained):
+            return self.pretrained
         tokenizer = getattr(self._datamodule(), "tokenizer_object", None)
         found = tokenizer_settings(self.pretrained, tokenizer, self.random_config) if tokenizer else {}
         return full_name(self.pretrained, {**found, **self.random_config}, seed)
@@ -246,7 +259,8 @@ class AdapterModule(LightningModule):
         trained = {id(p) for p in self.parameters() if p.requires_grad} - adapters
         return cast(Self, super()._apply(kept(fn, lambda tensor: id(tensor) in trained), recurse))  # type: ignore[no-untyped-call]
 
-    def _check_length(self, net: nn.Module) -> None:
+    def check_length(self, net: nn.Module) -> None:
+        """Raise `SettingsError` where the data's texts are longer than a model can take."""
         longest = getattr(getattr(net, "config", None), "max_position_embeddings", None)
         length = getattr(self._datamodule(), "max_length", None)
         if longest and length and length > longest:

@@ -39,6 +39,8 @@ class Parser(LightningArgumentParser):
             for key, class_path in _class_paths(config.as_dict()):
                 plugins.registry().refuse_blocked(class_path, key)
         except PluginError as error:
+            if not self.exit_on_error:
+                raise
             sys.stderr.write(f"error: {error}\n")
             self.exit(2)
         return config

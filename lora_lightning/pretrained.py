@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from lora_lightning.random_models import is_random
 
 PACKAGE = "pkg:"
 """Prefix of `pkg:IMPORT_NAME/FOLDER`, weights that an installed package carries."""
+WEIGHTS = "model.safetensors"
+"""File of a model's weights; of several files the beginning of their index's name."""
 
 
 def resolve(name: str, field: str = "model.pretrained", needs: str | None = "config.json") -> str:
@@ -38,6 +41,31 @@ def resolve(name: str, field: str = "model.pretrained", needs: str | None = "con
         hint = f" Nearest: {', '.join(below)}." if below else ""
         raise ModelError(f'{field} is "{name}"; the folder holds no {needs}.{hint}')
     return str(folder)
+
+
+def check_weights(name: str) -> None:
+    """Check that a local model has its files of weights, without opening one; says nothing of the hub's.
+
+    Raises:
+        ModelError: a file that is missing, or only pickles, which are never opened.
+    """
+    folder = Path(resolve(name))
+    if is_random(name) or not folder.is_dir() or (folder / WEIGHTS).is_file():
+        return
+    index = folder / f"{WEIGHTS}.index.json"
+    if not index.is_file():
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        hint = f" {pickles[0]} is a pickle, which is never opened; convert it." if pickles else ""
+        raise ModelError(f'model.pretrained is "{name}"; the folder holds no {WEIGHTS}.{hint}')
+    try:
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f'model.pretrained is "{name}"; its {index.name} cannot be read: {error}.') from error
+    if missing := [file for file in files if not (folder / file).is_file()]:
+        raise ModelError(
+            f'model.pretrained is "{name}"; {len(missing)} of its {len(files)} files of weights are missing, such as '
+            f"{missing[0]}."
+        )
 
 
 def _looks_like_path(name: str) -> bool:

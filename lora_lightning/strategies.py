@@ -10,7 +10,7 @@ So a checkpoint does not know how many processes wrote it, or under which strate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +20,7 @@ from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -89,10 +90,16 @@ class FSDP2(ModelParallelStrategy):
         Raises:
             SettingsError: a callback that needs frozen weights between steps, where these wait on the CPU.
         """
+        self.refuse(trainer.callbacks)  # type: ignore[attr-defined]
+        _set_up(self, trainer, self._cut)
+
+    def refuse(self, callbacks: Sequence[Callback]) -> None:
+        """Raise `SettingsError` for a callback that cannot act under this strategy."""
         if self.cpu_offload:
             own = "FSDP2 with cpu_offload"
-            _check_base_unread(trainer, own, "then wait on the CPU, away from the adapters. Set cpu_offload to false.")
-        _set_up(self, trainer, self._cut)
+            _check_base_unread(
+                callbacks, own, "then wait on the CPU, away from the adapters. Set cpu_offload to false."
+            )
 
     def _cut(self, model: nn.Module) -> nn.Module:
         mesh = self.device_mesh["data_parallel"]
@@ -188,9 +195,9 @@ def _set_up(strategy: FSDP2 | FSDP1, trainer: Trainer, cut: Callable[[nn.Module]
         _optimizers_to_device(strategy.optimizers, strategy.root_device)
 
 
-def _check_base_unread(trainer: Trainer, strategy: str, why: str) -> None:
+def _check_base_unread(callbacks: Sequence[Callback], strategy: str, why: str) -> None:
     """Raise `SettingsError` for a callback that reads frozen weights where the strategy does not let it."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks:
         if getattr(callback, "reads_base", False):
             raise SettingsError(
                 f"trainer.strategy is {strategy}, but {type(callback).__name__} reads or writes frozen weights between "
@@ -240,8 +247,12 @@ class FSDP1(FSDPStrategy):
             SettingsError: a callback that needs frozen weights between steps.
             AdapterStateError: no adapters, or files that would hold frozen weights.
         """
-        _check_base_unread(trainer, "FSDP1", "FSDP1 keeps in flat pieces. Take FSDP2, or ddp.")
+        self.refuse(trainer.callbacks)  # type: ignore[attr-defined]
         _set_up(self, trainer, self._setup_model)
+
+    def refuse(self, callbacks: Sequence[Callback]) -> None:
+        """Raise `SettingsError` for a callback that cannot act under this strategy."""
+        _check_base_unread(callbacks, "FSDP1", "FSDP1 keeps in flat pieces. Take FSDP2, or ddp.")
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         assert self.lightning_module is not None
@@ -340,7 +351,12 @@ class DeepSpeed(DeepSpeedStrategy):
         Raises:
             SettingsError: a schedule that reads gradients, or an optimizer of factor pairs.
         """
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        self.refuse(trainer.callbacks)  # type: ignore[attr-defined]
+        super().setup(trainer)
+
+    def refuse(self, callbacks: Sequence[Callback]) -> None:
+        """Raise `SettingsError` for a callback that cannot act under this strategy."""
+        for callback in callbacks:
             if (
                 isinstance(callback, ScheduleCallback)
                 and type(callback).on_gradients is not ScheduleCallback.on_gradients
@@ -349,7 +365,6 @@ class DeepSpeed(DeepSpeedStrategy):
                     f"trainer.strategy is DeepSpeed, but {type(callback).__name__} reads gradients, which DeepSpeed "
                     "keeps to itself. Take FSDP2, or ddp."
                 )
-        super().setup(trainer)
 
     def _setup_model_and_optimizer(
         self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any | None = None

@@ -54,6 +54,13 @@ def lines(capsys) -> list[str]:
     return [line for line in capsys.readouterr().out.splitlines() if line.strip()]
 
 
+def test_a_refused_value_of_the_data_is_one_line(here, capsys):
+    assert main(["fit", "--config", "tiny.yaml", "--data.batch_size", "0"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: LabelledText.batch_size is 0; it must be at least 1.")
+    assert err.count("\n") == 1
+
+
 def test_a_fit_leaves_a_whole_run_folder(here, capsys):
     assert main(["fit", "--config", "tiny.yaml"]) == 0
     out = lines(capsys)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.layer import AdaptedLayer
@@ -113,7 +114,7 @@ class Cascade(ScheduleCallback):
 
     def begin(self, total: int | None, adapters: Mapping[str, Adapter]) -> None:
         """Open shifts, and the noise of the stage; a resumed run finds the shifts loaded."""
-        self._check_company(total)
+        self._check_module()
         self.length = self.stage_length(self.trainer)
         check(self.length >= 2, self, "stage_epochs", "an epoch has one optimizer step; a stage needs at least 2.")
         stages = math.ceil(total / self.length) if total is not None else None
@@ -125,21 +126,21 @@ class Cascade(ScheduleCallback):
         if self._noise.placed:
             self._noise.place(self.module, adapters, self.stage, self.seed)
 
-    def _check_company(self, total: int | None) -> None:
-        others = [c for c in self.trainer.callbacks if isinstance(c, ScheduleCallback) and c is not self]  # type: ignore[attr-defined]
+    def check_run(self, total: int | None, others: Sequence[Callback]) -> None:
+        """Refuse schedules that act against stages, and a rate that follows them in a run that nothing bounds."""
         for other in others:
-            if other.phase == MASKS:
+            if isinstance(other, ScheduleCallback) and other.phase == MASKS:
                 raise SettingsError(
                     f"Cascade starts adapters again at each stage, which brings back what {type(other).__name__} has "
                     "removed; use one of them."
                 )
             if isinstance(other, NoiseInjection) and self.noise:
                 raise SettingsError(f"Cascade.noise is {self.noise} and NoiseInjection is there too; use one of them.")
-        if self.lr == "continue":
-            return
-        if total is None:
+        if self.lr != "continue" and total is None:
             raise SettingsError(f'Cascade.lr is "{self.lr}", but nothing bounds the run; set max_steps or max_epochs.')
-        if not isinstance(getattr(self.module, "lr_scheduler", None), WarmUp):
+
+    def _check_module(self) -> None:
+        if self.lr != "continue" and not isinstance(getattr(self.module, "lr_scheduler", None), WarmUp):
             raise SettingsError(
                 f'Cascade.lr is "{self.lr}"; it acts on the schedule of AdapterModule, which this module has not. '
                 'Take "continue", and give the stages to a schedule of your own.'

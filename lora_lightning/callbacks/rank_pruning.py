@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
+
+from lightning.pytorch.callbacks import Callback
 
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.sparsity import keep_top, kept_share
@@ -44,6 +46,10 @@ class RankPruning(ScheduleCallback):
     def wants(self, adapter: Adapter) -> bool:
         """Adapters with a rank mask."""
         return adapter.rank_mask is not None
+
+    def check_run(self, total: int | None, others: Sequence[Callback]) -> None:
+        """Refuse a ramp that does not fit."""
+        resolve_ramp(self.start, self.end, total, type(self).__name__)
 
     def begin(self, total: int | None, adapters: Mapping[str, Adapter]) -> None:
         """Resolve the ramp; refuse a final rank above any adapter's."""

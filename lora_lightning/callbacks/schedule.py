@@ -180,6 +180,27 @@ class ScheduleCallback(Callback, ABC):
     def wants(self, adapter: Adapter) -> bool:
         """Whether an adapter answers the question."""
 
+    def check_run(self, total: int | None, others: Sequence[Callback]) -> None:
+        """Refuse a run of `total` steps beside `others`, where that needs no model; before training and by `doctor`.
+
+        Raises:
+            SettingsError: the schedule does not fit, or another callback stands against it.
+        """
+
+    def choose(self, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+        """The trainable adapters that answer the question.
+
+        Raises:
+            NoEffectError: none does.
+        """
+        found = {path: adapter for path, adapter in adapters.items() if self.wants(adapter)}
+        if not found:
+            raise NoEffectError(
+                f"{type(self).__name__} found nothing to act on: it needs trainable adapters with {self.asks}; "
+                f"the model has {len(adapters)} trainable adapters, none with any."
+            )
+        return found
+
     def begin(self, total: int | None, adapters: Mapping[str, Adapter]) -> None:
         """Resolve the schedule against the run's `total` steps; called once, before the first step."""
 
@@ -209,13 +230,7 @@ class ScheduleCallback(Callback, ABC):
             NoEffectError: no trainable adapter answers the question.
             ResumeError: the run was started with another number of steps.
         """
-        found = trainable_adapters(pl_module)
-        self._adapters = {path: adapter for path, adapter in found.items() if self.wants(adapter)}
-        if not self._adapters:
-            raise NoEffectError(
-                f"{type(self).__name__} found nothing to act on: it needs trainable adapters with {self.asks}; "
-                f"the model has {len(found)} trainable adapters, none with any."
-            )
+        self._adapters = self.choose(trainable_adapters(pl_module))
         self.trainer, self.module, self.total = trainer, pl_module, total_steps(trainer)
         if self._saved_total is not None and self._saved_total != self.total:
             raise ResumeError(
@@ -230,6 +245,7 @@ class ScheduleCallback(Callback, ABC):
                     "Give the same value."
                 )
         self._seen, self._stepped = trainer.global_step, False
+        self.check_run(self.total, [c for c in trainer.callbacks if c is not self])  # type: ignore[attr-defined]
         self.begin(self.total, self._adapters)
         layers = [path.rpartition(".adapters.")[0] for path in self._adapters]
         announce(trainer, self, "acts on", "adapter", layers)

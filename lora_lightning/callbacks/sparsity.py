@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -97,6 +98,10 @@ class SparsitySchedule(ScheduleCallback):
     def wants(self, adapter: Adapter) -> bool:
         """Adapters with entry masks."""
         return bool(adapter.masks())
+
+    def check_run(self, total: int | None, others: Sequence[Callback]) -> None:
+        """Refuse a ramp that does not fit."""
+        resolve_ramp(self.start, self.end, total, type(self).__name__)
 
     def begin(self, total: int | None, adapters: Mapping[str, Adapter]) -> None:
         """Resolve the ramp and stack masks of equal shape."""
