@@ -11,10 +11,12 @@ import torch
 from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader
+from training import encoder_folder, labelled_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 import lora_lightning as ll
 from lora_lightning import AdapterModule, export, plugins
+from lora_lightning.__main__ import main
 from lora_lightning.adapters.shift import LogShift
 from lora_lightning.base_layers import packed_formats, packed_layers
 from lora_lightning.callbacks import NoiseInjection
@@ -140,6 +142,26 @@ def test_a_run_is_refused_before_anything_is_loaded(settings, callbacks, text, e
 def test_a_model_without_weights_is_refused():
     with pytest.raises(SettingsError, match='"random:bert" has no weights to quantise; leave it null'):
         module("random:bert", quantisation="nf4").configure_model()
+
+
+def test_the_command_line_trains_on_a_quantised_base(tmp_path, monkeypatch, capsys):
+    """Through the kinds of layer that a plugin brings; without the plugin there is nothing to adapt."""
+    for package in ("accelerate", "torchao"):
+        pytest.importorskip(package, reason=f'needs {package}: pip install "lora-lightning[quant]"')
+    monkeypatch.setattr("lora_lightning.quantisation.find_spec", importlib.util.find_spec)
+    monkeypatch.chdir(tmp_path)
+    labelled_file(encoder_folder(tmp_path / "model") / "train.csv", rows=24)
+    words = ["--model.pretrained=model", "--model.method=LoRA", "--model.targets=[query, value]"]
+    words += ["--model.quantisation=torchao-int8", "--model.linear_baseline=false", "--data=LabelledText"]
+    words += ["--data.train=model/train.csv", "--data.validation=model/train.csv", "--data.batch_size=4"]
+    words += ["--trainer.max_steps=4", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    assert main(["fit", *words]) == 0
+    assert "linear, torchao-int8" in capsys.readouterr().out
+    try:
+        assert main(["-p", "no:ll_quantised", "fit", *words]) == 2
+        assert "error: " in capsys.readouterr().err
+    finally:
+        plugins.load()
 
 
 @loads
