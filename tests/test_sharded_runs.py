@@ -22,7 +22,11 @@ from lora_lightning.callbacks import Cascade
 from lora_lightning.errors import SettingsError
 from lora_lightning.strategies import FSDP2
 
-pytestmark = [pytest.mark.multi, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.multi,
+    pytest.mark.timeout(900),
+    pytest.mark.filterwarnings("ignore:.*so near singular that its damping was raised:UserWarning"),
+]
 
 
 @pytest.fixture(scope="module")
