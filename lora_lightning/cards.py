@@ -1,16 +1,21 @@
-"""What a method's own files say about it: fields with the text under each, and the README beside its code."""
+"""What the code of a method or another part says about it: settings with a text each, and the README beside it."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
 import inspect
+import re
 import sys
 import textwrap
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from lora_lightning.choices import arguments
+
+_SECTION = re.compile(r"(Args|Arguments|Attributes|Raises|Returns|Example|Examples|Inputs):|:param .*|\.\. .*")
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,46 @@ def fields_of(cls: type[Any]) -> list[FieldCard]:
     return [
         FieldCard(
             field.name,
-            field.type if isinstance(field.type, str) else inspect.formatannotation(field.type, cls.__module__),
+            _type(field.type, cls),
             _default(field),
             texts.get(field.name, ""),
         )
         for field in dataclasses.fields(cls)
     ]
+
+
+def arguments_of(cls: type[Any]) -> list[FieldCard]:
+    """What a class takes, with what its docstring and its bases' say of each; a config gives no `params`."""
+    from docstring_parser import parse
+
+    texts = {
+        part.arg_name: " ".join((part.description or "").split())
+        for base in reversed(cls.__mro__)
+        for doc in (vars(base).get("__doc__"), getattr(vars(base).get("__init__"), "__doc__", None))
+        for part in parse(inspect.cleandoc(doc or "")).params
+    }
+    return [
+        FieldCard(name, _type(given.annotation, cls), _written(given.default), texts.get(name, ""))
+        for name, given in arguments(cls).items()
+        if name != "params"
+    ]
+
+
+def description_of(cls: type[Any]) -> str:
+    """Its docstring without the sections about arguments, attributes and errors; empty where it has none of its own."""
+    lines = inspect.cleandoc(vars(cls).get("__doc__") or "").splitlines()
+    end = next((n for n, line in enumerate(lines) if _SECTION.fullmatch(line.strip())), len(lines))
+    return "\n".join(lines[:end]).strip()
+
+
+def _type(annotation: Any, cls: type[Any]) -> str:
+    if annotation is inspect.Parameter.empty:
+        return "any"
+    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation, cls.__module__)
+
+
+def _written(default: Any) -> str:
+    return "required" if default is inspect.Parameter.empty else repr(default)
 
 
 def attribute_docstrings(cls: type[Any]) -> dict[str, str]:

@@ -21,7 +21,15 @@ def short_names(bases: Sequence[type]) -> list[str]:
     """Short names that a class-valued setting takes."""
     if takes_method(bases):
         return sorted(plugins.registry().methods)
-    return sorted({cls.__name__ for base in bases for cls in _subclasses(base) if _can_be_named(cls)})
+    return sorted({name for base in bases for name in named_classes(base)})
+
+
+def named_classes(base: type) -> dict[str, type]:
+    """Imported subclasses that a config can name, by short name; of one name the one defined in this package."""
+    found = sorted(
+        filter(_can_be_named, _subclasses(base)), key=lambda cls: cls.__module__.startswith("lora_lightning")
+    )
+    return {cls.__name__: cls for cls in found}
 
 
 def takes_method(bases: Sequence[type]) -> bool:
@@ -98,11 +106,16 @@ def imported_class(path: str) -> type | None:
 
 def parameters_of(owner: type) -> list[str]:
     """Names that a class takes, those it hands on to its bases included; what no config gives is left out."""
+    return [name for name in arguments(owner) if name not in ("params", "optimizer")]
+
+
+def arguments(owner: type) -> dict[str, inspect.Parameter]:
+    """What a class takes by name; where it takes any keyword, what its base takes too."""
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    found: dict[str, None] = {}
-    for cls in (owner, *owner.__mro__[1:]):
-        parameters = inspect.signature(cls).parameters.values()
-        found |= dict.fromkeys(p.name for p in parameters if p.kind not in variadic)
-        if inspect.Parameter.VAR_KEYWORD not in {p.kind for p in parameters}:
+    found: dict[str, inspect.Parameter] = {}
+    for cls in owner.__mro__:
+        parameters = inspect.signature(cls).parameters
+        found |= {name: p for name, p in parameters.items() if p.kind not in variadic and name not in found}
+        if inspect.Parameter.VAR_KEYWORD not in {p.kind for p in parameters.values()}:
             break
-    return [name for name in found if name not in ("params", "optimizer")]
+    return found

@@ -365,6 +365,12 @@ def _package(entry: importlib.metadata.EntryPoint) -> tuple[str, str]:
     return (entry.dist.name, entry.dist.version) if entry.dist else (entry.name, "unknown")
 
 
+def package_of(plugin: str) -> tuple[str, str]:
+    """Name and version of the distribution that carries an installed plugin."""
+    [entry, *_] = importlib.metadata.entry_points(group=GROUP, name=plugin)
+    return _package(entry)
+
+
 def _explained(error: BaseException) -> BaseException:
     """A hook of our namespace that this core does not know is most likely from a newer one."""
     unknown = re.match(r"unknown hook '(\w+)'", str(error))

@@ -4,7 +4,8 @@ import pytest
 
 from lora_lightning import plugins
 from lora_lightning.__main__ import main
-from lora_lightning.cards import fields_of
+from lora_lightning.cards import arguments_of, fields_of
+from lora_lightning.parts import parts
 
 
 @pytest.mark.parametrize("name", sorted(plugins.load().methods))
@@ -34,3 +35,54 @@ def test_the_readme_is_rendered(capsys, monkeypatch):
 def test_an_unknown_method(capsys):
     assert main(["show", "RosaLoRA"]) == 2
     assert capsys.readouterr().err.startswith('error: show: no method "RosaLoRA". Did you mean "RoseLoRA"? Installed: ')
+
+
+CARDS = {
+    "RiemannianAdamW": ("optimizer, named in model.optimizer", "ll_riemannian_moe, from lora-lightning ", "lr float"),
+    "AdamW": ("optimizer, named in model.optimizer", "torch ", "lr "),
+    "SparsitySchedule": ("callback, named in trainer.callbacks", "lora-lightning ", "sparsity float 0.8 "),
+    "WeightDecomposition": (
+        "callback, named in trainer.callbacks",
+        "ll_dora, from lora-lightning ",
+        "at Sequence[float] ",
+    ),
+    "LabelledText": ("data module, named in data", "lora-lightning ", "batch_size int 16 Examples of a batch"),
+    "FSDP2": ("strategy, named in trainer.strategy", "lora-lightning ", "reshard_after_forward bool True give "),
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_other_parts_have_cards(name, capsys):
+    kind, package, setting = CARDS[name]
+    assert main(["show", name]) == 0
+    out = capsys.readouterr().out
+    rows = [" ".join(line.split()) for line in out.splitlines()]
+    assert rows[0].startswith(f"{name}: ")
+    assert len(rows[0]) > len(name) + 10
+    assert f"kind {kind}" in rows
+    assert any(row.startswith(f"package {package}") for row in rows)
+    assert any(row.startswith(setting) for row in rows), out
+    assert "Args:" not in out
+
+
+def test_every_setting_of_our_parts_has_a_meaning():
+    bare = [
+        f"{name}.{card.name}"
+        for name, part in parts().items()
+        if part.cls.__module__.partition(".")[0] == "lora_lightning" or part.plugin
+        for card in arguments_of(part.cls)
+        if not card.text
+    ]
+    assert bare == []
+
+
+def test_a_part_of_a_blocked_plugin_has_no_card(capsys):
+    assert main(["show", "WeightDecomposition", "-p", "no:ll_dora"]) == 2
+    assert capsys.readouterr().err.startswith("error: show: no ")
+    plugins.load()
+
+
+def test_the_nearest_of_all_parts_is_named(capsys):
+    assert main(["show", "SparsitySchedul"]) == 2
+    err = capsys.readouterr().err
+    assert err.endswith('"SparsitySchedul". Did you mean "SparsitySchedule"?\n')
