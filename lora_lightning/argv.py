@@ -21,7 +21,19 @@ from pathlib import Path
 from lora_lightning.errors import LoraLightningError, PluginError, RunFolderError, SettingsError, did_you_mean, nearest
 
 TRAINING_VERBS = ("fit", "validate", "test", "predict")
-LIGHT_VERBS = ("methods", "show", "cite", "targets", "inspect-data", "estimate", "doctor", "export", "new-plugin")
+LIGHT_VERBS = (
+    "methods",
+    "show",
+    "cite",
+    "targets",
+    "inspect-data",
+    "estimate",
+    "doctor",
+    "export",
+    "new-plugin",
+    "schema",
+    "completion",
+)
 _USAGE = {
     "-p": "-p no:NAME, the name of a plugin not to load",
     "--config": "--config NAME or --config PATH",

@@ -350,3 +350,23 @@ def test_a_checkpoint_callback_of_the_users_stands_beside_ours(here):
     assert main(["fit", "--config", "tiny.yaml", *flags]) == 0
     names = {path.name for path in Path("runs/tiny/001").rglob("*.ckpt")}
     assert names == {"last.ckpt", "mine.ckpt"}
+
+
+@pytest.mark.parametrize(
+    "name", ["rose", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lorasc", "tasks/chat", "shapes/llama_2_7b"))]
+)
+@pytest.mark.parametrize("how", ["comments", "comments,skip_default"])
+def test_a_printed_config_with_comments_is_the_same_config(name, how, tmp_path, capsys, monkeypatch):
+    """Its comments are the documentation of the fields; printed again from what was printed, it is the same."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "--config", name, f"--print_config={how}"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^ *# .*folder, hub id, .pkg:IMPORT_NAME/FOLDER. for weights", text, re.MULTILINE)
+    assert re.search(r"^ *# .*(Numerator of scaling|Share|share)", text, re.MULTILINE)
+    assert ("accumulate_grad_batches" in text) == (how == "comments")
+    Path("printed.yaml").write_text(text)
+    assert main(["fit", "--config", name, "--print_config"]) == 0
+    plain = capsys.readouterr().out
+    assert main(["fit", "--config", "printed.yaml", "--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(plain)
+    assert not Path("runs").exists()
