@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lora_lightning.callbacks.schedule import JUDGES, announce, gradients_finite, order_callbacks
 from lora_lightning.errors import TrainingError
 from lora_lightning.injection import iter_adapters, trainable_adapters
+from lora_lightning.paths import plain
 from lora_lightning.sharding import gather_nested, laid_out, local, summed
 
 
@@ -52,7 +53,7 @@ class TrainingGuard(Callback):
         merged = [path for path, layer in iter_adapters(pl_module) if layer.merged]
         if merged:
             raise TrainingError(f"{len(merged)} layers are merged, {merged[0]} first; call unmerge before training.")
-        self._watched = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
+        self._watched = {plain(name): p for name, p in pl_module.named_parameters() if p.requires_grad}
         if not self._watched:
             raise TrainingError("nothing trains: every parameter is frozen. Call set_trainable, or inject an adapter.")
         self._start = {name: p.detach().clone() for name, p in self._watched.items()}
@@ -160,7 +161,9 @@ class TrainingGuard(Callback):
 
     @staticmethod
     def _idle(module: nn.Module) -> set[str]:
-        return {f"{path}.{name}" for path, adapter in trainable_adapters(module).items() for name in adapter.idle()}
+        return {
+            plain(f"{path}.{name}") for path, adapter in trainable_adapters(module).items() for name in adapter.idle()
+        }
 
     def moved(self) -> dict[str, float]:
         """Relative distance |p - start| / |start| (|p| where the start is zero) of every trained tensor so far."""

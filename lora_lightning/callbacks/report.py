@@ -27,6 +27,7 @@ from lora_lightning.files import write_json
 from lora_lightning.injection import adapters_named, injected_root, iter_adapters, records
 from lora_lightning.optim.pair_optimizer import PairOptimizer
 from lora_lightning.optim.wrapper import innermost
+from lora_lightning.paths import plain
 from lora_lightning.report import draw, injection_table, summary_table
 from lora_lightning.sharding import assembled, is_sharded, local, reshard, summed
 from lora_lightning.tasks.base import evaluate
@@ -172,7 +173,8 @@ class RunReport(Callback):
         guard = next((c for c in callbacks if isinstance(c, TrainingGuard)), None)
         task = getattr(module, "task", None)
         root = injected_root(module)
-        record, adapters = records(root)[self.name], adapters_named(root, self.name)
+        record = records(root)[self.name]
+        adapters = {plain(path): adapter for path, adapter in adapters_named(root, self.name).items()}
         trained = [p for p in module.parameters() if p.requires_grad]
         own = [p for a in adapters.values() for p in a.parameters() if p.requires_grad]
         with assembled(*adapters.values()):
@@ -241,8 +243,8 @@ def _moved(distances: dict[str, float], root: nn.Module, name: str) -> dict[str,
     found = dict(distances)
     for path, layer in iter_adapters(root):
         if name in layer.shifts:
-            found = {key: value for key, value in found.items() if f"{path}.adapters.{name}." not in key}
+            found = {key: value for key, value in found.items() if f"{plain(path)}.adapters.{name}." not in key}
             original = layer.pretrained_weight(torch.float64).cpu()
             change = layer.merged_weight(name, torch.float64).cpu() - original
-            found[f"{path} (folded)"] = float(change.norm() / original.norm().clamp_min(1e-30))
+            found[f"{plain(path)} (folded)"] = float(change.norm() / original.norm().clamp_min(1e-30))
     return found

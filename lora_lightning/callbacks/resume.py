@@ -15,6 +15,7 @@ from torch import Tensor
 from lora_lightning.callbacks.schedule import JUDGES, order_callbacks, total_steps
 from lora_lightning.errors import ResumeError
 from lora_lightning.optim.warmup import WarmUp
+from lora_lightning.paths import plain
 from lora_lightning.processes import gather_objects
 from lora_lightning.sharding import local, piece_like
 from lora_lightning.shifts import rewrite_weights
@@ -89,8 +90,8 @@ class ExactResume(Callback):
                 )
         gradients = self._mine(trainer)["gradients"]
         for name, parameter in pl_module.named_parameters():
-            if name in gradients:
-                parameter.grad = piece_like(gradients[name].to(parameter.device, copy=True), parameter)
+            if plain(name) in gradients:
+                parameter.grad = piece_like(gradients[plain(name)].to(parameter.device, copy=True), parameter)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Restore random numbers here: building the loader's iterator draws one."""
@@ -107,7 +108,7 @@ class ExactResume(Callback):
 def _open_window(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
     if not trainer.fit_loop.epoch_loop._should_accumulate():
         return {}
-    grads = {n: p.grad.detach() for n, p in module.named_parameters() if p.requires_grad and p.grad is not None}
+    grads = {plain(n): p.grad.detach() for n, p in module.named_parameters() if p.requires_grad and p.grad is not None}
     return {name: local(grad).cpu() for name, grad in grads.items()}
 
 
