@@ -238,7 +238,8 @@ class MethodContract:
         first, again, elsewhere, other = starts(1), starts(1, draws=7), starts(1, device="meta"), starts(2)
         for key, value in first.items():
             assert torch.equal(value, again[key])
-            assert torch.equal(value, elsewhere[key])
+            if not elsewhere[key].is_meta:  # what is made on the default device has no value here
+                assert torch.equal(value, elsewhere[key])
         if self.random_start:
             assert any(not torch.equal(first[key], other[key]) for key in first)
             own = [key for key in first if key.startswith("a.")]

@@ -34,7 +34,9 @@ def trained(module, folder, precision, **options):
     return module
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "32-true"])
+@pytest.mark.parametrize(
+    "precision", ["bf16-true", *[pytest.param(p, marks=pytest.mark.slow) for p in ("bf16-mixed", "32-true")]]
+)
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_run_trains_in_float32(encoder, tmp_path, name, precision):
     module = trained(classification(encoder, ADAPTERS[name]), encoder, precision)

@@ -59,6 +59,7 @@ def test_a_table_of_strategies_and_gpus(capsys):
     assert "Fits into 1 GiB a GPU" in out
 
 
+@pytest.mark.slow
 def test_a_config_that_quantises_its_base_is_counted_so(capsys):
     printed = []
     for words in (["--quantised=nf4"], ["--model.quantisation=nf4"]):
@@ -77,7 +78,7 @@ def test_a_config_that_quantises_its_base_is_counted_so(capsys):
     ],
 )
 def test_what_cannot_be_estimated(words, message, capsys, monkeypatch):
-    module, data = SimpleNamespace(), SimpleNamespace(batch_size=2, max_length=8)
+    module, data = SimpleNamespace(quantisation=None), SimpleNamespace(batch_size=2, max_length=8)
     monkeypatch.setitem(sys.modules, "lora_lightning.cli", SimpleNamespace(describe=lambda flags: (module, data, {})))
     assert main(["estimate", "{}", *words]) == 2
     assert message in capsys.readouterr().err
