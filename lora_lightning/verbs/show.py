@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         _show_part(args.name, others[args.name])
         return 0
     close = nearest(args.name, [*known.methods, *others], n=1)
-    if close and close[0] in others:
+    if close and close[0] in others and not known.failed:  # else it may be a failed plugin's, which is named below
         raise SettingsError(
             f'show: no method, optimizer, callback, data module or strategy "{args.name}". Did you mean "{close[0]}"?'
         )
