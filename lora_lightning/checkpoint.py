@@ -52,8 +52,9 @@ from lora_lightning.injection import (
 )
 from lora_lightning.methods import Method, plain_settings
 from lora_lightning.paths import plain, starting_with, unwrap
+from lora_lightning.pieces import gather, is_sharded, put
 from lora_lightning.plugins import registry, restore
-from lora_lightning.sharding import gather, is_sharded, put, reshard
+from lora_lightning.sharding import reshard
 from lora_lightning.shifts import shift_tensors
 from lora_lightning.targets import all_layers, other_users
 from lora_lightning.vocabulary import Vocabulary, check_same_tokens, grow, shrink, vocabulary

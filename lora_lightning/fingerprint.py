@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from lora_lightning.base_layers import packed_layers
 from lora_lightning.injection import iter_adapters
 from lora_lightning.paths import plain, starting_with, unwrap
-from lora_lightning.sharding import first_entry, local
+from lora_lightning.pieces import first_entry, local
 from lora_lightning.vocabulary import grown_layers
 
 _SAMPLE = 64

@@ -7,7 +7,7 @@ A unit is gathered for its forward and given back. Each block of a model is one,
     its adapters    trained factors, float32                  gathered from forward to backward
     root            embeddings, output layer, trained heads
 
-What a piece is, and how tensors are read and written, says `pieces`; its functions are to be had here as well.
+What a piece is, and how tensors are read and written, says `pieces`.
 """
 
 from __future__ import annotations
@@ -27,41 +27,9 @@ from lora_lightning.adapters import experts
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.layer import AdaptedLayer
 from lora_lightning.errors import AdapterStateError
-from lora_lightning.pieces import (
-    assembled,
-    first_entry,
-    gather,
-    gather_nested,
-    is_sharded,
-    laid_out,
-    local,
-    own_rows,
-    piece_like,
-    put,
-    summed,
-    whole,
-)
+from lora_lightning.pieces import is_sharded
 from lora_lightning.reading import read_layers
 from lora_lightning.scopes import pretrained_models
-
-__all__ = [
-    "assembled",
-    "blocks",
-    "first_entry",
-    "gather",
-    "gather_nested",
-    "is_sharded",
-    "laid_out",
-    "local",
-    "own_rows",
-    "piece_like",
-    "put",
-    "reshard",
-    "roots",
-    "shard",
-    "summed",
-    "whole",
-]
 
 
 def reshard(model: nn.Module) -> None:

@@ -22,7 +22,7 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
@@ -36,7 +36,8 @@ from lora_lightning.checkpoint import adapter_state
 from lora_lightning.errors import AdapterStateError, ResumeError, SettingsError
 from lora_lightning.fingerprint import keep_fingerprint
 from lora_lightning.injection import injected_root, records
-from lora_lightning.sharding import blocks, gather, gather_nested, laid_out, reshard, roots, shard
+from lora_lightning.pieces import gather, gather_nested, laid_out
+from lora_lightning.sharding import blocks, reshard, roots, shard
 
 __all__ = ["FSDP1", "FSDP2", "DeepSpeed"]
 
@@ -147,9 +148,7 @@ class FSDP2(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """The file, as one process reads it."""
-        path = Path(self.broadcast(checkpoint_path))
-        torch.cuda.empty_cache()
-        return self.checkpoint_io.load_checkpoint(path, map_location="cpu", weights_only=weights_only)
+        return _read(self, checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Each process takes its pieces."""
@@ -160,22 +159,11 @@ class FSDP2(ModelParallelStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state with whole tensors, by number of the parameter."""
-        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        return cast("dict[str, Any]", gather_nested(inner.state_dict()))
+        return _optimizer_state(optimizer)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """States shaped like their parameter are cut like it."""
-        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            state = {
-                number: {
-                    name: laid_out(value, params[number]) if _like(value, params[number]) else value
-                    for name, value in entries.items()
-                }
-                for number, entries in saved["state"].items()
-            }
-            optimizer.load_state_dict({**saved, "state": state})
-        _optimizers_to_device(self.optimizers, self.root_device)
+        _load_optimizers(self, checkpoint)
 
 
 def _set_up(strategy: FSDP2 | FSDP1, trainer: Trainer, cut: Callable[[nn.Module], nn.Module]) -> None:
@@ -193,6 +181,33 @@ def _set_up(strategy: FSDP2 | FSDP1, trainer: Trainer, cut: Callable[[nn.Module]
     strategy.setup_precision_plugin()
     if fits:
         _optimizers_to_device(strategy.optimizers, strategy.root_device)
+
+
+def _read(strategy: Strategy, path: _PATH, weights_only: bool | None) -> dict[str, Any]:
+    """A checkpoint that one process could have written, read by all from the first one's path."""
+    path = Path(strategy.broadcast(path))
+    torch.cuda.empty_cache()
+    return strategy.checkpoint_io.load_checkpoint(path, map_location="cpu", weights_only=weights_only)
+
+
+def _optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
+    inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+    return cast("dict[str, Any]", gather_nested(inner.state_dict()))
+
+
+def _load_optimizers(strategy: FSDP2 | FSDP1, checkpoint: Mapping[str, Any]) -> None:
+    """Load whole states; those shaped like their parameter are cut where it is."""
+    for optimizer, saved in zip(strategy.optimizers, checkpoint["optimizer_states"], strict=True):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        state = {
+            number: {
+                name: laid_out(value, params[number]) if _like(value, params[number]) else value
+                for name, value in entries.items()
+            }
+            for number, entries in saved["state"].items()
+        }
+        optimizer.load_state_dict({**saved, "state": state})
+    _optimizers_to_device(strategy.optimizers, strategy.root_device)
 
 
 def _check_base_unread(callbacks: Sequence[Callback], strategy: str, why: str) -> None:
@@ -309,8 +324,7 @@ class FSDP1(FSDPStrategy):
 
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """The file, as one process reads it."""
-        path = Path(self.broadcast(checkpoint_path))
-        return self.checkpoint_io.load_checkpoint(path, map_location="cpu", weights_only=weights_only)
+        return _read(self, checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:  # noqa: ARG002
         """Copy the adapters' tensors; the module has compared the keys."""
@@ -320,14 +334,11 @@ class FSDP1(FSDPStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state, which is whole."""
-        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        return inner.state_dict()
+        return _optimizer_state(optimizer)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load it."""
-        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            optimizer.load_state_dict(saved)
-        _optimizers_to_device(self.optimizers, self.root_device)
+        _load_optimizers(self, checkpoint)
 
 
 class DeepSpeed(DeepSpeedStrategy):
@@ -397,8 +408,7 @@ class DeepSpeed(DeepSpeedStrategy):
                 "trainer.strategy is DeepSpeed; its checkpoints hold no optimizer state, so a run cannot go on from "
                 "one exactly. Train under FSDP2, or start anew from the adapter."
             )
-        path = Path(self.broadcast(checkpoint_path))
-        return self.checkpoint_io.load_checkpoint(path, map_location="cpu", weights_only=weights_only)
+        return _read(self, checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """As one process does."""

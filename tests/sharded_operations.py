@@ -24,7 +24,8 @@ from lora_lightning.adapters.layer import AdaptedLayer
 from lora_lightning.adapters.shift import DenseShift, Noise
 from lora_lightning.errors import AdapterFileError, AdapterStateError, ExportError
 from lora_lightning.injection import adapters_named
-from lora_lightning.sharding import local, shard, whole
+from lora_lightning.pieces import local, whole
+from lora_lightning.sharding import shard
 from lora_lightning.testing import BASE_KINDS, TinyMLP, perturb
 from lora_lightning.tiny import LAYERS, seeded
 

@@ -19,7 +19,8 @@ from ll_rose import RoseLoRA
 from lora_lightning import inject, iter_adapters
 from lora_lightning.injection import adapters_named
 from lora_lightning.optim.groups import build_optimizer
-from lora_lightning.sharding import assembled, local, shard
+from lora_lightning.pieces import assembled, local
+from lora_lightning.sharding import shard
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from torch.utils.data import DistributedSampler
 from lora_lightning.baseline import Baseline, fit_baseline
 from lora_lightning.callbacks.schedule import JUDGES, outside_step, total_steps
 from lora_lightning.injection import disable_adapters, injected_root, records
-from lora_lightning.sharding import is_sharded, reshard
+from lora_lightning.pieces import is_sharded
+from lora_lightning.sharding import reshard
 from lora_lightning.targets import trained_parameters
 
 

@@ -14,7 +14,7 @@ from lora_lightning.callbacks.schedule import JUDGES, announce, gradients_finite
 from lora_lightning.errors import TrainingError
 from lora_lightning.injection import iter_adapters, trainable_adapters
 from lora_lightning.paths import plain
-from lora_lightning.sharding import gather_nested, laid_out, local, summed
+from lora_lightning.pieces import gather_nested, laid_out, local, summed
 
 
 class TrainingGuard(Callback):

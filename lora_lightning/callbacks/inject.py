@@ -31,7 +31,7 @@ from lora_lightning.methods import Method
 from lora_lightning.optim.groups import factor_pairs
 from lora_lightning.optim.pair_optimizer import PairOptimizer
 from lora_lightning.optim.wrapper import innermost
-from lora_lightning.sharding import is_sharded, laid_out, put
+from lora_lightning.pieces import is_sharded, laid_out, put
 from lora_lightning.shifts import open_shifts, rewrite_weights
 from lora_lightning.targets import Heads, Targets
 

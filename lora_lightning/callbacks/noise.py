@@ -16,7 +16,7 @@ from lora_lightning.adapters.shift import DenseShift, Noise
 from lora_lightning.callbacks.schedule import KNOTS, ScheduleCallback, adapted_layer, injected_path
 from lora_lightning.cascades import NoiseMode
 from lora_lightning.errors import AdapterStateError, check
-from lora_lightning.sharding import assembled, put
+from lora_lightning.pieces import assembled, put
 
 
 class StageNoise:

@@ -28,8 +28,9 @@ from lora_lightning.injection import adapters_named, injected_root, iter_adapter
 from lora_lightning.optim.pair_optimizer import PairOptimizer
 from lora_lightning.optim.wrapper import innermost
 from lora_lightning.paths import plain
+from lora_lightning.pieces import assembled, is_sharded, local, summed
 from lora_lightning.report import draw, injection_table, summary_table
-from lora_lightning.sharding import assembled, is_sharded, local, reshard, summed
+from lora_lightning.sharding import reshard
 from lora_lightning.tasks.base import evaluate
 
 

@@ -16,8 +16,8 @@ from lora_lightning.callbacks.schedule import JUDGES, order_callbacks, total_ste
 from lora_lightning.errors import ResumeError
 from lora_lightning.optim.warmup import WarmUp
 from lora_lightning.paths import plain
+from lora_lightning.pieces import local, piece_like
 from lora_lightning.processes import gather_objects
-from lora_lightning.sharding import local, piece_like
 from lora_lightning.shifts import rewrite_weights
 
 _SECTION = "lora_lightning_resume"

@@ -15,8 +15,8 @@ from lora_lightning.adapters.layer import AdaptedLayer
 from lora_lightning.errors import AdapterStateError, ExportError, did_you_mean
 from lora_lightning.injection import AdapterRecord, injected_root, iter_adapters, records
 from lora_lightning.paths import plain
+from lora_lightning.pieces import is_sharded
 from lora_lightning.scopes import pretrained_models
-from lora_lightning.sharding import is_sharded
 from lora_lightning.vocabulary import GrownLayer, grown_layers, vocabulary
 
 
