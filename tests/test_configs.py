@@ -34,7 +34,12 @@ def library_read_once():
     pydocs.library_docstrings = original
 
 
-@pytest.mark.parametrize("name", [name for name in config_names() if "/" not in name])
+METHODS = [name for name in config_names() if "/" not in name]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in ("rose", "lora") else pytest.mark.slow) for n in METHODS]
+)
 def test_a_config_runs(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["fit", "--config", name, *SMALL, "--data.limit=256"]) == 0
@@ -47,18 +52,6 @@ def test_a_config_runs(name, tmp_path, monkeypatch, capsys):
 
 
 TASKS = [name for name in config_names() if name.startswith("tasks/")]
-READS_THE_LIBRARY = tuple(
-    f"tasks/{stem}"
-    for stem in (
-        "masked_lm",
-        "multi_label",
-        "regression",
-        "sentence_embedding",
-        "sentence_similarity",
-        "streaming",
-        "token_classification",
-    )
-)
 
 
 def fitted(name):
@@ -71,9 +64,7 @@ def fitted(name):
     return run, json.loads((run / "summary.json").read_text())
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n in READS_THE_LIBRARY else ()) for n in TASKS]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "tasks/chat" else pytest.mark.slow) for n in TASKS])
 def test_a_task_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _, summary = fitted(name)

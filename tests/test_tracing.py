@@ -111,7 +111,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "checkpointing"),
     [
-        ("five-block decoder", True),
+        pytest.param("five-block decoder", True, marks=SLOW),
         pytest.param("five-block decoder", False, marks=SLOW),
         pytest.param("five-block encoder", True, marks=SLOW),
         pytest.param("five-block encoder", False, marks=SLOW),

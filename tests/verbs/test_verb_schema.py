@@ -11,17 +11,20 @@ import jsonschema
 import pytest
 from jsonargparse import get_loader
 
-from lora_lightning import argv, plugins
-from lora_lightning.__main__ import main
+from lora_lightning import argv
+
+pytestmark = pytest.mark.slow  # a schema takes jsonargparse 7 s and more
+
+
+def printed(*words):
+    """What the verb prints, in a process of its own: runs make Lightning make classes that no schema can name."""
+    line = [sys.executable, "-m", "lora_lightning", "schema", *words]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
 @pytest.fixture(scope="module")
 def validator():
-    # in a process of its own: Lightning makes optimizer classes in runs, which no schema can name
-    done = subprocess.run(
-        [sys.executable, "-m", "lora_lightning", "schema"], capture_output=True, text=True, timeout=120, check=True
-    )
-    schema = json.loads(done.stdout)
+    schema = json.loads(printed())
     jsonschema.Draft202012Validator.check_schema(schema)
     return jsonschema.Draft202012Validator(schema)
 
@@ -83,10 +86,8 @@ def test_settings_have_their_documentation(validator):
     assert len(rank["description"]) > 20
 
 
-def test_the_verb_leaves_blocked_plugins_out(capsys):
-    assert main(["schema", "-p", "no:ll_rose"]) == 0
-    text = capsys.readouterr().out
+def test_the_verb_leaves_blocked_plugins_out():
+    text = printed("-p", "no:ll_rose")
     assert '"DoRA"' in text
     assert '"RoseLoRA"' not in text
     assert set(json.loads(text)["properties"]) >= {"model", "data", "trainer", "seed_everything"}
-    plugins.load()
