@@ -40,7 +40,9 @@ class RowScaleAdapter(Adapter):
         self.magnitude = nn.Parameter(torch.zeros(base.d_out, dtype=base.adapter_dtype))
 
     def forward(self, x: Tensor, base: BaseLayer) -> Tensor:
-        return base.apply(x, self.merged_weight(base.weight()).to(base.dtype), base.bias)
+        y = base(x)
+        product = y if base.bias is None else y - base.per_output(base.bias)
+        return y + (base.per_output(self.magnitude) * product).to(y.dtype)
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         return weight * (1 + self.magnitude.to(weight.dtype))[:, None]
