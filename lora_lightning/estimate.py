@@ -2,18 +2,19 @@
 
     W   frozen weights             T   trained parameters, as many gradients G, optimizer state O
     n   GPUs                       m   batches of an optimizer step
-    R   all parameters outside the blocks; B the frozen, T_B the trained ones of the two largest blocks
+    R_W frozen weights outside the blocks               B frozen weights of the two largest blocks
 
-    strategy             held beside activations     made on the way     sent by each GPU in a step
-    ddp                  W + T + G + O               T (buckets)         2 (n-1)/n T
-    fsdp2                (W + T + G + O) / n         R + B + T           m (n-1)/n (2 (W - R) + R + 2 T)
-    fsdp, deepspeed_3    (W + T + G + O) / n         R + B + T_B         m (n-1)/n (2 (W - R) + R + 3 T)
-    deepspeed_2          W + T + (G + O) / n         T (buckets)         (n-1)/n (m + 1) T
+    strategy     held beside activations     made on the way      sent by each GPU in a step
+    ddp          W + T + G + O               T (buckets)          2 (n-1)/n T
+    fsdp2        (W + T + G + O) / n         R_W + B + T          m (n-1)/n (2 (W - R_W) + R_W + 2 T)
+    fsdp         W / n + T + G + O           R_W + B + T          m (n-1)/n (2 (W - R_W) + R_W + 2 T)
+    deepspeed    W + T + (G + O) / n         T (buckets)          (n-1)/n (m + 1) T
 
-Ring algorithms: of an all-gather or a reduce-scatter of x bytes each GPU sends (n-1)/n x, of an all-reduce twice that.
-Sharded weights are gathered for forward and again for backward, the next block while one is at work; those outside the
-blocks once, and, under fsdp2, trained ones too, which stay until backward. Gradients are reduced for each batch; with
-ddp only for the last one of a step.
+The strategies are those of `strategies`; deepspeed is ZeRO's stage 2. Ring algorithms: of an all-gather or a
+reduce-scatter of x bytes each GPU sends (n-1)/n x, of an all-reduce twice that. Sharded weights are gathered for
+forward and again for backward, the next block while one is at work; those outside the blocks once, and, under fsdp2,
+trained ones too, which stay until backward. Gradients are reduced for each batch, under fsdp all in one; with ddp only
+for the last one of a step.
 """
 
 from __future__ import annotations
@@ -21,27 +22,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from lora_lightning.errors import SettingsError, did_you_mean
+from lora_lightning.quantisation import Quantisation
 
-Strategy = Literal["ddp", "fsdp2", "fsdp", "deepspeed_2", "deepspeed_3"]
 STRATEGIES: dict[str, tuple[str, ...]] = {
     "ddp": ("auto", "ddp_find_unused_parameters_true", "DDPStrategy", "SingleDeviceStrategy"),
-    "fsdp2": ("FSDP2", "model_parallel", "ModelParallelStrategy"),
-    "fsdp": ("FSDPStrategy",),
-    "deepspeed_2": ("deepspeed", "deepspeed_stage_2"),
-    "deepspeed_3": ("deepspeed_stage_3",),
+    "fsdp2": ("FSDP2",),
+    "fsdp": ("FSDP1",),
+    "deepspeed": ("DeepSpeed",),
 }
 """Strategies by the name that is printed, with other names that mean them."""
-PACKED: dict[str, Callable[[int, int], float]] = {
+PACKED: dict[Quantisation, Callable[[int, int], float]] = {
     "nf4": lambda rows, columns: rows * columns * (1 / 2 + 4 / 64),
     "nf4-double": lambda rows, columns: rows * columns * (1 / 2 + 1 / 64 + 4 / (64 * 256)),
     "int8": lambda rows, columns: rows * columns + 4 * rows,
+    "torchao-int8": lambda rows, columns: rows * columns + 4 * rows,
 }
 """Bytes of a weight in few bits: four bits with a scale for each 64 of them (of 8 bits, and a scale for each 256 of
 those), or eight bits with a scale a row."""
-_SHARDED = ("fsdp2", "fsdp", "deepspeed_3")
+_SHARDED = ("fsdp2", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -154,12 +154,13 @@ def estimate(parts: Parts, strategy: str, gpus: int, batches: int = 1) -> Estima
         )
     everywhere, shared, others = 1.0, 1 / gpus, (gpus - 1) / gpus
     base = shared if strategy in _SHARDED else everywhere
-    state = everywhere if strategy == "ddp" else shared
+    trained = shared if strategy == "fsdp2" else everywhere
+    state = shared if strategy in ("fsdp2", "deepspeed") else everywhere
     return Estimate(
         strategy=strategy,
         gpus=gpus,
         frozen=parts.frozen * base,
-        trained=parts.trained * base,
+        trained=parts.trained * trained,
         gradients=parts.trained * state,
         optimizer=parts.optimizer * state,
         kept=parts.kept,
@@ -170,27 +171,20 @@ def estimate(parts: Parts, strategy: str, gpus: int, batches: int = 1) -> Estima
 
 
 def _gathered(parts: Parts, strategy: str) -> int:
-    """What is made whole at a time: the block at work, the next one, and what lies outside the blocks."""
+    """What is made whole at a time: the block at work and the next, what lies outside them, gradients to send."""
     if strategy not in _SHARDED:
         return parts.trained
-    if strategy == "fsdp2":
-        return parts.rest.frozen + parts.trained + _two_largest([block.frozen for block in parts.blocks])
-    inside = [block.frozen + block.trained for block in parts.blocks]
-    return parts.rest.frozen + parts.rest.trained + _two_largest(inside)
-
-
-def _two_largest(sizes: list[int]) -> int:
-    return sum(sorted(sizes)[-2:])
+    return parts.rest.frozen + parts.trained + sum(sorted(block.frozen for block in parts.blocks)[-2:])
 
 
 def _moved(parts: Parts, strategy: str, batches: int) -> float:
     """Bytes that all-gathers and reduce-scatters of a step handle; an all-reduce is one of each."""
     if strategy == "ddp":
         return 2 * parts.trained
-    if strategy == "deepspeed_2":
+    if strategy == "deepspeed":
         return (batches + 1) * parts.trained
     inside = sum(block.frozen for block in parts.blocks)
-    return batches * (2 * inside + parts.rest.frozen + (2 if strategy == "fsdp2" else 3) * parts.trained)
+    return batches * (2 * inside + parts.rest.frozen + 2 * parts.trained)
 
 
 def smallest_fit(parts: Parts, memory: float, batches: int = 1, most: int = 1024) -> Estimate | None:

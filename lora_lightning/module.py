@@ -44,6 +44,7 @@ from lora_lightning.processes import together
 from lora_lightning.quantisation import Loading, Quantisation, check, loading
 from lora_lightning.random_models import full_name, is_random, tokenizer_settings
 from lora_lightning.shifts import open_shifts
+from lora_lightning.strategies import check_strategy
 from lora_lightning.tasks import find_task
 from lora_lightning.tasks.base import Batch, PredictContext, measure, measure_texts, meters
 from lora_lightning.vocabulary import grow_for
@@ -150,6 +151,7 @@ class AdapterModule(LightningModule):
     def _assembled(self, load: Callable[..., nn.Module], seed: int) -> nn.Module:
         self._check_data()
         quantise = self._quantising()
+        self._check_strategy()
         pretrained = self.source(seed)
         net = load(
             pretrained,
@@ -177,7 +179,7 @@ class AdapterModule(LightningModule):
     def refusals(self) -> list[LoraLightningError]:
         """Everything that `configure_model` would refuse before it loads the model."""
         found: list[LoraLightningError] = []
-        for check_one in (self._check_data, self._quantising, self._labels, self._frozen_dtype):
+        for check_one in (self._check_data, self._quantising, self._check_strategy, self._labels, self._frozen_dtype):
             try:
                 check_one()
             except LoraLightningError as error:
@@ -235,6 +237,10 @@ class AdapterModule(LightningModule):
                 f'model.task is "{self.task.name}", but the data ({type(self._datamodule()).__name__}) serve '
                 f"{' and '.join(kinds)}."
             )
+
+    def _check_strategy(self) -> None:
+        if self._trainer is not None:
+            check_strategy(self.trainer.strategy)
 
     def _frozen_dtype(self) -> torch.dtype | Literal["auto"]:
         """Dtype of frozen weights: the setting's, else what the trainer's precision means by "true"."""

@@ -39,7 +39,27 @@ from lora_lightning.injection import injected_root, records
 from lora_lightning.pieces import gather, gather_nested, laid_out
 from lora_lightning.sharding import blocks, reshard, roots, shard
 
-__all__ = ["FSDP1", "FSDP2", "DeepSpeed"]
+__all__ = ["FSDP1", "FSDP2", "DeepSpeed", "check_strategy"]
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Refuse Lightning's own strategies that shard.
+
+    They know nothing of adapters: they would write frozen weights, or shard nothing where the module does not itself.
+
+    Raises:
+        SettingsError: it is one of them; names ours.
+    """
+    for theirs, ours, config in (
+        (ModelParallelStrategy, FSDP2, "fsdp2"),
+        (FSDPStrategy, FSDP1, "fsdp"),
+        (DeepSpeedStrategy, DeepSpeed, "deepspeed"),
+    ):
+        if isinstance(strategy, theirs) and not isinstance(strategy, ours):
+            raise SettingsError(
+                f"trainer.strategy is {type(strategy).__name__}, which knows nothing of adapters; "
+                f"nearest: {ours.__name__} (--config strategies/{config})."
+            )
 
 
 class FSDP2(ModelParallelStrategy):
@@ -308,7 +328,7 @@ class FSDP1(FSDPStrategy):
         there, *sums = packed.split([len(grads), *(grad.numel() for grad in grads)])
         for parameter, total, count in zip(self._apart, sums, there.tolist(), strict=True):
             if count:
-                parameter.grad = (total / self.world_size).view_as(parameter).to(parameter.dtype)
+                parameter.grad = total.div_(self.world_size).view_as(parameter).to(parameter.dtype)
 
     def inside(self, run: Callable[[], Any]) -> Any:
         """Run what calls the model outside a step through the wrapper, which gathers weights."""

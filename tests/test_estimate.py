@@ -7,14 +7,15 @@ from dataclasses import replace
 import pytest
 
 from lora_lightning.errors import SettingsError
-from lora_lightning.estimate import Parts, Unit, estimate, find_strategy, packed_size, smallest_fit, verdict
+from lora_lightning.estimate import PACKED, Parts, Unit, estimate, find_strategy, packed_size, smallest_fit, verdict
+from lora_lightning.quantisation import FORMATS
 
 # two blocks of 100 frozen and 8 trained bytes, one of 60 and 4, outside them 40 and 4
 PARTS = Parts((Unit(100, 8), Unit(60, 4), Unit(100, 8)), Unit(40, 4), optimizer=48, kept=6, activations=1000)
 
 
 def test_one_gpu_holds_everything_and_sends_nothing():
-    for strategy in ("ddp", "fsdp2", "fsdp", "deepspeed_2", "deepspeed_3"):
+    for strategy in ("ddp", "fsdp2", "fsdp", "deepspeed"):
         found = estimate(PARTS, strategy, 1)
         assert found.total == 300 + 24 + 24 + 48 + 6 + 1000
         assert found.sent == 0
@@ -33,16 +34,15 @@ def test_fsdp2_keeps_trained_parameters_gathered():
     assert found.sent == 3 / 4 * 3 * a_batch
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_3"])
-def test_sharded_weights_are_gathered_two_blocks_at_a_time(strategy):
-    found = estimate(PARTS, strategy, 4, batches=3)
-    assert found.total == (300 + 24 + 24 + 48) / 4 + 6 + 1000 + (40 + 4) + 2 * (100 + 8)
-    a_batch = 2 * 260 + 40 + 3 * 24  # blocks twice, the rest once; trained ones gathered twice and reduced once
+def test_fsdp_shards_frozen_weights_alone():
+    found = estimate(PARTS, "fsdp", 4, batches=3)
+    assert found.total == 300 / 4 + 24 + 24 + 48 + 6 + 1000 + 40 + 24 + 2 * 100
+    a_batch = 2 * 260 + 40 + 2 * 24  # blocks twice, the rest once; gradients reduced among all
     assert found.sent == 3 / 4 * 3 * a_batch
 
 
-def test_deepspeed_2_shards_gradients_and_state():
-    found = estimate(PARTS, "deepspeed_2", 4, batches=3)
+def test_deepspeed_shards_gradients_and_state():
+    found = estimate(PARTS, "deepspeed", 4, batches=3)
     assert found.total == 300 + 24 + (24 + 48) / 4 + 6 + 1000 + 24
     assert found.sent == 3 / 4 * (3 + 1) * 24
 
@@ -51,9 +51,9 @@ def test_deepspeed_2_shards_gradients_and_state():
     ("given", "name"),
     [
         ("auto", "ddp"),
-        ("lightning.pytorch.strategies.ModelParallelStrategy", "fsdp2"),
-        ("FSDPStrategy", "fsdp"),
-        ("deepspeed_stage_3", "deepspeed_3"),
+        ("lora_lightning.strategies.FSDP2", "fsdp2"),
+        ("FSDP1", "fsdp"),
+        ("DeepSpeed", "deepspeed"),
     ],
 )
 def test_names_of_strategies(given, name):
@@ -87,12 +87,14 @@ def test_weights_in_few_bits():
     blocks = rows * columns // 64
     assert packed_size((rows, columns), "nf4") == rows * columns // 2 + 4 * blocks
     assert packed_size((rows, columns), "nf4-double") == rows * columns // 2 + blocks + 4 * blocks // 256
-    assert packed_size((rows, columns), "int8") == rows * columns + 4 * rows
+    for name in ("int8", "torchao-int8"):
+        assert packed_size((rows, columns), name) == rows * columns + 4 * rows
+    assert set(PACKED) == set(FORMATS)
     with pytest.raises(SettingsError, match=r'quantised is "nf"\. Did you mean "nf4"'):
         packed_size((rows, columns), "nf")
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2", "deepspeed_3"])
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
 def test_what_shards_no_quantised_base_names_what_takes_one(strategy):
     parts = replace(PARTS, dequantised=100)
     assert estimate(parts, "ddp", 2).activations == 1100

@@ -34,12 +34,12 @@ GIB = 2**30
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A config, what to lay out and where, and any flags of `fit`."""
     parser.usage = "%(prog)s CONFIG [--strategy NAME ...] [--gpus N ...] [--memory GIB] [flags of fit ...]"
-    parser.add_argument("--strategy", nargs="+", metavar="NAME", help="ddp, fsdp2, fsdp, deepspeed_2, deepspeed_3")
+    parser.add_argument("--strategy", nargs="+", metavar="NAME", help="ddp, fsdp2, fsdp, deepspeed")
     parser.add_argument("--gpus", nargs="+", type=int, metavar="N", help="numbers of GPUs; one row each")
     parser.add_argument("--batch-size", type=int, metavar="N", help="examples of a batch on each GPU; the data's")
     parser.add_argument("--length", type=int, metavar="N", help="tokens of each example; the data's max_length")
     parser.add_argument("--precision", metavar="NAME", help="32-true, bf16-true, bf16-mixed, 16-mixed; the trainer's")
-    parser.add_argument("--quantised", metavar="FORMAT", help="frozen linear weights as nf4, nf4-double or int8")
+    parser.add_argument("--quantised", metavar="FORMAT", help="frozen linear weights in few bits: nf4, int8, ...")
     parser.add_argument("--memory", type=float, metavar="GIB", help="of one GPU; adds what fits")
     parser.add_argument("--markdown", action="store_true", help="the table as in README.md")
     parser.set_defaults(flags=[])
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     for n in gpus:
         check_positive(gpus=n, batch_size=batch_size, length=length)
     precision = args.precision or str(trainer.get("precision") or "32-true")
-    packed = args.quantised or (module.quantisation or "").removeprefix("torchao-") or None
+    packed = args.quantised or module.quantisation
     module.quantisation = None  # nothing is loaded, so nothing can be quantised; sizes are counted
     parts = count(module, datamodule, batch_size, length, precision, packed)
     found = [estimate(parts, name, n, batches) for n in gpus for name in (names if n > 1 else names[:1])]

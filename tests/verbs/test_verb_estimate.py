@@ -1,11 +1,15 @@
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from lora_lightning import plugins
 from lora_lightning.__main__ import main
+from lora_lightning.argv import config_names, find_config
+from lora_lightning.estimate import find_strategy
 from lora_lightning.injection import inject
 from lora_lightning.loading import load_skeleton
 from lora_lightning.random_models import full_name
@@ -89,6 +93,12 @@ def test_what_the_trainer_says():
     assert (_devices({"devices": 4, "num_nodes": 2}), _devices({"devices": [0, 1]})) == (8, 2)
     assert _strategy({"strategy": {"class_path": "x.DDPStrategy"}}) == "x.DDPStrategy"
     assert _strategy({}) == "auto"
+
+
+@pytest.mark.parametrize("name", [name for name in config_names() if name.startswith("strategies/")])
+def test_each_config_of_a_strategy_has_its_layout(name):
+    trainer = yaml.safe_load(Path(find_config(name)).read_text(encoding="utf-8"))["trainer"]
+    assert f"strategies/{find_strategy(_strategy(trainer))}" == name
 
 
 @pytest.mark.parametrize("task", all_tasks().values(), ids=all_tasks())
