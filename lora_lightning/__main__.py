@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -32,6 +33,10 @@ Configs here: {configs}
 A verb's own flags: python -m lora_lightning VERB --help"""
 
 
+BROKEN_PIPE = 128 + 13
+"""Exit code where the reader of the output has left: what shells report of a tool that SIGPIPE ends."""
+
+
 class VerbParser(argparse.ArgumentParser):
     """Raises where argparse would print its usage and exit."""
 
@@ -54,6 +59,25 @@ def main(args: Sequence[str] | None = None) -> int:
         if isinstance(stop.code, str):
             raise
         return stop.code or 0
+
+
+def program() -> int:
+    """`main`, which ends without a word where the reader of its output has left, as `| head` does.
+
+    Raises:
+        BrokenPipeError: of another pipe.
+    """
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at exit
+            return BROKEN_PIPE
+        raise
+    return code
 
 
 def _run(words: Sequence[str]) -> int:
@@ -117,4 +141,4 @@ def _parse(line: argv.Line, verb: ModuleType) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

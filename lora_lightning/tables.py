@@ -17,7 +17,11 @@ def console() -> Console:
     """Standard output: as wide as the terminal, or `PIPED_WIDTH`."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+    class Ours(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # rich calls it where it has caught one, and would exit
+
+    return Ours(width=None if sys.stdout.isatty() else PIPED_WIDTH)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
