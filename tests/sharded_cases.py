@@ -177,6 +177,9 @@ CASES: dict[str, Case] = {
         reads_base=True,
     ),
     "experts": Case(DoRA(rank=3), model="experts", module={"targets": "experts"}),
+    "experts, RiemannianAdamW": Case(
+        LoRA(rank=3), partial(RiemannianAdamW, lr=1e-2), model="experts", module={"targets": "experts"}
+    ),
     "experts, cascade": Case(
         LoRASC(inner=LoRA(rank=3), noise=0.1, stage_steps=2),
         model="experts",

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -20,11 +21,14 @@ from torch.distributed.tensor import DTensor
 import lora_lightning as ll
 from ll_dora import DoRA
 from ll_lora import LoRA
+from ll_riemannian_moe import MoELoRA
 from lora_lightning.adapters.layer import AdaptedLayer
 from lora_lightning.adapters.shift import DenseShift, Noise
 from lora_lightning.errors import AdapterFileError, AdapterStateError, ExportError
 from lora_lightning.injection import adapters_named
-from lora_lightning.pieces import local, whole
+from lora_lightning.optim.groups import factor_pairs
+from lora_lightning.optim.pairs import gram_B, grams, stack_pairs
+from lora_lightning.pieces import local, own_rows, whole
 from lora_lightning.sharding import shard
 from lora_lightning.testing import BASE_KINDS, TinyMLP, perturb
 from lora_lightning.tiny import LAYERS, seeded
@@ -161,6 +165,38 @@ def check_refusals(mesh: Any, folder: Path) -> None:
         ll.merge(bare)
 
 
+def check_grams(mesh: Any, method: Any) -> None:
+    """What a rule reads that works in pieces: sums of Grams, and whole what is cut along its rank, in one go each."""
+    alone, model = adapted(TinyMLP(), method), adapted(TinyMLP(), method)
+    shard(model, mesh, torch.device("cpu"))
+    for one in (alone, model):
+        one.train()(torch.ones(2, 6, dtype=torch.float64)).square().sum().backward()
+    pairs, whole_pairs = factor_pairs(model), factor_pairs(alone)
+    sizes: dict[str, list[int]] = {"all_gather": [], "all_reduce": []}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, record in sizes.items():
+            patch.setattr(dist, name, _counting(getattr(dist, name), record))
+        stacks = stack_pairs(pairs, ("B", "grad_A"), in_pieces=True)
+        found = grams([(stack, "B") for stack in stacks])
+    experts = pairs[0].lora_A.dim() > 2
+    rows = 0 if experts else sum(math.ceil(p.lora_A.shape[0] / 2) * p.lora_A.shape[1] for p in pairs)
+    assert sizes["all_gather"] == ([rows] if rows else [])  # gradients of A; experts are whole where they lie
+    assert sizes["all_reduce"] == [sum(gram.numel() for gram in found)]
+    for stack, same, gram in zip(stacks, stack_pairs(whole_pairs), found, strict=True):
+        close(gram, gram_B(same.B))
+        rows_of = stack.own(stack.grad_A, "A")
+        for factor, other in zip(stack.factors("A"), same.factors("A"), strict=True):
+            close(rows_of[factor], own_rows(other.grad, factor))
+
+
+def _counting(collective: Any, sizes: list[int]) -> Any:
+    def run(*args: Any, **options: Any) -> Any:
+        sizes.append((args[1] if len(args) > 1 else args[0]).numel())  # what this process hands over
+        return collective(*args, **options)
+
+    return run
+
+
 def main(folder: Path) -> None:
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo")
@@ -171,6 +207,8 @@ def main(folder: Path) -> None:
                 check_kind(kind, method, mesh, folder / kind / name)
             except Exception as error:
                 raise AssertionError(f"{kind}, {name}") from error
+    for method in (LoRA(rank=3), MoELoRA(rank=2, experts=3, top_k=2)):
+        check_grams(mesh, method)
     check_refusals(mesh, folder)
     dist.destroy_process_group()
     print("checked", flush=True)

@@ -10,9 +10,11 @@
 Everything here is float64, whatever the factors are: a Gram squares the condition number, and TF32 and autocast leave
 float64 alone. Only r x r matrices are factorised, so the price is small beside a forward pass.
 
-Factors that lie in rows on several processes are gathered with their gradients, in one packed collective for all pairs,
-and are whole until the stacks are dropped at the end of a step. Every process then computes the same, and keeps of each
-result the rows that it holds of the factor.
+Factors that lie in pieces on several processes are gathered with their gradients, in one packed collective for all
+pairs, and are whole until the stacks are dropped at the end of a step. Every process then computes the same, and keeps
+of each result the rows that it holds of the factor. A rule that needs no more of a factor than its Gram asks for
+`in_pieces`: then only what is cut along its rank is gathered, as rows of A are; of the others, rows of B and experts,
+the Grams are summed over the processes, in one packed all-reduce of r x r matrices, and steps are those of the piece.
 """
 
 from __future__ import annotations
@@ -23,17 +25,18 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from lora_lightning.adapters.base import FactorPair
 from lora_lightning.errors import TrainingError
-from lora_lightning.pieces import gather, own_rows
+from lora_lightning.pieces import gather, local, own_rows, summed
 
 Side = Literal["A", "B"]
 Part = Literal["A", "B", "grad_A", "grad_B"]
 
 PARTS: tuple[Part, ...] = ("A", "B", "grad_A", "grad_B")
 """Factors and gradients, what a rule may read of a pair."""
+_FACTOR: dict[Part, Side] = {"A": "A", "B": "B", "grad_A": "A", "grad_B": "B"}
 
 RAISES = 12
 """How often the damping of a Gram is raised tenfold before the step gives up."""
@@ -45,7 +48,9 @@ class Stack:
 
     pairs: tuple[FactorPair, ...]
     gathered: Mapping[int, Tensor]
-    """By id of a sharded factor or gradient: all of it."""
+    """By id of a sharded factor or gradient: all of it. Of one not in here, the properties below are its pieces."""
+    in_pieces: bool = False
+    """Whether what is not cut along its rank is here in pieces."""
 
     def factors(self, side: Side) -> list[Tensor]:
         """One side of every pair, as it is: the optimizer's own tensors."""
@@ -72,7 +77,26 @@ class Stack:
         return self._joined("grad_B")
 
     def _joined(self, part: Part) -> Tensor:
-        return self.join([self.gathered.get(id(t), t) for t in _read(self.pairs, part)])
+        return self.join([self.gathered.get(id(t), local(t)) for t in _read(self.pairs, part)])
+
+    def gram(self, side: Side) -> Tensor:
+        """A A^T or B^T B, (n, r, r); where `is_share`, the part that this process adds to it."""
+        found = gram_A(self.A) if side == "A" else gram_B(self.B)
+        if len(found) == sum(self.counts):
+            return found
+        return found.new_zeros(sum(self.counts), *found.shape[1:]).index_copy_(0, self.held(side), found)
+
+    def is_share(self, side: Side) -> bool:
+        """Whether each process computes a share of the Grams of this side, all of which sum up to them."""
+        return self.in_pieces and _sums_up(self.factors(side)[0], side)
+
+    def held(self, side: Side) -> Tensor:
+        """Which entries of the leading axis this process has of the factors of `side`: all, unless experts are cut."""
+        found = torch.arange(sum(self.counts), device=self.pairs[0].lora_A.device)
+        if not self.is_share(side) or _cut(self.factors(side)[0]) in (-1, -2):
+            return found
+        parts = zip(self.factors(side), found.split(self.counts), strict=True)
+        return torch.cat([own_rows(part.reshape(f.shape[:-2]), f).reshape(-1) for f, part in parts])
 
     @property
     def scaling(self) -> Tensor:
@@ -87,17 +111,19 @@ class Stack:
 
     def join(self, tensors: Sequence[Tensor], axes: int = 2) -> Tensor:
         """One tensor a pair, (*lead, ...), as (n, ...) in float64; `axes` counts those behind the leading ones."""
-        return torch.cat([t.reshape(-1, *t.shape[t.dim() - axes :]).double() for t in tensors])
+        shapes = [(t.shape[: t.dim() - axes].numel(), *t.shape[t.dim() - axes :]) for t in tensors]
+        return torch.cat([t.reshape(shape).double() for t, shape in zip(tensors, shapes, strict=True)])
 
     def split(self, stacked: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-        """(n, ...) as one tensor a pair, with the leading axes and the dtype of those in `like`."""
-        parts = stacked.split(self.counts)
-        leads = [pair.lora_A.shape[:-2] for pair in self.pairs]
-        return [p.reshape((*lead, *p.shape[1:])).to(t.dtype) for p, lead, t in zip(parts, leads, like, strict=True)]
+        """(n, ...) as one tensor a pair, with the leading axes and the dtype of the factors in `like`."""
+        parts = stacked.split([t.shape[:-2].numel() for t in like])
+        return [p.reshape((*t.shape[:-2], *p.shape[1:])).to(t.dtype) for p, t in zip(parts, like, strict=True)]
 
     def own(self, stacked: Tensor, side: Side) -> dict[Tensor, Tensor]:
         """(n, ...) shaped by the factors of `side` as this process's piece of each, by factor."""
         factors = self.factors(side)
+        if self.is_share(side):
+            return dict(zip(factors, self.split(stacked, [local(f) for f in factors]), strict=True))
         return {f: own_rows(part, f) for f, part in zip(factors, self.split(stacked, factors), strict=True)}
 
 
@@ -109,20 +135,50 @@ def _read(pairs: Iterable[FactorPair], part: Part) -> list[Tensor]:
     return [torch.zeros(f.shape, dtype=f.dtype, device=f.device) if f.grad is None else f.grad for f in factors]
 
 
-def stack_pairs(pairs: Sequence[FactorPair], read: Collection[Part] = PARTS) -> list[Stack]:
-    """Pairs by shape of their factors and device, in the order of their first.
+def _cut(factor: Tensor) -> int | None:
+    """The axis along which processes hold pieces of a factor, counted from the last as -1; None where all is whole."""
+    if not isinstance(factor, DTensor) or len(factor.placements) != 1 or not isinstance(factor.placements[0], Shard):
+        return None
+    return factor.placements[0].dim - factor.dim()
+
+
+def _sums_up(factor: Tensor, side: Side) -> bool:
+    """Whether a factor's Gram is the sum of those of its pieces: it is cut along anything but its rank."""
+    return _cut(factor) not in (None, -2 if side == "A" else -1)
+
+
+def stack_pairs(pairs: Sequence[FactorPair], read: Collection[Part] = PARTS, in_pieces: bool = False) -> list[Stack]:
+    """Pairs by shape and layout of their factors and device, in the order of their first.
 
     Args:
         pairs: on every process the same, all of which take part where any factor is sharded.
         read: the parts that will be read.
+        in_pieces: gather only what is cut along its rank.
     """
-    pieces = {id(t): t for part in read for t in _read(pairs, part) if isinstance(t, DTensor)}
+    pieces: dict[int, Tensor] = {}
+    for part in read:
+        for factor, tensor in zip(_read(pairs, _FACTOR[part]), _read(pairs, part), strict=True):
+            if isinstance(tensor, DTensor) and not (in_pieces and _sums_up(factor, _FACTOR[part])):
+                pieces[id(tensor)] = tensor
     gathered = dict(zip(pieces, gather(list(pieces.values())), strict=True))
     groups: dict[object, list[FactorPair]] = {}
     for pair in pairs:
-        key = (pair.lora_A.shape[-2:], pair.lora_B.shape[-2:], pair.lora_A.device)
+        factors = (pair.lora_A, pair.lora_B)
+        key = (*(f.shape[-2:] for f in factors), *map(_cut, factors), pair.lora_A.device)
         groups.setdefault(key, []).append(pair)
-    return [Stack(tuple(group), gathered) for group in groups.values()]
+    return [Stack(tuple(group), gathered, in_pieces) for group in groups.values()]
+
+
+def grams(sides: Sequence[tuple[Stack, Side]]) -> list[Tensor]:
+    """The Gram of one side of each stack, (n, r, r); what lies in pieces is summed over the processes in one go."""
+    found = [stack.gram(side) for stack, side in sides]
+    shares = [i for i, (stack, side) in enumerate(sides) if stack.is_share(side)]
+    if shares:
+        factors = [sides[i][0].factors(sides[i][1])[0] for i in shares]
+        packed = summed(torch.cat([found[i].reshape(-1) for i in shares]), factors)
+        for i, part in zip(shares, packed.split([found[i].numel() for i in shares]), strict=True):
+            found[i] = part.view_as(found[i])
+    return found
 
 
 def gram_A(A: Tensor) -> Tensor:
@@ -143,6 +199,10 @@ class Factorised:
     """(n, r, r), lower triangular."""
     raises: Tensor
     """(n,), how often the damping was raised tenfold; 0 where the first try succeeded."""
+
+    def at(self, entries: Tensor) -> Factorised:
+        """Those of some entries of the leading axis."""
+        return Factorised(self.L[entries], self.raises[entries])
 
     def solve(self, X: Tensor) -> Tensor:
         """(G + d I)^-1 X.   X: (n, r, k)."""

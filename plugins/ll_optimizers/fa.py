@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lora_lightning.optim.directions import adam, descend
 from lora_lightning.optim.pair_optimizer import PairOptimizer, check_settings
-from lora_lightning.optim.pairs import Factorised, Stack, factorise, gram_A, stack_pairs
+from lora_lightning.optim.pairs import Factorised, Stack, factorise, grams, stack_pairs
 
 
 class LoRAFA(PairOptimizer):
@@ -66,10 +66,11 @@ class LoRAFA(PairOptimizer):
 
     def take_step(self) -> None:
         """AdamW on corrected gradients, and on those of parameters in no pair as they are."""
-        stacks = stack_pairs(self.with_gradient("B"), ("A", "grad_B"))
+        stacks = stack_pairs(self.with_gradient("B"), ("A", "grad_B"), in_pieces=True)
         found = self.plain_gradients()
         for stack, gram in zip(stacks, self._grams(stacks), strict=True):
-            found |= stack.own(gram.solve_right(stack.grad_B) / stack.scaling**2, "B")
+            held = stack.held("B")
+            found |= stack.own(gram.at(held).solve_right(stack.grad_B) / stack.scaling[held] ** 2, "B")
         descend(self, adam(self, found))
 
     def _grams(self, stacks: list[Stack]) -> list[Factorised]:
@@ -77,7 +78,7 @@ class LoRAFA(PairOptimizer):
         frozen: list[Tensor] = [A for stack in stacks for A in stack.factors("A")]
         key = [(id(A), A.data_ptr(), A._version) for A in frozen]
         if self._kept[0] != key:
-            self._kept = (key, factorise([gram_A(stack.A) for stack in stacks], self.defaults["damping"]))
+            self._kept = (key, factorise(grams([(stack, "A") for stack in stacks]), self.defaults["damping"]))
             for stack, gram in zip(stacks, self._kept[1], strict=True):
                 self.count_damped(stack, gram, "B")
         return self._kept[1]

@@ -22,16 +22,17 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from ll_riemannian_moe.preconditioner import direction, partner_gram
+from ll_riemannian_moe.preconditioner import direction
 from lora_lightning.optim.directions import Directions, adam, descend
 from lora_lightning.optim.pair_optimizer import PairOptimizer, check_settings, one_of
-from lora_lightning.optim.pairs import Part, Side, factorise, stack_pairs
+from lora_lightning.optim.pairs import Part, Side, factorise, grams, stack_pairs
 
 Order = Literal["jacobi", "gauss_seidel"]
 
 _RULES = {"order": one_of("jacobi", "gauss_seidel")}
 _READ: dict[Side, tuple[Part, Part]] = {"A": ("B", "grad_A"), "B": ("A", "grad_B")}
 """What the step of one side reads: its partner, and its gradient."""
+_PARTNER: dict[Side, Side] = {"A": "B", "B": "A"}
 
 
 BIBTEX = """@inproceedings{zhang2024riemannian,
@@ -131,12 +132,16 @@ def _step(optimizer: PairOptimizer, move: Callable[[Directions], None]) -> None:
 def _preconditioned(optimizer: PairOptimizer, sides: tuple[Side, ...]) -> dict[Tensor, Tensor]:
     """Directions of the factors of `sides` that have a gradient; one half of a pair may have none."""
     found: dict[Tensor, Tensor] = {}
-    stacks = [(stack, side) for side in sides for stack in stack_pairs(optimizer.with_gradient(side), _READ[side])]
-    partners = factorise([partner_gram(stack, side) for stack, side in stacks], optimizer.defaults["damping"])
+    stacks = [
+        (stack, side)
+        for side in sides
+        for stack in stack_pairs(optimizer.with_gradient(side), _READ[side], in_pieces=True)
+    ]
+    partners = factorise(grams([(stack, _PARTNER[side]) for stack, side in stacks]), optimizer.defaults["damping"])
     for (stack, side), partner in zip(stacks, partners, strict=True):
         optimizer.count_damped(stack, partner, side)
         steps = direction(stack, side, partner)
         if optimizer.defaults["divide_by_scaling_sq"]:
-            steps = steps / stack.scaling**2
+            steps = steps / stack.scaling[stack.held(side)] ** 2
         found |= stack.own(steps, side)
     return found

@@ -30,11 +30,7 @@ def precondition(
     return of_B.solve(grad_A), of_A.solve_right(grad_B)
 
 
-def partner_gram(stack: Stack, side: Side) -> Tensor:
-    """B^T B for side A, A A^T for side B, (n, r, r)."""
-    return gram_B(stack.B) if side == "A" else gram_A(stack.A)
-
-
 def direction(stack: Stack, side: Side, partner: Factorised) -> Tensor:
-    """The preconditioned gradients of one side of a stack, (n, r, d_in) or (n, d_out, r)."""
+    """The preconditioned gradients of one side of a stack, (n, r, d_in) or (n, d_out, r), or of its pieces."""
+    partner = partner.at(stack.held(side))
     return partner.solve(stack.grad_A) if side == "A" else partner.solve_right(stack.grad_B)
