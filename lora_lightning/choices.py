@@ -27,7 +27,7 @@ def short_names(bases: Sequence[type]) -> list[str]:
 def named_classes(base: type) -> dict[str, type]:
     """Imported subclasses that a config can name, by short name; of one name the one defined in this package."""
     found = sorted(
-        filter(_can_be_named, _subclasses(base)), key=lambda cls: cls.__module__.startswith("lora_lightning")
+        filter(_can_be_named, plugins.subclasses(base)), key=lambda cls: cls.__module__.startswith("lora_lightning")
     )
     return {cls.__name__: cls for cls in found}
 
@@ -35,11 +35,6 @@ def named_classes(base: type) -> dict[str, type]:
 def takes_method(bases: Sequence[type]) -> bool:
     """Whether a setting of these classes is a method."""
     return any(issubclass(base, Method) for base in bases)
-
-
-def _subclasses(base: type) -> set[type]:
-    children: list[type] = type.__subclasses__(base)
-    return set(children).union(*map(_subclasses, children))
 
 
 def _can_be_named(cls: type) -> bool:

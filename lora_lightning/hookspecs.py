@@ -91,7 +91,8 @@ def lora_lightning_optimizers() -> Iterable[type[Optimizer]]:
 
     Runs only where something trains; import torch inside. Answers of all plugins are joined. Parameter groups come
     named, and an optimizer with `bind_pairs(pairs)` receives the factor pairs of all trainable adapters. A name that
-    another plugin provides already makes this plugin's classes unknown, with `PluginError` in the list of failures.
+    is taken, by a class of torch, Lightning, core or another plugin, keeps its meaning: the class goes by its full path
+    only, and the plugin is in the list of failures, with `PluginError`.
     """
     raise NotImplementedError("a specification: plugins implement it")
 

@@ -23,10 +23,16 @@ from lora_lightning.argv import LIGHT_VERBS, TRAINING_VERBS
 from lora_lightning.errors import DuplicateMethodError, PluginError, UnknownMethodError, did_you_mean
 from lora_lightning.formats import FORMATS
 from lora_lightning.methods import Method, check_names
+from lora_lightning.names import PACKAGES, known_names
 
 GROUP = "lora_lightning"
 _REQUIRES = "requires_api"
-_CLASS_HOOKS = ("lora_lightning_optimizers", "lora_lightning_callbacks", "lora_lightning_datamodules")
+_CLASS_HOOKS = {
+    "lora_lightning_optimizers": "optimizers",
+    "lora_lightning_callbacks": "callbacks",
+    "lora_lightning_datamodules": "datamodules",
+}
+"""Hooks that answer classes, with what `known_names` calls them."""
 _SLOW = ("torch", "lightning", "transformers")
 """What takes seconds to import."""
 
@@ -140,7 +146,8 @@ def load(blocked: Collection[str] = ()) -> Registry:
         before = set(sys.modules)
         try:
             methods = _register(manager, entry)
-            commands = _named(registry, entry.name, "lora_lightning_commands", "verb", _verbs(registry))
+            verbs = dict.fromkeys((*TRAINING_VERBS, *LIGHT_VERBS), "core") | registry.commands
+            commands = _named(registry, entry.name, "lora_lightning_commands", "verb", verbs)
             formats = _named(registry, entry.name, "lora_lightning_exporters", "format", registry.formats)
         except (Exception, SystemExit) as error:
             if manager.has_plugin(entry.name):
@@ -154,7 +161,7 @@ def load(blocked: Collection[str] = ()) -> Registry:
         registry.commands |= commands
         registry.formats |= formats
         for hook in _CLASS_HOOKS:
-            registry.announced |= dict.fromkeys(_announced(entry, hook), (entry.name, hook))
+            _announce(registry, entry, hook)
     _current = registry
     return registry
 
@@ -162,7 +169,8 @@ def load(blocked: Collection[str] = ()) -> Registry:
 def load_classes(registry: Registry, bases: Mapping[str, type[Any]]) -> None:
     """Ask plugins for the classes that a config may name beside methods; they import torch and Lightning.
 
-    A plugin that fails is recorded with its cause; its methods stay.
+    A plugin that fails is recorded with its cause; its methods stay. A class whose name is taken, by one of
+    torch, Lightning, core or another plugin, is reached by its full path only, so that the name keeps its meaning.
 
     Args:
         registry: the plugins.
@@ -172,6 +180,8 @@ def load_classes(registry: Registry, bases: Mapping[str, type[Any]]) -> None:
         for plugin, _ in registry.manager.list_name_plugin():
             try:
                 for cls in _listed(registry.manager, plugin, hook):
+                    if not (isinstance(cls, type) and issubclass(cls, base)):
+                        raise TypeError(f"{hook} returned {cls!r}, which is no {base.__name__} class")
                     _add_class(registry, plugin, cls, hook, base)
             except (Exception, SystemExit) as error:
                 registry.failed[plugin] = error
@@ -211,21 +221,57 @@ def _listed(manager: pluggy.PluginManager, plugin: str, hook: str) -> list[Any]:
     return [element for answer in _ask(manager, plugin, hook, Iterable, "list") for element in answer]
 
 
-def _add_class(registry: Registry, plugin: str, cls: object, hook: str, base: type[Any]) -> None:
-    if not (isinstance(cls, type) and issubclass(cls, base)):
-        raise TypeError(f"{hook} returned {cls!r}, which is no {base.__name__} class")
-    first, other = registry.classes.get(cls.__name__, (plugin, cls))
-    if other is not cls:
-        raise PluginError(f"{hook}: {first} provides a {cls.__name__} already; block one with -p no:{plugin}")
-    registry.classes[cls.__name__] = (plugin, cls)
+def _add_class(registry: Registry, plugin: str, cls: type[Any], hook: str, base: type[Any]) -> None:
+    name = cls.__name__
+    first, known = registry.classes.get(name, ("", cls))
+    own = next((other for other in subclasses(base) if other.__name__ == name and _owner(other)), cls)
+    if known is not cls or own is not cls:
+        cls.__qualname__ = f"{name}.<locals>.{name}"  # of local classes neither jsonargparse nor `choices` reads names
+        raise _taken(hook, plugin, name, f"plugin {first}" if first else f"{_owner(own)} ({own.__module__})")
+    registry.classes[name] = (plugin, cls)
 
 
-def _verbs(registry: Registry) -> list[str]:
-    return [*TRAINING_VERBS, *LIGHT_VERBS, *registry.commands]
+def _owner(cls: type[Any]) -> str:
+    """Which of torch, Lightning and core a class is part of; empty for others."""
+    package = cls.__module__.partition(".")[0]
+    return package if package in PACKAGES and "<locals>" not in cls.__qualname__ else ""
 
 
-def _named(registry: Registry, plugin: str, hook: str, what: str, taken: Collection[str]) -> dict[str, str]:
-    """Verbs or formats of one plugin, as name to import path."""
+def _taken(hook: str, plugin: str, name: str, owner: str) -> PluginError:
+    return PluginError(f"{hook}: {name} of {plugin} has a name that is taken, by {owner}; it must have another one")
+
+
+def subclasses(base: type[Any]) -> set[type[Any]]:
+    """Imported subclasses of a class, theirs included."""
+    children: list[type[Any]] = type.__subclasses__(base)
+    return set(children).union(*map(subclasses, children))
+
+
+def _announce(registry: Registry, entry: importlib.metadata.EntryPoint, hook: str) -> None:
+    """Enter the classes that a plugin's source answers to a hook; it fails where their names are plainly taken."""
+    for name in _announced(entry, hook):
+        owner = f"plugin {registry.announced[name][0]}" if name in registry.announced else ""
+        owner = owner or known_names(_CLASS_HOOKS[hook]).get(name, "")
+        if owner and name in _own(entry):
+            registry.failed[entry.name] = _taken(hook, entry.name, name, owner)
+        else:
+            registry.announced[name] = (entry.name, hook)
+
+
+def _own(entry: importlib.metadata.EntryPoint) -> set[str]:
+    """Classes that a plugin's source defines or imports, but not from torch, Lightning or core."""
+    found = set()
+    for node in (inner for statement in _body(entry) for inner in ast.walk(statement)):
+        if isinstance(node, ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.ImportFrom):
+            package = "" if node.level else str(node.module).partition(".")[0]
+            found |= {alias.name for alias in node.names if package not in PACKAGES}
+    return found
+
+
+def _named(registry: Registry, plugin: str, hook: str, what: str, taken: Mapping[str, str]) -> dict[str, str]:
+    """Verbs or formats of one plugin, as name to import path; `taken` says who has those that there are."""
     found: dict[str, str] = {}
     for answer in _ask(registry.manager, plugin, hook, Mapping, f"mapping of {what} to module"):
         found |= answer
@@ -233,7 +279,7 @@ def _named(registry: Registry, plugin: str, hook: str, what: str, taken: Collect
         if not (isinstance(name, str) and isinstance(path, str)):
             raise TypeError(f"{hook} returned {name!r}: {path!r}, which is no {what} with the import path of a module")
         if name in taken:
-            raise PluginError(f'{hook}: there is a {what} "{name}" already')
+            raise _taken(hook, plugin, f'{what} "{name}"', taken[name])
     return found
 
 

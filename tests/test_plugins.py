@@ -7,13 +7,14 @@ from textwrap import dedent
 
 import pytest
 import torch
+from jsonargparse._typehints import resolve_class_path_by_name  # how a config's short name is read
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 
 from lora_lightning import __main__ as program
-from lora_lightning import plugins
-from lora_lightning.choices import short_names
+from lora_lightning import callbacks, data, plugins  # noqa: F401 - classes are known once imported
+from lora_lightning.choices import imported_class, named_classes, short_names
 from lora_lightning.errors import DuplicateMethodError, ExportError, PluginError, UnknownMethodError
 from lora_lightning.exporting import export
 from lora_lightning.injection import inject, merge
@@ -183,8 +184,11 @@ def test_the_command_line_survives_taken_names(install, capsys):
     assert program.main(["methods"]) == 0
     out = capsys.readouterr().out
     assert 'refused: two plugins provide a method "RoseLoRA": ll_copy (some-package 1.0) and ll_rose' in out
-    assert 'failed: ll_words: PluginError: lora_lightning_commands: there is a verb "show" already' in out
-    assert 'failed: ll_format: PluginError: lora_lightning_exporters: there is a format "peft" already' in out
+    assert (
+        'failed: ll_words: PluginError: lora_lightning_commands: verb "show" of ll_words has a name that is taken, by '
+        "core; it must have another one\n" in out
+    )
+    assert 'format "peft" of ll_format has a name that is taken, by lora_lightning.exporters.peft_export;' in out
     assert program.main(["show", "LoRA"]) == 0
     assert program.main(["show", "RoseLoRA"]) == 2
     assert "Block one with -p no:ll_rose." in capsys.readouterr().err
@@ -538,10 +542,14 @@ def test_kinds_that_fail_leave_the_others(install, answer):
         ("lora_lightning_optimizers", "return 3", "lora_lightning_optimizers returned 3, which is no list"),
         ("lora_lightning_optimizers", "return [int]", "which is no Optimizer class"),
         ("lora_lightning_callbacks", "raise ValueError('broken')", "broken"),
-        ("lora_lightning_commands", "return {'fit': 'x'}", 'there is a verb "fit" already'),
+        ("lora_lightning_commands", "return {'fit': 'x'}", 'verb "fit" of ll_wrong has a name that is taken, by core'),
         ("lora_lightning_commands", "return ['x']", "which is no mapping of verb to module"),
         ("lora_lightning_commands", "return {'x': 3}", "which is no verb with the import path of a module"),
-        ("lora_lightning_exporters", "return {'merged': 'x'}", 'there is a format "merged" already'),
+        (
+            "lora_lightning_exporters",
+            "return {'merged': 'x'}",
+            'format "merged" of ll_wrong has a name that is taken, by',
+        ),
         ("lora_lightning_exporters", "return ['x']", "which is no mapping of format to module"),
         ("lora_lightning_datamodules", "return [int]", "which is no LightningDataModule class"),
     ],
@@ -561,4 +569,58 @@ def test_two_optimizers_of_one_name(install):
     registry = plugins.load()
     plugins.load_classes(registry, BASES)
     assert registry.classes["SlowFast"][0] == "ll_lorasc"
-    assert "ll_lorasc provides a SlowFast already" in str(registry.failed["ll_other"])
+    text = str(registry.failed["ll_other"])
+    assert "SlowFast of ll_other has a name that is taken, by plugin ll_lorasc; it must have another one" in text
+
+
+TAKEN = {
+    "optimizers": ("AdamW", "from torch.optim import SGD as Base", r"torch \(torch\.optim\.adamw\)"),
+    "callbacks": (
+        "RankPruning",
+        "from lightning.pytorch.callbacks import Timer as Base",
+        r"lora_lightning \(lora_lightning\.callbacks\.rank_pruning\)",
+    ),
+    "datamodules": (
+        "LabelledText",
+        "from lightning.pytorch import LightningDataModule as Base",
+        r"lora_lightning \(lora_lightning\.data\.labelled\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TAKEN)
+def test_a_class_with_a_name_of_torch_lightning_or_core(install, capsys, kind):
+    """The plugin fails and says why, at `methods` too, which imports nothing; the name keeps its meaning everywhere."""
+    name, imported, owner = TAKEN[kind]
+    hook, body = f"lora_lightning_{kind}", f"{imported}\n\n        class {name}(Base):\n            pass"
+    install("ll_same", answering(hook, f"return [{name}]", body))
+    registry = plugins.load()
+    assert f"{hook}: {name} of ll_same has a name that is taken, by " in str(registry.failed["ll_same"])
+    assert registry.announced.get(name) is None
+    plugins.load_classes(registry, BASES)
+    assert re.search(f"by {owner}; it must have another one$", str(registry.failed["ll_same"]))
+    assert name not in registry.classes
+    assert named_classes(BASES[hook])[name].__module__.partition(".")[0] in ("torch", "lora_lightning")
+    assert resolve_class_path_by_name(BASES[hook], name).startswith(("torch.", "lora_lightning."))
+    assert imported_class(f"ll_same.{name}") is sys.modules["ll_same"].__dict__[name]
+    assert program.main(["methods"]) == 0
+    assert f"failed: ll_same: PluginError: {hook}: {name} of ll_same has a name" in capsys.readouterr().out
+
+
+def test_a_class_of_torchs_may_be_announced_again(install):
+    install("ll_same", answering("lora_lightning_optimizers", "return [AdamW]", "from torch.optim import AdamW"))
+    registry = plugins.load()
+    plugins.load_classes(registry, BASES)
+    assert not registry.failed
+    assert registry.classes["AdamW"] == ("ll_same", torch.optim.AdamW)
+
+
+def test_the_command_line_survives_an_optimizer_named_as_torchs(install, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = answering("lora_lightning_optimizers", "return [AdamW]", SGD.replace("MySGD", "AdamW"))
+    install("ll_same", source)
+    words = ["fit", "--config", "lora", "--model.optimizer", "AdamW", "--print_config"]
+    assert program.main(words) == 0
+    assert "class_path: torch.optim.AdamW\n" in capsys.readouterr().out
+    assert program.main([*words[:-2], "ll_same.AdamW", "--print_config"]) == 0
+    assert "class_path: ll_same.AdamW\n" in capsys.readouterr().out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 
-from lora_lightning.plugins import describe, registry
+from lora_lightning.plugins import base_layer_kinds, describe, registry
 from lora_lightning.tables import print_table
 
 
@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
 def environment() -> list[str]:
     """Print what this machine and installation offer; returns what is wrong with them."""
     from lora_lightning import diagnosis
+    from lora_lightning.parts import parts
 
     print_table(("Here", ""), [*diagnosis.machine().items(), *diagnosis.devices().items()])
     versions = diagnosis.versions()
@@ -49,6 +50,8 @@ def environment() -> list[str]:
         [(v.name, v.installed or "-", v.allowed, v.tested or "-", v.extra or "all") for v in versions],
     )
     known = registry()
+    parts()  # asks every hook, so that what fails is known
+    base_layer_kinds(known)
     by_plugin = {plugin: [n for n, p in known.providers.items() if p.plugin == plugin] for plugin in _plugins()}
     print_table(
         ("Plugin", "State", "Methods"),

@@ -12,7 +12,7 @@ import torch
 import yaml
 from training import encoder_folder, labelled_file
 
-from lora_lightning import diagnosis, plugins
+from lora_lightning import diagnosis, hookimpl, plugins
 from lora_lightning.__main__ import main
 from lora_lightning.errors import ModelError
 from lora_lightning.examination import examine
@@ -257,11 +257,28 @@ def test_the_machine_alone(capsys, monkeypatch):
 
 
 def test_a_plugin_that_fails_is_a_problem(capsys, monkeypatch):
+    """When it is loaded, or when it is asked for what needs torch."""
+
+    class Late:
+        @hookimpl
+        def lora_lightning_optimizers(self):
+            raise ImportError("no optimizer")
+
+    class Later:
+        @hookimpl
+        def lora_lightning_base_layers(self):
+            raise ImportError("no layer")
+
     broken = plugins.load()
+    broken.manager.register(Late(), name="ll_late")
+    broken.manager.register(Later(), name="ll_later")
     broken.failed["ll_broken"] = ImportError("no such thing")
     monkeypatch.setattr(plugins, "load", lambda blocked=(): broken)
     assert main(["doctor"]) == 1
-    assert "problem: plugin ll_broken failed: ImportError: no such thing\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "problem: plugin ll_broken failed: ImportError: no such thing\n" in out
+    assert "problem: plugin ll_late failed: ImportError: no optimizer\n" in out
+    assert "problem: plugin ll_later failed: ImportError: no layer\n" in out
 
 
 @pytest.mark.parametrize(
