@@ -521,6 +521,32 @@ class MethodContract:
             assert type(model[0]) is nn.Linear
             assert torch.equal(model(x), merged)
 
+    # Dynamo itself instantiates autograd.Function when it traces one, which torch warns of
+    @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+    @pytest.mark.slow
+    def test_quantised_base_compiles(self, quantised: str) -> None:
+        """`torch.compile(fullgraph=True)` computes the same on a layer in few bits, gradients included."""
+        if self.compile_reason:
+            pytest.skip(f"torch.compile: {self.compile_reason}")
+        model, _, adapter, x = self._quantised(quantised)
+        found: list[list[Tensor]] = []
+        torch._dynamo.reset()
+        try:
+            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+            for run in (model, compiled):
+                model.zero_grad()
+                inputs = x.clone().requires_grad_()
+                y = run(inputs)
+                y.square().sum().backward()
+                gradients = [inputs.grad, *(p.grad for p in adapter.parameters())]
+                found.append([y, *(g.clone() for g in gradients if g is not None)])
+            model.train()
+            compiled(x.requires_grad_()).square().sum().backward()
+        finally:
+            torch._dynamo.reset()
+        for a, b in zip(*found, strict=True):
+            self._near(a, b, quantised)
+
     def test_quantised_base_saves_and_loads(self, quantised: str, tmp_path: Path) -> None:
         """An adapter folder fits a base that was quantised anew."""
         model, _, _, x = self._quantised(quantised)

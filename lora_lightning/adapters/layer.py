@@ -34,6 +34,7 @@ class AdaptedLayer(nn.Module):
         self.adapters = nn.ModuleDict()
         self.shifts = nn.ModuleDict()
         self.accessor = accessor
+        accessor.read_pretrained = self.pretrained_weight
         self._active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
         self._disabled = False

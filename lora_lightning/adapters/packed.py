@@ -7,6 +7,7 @@ never written: merging puts a plain layer in its place, and taking that out agai
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 from lora_lightning.adapters.weights import BaseLayer, add_product
 from lora_lightning.errors import AdapterStateError
 
+Gradient = Callable[[Tensor, Tensor], Tensor]
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -79,9 +81,23 @@ class PackedBase(BaseLayer):
 
     def __call__(self, x: Tensor) -> Tensor:
         """The wrapped layer itself, with its bias and its hooks."""
-        if self.own_backward:
+        if self.own_backward or (self.differentiable and not self.bare):
             return cast(Tensor, self.module(x))
-        y: Tensor = FrozenProduct.apply(x, self)  # type: ignore[no-untyped-call]
+        return self.product(x, torch.matmul)
+
+    @property
+    def bare(self) -> bool:
+        """Whether no hooks stand on the layer, so that calling it is its product."""
+        return not any(self.module.__dict__[name] for name in _HOOKS)
+
+    def product(self, x: Tensor, gradient: Gradient) -> Tensor:
+        """The layer's own output, with another way to its input's gradient; for a layer that is `bare`.
+
+        Args:
+            x: (..., d_in).
+            gradient: makes dx (N, d_in) of G (N, d_out) and the weight (d_out, d_in), dequantised again in G's dtype.
+        """
+        y: Tensor = FrozenProduct.apply(x, self, gradient)  # type: ignore[no-untyped-call]
         return y
 
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -164,16 +180,19 @@ def stored_bytes(tensor: Tensor) -> int:
 
 
 class FrozenProduct(torch.autograd.Function):
-    """The layer's own forward, with G W as backward: W is dequantised again there, and nothing is kept."""
+    """The layer's own forward, and a gradient made of G and W: W is dequantised again in backward, nothing is kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, base: PackedBase) -> Tensor:
+    def forward(ctx: Any, x: Tensor, base: PackedBase, gradient: Gradient) -> Tensor:
         """Call the layer."""
-        ctx.base, ctx.dtype = base, x.dtype
+        ctx.base, ctx.gradient, ctx.dtype = base, gradient, x.dtype
         return cast(Tensor, base.module(x))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, G: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, G: Tensor) -> tuple[Tensor, None, None]:
         """Gradient of x."""
-        return (G @ ctx.base.weight(G.dtype)).to(ctx.dtype), None
+        # products in forward autocast, those in backward must not: G has the right dtype already
+        with torch.autocast(G.device.type, enabled=False):
+            dx = ctx.gradient(G.reshape(-1, G.shape[-1]), ctx.base.weight(G.dtype))
+        return dx.view(*G.shape[:-1], dx.shape[-1]).to(ctx.dtype), None, None

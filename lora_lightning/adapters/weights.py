@@ -50,6 +50,8 @@ class BaseLayer(ABC):
         self.module = module
         self.pieces: Tensor | None = None
         """The parameter that holds the weight's pieces; what a gathered unit shows instead is a passing copy."""
+        self.read_pretrained: Callable[[torch.dtype], Tensor] | None = None
+        """How the adapted layer around reads the weight as it was before anything was folded into it."""
         self._cache: dict[Hashable, tuple[tuple[int, ...], Tensor]] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -108,6 +110,10 @@ class BaseLayer(ABC):
         stored = self.stored
         weight = self._read(whole(stored) if isinstance(stored, DTensor) else stored)
         return weight if dtype is None else weight.to(dtype)
+
+    def pretrained_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight (d_out, d_in) without what has been folded into it."""
+        return self.weight(dtype) if self.read_pretrained is None else self.read_pretrained(dtype)
 
     def write(self, weight: Tensor) -> None:
         """Write a weight given whole, as (d_out, d_in), in place, rounded once to the stored dtype."""
@@ -458,6 +464,10 @@ class BaseAround(BaseLayer):
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """As of the layer."""
         return self.under.weight(dtype)
+
+    def pretrained_weight(self, dtype: torch.dtype) -> Tensor:
+        """As of the layer."""
+        return self.under.pretrained_weight(dtype)
 
     def cached(self, key: Hashable, fn: Callable[[Tensor], Tensor]) -> Tensor:
         """As of the layer, whose cache outlives this object."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ll_ce_lora import functional
 from lora_lightning.adapters.base import Adapter, FactorPair, check_rank, write_uniform, write_zeros
 from lora_lightning.adapters.low_rank import add_low_rank
+from lora_lightning.adapters.packed import PackedBase
 from lora_lightning.adapters.seeds import generator
 from lora_lightning.adapters.weights import BaseAround, BaseLayer, StackedBase
 from lora_lightning.errors import AdapterStateError, SettingsError
@@ -125,11 +126,14 @@ class CELoRAAdapter(Adapter):
         if not self.training or (self.index is None and self.norms is None):
             return False
         needed = x.requires_grad and torch.is_grad_enabled() and not base.stored.requires_grad
-        # a CheapBase is not dense either: the layer is called cheaply once
-        return needed and base.dense
+        # a CheapBase is neither: the layer is called cheaply once
+        return needed and (base.bare if isinstance(base, PackedBase) else base.dense)
 
     def _call(self, x: Tensor, base: BaseLayer) -> Tensor:
         channels = (self.index, self.share, self.B0, self.A0)
+        if isinstance(base, PackedBase):
+            norms = self.norms
+            return base.product(x, lambda G, weight: functional.observed_grad_input(G, weight, *channels, norms))
         return functional.cheap_linear(x, base.weight(), base.bias, *channels, self.norms)
 
     # -- choosing the channels -----------------------------------------------------------------------------------------

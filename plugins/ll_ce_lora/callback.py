@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ll_ce_lora.adapter import CELoRAAdapter
 from lora_lightning.adapters.base import Adapter
-from lora_lightning.adapters.packed import PackedBase
 from lora_lightning.adapters.weights import BaseLayer
 from lora_lightning.callbacks.schedule import ScheduleCallback
 from lora_lightning.errors import NoEffectError, ResumeError
@@ -67,16 +66,6 @@ class RefreshIndex(ScheduleCallback):
             for adapter in adapters.values():
                 cast(CELoRAAdapter, adapter).restore({})
 
-    def _check_bases(self) -> None:
-        packed = {path: base.packed for path in self._adapters if isinstance(base := self._bases[path], PackedBase)}
-        if packed and packed.keys() == self._adapters.keys():
-            first = next(iter(packed))
-            raise NoEffectError(
-                f"{type(self).__name__}: none of the {len(packed)} layers can be approximated, such as {first}: they "
-                f"are stored in few bits ({packed[first]}), and only the product of a plain weight is. Load a plain "
-                "base, or use LoRA."
-            )
-
     def _restore(self, saved: Mapping[str, Any], adapters: Mapping[str, Adapter]) -> None:
         self.refreshes, self._window, self._last = saved["refreshes"], saved["window"], dict(saved["last"])
         everyone = saved["norms"]
@@ -96,14 +85,9 @@ class RefreshIndex(ScheduleCallback):
                 cast(Tensor, own.norms).copy_(norms[path])
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Open an optimizer step's window with its first micro-batch.
-
-        Raises:
-            NoEffectError: every layer is stored in few bits.
-        """
+        """Open an optimizer step's window with its first micro-batch."""
         if not self._bases:
             self._bases = bases(pl_module)
-            self._check_bases()
         if trainer.global_step + 1 != self._window:
             self.open_window(trainer.global_step + 1, self._adapters, self._bases)
 

@@ -99,6 +99,21 @@ def grad_input(
     return dx
 
 
+def observed_grad_input(
+    G: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+    share: Tensor | None,
+    B0: Tensor | None,
+    A0: Tensor | None,
+    norms: Tensor | None,
+) -> Tensor:
+    """`grad_input`; adds the squared norm of each column of G to `norms` (d_out,)."""
+    if norms is not None:
+        norms.add_(torch.linalg.vector_norm(G.detach(), dim=0, dtype=norms.dtype).square_())
+    return grad_input(G, weight, index, share, B0, A0)
+
+
 class CheapLinear(torch.autograd.Function):
     """x W^T + b whose backward keeps no input, approximates dx, and may add up squared column norms of its gradient."""
 
@@ -124,18 +139,13 @@ class CheapLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x and of the bias; the weight is frozen."""
-        dx = dbias = None
         # products in forward autocast, those in backward must not: G has the right dtype already
         with torch.autocast(G.device.type, enabled=False):
             rows = G.reshape(-1, G.shape[-1])
-            if ctx.norms is not None:
-                norms = torch.linalg.vector_norm(rows.detach(), dim=0, dtype=ctx.norms.dtype)
-                ctx.norms.add_(norms.square_())
-            if ctx.needs_input_grad[0]:
-                dx = grad_input(rows, *ctx.saved_tensors)
-                dx = dx.view(*G.shape[:-1], dx.shape[-1]).to(ctx.dtype)
-            if ctx.needs_input_grad[2]:
-                dbias = rows.sum(0)
+            weight, index, share, B0, A0 = ctx.saved_tensors
+            dx = observed_grad_input(rows, weight, index, share, B0, A0, ctx.norms)
+            dx = dx.view(*G.shape[:-1], dx.shape[-1]).to(ctx.dtype)
+            dbias = rows.sum(0) if ctx.needs_input_grad[2] else None
         return dx, None, dbias, None, None, None, None, None
 
 

@@ -133,13 +133,14 @@ class DoRAAdapter(Adapter):
 
 @torch.no_grad()
 def survey(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
-    """Mean dM and dD between base and merged weights over layers, zero rows in all, and both by layer."""
+    """Mean dM and dD between pretrained and merged weights over layers, zero rows in all, and both by layer."""
     layers = {}
     for path, adapter in adapters.items():
         if isinstance(adapter, DoRAAdapter):
-            weight = adapter.base.weight(adapter.base.adapter_dtype)
+            dtype = adapter.base.adapter_dtype
             with assembled(adapter):
-                change = weight_change(adapter.merged_weight(weight), weight)
+                merged = adapter.merged_weight(adapter.base.weight(dtype))
+            change = weight_change(merged, adapter.base.pretrained_weight(dtype))
             layers[path] = {"dM": change.magnitude, "dD": change.direction, "zero_rows": adapter.zero_rows()}
     count = max(1, len(layers))
     return {

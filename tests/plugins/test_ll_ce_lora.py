@@ -51,7 +51,7 @@ from lora_lightning.injection import (
 )
 from lora_lightning.saving import AtomicCheckpoints
 from lora_lightning.testing import MethodContract, perturb, tiny_encoder
-from lora_lightning.tiny import LAYERS
+from lora_lightning.tiny import LAYERS, QUANTISED, seeded
 
 LINEAR = ("Linear", "Linear without bias", "Conv1D")
 D_IN, D_OUT, N = 7, 10, 12
@@ -507,6 +507,40 @@ def test_eval_mode_a_hook_and_a_trained_weight_are_exact():
     for name in "bc":
         loop.model.get_submodule(name).base.weight.requires_grad_(True)
     assert same()
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_quantised_base_is_called_as_it_is_and_approximated_by_its_dequantised_weight(kind):
+    package, quantise = QUANTISED[kind]
+    pytest.importorskip(package, reason=f'needs {package}: pip install "lora-lightning[quant]"')
+    with seeded(1):
+        model = nn.Sequential(quantise(nn.Linear(D_IN + 1, D_OUT + 6))).train()
+        x, G = torch.randn(2, 5, D_IN + 1, requires_grad=True), torch.randn(2, 5, D_OUT + 6)
+    inject(model, CELoRA(rank=2, kept=0.5, svd_rank=2), ["0"], also_train=(), seed=0)
+    layer = model[0]
+    adapter, W = layer.adapter("default"), layer.accessor.weight(torch.float64)
+    rows = G.reshape(-1, D_OUT + 6).double()
+
+    def gradient() -> torch.Tensor:
+        y = layer(x)
+        assert torch.equal(y, layer.base(x))
+        x.grad = None
+        y.backward(G)
+        return x.grad.reshape(-1, D_IN + 1).double()
+
+    adapter.observe(True)
+    torch.testing.assert_close(gradient(), rows @ W, rtol=0, atol=1e-4)
+    torch.testing.assert_close(adapter.norms.double(), rows.square().sum(0), rtol=1e-5, atol=0)
+    squares = adapter.norms
+    adapter.observe(False)
+    adapter.split(layer.accessor.weight())
+    adapter.refresh(squares, 1)
+    cheap, expected = gradient(), reference_dx(rows, W, adapter.index.tolist(), 2)
+    torch.testing.assert_close(cheap, expected, rtol=0, atol=1e-4)
+    assert float((cheap - rows @ W).abs().max()) > 0.1
+    handle = layer.base.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(gradient(), rows @ W, rtol=0, atol=2e-2 if kind == "int8" else 1e-4)
+    handle.remove()
 
 
 @pytest.mark.parametrize("names", [("one", "two"), ("two", "one"), ("plain", "one"), ("one", "plain")])
