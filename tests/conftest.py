@@ -7,19 +7,57 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it once
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import gc
 import random
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
 
-import numpy as np
 import pytest
-import torch
 
-torch.set_num_threads(1)  # tests run in two processes, on as little as two cores
+# torch and numpy are imported inside: the process that hands out the tests needs neither
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the collector need not walk through it again and again."""
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tests run in two processes, on as little as two cores."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _sources_read_once() -> Iterator[None]:
+    """A command line takes the documentation of its settings from the sources of Trainer, nn.Module and many more.
+
+    That is the same for every line, and a third of the time that one takes.
+    """
+    from docstring_parser.attrdoc import AttributeDocstrings
+
+    read, known = AttributeDocstrings.get_attr_docs, WeakKeyDictionary[Any, Any]()
+
+    def get_attr_docs(self: AttributeDocstrings, component: Any) -> Any:
+        if component not in known:
+            known[component] = read(self, component)
+        return known[component]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AttributeDocstrings, "get_attr_docs", get_attr_docs)
+        yield
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     """The same random numbers in each test, whatever ran before it."""
+    import numpy as np
+    import torch
+
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
