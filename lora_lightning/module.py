@@ -23,6 +23,7 @@ from lora_lightning.callbacks.packing import PackingCheck
 from lora_lightning.callbacks.resume import ExactResume
 from lora_lightning.callbacks.schedule import total_steps
 from lora_lightning.checkpoint import adapter_keys, describe
+from lora_lightning.choices import arguments
 from lora_lightning.comparison import check_fits, check_same
 from lora_lightning.errors import DataError, LoraLightningError, ModelError, ResumeError, SettingsError
 from lora_lightning.injection import (
@@ -480,7 +481,7 @@ def enable_checkpointing(net: nn.Module) -> None:
 
 def _say_difference(callback: Callback, given: Sequence[Callback]) -> None:
     """Print where a callback given by hand replaces the method's with other settings."""
-    settings = {key: value for key, value in vars(callback).items() if not key.startswith("_")}
+    settings = {key: value for key, value in vars(callback).items() if key in arguments(type(callback))}
     for other in given:
         if isinstance(other, type(callback)):
             theirs = {key: getattr(other, key, None) for key in settings}

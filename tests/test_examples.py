@@ -86,6 +86,30 @@ def test_text_classification_by_plain_calls(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out" / "peft" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
+def test_chat(tmp_path, monkeypatch, capsys):
+    ask = "What day comes before Monday?"
+    monkeypatch.setattr(sys, "argv", ["chat.py", "--output", str(tmp_path), "--ask", ask])
+    runpy.run_path(str(EXAMPLES / "chat.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    assert "14 layers adapted" in out
+    assert out.endswith(f"user: {ask}\nassistant: Sunday.\n")
+    assert (tmp_path / "adapter" / "adapter.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_image_classification(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["image_classification.py", "--steps", "200", "--output", str(tmp_path)])
+    runpy.run_path(str(EXAMPLES / "image_classification.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    assert "12 layers adapted" in out
+    [accuracy] = re.findall(r"val_accuracy +│ +([0-9.]+)", out)
+    assert float(accuracy) > 0.3  # chance: 0.2
+    [same, every] = re.findall(r"merged: (\d+) of (\d+) images", out)[0]
+    assert int(same) >= 0.99 * int(every) > 300
+    assert (tmp_path / "adapter" / "adapter.safetensors").is_file()
+
+
 def test_plain_torch(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["plain_torch.py", "--steps", "20", "--output", str(tmp_path)])
     runpy.run_path(str(EXAMPLES / "plain_torch.py"), run_name="__main__")

@@ -172,6 +172,8 @@ def test_callbacks_are_added_unless_the_trainer_has_its_own(encoder, tmp_path, c
     assert sum(isinstance(c, TrainingGuard) for c in run.callbacks) == 1
     printed = capsys.readouterr().out
     assert "SparsitySchedule: the trainer's replaces the method's (sparsity=0.3, start=2, end=6)" in printed
+    run.validate(module, datamodule=labelled_data(encoder), verbose=False)
+    assert "LinearBaseline" not in capsys.readouterr().out  # the module's own, which has a result by now
 
 
 def test_ignored_buffers_are_named_for_ddp(encoder, tmp_path):
