@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import importlib
 from collections.abc import Iterable, Iterator, Sequence
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,14 +14,24 @@ import yaml
 from lora_lightning import argv
 from lora_lightning.cards import fields_of
 from lora_lightning.errors import LoraLightningError
+from lora_lightning.names import known_names, parameters
 from lora_lightning.plugins import registry
 
 _OWN = {"fit": ("--resume",), "validate": ("--run",), "test": ("--run",), "predict": ("--run", "--output")}
 _OF_CONFIGS = ("targets", "inspect-data", "estimate", "doctor", "cite")
-_SOURCES = {  # class and file of what --KEY.SETTING sets, below the package's folder
-    "model": ("AdapterModule", "lora_lightning", "module.py"),
-    "trainer": ("Trainer", "lightning", "pytorch/trainer/trainer.py"),
+_FIXED = {"model": ("lora_lightning.module", "AdapterModule"), "trainer": ("lightning.pytorch", "Trainer")}
+"""Module and class of what --KEY.SETTING sets."""
+_CHOSEN = {
+    "data": "datamodules",
+    "model.optimizer": "optimizers",
+    "trainer.callbacks": "callbacks",
+    "trainer.strategy": "strategies",
 }
+"""Kind of the classes that a setting names."""
+_OTHERS = ("ResumableLoader", "Optimizer", "Callback", "ScheduleCallback", "Strategy", "ParallelStrategy")
+"""What stands beside such classes: their bases, and a loader."""
+_STRATEGIES = ("auto", "ddp")
+"""Values of trainer.strategy that are no class."""
 
 
 def candidates(words: Sequence[str]) -> list[str]:
@@ -48,6 +56,8 @@ def _all(before: Sequence[str], last: str, verb: str | None) -> Iterable[str]:
         return [str(path.parent) for path in Path("runs").glob("*/*/config.yaml")]
     if last == "--model.method":
         return known.methods
+    if (key := last.removeprefix("--").removesuffix("+")) in _CHOSEN and last.startswith("--"):
+        return [*_classes(_CHOSEN[key]), *(_STRATEGIES if key == "trainer.strategy" else ())]
     if verb is None:
         return [*argv.TRAINING_VERBS, *argv.LIGHT_VERBS, *known.commands]
     if verb == "show":
@@ -64,42 +74,50 @@ def _flags(verb: str) -> list[str]:
     return [flag for action in parser._actions for flag in action.option_strings]
 
 
+def _classes(kind: str) -> list[str]:
+    """Short names of torch's, Lightning's, core's and the plugins' classes."""
+    announced = [name for name, (_, hook) in registry().announced.items() if hook.endswith(kind)]
+    return [*(name for name in known_names(kind) if name not in _OTHERS), *announced]
+
+
 def _settings(words: Sequence[str]) -> Iterator[str]:
-    """Flags of settings: of model and trainer, and of the method that flags or configs name."""
+    """Flags of settings: of model and trainer, and of the classes that flags or configs name."""
     yield from ("--data", "--seed_everything")
-    for key, source in _SOURCES.items():
-        yield from (f"--{key}.{name}" for name in _parameters(*source))
-    method = registry().methods.get(_method(words).rpartition(".")[2])
+    for key, source in _FIXED.items():
+        yield from (f"--{key}.{name}" for name in parameters(*source))
+    method = registry().methods.get(_named(words, "model.method").rpartition(".")[2])
     if method is not None:
         yield from (f"--model.method.{card.name}" for card in fields_of(method))
+    for key, kind in _CHOSEN.items():
+        home, _, name = _named(words, key).rpartition(".")
+        home = home or known_names(kind).get(name, "") or _plugin_of(name)
+        yield from (f"--{key}.{setting}" for setting in parameters(home, name) if home and setting != "params")
 
 
-def _parameters(cls: str, package: str, file: str) -> list[str]:
-    """Parameters of a class, read in its source."""
-    spec = find_spec(package)
-    for folder in (spec.submodule_search_locations if spec else None) or ():
-        for node in ast.walk(ast.parse(Path(folder, file).read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ClassDef) and node.name == cls:
-                [init, *_] = [f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"]
-                return [argument.arg for argument in (*init.args.args[1:], *init.args.kwonlyargs)]
-    return []
+def _plugin_of(name: str) -> str:
+    """Import path of the plugin that brings a class."""
+    known = registry()
+    plugin, _ = known.announced.get(name, ("", ""))
+    return str(getattr(known.manager.get_plugin(plugin), "__name__", ""))
 
 
-def _method(words: Sequence[str]) -> str:
-    """The class path of the method that stands on the line, the last one counts; a config where it is named."""
+def _named(words: Sequence[str], key: str) -> str:
+    """The class path that a setting has: what the line says last, or a config that it names."""
     found = ""
     for flag, value in pairwise(words):
-        if flag == "--model.method":
+        if flag.rstrip("+") == f"--{key}":
             found = value
         elif flag in ("--config", "-c"):
-            found = _method_of(value) or found
+            found = _configured(value, key) or found
     return found
 
 
-def _method_of(config: str) -> str:
+def _configured(config: str, key: str) -> str:
+    """The class path that a config gives a setting; empty where it gives none, or cannot be read."""
     try:
-        tree: Any = yaml.safe_load(Path(argv.find_config(config)).read_text(encoding="utf-8"))
-        method = tree["model"]["method"]
+        node: Any = yaml.safe_load(Path(argv.find_config(config)).read_text(encoding="utf-8"))
+        for part in key.split("."):
+            node = node[part]
     except (LoraLightningError, OSError, yaml.YAMLError, KeyError, TypeError):
         return ""
-    return str(method.get("class_path", "") if isinstance(method, dict) else method)
+    return str(node.get("class_path", "")) if isinstance(node, dict) else node if isinstance(node, str) else ""

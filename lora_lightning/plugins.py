@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
-import importlib.util
 import inspect
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pluggy
@@ -23,7 +21,7 @@ from lora_lightning.argv import LIGHT_VERBS, TRAINING_VERBS
 from lora_lightning.errors import DuplicateMethodError, PluginError, UnknownMethodError, did_you_mean
 from lora_lightning.formats import FORMATS
 from lora_lightning.methods import Method, check_names
-from lora_lightning.names import PACKAGES, known_names
+from lora_lightning.names import PACKAGES, imported_from, known_names, statements
 
 GROUP = "lora_lightning"
 _REQUIRES = "requires_api"
@@ -261,11 +259,11 @@ def _announce(registry: Registry, entry: importlib.metadata.EntryPoint, hook: st
 def _own(entry: importlib.metadata.EntryPoint) -> set[str]:
     """Classes that a plugin's source defines or imports, but not from torch, Lightning or core."""
     found = set()
-    for node in (inner for statement in _body(entry) for inner in ast.walk(statement)):
+    for node in (inner for statement in statements(entry.module) for inner in ast.walk(statement)):
         if isinstance(node, ast.ClassDef):
             found.add(node.name)
         elif isinstance(node, ast.ImportFrom):
-            package = "" if node.level else str(node.module).partition(".")[0]
+            package = imported_from(node, entry.module).partition(".")[0]
             found |= {alias.name for alias in node.names if package not in PACKAGES}
     return found
 
@@ -342,42 +340,21 @@ def _check_api(required: object) -> None:
 
 def _requirement(entry: importlib.metadata.EntryPoint) -> object:
     """What a plugin's source sets `requires_api` to; None where that is not plainly there."""
-    for node in _body(entry):
+    for node in statements(entry.module):
         if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [_REQUIRES]:
             return node.value.value if isinstance(node.value, ast.Constant) else None
     return None
 
 
-def _body(entry: importlib.metadata.EntryPoint) -> list[ast.stmt]:
-    """Statements of a plugin's source, which is not run; none where it cannot be read."""
-    try:
-        return ast.parse(_source(entry.module).read_text(encoding="utf-8")).body
-    except (ImportError, OSError, SyntaxError, ValueError):
-        return []
-
-
 def _announced(entry: importlib.metadata.EntryPoint, hook: str = "lora_lightning_methods") -> tuple[str, ...]:
     """Names of what a plugin would answer to a hook, read in its source without running it; empty where unclear."""
-    body = _body(entry)
+    body = statements(entry.module)
     original = {alias.asname: alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names}
     for node in body:
         if isinstance(node, ast.FunctionDef) and node.name == hook:
             names = [name for statement in node.body for name in _returned(statement)]
             return tuple(original.get(name, name) for name in names)
     return ()
-
-
-def _source(module: str) -> Path:
-    """The file of a module; only looks for its root package, which imports nothing."""
-    root, *parts = module.split(".")
-    spec = importlib.util.find_spec(root)
-    if spec is None or spec.origin is None:
-        raise ImportError(module)
-    path = Path(spec.origin)
-    if parts:
-        path = path.parent.joinpath(*parts)
-        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    return path
 
 
 def _returned(statement: ast.stmt) -> Iterator[str]:

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import Strategy
 
+from ll_optimizers.plus import LoRAPlus
 from lora_lightning import argv, plugins
 from lora_lightning.__main__ import main
+from lora_lightning.callbacks import KeepBest
 from lora_lightning.cards import fields_of
+from lora_lightning.choices import arguments, named_classes, parameters_of
 from lora_lightning.completion import candidates
+from lora_lightning.data import Chat, LabelledText
+from lora_lightning.names import known_names, parameters
+from lora_lightning.parts import parts
+from lora_lightning.strategies import FSDP2
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +72,54 @@ def test_settings_of_the_method_that_is_named(words, method):
     assert set(candidates([*words, "--model.method."])) == expected
 
 
+@pytest.mark.parametrize("kind", ["optimizers", "callbacks", "datamodules", "strategies"])
+def test_names_and_arguments_read_in_sources_are_those_of_the_classes(kind):
+    """All that can be made of each kind, as imported: names, and what `inspect` says they take."""
+    for name, home in known_names(kind).items():
+        cls = getattr(importlib.import_module(home), name)
+        assert set(parameters(home, name)) == set(arguments(cls)) - {"args", "kwargs"}, name
+
+
+@pytest.mark.parametrize(
+    ("setting", "base", "some"),
+    [
+        ("data", LightningDataModule, {"Chat", "LabelledText"}),
+        ("model.optimizer", torch.optim.Optimizer, {"AdamW", "LoRAPlus", "SlowFast"}),
+        ("trainer.callbacks+", Callback, {"KeepBest", "EarlyStopping", "RouterStatistics"}),
+        ("trainer.strategy", Strategy, {"ddp", "auto", "FSDP2", "DDPStrategy"}),
+    ],
+)
+def test_values_of_settings_that_take_a_class(setting, base, some):
+    """Nothing is offered that the parser would not take."""
+    found = set(candidates(["fit", f"--{setting}", ""]))
+    assert some <= found
+    parts()
+    assert found - {"auto", "ddp"} <= set(named_classes(base))
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "cls"),
+    [
+        (["--data", "LabelledText"], "data", LabelledText),
+        (["--config", "tasks/chat"], "data", Chat),
+        (["--config", "tasks/chat", "--data", "lora_lightning.data.LabelledText"], "data", LabelledText),
+        (["--config", "lora"], "model.optimizer", torch.optim.AdamW),
+        (["--model.optimizer", "LoRAPlus"], "model.optimizer", LoRAPlus),
+        (["--config", "lora", "--config", "strategies/fsdp2"], "trainer.strategy", FSDP2),
+        (["--trainer.callbacks+", "KeepBest"], "trainer.callbacks", KeepBest),
+    ],
+)
+def test_settings_of_the_class_that_is_named(words, key, cls):
+    found = candidates(["fit", *words, f"--{key}."])
+    assert set(found) == {f"--{key}.{name}" for name in parameters_of(cls)}
+    assert found
+
+
+def test_settings_of_an_unknown_class_are_none():
+    assert candidates(["fit", "--data", "Chatt", "--data."]) == []
+    assert candidates(["fit", "--data", "no_such_package.Chat", "--data."]) == []
+
+
 def test_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = Path("runs/rose/001")
@@ -69,8 +130,55 @@ def test_runs(tmp_path, monkeypatch):
 
 
 def test_another_shell_is_an_error(capsys):
-    assert main(["completion", "fish"]) == 2
-    assert capsys.readouterr().err == 'error: completion: there is no script for "fish"; nearest: bash.\n'
+    assert main(["completion", "fisch"]) == 2
+    expected = 'error: completion: there is no script for "fisch". Did you mean "fish"? Shells: bash, zsh, fish.\n'
+    assert capsys.readouterr().err == expected
+
+
+def in_shell(shell, tmp_path, capsys, code):
+    """What `code` prints in a shell that has read the script."""
+    if shutil.which(shell) is None:
+        pytest.skip(f"needs {shell}")
+    assert main(["completion", shell]) == 0
+    script = tmp_path / "script"
+    script.write_text(capsys.readouterr().out)
+    plain = {"zsh": ["-f"], "fish": ["--no-config"], "bash": []}[shell]
+    words = [shell, *plain, "-c", code.replace("SCRIPT", str(script))]
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True, env=environment)
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+def test_zsh_completes(capsys, tmp_path):
+    """Its completion system binds the function; what is not ours goes to its own one for Python."""
+    code = f"""
+autoload -Uz compinit; compinit -u -D
+source SCRIPT
+print $_comps[python] $_comps[python3]
+compadd() {{ print -l -- "$@"; }}; _python() {{ print system; }}; _files() {{ print files; }}
+words=({sys.executable} -m lora_lightning val); CURRENT=4; _lora_lightning
+words=({sys.executable} -m lora_lightning show Rose); CURRENT=5; _lora_lightning
+words=({sys.executable} -m lora_lightning fit here/); CURRENT=5; _lora_lightning
+words=(python x); CURRENT=2; _lora_lightning
+"""
+    found = in_shell("zsh", tmp_path, capsys, code)
+    assert found == ["_lora_lightning", "_lora_lightning", "--", "validate", "--", "RoseLoRA", "files", "system"]
+
+
+def test_fish_completes(capsys, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    code = f"""
+cd {tmp_path}
+source SCRIPT
+for line in "val" "fit -p no:ll_ro" "show Rose"
+    complete -C "./python -m lora_lightning $line"
+end
+complete -C "./python -m venv val"
+"""
+    assert in_shell("fish", tmp_path, capsys, code) == ["validate", "no:ll_rose", "RoseLoRA"]
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
