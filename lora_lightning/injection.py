@@ -16,6 +16,7 @@ from lora_lightning.adapters import experts
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.layer import AdaptedLayer, check_name
 from lora_lightning.adapters.seeds import generator
+from lora_lightning.adapters.shift import SHIFT_TENSORS
 from lora_lightning.adapters.weights import BaseLayer, ExpertStack
 from lora_lightning.base_layers import check_packed, count_numbers, kind_of, packed_layers
 from lora_lightning.dequantised import Dequantised
@@ -213,18 +214,22 @@ def common_seed() -> int:
 
 
 def ignore_adapter_buffers(root: nn.Module) -> None:
-    """Keep DistributedDataParallel around `root` from overwriting adapter buffers with the first process's.
+    """Keep DistributedDataParallel around `root` from overwriting buffers of adapters with the first process's.
 
     Masks and statistics are made equal by whoever writes them; a broadcast before each forward would undo local ones.
-    Weights in few bits are left out as well: every process has loaded the same, and not all formats can be sent.
+    Buffers that are made later are named as well, or a dense update would be sent whole for each batch. Weights in few
+    bits are left out too: every process has loaded the same, and not all formats can be sent.
     """
     packed = {f"{path}{inside}" for path, _ in packed_layers(root) for inside in (".weight", ".base.weight")}
-    root._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]  # an attribute that the wrapper looks up
-        f"{path}.{name}" if path else name
-        for path, module in root.named_modules()
-        if isinstance(module, Adapter)
-        for name, _ in module.named_buffers()
-    ] + [name for name, _ in root.named_parameters() if name in packed]
+    ignored = [name for name, _ in root.named_parameters() if name in packed]
+    for path, module in root.named_modules():
+        prefix = f"{path}." if path else ""
+        if isinstance(module, Adapter):
+            parts = module.named_modules(prefix=path)
+            ignored += [f"{inside}.{name}".removeprefix(".") for inside, part in parts for name in part._buffers]
+        if isinstance(module, AdaptedLayer):
+            ignored += [f"{prefix}shifts.{name}.{tensor}" for name in module.adapters for tensor in SHIFT_TENSORS]
+    root._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]  # an attribute that the wrapper looks up
 
 
 def check_ready(model: nn.Module, name: str) -> None:

@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from training import (
     classification,
@@ -21,12 +23,16 @@ from training import (
 )
 from transformers import AutoModel, BertConfig, BertModel
 
+from ll_ce_lora import CELoRA
+from ll_ce_lora.adapter import CELoRAAdapter
 from ll_lora import LoRA
 from ll_rose import RoseLoRA
 from lora_lightning.adapters.base import GroupSpec
+from lora_lightning.adapters.shift import DenseShift, LogShift
 from lora_lightning.callbacks import SparsitySchedule, TrainingGuard
 from lora_lightning.data import LabelledText
 from lora_lightning.errors import DataError, ModelError, SettingsError, TargetError
+from lora_lightning.injection import iter_adapters
 from lora_lightning.loading import load_model
 from lora_lightning.module import AdapterModule
 from lora_lightning.optim.warmup import WarmUp
@@ -176,13 +182,37 @@ def test_callbacks_are_added_unless_the_trainer_has_its_own(encoder, tmp_path, c
     assert "LinearBaseline" not in capsys.readouterr().out  # the module's own, which has a result by now
 
 
-def test_ignored_buffers_are_named_for_ddp(encoder, tmp_path):
-    module = classification(encoder, RoseLoRA(rank=2), num_labels=3)
+@pytest.mark.parametrize(
+    ("method", "shift", "found"),
+    [
+        (RoseLoRA(rank=2), None, {"mask_A", "mask_B"}),
+        (CELoRA(rank=2, svd_rank=1, kept=0.5), None, {"index", "row_norms", "A0", "B0"}),
+        (LoRA(rank=2), LogShift, {"rank_mask", "log_A", "log_B", "log_weight", "slow_weight"}),
+        (LoRA(rank=2), DenseShift, {"rank_mask", "delta", "slow"}),
+    ],
+    ids=["masks", "derived", "log", "dense"],
+)
+def test_no_buffer_of_an_adapter_is_sent_before_a_forward(encoder, tmp_path, method, shift, found):
+    module = classification(encoder, method, num_labels=3)
     module.configure_model()
-    ignored = module._ddp_params_and_buffers_to_ignore
-    assert len(ignored) == 8
-    buffers = dict(module.named_buffers())
-    assert all(name in buffers and name.rpartition(".")[2].startswith("mask_") for name in ignored)
+    for _, layer in iter_adapters(module):  # made when training is under way, after DDP has wrapped the module
+        adapter = layer.adapter("default")
+        if isinstance(adapter, CELoRAAdapter):
+            adapter.split(layer.accessor.weight())
+            adapter.refresh(torch.ones(adapter.d_out), 1)
+        if shift is not None:
+            layer.set_shift("default", shift(layer.accessor))
+            layer.fold("default", 0.5, "figure_ema")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(module)
+        wrapped._assign_modules_buffers()
+    finally:
+        dist.destroy_process_group()
+    assert wrapped.named_module_buffers  # the model's own
+    made = {name for name, _ in module.named_buffers() if ".adapters." in name or ".shifts." in name}
+    assert {name.rpartition(".")[2] for name in made} == found
+    assert not made & set(wrapped.named_module_buffers)
 
 
 def test_predictions_carry_row_label_and_probability(encoder, tmp_path):

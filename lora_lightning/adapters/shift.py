@@ -101,6 +101,8 @@ class DenseShift(nn.Module):
 
 
 Shift = LogShift | DenseShift
+SHIFT_TENSORS = ("log_A", "log_B", "log_weight", "slow_weight", "delta", "slow")
+"""Names of all buffers that a shift may have."""
 
 
 def shift_like(base: BaseLayer, tensors: Mapping[str, Tensor]) -> Shift | None:
