@@ -248,8 +248,12 @@ class AdaptedLayer(nn.Module):
         if {k: t.shape for k, t in present.items()} != {k: t.shape for k, t in tensors.items()}:
             self.set_shift(name, shift)
 
-    def set_noise(self, noise: Noise | None) -> None:
+    def set_noise(self, noise: Noise | None, values: Tensor | None = None) -> None:
         """Put noise on the weight, or take it off; without any, and without a dense shift, the original is back.
+
+        Args:
+            noise: what to put on.
+            values: what `noise.values` gives, where it has been drawn ahead.
 
         Raises:
             AdapterStateError: the layer is merged, another module shares the weight, or it is stored in few bits.
@@ -259,7 +263,7 @@ class AdaptedLayer(nn.Module):
             self._check_own_weight()
             self._check_written("noise")
         self._noise = noise
-        self.rewrite()
+        self.rewrite(values)
 
     @torch.no_grad()
     def fold(self, name: str, share: float = 1.0, rule: Rule = "outer_step", keep_noise: bool = False) -> None:
@@ -311,24 +315,31 @@ class AdaptedLayer(nn.Module):
         return cast("Shift", self.shifts[name]).merged_weight(weight) if name in self.shifts else weight.clone()
 
     @torch.no_grad()
-    def rewrite(self) -> None:
-        """Write the weight as it must be now: the original, dense shifts of applied adapters, noise; rounded once."""
+    def rewrite(self, values: Tensor | None = None) -> None:
+        """Write the weight as it must be now: the original, dense shifts of applied adapters, noise; rounded once.
+
+        `values` are the noise's, where they have been drawn already.
+        """
         names = () if self._disabled else self._active
         dense = [shift for name in names if name in self.shifts and isinstance(shift := self.shifts[name], DenseShift)]
         noise = None if self._disabled else self._noise
         if self.merged or not (dense or noise or self.rewritten):
             return
         self.accessor.check_writable()
-        original, stored = self._keep(), self.accessor.stored
+        stored = self.accessor.stored
+        there = None if self.rewritten else local(stored.detach())  # the original, where it has not left the device
+        original = self._keep()
         if not dense and noise is None:
             local(stored).copy_(original)
             self._kept = None
             return
-        weight = self.accessor._read(original).to(self.accessor.device, self.accessor.adapter_dtype, copy=True)
+        # sent as it is stored and cast there, in half as many bytes
+        weight = self.accessor._read(original if there is None else there).to(self.accessor.device)
+        weight = weight.to(self.accessor.adapter_dtype, copy=True)
         for shift in dense:
             weight += local(shift.delta)
         if noise is not None:
-            weight += noise.draw(self.accessor._read(stored), weight.dtype)
+            weight += noise.draw(self.accessor._read(stored), weight.dtype, values)
         local(stored).copy_(self.accessor._store(weight))
 
     def _keep(self) -> Tensor:
@@ -495,7 +506,7 @@ class AdaptedLayer(nn.Module):
         original = self.originals()["weight"]
         if isinstance(self.accessor, PackedBase):
             return self.accessor.weight(dtype)
-        return self.accessor._read(whole(original)).to(self.accessor.device, dtype)
+        return self.accessor._read(whole(original)).to(self.accessor.device).to(dtype)
 
     def original_weight(self) -> Tensor:
         """The base weight in its own layout, as it was before any merge or fold.

@@ -14,7 +14,7 @@ Sums are in float32, because a small update added to bfloat16 weights is lost.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -131,8 +131,18 @@ class Noise:
     path: str
     scale: float
 
-    def draw(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The noise for what this process holds of `like`, drawn whole, so that an entry's is the same anywhere."""
+    def values(self, shape: Sequence[int]) -> Tensor:
+        """Numbers of U[-1/2, 1/2] for all entries, float32 on the CPU; a generator gives them one after another."""
         drawn = generator(self.seed, "noise", self.stage, self.path)
-        values = torch.rand(like.shape, generator=drawn, device=drawn.device) - 0.5
+        return torch.rand(tuple(shape), generator=drawn, device=drawn.device).sub_(0.5)
+
+    def draw(self, like: Tensor, dtype: torch.dtype | None = None, values: Tensor | None = None) -> Tensor:
+        """The noise for what this process holds of `like`, drawn whole, so that an entry's is the same anywhere.
+
+        Args:
+            like: the weight, (d_out, d_in).
+            dtype: of the noise; the weight's by default.
+            values: what `values` gives, where it has been called already.
+        """
+        values = self.values(like.shape) if values is None else values
         return self.scale * own_rows(values, like).to(like.device, dtype or like.dtype)

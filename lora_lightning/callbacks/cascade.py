@@ -167,11 +167,12 @@ class Cascade(ScheduleCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Put the noise of a stage on with its first batch, so that validation at a knot sees the weights without."""
         if self.noise and not self._noise.placed:
+            layers = {path: adapted_layer(pl_module, path) for path in self._adapters}
+            # asked first: the original is then still where the layer is
+            fresh = [path for path, (layer, name, _) in layers.items() if is_zero(self._adapters[path], layer, name)]
             self._noise.place(pl_module, self._adapters, self.stage, self.seed)
-            for path, adapter in self._adapters.items():
-                layer, name, _ = adapted_layer(pl_module, path)
-                if is_zero(adapter, layer, name):  # an adapter may start at a norm of the weight as it is now
-                    self._restart(path, adapter)
+            for path in fresh:  # an adapter may start at a norm of the weight as it is now
+                self._restart(path, self._adapters[path])
 
     def _restart(self, path: str, adapter: Adapter) -> None:
         own = adapted_layer(self.module, path)[2]

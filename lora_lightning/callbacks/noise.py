@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.layer import AdaptedLayer
@@ -17,6 +20,11 @@ from lora_lightning.callbacks.schedule import KNOTS, ScheduleCallback, adapted_l
 from lora_lightning.cascades import NoiseMode
 from lora_lightning.errors import AdapterStateError, check
 from lora_lightning.pieces import assembled, put
+
+T = TypeVar("T")
+
+MOST_AHEAD = 8
+"""Weights whose noise is drawn at once, at most: each takes four bytes an entry of the CPU's memory."""
 
 
 class StageNoise:
@@ -40,13 +48,19 @@ class StageNoise:
 
     def place(self, module: nn.Module, adapters: Iterable[str], stage: int, seed: int | None) -> None:
         """Put the noise on, as large as remembered where the stage had begun before a resume."""
+        found: dict[str, tuple[AdaptedLayer, Noise | None]] = {}
         for path in adapters:
             layer, name, own = adapted_layer(module, path)
             place = path.rpartition(".adapters.")[0]
             if place not in self.scales:
                 self.scales[place] = self.strength * float(layer.clean_weight(name).std())
             scale = self.scales[place]
-            layer.set_noise(Noise(own if seed is None else seed, stage, place, scale) if scale > 0 else None)
+            found[place] = layer, Noise(own if seed is None else seed, stage, place, scale) if scale > 0 else None
+        # drawing takes the time, one thread a weight; every weight has its own generator, so numbers stay what they are
+        draws = [partial(_values, layer, noise) for layer, noise in found.values()]
+        values = ahead(draws, min(torch.get_num_threads(), MOST_AHEAD))
+        for (layer, noise), drawn in zip(found.values(), values, strict=True):
+            layer.set_noise(noise, drawn)
 
     def lift(self, module: nn.Module, adapters: Iterable[str]) -> None:
         """Take the noise off."""
@@ -61,6 +75,23 @@ class StageNoise:
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Remember the sizes of a stage that had begun."""
         self.scales = dict(state)
+
+
+def _values(layer: AdaptedLayer, noise: Noise | None) -> Tensor | None:
+    base = layer.accessor
+    return None if noise is None else noise.values((*base.lead, base.d_out, base.d_in))
+
+
+def ahead(calls: Iterable[Callable[[], T]], threads: int) -> Iterator[T]:
+    """What each call returns, in their order; up to `threads` more are run meanwhile."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[T]] = deque()
+        for call in calls:
+            waiting.append(pool.submit(call))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 @torch.no_grad()

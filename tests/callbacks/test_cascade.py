@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
 from projects import Plain, fit, loader
 from resuming import SaveAt, at_step
@@ -18,7 +20,9 @@ from ll_rose import RoseLoRA
 from lora_lightning.adapters.seeds import generator
 from lora_lightning.adapters.shift import DenseShift, LogShift
 from lora_lightning.callbacks import Cascade, ExactResume, InjectAdapters, NoiseInjection
+from lora_lightning.callbacks.noise import StageNoise, ahead
 from lora_lightning.errors import AdapterStateError, NoEffectError, SettingsError
+from lora_lightning.injection import iter_adapters
 
 ALPHA = 0.4
 
@@ -216,6 +220,39 @@ def test_noise_differs_by_stage_and_not_by_run(tmp_path):
     assert all(torch.equal(one[step], other[step]) for step in one)
     assert torch.equal(one[1], one[3])
     assert not torch.allclose(one[3], one[4])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_noise_is_drawn_ahead_on_other_threads_and_no_other(threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    module = LightningModule()
+    module.net = nn.Sequential(*[nn.Linear(8, width, dtype=torch.bfloat16) for width in (5, 6, 7, 8, 9, 10)])
+    ll.inject(module.net, LoRA(rank=2), [str(i) for i in range(6)], also_train=(), seed=3)
+    before = [layer.base.weight.clone() for _, layer in iter_adapters(module)]
+    paths = {f"{path}.adapters.default": layer for path, layer in iter_adapters(module)}
+    noise = StageNoise(0.2)
+    noise.place(module, paths, 2, None)
+    for i, (original, (path, layer)) in enumerate(zip(before, iter_adapters(module), strict=True)):
+        assert path == f"net.{i}"
+        uniform = torch.rand(original.shape, generator=generator(3, "noise", 2, path)) - 0.5
+        expected = original.float() + 0.2 * float(original.float().std()) * uniform
+        assert torch.equal(layer.base.weight, expected.bfloat16())
+    noise.lift(module, paths)
+    assert all(torch.equal(layer.base.weight, w) for w, (_, layer) in zip(before, iter_adapters(module), strict=True))
+
+
+def test_calls_that_are_made_ahead_keep_their_order_and_are_few():
+    made = []
+
+    def call(number):
+        made.append(number)
+        return number
+
+    found = ahead([partial(call, number) for number in range(9)], threads=2)
+    assert next(found) == 0
+    assert len(made) <= 3
+    assert list(found) == list(range(1, 9))
+    assert sorted(made) == list(range(9))
 
 
 def test_a_constant_weight_gets_no_noise(tmp_path):
