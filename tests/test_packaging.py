@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import lora_lightning
+from lora_lightning import plugins
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,6 +61,18 @@ def test_the_sdist_holds_all_that_is_needed_to_build_and_test(sdist):
     needed = files_in("lora_lightning", "plugins", "configs", "tests", "examples")
     assert needed - names == set()
     assert {"pyproject.toml", "constraints.txt", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"} <= names
+
+
+def test_the_example_of_a_plugin_is_a_short_package_of_its_own():
+    """Its code, tests included, has fewer than 150 lines; its paper is none of the bundled methods'."""
+    folder = ROOT / "examples" / "third_party_plugin"
+    lines = [line for path in folder.rglob("*.py") for line in path.read_text().splitlines() if line.strip()]
+    assert 50 < len(lines) < 150
+    assert (folder / "README.md").is_file()
+    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    assert project["name"] == "lora-lightning-ia3"
+    [paper] = re.findall(r'paper: ClassVar\[.*?\] = "(.*?)"', (folder / "ll_ia3" / "settings.py").read_text())
+    assert paper not in {method.paper for method in plugins.registry().methods.values()}
 
 
 def test_the_wheel_holds_what_runs_and_nothing_else(wheel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 import sys
@@ -9,11 +10,13 @@ import types
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 from readme_commands import README, commands
 
+import lora_lightning
 from lora_lightning import hookspecs, plugins
 from lora_lightning.__main__ import main
-from lora_lightning.argv import config_names, find_config
+from lora_lightning.argv import LIGHT_VERBS, TRAINING_VERBS, config_names, find_config
 from lora_lightning.verbs.methods import markdown_table
 
 TEXT = README.read_text()
@@ -75,6 +78,41 @@ def test_every_hook_stands_there_with_its_signature():
     for hook in hooks:
         assert f"{hook.__name__}{inspect.signature(hook)}" in TEXT
         assert inspect.getdoc(hook).splitlines()[0] in " ".join(TEXT.split())
+
+
+def test_every_verb_has_its_call_in_python():
+    """Each verb stands in the table, and what stands beside it exists."""
+    table = TEXT.partition("| command | in Python |")[2].partition("\n\n")[0]
+    rows = [row.split(" | ") for row in table.splitlines() if row.startswith("| ") and "---" not in row]
+    verbs = {verb for row in rows for verb in re.findall(r"`([\w-]+)", row[0])}
+    assert verbs == {*TRAINING_VERBS, *LIGHT_VERBS}
+    calls = " ".join(row[1] for row in rows)
+    for module, name in re.findall(r"\b(lora_lightning(?:\.\w+)+)\.(\w+)\(", calls):
+        assert callable(getattr(importlib.import_module(module), name)), name
+    for name in re.findall(r"\bll\.(\w+)\(", calls):
+        assert callable(getattr(lora_lightning, name)), name
+
+
+def test_what_plugin_authors_may_rely_on_exists():
+    """Each name of CONTRIBUTING's promise; the range of versions it gives is that of this interface."""
+    contributing = (README.parent / "CONTRIBUTING.md").read_text()
+    promise = contributing.partition("## What plugin authors may rely on")[2].partition("\n## ")[0]
+    assert hookspecs.API in SpecifierSet(re.search(r'`requires_api = "(.*?)"`', promise)[1])
+    assert "for two minor releases of the package, and at least six months" in " ".join(promise.split())
+    homes = [
+        "methods",
+        "adapters.base",
+        "adapters.weights",
+        "adapters.packed",
+        "callbacks.schedule",
+        "errors",
+        "testing",
+    ]
+    homes += ["optim.pair_optimizer", "data.text", "data.table", "exporters.source", "exporters.report"]
+    known = {name for home in homes for name in vars(importlib.import_module(f"lora_lightning.{home}"))}
+    names = set(re.findall(r"`([A-Z]\w+|check\w*)`", promise)) - {"API", "DeprecationWarning"}
+    assert len(names) > 12
+    assert names <= known
 
 
 def test_files_and_configs_it_names_exist():

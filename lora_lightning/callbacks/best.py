@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lora_lightning.callbacks.schedule import JUDGES, ScheduleCallback, order_callbacks
+from lora_lightning.callbacks.schedule import JUDGES, ScheduleCallback, announce, order_callbacks
 from lora_lightning.checkpoint import adapter_keys
 from lora_lightning.errors import NoEffectError, check
 from lora_lightning.injection import injected_root, records
@@ -28,7 +28,7 @@ class KeepBest(Callback):
         mode: whether more of it is better.
 
     Raises:
-        NoEffectError: no validation came after the schedules, or none logged the metric.
+        NoEffectError: no adapter, no validation after the schedules, or none that logged the metric.
     """
 
     phase: ClassVar[int] = JUDGES
@@ -47,6 +47,12 @@ class KeepBest(Callback):
         if self.monitor is None and task is not None:
             self.monitor, self.mode = f"val_{task.metric}", "max" if task.higher_is_better else "min"
         check(self.monitor is not None, self, "monitor", "name the metric that the module logs in validation.")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what will be kept."""
+        if not any(records(module) for module in pl_module.modules()):
+            raise NoEffectError("KeepBest found nothing to act on: it keeps adapters and trained heads; there is none.")
+        announce(trainer, self, "keeps", "tensor", adapter_keys(pl_module))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep a copy if this is the best so far."""

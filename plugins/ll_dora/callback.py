@@ -20,7 +20,7 @@ from ll_dora.records import FILENAME, FORMAT
 from lora_lightning.adapters.layer import AdaptedLayer
 from lora_lightning.adapters.weights import BaseLayer
 from lora_lightning.base_layers import accessor
-from lora_lightning.callbacks.schedule import REPORTS, order_callbacks, resolve_step, total_steps
+from lora_lightning.callbacks.schedule import REPORTS, announce, order_callbacks, resolve_step, total_steps
 from lora_lightning.errors import NoEffectError, ResumeError, SettingsError, TrainingError, check
 from lora_lightning.files import write_json
 from lora_lightning.injection import iter_adapters, records
@@ -98,6 +98,7 @@ class WeightDecomposition(Callback):
                 f"{type(self).__name__} found nothing to measure: it needs layers with a mergeable adapter, or without "
                 f"adapters layers whose weight trains{_among(self.layers)}."
             )
+        announce(trainer, self, "measures", "layer", found)
         for path in found:
             if path in self._starts:
                 continue

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ll_riemannian_moe.functional import load_statistics
 from lora_lightning.adapters.base import Tally
-from lora_lightning.callbacks.schedule import JUDGES, order_callbacks
+from lora_lightning.callbacks.schedule import JUDGES, announce, order_callbacks
 from lora_lightning.errors import NoEffectError
 from lora_lightning.injection import trainable_adapters
 
@@ -49,6 +49,7 @@ class RouterStatistics(Callback):
                 f"{type(self).__name__} found nothing to act on: it needs trainable adapters with a router "
                 f'(tallies() has "{TALLY}"); the model has {len(found)} trainable adapters, none with one.'
             )
+        announce(trainer, self, "acts on", "adapter", [path.rpartition(".adapters.")[0] for path in routed])
         self._tallies = {path: adapter.tallies()[TALLY] for path, adapter in routed.items()}
         self._experts = {path: adapter.factor_pairs()[0].lora_A.shape[0] for path, adapter in routed.items()}
         self._seen = trainer.global_step

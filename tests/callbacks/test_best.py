@@ -9,6 +9,7 @@ from projects import Plain, fit, loader
 from ll_lora import LoRA
 from ll_rose import RoseLoRA
 from lora_lightning.callbacks import InjectAdapters, KeepBest
+from lora_lightning.checkpoint import adapter_keys
 from lora_lightning.errors import NoEffectError
 
 SCORES = {1: 0.1, 2: 0.9, 3: 0.5, 4: 0.7, 5: 0.2, 6: 0.1}
@@ -38,11 +39,13 @@ def run(tmp_path, best, method, **options):
     return module
 
 
-def test_the_state_of_the_best_validation_comes_back(tmp_path):
+def test_the_state_of_the_best_validation_comes_back(tmp_path, capsys):
     best = KeepBest("val_score")
     module = run(tmp_path, best, LoRA(rank=2))
     assert best.step == 2
     assert best.values["val_score"] == pytest.approx(0.9)
+    keys = adapter_keys(module)
+    assert f"KeepBest: keeps {len(keys)} tensors ({keys[0]}, ...)" in capsys.readouterr().out
     now = {k: v for k, v in module.state_dict().items() if ".adapters." in k}
     assert all(torch.equal(now[key], value) for key, value in module.seen[2].items())
     assert any(not torch.equal(now[key], value) for key, value in module.seen[6].items())
@@ -58,6 +61,11 @@ def test_less_can_be_better(tmp_path):
     best = KeepBest("val_score", mode="min")
     run(tmp_path, best, LoRA(rank=2))
     assert best.step == 1
+
+
+def test_no_adapter_is_an_error(tmp_path):
+    with pytest.raises(NoEffectError, match=r"KeepBest found nothing to act on: it keeps adapters .*; there is none"):
+        fit(Scored(), tmp_path, [KeepBest("val_score")], max_steps=2)
 
 
 def test_an_unknown_metric_is_an_error(tmp_path):

@@ -254,9 +254,12 @@ def test_a_resumed_run_goes_on_with_the_same_start(tmp_path):
         fit(6, tmp_path / "part.ckpt", lazy=True)
 
 
-def test_a_model_built_late_is_recorded(tmp_path):
+def test_a_model_built_late_is_recorded(tmp_path, capsys):
     trainer(tmp_path, [WeightDecomposition(at=[1.0])], max_steps=2).fit(Project(lazy=True), loader())
     assert list(content(tmp_path)["records"][0]["layers"]) == list(starts())
+    assert (
+        f"WeightDecomposition: measures {len(starts())} layers ({next(iter(starts()))}, ...)" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(

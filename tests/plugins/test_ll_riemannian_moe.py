@@ -677,7 +677,7 @@ class Routed(Plain):
         super().log_dict(values, **options)
 
 
-def test_statistics_are_logged_once_a_step_over_the_window(tmp_path):
+def test_statistics_are_logged_once_a_step_over_the_window(tmp_path, capsys):
     module = Routed()
     method = MoELoRA(experts=3, top_k=2, rank=2, balance_loss=0.01)
     callbacks = [InjectAdapters(method, ["used"], also_train=["head"], seed=0)]
@@ -690,6 +690,7 @@ def test_statistics_are_logged_once_a_step_over_the_window(tmp_path):
         assert logged["router_max_over_mean"] == pytest.approx(3 * max(load) / sum(load))
         assert logged["router_dead"] == pytest.approx(load.count(0) / 3)
     assert set(run.callback_metrics) >= {"router_max_over_mean", "router_entropy", "router_dead"}
+    assert "RouterStatistics: acts on 1 adapter (used)" in capsys.readouterr().out
 
 
 def test_statistics_need_a_router(tmp_path):
