@@ -24,6 +24,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What a class lists in `repeated` is shown by another class of the same adapter, and waits for the slow tests."""
+    for item in items:
+        if getattr(item, "originalname", item.name) in getattr(getattr(item, "cls", None), "repeated", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Tests run in two processes, on as little as two cores."""

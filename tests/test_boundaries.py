@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import subprocess
 import sys
@@ -82,8 +83,14 @@ class Import:
     typing_only: bool
 
 
-def imports(path: Path) -> Iterator[Import]:
-    yield from _imports(ast.parse(path.read_text()), path, top_level=True, typing_only=False)
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
+def imports(path: Path) -> list[Import]:
+    return list(_imports(tree(path), path, top_level=True, typing_only=False))
 
 
 def _imports(node: ast.AST, path: Path, top_level: bool, typing_only: bool) -> Iterator[Import]:
@@ -149,7 +156,7 @@ def test_core_never_imports_a_plugin(path: Path) -> None:
 def _words(path: Path) -> set[str]:
     """Every identifier and string literal."""
     words: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree(path)):
         for field in ("id", "attr", "name", "asname", "arg", "value", "module"):
             value = getattr(node, field, None)
             if isinstance(value, str):

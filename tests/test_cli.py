@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,13 @@ from lora_lightning.callbacks import SparsitySchedule
 TINY = """
 seed_everything: 5
 model:
-  pretrained: {folder}
-  method: {{class_path: RoseLoRA, init_args: {{rank: 2, sparsity: 0.5, dropout: 0.1}}}}
+  pretrained: model
+  method: {class_path: RoseLoRA, init_args: {rank: 2, sparsity: 0.5, dropout: 0.1}}
   targets: [query, value]
-  optimizer: {{class_path: AdamW, init_args: {{lr: 1.0e-2}}}}
+  optimizer: {class_path: AdamW, init_args: {lr: 1.0e-2}}
 data:
   class_path: LabelledText
-  init_args: {{train: {folder}/train.csv, validation: {folder}/dev.csv, batch_size: 4}}
+  init_args: {train: model/train.csv, validation: model/dev.csv, batch_size: 4}
 trainer:
   max_steps: 8
   max_epochs: -1
@@ -39,15 +40,41 @@ trainer:
 """
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty working folder with a tiny model, data and config in it."""
-    folder = encoder_folder(tmp_path / "model")
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A tiny model, data and config."""
+    place = tmp_path_factory.mktemp("prepared")
+    folder = encoder_folder(place / "model")
     labelled_file(folder / "train.csv", rows=40)
     labelled_file(folder / "dev.csv", rows=20, seed=1)
-    (tmp_path / "tiny.yaml").write_text(TINY.format(folder=folder))
+    (place / "tiny.yaml").write_text(TINY)
+    return place
+
+
+@pytest.fixture
+def here(prepared, tmp_path, monkeypatch):
+    """A working folder with a copy of them and nothing else."""
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def finished(prepared, tmp_path_factory):
+    """What a fit leaves beside them."""
+    place = tmp_path_factory.mktemp("finished")
+    shutil.copytree(prepared, place, dirs_exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        assert main(["fit", "--config", "tiny.yaml"]) == 0
+    return place / "runs"
+
+
+@pytest.fixture
+def trained(here, finished):
+    """A working folder with a copy of that run, runs/tiny/001, for tests of what comes after a fit."""
+    shutil.copytree(finished, here / "runs")
+    return here
 
 
 def lines(capsys) -> list[str]:
@@ -93,8 +120,7 @@ def test_a_fit_leaves_a_whole_run_folder(here, capsys):
         assert shown in text
 
 
-def test_runs_are_numbered_and_the_config_of_one_repeats_it(here, capsys):
-    assert main(["fit", "--config", "tiny.yaml"]) == 0
+def test_runs_are_numbered_and_the_config_of_one_repeats_it(trained, capsys):
     assert main(["fit", "--config", "runs/tiny/001/config.yaml"]) == 0
     assert lines(capsys)[-1] == "run: runs/config/001"
     one, two = (load_file(f"runs/{name}/001/adapter/adapter.safetensors") for name in ("tiny", "config"))
@@ -104,8 +130,7 @@ def test_runs_are_numbered_and_the_config_of_one_repeats_it(here, capsys):
     assert yaml.safe_load(Path("runs/tiny/002/config.yaml").read_text())["seed_everything"] == 6
 
 
-def test_validate_test_and_predict_read_the_run_and_write_nothing_there(here, capsys):
-    assert main(["fit", "--config", "tiny.yaml"]) == 0
+def test_validate_test_and_predict_read_the_run_and_write_nothing_there(trained, capsys):
     run = Path("runs/tiny/001")
     before = sorted((path.name, path.stat().st_mtime_ns) for path in run.rglob("*"))
     summary = json.loads((run / "summary.json").read_text())
@@ -114,7 +139,7 @@ def test_validate_test_and_predict_read_the_run_and_write_nothing_there(here, ca
     shown = capsys.readouterr().out
     measured = re.search(r"val_accuracy\W+([\d.]+)", shown)
     assert float(measured[1]) == pytest.approx(summary["values"]["accuracy"], abs=1e-6)
-    assert main(["test", "--run", str(run), "--data.test", f"{here}/model/train.csv"]) == 0
+    assert main(["test", "--run", str(run), "--data.test", "model/train.csv"]) == 0
     assert "test_accuracy" in capsys.readouterr().out
     assert main(["predict", "--run", str(run), "--output", "out.jsonl"]) == 0
     rows = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
@@ -128,8 +153,7 @@ def test_validate_test_and_predict_read_the_run_and_write_nothing_there(here, ca
     assert sorted((path.name, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
 
 
-def test_resuming_a_stopped_run_ends_where_it_would_have(here, capsys, monkeypatch):
-    assert main(["fit", "--config", "tiny.yaml"]) == 0
+def test_resuming_a_stopped_run_ends_where_it_would_have(trained, capsys, monkeypatch):
     stepped = SparsitySchedule.on_stepped
 
     def stop(self, step, adapters):
@@ -141,7 +165,7 @@ def test_resuming_a_stopped_run_ends_where_it_would_have(here, capsys, monkeypat
     with pytest.raises(RuntimeError, match="power cut"):
         main(["fit", "--config", "tiny.yaml"])
     monkeypatch.undo()
-    monkeypatch.chdir(here)
+    monkeypatch.chdir(trained)
     stopped = Path("runs/tiny/002")
     assert torch.load(stopped / "last.ckpt", weights_only=True)["global_step"] == 4
     capsys.readouterr()
@@ -290,8 +314,7 @@ def test_a_diverging_run_says_so(here, capsys):
     assert "not a number at optimizer step" in capsys.readouterr().err
 
 
-def test_predictions_need_a_known_ending(here, capsys):
-    assert main(["fit", "--config", "tiny.yaml"]) == 0
+def test_predictions_need_a_known_ending(trained, capsys):
     assert main(["predict", "--run", "runs/tiny/001", "--output", "out.txt"]) == 2
     assert '--output is "out.txt"; it must end in .csv or .jsonl' in capsys.readouterr().err
 
@@ -322,16 +345,14 @@ def test_untrained_weights_are_not_measured_in_silence(here, capsys, verb):
     assert f"{verb}: no trained weights given; --run FOLDER takes a run's" in capsys.readouterr().err
 
 
-def test_a_finished_run_is_not_resumed(here, capsys):
-    assert main(["fit", "--config", "tiny.yaml"]) == 0
+def test_a_finished_run_is_not_resumed(trained, capsys):
     before = sorted(path.name for path in Path("runs/tiny/001").iterdir())
     assert main(["fit", "--resume", "runs/tiny/001"]) == 2
     assert "the run has finished; its adapter is runs/tiny/001/adapter" in capsys.readouterr().err
     assert sorted(path.name for path in Path("runs/tiny/001").iterdir()) == before
 
 
-def test_another_setting_with_a_run_is_refused(here, capsys):
-    assert main(["fit", "--config", "tiny.yaml"]) == 0
+def test_another_setting_with_a_run_is_refused(trained, capsys):
     assert main(["validate", "--run", "runs/tiny/001", "--model.method.alpha", "200"]) == 2
     assert "RoseLoRA.alpha is 200.0; the checkpoint was trained with 16.0" in capsys.readouterr().err
 

@@ -37,9 +37,7 @@ def library_read_once():
 METHODS = [name for name in config_names() if "/" not in name]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in ("rose", "lora") else pytest.mark.slow) for n in METHODS]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "rose" else pytest.mark.slow) for n in METHODS])
 def test_a_config_runs(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["fit", "--config", name, *SMALL, "--data.limit=256"]) == 0

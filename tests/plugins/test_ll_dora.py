@@ -34,6 +34,7 @@ class TestDoRA(MethodContract):
 class TestDoRAWithDropout(MethodContract):
     method = DoRA(rank=2, alpha=4.0, dropout=0.3)
     base_kinds = DROPPING_KINDS
+    repeated = ("test_compiles",)
 
 
 @pytest.mark.slow

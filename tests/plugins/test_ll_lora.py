@@ -23,19 +23,23 @@ class TestLoRA(MethodContract):
 class TestLoRAWithDropout(MethodContract):
     method = LoRA(rank=2, alpha=4.0, dropout=0.4)
     base_kinds = DROPPING_KINDS  # token ids cannot be dropped
+    repeated = ("test_compiles",)
 
 
 class TestLoRAWithBias(MethodContract):
     method = LoRA(rank=2, alpha=4.0, bias=True)
     base_kinds = DROPPING_KINDS  # it has no bias to add to
+    repeated = ("test_compiles",)
 
 
+@pytest.mark.slow  # the mirror of the next
 class TestLoRATrainsA(MethodContract):
     method = LoRA(rank=2, alpha=4.0, train="A")
 
 
 class TestLoRATrainsB(MethodContract):
     method = LoRA(rank=2, alpha=4.0, train="B", start="gaussian")
+    repeated = ("test_compiles",)
 
 
 @pytest.mark.slow

@@ -33,8 +33,10 @@ TOKENS = torch.tensor([[1, 5, 7, 2], [1, 9, 2, 0]])
 
 class TestLoRASCOfLoRA(MethodContract):
     method = LoRASC(inner=LoRA(rank=2, alpha=4.0), stage_steps=2)
+    repeated = ("test_compiles",)
 
 
+@pytest.mark.slow  # DoRA's adapters, as TestDoRA has them
 class TestLoRASCOfDoRA(MethodContract):
     method = LoRASC(inner=DoRA(rank=2, alpha=4.0), share=1.0, noise=0.0)
 

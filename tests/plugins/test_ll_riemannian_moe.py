@@ -47,6 +47,7 @@ class TestOneExpertATokenWithLossesAndDropout(MethodContract):
         experts=4, top_k=1, rank=2, alpha=4.0, gate_exponent=0.0, dropout=0.2, balance_loss=0.1, z_loss=0.01
     )
     base_kinds = LINEAR
+    repeated = ("test_compiles",)
 
 
 @pytest.mark.slow
