@@ -14,7 +14,8 @@ The strategies are those of `strategies`; deepspeed is ZeRO's stage 2. Ring algo
 reduce-scatter of x bytes each GPU sends (n-1)/n x, of an all-reduce twice that. Sharded weights are gathered for
 forward and again for backward, the next block while one is at work; those outside the blocks once, and, under fsdp2,
 trained ones too, which stay until backward. Gradients are reduced for each batch, under fsdp all in one; with ddp only
-for the last one of a step.
+for the last one of a step. What a method or its optimizer sends itself comes on top; notes/005-scale.md has it, and the
+bytes that two to four processes were counted to send under ddp and fsdp2.
 """
 
 from __future__ import annotations
