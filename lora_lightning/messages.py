@@ -14,7 +14,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from lora_lightning import argv, plugins
-from lora_lightning.choices import bases_of, hint_of, imported_class, noun, parameters_of, short_names, takes_method
+from lora_lightning.choices import (
+    bases_of,
+    hint_of,
+    imported_class,
+    namesakes,
+    noun,
+    parameters_of,
+    short_names,
+    takes_method,
+)
 from lora_lightning.errors import did_you_mean
 
 _KEY = re.compile(r'Parser key "([^"]+)":')
@@ -157,9 +166,11 @@ def _say(leaf: Leaf, leaves: Sequence[Leaf], parser: argparse.ArgumentParser) ->
         return _unknown_key(leaf.word, parser)
     if leaf.kind == "required" and not leaf.trail:
         return _required(leaf.word.split(", "), parser)
+    bases = bases_of(hint_of(leaf.trail, parser))
+    if leaf.kind == "value" and len(paths := namesakes(bases, leaf.class_path)) > 1:
+        return f'{leaf.key}: "{leaf.class_path}" is {" and ".join(paths)}; give the full path of the one that is meant.'
     if leaf.kind == "value":
         return _wrong_value(leaf, [other.word for other in leaves if other.kind == "value" and other.key == leaf.key])
-    bases = bases_of(hint_of(leaf.trail, parser))
     say: dict[str, Callable[[Leaf, Sequence[type]], str]] = {
         "field": _unknown_field,
         "required": _missing_field,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+import types
 from dataclasses import dataclass
 
 import pytest
@@ -174,6 +177,24 @@ def test_the_whole_command_line_exits_with_two(capsys):
         capsys.readouterr().err
         == f'error: model.method: no method "RosaLoRA". Did you mean "RoseLoRA"? {installed()}\n'
     )
+
+
+@pytest.fixture
+def twin(monkeypatch):
+    """Another package's class with the name of torch's, which is gone afterwards."""
+    module = types.ModuleType("other_library")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec("from torch.optim import SGD\nclass AdamW(SGD): pass", vars(module))
+    yield
+    vars(module).clear()
+    gc.collect()
+
+
+def test_a_short_name_of_two_classes(fail, config, twin):
+    text = 'model.optimizer: "AdamW" is other_library.AdamW and torch.optim.adamw.AdamW; give the full path of the one '
+    given = config(model={**MODEL, "optimizer": {"class_path": "AdamW", "init_args": {"lr": 0.1}}})
+    assert fail(["fit", "--config", str(given)]) == f"{text}that is meant."
+    assert fail(["fit", "--config", str(config()), "--model.optimizer", "AdamW"]) == f"{text}that is meant."
 
 
 class TestUnknownMethod:
