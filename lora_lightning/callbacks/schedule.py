@@ -30,6 +30,7 @@ from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.layer import AdaptedLayer
 from lora_lightning.errors import NoEffectError, ResumeError, SettingsError
 from lora_lightning.injection import injected_root, records, trainable_adapters
+from lora_lightning.paths import plain
 
 T = TypeVar("T")
 
@@ -63,7 +64,7 @@ def total_steps(trainer: Trainer) -> int | None:
 def announce(trainer: Trainer, callback: Callback, verb: str, what: str, names: Sequence[str]) -> None:
     """Print what a callback acts on: how many, and the first name."""
     if trainer.is_global_zero:
-        first = f"{names[0]}{', ...' if len(names) > 1 else ''}"
+        first = f"{plain(names[0])}{', ...' if len(names) > 1 else ''}"
         print(f"{type(callback).__name__}: {verb} {len(names)} {what}{'s' * (len(names) > 1)} ({first})")
 
 

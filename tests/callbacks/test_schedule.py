@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from training import trainer
 from ll_lora import LoRA
 from ll_rose import RoseLoRA
 from lora_lightning.callbacks import InjectAdapters, RankPruning, ScheduleCallback, SparsitySchedule, TrainingGuard
-from lora_lightning.callbacks.schedule import resolve_ramp, resolve_step
+from lora_lightning.callbacks.schedule import announce, resolve_ramp, resolve_step
 from lora_lightning.errors import NoEffectError, SettingsError
 from lora_lightning.injection import trainable_adapters
 
@@ -90,6 +91,12 @@ def test_a_checkpoint_of_a_step_holds_the_pruned_factors(tmp_path):
     fit(Plain(), tmp_path, [InjectAdapters(method, ["used"]), checkpoint], enable_checkpointing=True, max_steps=5)
     tensors = torch.load(tmp_path / "step=5.ckpt", weights_only=True)["lora_lightning"]["tensors"]
     assert (tensors["used.adapters.default.lora_A"] == 0).sum(1).tolist() == [2, 2]
+
+
+def test_what_is_acted_on_is_named_without_wrappers(capsys):
+    announce(SimpleNamespace(is_global_zero=True), Recorder(), "acts on", "adapter", ["a._fsdp_wrapped_module.b", "c"])
+    announce(SimpleNamespace(is_global_zero=False), Recorder(), "acts on", "adapter", ["a"])
+    assert capsys.readouterr().out == "Recorder: acts on 2 adapters (a.b, ...)\n"
 
 
 def test_nothing_to_act_on_is_an_error(tmp_path):
