@@ -17,6 +17,9 @@ from lora_lightning.choices import arguments
 
 _SECTION = re.compile(r"(Args|Arguments|Attributes|Raises|Returns|Example|Examples|Inputs):|:param .*|\.\. .*")
 
+_CARD_SECTION = re.compile(r"#+ +(.+)|\*\*(.+?)\*\*")
+_ON_PAGE = ("When to use", "Cost", "Limits", "Takes", "Export", "Cite")
+
 
 @dataclass(frozen=True)
 class FieldCard:
@@ -110,6 +113,27 @@ def readme_of(cls: type[Any]) -> str:
                 return readme.read_text(encoding="utf-8")
         module = module.rpartition(".")[0]
     return ""
+
+
+def page_of(readme: str) -> tuple[str, list[str]]:
+    """What of a card fits on a page, and the titles of the sections that are left out.
+
+    A section begins at a heading, or at a paragraph with a bold beginning. Kept are the introduction and what says when
+    to use a method, what it costs and takes, and how it leaves: sections of `_ON_PAGE`.
+    """
+    kept: list[str] = []
+    left: list[str] = []
+    keeps, code = True, False
+    for line in readme.splitlines():
+        code ^= line.startswith("```")
+        if not code and (match := _CARD_SECTION.match(line)) and kept:
+            title = (match[1] or match[2]).rstrip(".: ")
+            keeps = title.startswith(_ON_PAGE)
+            if not keeps:
+                left.append(title)
+        if keeps:
+            kept.append(line)
+    return "\n".join(kept) + "\n", left
 
 
 def _default(field: dataclasses.Field[Any]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-from lora_lightning.cards import FieldCard, arguments_of, description_of, fields_of, readme_of
+from lora_lightning.cards import FieldCard, arguments_of, description_of, fields_of, page_of, readme_of
 from lora_lightning.errors import SettingsError, nearest
 from lora_lightning.plugins import registry
 from lora_lightning.tables import console, print_table
@@ -21,8 +21,11 @@ _SURELY = 0.85
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The name."""
+    """The name, and how much of its card."""
     parser.add_argument("name", metavar="NAME", help="what a config calls it, such as a method that `methods` lists")
+    parser.add_argument(
+        "--card", action="store_true", help="a method's whole card, with what was verified and measured"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     known = registry()
     misspelt = args.name not in known.announced and get_close_matches(args.name, known.methods, cutoff=_SURELY)
     if args.name in known.methods or args.name in known.duplicates or misspelt:
-        _show_method(args.name)
+        _show_method(args.name, args.card)
         return 0
     from lora_lightning.parts import parts
 
@@ -52,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _show_method(name: str) -> None:
+def _show_method(name: str, whole: bool) -> None:
     from rich.markdown import Markdown
 
     method = registry().method(name, where="show")
@@ -65,8 +68,12 @@ def _show_method(name: str) -> None:
     print(f"start      {'the base model' if method.starts_at_base else 'not the base model'}")
     print(f"export     {method.export}\n")
     _print_settings(fields_of(method))
-    if readme := readme_of(method):
-        console().print(Markdown(readme))
+    readme = readme_of(method)
+    page, left = (readme, []) if whole else page_of(readme)
+    if readme:
+        console().print(Markdown(page))
+    if left:
+        print(f"\nshow {name} --card adds: {', '.join(left)}.")
 
 
 def _show_part(name: str, part: Part) -> None:

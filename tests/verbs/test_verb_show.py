@@ -4,7 +4,7 @@ import pytest
 
 from lora_lightning import plugins
 from lora_lightning.__main__ import main
-from lora_lightning.cards import arguments_of, fields_of
+from lora_lightning.cards import arguments_of, fields_of, page_of
 from lora_lightning.parts import parts
 
 
@@ -30,6 +30,29 @@ def test_the_readme_is_rendered(capsys, monkeypatch):
     assert "Heading" in out
     assert "# Heading" not in out
     assert "Some words here." in out
+
+
+def test_a_page_of_a_card():
+    card = (
+        "# Name\n\nIdea.\n\n**When to use it.** Now.\n\n**Settings.** Many.\n\n    a: {b: 1}\n\n"
+        "```\n**no section**\n```\n\n## Measured\n\n| a |\n\n**Cost.** Little.\n\n**Export.** None.\n"
+    )
+    page, left = page_of(card)
+    assert page == "# Name\n\nIdea.\n\n**When to use it.** Now.\n\n**Cost.** Little.\n\n**Export.** None.\n"
+    assert left == ["Settings", "Measured"]
+    assert page_of("Only text.\n") == ("Only text.\n", [])
+
+
+@pytest.mark.parametrize("name", sorted(plugins.load().methods))
+def test_a_card_is_a_page_in_a_terminal(name, capsys, monkeypatch):
+    monkeypatch.setattr("lora_lightning.tables.PIPED_WIDTH", 120)
+    assert main(["show", name]) == 0
+    page = capsys.readouterr().out.splitlines()
+    assert len(page) <= 66  # lines of a printed page
+    assert page[-1].startswith(f"show {name} --card adds: ")
+    assert "Measured" in page[-1]
+    assert main(["show", name, "--card"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) > len(page)
 
 
 def test_an_unknown_method(capsys):
