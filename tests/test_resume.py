@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,13 +93,18 @@ def test_resume_of_rank_pruning(encoder, tmp_path):
     assert all(int(mask.sum()) == 1 for mask in masks)
 
 
-@pytest.fixture
-def saved(encoder, tmp_path):
-    path = tmp_path / "saved.ckpt"
-    run(
-        classification(encoder, LoRA(rank=2)), labelled_data(encoder), tmp_path, [SaveAt(path, at_step(4))], max_steps=5
-    )
+@pytest.fixture(scope="module")
+def written(encoder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("written") / "saved.ckpt"
+    callbacks = [SaveAt(path, at_step(4))]
+    run(classification(encoder, LoRA(rank=2)), labelled_data(encoder), path.parent, callbacks, max_steps=5)
     return path
+
+
+@pytest.fixture
+def saved(written, tmp_path):
+    """A checkpoint of four steps, which the test may change."""
+    return Path(shutil.copy(written, tmp_path))
 
 
 def test_a_checkpoint_holds_the_adapter_and_never_the_base(encoder, saved):

@@ -310,7 +310,7 @@ def test_documents_in_full_pieces(make, folder, workers):
     assert {len(piece) for piece in pieces} == {7}
     whole = plain(islice(make(workers, **settings, max_length=3).train_dataloader(), 40))
     assert all(batch["labels"] == batch["input_ids"] for batch in whole)
-    for stop in (1, 2, 7, 16, 29):
+    for stop in (1, 2, 7, 16, 29) if workers == 0 else (2, 16):
         stopped = make(workers, **settings, max_length=3).train_dataloader()
         assert plain(islice(stopped, stop)) == whole[:stop]
         resumed = make(workers, **settings, max_length=3).train_dataloader()
