@@ -24,7 +24,6 @@ from lora_lightning.strategies import FSDP2
 
 pytestmark = [
     pytest.mark.multi,
-    pytest.mark.xdist_group("sharded runs"),  # the launches are made once, where tests are dealt out by groups
     pytest.mark.timeout(900),
     pytest.mark.filterwarnings("ignore:.*so near singular that its damping was raised:UserWarning"),
 ]

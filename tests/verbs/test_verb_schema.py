@@ -13,7 +13,7 @@ from jsonargparse import get_loader
 
 from lora_lightning import argv
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("schema")]  # a schema takes jsonargparse 7 s and more
+pytestmark = pytest.mark.slow  # a schema takes jsonargparse 7 s and more
 
 
 def printed(*words):
