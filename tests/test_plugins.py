@@ -8,6 +8,7 @@ from textwrap import dedent
 
 import pytest
 import torch
+from jsonargparse import _typehints
 from jsonargparse._typehints import resolve_class_path_by_name  # how a config's short name is read
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Callback
@@ -56,6 +57,7 @@ def installed(registry):
 def classes_leave():
     """A class of a plugin that is gone would still be among its base's subclasses, where configs are read from."""
     yield
+    _typehints._cached_class_parsers.clear()  # which hold the classes that they are for
     gc.collect()
 
 
