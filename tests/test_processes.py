@@ -146,7 +146,9 @@ def test_texts_of_all_processes_are_each_others_negatives(tmp_path: Path) -> Non
     for folder, batch, words in ((tmp_path / "one", 8, ()), (tmp_path / "two", 4, TWO)):
         folder.mkdir()
         encoder = encoder_folder(folder / "encoder", dropout=0.0)
-        rows = [f"w{i} w{i % 7},w{i % 5} w{i},w{i % 3} w{39 - i}" for i in range(32)]
+        rows = [f"w{i} w{i % 7},w{i % 5} w{i},w{i % 3} w{39 - i} w{i}" for i in range(32)]
+        candidates = [text for row in rows for text in row.split(",")[1:]]
+        assert len(set(candidates)) == len(candidates)  # rounding would rank twins
         (folder / "pairs.csv").write_text("\n".join(["anchor,positive,negative", *rows]) + "\n")
         (folder / "pairs.yaml").write_text(PAIRS.format(encoder=encoder, file=folder / "pairs.csv", batch=batch))
         run(folder, "fit", "--config", "pairs.yaml", *words)
