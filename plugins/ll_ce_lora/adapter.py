@@ -205,7 +205,7 @@ class CELoRAAdapter(Adapter):
 
 def _check_layer(base: BaseLayer, *, rank: int, svd_rank: int) -> None:
     if base.kind != "linear":
-        kind = {"conv": "a convolution", "embedding": "an embedding", "experts": "a stack of experts"}[base.kind]
+        kind = {"conv": "a convolution", "embedding": "an embedding"}[base.kind]
         raise SettingsError(
             f"the layer is {kind}; only linear layers have a product to approximate. Exclude it, or adapt it with "
             "another method under another adapter name."

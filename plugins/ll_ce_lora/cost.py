@@ -23,10 +23,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ll_ce_lora.adapter import CELoRAAdapter
     from lora_lightning.methods import Adapters
 
 
@@ -77,21 +76,29 @@ def survey(adapters: Adapters) -> dict[str, Any]:
     """Operations a token beside LoRA's, the largest possible speed-ups, and extra memory, over adapters of this method.
 
     Every layer's input is taken to need a gradient; the first layers of a frozen model do without in LoRA as well.
+    Stacked experts, whose backward pass is exact, are counted as such; their operations, which the routing decides, are
+    left out.
     """
-    own = [cast("CELoRAAdapter", adapter) for adapter in adapters.values()]
+    from ll_ce_lora.adapter import CELoRAAdapter
+
+    own = [adapter for adapter in adapters.values() if isinstance(adapter, CELoRAAdapter)]
     layers = [Layer(a.d_in, a.d_out, a.lora_A.shape[0], a.channels, a.svd_rank) for a in own]
     lora, limit = as_lora(layers), without_base_gradient(layers)
     approximated = [layer for layer in layers if not layer.exact]
     return {
         "approximated_layers": len(approximated),
-        "exact_layers": len(layers) - len(approximated),
+        "exact_layers": len(adapters) - len(approximated),
         "layers_with_chosen_channels": sum(adapter.index is not None for adapter in own),
         "lora_flops_per_token": flops(lora),
         "flops_per_token": flops(layers),
-        "speedup_bound": flops(lora) / flops(layers),
-        "speedup_bound_checkpointed": flops(lora, 2) / flops(layers, 2),
-        "speedup_limit": flops(lora) / flops(limit),
-        "speedup_limit_checkpointed": flops(lora, 2) / flops(limit, 2),
+        "speedup_bound": _ratio(flops(lora), flops(layers)),
+        "speedup_bound_checkpointed": _ratio(flops(lora, 2), flops(layers, 2)),
+        "speedup_limit": _ratio(flops(lora), flops(limit)),
+        "speedup_limit_checkpointed": _ratio(flops(lora, 2), flops(limit, 2)),
         "split_elements": split_elements(layers),
         "index_elements": sum(layer.d_out + layer.channels for layer in approximated),
     }
+
+
+def _ratio(lora: int, own: int) -> float:
+    return lora / own if own else 1.0

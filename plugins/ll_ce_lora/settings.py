@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
 
     from ll_ce_lora.adapter import CELoRAAdapter
+    from lora_lightning.adapters.low_rank import LowRankAdapter
     from lora_lightning.adapters.weights import BaseLayer
 
 
@@ -88,10 +89,16 @@ class CELoRA(Method):
         """Factor s on the product B A."""
         return self.alpha / (self.rank if self.scaling_rule == "alpha/r" else math.sqrt(self.rank))
 
-    def build(self, base: BaseLayer) -> CELoRAAdapter:
-        """One pair of factors, and what the cheap backward pass needs."""
-        from ll_ce_lora.adapter import CELoRAAdapter
+    def build(self, base: BaseLayer) -> CELoRAAdapter | LowRankAdapter:
+        """One pair of factors, and what the cheap backward pass needs; stacked experts get LoRA's.
 
+        Their product is taken inside the module that owns them, so its backward pass stays exact.
+        """
+        from ll_ce_lora.adapter import CELoRAAdapter
+        from lora_lightning.adapters.low_rank import LowRankAdapter
+
+        if base.kind == "experts":
+            return LowRankAdapter(base, rank=self.rank, scaling=self.scaling, dropout=self.dropout)
         return CELoRAAdapter(
             base,
             rank=self.rank,

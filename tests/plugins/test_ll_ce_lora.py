@@ -59,7 +59,7 @@ D_IN, D_OUT, N = 7, 10, 12
 
 class TestCELoRA(MethodContract):
     method = CELoRA(rank=2, alpha=4.0, kept=0.5, svd_rank=1)
-    base_kinds = LINEAR
+    base_kinds = (*LINEAR, "Experts", "Experts transposed")
 
 
 # -- the product, against a dense reference ----------------------------------------------------------------------------
@@ -967,6 +967,25 @@ def test_report_counts_the_actual_layers():
     assert facts["index_elements"] == 6 + 3 + 8 + 4
     counts = ("approximated_layers", "exact_layers", "layers_with_chosen_channels")
     assert [facts[name] for name in counts] == [2, 1, 1]
+
+
+@pytest.mark.parametrize("kind", ["Experts", "Experts transposed"])
+def test_stacked_experts_train_as_loras_and_are_counted_as_exact(kind):
+    make, inputs = LAYERS[kind]
+    found, facts = [], {}
+    for method in (LoRA(rank=2, alpha=4.0), CELoRA(rank=2, alpha=4.0, svd_rank=1)):
+        with seeded(1):
+            model, x = nn.Sequential(make()).train(), inputs().requires_grad_()
+        inject(model, method, ["0"], also_train=(), seed=0)
+        adapters = adapters_named(model, "default")
+        perturb(adapters["0"])
+        y = model(x)
+        y.square().sum().backward()
+        found.append([y, x.grad, *(p.grad for p in adapters["0"].parameters())])
+        facts = method.report(adapters)
+    assert len(found[0]) == 4
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert (facts["approximated_layers"], facts["exact_layers"], facts["speedup_bound"]) == (0, 1, 1.0)
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
