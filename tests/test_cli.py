@@ -377,7 +377,7 @@ def test_a_printed_config_with_comments_is_the_same_config(name, how, tmp_path, 
     assert main(["fit", "--config", name, f"--print_config={how}"]) == 0
     text = capsys.readouterr().out
     assert re.search(r"^ *# .*folder, hub id, .pkg:IMPORT_NAME/FOLDER. for weights", text, re.MULTILINE)
-    assert re.search(r"^ *# .*(Numerator of scaling|Share|share)", text, re.MULTILINE)
+    assert re.search(r"^ *# .*(Inner width|Numerator of the scaling|[Ss]hare)", text, re.MULTILINE)
     assert ("accumulate_grad_batches" in text) == (how == "comments")
     Path("printed.yaml").write_text(text)
     assert main(["fit", "--config", name, "--print_config"]) == 0
