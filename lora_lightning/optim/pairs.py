@@ -84,18 +84,20 @@ class Stack:
         found = gram_A(self.A) if side == "A" else gram_B(self.B)
         if len(found) == sum(self.counts):
             return found
-        return found.new_zeros(sum(self.counts), *found.shape[1:]).index_copy_(0, self.held(side), found)
+        whole = found.new_zeros(sum(self.counts), *found.shape[1:])
+        whole[self.held(side)] = found
+        return whole
 
     def is_share(self, side: Side) -> bool:
         """Whether each process computes a share of the Grams of this side, all of which sum up to them."""
         return self.in_pieces and _sums_up(self.factors(side)[0], side)
 
-    def held(self, side: Side) -> Tensor:
+    def held(self, side: Side) -> Tensor | slice:
         """Which entries of the leading axis this process has of the factors of `side`: all, unless experts are cut."""
-        found = torch.arange(sum(self.counts), device=self.pairs[0].lora_A.device)
         if not self.is_share(side) or _cut(self.factors(side)[0]) in (-1, -2):
-            return found
-        parts = zip(self.factors(side), found.split(self.counts), strict=True)
+            return slice(None)
+        numbers = torch.arange(sum(self.counts), device=self.pairs[0].lora_A.device)
+        parts = zip(self.factors(side), numbers.split(self.counts), strict=True)
         return torch.cat([own_rows(part.reshape(f.shape[:-2]), f).reshape(-1) for f, part in parts])
 
     @property
@@ -129,7 +131,7 @@ class Stack:
 
 def _read(pairs: Iterable[FactorPair], part: Part) -> list[Tensor]:
     """One part of every pair as it lies; a missing gradient is zero, and whole."""
-    factors = [pair.lora_A if part.endswith("A") else pair.lora_B for pair in pairs]
+    factors = [pair.lora_A if _FACTOR[part] == "A" else pair.lora_B for pair in pairs]
     if not part.startswith("grad"):
         return factors
     return [torch.zeros(f.shape, dtype=f.dtype, device=f.device) if f.grad is None else f.grad for f in factors]
@@ -200,7 +202,7 @@ class Factorised:
     raises: Tensor
     """(n,), how often the damping was raised tenfold; 0 where the first try succeeded."""
 
-    def at(self, entries: Tensor) -> Factorised:
+    def at(self, entries: Tensor | slice) -> Factorised:
         """Those of some entries of the leading axis."""
         return Factorised(self.L[entries], self.raises[entries])
 

@@ -133,7 +133,7 @@ class CELoRAAdapter(Adapter):
         channels = (self.index, self.share, self.B0, self.A0)
         if isinstance(base, PackedBase):
             norms = self.norms
-            return base.product(x, lambda G, weight: functional.observed_grad_input(G, weight, *channels, norms))
+            return base.product(x, lambda G, weight: functional.grad_input(G, weight, *channels, norms))
         return functional.cheap_linear(x, base.weight(), base.bias, *channels, self.norms)
 
     # -- choosing the channels -----------------------------------------------------------------------------------------

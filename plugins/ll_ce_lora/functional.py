@@ -84,9 +84,20 @@ def _others(B0: Tensor, index: Tensor, share: Tensor | None) -> Tensor:
 
 
 def grad_input(
-    G: Tensor, weight: Tensor, index: Tensor | None, share: Tensor | None, B0: Tensor | None, A0: Tensor | None
+    G: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+    share: Tensor | None,
+    B0: Tensor | None,
+    A0: Tensor | None,
+    norms: Tensor | None = None,
 ) -> Tensor:
-    """Gradient (N, d_in) of the layer's input, in the dtype of G; exact where `index` is None."""
+    """Gradient (N, d_in) of the layer's input, in the dtype of G; exact where `index` is None.
+
+    Adds the squared norm of each column of G to `norms` (d_out,).
+    """
+    if norms is not None:
+        norms.add_(torch.linalg.vector_norm(G.detach(), dim=0, dtype=norms.dtype).square_())
     if index is None:
         return G @ weight.to(G.dtype)
     kept = G.index_select(1, index)
@@ -97,21 +108,6 @@ def grad_input(
         h = G @ _others(B0.to(G.dtype), index, None if share is None else share.to(G.dtype))
         dx.addmm_(h, A0.to(G.dtype))
     return dx
-
-
-def observed_grad_input(
-    G: Tensor,
-    weight: Tensor,
-    index: Tensor | None,
-    share: Tensor | None,
-    B0: Tensor | None,
-    A0: Tensor | None,
-    norms: Tensor | None,
-) -> Tensor:
-    """`grad_input`; adds the squared norm of each column of G to `norms` (d_out,)."""
-    if norms is not None:
-        norms.add_(torch.linalg.vector_norm(G.detach(), dim=0, dtype=norms.dtype).square_())
-    return grad_input(G, weight, index, share, B0, A0)
 
 
 class CheapLinear(torch.autograd.Function):
@@ -143,7 +139,7 @@ class CheapLinear(torch.autograd.Function):
         with torch.autocast(G.device.type, enabled=False):
             rows = G.reshape(-1, G.shape[-1])
             weight, index, share, B0, A0 = ctx.saved_tensors
-            dx = observed_grad_input(rows, weight, index, share, B0, A0, ctx.norms)
+            dx = grad_input(rows, weight, index, share, B0, A0, ctx.norms)
             dx = dx.view(*G.shape[:-1], dx.shape[-1]).to(ctx.dtype)
             dbias = rows.sum(0) if ctx.needs_input_grad[2] else None
         return dx, None, dbias, None, None, None, None, None
