@@ -1,18 +1,22 @@
-"""Formulas of notes/005-scale.md against what is counted, at a few of the sizes of examples/measure_scale.py."""
+"""Formulas of notes/005-scale.md against what is counted, at a few of the sizes of examples/measure_scale."""
 
 from __future__ import annotations
 
-import runpy
+import importlib
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "measure_scale.py"
+FOLDER = Path(__file__).resolve().parents[1] / "examples" / "measure_scale"
 
 
 @pytest.fixture(scope="module")
 def scale():
-    return runpy.run_path(str(SCRIPT))
+    """Everything that the scripts in the folder define."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        modules = [importlib.import_module(name) for name in ("formulas", "counting", "processes")]
+    return {name: value for module in modules for name, value in vars(module).items()}
 
 
 @pytest.mark.parametrize(
