@@ -134,7 +134,10 @@ def draw(path: Path, history: Sequence[Mapping[str, float]], metric: str, levels
     if metric != "loss":
         panels.append((metric, [f"val_{metric}"]))
     panels += [(name, [name]) for name in ("sparsity", "rank", "stage") if any(name in point for point in history)]
-    figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
+    width, height = 4.2 * len(panels), 3.2
+    figure = Figure(figsize=(width, height))
+    # margins in inches; a layout engine finds nearly the same ones, and takes as long as all of the drawing
+    figure.subplots_adjust(0.7 / width, 0.5 / height, 1 - 0.2 / width, 1 - 0.35 / height, wspace=0.7 / 3.3)
     FigureCanvasAgg(figure)
     for index, (title, keys) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), index + 1)
