@@ -90,10 +90,11 @@ def test_each_row_comes_once_a_turn_whoever_reads_it(make, workers, ranks):
     ("workers", "window", "packing"),
     [
         (0, 1, False),
-        (0, 3, True),
-        (1, 2, False),
         (2, 3, True),
-        *(pytest.param(*c, marks=pytest.mark.slow) for c in [(0, 1, True), (0, 3, False), (1, 2, True), (2, 3, False)]),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [(0, 1, True), (0, 3, False), (0, 3, True), (1, 2, False), (1, 2, True), (2, 3, False)]
+        ),
     ],
 )
 def test_resume_goes_on_as_if_never_stopped(make, workers, window, packing):
@@ -299,7 +300,7 @@ def test_what_cannot_be_skipped_in(make, write, tmp_path):
         make(train=str(empty), on_error="skip")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_documents_in_full_pieces(make, folder, workers):
     """The tokens of whole documents laid end to end, over turns; each piece full; resumed inside a document."""
     settings = {"kind": PlainText, "text": "prompt", "batch_size": 1}
