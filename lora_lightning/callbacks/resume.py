@@ -78,9 +78,10 @@ class ExactResume(Callback):
         self._pending = section
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the partial gradients of an open window back."""
+        """Put the partial gradients of an open window back, and loaders where they were."""
         if self._pending is None:
             return
+        _place_loaders(trainer)
         for name, value in _run_facts(trainer, pl_module).items():
             before = self._pending["run"][name]
             if value != before:
@@ -103,6 +104,18 @@ class ExactResume(Callback):
         """This process's part of the section."""
         ranks: list[dict[str, Any]] = (self._pending or {})["ranks"]
         return ranks[trainer.global_rank % len(ranks)]
+
+
+def _place_loaders(trainer: Trainer) -> None:
+    """Give loaders their position where Lightning has not.
+
+    It gives one only to loaders that it makes after the checkpoint has been read; `estimated_stepping_batches` in
+    `configure_optimizers` makes them before, unless max_epochs is -1.
+    """
+    loop = trainer.fit_loop
+    if loop._combined_loader_states_to_load and loop._data_fetcher is not None:
+        loop._load_combined_loader_states()
+        iter(loop._data_fetcher)
 
 
 def _open_window(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
