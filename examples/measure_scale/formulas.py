@@ -82,7 +82,7 @@ def kept_for_backward(p: Point, at: Layer, N: int = TOKENS) -> int:
         "LoRA": at.passes * 4 * r * i,  # A under its rank mask
         "LoRASC": at.passes * 4 * r * i,
         "DoRA": 4 * (N * o + r * o) + (9 + 4 * at.passes) * o,
-        "MoELoRA": N * (4 * p.experts + (12 * TOP_K if p.experts > TOP_K else 0)),
+        "MoELoRA": N * (5 if p.experts > TOP_K else 4) * p.experts,  # gates, and which were chosen
     }
     return 4 * N * r + own.get(p.system, 0)
 

@@ -76,12 +76,15 @@ def router_logits(x: Tensor, router: Tensor) -> Tensor:
 def gates(logits: Tensor, top_k: int) -> Tensor:
     """Softmax over the `top_k` largest logits of each row, zero elsewhere: (N, E) to (N, E).
 
-    Equal to selecting from the full softmax and dividing by the selected sum, without the division.
+    Equal to selecting from the full softmax and dividing by the selected sum, without the division. Nothing is
+    scattered: Inductor has compiled scatters to wrong values for CUDA (pytorch issues 182012 and 191571).
     """
-    if top_k == logits.shape[-1]:
+    experts = logits.shape[-1]
+    if top_k == experts:
         return logits.softmax(-1)
-    chosen, index = logits.topk(top_k, dim=-1)
-    return torch.zeros_like(logits).scatter(-1, index, chosen.softmax(-1))
+    largest = logits.detach().topk(top_k, dim=-1).indices
+    chosen = (largest[..., None] == torch.arange(experts, device=logits.device)).any(-2)
+    return torch.where(chosen, logits, -torch.inf).softmax(-1)
 
 
 class GatedExperts(torch.autograd.Function):

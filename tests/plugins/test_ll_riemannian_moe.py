@@ -267,6 +267,16 @@ def test_gates_are_the_selected_probabilities_over_their_sum(top_k):
     close(g, kept / kept.sum(-1, keepdim=True))
 
 
+@pytest.mark.parametrize("top_k", [1, 2, E])
+def test_equal_logits_choose_no_more_experts(top_k):
+    logits = torch.zeros(6, E, dtype=torch.float64, requires_grad=True)
+    g = gates(logits, top_k)
+    assert torch.equal((g > 0).sum(-1), torch.full((6,), top_k))
+    close(g.sum(-1), torch.ones(6, dtype=torch.float64))
+    g.square().sum().backward()
+    assert bool(torch.isfinite(logits.grad).all())
+
+
 # -- the adapter -------------------------------------------------------------------------------------------------------
 
 
