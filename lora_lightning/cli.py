@@ -27,8 +27,9 @@ from lora_lightning import argv as command_line
 from lora_lightning import plugins, run_folder
 from lora_lightning.callbacks.predictions import WritePredictions
 from lora_lightning.callbacks.report import RunReport
-from lora_lightning.errors import LoraLightningError, RunFolderError, SettingsError, wrapped
+from lora_lightning.errors import LoraLightningError, RunFolderError, SettingsError, raised_in, wrapped
 from lora_lightning.injection import iter_adapters
+from lora_lightning.messages import refused
 from lora_lightning.methods import Method
 from lora_lightning.module import NAME, AdapterModule
 from lora_lightning.parser import Parser
@@ -103,11 +104,13 @@ class CLI(LightningCLI):
                 settings[name] = config.model.pretrained
 
     def instantiate_classes(self) -> None:
-        """As always; an error of ours that the parser has wrapped, because a setting may be null too, comes out."""
+        """As always; what a class says that could not be made comes out of what the parser wraps around it."""
         try:
             super().instantiate_classes()
         except ValueError as error:
             ours = wrapped(error)
+            if ours is None and (text := refused(str(error))):
+                ours = SettingsError(text)
             if ours is None or isinstance(error, LoraLightningError):
                 raise
             raise ours from error
@@ -206,8 +209,10 @@ def main(args: Sequence[str]) -> int:
     quiet()
     try:
         CLI(command_line.read(args))
-    except MisconfigurationException as error:
-        raise SettingsError(f"trainer: {error}") from error
+    except (MisconfigurationException, ValueError) as error:
+        if isinstance(error, ValueError) and not raised_in(error, "lightning"):
+            raise
+        raise SettingsError(f"trainer: {' '.join(str(error).split())}") from error
     finally:
         run_folder.forget()
     return 0

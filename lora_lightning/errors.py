@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
 
 
@@ -81,6 +82,12 @@ def wrapped(error: BaseException | None) -> LoraLightningError | None:
     while error is not None and not isinstance(error, LoraLightningError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def raised_in(error: BaseException, package: str) -> bool:
+    """Whether a module of `package` has raised `error` itself."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and str(frames[-1].f_globals.get("__name__")).partition(".")[0] == package
 
 
 def nearest(word: str, choices: Iterable[str], n: int = 3) -> list[str]:

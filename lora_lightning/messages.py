@@ -40,6 +40,7 @@ _LEAVES = {  # the most telling first
     "value": re.compile(r"Expected a (?P<word>.+?)(?:\. Got value: .*)?$"),
 }  # fmt: skip
 _NOISE = re.compile(r"Expected a path but|\(class path given previously\)")
+_OTHER_TYPES = re.compile(r"Expected an? |Not a valid subclass of ")
 _GIVEN = re.compile(r"(?:Got value|Given value): (.*?)(?:\. Got value: .*)?$", re.MULTILINE)
 _TYPES = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "NoneType": "null",
           "list": "a list", "dict": "a mapping", "tuple": "a list"}  # fmt: skip
@@ -92,6 +93,22 @@ def missing(message: str) -> list[str]:
     leaves = _leaves(message)
     leaf = _told(leaves) if leaves else None
     return leaf.word.split(", ") if leaf is not None and leaf.kind == "required" and not leaf.trail else []
+
+
+def refused(message: str) -> str:
+    """One line for what a class said that could not be made, where a text lists all types the value might have had.
+
+    Empty where it lists nothing that a class said.
+    """
+    tried, _, given = message.partition("\nGiven value type: ")
+    _, *said = tried.partition("\nErrors:")[2].split("\n  - ")
+    said = [text for text in said if not _OTHER_TYPES.match(text)]
+    if not said:
+        return ""
+    paths = _CLASS.findall(said[0]) or re.findall(r"class_path='([^']+)'", given)
+    text = " ".join(_CLASS.sub("", said[0]).split()).lstrip(": ")
+    name = paths[-1].rpartition(".")[2] if len(set(paths)) == 1 else ""
+    return text if name in text else f"{name}: {text}"
 
 
 def _told(leaves: Sequence[Leaf]) -> Leaf:

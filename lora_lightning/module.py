@@ -152,7 +152,7 @@ class AdapterModule(LightningModule):
     def _assembled(self, load: Callable[..., nn.Module], seed: int) -> nn.Module:
         self._check_data()
         quantise = self._quantising()
-        self._check_strategy()
+        self._check_trainer()
         pretrained = self.source(seed)
         net = load(
             pretrained,
@@ -180,7 +180,7 @@ class AdapterModule(LightningModule):
     def refusals(self) -> list[LoraLightningError]:
         """Everything that `configure_model` would refuse before it loads the model."""
         found: list[LoraLightningError] = []
-        for check_one in (self._check_data, self._quantising, self._check_strategy, self._labels, self._frozen_dtype):
+        for check_one in (self._check_data, self._quantising, self._check_trainer, self._labels, self._frozen_dtype):
             try:
                 check_one()
             except LoraLightningError as error:
@@ -239,9 +239,14 @@ class AdapterModule(LightningModule):
                 f"{' and '.join(kinds)}."
             )
 
-    def _check_strategy(self) -> None:
-        if self._trainer is not None:
-            check_strategy(self.trainer.strategy)
+    def _check_trainer(self) -> None:
+        if self._trainer is None:
+            return
+        check_strategy(self.trainer.strategy)
+        if self.trainer.accumulate_grad_batches < 1:
+            raise SettingsError(
+                f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}; it must be at least 1."
+            )
 
     def _frozen_dtype(self) -> torch.dtype | Literal["auto"]:
         """Dtype of frozen weights: the setting's, else what the trainer's precision means by "true"."""

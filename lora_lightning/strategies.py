@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
@@ -369,12 +371,33 @@ class DeepSpeed(DeepSpeedStrategy):
 
     Args:
         offload_optimizer: keep optimizer states in the CPU's memory.
+
+    Raises:
+        SettingsError: DeepSpeed is not installed.
     """
 
     hides_gradients = True
 
     def __init__(self, offload_optimizer: bool = False) -> None:
+        if find_spec("deepspeed") is None:
+            raise SettingsError(
+                "trainer.strategy is DeepSpeed, a package that is not installed (pip install deepspeed); nearest: "
+                "FSDP2 (--config strategies/fsdp2)."
+            )
         super().__init__(stage=2, offload_optimizer=offload_optimizer)
+
+    def setup_environment(self) -> None:
+        """Refuse other devices, with our words.
+
+        Raises:
+            SettingsError: the trainer's accelerator is no GPU.
+        """
+        if not isinstance(self.accelerator, CUDAAccelerator):
+            raise SettingsError(
+                f"trainer.accelerator is {type(self.accelerator).__name__}, and DeepSpeed works on GPUs alone; "
+                "nearest: FSDP2 (--config strategies/fsdp2)."
+            )
+        super().setup_environment()
 
     def setup(self, trainer: Trainer) -> None:
         """Refuse what cannot work.

@@ -264,6 +264,16 @@ ERRORS = {
     "data file": (["--data.train", "model/trian.csv"], '"model/trian.csv"'),
     "column": (["--data.text", "sentence"], 'LabelledText.text is "sentence"'),
     "trainer": (["--trainer.val_check_interval", "0.5"], "error: trainer: `val_check_interval` should be an integer"),
+    "trainer's value": (["--trainer.strategy", "fsdp3"], "error: trainer: You selected an invalid strategy name"),
+    "trainer's data": (
+        ["--trainer.val_check_interval", "999", "--trainer.check_val_every_n_epoch", "1"],
+        "error: trainer: `val_check_interval` (999) must be",
+    ),
+    "window": (["--trainer.accumulate_grad_batches", "0"], "accumulate_grad_batches is 0; it must be at least 1"),
+    "callback's value": (
+        ["--trainer.callbacks+", "EarlyStopping", "--trainer.callbacks.monitor=a", "--trainer.callbacks.mode=bad"],
+        "error: EarlyStopping: `mode` can be min, max, got bad",
+    ),
     "half precision": (["--trainer.precision", "16-true"], 'gradients underflow; take "bf16-true"'),
     "length": (
         ["--data.max_length", "9999"],

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
-from lora_lightning import AdapterModule, plugins
+from lora_lightning import AdapterModule, plugins, strategies
+from lora_lightning.__main__ import main
 from lora_lightning.errors import SettingsError
 from lora_lightning.strategies import FSDP1, FSDP2, DeepSpeed, check_strategy
 
@@ -27,6 +29,20 @@ def test_lightnings_own_sharded_strategies_are_refused(theirs, message):
 @pytest.mark.parametrize("ours", [FSDP1, FSDP2, DeepSpeed, DDPStrategy])
 def test_ours_are_not(ours):
     check_strategy(ours.__new__(ours))
+
+
+def test_deepspeed_that_is_not_there_and_devices_it_does_not_know(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(strategies, "find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match=r"not installed \(pip install deepspeed\); nearest: FSDP2"):
+        DeepSpeed()
+    config = tmp_path / "config.yaml"
+    config.write_text("trainer: {strategy: {class_path: DeepSpeed}}")
+    assert main(["fit", "--config", "rose", "--config", str(config)]) == 2
+    assert "(pip install deepspeed)" in capsys.readouterr().err.splitlines()[0]
+    there = DeepSpeed.__new__(DeepSpeed)
+    there.accelerator = CPUAccelerator()
+    with pytest.raises(SettingsError, match="CPUAccelerator, and DeepSpeed works on GPUs alone; nearest: FSDP2"):
+        there.setup_environment()
 
 
 def test_the_module_refuses_before_it_loads(tmp_path):
