@@ -145,13 +145,13 @@ def estimate(parts: Parts, strategy: str, gpus: int, batches: int = 1) -> Estima
         batches: batches of an optimizer step, on each.
 
     Raises:
-        SettingsError: an unknown strategy, or less than one GPU or batch; a quantised base that it cannot shard.
+        SettingsError: an unknown strategy, or less than one GPU or batch; a quantised base that it does not take.
     """
     strategy = find_strategy(strategy)
     check_positive(gpus=gpus, batches=batches)
-    if parts.dequantised and strategy in _SHARDED and gpus > 1:
+    if parts.dequantised and strategy != "ddp":
         raise SettingsError(
-            f'strategy is "{strategy}", which cannot shard a quantised base; nearest: "ddp", with the base on each GPU.'
+            f'strategy is "{strategy}", which takes no quantised base; nearest: "ddp", with the base on each GPU.'
         )
     everywhere, shared, others = 1.0, 1 / gpus, (gpus - 1) / gpus
     base = shared if strategy in _SHARDED else everywhere

@@ -94,9 +94,9 @@ def test_weights_in_few_bits():
         packed_size((rows, columns), "nf")
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
-def test_what_shards_no_quantised_base_names_what_takes_one(strategy):
+@pytest.mark.parametrize(("strategy", "gpus"), [("fsdp", 2), ("fsdp2", 2), ("fsdp2", 1), ("deepspeed", 2)])
+def test_what_takes_no_quantised_base_names_what_does(strategy, gpus):
     parts = replace(PARTS, dequantised=100)
     assert estimate(parts, "ddp", 2).activations == 1100
-    with pytest.raises(SettingsError, match=f'strategy is "{strategy}", which cannot .*; nearest: "ddp"'):
-        estimate(parts, strategy, 2)
+    with pytest.raises(SettingsError, match=f'strategy is "{strategy}", which takes no .*; nearest: "ddp"'):
+        estimate(parts, strategy, gpus)

@@ -275,6 +275,12 @@ def test_a_checkpoint_that_is_quantised_already(encoder, tmp_path):
     ids = torch.randint(3, 32, (2, 6))
     with torch.no_grad():
         assert torch.equal(own.model.eval()(input_ids=ids).logits, first.eval()(input_ids=ids).logits)
+    report = export(own.model, tmp_path / "merged", format="merged")
+    assert "outputs differ from the unmerged ones by" in str(report)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    assert packed_formats(plain) is None
+    with torch.no_grad():
+        torch.testing.assert_close(plain(input_ids=ids).logits, own.model(input_ids=ids).logits, rtol=0, atol=1e-5)
     with pytest.raises(SettingsError, match="is stored as nf4-double already; leave it null"):
         module(str(tmp_path / "packed"), quantisation="nf4").configure_model()
 

@@ -105,9 +105,13 @@ def _plain(source: Source, dequantised: Dequantised) -> Iterator[None]:
 def _unquantised(source: Source) -> Iterator[None]:
     """Inside, packed layers without an adapter are plain as well, and nothing says that the model is quantised."""
     packed, where = dict(packed_layers(source.root)), places(source.root)
-    said = {name: source.host.__dict__.pop(name) for name in _SAY_QUANTISED if name in source.host.__dict__}
+    own = source.host.__dict__
+    said = {name: own.pop(name) for name in _SAY_QUANTISED if name in own}
     config: Any = source.host.config
     stated = config.__dict__.pop("quantization_config", None)
+    if said and own.get("_weight_conversions"):  # of a checkpoint that was quantised, some unpack its files
+        said["_weight_conversions"] = own["_weight_conversions"]
+        own["_weight_conversions"] = [each for each in own["_weight_conversions"] if _has_reverse(each)]
     try:
         for base in packed.values():
             put(where[id(base.module)], base.plain(base.weight(torch.float32), base.bias))
@@ -115,9 +119,18 @@ def _unquantised(source: Source) -> Iterator[None]:
     finally:
         for base in packed.values():
             put(where[id(base.module)], base.module)
-        source.host.__dict__.update(said)
+        own.update(said)
         if stated is not None:
             config.quantization_config = stated
+
+
+def _has_reverse(conversion: Any) -> bool:
+    """Whether transformers can undo, in saving, what it has done to tensors in loading."""
+    try:
+        conversion.reverse_transform()
+    except (NotImplementedError, ValueError):
+        return False
+    return True
 
 
 def _set_merged(layer: AdaptedLayer, names: tuple[str, ...], path: str, dequantised: Dequantised) -> None:

@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     """Count a training step without values, lay it out, print."""
     from lora_lightning.cli import describe
     from lora_lightning.estimate import check_positive, estimate, find_strategy, packed_size, verdict
+    from lora_lightning.loading import checkpoint_format
 
     module, datamodule, trainer = describe(args.flags)
     gpus = args.gpus or [_devices(trainer)]
@@ -57,15 +58,17 @@ def run(args: argparse.Namespace) -> int:
         find_strategy(name)
     if args.quantised:
         packed_size((1, 1), args.quantised)
-    batches = trainer.get("accumulate_grad_batches") or 1
-    batch_size = args.batch_size or getattr(datamodule, "batch_size", None)
-    length = args.length or getattr(datamodule, "max_length", None) or 1
+    batches = trainer.get("accumulate_grad_batches", 1)
+    batch_size = getattr(datamodule, "batch_size", None) if args.batch_size is None else args.batch_size
+    length = (getattr(datamodule, "max_length", None) or 1) if args.length is None else args.length
     if batch_size is None:
         raise SettingsError("the data module does not state its batch_size; give --batch-size N.")
     for n in gpus:
-        check_positive(gpus=n, batch_size=batch_size, length=length)
+        check_positive(gpus=n, batch_size=batch_size, length=length, accumulate_grad_batches=batches)
+    if args.memory is not None and not args.memory > 0:
+        raise SettingsError(f"memory is {args.memory:g}; it must be more than 0.")
     precision = args.precision or str(trainer.get("precision") or "32-true")
-    packed = args.quantised or module.quantisation
+    packed = args.quantised or module.quantisation or checkpoint_format(module.pretrained)
     module.quantisation = None  # nothing is loaded, so nothing can be quantised; sizes are counted
     parts = count(module, datamodule, batch_size, length, precision, packed)
     found = [estimate(parts, name, n, batches) for n in gpus for name in (names if n > 1 else names[:1])]
@@ -99,7 +102,8 @@ def count(
     autocast = _autocast(precision)
 
     def load(*args: Any, **options: Any) -> torch.nn.Module:
-        if quantised or precision == "bf16-true":
+        options.pop("quantise", None)
+        if precision == "bf16-true":
             options["dtype"] = torch.bfloat16
         net = load_skeleton(*args, **options)
         tokens = getattr(datamodule, "new_tokens", ())

@@ -63,6 +63,35 @@ def test_a_table_of_strategies_and_gpus(capsys):
     assert "Fits into 1 GiB a GPU" in out
 
 
+def test_what_a_quantised_base_leaves_plain_keeps_its_dtype(capsys):
+    """As in training: embeddings, norms and what flows between layers are float32 unless model.dtype says otherwise."""
+    found = []
+    for words in ([], ["--quantised=nf4"], ["--quantised=nf4", "--model.dtype=bfloat16"]):
+        assert main([*WORDS, *words, "--length=256", "--markdown"]) == 0
+        found.append(rows(capsys.readouterr().out)[0])
+    plain, packed, half = found
+    linear = sum(m.numel() for name, m in tiny_decoder().named_parameters() if name.endswith("_proj.weight"))
+    difference = mib(plain["Frozen"]) - mib(packed["Frozen"])
+    assert difference == pytest.approx(linear * (4 - 1 / 2 - 4 / 64) / 2**20, rel=0.02)
+    unpacked = 4 * 16 * 24 / 2**20  # of the largest weight
+    assert mib(packed["Activations"]) == pytest.approx(mib(plain["Activations"]) + unpacked, rel=0.01)
+    assert mib(half["Activations"]) < 0.8 * mib(packed["Activations"])
+
+
+def test_a_checkpoint_that_is_quantised_is_counted_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lora_lightning.quantisation.find_spec", lambda name: object())
+    config, found = tiny_decoder().config, []
+    for stated in (None, {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}):
+        if stated:
+            config.quantization_config = stated
+        config.save_pretrained(tmp_path)
+        words = [word for word in WORDS if "random" not in word]
+        words += [f"--model.pretrained={tmp_path}", *([] if stated else ["--quantised=nf4"])]
+        assert main([*words, "--markdown"]) == 0
+        found.append(capsys.readouterr().out)
+    assert found[0] == found[1]
+
+
 @pytest.mark.slow
 def test_a_config_that_quantises_its_base_is_counted_so(capsys):
     printed = []
@@ -77,12 +106,18 @@ def test_a_config_that_quantises_its_base_is_counted_so(capsys):
     [
         (["--strategy=ddq"], 'strategy is "ddq". Did you mean "ddp"?'),
         (["--gpus", "8", "0"], "gpus is 0; it must be at least 1."),
+        (["--length=0"], "length is 0; it must be at least 1."),
+        (["--batch-size=0"], "batch_size is 0; it must be at least 1."),
+        (["--memory=0"], "memory is 0; it must be more than 0."),
         (["--precision=bf16"], 'precision is "bf16". Did you mean "bf16-true"?'),
         (["--quantised=nf44"], 'quantised is "nf44". Did you mean "nf4"?'),
     ],
 )
 def test_what_cannot_be_estimated(words, message, capsys, monkeypatch):
-    module, data = SimpleNamespace(quantisation=None), SimpleNamespace(batch_size=2, max_length=8)
+    module, data = (
+        SimpleNamespace(quantisation=None, pretrained="random:llama"),
+        SimpleNamespace(batch_size=2, max_length=8),
+    )
     monkeypatch.setitem(sys.modules, "lora_lightning.cli", SimpleNamespace(describe=lambda flags: (module, data, {})))
     assert main(["estimate", "{}", *words]) == 2
     assert message in capsys.readouterr().err
