@@ -367,7 +367,7 @@ class DeepSpeed(DeepSpeedStrategy):
     """ZeRO stage 2 of DeepSpeed, which has to be installed: gradients and optimizer states in pieces. It needs GPUs.
 
     Checkpoints hold the adapter and not the optimizer's state, which lies in DeepSpeed: a run is not resumed from them.
-    Gradients lie there as well: what reads them, or steps factors in pairs, is refused.
+    Gradients lie there as well, and copies of what trains: what reads or writes them is refused.
 
     Args:
         offload_optimizer: keep optimizer states in the CPU's memory.
@@ -403,7 +403,7 @@ class DeepSpeed(DeepSpeedStrategy):
         """Refuse what cannot work.
 
         Raises:
-            SettingsError: a schedule that reads gradients, or an optimizer of factor pairs.
+            SettingsError: a schedule that reads gradients or writes what trains, an optimizer of single tensors.
         """
         self.refuse(trainer.callbacks)  # type: ignore[attr-defined]
         super().setup(trainer)
@@ -411,13 +411,14 @@ class DeepSpeed(DeepSpeedStrategy):
     def refuse(self, callbacks: Sequence[Callback]) -> None:
         """Raise `SettingsError` for a callback that cannot act under this strategy."""
         for callback in callbacks:
-            if (
-                isinstance(callback, ScheduleCallback)
-                and type(callback).on_gradients is not ScheduleCallback.on_gradients
-            ):
+            if not isinstance(callback, ScheduleCallback):
+                continue
+            reads = type(callback).on_gradients is not ScheduleCallback.on_gradients
+            if reads or callback.writes_values:
+                what = "reads gradients, which" if reads else "writes what trains between steps, whose copies"
                 raise SettingsError(
-                    f"trainer.strategy is DeepSpeed, but {type(callback).__name__} reads gradients, which DeepSpeed "
-                    "keeps to itself. Take FSDP2, or ddp."
+                    f"trainer.strategy is DeepSpeed, but {type(callback).__name__} {what} DeepSpeed keeps to itself. "
+                    "Take FSDP2, or ddp."
                 )
 
     def _setup_model_and_optimizer(
@@ -425,7 +426,7 @@ class DeepSpeed(DeepSpeedStrategy):
     ) -> Any:
         pairs = hasattr(optimizer, "bind_pairs")
         if pairs or any(group.get("clip") is not None for group in getattr(optimizer, "param_groups", ())):
-            what = "steps factors in pairs" if pairs else "has groups that are clipped by themselves"
+            what = "acts on tensors by themselves" if pairs else "has groups that are clipped by themselves"
             raise SettingsError(
                 f"trainer.strategy is DeepSpeed, but {type(optimizer).__name__} {what}, and DeepSpeed holds gradients "
                 "in flat pieces. Take FSDP2, or ddp."

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lora_lightning import AdapterModule, plugins, strategies
 from lora_lightning.__main__ import main
+from lora_lightning.callbacks import Cascade, NoiseInjection, RankPruning, SparsitySchedule
 from lora_lightning.errors import SettingsError
 from lora_lightning.strategies import FSDP1, FSDP2, DeepSpeed, check_strategy
 
@@ -43,6 +45,26 @@ def test_deepspeed_that_is_not_there_and_devices_it_does_not_know(tmp_path, monk
     there.accelerator = CPUAccelerator()
     with pytest.raises(SettingsError, match="CPUAccelerator, and DeepSpeed works on GPUs alone; nearest: FSDP2"):
         there.setup_environment()
+
+
+@pytest.mark.parametrize(
+    ("callback", "what"),
+    [
+        (SparsitySchedule(sparsity=0.5), "SparsitySchedule reads gradients, which"),
+        (Cascade(stage_steps=2), "Cascade writes what trains between steps, whose copies"),
+        (NoiseInjection(0.1), "NoiseInjection writes what trains between steps, whose copies"),
+        (RankPruning(final_rank=1), None),
+        (EarlyStopping("loss"), None),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Callback) else "",
+)
+def test_callbacks_under_deepspeed(callback, what):
+    strategy = DeepSpeed.__new__(DeepSpeed)
+    if what is None:
+        strategy.refuse([callback])
+        return
+    with pytest.raises(SettingsError, match=f"{what} DeepSpeed keeps to itself. Take FSDP2, or ddp"):
+        strategy.refuse([callback])
 
 
 def test_the_module_refuses_before_it_loads(tmp_path):

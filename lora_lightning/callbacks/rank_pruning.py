@@ -33,6 +33,7 @@ class RankPruning(ScheduleCallback):
     """
 
     phase: ClassVar[int] = MASKS
+    writes_values: ClassVar[bool] = False
     asks: ClassVar[str] = "a rank mask (rank_mask, rank_scores())"
 
     def __init__(self, final_rank: int, start: float = 0.1, end: float = 0.8, every_n_steps: int = 1) -> None:

@@ -155,6 +155,7 @@ class ScheduleCallback(Callback, ABC):
         phase: order among schedules of one step.
         asks: the question an adapter must answer, for the error when none does.
         reads_base: whether it reads or writes frozen weights between steps, which not every strategy allows.
+        writes_values: whether it may write what trains between steps; DeepSpeed, which keeps copies, then refuses it.
         trainer: the run, from `begin` on.
         module: its module.
         total: optimizer steps of the run, or None where nothing bounds it.
@@ -164,6 +165,7 @@ class ScheduleCallback(Callback, ABC):
     phase: ClassVar[int]
     asks: ClassVar[str]
     reads_base: ClassVar[bool] = False
+    writes_values: ClassVar[bool] = True
     trainer: Trainer
     module: LightningModule
     changed_at_end: bool = False

@@ -39,6 +39,7 @@ class RefreshIndex(ScheduleCallback):
 
     phase: ClassVar[int] = 1
     reads_base: ClassVar[bool] = True
+    writes_values: ClassVar[bool] = False
     asks: ClassVar[str] = "an approximated backward pass (CELoRA with kept below 1)"
 
     def __init__(self) -> None:
