@@ -79,6 +79,8 @@ class Meter(TorchDispatchMode):
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], answer: bool) -> Any:
+    if func is torch.ops.aten._grouped_mm.default:  # whose rules for meta tensors take bfloat16 alone
+        return _grouped(*args, **kwargs)
     try:
         return func(*args, **kwargs)
     except DataDependentOutputException:
@@ -93,6 +95,18 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], answer: bool)
         if func is torch.ops.aten.index.Tensor:
             return func(args[0], _everything(args[1]), **kwargs)
         raise
+
+
+def _grouped(
+    a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """What products of groups of rows are written into; the group is a dimension where neither side has one."""
+    if a.dim() == b.dim():
+        groups = a.shape[0] if offs is None else offs.shape[0]
+        shape = (groups, a.shape[-2], b.shape[-1])
+    else:
+        shape = (a.shape[-2], b.shape[-1])
+    return a.new_empty(shape, dtype=out_dtype)
 
 
 def _everything(indices: list[Tensor | None]) -> list[Tensor | None]:

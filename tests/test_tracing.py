@@ -18,16 +18,20 @@ from lora_lightning.tracing import GpuKernels, Meter, largest_linear, size, trac
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 5, "num_attention_heads": 2, "intermediate_size": 24}
 SMALL = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512}
+EXPERTS = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+EXPERTS |= {"intermediate_size": 96, "num_local_experts": 4}
 
 
 def model(kind):
     from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+    from transformers import MixtralConfig, MixtralForCausalLM
 
     made = {
         "tiny encoder": tiny_encoder,
         "tiny decoder": tiny_decoder,
         "encoder": lambda: BertForSequenceClassification(BertConfig(vocab_size=500, **SMALL)),
         "decoder": lambda: LlamaForCausalLM(LlamaConfig(vocab_size=500, **SMALL)),
+        "decoder of experts": lambda: MixtralForCausalLM(MixtralConfig(vocab_size=32, **EXPERTS)),
         "five-block encoder": lambda: BertForSequenceClassification(BertConfig(vocab_size=32, **TINY)),
         "five-block decoder": lambda: LlamaForCausalLM(LlamaConfig(vocab_size=32, **TINY)),
     }
@@ -91,7 +95,7 @@ def check(kind, method, checkpointing, autocast=None):
     assert step.optimizer == state
 
 
-@pytest.mark.parametrize("kind", ["tiny encoder", "tiny decoder"])
+@pytest.mark.parametrize("kind", ["tiny encoder", "tiny decoder", "decoder of experts"])
 def test_a_step_holds_what_was_counted(kind):
     check(kind, "LoRA", checkpointing=False)
 

@@ -105,7 +105,9 @@ def count(
         options.pop("quantise", None)
         if precision == "bf16-true":
             options["dtype"] = torch.bfloat16
+        meter.answer = False  # a weight is drawn again until none of its values is out of bounds
         net = load_skeleton(*args, **options)
+        meter.answer = True
         tokens = getattr(datamodule, "new_tokens", ())
         if tokens:
             from lora_lightning.vocabulary import Vocabulary, grow
@@ -182,8 +184,9 @@ def _assumptions(
     frozen = quantised or str(dtype).removeprefix("torch.")
     again = "recomputed in backward" if module.gradient_checkpointing else "kept for backward"
     steps = f"{batches} batch{'es' * (batches > 1)} a step"
+    examples = f"{batch_size} x {length} tokens" if length > 1 else f"{batch_size} examples"
     return (
-        f"{model} with {type(module.method).__name__}: batches of {batch_size} x {length} tokens, {steps}, "
+        f"{model} with {type(module.method).__name__}: batches of {examples}, {steps}, "
         f"{precision}, frozen weights in {frozen}, activations {again}. "
         "The CUDA context and the allocator's gaps come on top."
     )

@@ -78,6 +78,16 @@ def test_what_a_quantised_base_leaves_plain_keeps_its_dtype(capsys):
     assert mib(half["Activations"]) < 0.8 * mib(packed["Activations"])
 
 
+@pytest.mark.timeout(120)
+def test_weights_that_are_drawn_until_they_lie_in_bounds(capsys):
+    """As those of vision transformers: without values there is no end to it."""
+    assert main(["estimate", "tasks/image_classification", "--batch-size=2", "--markdown"]) == 0
+    out = capsys.readouterr().out
+    assert "ViTForImageClassification with LoRA: batches of 2 examples," in out
+    linear = 2 * (4 * 64 * 64 + 2 * 64 * 128) + 2 * (5 * 64 + 128)  # of two blocks, with biases
+    assert mib(rows(out)[0]["Frozen"]) == pytest.approx(4 * linear / 2**20, rel=0.01)
+
+
 def test_a_checkpoint_that_is_quantised_is_counted_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("lora_lightning.quantisation.find_spec", lambda name: object())
     config, found = tiny_decoder().config, []
