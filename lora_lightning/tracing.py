@@ -97,9 +97,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], answer: bool)
         raise
 
 
-def _grouped(
-    a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
-) -> Tensor:
+def _grouped(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, out_dtype: torch.dtype | None = None) -> Tensor:
     """What products of groups of rows are written into; the group is a dimension where neither side has one."""
     if a.dim() == b.dim():
         groups = a.shape[0] if offs is None else offs.shape[0]

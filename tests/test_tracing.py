@@ -23,8 +23,14 @@ EXPERTS |= {"intermediate_size": 96, "num_local_experts": 4}
 
 
 def model(kind):
-    from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
-    from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers import (
+        BertConfig,
+        BertForSequenceClassification,
+        LlamaConfig,
+        LlamaForCausalLM,
+        MixtralConfig,
+        MixtralForCausalLM,
+    )
 
     made = {
         "tiny encoder": tiny_encoder,
