@@ -99,12 +99,8 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], answer: bool)
 
 def _grouped(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, out_dtype: torch.dtype | None = None) -> Tensor:
     """What products of groups of rows are written into; the group is a dimension where neither side has one."""
-    if a.dim() == b.dim():
-        groups = a.shape[0] if offs is None else offs.shape[0]
-        shape = (groups, a.shape[-2], b.shape[-1])
-    else:
-        shape = (a.shape[-2], b.shape[-1])
-    return a.new_empty(shape, dtype=out_dtype)
+    groups = () if a.dim() != b.dim() else (a.shape[0] if offs is None else offs.shape[0],)
+    return a.new_empty((*groups, a.shape[-2], b.shape[-1]), dtype=out_dtype)
 
 
 def _everything(indices: list[Tensor | None]) -> list[Tensor | None]:
