@@ -9,6 +9,7 @@ model       without values: targets, exclusions, overrides, settings of layers, 
 
 from __future__ import annotations
 
+import copy
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -309,7 +310,8 @@ def _drop(part: Namespace | list[Any], setting: tuple[str, str]) -> bool:
 
 def _refused(settings: Mapping[str, Any]) -> str | None:
     try:
-        Trainer(**settings)
+        # a strategy keeps the devices of the first trainer it is given to, and refuses a second
+        Trainer(**{**settings, "strategy": copy.deepcopy(settings.get("strategy", "auto"))})
     except _USER_ERRORS as error:
         return " ".join(str(error).split())
     return None

@@ -68,6 +68,11 @@ def test_nothing_is_wrong_with_a_sound_config(here):
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_nothing_is_wrong_with_a_strategy_that_runs_here(here, name):
+    assert here({"trainer.devices": 2}, "--config", f"strategies/{name}").problems == []
+
+
 CASES = {
     "unknown keys": (
         {"model.optimzer": "AdamW", "data.init_args.batch_sise": 4, "trainer.max_step": 3, "modle.targets": ["query"]},
