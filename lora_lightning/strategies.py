@@ -11,6 +11,7 @@ So a checkpoint does not know how many processes wrote it, or under which strate
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +25,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -363,6 +365,19 @@ class FSDP1(FSDPStrategy):
         _load_optimizers(self, checkpoint)
 
 
+class _Autocast(DeepSpeedPrecision):
+    """Mixed precision by autocast, as under other strategies, which leaves what trains as it is."""
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Autocast where precision is mixed."""
+        mixed = self.precision == "bf16-mixed"
+        return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=mixed)
+
+    def convert_input(self, data: Any) -> Any:
+        """The batch, cast under `bf16-true` alone."""
+        return super().convert_input(data) if self.precision == "bf16-true" else data
+
+
 class DeepSpeed(DeepSpeedStrategy):
     """ZeRO stage 2 of DeepSpeed, which has to be installed: gradients and optimizer states in pieces. It needs GPUs.
 
@@ -385,27 +400,42 @@ class DeepSpeed(DeepSpeedStrategy):
                 "FSDP2 (--config strategies/fsdp2)."
             )
         super().__init__(stage=2, offload_optimizer=offload_optimizer)
+        # half precision of the engine's own would cast what trains
+        self.config = {**cast(dict[str, Any], self.config), "bf16": {"enabled": False}, "fp16": {"enabled": False}}
 
     def setup_environment(self) -> None:
-        """Refuse other devices, with our words.
+        """Refuse what cannot work, and take over precision.
 
         Raises:
-            SettingsError: the trainer's accelerator is no GPU.
+            SettingsError: the trainer's accelerator is no GPU, or its precision scales the loss.
         """
         if not isinstance(self.accelerator, CUDAAccelerator):
             raise SettingsError(
                 f"trainer.accelerator is {type(self.accelerator).__name__}, and DeepSpeed works on GPUs alone; "
                 "nearest: FSDP2 (--config strategies/fsdp2)."
             )
+        precision: Any = self.precision_plugin.precision
+        if precision == "16-mixed":
+            raise SettingsError(
+                'trainer.strategy is DeepSpeed and trainer.precision "16-mixed", which would keep adapters in float16; '
+                'nearest: "bf16-mixed".'
+            )
+        self.precision_plugin = _Autocast(precision)
         super().setup_environment()
 
     def setup(self, trainer: Trainer) -> None:
         """Refuse what cannot work.
 
         Raises:
-            SettingsError: a schedule that reads gradients or writes what trains, an optimizer of single tensors.
+            SettingsError: a schedule that reads gradients or writes what trains, an optimizer of single tensors, or
+                accumulation, where Lightning and DeepSpeed both divide by the number of batches.
         """
         self.refuse(trainer.callbacks)  # type: ignore[attr-defined]
+        if trainer.accumulate_grad_batches > 1:
+            raise SettingsError(
+                f"trainer.strategy is DeepSpeed and trainer.accumulate_grad_batches {trainer.accumulate_grad_batches}, "
+                "which divides gradients twice; nearest: a larger batch_size, or FSDP2 (--config strategies/fsdp2)."
+            )
         super().setup(trainer)
 
     def refuse(self, callbacks: Sequence[Callback]) -> None:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+from types import SimpleNamespace
+
+import lightning.pytorch.strategies.deepspeed
 import pytest
+import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lora_lightning import AdapterModule, plugins, strategies
@@ -45,6 +52,47 @@ def test_deepspeed_that_is_not_there_and_devices_it_does_not_know(tmp_path, monk
     there.accelerator = CPUAccelerator()
     with pytest.raises(SettingsError, match="CPUAccelerator, and DeepSpeed works on GPUs alone; nearest: FSDP2"):
         there.setup_environment()
+
+
+@pytest.fixture
+def deepspeed(monkeypatch):
+    """Ours, as it is where DeepSpeed is installed and the trainer has a GPU; nothing is started."""
+    package = SimpleNamespace(utils=SimpleNamespace(logging=SimpleNamespace(logger=logging.getLogger("deepspeed"))))
+    monkeypatch.setitem(sys.modules, "deepspeed", package)
+    monkeypatch.setattr(strategies, "find_spec", lambda name: name)
+    monkeypatch.setattr(lightning.pytorch.strategies.deepspeed, "_DEEPSPEED_AVAILABLE", True)
+    monkeypatch.setattr(lightning.pytorch.strategies.deepspeed, "_DEEPSPEED_GREATER_EQUAL_0_16", True)
+    monkeypatch.setattr(DeepSpeedStrategy, "setup_environment", lambda self: None)
+    strategy = DeepSpeed()
+    strategy.accelerator = CUDAAccelerator.__new__(CUDAAccelerator)
+    return strategy
+
+
+def test_deepspeed_leaves_dtypes_to_autocast(deepspeed):
+    assert not deepspeed.config["bf16"]["enabled"]
+    assert not deepspeed.config["fp16"]["enabled"]
+    x, weight = torch.ones(2, 2), torch.ones(2, 2)
+    for precision, computed, given in (
+        ("32-true", torch.float32, torch.float32),
+        ("bf16-mixed", torch.bfloat16, torch.float32),
+        ("bf16-true", torch.float32, torch.bfloat16),
+    ):
+        deepspeed.precision_plugin = DeepSpeedPrecision(precision)
+        deepspeed.setup_environment()
+        with deepspeed.precision_plugin.train_step_context():
+            assert (x @ weight).dtype == computed, precision
+        assert deepspeed.precision_plugin.convert_input(x).dtype == given, precision
+    deepspeed.precision_plugin = DeepSpeedPrecision("16-mixed")
+    with pytest.raises(SettingsError, match='"16-mixed", which would keep adapters in float16; nearest: "bf16-mixed"'):
+        deepspeed.setup_environment()
+
+
+def test_deepspeed_does_not_accumulate(deepspeed):
+    trainer = Trainer(accelerator="cpu", accumulate_grad_batches=4, logger=False, enable_checkpointing=False)
+    with pytest.raises(
+        SettingsError, match="accumulate_grad_batches 4, which divides gradients twice; nearest: a larger"
+    ):
+        deepspeed.setup(trainer)
 
 
 @pytest.mark.parametrize(
