@@ -8,11 +8,20 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import Strategy
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from lora_lightning import plugins
 from lora_lightning.errors import PluginError
 from lora_lightning.messages import explain
+
+_NAMED = (Callback, LightningDataModule, Logger, LRScheduler, Optimizer, Strategy)
+"""What settings name by a class."""
 
 
 class Parser(LightningArgumentParser):
@@ -34,7 +43,8 @@ class Parser(LightningArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Namespace:  # type: ignore[override]
         """Parse, and refuse classes of blocked plugins, which a full path would import."""
-        config = super().parse_args(args, *others, **options)
+        with plugins.names_kept(_NAMED):
+            config = super().parse_args(args, *others, **options)
         try:
             for key, class_path in _class_paths(config.as_dict()):
                 plugins.registry().refuse_blocked(class_path, key)

@@ -11,6 +11,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -224,9 +225,33 @@ def _add_class(registry: Registry, plugin: str, cls: type[Any], hook: str, base:
     first, known = registry.classes.get(name, ("", cls))
     own = next((other for other in subclasses(base) if other.__name__ == name and _owner(other)), cls)
     if known is not cls or own is not cls:
-        cls.__qualname__ = f"{name}.<locals>.{name}"  # of local classes neither jsonargparse nor `choices` reads names
+        cls.__qualname__ = _hidden(cls)
         raise _taken(hook, plugin, name, f"plugin {first}" if first else f"{_owner(own)} ({own.__module__})")
     registry.classes[name] = (plugin, cls)
+
+
+@contextmanager
+def names_kept(bases: Iterable[type[Any]]) -> Iterator[None]:
+    """Within it a name that torch, Lightning or core has for a class below `bases` means theirs alone.
+
+    Other packages have classes of the same names, bitsandbytes an AdamW; those go by their full paths.
+    """
+    families = [subclasses(base) for base in bases]
+    names = {cls.__name__ for family in families for cls in family if _owner(cls)}
+    others = {cls for family in families for cls in family if cls.__name__ in names and not _owner(cls)}
+    written = {cls: cls.__qualname__ for cls in others}
+    try:
+        for cls in written:
+            cls.__qualname__ = _hidden(cls)
+        yield
+    finally:
+        for cls, qualname in written.items():
+            cls.__qualname__ = qualname
+
+
+def _hidden(cls: type[Any]) -> str:
+    """A qualified name as local classes have one, which neither jsonargparse nor `choices` takes for a short name."""
+    return f"{cls.__name__}.<locals>.{cls.__name__}"
 
 
 def _owner(cls: type[Any]) -> str:

@@ -60,21 +60,6 @@ def _sources_read_once() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _quantisers_unseen() -> Iterator[None]:
-    """bitsandbytes, which other tests import, has an AdamW as well; a command line parses before it is imported."""
-    from jsonargparse import _typehints
-
-    found = _typehints.get_all_subclass_paths
-
-    def get_all_subclass_paths(*args: Any, **options: Any) -> list[str]:
-        return [path for path in found(*args, **options) if not path.startswith(("bitsandbytes.", "torchao."))]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_typehints, "get_all_subclass_paths", get_all_subclass_paths)
-        yield
-
-
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     """The same random numbers in each test, whatever ran before it."""

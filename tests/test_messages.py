@@ -180,21 +180,39 @@ def test_the_whole_command_line_exits_with_two(capsys):
 
 
 @pytest.fixture
-def twin(monkeypatch):
-    """Another package's class with the name of torch's, which is gone afterwards."""
-    module = types.ModuleType("other_library")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec("from torch.optim import SGD\nclass AdamW(SGD): pass", vars(module))
-    yield
-    vars(module).clear()
+def library(monkeypatch):
+    """Adds a class of SGD's to a package of another's, which is gone afterwards."""
+    modules = []
+
+    def add(package, name):
+        module = types.ModuleType(package)
+        monkeypatch.setitem(sys.modules, package, module)
+        exec(f"from torch.optim import SGD\nclass {name}(SGD): pass", vars(module))
+        modules.append(module)
+        return getattr(module, name)
+
+    yield add
+    for module in modules:
+        vars(module).clear()
     gc.collect()
 
 
-def test_a_short_name_of_two_classes(fail, config, twin):
-    text = 'model.optimizer: "AdamW" is other_library.AdamW and torch.optim.adamw.AdamW; give the full path of the one '
-    given = config(model={**MODEL, "optimizer": {"class_path": "AdamW", "init_args": {"lr": 0.1}}})
+def test_a_short_name_of_two_packages(fail, config, library):
+    for package in ("one_library", "other_library"):
+        library(package, "Lion")
+    text = 'model.optimizer: "Lion" is one_library.Lion and other_library.Lion; give the full path of the one '
+    given = config(model={**MODEL, "optimizer": {"class_path": "Lion", "init_args": {"lr": 0.1}}})
     assert fail(["fit", "--config", str(given)]) == f"{text}that is meant."
-    assert fail(["fit", "--config", str(config()), "--model.optimizer", "AdamW"]) == f"{text}that is meant."
+    assert fail(["fit", "--config", str(config()), "--model.optimizer", "Lion"]) == f"{text}that is meant."
+
+
+def test_a_short_name_of_torchs_stays_torchs(parser, config, library):
+    cls = library("other_library", "AdamW")
+    name = cls.__qualname__
+    model = {**MODEL, "optimizer": {"class_path": "AdamW", "init_args": {"lr": 0.1}}}
+    parsed = parser.parse_args(["fit", "--config", str(config(model=model))])
+    assert parsed.fit.model.optimizer.class_path == "torch.optim.AdamW"
+    assert cls.__qualname__ == name
 
 
 class TestUnknownMethod:
