@@ -163,9 +163,10 @@ class CLI(LightningCLI):
             return
         self.folder = Path(self.trainer.strategy.broadcast(str(self.folder)))
         self.trainer.save_checkpoint(self.folder / "last.ckpt", weights_only=False)  # with optimizer and schedules
+        to = _export_format(self.model)  # of an adapter in pieces every process is asked
         if self.trainer.is_global_zero:
             print(f"try next: python -m lora_lightning validate --run {self.folder}")
-            if to := _export_format(self.model):
+            if to:
                 words = f"{self.folder} --format {to} --output {self.folder}/{to}"
                 print(f"          python -m lora_lightning export {words}")
             print(f"run: {self.folder}", flush=True)
@@ -242,5 +243,7 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=r".*exists and is not empty.*")
+    # validation metrics are those of all processes already
+    warnings.filterwarnings("ignore", message=r".*It is recommended to use `self.log\('(val|test)_.*sync_dist=True.*")
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 under jsonargparse 4.53
     warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.*")  # Lightning 2.6 under torch 2.13

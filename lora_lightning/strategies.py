@@ -22,7 +22,7 @@ from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import Trainer
-from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
@@ -113,13 +113,19 @@ class FSDP2(ModelParallelStrategy):
         """Cut the module up, then make its optimizers.
 
         Raises:
-            SettingsError: a callback that needs frozen weights between steps, where these wait on the CPU.
+            SettingsError: frozen weights are to wait on the CPU, and steps are taken there as well, or a callback needs
+                these weights between steps.
         """
         self.refuse(trainer.callbacks)  # type: ignore[attr-defined]
         _set_up(self, trainer, self._cut)
 
     def refuse(self, callbacks: Sequence[Callback]) -> None:
-        """Raise `SettingsError` for a callback that cannot act under this strategy."""
+        """Raise `SettingsError` for a callback that cannot act under this strategy, or a CPU to offload to itself."""
+        if self.cpu_offload and isinstance(self.accelerator, CPUAccelerator):
+            raise SettingsError(
+                "trainer.strategy is FSDP2 with cpu_offload, but steps are taken on the CPU, where all weights lie "
+                "already. Set cpu_offload to false."
+            )
         if self.cpu_offload:
             own = "FSDP2 with cpu_offload"
             _check_base_unread(

@@ -86,7 +86,12 @@ def write_config(folder: Path, batch: int, method: str = ROSE) -> Path:
     return path
 
 
-TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+def on_two(strategy: str) -> tuple[str, ...]:
+    """The words that put a run on two processes."""
+    return "--config", f"strategies/{strategy}", "--trainer.devices", "2", "--trainer.accelerator", "cpu"
+
+
+TWO = on_two("ddp")
 
 
 def test_a_run_of_two_processes(tmp_path: Path) -> None:
@@ -99,6 +104,7 @@ def test_a_run_of_two_processes(tmp_path: Path) -> None:
     assert summary["steps"] == 8
     assert 0 < summary["surviving_parameters"] < summary["trainable_parameters"]
     assert summary["linear_baseline"] is not None
+    assert output.count("linear baseline: val_accuracy") == 1
     saved = torch.load(folder / "last.ckpt", weights_only=True)
     assert len(saved["lora_lightning_resume"]["ranks"]) == 2
     run(tmp_path, "predict", "--run", str(folder), "--output", "rows.csv", *TWO)
@@ -106,16 +112,17 @@ def test_a_run_of_two_processes(tmp_path: Path) -> None:
         assert [row["index"] for row in csv.DictReader(file)] == [str(i) for i in range(33)]
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_two_processes_train_what_one_does_on_the_joint_batch(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "strategy"), [("RoseLoRA", "fsdp2"), ("LoRASC", "ddp"), ("MoELoRA", "ddp")])
+def test_two_processes_train_what_one_does_on_the_joint_batch(tmp_path: Path, name: str, strategy: str) -> None:
     """Two samples a process and four in one: a distributed sampler deals the same rows to the same step."""
     adapters = []
-    for folder, batch, words in ((tmp_path / "one", 4, ()), (tmp_path / "two", 2, TWO)):
+    for folder, batch, words in ((tmp_path / "one", 4, ()), (tmp_path / "two", 2, on_two(strategy))):
         folder.mkdir()
         write_config(folder, batch, METHODS[name])
         extra = ("--model.lr_scheduler.share", "0", "--data.group_by_length", "false", "--data.limit", "32")
-        baseline = ("--model.linear_baseline", "false", "--trainer.precision", "64-true")
-        run(folder, "fit", "--config", "small.yaml", *extra, *baseline, *words)
+        baseline = ("--model.linear_baseline", "false", "--model.dtype", "float64")
+        output = run(folder, "fit", "--config", "small.yaml", *extra, *baseline, *words)
+        assert output.splitlines()[-1] == "run: runs/small/001"
         adapters.append(load_file(folder / "runs" / "small" / "001" / "adapter" / "adapter.safetensors"))
     one, two = adapters
     assert one.keys() == two.keys()

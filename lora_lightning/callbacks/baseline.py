@@ -55,7 +55,7 @@ class LinearBaseline(Callback):
             heads, comparable = [], False
         steps = (total_steps(trainer) or 0) if comparable else 0
         began = time.monotonic()
-        if steps:
+        if steps and trainer.is_global_zero:
             print(f"linear baseline: the head alone, {steps} steps on frozen features ...", flush=True)
         with torch.random.fork_rng(), disable_adapters(root):
             torch.manual_seed(0)
@@ -74,7 +74,7 @@ class LinearBaseline(Callback):
                 ),
             )
         reshard(root)
-        if self.result.linear is not None:
+        if self.result.linear is not None and trainer.is_global_zero:
             metric = module.task.metric
             rates = ", ".join(f"{value:.4f} at {rate:g}" for rate, value in (self.result.by_rate or {}).items())
             print(

@@ -172,6 +172,11 @@ CASES = {
         {"trainer.precision": "16-true", "trainer.strategy": {"class_path": "FSDP2"}, "model.quantisation": "int8"},
         ['model.quantisation is "int8" and trainer.strategy is "FSDP2"', 'trainer.precision is "16-true"'],
     ),
+    "sharding": ({"trainer.strategy": {"class_path": "FSDP2"}}, []),
+    "sharding on the CPU": (
+        {"trainer.strategy": {"class_path": "FSDP2", "init_args": {"cpu_offload": True}}, "trainer.accelerator": "cpu"},
+        ["trainer.strategy is FSDP2 with cpu_offload, but steps are taken on the CPU"],
+    ),
 }
 
 
