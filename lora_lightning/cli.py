@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 
 import lora_lightning.data
@@ -27,7 +28,7 @@ from lora_lightning import argv as command_line
 from lora_lightning import plugins, run_folder
 from lora_lightning.callbacks.predictions import WritePredictions
 from lora_lightning.callbacks.report import RunReport
-from lora_lightning.errors import LoraLightningError, RunFolderError, SettingsError, raised_in, wrapped
+from lora_lightning.errors import LoraLightningError, RunFolderError, SettingsError, TrainingError, raised_in, wrapped
 from lora_lightning.injection import iter_adapters
 from lora_lightning.messages import refused
 from lora_lightning.methods import Method
@@ -208,8 +209,11 @@ def main(args: Sequence[str]) -> int:
         LoraLightningError: anything a user can mend.
     """
     quiet()
+    line = command_line.read(args)
     try:
-        CLI(command_line.read(args))
+        CLI(line)
+    except SIGTERMException as stop:  # a SystemExit, which would mean success
+        raise TrainingError(_stopped(line)) from stop
     except (MisconfigurationException, ValueError) as error:
         if isinstance(error, ValueError) and not raised_in(error, "lightning"):
             raise
@@ -217,6 +221,16 @@ def main(args: Sequence[str]) -> int:
     finally:
         run_folder.forget()
     return 0
+
+
+def _stopped(line: command_line.Line) -> str:
+    """What a run was stopped at, and how it goes on."""
+    folder = line.folder or run_folder.current()
+    if line.verb != "fit" or folder is None:
+        return f"{line.verb} was stopped by SIGTERM; start it again."
+    if not (folder / "last.ckpt").is_file():
+        return f"the run in {folder} was stopped by SIGTERM before its first checkpoint; start it again."
+    return f"the run was stopped by SIGTERM before its end; it goes on with fit --resume {folder}"
 
 
 def build(args: Sequence[str]) -> tuple[AdapterModule, LightningDataModule]:

@@ -20,8 +20,8 @@ def new_folder(stem: str, root: Path = Path("runs"), rank: int = 0) -> Path:
     Raises:
         RunFolderError: the folder cannot be made.
     """
-    if told := os.environ.get(VARIABLE):
-        return Path(told)
+    if told := current():
+        return told
     if rank > 0:
         return root / stem / "pending"
     parent = root / stem
@@ -37,6 +37,12 @@ def new_folder(stem: str, root: Path = Path("runs"), rank: int = 0) -> Path:
             raise RunFolderError(f'cannot make the run folder "{folder}": {error.strerror}.') from error
         os.environ[VARIABLE] = str(folder)
         return folder
+
+
+def current() -> Path | None:
+    """The folder that `new_folder` has made, until it is forgotten."""
+    told = os.environ.get(VARIABLE)
+    return Path(told) if told else None
 
 
 def forget() -> None:

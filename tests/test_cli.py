@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from training import completion_file, decoder_folder, encoder_folder, labelled_f
 from lora_lightning import run_folder
 from lora_lightning.__main__ import main
 from lora_lightning.callbacks import SparsitySchedule
+from lora_lightning.module import AdapterModule
 
 TINY = """
 seed_everything: 5
@@ -178,6 +180,27 @@ def test_resuming_a_stopped_run_ends_where_it_would_have(trained, capsys, monkey
     first, second = (json.loads(Path(f"runs/tiny/00{n}/summary.json").read_text()) for n in (1, 2))
     assert first["values"] == second["values"]
     assert first["linear_baseline"] == second["linear_baseline"]
+
+
+def test_a_run_that_sigterm_stops_has_not_succeeded(here, capsys, monkeypatch):
+    def stop(self, batch, batch_idx):
+        if self.trainer.global_step == stopped_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def error(*words):
+        assert main(["fit", *words]) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    monkeypatch.setattr(AdapterModule, "on_train_batch_start", stop)
+    line = ["--config", "tiny.yaml", "--model.linear_baseline", "false"]
+    stopped_at = 2
+    first = "error: the run in runs/tiny/001 was stopped by SIGTERM before its first checkpoint; start it again."
+    assert error(*line) == first
+    then = "error: the run was stopped by SIGTERM before its end; it goes on with fit --resume runs/tiny/002"
+    stopped_at = 5
+    assert error(*line) == then
+    stopped_at = 7
+    assert error("--resume", "runs/tiny/002") == then
 
 
 def test_a_causal_language_model_on_completions(here, capsys):
