@@ -213,11 +213,9 @@ class AdapterModule(LightningModule):
         device = trainer.strategy.root_device if trainer else torch.device("cpu")
         check(kind, strategy, precision, device.type, where if given else f'the checkpoint "{self.pretrained}"')
         for callback in trainer.callbacks if trainer else ():  # type: ignore[attr-defined]
-            if getattr(callback, "writes_weights", False):
-                raise SettingsError(
-                    f"the base is stored as {kind}, and {type(callback).__name__} writes noise into its weights, which "
-                    "cannot be written: leave it out (noise=0), or load a plain base."
-                )
+            refuses = getattr(callback, "refuses_packed", None)
+            if refuses is not None and (reason := refuses(self.method)):
+                raise SettingsError(f"the base is stored as {kind}, and {type(callback).__name__} {reason}")
         return loading(kind, precision, str(device))
 
     def source(self, seed: int) -> str:

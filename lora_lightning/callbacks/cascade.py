@@ -9,16 +9,19 @@ from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.layer import AdaptedLayer
 from lora_lightning.adapters.packed import PackedBase
 from lora_lightning.adapters.seeds import generator
 from lora_lightning.adapters.shift import DenseShift, LogShift
-from lora_lightning.callbacks.noise import NoiseInjection, StageNoise, is_zero
+from lora_lightning.adapters.weights import base_layer
+from lora_lightning.callbacks.noise import WRITES_NOISE, NoiseInjection, StageNoise, is_zero
 from lora_lightning.callbacks.schedule import KNOTS, MASKS, ScheduleCallback, adapted_layer, injected_path
 from lora_lightning.cascades import Moments, NoiseMode, Rule, StageRate, check_cascade
 from lora_lightning.errors import SettingsError, check
+from lora_lightning.methods import Method
 from lora_lightning.optim.state import clear, clear_copies
 from lora_lightning.optim.warmup import Knots, WarmUp
 
@@ -88,10 +91,18 @@ class Cascade(ScheduleCallback):
         """Adapters whose update is a weight."""
         return adapter.mergeable
 
-    @property
-    def writes_weights(self) -> bool:
-        """Whether base weights are written: noise is."""
-        return self.noise > 0
+    def refuses_packed(self, method: Method) -> str:
+        """Why a base in few bits cannot carry the stages of `method`; empty where it can."""
+        if self.noise:
+            return WRITES_NOISE
+        layer = base_layer(nn.Linear(1024, 1024))
+        assert layer is not None
+        if method.build(layer).low_rank() is None:
+            return (
+                "folds dense updates, which cannot be added to it: take a method whose update is a product of two "
+                "factors, or load a plain base."
+            )
+        return ""
 
     def stage_length(self, trainer: Trainer) -> int:
         """Optimizer steps of a stage.

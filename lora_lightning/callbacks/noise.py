@@ -19,6 +19,7 @@ from lora_lightning.adapters.shift import DenseShift, Noise
 from lora_lightning.callbacks.schedule import KNOTS, ScheduleCallback, adapted_layer, injected_path
 from lora_lightning.cascades import NoiseMode
 from lora_lightning.errors import AdapterStateError, check
+from lora_lightning.methods import Method
 from lora_lightning.pieces import assembled, put
 
 T = TypeVar("T")
@@ -104,6 +105,9 @@ def is_zero(adapter: Adapter, layer: AdaptedLayer, name: str) -> bool:
         return torch.equal(adapter.merged_weight(weight), weight)
 
 
+WRITES_NOISE = "writes noise into its weights, which cannot be written: leave it out (noise=0), or load a plain base."
+
+
 class NoiseInjection(ScheduleCallback):
     """Adds strength * std(W) * U[-1/2, 1/2] to each adapted weight when training starts.
 
@@ -125,8 +129,6 @@ class NoiseInjection(ScheduleCallback):
     phase: ClassVar[int] = KNOTS
     reads_base: ClassVar[bool] = True
     asks: ClassVar[str] = "a frozen weight beneath"
-    writes_weights: ClassVar[bool] = True
-    """Weights in few bits cannot be."""
 
     def __init__(self, strength: float = 0.1, mode: NoiseMode = "restore", seed: int | None = None) -> None:
         super().__init__()
@@ -135,6 +137,10 @@ class NoiseInjection(ScheduleCallback):
         check(mode in ("restore", "persist"), self, "mode", 'it must be "restore" or "persist".')
         self._noise = StageNoise(strength)
         self.changed_at_end = mode == "restore"
+
+    def refuses_packed(self, method: Method) -> str:
+        """Why a base in few bits cannot carry noise."""
+        return WRITES_NOISE
 
     def wants(self, adapter: Adapter) -> bool:
         """Adapters on a weight; noise that persists needs an update that is one."""
