@@ -8,6 +8,7 @@ A process that fails ends the launch. Without words it prints the table of cases
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -46,6 +47,7 @@ from ll_optimizers.rite import LoRARITE
 from ll_riemannian_moe import MoELoRA
 from ll_riemannian_moe.optim import RiemannianAdamW, RiemannianSGD
 from ll_rose import RoseLoRA
+from lora_lightning import module as modules
 from lora_lightning.callbacks.best import KeepBest
 from lora_lightning.callbacks.cascade import Cascade
 from lora_lightning.callbacks.inject import InjectAdapters
@@ -94,6 +96,8 @@ def adamw(params: Any) -> torch.optim.Optimizer:
 
 CASES: dict[str, Case] = {
     "LoRA": Case(LoRA(rank=3)),
+    "LoRA, float32": Case(LoRA(rank=3), adamw, module={"dtype": "float32"}),
+    "DoRA, float32": Case(DoRA(rank=3), adamw, module={"dtype": "float32"}),
     "LoRA, window of 2, clipped": Case(
         LoRA(rank=3), trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "max_steps": 4}
     ),
@@ -310,9 +314,15 @@ def record(module: Any, out: Path) -> None:
             (out / "summary.json").write_text(json.dumps(told))
 
 
+def never(*_: Any, **__: Any) -> Any:
+    raise AssertionError("under fsdp2 the first process alone reads a model's files")
+
+
 def main(strategy: str, base: Path, names: list[str]) -> None:
     """Every case on this process, straight and resumed."""
     warnings.simplefilter("ignore")
+    if strategy == "fsdp2" and os.environ["RANK"] != "0":
+        modules.load_model = never
     for name in names or CASES:
         case, out = CASES[name], base / strategy / name
         for kind in ("straight", "resumed"):

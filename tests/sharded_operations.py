@@ -24,11 +24,12 @@ from ll_lora import LoRA
 from ll_riemannian_moe import MoELoRA
 from lora_lightning.adapters.layer import AdaptedLayer
 from lora_lightning.adapters.shift import DenseShift, Noise
+from lora_lightning.checkpoint import adapter_state
 from lora_lightning.errors import AdapterFileError, AdapterStateError, ExportError
 from lora_lightning.injection import adapters_named
 from lora_lightning.optim.groups import factor_pairs
 from lora_lightning.optim.pairs import gram_B, grams, stack_pairs
-from lora_lightning.pieces import local, own_rows, whole
+from lora_lightning.pieces import gather, local, own_rows, whole
 from lora_lightning.sharding import shard
 from lora_lightning.testing import BASE_KINDS, TinyMLP, perturb
 from lora_lightning.tiny import LAYERS, seeded
@@ -189,6 +190,20 @@ def check_grams(mesh: Any, method: Any) -> None:
             close(rows_of[factor], own_rows(other.grad, factor))
 
 
+def check_gathering(mesh: Any) -> None:
+    """What a checkpoint holds of a model in pieces comes together in one all-gather a dtype."""
+    model = adapted(TinyMLP(), DoRA(rank=2))
+    shard(model, mesh, torch.device("cpu"))
+    state = adapter_state(model)
+    cut = [tensor for tensor in state.values() if isinstance(tensor, DTensor)]
+    sizes: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_gather", _counting(dist.all_gather, sizes))
+        gather(list(state.values()))
+    assert len(cut) > 2
+    assert len(sizes) == len({tensor.dtype for tensor in cut})
+
+
 def _counting(collective: Any, sizes: list[int]) -> Any:
     def run(*args: Any, **options: Any) -> Any:
         sizes.append((args[1] if len(args) > 1 else args[0]).numel())  # what this process hands over
@@ -209,6 +224,7 @@ def main(folder: Path) -> None:
                 raise AssertionError(f"{kind}, {name}") from error
     for method in (LoRA(rank=3), MoELoRA(rank=2, experts=3, top_k=2)):
         check_grams(mesh, method)
+    check_gathering(mesh)
     check_refusals(mesh, folder)
     dist.destroy_process_group()
     print("checked", flush=True)

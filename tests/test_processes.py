@@ -114,16 +114,25 @@ def test_a_run_of_two_processes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "strategy"), [("RoseLoRA", "fsdp2"), ("LoRASC", "ddp"), ("MoELoRA", "ddp")])
 def test_two_processes_train_what_one_does_on_the_joint_batch(tmp_path: Path, name: str, strategy: str) -> None:
-    """Two samples a process and four in one: a distributed sampler deals the same rows to the same step."""
-    adapters = []
+    """Two samples a process and four in one: a distributed sampler deals the same rows to the same step.
+
+    Validation has an odd number of rows, each of which counts once.
+    """
+    adapters, summaries = [], []
     for folder, batch, words in ((tmp_path / "one", 4, ()), (tmp_path / "two", 2, on_two(strategy))):
         folder.mkdir()
         write_config(folder, batch, METHODS[name])
-        extra = ("--model.lr_scheduler.share", "0", "--data.group_by_length", "false", "--data.limit", "32")
+        even = (folder / "train.csv").read_text().splitlines()[:-1]
+        (folder / "even.csv").write_text("\n".join(even) + "\n")
+        extra = ("--model.lr_scheduler.share", "0", "--data.group_by_length", "false", "--data.train", "even.csv")
         baseline = ("--model.linear_baseline", "false", "--model.dtype", "float64")
         output = run(folder, "fit", "--config", "small.yaml", *extra, *baseline, *words)
         assert output.splitlines()[-1] == "run: runs/small/001"
-        adapters.append(load_file(folder / "runs" / "small" / "001" / "adapter" / "adapter.safetensors"))
+        done = folder / "runs" / "small" / "001"
+        adapters.append(load_file(done / "adapter" / "adapter.safetensors"))
+        summaries.append(json.loads((done / "summary.json").read_text()))
+    for values in ("untrained", "values"):
+        assert summaries[1][values] == pytest.approx(summaries[0][values], abs=1e-6)
     one, two = adapters
     assert one.keys() == two.keys()
     masks = [tensor for tensor in one.values() if tensor.dtype == torch.bool]

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -20,7 +21,7 @@ from lora_lightning import inject, iter_adapters
 from lora_lightning.injection import adapters_named
 from lora_lightning.optim.groups import build_optimizer
 from lora_lightning.pieces import assembled, local
-from lora_lightning.sharding import shard
+from lora_lightning.sharding import blocks, shard
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +106,35 @@ def test_a_step_gathers_all_pairs_together(mesh, monkeypatch, factory, collectiv
                 torch.testing.assert_close(local(of_cut[key]), value, rtol=0, atol=1e-12)
     assert pieces(cut)
     assert dict(iter_adapters(cut)).keys() == dict(iter_adapters(plain)).keys()
+
+
+class Towers(nn.Module):
+    """A list that repeats a class, one around such lists, one of different classes, and a block in two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.ReLU()) for _ in range(3))
+        self.mixed = nn.ModuleList([nn.Linear(2, 2), nn.ReLU()])
+        self.one = nn.ModuleList([nn.Linear(2, 2)])
+        self.outer = nn.ModuleList(nn.ModuleList(nn.Linear(2, 2) for _ in range(2)) for _ in range(2))
+        self.tied = nn.ModuleList([self.layers[0], nn.Sequential(nn.Linear(2, 2))])
+
+
+def test_blocks_are_what_must_not_be_split_or_repeated_lists():
+    inner = [f"outer.{i}.{k}" for i in range(2) for k in range(2)]
+    assert list(blocks(Towers())) == ["layers.0", "layers.1", "layers.2", *inner, "tied.1"]
+    for name, paths in (
+        ("LlamaForCausalLM", ["model.layers.0", "model.layers.1"]),
+        ("BertForSequenceClassification", ["bert.embeddings", "bert.encoder.layer.0", "bert.encoder.layer.1"]),
+    ):
+        net = small(name)
+        assert list(blocks(net)) == paths, name
+        assert list(blocks(nn.ModuleDict({"inside": net}))) == [f"inside.{path}" for path in paths]
+
+
+def small(name):
+    """A model of transformers' of two layers."""
+    config = getattr(transformers, name).config_class(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=11
+    )
+    return getattr(transformers, name)(config)

@@ -16,13 +16,17 @@ from lora_lightning.injection import iter_adapters, trainable_adapters
 from lora_lightning.paths import plain
 from lora_lightning.pieces import gather_nested, laid_out, local, summed
 
+SLOW = 0.01
+"""Share of the full rate below which a tensor need not train yet."""
+
 
 class TrainingGuard(Callback):
     """Judges every trainable tensor over real optimizer steps: those with a rate above zero and finite gradients.
 
     After `patience_steps` of them a tensor must have had a non-zero gradient and have moved, or the run stops with
-    the list; a tensor that its adapter calls idle has more time. A loss that is no number stops the run at once,
-    unless a gradient scaler is at work, which skips such steps. Works in any Lightning project.
+    the list. A tensor that its adapter calls idle has more time, and so has one whose rate a schedule is still warming
+    up from below a hundredth of the full one: that may be too little to change a number. A loss that is no number stops
+    the run at once, unless a gradient scaler is at work, which skips such steps. Works in any Lightning project.
 
     Args:
         patience_steps: real steps a tensor has to get a gradient and move.
@@ -40,6 +44,7 @@ class TrainingGuard(Callback):
         self._real: dict[str, int] = {}
         self._had_gradient: set[str] = set()
         self._moved: set[str] = set()
+        self._slow: set[str] = set()
         self._seen = 0
         self._loss: Tensor | None = None
         self._restored: dict[str, Any] | None = None
@@ -76,6 +81,9 @@ class TrainingGuard(Callback):
             return
         rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
         elsewhere = {id(p) for other in trainer.optimizers for group in other.param_groups for p in group["params"]}
+        groups = [group for group in optimizer.param_groups if group["lr"] < SLOW * group.get("initial_lr", 0.0)]
+        slow = {id(p) for group in groups for p in group["params"]}
+        self._slow = {name for name, parameter in self._watched.items() if id(parameter) in slow}
         real: list[str] = []
         for name, parameter in self._watched.items():
             # a tensor that no optimizer holds is judged as well: it will not move
@@ -129,21 +137,24 @@ class TrainingGuard(Callback):
         self._seen = trainer.global_step
         due = [name for name, steps in self._real.items() if steps == self.patience_steps]
         if due:
-            self._judge(due, self._idle(pl_module))
+            for name in self._slow.intersection(due):
+                self._real[name] = 1  # the last slow step may be the first of those that count
+            self._judge([name for name in due if name not in self._slow], self._idle(pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge what a short run left unjudged, before anything is written."""
         if not any(self._real.values()):
             raise TrainingError("nothing was trained: no optimizer step with a rate above zero and finite gradients.")
         # one step cannot give a gradient to the partner of a factor that starts at zero
-        short = [name for name, steps in self._real.items() if 2 <= steps < self.patience_steps]
+        slow = self._slow if trainer.global_step > 1 else set()
+        short = [name for name, steps in self._real.items() if 2 <= steps < self.patience_steps or name in slow]
         never = [name for name, steps in self._real.items() if steps == 0]
         self._note_moves(never)
-        still = [name for name in never if name not in self._moved]
+        still = [name for name in never if name not in self._moved and name not in slow]
         self._judge(short + still, self._idle(pl_module))
 
     def _judge(self, names: list[str], idle: set[str]) -> None:
-        untrained = []
+        untrained: list[str] = []
         self._note_moves(names)
         for name in names:
             if name in idle:
@@ -153,9 +164,12 @@ class TrainingGuard(Callback):
             elif name not in self._moved:
                 untrained.append(f"{name} (did not move)")
         if untrained:
+            steps = f"after {max(self._real.values())} optimizer steps with a rate above zero"
+            if any(name in self._slow for name in names):
+                steps = "at the end of a run whose rate has not come to a hundredth of the full one"
             raise TrainingError(
-                f"{len(untrained)} of {len(self._watched)} trainable tensors are not training after "
-                f"{max(self._real.values())} optimizer steps with a rate above zero: {', '.join(untrained[:8])}"
+                f"{len(untrained)} of {len(self._watched)} trainable tensors are not training {steps}: "
+                f"{', '.join(untrained[:8])}"
                 f"{', ...' if len(untrained) > 8 else ''}. Freeze them, exclude their layers, or mend the forward pass."
             )
 

@@ -87,7 +87,7 @@ class ExactResume(Callback):
             if value != before:
                 raise ResumeError(
                     f"the run was started with {name} {before} and would go on with {value}; rates, schedules or "
-                    "batches would jump. Resume with the same settings."
+                    f"batches would jump. Resume with the same settings{self._batch_size(trainer)}."
                 )
         gradients = self._mine(trainer)["gradients"]
         for name, parameter in pl_module.named_parameters():
@@ -99,6 +99,13 @@ class ExactResume(Callback):
         if self._pending is not None:
             _restore_random(self._mine(trainer)["rng"])
             self._pending = None
+
+    def _batch_size(self, trainer: Trainer) -> str:
+        """What keeps batches as they were on another number of processes."""
+        before, now = len((self._pending or {})["ranks"]), trainer.world_size
+        if before == now:
+            return ""
+        return f"; on {now} in place of {before} processes batch_size must be {before / now:g} times what it was"
 
     def _mine(self, trainer: Trainer) -> dict[str, Any]:
         """This process's part of the section."""

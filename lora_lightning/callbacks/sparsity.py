@@ -15,6 +15,7 @@ from lora_lightning.adapters.base import Adapter, EntryMask
 from lora_lightning.adapters.sparsity import KeepRule, keep_count, keep_top, kept_share, sensitivity
 from lora_lightning.callbacks.schedule import MASKS, ScheduleCallback, resolve_ramp
 from lora_lightning.errors import ResumeError, check
+from lora_lightning.paths import plain
 from lora_lightning.pieces import gather, gather_nested, laid_out, local, own_rows, piece_like
 
 FirstScore = Literal["zero", "gradient"]
@@ -114,7 +115,7 @@ class SparsitySchedule(ScheduleCallback):
                 cut = isinstance(entry.param, DTensor) and entry.by_row  # pieces of rows and of columns differ in shape
                 key = (*shape, cut, entry.effect, entry.param.device, entry.param.dtype)
                 stack = stacks.setdefault(key, _Stack([], []))
-                stack.names.append(f"{path}.{names[id(entry.param)]}")
+                stack.names.append(plain(f"{path}.{names[id(entry.param)]}"))
                 stack.entries.append(entry)
         self._stacks = list(stacks.values())
         for stack in self._stacks:
@@ -206,7 +207,7 @@ class SparsitySchedule(ScheduleCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the averages until the adapters are known."""
         super().load_state_dict(state_dict)
-        self._saved = state_dict["averages"]
+        self._saved = {plain(name): average for name, average in state_dict["averages"].items()}
 
 
 def _whole_averages(stacks: list[_Stack]) -> list[Tensor]:

@@ -69,6 +69,7 @@ class TextPairs(TextData):
         self.negative = negative
         self.score = score
         self.task_kinds = ("sentence-similarity",) if score else ("sentence-embedding",)
+        self.measures_rows = score is not None
         check(not (score and negative), self, "negative", "pairs with a score have none; set one of them to null.")
         check(not self.group_by_length, self, "group_by_length", "pairs meet by chance, for the sake of negatives.")
 

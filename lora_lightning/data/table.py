@@ -14,6 +14,7 @@ from torch.utils.data import DistributedSampler
 from lora_lightning.data.collate import MODEL_INPUTS
 from lora_lightning.data.loader import Batch, ResumableLoader
 from lora_lightning.data.packing import Packs, PackSampler
+from lora_lightning.data.shares import EachOnce, equal_batches
 from lora_lightning.data.sources import OnError
 from lora_lightning.data.splits import Source, Sources
 from lora_lightning.errors import DataError, check
@@ -41,7 +42,8 @@ class TableData(LightningDataModule, ABC):
         validation_share: Share of the training examples held out where `validation` is null, chosen by a hash of what
             they hold and so the same in every run; 0 holds nothing out.
         batch_size: Examples of a batch, per process.
-        validation_batch_size: The same for validation, test and predict; null takes batch_size.
+        validation_batch_size: The same for validation, test and predict; null takes batch_size. Several processes may
+            take a few less, so that all have as many batches.
         num_workers: Processes that prepare batches beside the training; 0 prepares them in the training process.
         seed: Seed of the training order.
         limit: Use only so many examples of each split, for a quick try. They are taken at even steps, since many files
@@ -51,6 +53,8 @@ class TableData(LightningDataModule, ABC):
 
     task_kinds: tuple[str, ...]
     """Tasks that the batches serve."""
+    measures_rows: bool = True
+    """Whether validation measures each row by itself; where it compares rows, all processes get as many of them."""
 
     def __init__(
         self,
@@ -194,6 +198,14 @@ class TableData(LightningDataModule, ABC):
         examples = self.examples(split)
         ranks = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
         sampler = self.sampler(examples, batch_size, shuffle=shuffle, seed=self.seed, **ranks)
+        if split in ("validation", "test") and self.measures_rows:
+            rows, processes = len(examples), sampler.num_replicas
+            if rows < processes:
+                raise DataError(
+                    f"{type(self).__name__}.{split} has {rows} rows, fewer than the {processes} processes that share "
+                    "them; give more rows, or fewer devices."
+                )
+            sampler, batch_size = EachOnce(sampler), equal_batches(rows, processes, batch_size)
         return ResumableLoader(
             Packs(examples) if isinstance(sampler, PackSampler) else examples,
             count=self.count,

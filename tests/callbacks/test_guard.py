@@ -38,6 +38,24 @@ def test_a_run_at_a_rate_of_zero_trained_nothing(tmp_path):
         fit(Plain(lr=0.0), tmp_path, [InjectAdapters(LoRA(rank=2), ["used"], also_train=["head"])])
 
 
+class Warmed(Plain):
+    """Its rate, of steps 1 to 5, is too small to change a number in float32."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1e-12 if step < 5 else 1.0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
+
+
+def test_a_rate_that_warms_up_has_time_until_the_end(tmp_path):
+    guard = TrainingGuard()
+    parts = [InjectAdapters(LoRA(rank=2), ["used"], also_train=["head"])]
+    fit(Warmed(), tmp_path, [*parts, guard], max_steps=9)
+    assert all(distance > 0 for distance in guard.moved().values())
+    with pytest.raises(TrainingError, match=r"whose rate has not come to a hundredth .*used.*lora_A \(did"):
+        fit(Warmed(), tmp_path, [InjectAdapters(LoRA(rank=2), ["used"], also_train=["head"])], max_steps=5)
+
+
 def test_a_short_run_is_judged_at_its_end(tmp_path):
     with pytest.raises(TrainingError, match=r"unused.*lora_B \(no gradient\)"):
         fit(Plain(), tmp_path, [InjectAdapters(LoRA(rank=2), ["used", "unused"], also_train=["head"])], max_steps=2)

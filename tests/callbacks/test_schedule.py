@@ -122,6 +122,29 @@ def test_a_step_skipped_by_a_gradient_scaler_leaves_the_schedule_alone(tmp_path)
     assert recorder.events == [(moment, step) for step in (1, 3) for moment in moments]
 
 
+def test_gradients_are_read_unscaled(tmp_path):
+    class Reader(Recorder):
+        def on_gradients(self, step, adapters):
+            (adapter,) = adapters.values()
+            self.events.append(adapter.lora_B.grad.clone())
+
+    seen = []
+    for scale in (None, 2.0**10):
+        torch.manual_seed(0)
+        reader = Reader()
+        scaler = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))] if scale else []
+        options = {"precision": "32-true"} if scale is None else {"plugins": scaler}
+        with torch.autocast("cpu", enabled=False):
+            fit(Plain(), tmp_path, [InjectAdapters(LoRA(rank=2), ["used"], seed=0), reader], max_steps=3, **options)
+        seen.append([event for event in reader.events if isinstance(event, torch.Tensor)])
+    assert len(seen[0]) == 3
+    for one, other in zip(*seen, strict=True):
+        assert one.abs().max() > 1e-4
+        torch.testing.assert_close(
+            other, one, rtol=2e-2, atol=1e-4
+        )  # float16 in between; scaled they are 1,024 times that
+
+
 @pytest.mark.parametrize(("value", "total", "step"), [(0.1, 400, 40), (1.0, 50, 50), (7, 50, 7), (0.0, 50, 0)])
 def test_moments_as_shares_and_step_numbers(value, total, step):
     assert resolve_step(value, total, "x") == step
