@@ -219,7 +219,7 @@ def main(args: Sequence[str]) -> int:
             raise
         raise SettingsError(f"trainer: {' '.join(str(error).split())}") from error
     finally:
-        run_folder.forget()
+        run_folder.forget(getattr(rank_zero_only, "rank", 0))
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from lora_lightning.errors import RunFolderError
@@ -45,9 +46,12 @@ def current() -> Path | None:
     return Path(told) if told else None
 
 
-def forget() -> None:
-    """Let the next fit of this process have a folder of its own."""
-    os.environ.pop(VARIABLE, None)
+def forget(rank: int = 0) -> None:
+    """Let the next fit of this process have a folder of its own; one in which nothing was written is removed."""
+    told = os.environ.pop(VARIABLE, None)
+    if told is not None and rank == 0:
+        with suppress(OSError):  # it holds something
+            Path(told).rmdir()
 
 
 def keep_metrics(folder: Path) -> None:

@@ -317,6 +317,7 @@ def test_bad_input_is_one_line_and_exit_code_2(here, capsys, case):
     assert message in error[-1]
     assert error[-1].startswith("error: ")
     assert not any("Traceback" in line for line in error)
+    assert not [folder for folder in here.glob("runs/*/*") if not any(folder.iterdir())]
 
 
 def test_an_unknown_label_and_an_empty_split(here, capsys):
