@@ -381,6 +381,17 @@ def other_users(model: nn.Module, layers: Mapping[str, BaseLayer]) -> dict[str, 
     return found
 
 
+def _refuse_second_name(model: nn.Module, pattern: str) -> None:
+    """Raise `TargetError` where a pattern matches a parameter by one of its other names only."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if within(pattern, name) and first[id(parameter)] != name:
+            raise TargetError(
+                f'also_train: "{pattern}" matches {name}, which is {first[id(parameter)]} as well; name that one to '
+                "train both."
+            )
+
+
 def trained_parameters(model: nn.Module, also_train: Heads) -> list[str]:
     """Names of base parameters that train in full beside the adapters; rows of new tokens always do.
 
@@ -397,6 +408,7 @@ def trained_parameters(model: nn.Module, also_train: Heads) -> list[str]:
     for pattern in as_patterns(also_train):
         hits = [name for name in names if within(pattern, name)]
         if not hits:
+            _refuse_second_name(model, pattern)
             close = nearest(pattern, {segments(name)[-2] for name in names if "." in name} | set(names))
             raise TargetError(
                 f'also_train: "{pattern}" matches no parameter outside adapted layers. '

@@ -307,6 +307,15 @@ def test_also_train_takes_names() -> None:
     assert trained_parameters(model, []) == []
 
 
+def test_a_tied_parameter_trains_by_its_first_name() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 3), "head": nn.Linear(3, 5, bias=False)})
+    model["head"].weight = model["embed"].weight
+    assert trained_parameters(model, ["embed"]) == ["embed.weight"]
+    text = r'also_train: "head" matches head.weight, which is embed.weight as well; name that one to train both'
+    with pytest.raises(TargetError, match=text):
+        trained_parameters(model, ["head"])
+
+
 def test_also_train_does_not_reach_into_adapted_layers() -> None:
     model = tiny_encoder()
     ll.inject(model, METHOD, ["query"], also_train=())
