@@ -21,7 +21,7 @@ import torch
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -372,7 +372,7 @@ class FSDP1(FSDPStrategy):
 
 
 class _Autocast(DeepSpeedPrecision):
-    """Mixed precision by autocast, as under other strategies, which leaves what trains as it is."""
+    """Mixed precision by autocast, as under other strategies, which leaves what trains and the loss as they are."""
 
     def forward_context(self) -> AbstractContextManager[Any]:
         """Autocast where precision is mixed."""
@@ -382,6 +382,10 @@ class _Autocast(DeepSpeedPrecision):
     def convert_input(self, data: Any) -> Any:
         """The batch, cast under `bf16-true` alone."""
         return super().convert_input(data) if self.precision == "bf16-true" else data
+
+    def backward(self, tensor: Tensor, model: LightningModule, optimizer: Any, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """As DeepSpeed does it, which would divide once more by the batches of a window."""
+        super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
 
 class DeepSpeed(DeepSpeedStrategy):
@@ -433,15 +437,9 @@ class DeepSpeed(DeepSpeedStrategy):
         """Refuse what cannot work.
 
         Raises:
-            SettingsError: a schedule that reads gradients or writes what trains, an optimizer of single tensors, or
-                accumulation, where Lightning and DeepSpeed both divide by the number of batches.
+            SettingsError: a schedule that reads gradients or writes what trains, an optimizer of single tensors.
         """
         self.refuse(trainer.callbacks)  # type: ignore[attr-defined]
-        if trainer.accumulate_grad_batches > 1:
-            raise SettingsError(
-                f"trainer.strategy is DeepSpeed and trainer.accumulate_grad_batches {trainer.accumulate_grad_batches}, "
-                "which divides gradients twice; nearest: a larger batch_size, or FSDP2 (--config strategies/fsdp2)."
-            )
         super().setup(trainer)
 
     def refuse(self, callbacks: Sequence[Callback]) -> None:
@@ -456,6 +454,23 @@ class DeepSpeed(DeepSpeedStrategy):
                     f"trainer.strategy is DeepSpeed, but {type(callback).__name__} {what} DeepSpeed keeps to itself. "
                     "Take FSDP2, or ddp."
                 )
+
+    def on_train_start(self) -> None:
+        """Refuse windows that DeepSpeed would fill up with batches of the next epoch.
+
+        Raises:
+            SettingsError: the batches of an epoch do not divide by `accumulate_grad_batches`.
+        """
+        super().on_train_start()
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        batches, window = trainer.num_training_batches, trainer.accumulate_grad_batches
+        if window > 1 and batches % window:
+            whole = f"limit_train_batches {int(batches - batches % window)}" if batches > window else "fewer batches"
+            raise SettingsError(
+                f"trainer.strategy is DeepSpeed and accumulate_grad_batches {window}, which does not divide the "
+                f"{batches} batches of an epoch: the rest would join the next one's. Nearest: {whole}, or FSDP2."
+            )
 
     def _setup_model_and_optimizer(
         self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any | None = None

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import lightning.pytorch.strategies.deepspeed
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
@@ -87,12 +87,27 @@ def test_deepspeed_leaves_dtypes_to_autocast(deepspeed):
         deepspeed.setup_environment()
 
 
-def test_deepspeed_does_not_accumulate(deepspeed):
-    trainer = Trainer(accelerator="cpu", accumulate_grad_batches=4, logger=False, enable_checkpointing=False)
+def test_deepspeed_divides_a_loss_no_further(deepspeed):
+    """Lightning has divided it by the batches of a window."""
+    deepspeed.precision_plugin = DeepSpeedPrecision("32-true")
+    deepspeed.setup_environment()
+    calls = []
+    module = LightningModule()
+    module._trainer = SimpleNamespace(model=SimpleNamespace(backward=lambda loss, **how: calls.append((loss, how))))
+    deepspeed.precision_plugin.backward(torch.ones(()), module, None)
+    assert calls == [(torch.ones(()), {"scale_wrt_gas": False})]
+
+
+@pytest.mark.parametrize(("batches", "window", "nearest"), [(7, 2, "limit_train_batches 6"), (2, 3, "fewer batches")])
+def test_deepspeed_needs_whole_windows(deepspeed, batches, window, nearest):
+    trainer = SimpleNamespace(num_training_batches=batches, accumulate_grad_batches=window)
+    deepspeed._lightning_module = SimpleNamespace(trainer=trainer)
     with pytest.raises(
-        SettingsError, match="accumulate_grad_batches 4, which divides gradients twice; nearest: a larger"
+        SettingsError, match=f"{window}, which does not divide the {batches} batches .* {nearest}, or FSDP2"
     ):
-        deepspeed.setup(trainer)
+        deepspeed.on_train_start()
+    trainer.num_training_batches = 2 * window
+    deepspeed.on_train_start()
 
 
 @pytest.mark.parametrize(

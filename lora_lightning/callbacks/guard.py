@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lora_lightning.callbacks.schedule import JUDGES, announce, gradients_finite, order_callbacks
+from lora_lightning.callbacks.schedule import JUDGES, announce, gradients_finite, inside_window, order_callbacks
 from lora_lightning.errors import TrainingError
 from lora_lightning.injection import iter_adapters, trainable_adapters
 from lora_lightning.paths import plain
@@ -75,6 +75,8 @@ class TrainingGuard(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Note which tensors have a gradient."""
+        if inside_window(trainer):
+            return
         if not gradients_finite(trainer, pl_module):
             if getattr(trainer.precision_plugin, "scaler", None) is None:
                 raise TrainingError(self._not_finite(trainer.global_step + 1))

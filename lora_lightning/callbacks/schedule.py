@@ -61,6 +61,11 @@ def total_steps(trainer: Trainer) -> int | None:
     return int(total) if math.isfinite(total) and total > 0 else None
 
 
+def inside_window(trainer: Trainer) -> bool:
+    """Whether a strategy that accumulates gradients itself, and is called for each batch, will not step with this."""
+    return trainer.strategy.handles_gradient_accumulation and trainer.fit_loop.epoch_loop._should_accumulate()
+
+
 def announce(trainer: Trainer, callback: Callback, verb: str, what: str, names: Sequence[str]) -> None:
     """Print what a callback acts on: how many, and the first name."""
     if trainer.is_global_zero:
