@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import Strategy
 
 from lora_lightning.errors import RunFolderError
 from lora_lightning.files import write_atomically
@@ -32,6 +33,13 @@ class AtomicCheckpoints(TorchCheckpointIO):
             raise RunFolderError(
                 f'cannot write the checkpoint "{path}": {reason}. The one that was there before is intact.'
             ) from error
+
+
+def read_by_all(strategy: Strategy, path: _PATH, weights_only: bool | None) -> dict[str, Any]:
+    """A checkpoint that one process could have written, read by all processes from the first one's path."""
+    path = Path(strategy.broadcast(path))
+    torch.cuda.empty_cache()
+    return strategy.checkpoint_io.load_checkpoint(path, map_location="cpu", weights_only=weights_only)
 
 
 class LastCheckpoint(ModelCheckpoint):

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
-from lora_lightning import AdapterModule, plugins, strategies
+from lora_lightning import AdapterModule, plugins, zero
 from lora_lightning.__main__ import main
 from lora_lightning.callbacks import Cascade, NoiseInjection, RankPruning, SparsitySchedule
 from lora_lightning.errors import SettingsError
@@ -41,7 +41,7 @@ def test_ours_are_not(ours):
 
 
 def test_deepspeed_that_is_not_there_and_devices_it_does_not_know(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(strategies, "find_spec", lambda name: None)
+    monkeypatch.setattr(zero, "find_spec", lambda name: None)
     with pytest.raises(SettingsError, match=r"not installed \(pip install deepspeed\); nearest: FSDP2"):
         DeepSpeed()
     config = tmp_path / "config.yaml"
@@ -59,7 +59,7 @@ def deepspeed(monkeypatch):
     """Ours, as it is where DeepSpeed is installed and the trainer has a GPU; nothing is started."""
     package = SimpleNamespace(utils=SimpleNamespace(logging=SimpleNamespace(logger=logging.getLogger("deepspeed"))))
     monkeypatch.setitem(sys.modules, "deepspeed", package)
-    monkeypatch.setattr(strategies, "find_spec", lambda name: name)
+    monkeypatch.setattr(zero, "find_spec", lambda name: name)
     monkeypatch.setattr(lightning.pytorch.strategies.deepspeed, "_DEEPSPEED_AVAILABLE", True)
     monkeypatch.setattr(lightning.pytorch.strategies.deepspeed, "_DEEPSPEED_GREATER_EQUAL_0_16", True)
     monkeypatch.setattr(DeepSpeedStrategy, "setup_environment", lambda self: None)
