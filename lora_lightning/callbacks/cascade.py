@@ -95,7 +95,9 @@ class Cascade(ScheduleCallback):
         """Why a base in few bits cannot carry the stages of `method`; empty where it can."""
         if self.noise:
             return WRITES_NOISE
-        layer = base_layer(nn.Linear(1024, 1024))
+        layer = base_layer(
+            nn.utils.skip_init(nn.Linear, 1024, 1024)
+        )  # which draws none of the random numbers of the run
         assert layer is not None
         if method.build(layer).low_rank() is None:
             return (

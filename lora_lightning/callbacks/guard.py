@@ -82,9 +82,10 @@ class TrainingGuard(Callback):
                 raise TrainingError(self._not_finite(trainer.global_step + 1))
             return
         rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
-        elsewhere = {id(p) for other in trainer.optimizers for group in other.param_groups for p in group["params"]}
-        groups = [group for group in optimizer.param_groups if group["lr"] < SLOW * group.get("initial_lr", 0.0)]
-        slow = {id(p) for group in groups for p in group["params"]}
+        groups = [group for other in trainer.optimizers for group in other.param_groups]
+        elsewhere = {id(p) for group in groups for p in group["params"]}
+        warming = [group for group in groups if group["lr"] < SLOW * group.get("initial_lr", 0.0)]
+        slow = {id(p) for group in warming for p in group["params"]}
         self._slow = {name for name, parameter in self._watched.items() if id(parameter) in slow}
         real: list[str] = []
         for name, parameter in self._watched.items():
