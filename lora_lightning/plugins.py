@@ -236,10 +236,10 @@ def names_kept(bases: Iterable[type[Any]]) -> Iterator[None]:
 
     Other packages have classes of the same names, bitsandbytes an AdamW; those go by their full paths.
     """
-    families = [subclasses(base) for base in bases]
-    names = {cls.__name__ for family in families for cls in family if _owner(cls)}
-    others = {cls for family in families for cls in family if cls.__name__ in names and not _owner(cls)}
-    written = {cls: cls.__qualname__ for cls in others}
+    written: dict[type[Any], str] = {}
+    for family in map(subclasses, bases):
+        names = {cls.__name__ for cls in family if _owner(cls)}
+        written |= {cls: cls.__qualname__ for cls in family if cls.__name__ in names and not _owner(cls)}
     try:
         for cls in written:
             cls.__qualname__ = _hidden(cls)
