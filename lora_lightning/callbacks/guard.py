@@ -82,11 +82,11 @@ class TrainingGuard(Callback):
                 raise TrainingError(self._not_finite(trainer.global_step + 1))
             return
         rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
-        groups = [group for other in trainer.optimizers for group in other.param_groups]
-        elsewhere = {id(p) for group in groups for p in group["params"]}
-        warming = [group for group in groups if group["lr"] < SLOW * group.get("initial_lr", 0.0)]
+        elsewhere = {id(p) for other in trainer.optimizers for group in other.param_groups for p in group["params"]}
+        warming = [group for group in optimizer.param_groups if group["lr"] < SLOW * group.get("initial_lr", 0.0)]
         slow = {id(p) for group in warming for p in group["params"]}
-        self._slow = {name for name, parameter in self._watched.items() if id(parameter) in slow}
+        # those of other optimizers are as they were when these stepped
+        self._slow = {n for n, p in self._watched.items() if (id(p) in slow if id(p) in rates else n in self._slow)}
         real: list[str] = []
         for name, parameter in self._watched.items():
             # a tensor that no optimizer holds is judged as well: it will not move

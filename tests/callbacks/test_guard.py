@@ -56,6 +56,32 @@ def test_a_rate_that_warms_up_has_time_until_the_end(tmp_path):
         fit(Warmed(), tmp_path, [InjectAdapters(LoRA(rank=2), ["used"], also_train=["head"])], max_steps=5)
 
 
+class WarmedByHand(Plain):
+    """Steps two optimizers itself, whose rates warm up."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch):
+        loss = super().training_step(batch)
+        self.manual_backward(loss)
+        for optimizer, rates in zip(self.optimizers(), self.lr_schedulers(), strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            rates.step()
+
+    def configure_optimizers(self):
+        optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.used, self.head)]
+        rates = torch.optim.lr_scheduler.LambdaLR
+        return optimizers, [rates(one, lambda step: 1e-12 if step < 5 else 1.0) for one in optimizers]
+
+
+def test_rates_of_several_optimizers_warm_up(tmp_path):
+    guard = TrainingGuard()
+    parts = [InjectAdapters(LoRA(rank=2), ["used"], also_train=["head"]), guard]
+    fit(WarmedByHand(), tmp_path, parts, max_steps=16)
+    assert all(distance > 0 for distance in guard.moved().values())
+
+
 def test_a_short_run_is_judged_at_its_end(tmp_path):
     with pytest.raises(TrainingError, match=r"unused.*lora_B \(no gradient\)"):
         fit(Plain(), tmp_path, [InjectAdapters(LoRA(rank=2), ["used", "unused"], also_train=["head"])], max_steps=2)
