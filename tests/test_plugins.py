@@ -53,14 +53,6 @@ def installed(registry):
     return ", ".join(sorted(registry.methods))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def classes_leave():
-    """A class of a plugin that is gone would still be among its base's subclasses, where configs are read from."""
-    yield
-    _typehints._cached_class_parsers.clear()  # which hold the classes that they are for
-    gc.collect()
-
-
 @pytest.fixture
 def install(tmp_path, monkeypatch):
     """Install plugins for one test: `install(name, source)` writes a module and its `.dist-info`."""
@@ -79,6 +71,10 @@ def install(tmp_path, monkeypatch):
     yield write
     for name in names:
         sys.modules.pop(name, None)
+    # a class of a plugin that is gone would still be among its base's subclasses, where configs are read from
+    plugins._current = None
+    _typehints._cached_class_parsers.clear()  # which hold the classes that they are for
+    gc.collect()
 
 
 def test_ours_come_through_the_entry_point_group(install):
