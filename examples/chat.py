@@ -17,8 +17,8 @@ from torch.optim import AdamW
 
 import lora_lightning as ll
 from lora_lightning.callbacks import RunReport
-from lora_lightning.callbacks.predictions import write_rows
 from lora_lightning.data import Chat
+from lora_lightning.training.predictions import write_rows
 
 SMALL = {
     "hidden_size": 64,

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_lightning import InjectAdapters, Method, method
-from lora_lightning.injection import trainable_adapters
+from lora_lightning.injection.records import trainable_adapters
 
 FACTS = {
     "Lily's favorite color was": "gray",

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from lora_lightning.__main__ import main as lora_lightning
+from lora_lightning.cli.main import main as lora_lightning
 
 STEPS, TUNING_STEPS, BATCH = 300, 150, 16
 SEEDS, TUNING_SEED = (0, 1, 2), 7

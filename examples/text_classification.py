@@ -16,12 +16,12 @@ from lightning.pytorch import Trainer, seed_everything
 
 import lora_lightning as ll
 from lora_lightning.callbacks import RunReport
-from lora_lightning.callbacks.predictions import write_rows
+from lora_lightning.cli.preflight.memory import estimate
+from lora_lightning.cli.verbs.estimate import count
 from lora_lightning.data import PyDocs
 from lora_lightning.data.inspect import show_examples
-from lora_lightning.estimate import estimate
-from lora_lightning.exporting import export_folder
-from lora_lightning.verbs.estimate import count
+from lora_lightning.exporters.from_folder import export_folder
+from lora_lightning.training.predictions import write_rows
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def main() -> None:
     # the adapter on a model of transformers, merged
     from transformers import AutoModelForSequenceClassification
 
-    from lora_lightning.pretrained import resolve
+    from lora_lightning.models.pretrained import resolve
 
     plain = AutoModelForSequenceClassification.from_pretrained(resolve(args.pretrained), num_labels=data.num_labels)
     ll.load_adapter(plain, args.output / "adapter")

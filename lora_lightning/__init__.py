@@ -9,47 +9,41 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lora_lightning.hookspecs import hookimpl
-
-__version__ = "0.1.0"
+from lora_lightning.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from lora_lightning import testing
     from lora_lightning.callbacks.inject import InjectAdapters
-    from lora_lightning.checkpoint import load_adapter, save_adapter
-    from lora_lightning.exporting import export, import_peft
-    from lora_lightning.injection import (
-        disable_adapters,
-        eject,
-        inject,
-        iter_adapters,
-        merge,
-        set_active,
-        set_trainable,
-        unmerge,
-    )
+    from lora_lightning.exporters.export import export, import_peft
+    from lora_lightning.injection.inject import inject
+    from lora_lightning.injection.merge import eject, merge, unmerge
+    from lora_lightning.injection.records import iter_adapters
+    from lora_lightning.injection.switches import disable_adapters, set_active, set_trainable
     from lora_lightning.methods import Method
-    from lora_lightning.module import AdapterModule
+    from lora_lightning.models.new_tokens import add_tokens
     from lora_lightning.plugins import method
-    from lora_lightning.vocabulary import add_tokens
+    from lora_lightning.storage.folder import save_adapter
+    from lora_lightning.storage.load import load_adapter
+    from lora_lightning.training.module import AdapterModule
 
 _HOME = {
-    "AdapterModule": "module",
+    "AdapterModule": "training.module",
     "InjectAdapters": "callbacks.inject",
     "Method": "methods",
-    "add_tokens": "vocabulary",
-    "disable_adapters": "injection",
-    "eject": "injection",
-    "export": "exporting",
-    "import_peft": "exporting",
-    "inject": "injection",
-    "iter_adapters": "injection",
-    "load_adapter": "checkpoint",
-    "merge": "injection",
+    "add_tokens": "models.new_tokens",
+    "disable_adapters": "injection.switches",
+    "eject": "injection.merge",
+    "export": "exporters.export",
+    "import_peft": "exporters.export",
+    "inject": "injection.inject",
+    "iter_adapters": "injection.records",
+    "load_adapter": "storage.load",
+    "merge": "injection.merge",
     "method": "plugins",
-    "save_adapter": "checkpoint",
-    "set_active": "injection",
-    "set_trainable": "injection",
-    "unmerge": "injection",
+    "save_adapter": "storage.folder",
+    "set_active": "injection.switches",
+    "set_trainable": "injection.switches",
+    "unmerge": "injection.merge",
 }
 
 __all__ = [

@@ -6,59 +6,13 @@ its docstring is its help.
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import os
 import sys
-from collections.abc import Sequence
-from types import ModuleType
-from typing import NoReturn
 
-from lora_lightning import __version__, argv, plugins
-from lora_lightning.errors import LoraLightningError, did_you_mean
-
-TRAINING = {
-    "fit": "Train an adapter; --resume DIR continues a run.",
-    "validate": "Evaluate on the validation data; --run DIR takes a run's settings and weights.",
-    "test": "Evaluate on the test data; --run DIR as above.",
-    "predict": "Predict; --run DIR as above, --output FILE names the .csv or .jsonl file.",
-}
-
-HELP = """usage: python -m lora_lightning VERB ...
-
-{verbs}
-
-Anywhere: -p no:NAME leaves plugin NAME out; --config NAME|PATH reads a config, later ones and flags win.
-Configs here: {configs}
-A verb's own flags: python -m lora_lightning VERB --help"""
-
+from lora_lightning.cli.main import main
 
 BROKEN_PIPE = 128 + 13
 """Exit code where the reader of the output has left: what shells report of a tool that SIGPIPE ends."""
-
-
-class VerbParser(argparse.ArgumentParser):
-    """Raises where argparse would print its usage and exit."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise `message`."""
-        raise LoraLightningError(f"{self.prog.rpartition(' ')[2]}: {message}.")
-
-
-def main(args: Sequence[str] | None = None) -> int:
-    """Run one command line, by default the program's; returns the exit code.
-
-    An error that a user can mend is one line on stderr, and 2.
-    """
-    try:
-        return _run(sys.argv[1:] if args is None else args)
-    except LoraLightningError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except SystemExit as stop:  # a parser has printed its help or its error
-        if isinstance(stop.code, str):
-            raise
-        return stop.code or 0
 
 
 def program() -> int:
@@ -78,66 +32,6 @@ def program() -> int:
             return BROKEN_PIPE
         raise
     return code
-
-
-def _run(words: Sequence[str]) -> int:
-    line = argv.read(words)
-    if not line.rest or (line.verb is None and {"-h", "--help"} & set(line.rest)):
-        plugins.load(line.blocked)
-        print(help_text())
-        return 0
-    if line.verb is None and "--version" in line.rest:
-        print(f"lora_lightning {__version__}")
-        return 0
-    if line.verb in TRAINING:
-        return int(importlib.import_module("lora_lightning.cli").main(words))
-    if line.verb in argv.LIGHT_VERBS:
-        plugins.load(line.blocked)  # first: a verb's help may name what they bring
-        verb = _verb(line.verb)
-        return int(verb.run(_parse(line, verb)))
-    commands = plugins.load(line.blocked).commands
-    if line.verb not in commands:
-        found = f'no verb "{line.verb}".' if line.verb else "the verb comes first."
-        known = (*TRAINING, *argv.LIGHT_VERBS, *commands)
-        raise LoraLightningError(f"{found}{did_you_mean(line.verb or '', known)} Verbs: {', '.join(known)}.")
-    verb = importlib.import_module(commands[line.verb])
-    return int(verb.run(_parse(line, verb)))
-
-
-def help_text() -> str:
-    """Verbs with one line each, our own flags, and the configs at hand."""
-    lines = TRAINING | {name: _first_line(_verb(name)) for name in argv.LIGHT_VERBS}
-    for name, module in plugins.registry().commands.items():
-        try:
-            lines[name] = _first_line(importlib.import_module(module))
-        except Exception as error:  # a broken plugin never takes the help down
-            lines[name] = f"failed: {plugins.describe(error)}"
-    verbs = "\n".join(f"  {name:<14}{text}" for name, text in lines.items())
-    return HELP.format(verbs=verbs, configs=", ".join(argv.config_names()) or "none")
-
-
-def _first_line(module: ModuleType) -> str:
-    return (module.__doc__ or "").split("\n", 1)[0]
-
-
-def _verb(name: str) -> ModuleType:
-    return importlib.import_module(f"lora_lightning.verbs.{name.replace('-', '_')}")
-
-
-def _parse(line: argv.Line, verb: ModuleType) -> argparse.Namespace:
-    """A verb's arguments. A verb with `flags` passes on what it does not know, a config's name first; else an error."""
-    description = (verb.__doc__ or "").strip()
-    parser = VerbParser(f"python -m lora_lightning {line.verb}", description=description, allow_abbrev=False)
-    verb.add_arguments(parser)
-    args, others = parser.parse_known_args(line.rest[1:])
-    if "flags" in args:
-        named = others and not others[0].startswith("-")
-        args.flags = [*(["--config"] if named else []), *others, *(f"-p=no:{name}" for name in line.blocked)]
-    elif others:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        word = others[0].partition("=")[0]
-        raise LoraLightningError(f'{line.verb}: it takes no "{word}".{did_you_mean(word, flags)}')
-    return args
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ class RunFolderError(LoraLightningError):
     """A run folder cannot be read or written."""
 
 
-def wrapped(error: BaseException | None) -> LoraLightningError | None:
+def wrapped_error(error: BaseException | None) -> LoraLightningError | None:
     """The error of ours that a library has raised another one from, or `error` itself; None where there is none."""
     while error is not None and not isinstance(error, LoraLightningError):
         error = error.__cause__ or error.__context__

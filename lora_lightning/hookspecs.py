@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-    from lora_lightning.adapters.weights import BaseLayer
+    from lora_lightning.adapters.layers.base import BaseLayer
     from lora_lightning.methods import Method
 
 NAMESPACE = "lora_lightning"
@@ -131,10 +131,10 @@ def lora_lightning_exporters() -> Mapping[str, str]:
 
 @hookspec
 def lora_lightning_base_layers() -> Iterable[Callable[[nn.Module], BaseLayer | None]]:
-    """Kinds of layer that can carry an adapter: functions from a module to its accessor, or None.
+    """Kinds of layer that can carry an adapter: functions from a module to its base layer, or None.
 
     Runs once, when a layer is first looked at, on the command line and in Python; import torch inside. Each function is
     asked for every module before core's own kinds are. Two plugins that serve one module raise `PluginError` naming
-    both. An accessor is a `BaseLayer`; for a weight in few bits, a `PackedBase` that answers `dequantise`.
+    both. A base layer is a `BaseLayer`; for a quantized weight, a `QuantizedBase` that answers `dequantize`.
     """
     raise NotImplementedError("a specification: plugins implement it")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from lora_lightning.adapters.base import Adapter, GroupSpec
-    from lora_lightning.adapters.weights import BaseLayer
+    from lora_lightning.adapters.layers.base import BaseLayer
 
 Adapters = Mapping[str, "Adapter"]
 """Adapters of one name by the path of the layer they sit on."""

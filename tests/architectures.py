@@ -20,9 +20,9 @@ from torch import Tensor
 import lora_lightning as ll
 from ll_riemannian_moe import MoELoRA
 from lora_lightning.errors import TargetError
-from lora_lightning.scopes import PARTS, SCOPES, TOWERS, Scopes
-from lora_lightning.targets import select
-from lora_lightning.testing import seeded
+from lora_lightning.injection.targets import select
+from lora_lightning.models.scopes import PARTS, SCOPES, TOWERS, Scopes
+from lora_lightning.testing.toy_models import seeded
 
 Batch = dict[str, Tensor]
 VOCABULARY, LENGTH, WIDTH, SIZE = 32, 6, 16, 16

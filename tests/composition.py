@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from resuming import SaveAt, assert_equal_runs, at_step, run
-from training import classification, encoder_folder, labelled_data
+from toy_runs import classification, encoder_folder, labelled_data
 
 from ll_ce_lora import CELoRA
 from ll_dora import DoRA

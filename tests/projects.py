@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from training import trainer
+from toy_runs import trainer
 
 
 class Plain(LightningModule):

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback
-from training import trainer
+from toy_runs import trainer
 
-from lora_lightning.saving import AtomicCheckpoints
+from lora_lightning.training.trainer_checkpoints import AtomicCheckpoints
 
 
 class SaveAt(Callback):

@@ -24,7 +24,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from resuming import SaveAt, at_step
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler, TensorDataset
-from training import (
+from toy_runs import (
     classification,
     completion_data,
     decoder_folder,
@@ -47,22 +47,23 @@ from ll_optimizers.rite import LoRARITE
 from ll_riemannian_moe import MoELoRA
 from ll_riemannian_moe.optim import RiemannianAdamW, RiemannianSGD
 from ll_rose import RoseLoRA
-from lora_lightning import module as modules
 from lora_lightning.callbacks.best import KeepBest
 from lora_lightning.callbacks.cascade import Cascade
 from lora_lightning.callbacks.inject import InjectAdapters
 from lora_lightning.callbacks.noise import NoiseInjection
 from lora_lightning.callbacks.rank_pruning import RankPruning
-from lora_lightning.callbacks.report import RunReport
 from lora_lightning.callbacks.resume import ExactResume
-from lora_lightning.checkpoint import save_adapter
 from lora_lightning.data import ResumableLoader
 from lora_lightning.errors import AdapterStateError, SettingsError
 from lora_lightning.methods import Method
-from lora_lightning.module import AdapterModule
-from lora_lightning.saving import AtomicCheckpoints
-from lora_lightning.strategies import FSDP1, FSDP2
-from lora_lightning.tiny import seeded
+from lora_lightning.storage.folder import save_adapter
+from lora_lightning.testing.toy_models import seeded
+from lora_lightning.training import module as modules
+from lora_lightning.training.module import AdapterModule
+from lora_lightning.training.run_report import RunReport
+from lora_lightning.training.strategies.fsdp1 import FSDP1
+from lora_lightning.training.strategies.fsdp2 import FSDP2
+from lora_lightning.training.trainer_checkpoints import AtomicCheckpoints
 
 STEPS, SAVED_AT = 6, 3
 STRATEGIES: dict[str, Callable[[], Any]] = {"ddp": DDPStrategy, "fsdp2": FSDP2, "fsdp": FSDP1}
@@ -264,7 +265,7 @@ class Project(LightningModule):
 def take(
     case: Case, folder: Path, batch: int, callbacks: list[Any], checkpoint: Path | None = None, **more: Any
 ) -> Any:
-    """One run; its module, still in pieces where the strategy makes any."""
+    """One run; its module, still sharded where the strategy makes any."""
     seed_everything(3, verbose=False)
     if case.apart:
         batch, more = 1, more if "devices" in more else {"accumulate_grad_batches": 2}

@@ -1,4 +1,4 @@
-"""What can be done with a model in pieces, checked on every process against the same model whole.
+"""What can be done with a model sharded, checked on every process against the same model whole.
 
 `python -m torch.distributed.run --nproc-per-node=2 tests/sharded_operations.py FOLDER`; a failed check ends the launch.
 """
@@ -22,17 +22,18 @@ import lora_lightning as ll
 from ll_dora import DoRA
 from ll_lora import LoRA
 from ll_riemannian_moe import MoELoRA
-from lora_lightning.adapters.layer import AdaptedLayer
-from lora_lightning.adapters.shift import DenseShift, Noise
-from lora_lightning.checkpoint import adapter_state
+from lora_lightning.adapters.adapted_layer import AdaptedLayer
+from lora_lightning.adapters.folded import DenseUpdate
+from lora_lightning.adapters.noise import Noise
+from lora_lightning.distributed import full_tensor, gather, local, own_rows
 from lora_lightning.errors import AdapterFileError, AdapterStateError, ExportError
-from lora_lightning.injection import adapters_named
+from lora_lightning.injection.records import adapters_named
 from lora_lightning.optim.groups import factor_pairs
 from lora_lightning.optim.pairs import gram_B, grams, stack_pairs
-from lora_lightning.pieces import gather, local, own_rows, whole
-from lora_lightning.sharding import shard
+from lora_lightning.storage.state import adapter_state
 from lora_lightning.testing import BASE_KINDS, TinyMLP, perturb
-from lora_lightning.tiny import LAYERS, seeded
+from lora_lightning.testing.toy_models import LAYERS, seeded
+from lora_lightning.training.strategies.units import shard
 
 METHODS = {"low rank": LoRA(rank=2), "decomposed": DoRA(rank=2)}
 
@@ -77,10 +78,10 @@ def check_kind(kind: str, method: Any, mesh: Any, folder: Path) -> None:
         with ll.disable_adapters(model):
             close(model(x), base)
         close(model(x), applied)
-        # merged: by pieces, and back bit for bit
+        # merged: by shards, and back bit for bit
         ll.merge(model)
         ll.merge(alone)
-        close(whole(layer.base.weight), same.base.weight)
+        close(full_tensor(layer.base.weight), same.base.weight)
         close(model(x), applied)
         with ll.disable_adapters(model):
             close(model(x), base)
@@ -89,39 +90,39 @@ def check_kind(kind: str, method: Any, mesh: Any, folder: Path) -> None:
         assert torch.equal(local(layer.base.weight.detach()), before)
         close(model(x), applied)
 
-        # noise: the same entry the same noise; updates folded densely, in pieces as the weight
+        # noise: the same entry the same noise; updates folded densely, sharded as the weight
         with pytest.raises(AdapterStateError, match="gathered now, so that what is written would be lost"):
             layer.set_noise(Noise(3, 0, "layer", 0.1))
         ll.set_active(model, "default")
         for part in (layer, same):
-            part.set_shift("default", DenseShift(part.accessor))
+            part.set_folded("default", DenseUpdate(part.base_layer))
             part.set_noise(Noise(3, 1, "layer", 0.1))
             part.fold("default", 0.5, "figure_ema")
             part.fold("default", 0.5, "figure_ema", keep_noise=True)
         assert isinstance(layer.shifts["default"].delta, DTensor)
-        assert local(layer.shifts["default"].delta).numel() < whole(layer.shifts["default"].delta).numel()
+        assert local(layer.shifts["default"].delta).numel() < full_tensor(layer.shifts["default"].delta).numel()
         for name in ("delta", "slow"):
-            close(whole(getattr(layer.shifts["default"], name)), getattr(same.shifts["default"], name))
-        close(whole(layer.base.weight), same.base.weight)
+            close(full_tensor(getattr(layer.shifts["default"], name)), getattr(same.shifts["default"], name))
+        close(full_tensor(layer.base.weight), same.base.weight)
         close(layer.clean_weight("default"), same.clean_weight("default"))
         close(model(x), alone(x))
-    ll.save_adapter(model, folder / "pieces")
+    ll.save_adapter(model, folder / "shards")
     if dist.get_rank() == 0:
         ll.save_adapter(alone, folder / "whole")
     dist.barrier()
     for written in ("adapter.safetensors", "adapter.json"):
-        assert (folder / "pieces" / written).stat().st_size == (folder / "whole" / written).stat().st_size
+        assert (folder / "shards" / written).stat().st_size == (folder / "whole" / written).stat().st_size
 
     # gone without a trace, and back from the file
-    state = {key: whole(value) for key, value in model.state_dict().items()}
+    state = {key: full_tensor(value) for key, value in model.state_dict().items()}
     layer.set_noise(None)
-    layer.set_shift("default", None)
+    layer.set_folded("default", None)
     assert torch.equal(local(layer.base.weight.detach()), before)
     perturb_pieces(model)
-    ll.load_adapter(model, folder / "pieces")
+    ll.load_adapter(model, folder / "shards")
     same.set_noise(None)
     for key, value in model.state_dict().items():
-        assert torch.equal(whole(value), state[key]), key
+        assert torch.equal(full_tensor(value), state[key]), key
     with torch.no_grad():
         close(model(x), alone(x))
         ll.eject(model)
@@ -162,12 +163,12 @@ def check_refusals(mesh: Any, folder: Path) -> None:
     bare = nn.Sequential(nn.Linear(6, 5, bias=False))
     ll.inject(bare, LoRA(rank=2, bias=True), ["0"], also_train=())
     shard(bare, mesh, torch.device("cpu"))
-    with pytest.raises(AdapterStateError, match="has no bias and lies in pieces"):
+    with pytest.raises(AdapterStateError, match="has no bias and is sharded"):
         ll.merge(bare)
 
 
 def check_grams(mesh: Any, method: Any) -> None:
-    """What a rule reads that works in pieces: sums of Grams, and whole what is cut along its rank, in one go each."""
+    """What a rule reads that works sharded: sums of Grams, and whole what is cut along its rank, in one go each."""
     alone, model = adapted(TinyMLP(), method), adapted(TinyMLP(), method)
     shard(model, mesh, torch.device("cpu"))
     for one in (alone, model):
@@ -177,7 +178,7 @@ def check_grams(mesh: Any, method: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name, record in sizes.items():
             patch.setattr(dist, name, _counting(getattr(dist, name), record))
-        stacks = stack_pairs(pairs, ("B", "grad_A"), in_pieces=True)
+        stacks = stack_pairs(pairs, ("B", "grad_A"), sharded=True)
         found = grams([(stack, "B") for stack in stacks])
     experts = pairs[0].lora_A.dim() > 2
     rows = 0 if experts else sum(math.ceil(p.lora_A.shape[0] / 2) * p.lora_A.shape[1] for p in pairs)
@@ -191,7 +192,7 @@ def check_grams(mesh: Any, method: Any) -> None:
 
 
 def check_gathering(mesh: Any) -> None:
-    """What a checkpoint holds of a model in pieces comes together in one all-gather a dtype."""
+    """What a checkpoint holds of a model sharded comes together in one all-gather a dtype."""
     model = adapted(TinyMLP(), DoRA(rank=2))
     shard(model, mesh, torch.device("cpu"))
     state = adapter_state(model)

@@ -16,8 +16,8 @@ from ll_dora import DoRA
 from ll_lora import LoRA
 from ll_rose import RoseLoRA
 from lora_lightning.errors import ExportError
+from lora_lightning.models.scopes import TOWERS
 from lora_lightning.optim.groups import build_optimizer
-from lora_lightning.scopes import TOWERS
 from lora_lightning.testing import perturb
 
 README = Path(__file__).resolve().parents[1] / "README.md"

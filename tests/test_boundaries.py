@@ -21,59 +21,45 @@ ROOT = Path(__file__).resolve().parents[1]
 CORE = sorted((ROOT / "lora_lightning").rglob("*.py"))
 PLUGINS = sorted((ROOT / "plugins").glob("ll_*/**/*.py"))
 
-PLAIN_TORCH = {
-    "adapters",
-    "base_layers",
-    "checkpoint",
-    "dequantised",
-    "errors",
-    "estimate",
-    "exporters",
-    "exporting",
-    "files",
-    "fingerprint",
-    "hookspecs",
-    "injection",
-    "methods",
-    "paths",
-    "pieces",
-    "optim",
-    "plugins",
-    "shifts",
-    "targets",
-    "tiny",
-    "tracing",
-    "vocabulary",
-}
-"""Parts of core that serve a bare script: everything but the training loop."""
+ROOMS = (
+    ("errors", "version", "seeds", "distributed"),
+    ("adapters",),
+    ("methods", "hookspecs", "registry", "plugins"),
+    ("models",),
+    ("injection",),
+    ("data",),
+    ("optim",),
+    ("storage",),
+    ("exporters",),
+    ("callbacks",),
+    ("training",),
+    ("cli",),
+    ("testing",),
+    ("__init__", "__main__"),
+)
+"""Rooms of core from the ground up: one imports from those before it, and from its own level only inside itself.
 
-LEVEL = {
-    "errors": 0,
-    "files": 0,
-    "paths": 0,
-    "pieces": 0,
-    "adapters": 1,
-    "methods": 1,
-    "hookspecs": 1,
-    "plugins": 2,
-    "vocabulary": 2,
-    "base_layers": 2,
-    "dequantised": 2,
-    "targets": 2,
-    "injection": 3,
-    "shifts": 3,
-    "fingerprint": 4,
-    "checkpoint": 4,
-    "optim": 4,
-    "exporters": 4,
-    "exporting": 4,
-    "callbacks": 5,
-    "module": 6,
-    "cli": 7,
-    "verbs": 8,
-    "__main__": 8,
+`testing` stands above the command line: its contract parses a method's settings as a config does.
+"""
+
+LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
+WITHIN_A_LEVEL = {
+    ("distributed", "errors"),
+    ("seeds", "errors"),
+    ("hookspecs", "methods"),
+    ("registry", "methods"),
+    ("registry", "hookspecs"),
+    ("plugins", "methods"),
+    ("plugins", "hookspecs"),
+    ("plugins", "registry"),
 }
-"""cli -> module -> callbacks -> checkpoint -> injection -> adapters: imports go down or stay; other parts are free."""
+"""Single modules on one level: which imports which."""
+
+LIGHT = {"errors", "version", "methods", "hookspecs", "registry", "plugins", "__init__"}
+"""What the light verbs import before torch."""
+
+WITHOUT_LIGHTNING = {room for room in LEVEL if LEVEL[room] < LEVEL["callbacks"]} - {"data"}
+"""Rooms that serve a bare script: everything but the training loop. Data modules are Lightning's."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +106,14 @@ def root_of(module: str) -> str:
 def part_of(path: Path) -> str:
     """`adapters` for lora_lightning/adapters/base.py, `module` for lora_lightning/module.py."""
     return path.relative_to(ROOT / "lora_lightning").parts[0].removesuffix(".py")
+
+
+def module_of(path: Path) -> str:
+    """`lora_lightning.adapters` for lora_lightning/adapters/__init__.py."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in CORE}
 
 
 def name_of(path: Path) -> str:
@@ -171,21 +165,67 @@ def test_core_never_spells_a_methods_name(path: Path) -> None:
     assert not _words(path) & names
 
 
-@pytest.mark.parametrize("path", [p for p in CORE if part_of(p) in PLAIN_TORCH], ids=name_of)
+def test_every_module_of_core_has_a_level() -> None:
+    assert not {name_of(path) for path in CORE if part_of(path) not in LEVEL}
+    there = {part_of(path) for path in CORE}
+    assert not [room for room in LEVEL if room not in there], "the table names rooms that are gone"
+
+
+@pytest.mark.parametrize("path", [p for p in CORE if part_of(p) in WITHOUT_LIGHTNING], ids=name_of)
 def test_the_plain_torch_half_never_imports_lightning(path: Path) -> None:
     real = [item.module for item in imports(path) if not item.typing_only]
-    assert not [module for module in real if root_of(module) in ("lightning", "pytorch_lightning", "jsonargparse")]
-    upstairs = ("lora_lightning.module", "lora_lightning.callbacks", "lora_lightning.cli", "lora_lightning.strategies")
-    assert not [module for module in real if module.startswith(upstairs)]
+    assert not [module for module in real if root_of(module) in ("lightning", "pytorch_lightning")]
 
 
-@pytest.mark.parametrize("path", [p for p in CORE if part_of(p) in LEVEL], ids=name_of)
-def test_imports_in_core_go_one_way(path: Path) -> None:
-    own = LEVEL[part_of(path)]
+def test_only_the_command_line_knows_the_parser() -> None:
+    assert not [
+        name_of(path)
+        for path in CORE
+        if part_of(path) != "cli" and any(root_of(item.module) == "jsonargparse" for item in imports(path))
+    ]
+
+
+def _inside(path: Path) -> Iterator[str]:
+    """Modules of core that a file imports, wherever the import stands; not for type checkers only."""
     for item in imports(path):
-        parts = item.module.split(".")
-        if parts[0] == "lora_lightning" and len(parts) > 1 and not item.typing_only:
-            assert LEVEL.get(parts[1], 0) <= own, f"{part_of(path)} imports {item.module}"
+        if root_of(item.module) == "lora_lightning" and not item.typing_only and item.module in MODULES:
+            yield item.module
+
+
+@pytest.mark.parametrize("path", CORE, ids=name_of)
+def test_imports_in_core_go_down(path: Path) -> None:
+    own = part_of(path)
+    for module in _inside(path):
+        if module == "lora_lightning":
+            continue
+        room = module.split(".")[1]
+        climbs = LEVEL[room] > LEVEL[own]
+        beside = LEVEL[room] == LEVEL[own] and room != own and (own, room) not in WITHIN_A_LEVEL
+        assert not climbs, f"{name_of(path)} imports {module}"
+        assert not beside, f"{name_of(path)} imports {module}"
+
+
+def test_no_module_inside_imports_the_packages_init() -> None:
+    """`from lora_lightning import NAME` is for users; inside, a name is imported from where it is defined."""
+    wrong = [
+        f"{name_of(path)}: {item.module}"
+        for path in CORE
+        if part_of(path) != "__init__"
+        for item in imports(path)
+        if not item.typing_only and item.module.count(".") == 1 and root_of(item.module) == "lora_lightning"
+        if item.module not in MODULES
+    ]
+    assert not wrong
+
+
+def test_there_is_no_circle() -> None:
+    """Imports inside functions count."""
+    edges = {module: set(_inside(path)) - {module, "lora_lightning"} for module, path in MODULES.items()}
+    left = dict(edges)
+    while free := [module for module, needs in left.items() if not needs & left.keys()]:
+        for module in free:
+            del left[module]
+    assert not left, f"these import one another: {', '.join(sorted(left))}"
 
 
 @pytest.mark.parametrize("path", PLUGINS, ids=name_of)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from composition import ADAPTERS, CELLS, DIAGONAL, OPTIMIZERS, SCHEDULES, TRAINS, outcome, table
-from training import encoder_folder
+from toy_runs import encoder_folder
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 

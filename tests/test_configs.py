@@ -8,10 +8,10 @@ import json
 from pathlib import Path
 
 import pytest
-from training import completion_file, decoder_folder
+from toy_runs import completion_file, decoder_folder
 
-from lora_lightning.__main__ import main
-from lora_lightning.argv import config_names
+from lora_lightning.cli.configs import config_names
+from lora_lightning.cli.main import main
 from lora_lightning.data import pydocs
 
 SMALL = [

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from training import encoder_folder
+from toy_runs import encoder_folder
 
 from lora_lightning.data import pydocs
 

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from projects import Plain, fit
 from torch import nn
 from torch.utils.data import DataLoader
-from training import trainer
+from toy_runs import trainer
 
 import lora_lightning as ll
 from ll_lora import LoRA
@@ -25,10 +25,10 @@ from ll_lorasc.optim import SlowFast
 from ll_riemannian_moe.optim import RiemannianAdamW
 from ll_rose import RoseLoRA
 from lora_lightning import InjectAdapters, iter_adapters, load_adapter, save_adapter
-from lora_lightning.adapters.sparsity import keep_count, keep_top, kept_share, sensitivity
 from lora_lightning.callbacks import Cascade, NoiseInjection, RankPruning, SparsitySchedule
+from lora_lightning.callbacks.pruning import keep_count, keep_top, kept_share, sensitivity
 from lora_lightning.errors import AdapterStateError, NoEffectError, SettingsError, TrainingError
-from lora_lightning.injection import trainable_adapters
+from lora_lightning.injection.records import trainable_adapters
 from lora_lightning.optim.groups import build_optimizer, factor_pairs
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "existing_project.py"

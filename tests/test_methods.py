@@ -11,9 +11,10 @@ from ll_lorasc import LoRASC
 from ll_rose import RoseLoRA
 from lora_lightning import methods
 from lora_lightning.errors import SettingsError, UnknownMethodError
-from lora_lightning.injection import adapters_named, inject
+from lora_lightning.injection.inject import inject
+from lora_lightning.injection.records import adapters_named
 from lora_lightning.methods import plain_settings, replace
-from lora_lightning.plugins import registry, restore
+from lora_lightning.plugins import registry, restore_settings
 from lora_lightning.testing import TinyMLP
 
 
@@ -31,7 +32,7 @@ def test_a_method_inside_that_nobody_provides_is_named():
     plain = plain_settings(LoRASC(inner=LoRA()))
     plain["inner"]["class_path"] = "LoRO"
     with pytest.raises(UnknownMethodError, match=r'here: no method "LoRO"\. Did you mean "LoRA"'):
-        restore(LoRASC, "here", plain)
+        restore_settings(LoRASC, "here", plain)
 
 
 def test_replace_reaches_inside():

@@ -16,12 +16,14 @@ from torch.optim import Optimizer
 
 from lora_lightning import __main__ as program
 from lora_lightning import callbacks, data, plugins  # noqa: F401 - classes are known once imported
-from lora_lightning.choices import imported_class, named_classes, short_names
+from lora_lightning.cli.classes import imported_class, named_classes, short_names
 from lora_lightning.errors import DuplicateMethodError, ExportError, PluginError, UnknownMethodError
-from lora_lightning.exporting import export
-from lora_lightning.injection import inject, merge
+from lora_lightning.exporters.export import export
+from lora_lightning.injection.inject import inject
+from lora_lightning.injection.merge import merge
 from lora_lightning.methods import Method
-from lora_lightning.tiny import perturb
+from lora_lightning.registry import Provider, one_line
+from lora_lightning.testing import perturb
 
 OURS = {"CELoRA", "DoRA", "LoRA", "LoRASC", "MoELoRA", "RoseLoRA"}
 
@@ -89,7 +91,7 @@ def test_a_third_party_method_is_found_with_its_version(install):
     install("ll_extra", code("Extra"), package="some-package", version="2.5")
     registry = plugins.load()
     assert registry.method("Extra").__name__ == "Extra"
-    assert registry.providers["Extra"] == plugins.Provider("ll_extra", "some-package", "2.5")
+    assert registry.providers["Extra"] == Provider("ll_extra", "some-package", "2.5")
 
 
 BROKEN = {
@@ -159,7 +161,7 @@ def test_a_broken_plugin_is_recorded_and_the_others_live(install, kind):
     registry = plugins.load()
     assert set(registry.failed) == {f"ll_a_{kind}"}
     assert set(registry.methods) >= {*OURS, "Sound"}
-    text = plugins.describe(registry.failed[f"ll_a_{kind}"])
+    text = one_line(registry.failed[f"ll_a_{kind}"])
     assert "\n" not in text
     assert re.search(cause, text), text
 
@@ -194,7 +196,7 @@ def test_the_command_line_survives_taken_names(install, capsys):
         'failed: ll_words: PluginError: lora_lightning_commands: verb "show" of ll_words has a name that is taken, by '
         "core; it must have another one\n" in out
     )
-    assert 'format "peft" of ll_format has a name that is taken, by lora_lightning.exporters.peft_export;' in out
+    assert 'format "peft" of ll_format has a name that is taken, by lora_lightning.exporters.peft.write;' in out
     assert program.main(["show", "LoRA"]) == 0
     assert program.main(["show", "RoseLoRA"]) == 2
     assert "Block one with -p no:ll_rose." in capsys.readouterr().err
@@ -482,7 +484,7 @@ def test_hook_lora_lightning_commands(install, capsys):
 HALVES = """import torch
         from torch import nn
         from torch.nn import functional as F
-        from lora_lightning.adapters.packed import PackedBase
+        from lora_lightning.adapters.layers.quantized import QuantizedBase
 
         class Halved(nn.Module):
             def __init__(self, layer):
@@ -492,8 +494,8 @@ HALVES = """import torch
             def forward(self, x):
                 return F.linear(x, self.weight.to(x.dtype) / 2)
 
-        class HalvedBase(PackedBase):
-            def dequantise(self):
+        class HalvedBase(QuantizedBase):
+            def dequantize(self):
                 return self.module.weight.float() / 2
 
         def halved(module):
@@ -539,7 +541,7 @@ def test_kinds_that_fail_leave_the_others(install, answer):
     registry = plugins.load()
     inject(torch.nn.Sequential(torch.nn.Linear(6, 5)), plugins.method("LoRA")(rank=2), ["0"])
     assert "ll_wrong" in registry.failed
-    assert "ll_quantised" in {plugin for plugin, _ in registry.kinds}
+    assert "ll_quantized" in {plugin for plugin, _ in registry.kinds}
 
 
 @pytest.mark.parametrize(
@@ -564,7 +566,7 @@ def test_a_wrong_answer_is_recorded_and_the_others_live(install, hook, answer, t
     install("ll_wrong", answering(hook, answer))
     registry = plugins.load()
     plugins.load_classes(registry, BASES)
-    assert text in plugins.describe(registry.failed["ll_wrong"])
+    assert text in one_line(registry.failed["ll_wrong"])
     assert set(registry.methods) >= OURS
     assert "SlowFast" in registry.classes
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import encoder_folder, labelled_file
+from toy_runs import encoder_folder, labelled_file
 
 pytestmark = [pytest.mark.multi, pytest.mark.timeout(300)]
 

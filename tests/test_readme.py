@@ -15,9 +15,10 @@ from readme_commands import README, commands
 
 import lora_lightning
 from lora_lightning import hookspecs, plugins
-from lora_lightning.__main__ import main
-from lora_lightning.argv import LIGHT_VERBS, TRAINING_VERBS, config_names, find_config
-from lora_lightning.verbs.methods import markdown_table
+from lora_lightning.cli.configs import config_names, find_config
+from lora_lightning.cli.main import main
+from lora_lightning.cli.verbs.methods import markdown_table
+from lora_lightning.registry import LIGHT_VERBS, TRAINING_VERBS
 
 TEXT = README.read_text()
 
@@ -102,8 +103,8 @@ def test_what_plugin_authors_may_rely_on_exists():
     homes = [
         "methods",
         "adapters.base",
-        "adapters.weights",
-        "adapters.packed",
+        "adapters.layers.base",
+        "adapters.layers.quantized",
         "callbacks.schedule",
         "errors",
         "testing",

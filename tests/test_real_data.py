@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_lightning.__main__ import main
+from lora_lightning.cli.main import main
 
 
 @pytest.fixture

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from resuming import SaveAt, assert_equal_runs, at_step, run
-from training import classification, completion_data, completion_file, decoder_folder, encoder_folder, labelled_data
+from toy_runs import classification, completion_data, completion_file, decoder_folder, encoder_folder, labelled_data
 
 from ll_lora import LoRA
 from ll_rose import RoseLoRA
 from lora_lightning.callbacks import RankPruning
 from lora_lightning.data import LabelledText
 from lora_lightning.errors import ResumeError
-from lora_lightning.module import AdapterModule
 from lora_lightning.optim.warmup import WarmUp
+from lora_lightning.training.module import AdapterModule
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +121,8 @@ def test_a_checkpoint_holds_the_adapter_and_never_the_base(encoder, saved):
 
 
 def _trainable(encoder):
-    from lora_lightning.loading import load_model
-    from lora_lightning.tasks import find_task
+    from lora_lightning.models.loading import load_model
+    from lora_lightning.models.tasks import find_task
 
     model = load_model(str(encoder), find_task("sequence-classification"), 3)
     from lora_lightning import inject

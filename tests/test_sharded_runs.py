@@ -1,6 +1,6 @@
 """Two processes train what one does on the joint batch, and resume exactly: one launch for each strategy.
 
-And what can be done with a model in pieces between steps, in another launch.
+And what can be done with a model sharded between steps, in another launch.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from test_processes import free_port
 from lora_lightning import save_adapter
 from lora_lightning.callbacks import Cascade
 from lora_lightning.callbacks.schedule import ScheduleCallback
-from lora_lightning.checkpoint import adapter_state
 from lora_lightning.errors import ResumeError, SettingsError
-from lora_lightning.strategies import FSDP2
+from lora_lightning.storage.state import adapter_state
+from lora_lightning.training.strategies.fsdp2 import FSDP2
 
 pytestmark = [
     pytest.mark.multi,
@@ -161,5 +161,5 @@ def test_frozen_weights_that_wait_on_the_cpu_are_not_read_between_steps():
         FSDP2(cpu_offload=True).setup(trainer)
 
 
-def test_merging_folding_saving_and_loading_in_pieces(tmp_path):
+def test_merging_folding_saving_and_loading_sharded(tmp_path):
     launch("sharded_operations.py", str(tmp_path))

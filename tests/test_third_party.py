@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training import encoder_folder, labelled_file
+from toy_runs import encoder_folder, labelled_file
 
 from lora_lightning.testing import MethodContract
 

@@ -16,13 +16,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora_lightning as ll
-from lora_lightning.adapters.shift import LogShift
+from lora_lightning.adapters.folded import FactoredUpdate
 from lora_lightning.callbacks import SparsitySchedule
-from lora_lightning.estimate import Parts
-from lora_lightning.injection import iter_adapters, trainable_adapters
+from lora_lightning.cli.preflight.memory import Parts
+from lora_lightning.cli.preflight.trace import Meter, size, trace_step, units, without_values
+from lora_lightning.injection.records import iter_adapters, trainable_adapters
 from lora_lightning.optim.groups import build_optimizer
 from lora_lightning.testing import perturb
-from lora_lightning.tracing import Meter, size, trace_step, units, without_values
 
 NARROW, WIDE = 48, 192
 """Widths of models."""
@@ -56,11 +56,11 @@ def in_training(net: nn.Module, p: Point) -> nn.Module:
         adapter: Any = layer.adapter("default")
         perturb(adapter, k, size=0.02)
         if p.system == "LoRASC":
-            layer.set_shift("default", LogShift(layer.accessor))
+            layer.set_folded("default", FactoredUpdate(layer.base_layer))
             for _ in range(STAGES):
                 layer.fold("default", 0.5, "figure_ema")
         if p.system == "CELoRA" and at.passes:
-            adapter.split(layer.accessor.weight())
+            adapter.split(layer.base_layer.weight())
             adapter.refresh(torch.rand(at.o), 1)
     return net
 
@@ -68,7 +68,7 @@ def in_training(net: nn.Module, p: Point) -> nn.Module:
 def adapted(net: nn.Module) -> list[Layer]:
     """Its adapted layers; what the first block reads from the embedding needs no gradient."""
     first = tuple(f".0.self_attn.{name}_proj" for name in "qkv")
-    return [Layer(at.accessor.d_in, at.accessor.d_out, not path.endswith(first)) for path, at in iter_adapters(net)]
+    return [Layer(at.base_layer.d_in, at.base_layer.d_out, not path.endswith(first)) for path, at in iter_adapters(net)]
 
 
 def batch(width: int = NARROW) -> Tensor:
@@ -131,7 +131,7 @@ def between_steps(p: Point) -> int:
             loss_of(net, batch()).backward()
         schedules = [c for c in callbacks(p) if isinstance(c, SparsitySchedule)]
         for schedule in schedules:
-            schedule.begin(STEPS, trainable_adapters(net))
+            schedule.on_start(STEPS, trainable_adapters(net))
             schedule.on_gradients(1, trainable_adapters(net))
         for parameter in net.parameters():
             parameter.grad = None

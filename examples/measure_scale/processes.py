@@ -25,12 +25,12 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lora_lightning.estimate import estimate
-from lora_lightning.injection import ignore_adapter_buffers
+from lora_lightning.cli.preflight.memory import estimate
+from lora_lightning.cli.preflight.trace import size
+from lora_lightning.distributed import local
+from lora_lightning.injection.inject import ignore_adapter_buffers
 from lora_lightning.optim.groups import build_optimizer
-from lora_lightning.pieces import local
-from lora_lightning.strategies import FSDP2
-from lora_lightning.tracing import size
+from lora_lightning.training.strategies.fsdp2 import FSDP2
 
 COLLECTIVES = {
     "allreduce_": "all-reduce",

@@ -1,1 +1,1 @@
-"""What sits on a frozen layer: the law, the bookkeeping, access to base weights, and the shared low-rank product."""
+"""One layer: the base layer, its adapters, and the law that binds them."""

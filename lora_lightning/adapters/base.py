@@ -18,10 +18,10 @@ from typing import Literal, Self, cast
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.weights import BaseLayer
+from lora_lightning.adapters.layers.base import BaseLayer
+from lora_lightning.adapters.precision import kept
+from lora_lightning.distributed import put
 from lora_lightning.errors import SettingsError
-from lora_lightning.pieces import put
-from lora_lightning.precision import kept
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class GroupSpec:
     """Largest gradient norm of the group; None uses the trainer's `gradient_clip_val` over the remaining groups."""
 
 
-class Tally:
+class RunningSum:
     """Sum and count of a forward- or backward-time statistic; not a buffer, empty at step boundaries."""
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ class Tally:
         self.count += count
 
     def take(self, reduce: Callable[[Tensor], Tensor] = lambda total: total) -> Tensor | None:
-        """Mean over all processes, after which the tally is empty; None where nothing was observed.
+        """Mean over all processes, after which the running_sum is empty; None where nothing was observed.
 
         Args:
             reduce: sums a tensor over processes; called by none of them or by all, so all must have observed something.
@@ -101,8 +101,8 @@ class Tally:
 class Adapter(nn.Module, ABC):
     """One method's module on one layer. Holds the trained tensors; the layer itself is handed in at each call.
 
-    Where parameters lie in pieces on several processes, callbacks ask questions about their values inside
-    `pieces.assembled`, so that an answer is computed from whole tensors and is the same on all of them.
+    Where parameters are sharded on several processes, callbacks ask questions about their values inside
+    `shards.assembled`, so that an answer is computed from whole tensors and is the same on all of them.
     """
 
     additive: bool = False
@@ -158,7 +158,7 @@ class Adapter(nn.Module, ABC):
         """Entry-wise masks a sparsity schedule may write."""
         return ()
 
-    def tallies(self) -> Mapping[str, Tally]:
+    def statistics(self) -> Mapping[str, RunningSum]:
         """Statistics collected since the last optimizer step."""
         return {}
 
@@ -167,7 +167,7 @@ class Adapter(nn.Module, ABC):
         return frozenset()
 
 
-def write(target: Tensor, values: Tensor) -> None:
+def write_values(target: Tensor, values: Tensor) -> None:
     """Copy `values`, whole and equal on all processes, into a parameter or buffer, in its dtype."""
     put(target, values.to(target.dtype))
 
@@ -181,7 +181,7 @@ def write_zeros(target: Tensor) -> None:
 def write_uniform(target: Tensor, generator: torch.Generator) -> None:
     """Write U(-1/sqrt(n), 1/sqrt(n)), n the length of a row: torch's start of a linear layer."""
     drawn = torch.rand(target.shape, generator=generator, device=generator.device)
-    write(target, (2 * drawn - 1) / math.sqrt(target.shape[-1]))
+    write_values(target, (2 * drawn - 1) / math.sqrt(target.shape[-1]))
 
 
 def check_rank(base: BaseLayer, rank: int, name: str = "rank") -> None:

@@ -23,11 +23,11 @@ from lora_lightning.adapters.base import (
     FactorPair,
     check_dropout,
     check_rank,
-    write,
     write_uniform,
+    write_values,
     write_zeros,
 )
-from lora_lightning.adapters.weights import BaseLayer, plus_product, reshaped
+from lora_lightning.adapters.layers.base import BaseLayer, plus_product, reshaped
 from lora_lightning.errors import SettingsError
 
 NO_BIAS = {"embedding": "an embedding", "experts": "a stack of experts"}
@@ -81,7 +81,7 @@ class DroppedProduct(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, x: Tensor, mask: Tensor, A: Tensor, B: Tensor, c: float) -> Tensor:
         """Keeps the mask, h = (x * mask) A^T, the factors, and x for the gradient of A."""
         ctx.shape, ctx.x_dtype, ctx.c = x.shape, x.dtype, c
-        # a quantised layer keeps its input's dtype under autocast, and its output must come through unrounded
+        # a quantized layer keeps its input's dtype under autocast, and its output must come through unrounded
         ctx.dtype = dtype = torch.promote_types(autocast_dtype(x) or x.dtype, y.dtype)
         with torch.autocast(x.device.type, enabled=False):
             h = rows(x * mask).to(dtype) @ A.to(dtype).mT
@@ -194,7 +194,7 @@ class LowRankAdapter(Adapter):
         zero, random = (self.lora_A, self.lora_B) if self.zero_A else (self.lora_B, self.lora_A)
         if self.start == "gaussian":
             drawn = torch.randn(random.shape, generator=generator, device=generator.device)
-            write(random, drawn / self.lora_A.shape[-2])
+            write_values(random, drawn / self.lora_A.shape[-2])
         else:
             write_uniform(random, generator)
         write_zeros(zero)

@@ -9,12 +9,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lora_lightning.callbacks.schedule import JUDGES, ScheduleCallback, announce, order_callbacks
-from lora_lightning.checkpoint import adapter_keys
+from lora_lightning.callbacks.schedule import ScheduleCallback
+from lora_lightning.callbacks.steps import JUDGES, announce, order_callbacks
+from lora_lightning.distributed import gather_nested, shard_like
 from lora_lightning.errors import NoEffectError, check
-from lora_lightning.injection import injected_root, records
-from lora_lightning.pieces import gather_nested, laid_out
-from lora_lightning.shifts import open_shifts, rewrite_weights
+from lora_lightning.injection.records import injected_root, records
+from lora_lightning.storage.folded import make_room_for_folded, rewrite_weights
+from lora_lightning.storage.state import adapter_keys
 
 
 class KeepBest(Callback):
@@ -83,10 +84,10 @@ class KeepBest(Callback):
             return
         root = injected_root(pl_module)
         for name in records(root):
-            open_shifts(root, name, self._tensors)
+            make_room_for_folded(root, name, self._tensors)
         state = root.state_dict()
         for key, value in self._tensors.items():
-            state[key].copy_(laid_out(value, state[key]))
+            state[key].copy_(shard_like(value, state[key]))
         rewrite_weights(root)
         if trainer.is_global_zero:
             print(f"kept: the state of step {self.step}, {self.monitor} {self.values[str(self.monitor)]:.4f}")

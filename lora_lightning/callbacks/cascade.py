@@ -11,19 +11,20 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
+from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.adapters.base import Adapter
-from lora_lightning.adapters.layer import AdaptedLayer
-from lora_lightning.adapters.packed import PackedBase
-from lora_lightning.adapters.seeds import generator
-from lora_lightning.adapters.shift import DenseShift, LogShift
-from lora_lightning.adapters.weights import base_layer
+from lora_lightning.adapters.folded import DenseUpdate, FactoredUpdate
+from lora_lightning.adapters.folding_rules import Moments, NoiseMode, Rule, StageRate, check_cascade
+from lora_lightning.adapters.layers.kinds import core_base_layer
+from lora_lightning.adapters.layers.quantized import QuantizedBase
 from lora_lightning.callbacks.noise import WRITES_NOISE, NoiseInjection, StageNoise, is_zero
-from lora_lightning.callbacks.schedule import KNOTS, MASKS, ScheduleCallback, adapted_layer, injected_path
-from lora_lightning.cascades import Moments, NoiseMode, Rule, StageRate, check_cascade
+from lora_lightning.callbacks.schedule import ScheduleCallback
+from lora_lightning.callbacks.steps import MASKS, STAGE_ENDS, adapted_layer, injected_path
 from lora_lightning.errors import SettingsError, check
 from lora_lightning.methods import Method
 from lora_lightning.optim.state import clear, clear_copies
 from lora_lightning.optim.warmup import Knots, WarmUp
+from lora_lightning.seeds import generator
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +59,9 @@ class Cascade(ScheduleCallback):
         NoEffectError: no trainable adapter that can be folded.
     """
 
-    phase: ClassVar[int] = KNOTS
+    phase: ClassVar[int] = STAGE_ENDS
     reads_base: ClassVar[bool] = True
-    asks: ClassVar[str] = "an update that does not depend on the input, so that it can be folded"
+    requires: ClassVar[str] = "an update that does not depend on the input, so that it can be folded"
 
     def __init__(
         self,
@@ -87,15 +88,15 @@ class Cascade(ScheduleCallback):
         self._folded_at = 0
         self._noise = StageNoise(noise)
 
-    def wants(self, adapter: Adapter) -> bool:
+    def accepts(self, adapter: Adapter) -> bool:
         """Adapters whose update is a weight."""
         return adapter.mergeable
 
-    def refuses_packed(self, method: Method) -> str:
-        """Why a base in few bits cannot carry the stages of `method`; empty where it can."""
+    def refuses_quantized(self, method: Method) -> str:
+        """Why a quantized base cannot carry the stages of `method`; empty where it can."""
         if self.noise:
             return WRITES_NOISE
-        layer = base_layer(
+        layer = core_base_layer(
             nn.utils.skip_init(nn.Linear, 1024, 1024)
         )  # which draws none of the random numbers of the run
         assert layer is not None
@@ -125,7 +126,7 @@ class Cascade(ScheduleCallback):
             return None
         return Knots(self.stage_length(trainer), self.lr, self.rewarm_steps)
 
-    def begin(self, total: int | None, adapters: Mapping[str, Adapter]) -> None:
+    def on_start(self, total: int | None, adapters: Mapping[str, Adapter]) -> None:
         """Open shifts, and the noise of the stage; a resumed run finds the shifts loaded."""
         self._check_module()
         self.length = self.stage_length(self.trainer)
@@ -166,12 +167,12 @@ class Cascade(ScheduleCallback):
             )
         persists = bool(self.noise) and self.noise_mode == "persist"
         if name not in layer.shifts:
-            factors, base = layer.low_rank(name), layer.accessor
+            factors, base = layer.low_rank(name), layer.base_layer
             numbers = (stages or math.inf) * (factors[0].shape[-2] if factors else math.inf) * (base.d_in + base.d_out)
-            few_bits = isinstance(base, PackedBase) and factors is not None  # which no dense update can be added to
+            few_bits = isinstance(base, QuantizedBase) and factors is not None  # which no dense update can be added to
             small = (numbers < base.d_in * base.d_out or few_bits) and not persists
-            layer.set_shift(name, LogShift(base) if small else DenseShift(base))
-        elif persists and isinstance(layer.shifts[name], LogShift):
+            layer.set_folded(name, FactoredUpdate(base) if small else DenseUpdate(base))
+        elif persists and isinstance(layer.shifts[name], FactoredUpdate):
             raise SettingsError(
                 f'Cascade.noise_mode is "persist", but {path} holds factors that were folded before, which noise '
                 'cannot join; take "restore".'

@@ -10,11 +10,11 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lora_lightning.callbacks.schedule import JUDGES, announce, gradients_finite, inside_window, order_callbacks
+from lora_lightning.callbacks.steps import JUDGES, announce, gradients_finite, inside_window, order_callbacks
+from lora_lightning.distributed import gather_nested, local, shard_like, summed
 from lora_lightning.errors import TrainingError
-from lora_lightning.injection import iter_adapters, trainable_adapters
-from lora_lightning.paths import plain
-from lora_lightning.pieces import gather_nested, laid_out, local, summed
+from lora_lightning.injection.records import iter_adapters, trainable_adapters
+from lora_lightning.models.paths import plain
 
 SLOW = 0.01
 """Share of the full rate below which a tensor need not train yet."""
@@ -68,7 +68,7 @@ class TrainingGuard(Callback):
             self._real, self._had_gradient = dict(self._restored["real"]), set(self._restored["had_gradient"])
             self._moved = set(self._restored["moved"])
             for name, value in self._restored["start"].items():
-                self._start[name] = laid_out(value, self._watched[name])
+                self._start[name] = shard_like(value, self._watched[name])
             self._restored = None
         self._seen = trainer.global_step
         announce(trainer, self, "watches", "trainable tensor", list(self._watched))
@@ -106,11 +106,11 @@ class TrainingGuard(Callback):
 
     def _note_moves(self, names: list[str]) -> None:
         unknown = [name for name in names if name not in self._moved]
-        pieces = [(local(self._watched[name].detach()), local(self._start[name])) for name in unknown]
-        self._moved |= self._holding(unknown, [not torch.equal(now, start) for now, start in pieces])
+        shards = [(local(self._watched[name].detach()), local(self._start[name])) for name in unknown]
+        self._moved |= self._holding(unknown, [not torch.equal(now, start) for now, start in shards])
 
     def _holding(self, names: list[str], flags: list[Any]) -> set[str]:
-        """Those of `names` whose flag is set on any process that holds a piece."""
+        """Those of `names` whose flag is set on any process that holds a shard."""
         if not names:
             return set()
         counts = summed(torch.tensor([float(flag) for flag in flags]), [self._watched[name] for name in names])

@@ -13,27 +13,23 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lora_lightning.callbacks.guard import TrainingGuard
-from lora_lightning.callbacks.schedule import REPORTS, order_callbacks
-from lora_lightning.checkpoint import adapter_keys, describe, save_adapter
-from lora_lightning.comparison import check_fits, check_same
+from lora_lightning.callbacks.steps import REPORTS, order_callbacks
+from lora_lightning.distributed import is_sharded, put, shard_like
 from lora_lightning.errors import AdapterStateError, ResumeError, TrainingError
-from lora_lightning.injection import (
-    InjectionReport,
-    adapters_named,
-    check_unmerged,
-    ignore_adapter_buffers,
-    inject,
-    injected_root,
-    iter_adapters,
-    records,
-)
+from lora_lightning.injection.inject import ignore_adapter_buffers, inject
+from lora_lightning.injection.records import adapters_named, check_unmerged, injected_root, iter_adapters, records
+from lora_lightning.injection.report import InjectionReport
+from lora_lightning.injection.targets import Targets
 from lora_lightning.methods import Method
+from lora_lightning.models.anatomy import Heads
 from lora_lightning.optim.groups import factor_pairs
 from lora_lightning.optim.pair_optimizer import PairOptimizer
 from lora_lightning.optim.wrapper import innermost
-from lora_lightning.pieces import is_sharded, laid_out, put
-from lora_lightning.shifts import open_shifts, rewrite_weights
-from lora_lightning.targets import Heads, Targets
+from lora_lightning.storage.description import describe_adapter
+from lora_lightning.storage.folded import make_room_for_folded, rewrite_weights
+from lora_lightning.storage.folder import save_adapter
+from lora_lightning.storage.resume_check import check_fits, check_same
+from lora_lightning.storage.state import adapter_keys
 
 _SECTION = "lora_lightning"
 
@@ -202,7 +198,7 @@ class InjectAdapters(Callback):
         else:
             checkpoint["state_dict"] = {}
         root = injected_root(pl_module)
-        description = describe(root, self.name, records(root)[self.name])
+        description = describe_adapter(root, self.name, records(root)[self.name])
         checkpoint[_SECTION] = {"description": description, "tensors": own}
 
     def _accept_project_names(self, module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
@@ -215,7 +211,7 @@ class InjectAdapters(Callback):
         current = module.state_dict()
         for key, own in current.items():
             if key in state_dict and isinstance(own, DTensor):
-                state_dict[key] = laid_out(state_dict[key], own)
+                state_dict[key] = shard_like(state_dict[key], own)
         for key in adapter_keys(module, self.name):
             state_dict.setdefault(key, current[key])
 
@@ -230,7 +226,7 @@ class InjectAdapters(Callback):
         check_unmerged(pl_module)
         check_same(pl_module, self.name, checkpoint[_SECTION]["description"])
         tensors: dict[str, Tensor] = checkpoint[_SECTION]["tensors"]
-        open_shifts(pl_module, self.name, tensors)
+        make_room_for_folded(pl_module, self.name, tensors)
         check_fits(pl_module, self.name, tensors)
         state = pl_module.state_dict()
         for key, value in tensors.items():

@@ -12,15 +12,17 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.adapters.base import Adapter
-from lora_lightning.adapters.layer import AdaptedLayer
-from lora_lightning.adapters.seeds import generator
-from lora_lightning.adapters.shift import DenseShift, Noise
-from lora_lightning.callbacks.schedule import KNOTS, ScheduleCallback, adapted_layer, injected_path
-from lora_lightning.cascades import NoiseMode
+from lora_lightning.adapters.folded import DenseUpdate
+from lora_lightning.adapters.folding_rules import NoiseMode
+from lora_lightning.adapters.noise import Noise
+from lora_lightning.callbacks.schedule import ScheduleCallback
+from lora_lightning.callbacks.steps import STAGE_ENDS, adapted_layer, injected_path
+from lora_lightning.distributed import assembled, put
 from lora_lightning.errors import AdapterStateError, check
 from lora_lightning.methods import Method
-from lora_lightning.pieces import assembled, put
+from lora_lightning.seeds import generator
 
 T = TypeVar("T")
 
@@ -79,7 +81,7 @@ class StageNoise:
 
 
 def _values(layer: AdaptedLayer, noise: Noise | None) -> Tensor | None:
-    base = layer.accessor
+    base = layer.base_layer
     return None if noise is None else noise.values((*base.lead, base.d_out, base.d_in))
 
 
@@ -126,9 +128,9 @@ class NoiseInjection(ScheduleCallback):
         AdapterStateError: an adapted weight is shared with another module, or the adapter has folded something already.
     """
 
-    phase: ClassVar[int] = KNOTS
+    phase: ClassVar[int] = STAGE_ENDS
     reads_base: ClassVar[bool] = True
-    asks: ClassVar[str] = "a frozen weight beneath"
+    requires: ClassVar[str] = "a frozen weight beneath"
 
     def __init__(self, strength: float = 0.1, mode: NoiseMode = "restore", seed: int | None = None) -> None:
         super().__init__()
@@ -138,15 +140,15 @@ class NoiseInjection(ScheduleCallback):
         self._noise = StageNoise(strength)
         self.changed_at_end = mode == "restore"
 
-    def refuses_packed(self, method: Method) -> str:
-        """Why a base in few bits cannot carry noise."""
+    def refuses_quantized(self, method: Method) -> str:
+        """Why a quantized base cannot carry noise."""
         return WRITES_NOISE
 
-    def wants(self, adapter: Adapter) -> bool:
+    def accepts(self, adapter: Adapter) -> bool:
         """Adapters on a weight; noise that persists needs an update that is one."""
         return adapter.mergeable or self.mode == "restore"
 
-    def begin(self, total: int | None, adapters: Mapping[str, Adapter]) -> None:
+    def on_start(self, total: int | None, adapters: Mapping[str, Adapter]) -> None:
         """Put the noise on; a resumed run puts the same on again, unless the adapter holds it."""
         resumed = self._noise.placed
         layers = {path: adapted_layer(self.module, path) for path in adapters}
@@ -163,10 +165,10 @@ class NoiseInjection(ScheduleCallback):
         """Move the noise from the weight into the adapter."""
         if name in layer.shifts:
             raise AdapterStateError(f"{path}: it has folded something already, so no noise can persist on it.")
-        shift = DenseShift(layer.accessor)
-        put(shift.delta, layer.under(name).weight(shift.delta.dtype) - layer.clean_weight(name))
+        shift = DenseUpdate(layer.base_layer)
+        put(shift.delta, layer.wrapped(name).weight(shift.delta.dtype) - layer.clean_weight(name))
         layer.set_noise(None)
-        layer.set_shift(name, shift)
+        layer.set_folded(name, shift)
 
     def on_stepped(self, step: int, adapters: Mapping[str, Adapter]) -> None:
         """Nothing: the noise stays as it is."""

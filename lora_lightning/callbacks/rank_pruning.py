@@ -9,10 +9,11 @@ from typing import ClassVar
 from lightning.pytorch.callbacks import Callback
 
 from lora_lightning.adapters.base import Adapter
-from lora_lightning.adapters.sparsity import keep_top, kept_share
-from lora_lightning.callbacks.schedule import MASKS, ScheduleCallback, resolve_ramp
+from lora_lightning.callbacks.pruning import keep_top, kept_share
+from lora_lightning.callbacks.schedule import ScheduleCallback
+from lora_lightning.callbacks.steps import MASKS, resolve_ramp
+from lora_lightning.distributed import assembled
 from lora_lightning.errors import SettingsError, check
-from lora_lightning.pieces import assembled
 
 
 class RankPruning(ScheduleCallback):
@@ -34,7 +35,7 @@ class RankPruning(ScheduleCallback):
 
     phase: ClassVar[int] = MASKS
     writes_values: ClassVar[bool] = False
-    asks: ClassVar[str] = "a rank mask (rank_mask, rank_scores())"
+    requires: ClassVar[str] = "a rank mask (rank_mask, rank_scores())"
 
     def __init__(self, final_rank: int, start: float = 0.1, end: float = 0.8, every_n_steps: int = 1) -> None:
         super().__init__()
@@ -44,7 +45,7 @@ class RankPruning(ScheduleCallback):
         self.start_step = self.end_step = 0
         self._rank = 0.0
 
-    def wants(self, adapter: Adapter) -> bool:
+    def accepts(self, adapter: Adapter) -> bool:
         """Adapters with a rank mask."""
         return adapter.rank_mask is not None
 
@@ -52,7 +53,7 @@ class RankPruning(ScheduleCallback):
         """Refuse a ramp that does not fit."""
         resolve_ramp(self.start, self.end, total, type(self).__name__)
 
-    def begin(self, total: int | None, adapters: Mapping[str, Adapter]) -> None:
+    def on_start(self, total: int | None, adapters: Mapping[str, Adapter]) -> None:
         """Resolve the ramp; refuse a final rank above any adapter's."""
         self.start_step, self.end_step = resolve_ramp(self.start, self.end, total, type(self).__name__)
         for path, adapter in adapters.items():

@@ -12,13 +12,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lora_lightning.callbacks.schedule import JUDGES, order_callbacks, total_steps
+from lora_lightning.callbacks.steps import JUDGES, order_callbacks, total_steps
+from lora_lightning.distributed import as_shard_of, gather_objects, local
 from lora_lightning.errors import ResumeError
+from lora_lightning.models.paths import plain
 from lora_lightning.optim.warmup import WarmUp
-from lora_lightning.paths import plain
-from lora_lightning.pieces import local, piece_like
-from lora_lightning.processes import gather_objects
-from lora_lightning.shifts import rewrite_weights
+from lora_lightning.storage.folded import rewrite_weights
 
 _SECTION = "lora_lightning_resume"
 
@@ -92,7 +91,7 @@ class ExactResume(Callback):
         gradients = self._mine(trainer)["gradients"]
         for name, parameter in pl_module.named_parameters():
             if plain(name) in gradients:
-                parameter.grad = piece_like(gradients[plain(name)].to(parameter.device, copy=True), parameter)
+                parameter.grad = as_shard_of(gradients[plain(name)].to(parameter.device, copy=True), parameter)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Restore random numbers here: building the loader's iterator draws one."""

@@ -14,143 +14,19 @@ parameters of its adapters. Step numbers are Lightning's `global_step`, which co
 from __future__ import annotations
 
 import inspect
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar, cast
-from weakref import WeakKeyDictionary
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint
-from torch import nn
+from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 
 from lora_lightning.adapters.base import Adapter
-from lora_lightning.adapters.layer import AdaptedLayer
-from lora_lightning.errors import NoEffectError, ResumeError, SettingsError
-from lora_lightning.injection import injected_root, records, trainable_adapters
-from lora_lightning.paths import plain
-
-T = TypeVar("T")
-
-MASKS = 3
-"""Phase of callbacks that write values and masks."""
-KNOTS = 5
-"""Phase of callbacks that end a stage: what they fold has its masks."""
-JUDGES = 7
-"""Phase of callbacks that read the step's result: the guard, averages."""
-REPORTS = 8
-"""Phase of callbacks that write what a judged run has left."""
-
-
-def order_callbacks(trainer: Trainer) -> None:
-    """Give the trainer a new list, sorted by phase (0 where a callback has none), Checkpoint callbacks last."""
-    ranked = sorted(trainer.callbacks, key=lambda c: (isinstance(c, Checkpoint), getattr(c, "phase", 0)))  # type: ignore[attr-defined]
-    trainer.callbacks = ranked  # type: ignore[attr-defined]
-
-
-def total_steps(trainer: Trainer) -> int | None:
-    """Optimizer steps of the whole fit; None where nothing bounds them.
-
-    Only max_steps bounds those of a module that steps its optimizers itself: an epoch may have any number.
-    """
-    if not trainer.lightning_module.automatic_optimization:
-        return trainer.max_steps if trainer.max_steps > 0 else None
-    total = trainer.estimated_stepping_batches
-    return int(total) if math.isfinite(total) and total > 0 else None
-
-
-def inside_window(trainer: Trainer) -> bool:
-    """Whether a strategy that accumulates gradients itself, and is called for each batch, will not step with this."""
-    return trainer.strategy.handles_gradient_accumulation and trainer.fit_loop.epoch_loop._should_accumulate()
-
-
-def announce(trainer: Trainer, callback: Callback, verb: str, what: str, names: Sequence[str]) -> None:
-    """Print what a callback acts on: how many, and the first name."""
-    if trainer.is_global_zero:
-        first = f"{plain(names[0])}{', ...' if len(names) > 1 else ''}"
-        print(f"{type(callback).__name__}: {verb} {len(names)} {what}{'s' * (len(names) > 1)} ({first})")
-
-
-def outside_step(trainer: Trainer, run: Callable[[], T]) -> T:
-    """What `run` returns, which calls the model between steps; some strategies have to gather its weights for it."""
-    inside = getattr(trainer.strategy, "inside", None)
-    return run() if inside is None else inside(run)
-
-
-def adapted_layer(module: nn.Module, path: str) -> tuple[AdaptedLayer, str, int]:
-    """The layer under an adapter's path, the adapter's name, and the seed of its start values."""
-    layer_path, _, name = path.rpartition(".adapters.")
-    return cast(AdaptedLayer, module.get_submodule(layer_path)), name, records(injected_root(module))[name].seed
-
-
-def injected_path(module: nn.Module, path: str) -> str:
-    """The layer path that `inject` knew an adapter's layer by, from the adapter's path in the whole module."""
-    root = injected_root(module)
-    inside = next(name for name, part in module.named_modules() if part is root)
-    return path.rpartition(".adapters.")[0].removeprefix(f"{inside}." if inside else "")
-
-
-_verdicts: WeakKeyDictionary[Trainer, tuple[int, bool]] = WeakKeyDictionary()
-
-
-def gradients_finite(trainer: Trainer, module: LightningModule) -> bool:
-    """Whether the gradients of the coming step are finite on every process; computed once a step."""
-    known = _verdicts.get(trainer)
-    if known is None or known[0] != trainer.global_step:
-        grads = [p.grad for p in module.parameters() if p.requires_grad and p.grad is not None]
-        finite = not grads or bool(torch.isfinite(torch.nn.utils.get_total_norm(grads)))
-        known = (trainer.global_step, trainer.strategy.reduce_boolean_decision(finite, all=True))
-        _verdicts[trainer] = known
-    return known[1]
-
-
-def resolve_step(value: float, total: int | None, what: str) -> int:
-    """A schedule's moment as a step number: up to 1 a share of all steps, from 2 on the number itself.
-
-    Raises:
-        SettingsError: a fraction above 1, or a share of a run whose length nothing bounds.
-    """
-    if value > 1:
-        if value != int(value):
-            raise SettingsError(
-                f"{what} is {value}; above 1 it is a step number and must be whole, such as {round(value)}."
-            )
-        return int(value)
-    if total is None:
-        raise SettingsError(f"{what} is {value}, a share of all steps, but nothing bounds their number; set max_steps.")
-    return round(value * total)
-
-
-def resolve_ramp(start: float, end: float, total: int | None, what: str) -> tuple[int, int]:
-    """First and last step of a ramp; it never starts before step 2, since nothing is known at step 1.
-
-    Args:
-        start: moment before which nothing happens.
-        end: moment from which on nothing changes.
-        total: optimizer steps of the run.
-        what: name of the schedule, for errors.
-
-    Raises:
-        SettingsError: the ramp ends before it starts, or does not fit the run; names the smallest run that does.
-    """
-    first, last = max(2, resolve_step(start, total, f"{what}.start")), resolve_step(end, total, f"{what}.end")
-    if total is not None and last > total:
-        raise SettingsError(f"{what}.end is step {last}; the run has {total} steps, so it must be at most {total}.")
-    if first < last:
-        return first, last
-    if start >= end and (start > 1) == (end > 1):
-        raise SettingsError(f"{what}.start is {start} and end is {end}; the schedule must start before it ends.")
-    fits = next((n for n in range(1, 10_000) if max(2, _at(start, n)) < min(_at(end, n), n)), None)
-    hint = f"; the smallest run that fits has {fits} optimizer steps" if fits else ""
-    raise SettingsError(
-        f"{what} would go from step {first} to step {last} in a run of {total} steps, so it does not fit{hint}."
-    )
-
-
-def _at(value: float, total: int) -> int:
-    return int(value) if value > 1 else round(value * total)
+from lora_lightning.callbacks.steps import announce, gradients_finite, order_callbacks, total_steps
+from lora_lightning.errors import NoEffectError, ResumeError
+from lora_lightning.injection.records import trainable_adapters
 
 
 class ScheduleCallback(Callback, ABC):
@@ -168,7 +44,7 @@ class ScheduleCallback(Callback, ABC):
     """
 
     phase: ClassVar[int]
-    asks: ClassVar[str]
+    requires: ClassVar[str]
     reads_base: ClassVar[bool] = False
     writes_values: ClassVar[bool] = True
     trainer: Trainer
@@ -185,7 +61,7 @@ class ScheduleCallback(Callback, ABC):
         self._saved_settings: dict[str, Any] | None = None
 
     @abstractmethod
-    def wants(self, adapter: Adapter) -> bool:
+    def accepts(self, adapter: Adapter) -> bool:
         """Whether an adapter answers the question."""
 
     def check_run(self, total: int | None, others: Sequence[Callback]) -> None:
@@ -195,21 +71,21 @@ class ScheduleCallback(Callback, ABC):
             SettingsError: the schedule does not fit, or another callback stands against it.
         """
 
-    def choose(self, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    def select(self, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
         """The trainable adapters that answer the question.
 
         Raises:
             NoEffectError: none does.
         """
-        found = {path: adapter for path, adapter in adapters.items() if self.wants(adapter)}
+        found = {path: adapter for path, adapter in adapters.items() if self.accepts(adapter)}
         if not found:
             raise NoEffectError(
-                f"{type(self).__name__} found nothing to act on: it needs trainable adapters with {self.asks}; "
+                f"{type(self).__name__} found nothing to act on: it needs trainable adapters with {self.requires}; "
                 f"the model has {len(adapters)} trainable adapters, none with any."
             )
         return found
 
-    def begin(self, total: int | None, adapters: Mapping[str, Adapter]) -> None:
+    def on_start(self, total: int | None, adapters: Mapping[str, Adapter]) -> None:
         """Resolve the schedule against the run's `total` steps; called once, before the first step."""
 
     def on_gradients(self, step: int, adapters: Mapping[str, Adapter]) -> None:
@@ -238,7 +114,7 @@ class ScheduleCallback(Callback, ABC):
             NoEffectError: no trainable adapter answers the question.
             ResumeError: the run was started with another number of steps.
         """
-        self._adapters = self.choose(trainable_adapters(pl_module))
+        self._adapters = self.select(trainable_adapters(pl_module))
         self.trainer, self.module, self.total = trainer, pl_module, total_steps(trainer)
         if self._saved_total is not None and self._saved_total != self.total:
             raise ResumeError(
@@ -254,7 +130,7 @@ class ScheduleCallback(Callback, ABC):
                 )
         self._seen, self._stepped = trainer.global_step, False
         self.check_run(self.total, [c for c in trainer.callbacks if c is not self])  # type: ignore[attr-defined]
-        self.begin(self.total, self._adapters)
+        self.on_start(self.total, self._adapters)
         layers = [path.rpartition(".adapters.")[0] for path in self._adapters]
         announce(trainer, self, "acts on", "adapter", layers)
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lora_lightning.adapters.base import Adapter, EntryMask
-from lora_lightning.adapters.sparsity import KeepRule, keep_count, keep_top, kept_share, sensitivity
-from lora_lightning.callbacks.schedule import MASKS, ScheduleCallback, resolve_ramp
+from lora_lightning.callbacks.pruning import KeepRule, keep_count, keep_top, kept_share, sensitivity
+from lora_lightning.callbacks.schedule import ScheduleCallback
+from lora_lightning.callbacks.steps import MASKS, resolve_ramp
+from lora_lightning.distributed import as_shard_of, gather, gather_nested, local, own_rows, shard_like
 from lora_lightning.errors import ResumeError, check
-from lora_lightning.paths import plain
-from lora_lightning.pieces import gather, gather_nested, laid_out, local, own_rows, piece_like
+from lora_lightning.models.paths import plain
 
 FirstScore = Literal["zero", "gradient"]
 
@@ -28,7 +29,7 @@ class _Stack:
     names: list[str]
     entries: list[EntryMask]
     average: Tensor | None = None
-    """Of this process's pieces, stacked like scores."""
+    """Of this process's shards, stacked like scores."""
     mask: Tensor | None = None
     """Of whole tensors, as are `factor` and `keep`."""
     factor: Tensor | None = None
@@ -41,9 +42,9 @@ class _Stack:
         return torch.stack([t if e.by_row else t.mT for t, e in zip(tensors, self.entries, strict=True)])
 
     def unstacked(self, average: Tensor) -> list[Tensor]:
-        """The pieces of an average, each laid out like its parameter."""
+        """The shards of an average, each laid out like its parameter."""
         parts = zip(average.unbind(), self.entries, strict=True)
-        return [piece_like((rows if e.by_row else rows.mT).contiguous(), e.param) for rows, e in parts]
+        return [as_shard_of((rows if e.by_row else rows.mT).contiguous(), e.param) for rows, e in parts]
 
 
 class SparsitySchedule(ScheduleCallback):
@@ -52,7 +53,7 @@ class SparsitySchedule(ScheduleCallback):
     Each optimizer step, |w dL/dw| (the weight before the step, the gradient before clipping) enters a moving average;
     after the step the entries of smallest average in each row or column are removed, as the adapter's mask declares.
 
-    Where parameters lie in pieces on several processes, so do the averages. They are gathered, packed, at a step that
+    Where parameters are sharded on several processes, so do the averages. They are gathered, quantized, at a step that
     removes entries, and every process chooses alike from whole rows and columns.
 
     Args:
@@ -70,7 +71,7 @@ class SparsitySchedule(ScheduleCallback):
     """
 
     phase: ClassVar[int] = MASKS
-    asks: ClassVar[str] = "entry masks (masks())"
+    requires: ClassVar[str] = "entry masks (masks())"
 
     def __init__(
         self,
@@ -96,7 +97,7 @@ class SparsitySchedule(ScheduleCallback):
         self.start_step = self.end_step = 0
         self._current = 0.0
 
-    def wants(self, adapter: Adapter) -> bool:
+    def accepts(self, adapter: Adapter) -> bool:
         """Adapters with entry masks."""
         return bool(adapter.masks())
 
@@ -104,7 +105,7 @@ class SparsitySchedule(ScheduleCallback):
         """Refuse a ramp that does not fit."""
         resolve_ramp(self.start, self.end, total, type(self).__name__)
 
-    def begin(self, total: int | None, adapters: Mapping[str, Adapter]) -> None:
+    def on_start(self, total: int | None, adapters: Mapping[str, Adapter]) -> None:
         """Resolve the ramp and stack masks of equal shape."""
         self.start_step, self.end_step = resolve_ramp(self.start, self.end, total, type(self).__name__)
         stacks: dict[tuple[object, ...], _Stack] = {}
@@ -112,7 +113,7 @@ class SparsitySchedule(ScheduleCallback):
             names = {id(parameter): name for name, parameter in adapter.named_parameters()}
             for entry in adapter.masks():
                 shape = entry.param.shape if entry.by_row else entry.param.mT.shape
-                cut = isinstance(entry.param, DTensor) and entry.by_row  # pieces of rows and of columns differ in shape
+                cut = isinstance(entry.param, DTensor) and entry.by_row  # shards of rows and of columns differ in shape
                 key = (*shape, cut, entry.effect, entry.param.device, entry.param.dtype)
                 stack = stacks.setdefault(key, _Stack([], []))
                 stack.names.append(plain(f"{path}.{names[id(entry.param)]}"))
@@ -130,7 +131,7 @@ class SparsitySchedule(ScheduleCallback):
             lost = [name for name in stack.names if name not in self._saved]
             if lost:
                 raise ResumeError(f"the checkpoint holds no sensitivity average for {lost[0]}.")
-            stack.average = stack.rows([local(laid_out(self._saved[n], e.param)) for n, e in self._named(stack)])
+            stack.average = stack.rows([local(shard_like(self._saved[n], e.param)) for n, e in self._named(stack)])
         self._saved = {}
 
     @staticmethod
@@ -172,11 +173,11 @@ class SparsitySchedule(ScheduleCallback):
 
     def _prune(self, stack: _Stack) -> None:
         for entry, factor in zip(stack.entries, cast(Tensor, stack.factor).unbind(), strict=True):
-            piece = local(entry.param)
+            shard = local(entry.param)
             if entry.effect == "zero":
-                piece.mul_(own_rows(factor if entry.by_row else factor.mT, entry.param))
+                shard.mul_(own_rows(factor if entry.by_row else factor.mT, entry.param))
             if self.clamp is not None:
-                piece.clamp_(-self.clamp, self.clamp)
+                shard.clamp_(-self.clamp, self.clamp)
 
     @staticmethod
     def _choose(stack: _Stack, average: Tensor, keep: int) -> None:
@@ -211,10 +212,10 @@ class SparsitySchedule(ScheduleCallback):
 
 
 def _whole_averages(stacks: list[_Stack]) -> list[Tensor]:
-    """Averages of whole tensors, stacked as they were; one collective for all that lie in pieces."""
+    """Averages of whole tensors, stacked as they were; one collective for all that are sharded."""
     averages = [cast(Tensor, stack.average) for stack in stacks]
     if not any(isinstance(entry.param, DTensor) for stack in stacks for entry in stack.entries):
         return averages
-    pieces = [stack.unstacked(average) for stack, average in zip(stacks, averages, strict=True)]
-    found = iter(gather([piece for of_stack in pieces for piece in of_stack]))
+    shards = [stack.unstacked(average) for stack, average in zip(stacks, averages, strict=True)]
+    found = iter(gather([shard for of_stack in shards for shard in of_stack]))
     return [stack.rows([next(found) for _ in stack.entries]) for stack in stacks]

@@ -12,11 +12,11 @@ import datasets
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DistributedSampler
 
-from lora_lightning.data.collate import Collate
-from lora_lightning.data.loader import count_targets
-from lora_lightning.data.packing import PackSampler, best_fit
-from lora_lightning.data.stream_loader import StreamLoader
-from lora_lightning.data.streaming import Encoder, Fill, Position, StreamBatches
+from lora_lightning.data.batches.collate import Collate
+from lora_lightning.data.batches.loader import count_targets
+from lora_lightning.data.batches.packing import PackSampler, best_fit
+from lora_lightning.data.batches.stream_loader import StreamLoader
+from lora_lightning.data.batches.streaming import Encoder, Fill, Position, StreamBatches
 from lora_lightning.data.text import TextData, token_counts
 from lora_lightning.errors import DataError, SettingsError, check
 

@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 import datasets
 
-from lora_lightning.data.causal import NO_LOSS, completion_example
+from lora_lightning.data.batches.streaming import Encoder
 from lora_lightning.data.causal_text import CausalText
-from lora_lightning.data.chat_templates import choose_template
-from lora_lightning.data.encoding import tokenised
-from lora_lightning.data.rendering import Renderer, Tools
-from lora_lightning.data.streaming import Encoder
-from lora_lightning.data.turns import Turn, conversation, last_answer, tool_list, without_first_exchange
+from lora_lightning.data.chats.rendering import Renderer, Tools
+from lora_lightning.data.chats.templates import choose_template
+from lora_lightning.data.chats.turns import Turn, conversation, last_answer, tool_list, without_first_exchange
+from lora_lightning.data.tokens.causal import NO_LOSS, completion_example
+from lora_lightning.data.tokens.encoding import tokenised
 from lora_lightning.errors import DataError
 
 log = logging.getLogger(__name__)

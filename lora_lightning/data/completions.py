@@ -6,11 +6,11 @@ from typing import Any
 
 import datasets
 
-from lora_lightning.data.causal import completion_example, end_id, plain_ids, start_ids
+from lora_lightning.data.batches.streaming import Encoder
 from lora_lightning.data.causal_text import CausalText
-from lora_lightning.data.encoding import tokenised
-from lora_lightning.data.formats import PromptFormat, fields, find_format
-from lora_lightning.data.streaming import Encoder
+from lora_lightning.data.prompt_formats import PromptFormat, fields, find_format
+from lora_lightning.data.tokens.causal import completion_example, end_id, plain_ids, start_ids
+from lora_lightning.data.tokens.encoding import tokenised
 from lora_lightning.errors import check
 
 

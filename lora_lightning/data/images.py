@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from lora_lightning.data.labels import Labels, known_labels
-from lora_lightning.data.splits import Sources
+from lora_lightning.data.sources.splits import Sources
 from lora_lightning.data.table import Collation, TableData
 from lora_lightning.errors import DataError, check
-from lora_lightning.pretrained import resolve
+from lora_lightning.models.pretrained import resolve
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any
 
 import datasets
 
-from lora_lightning.data.encoding import encode_texts
 from lora_lightning.data.labels import Labels, known_labels, read_labelled, scores
-from lora_lightning.data.splits import Sources
+from lora_lightning.data.sources.splits import Sources
 from lora_lightning.data.text import TextData
+from lora_lightning.data.tokens.encoding import encode_texts
 
 
 class LabelledText(TextData):

@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 
-from lora_lightning.data.splits import Sources
+from lora_lightning.data.sources.splits import Sources
 from lora_lightning.errors import DataError, did_you_mean
 
 

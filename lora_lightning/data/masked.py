@@ -11,13 +11,13 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from lora_lightning.data.causal import NO_LOSS
-from lora_lightning.data.collate import Collate
-from lora_lightning.data.encoding import encode_texts
-from lora_lightning.data.loader import count_labelled
-from lora_lightning.data.marks import mark
+from lora_lightning.data.batches.collate import Collate
+from lora_lightning.data.batches.loader import count_labelled
 from lora_lightning.data.table import Collation
 from lora_lightning.data.text import TextData
+from lora_lightning.data.tokens.causal import NO_LOSS
+from lora_lightning.data.tokens.encoding import encode_texts
+from lora_lightning.data.tokens.marks import mark
 from lora_lightning.errors import DataError, check
 
 SPLITS = ("train", "validation", "test", "predict")

@@ -9,10 +9,10 @@ from typing import Any
 
 import datasets
 
-from lora_lightning.data.encoding import encode_texts
 from lora_lightning.data.labels import Labels, known_labels, read_labelled
-from lora_lightning.data.splits import Sources
+from lora_lightning.data.sources.splits import Sources
 from lora_lightning.data.text import TextData
+from lora_lightning.data.tokens.encoding import encode_texts
 from lora_lightning.errors import DataError, check
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from lora_lightning.data.collate import Collate
-from lora_lightning.data.encoding import tokenised
+from lora_lightning.data.batches.collate import Collate
 from lora_lightning.data.labels import scores
 from lora_lightning.data.table import Collation
 from lora_lightning.data.text import TextData
+from lora_lightning.data.tokens.encoding import tokenised
 from lora_lightning.errors import DataError, check
 
 SIDES = ("input_ids", "attention_mask", "token_type_ids")

@@ -9,10 +9,10 @@ import datasets
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_lightning.data.causal import end_id, plain_ids, start_ids
+from lora_lightning.data.batches.streaming import Encoder, Fill
 from lora_lightning.data.causal_text import CausalText
-from lora_lightning.data.encoding import tokenised
-from lora_lightning.data.streaming import Encoder, Fill
+from lora_lightning.data.tokens.causal import end_id, plain_ids, start_ids
+from lora_lightning.data.tokens.encoding import tokenised
 from lora_lightning.errors import check
 
 Tokens = NDArray[np.integer[Any]]

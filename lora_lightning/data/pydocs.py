@@ -8,9 +8,9 @@ import datasets
 
 from lora_lightning.data.areas import AREA_NAMES
 from lora_lightning.data.docstrings import library_docstrings
-from lora_lightning.data.encoding import encode_texts
-from lora_lightning.data.splits import in_share
+from lora_lightning.data.sources.splits import in_share
 from lora_lightning.data.text import TextData
+from lora_lightning.data.tokens.encoding import encode_texts
 
 
 class PyDocs(TextData):

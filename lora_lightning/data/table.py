@@ -11,12 +11,12 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DistributedSampler
 
-from lora_lightning.data.collate import MODEL_INPUTS
-from lora_lightning.data.loader import Batch, ResumableLoader
-from lora_lightning.data.packing import Packs, PackSampler
-from lora_lightning.data.shares import EachOnce, equal_batches
-from lora_lightning.data.sources import OnError
-from lora_lightning.data.splits import Source, Sources
+from lora_lightning.data.batches.collate import MODEL_INPUTS
+from lora_lightning.data.batches.loader import Batch, ResumableLoader
+from lora_lightning.data.batches.packing import Packs, PackSampler
+from lora_lightning.data.batches.shares import EachOnce, equal_batches
+from lora_lightning.data.sources.splits import Source, Sources
+from lora_lightning.data.sources.tables import OnError
 from lora_lightning.errors import DataError, check
 
 STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}

@@ -10,12 +10,12 @@ from typing import Any
 
 import datasets
 
-from lora_lightning.data.causal import NO_LOSS
-from lora_lightning.data.encoding import tokenised
+from lora_lightning.data.batches.loader import count_labelled
 from lora_lightning.data.labels import Labels, known_labels
-from lora_lightning.data.loader import count_labelled
-from lora_lightning.data.splits import Sources
+from lora_lightning.data.sources.splits import Sources
 from lora_lightning.data.text import TextData
+from lora_lightning.data.tokens.causal import NO_LOSS
+from lora_lightning.data.tokens.encoding import tokenised
 from lora_lightning.errors import DataError
 
 

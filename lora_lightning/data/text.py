@@ -12,14 +12,14 @@ from typing import Any
 import datasets
 from torch.utils.data import DistributedSampler
 
-from lora_lightning.data.collate import Collate
-from lora_lightning.data.grouping import LengthGroupedSampler
-from lora_lightning.data.marks import mark
+from lora_lightning.data.batches.collate import Collate
+from lora_lightning.data.batches.grouping import LengthGroupedSampler
+from lora_lightning.data.sources.token_cache import cache_key, load, store
 from lora_lightning.data.table import Collation, TableData
-from lora_lightning.data.token_cache import cache_key, load, store
-from lora_lightning.data.tokenizers import load_tokenizer
+from lora_lightning.data.tokens.marks import mark
+from lora_lightning.data.tokens.tokenizers import load_tokenizer
 from lora_lightning.errors import DataError, check
-from lora_lightning.vocabulary import check_new, teach
+from lora_lightning.models.new_tokens import check_new, initialize_rows
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class TextData(TableData):
         tokenizer = load_tokenizer(self.tokenizer)
         if self.new_tokens:
             check_new(tokenizer, self.new_tokens)
-            teach(tokenizer, self.new_tokens)
+            initialize_rows(tokenizer, self.new_tokens)
         return tokenizer
 
     def settle(self, split: str) -> None:

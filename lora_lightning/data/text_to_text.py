@@ -7,9 +7,9 @@ from typing import Any
 
 import datasets
 
-from lora_lightning.data.encoding import tokenised
-from lora_lightning.data.loader import count_labelled
+from lora_lightning.data.batches.loader import count_labelled
 from lora_lightning.data.text import TextData
+from lora_lightning.data.tokens.encoding import tokenised
 from lora_lightning.errors import check
 
 

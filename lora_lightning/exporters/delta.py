@@ -50,7 +50,7 @@ def _layer(source: Source, path: str) -> dict[str, Tensor]:
     """What the adapter adds to one layer, in the layer's own layout."""
     source.check_fixed(path)
     layer, adapter = source.layers[path], source.adapter(path)
-    base = layer.accessor
+    base = layer.base_layer
     original = layer.pretrained_weight(torch.float64)
     delta = layer.merged_weight(source.name, torch.float64) - original
     found = {base.weight_name(path): base._store(delta.float().cpu()).contiguous()}

@@ -10,7 +10,7 @@ from typing import TypeVar
 from safetensors import SafetensorError
 
 from lora_lightning.errors import ExportError
-from lora_lightning.files import flush
+from lora_lightning.storage.atomic import flush
 
 SIDE_FILE = "lora_lightning.json"
 """Our own description; a folder that holds it is an earlier export, which a new one may replace."""

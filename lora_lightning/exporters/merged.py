@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_lightning.adapters.layer import AdaptedLayer
-from lora_lightning.base_layers import packed_layers
-from lora_lightning.dequantised import Dequantised
+from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.errors import AdapterStateError, ExportError
 from lora_lightning.exporters.report import Written
 from lora_lightning.exporters.source import Source, check_finite, write_files
-from lora_lightning.injection import iter_adapters, put
-from lora_lightning.paths import places
-from lora_lightning.vocabulary import plain_vocabulary
+from lora_lightning.injection.merge_quantized import Dequantized
+from lora_lightning.injection.place import set_module
+from lora_lightning.injection.records import iter_adapters
+from lora_lightning.models.base_layers import quantized_layers
+from lora_lightning.models.new_tokens import plain_vocabulary
+from lora_lightning.models.paths import places
 
 _SAY_QUANTISED = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
 
@@ -44,8 +45,8 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
             "Merge in place instead: merge(model, keep_original=False), then eject(model), and save its state_dict."
         )
     _check_mergeable(source)
-    dequantised = Dequantised()
-    with _plain(source, dequantised), _unquantised(source), plain_vocabulary(source.host):
+    dequantized = Dequantized()
+    with _plain(source, dequantized), _unquantized(source), plain_vocabulary(source.host):
         check_finite("the model", source.host.state_dict().values())
         config = copy.copy(source.host.config.__dict__)
         try:
@@ -56,7 +57,7 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
         finally:
             source.host.config.__dict__.clear()
             source.host.config.__dict__.update(config)
-    notes = [str(dequantised)] if dequantised.layers else []
+    notes = [str(dequantized)] if dequantized.layers else []
     if len(dtypes) > 1:
         notes.append("its tensors have several dtypes; from_pretrained makes them one unless told otherwise")
     return Written(kind="merged", layers=len(source.layers), difference=difference, notes=tuple(notes))
@@ -79,7 +80,7 @@ def _check_mergeable(source: Source) -> None:
 
 
 @contextmanager
-def _plain(source: Source, dequantised: Dequantised) -> Iterator[None]:
+def _plain(source: Source, dequantized: Dequantized) -> Iterator[None]:
     """Inside, the model is the plain one with exactly this adapter merged; afterwards it is as before, bit for bit."""
     layers = dict(iter_adapters(source.root))
     before = {path: (layer.active, layer.merged) for path, layer in layers.items()}
@@ -88,37 +89,37 @@ def _plain(source: Source, dequantised: Dequantised) -> Iterator[None]:
     try:
         for path, layer in layers.items():
             try:
-                _set_merged(layer, wanted[path], path, dequantised)
+                _set_merged(layer, wanted[path], path, dequantized)
             except AdapterStateError as error:
                 raise ExportError(f"{path}: {error}") from error
         for layer in layers.values():
-            put(where[id(layer)], layer.base)
+            set_module(where[id(layer)], layer.base)
         yield
     finally:
         for path, layer in layers.items():
-            put(where[id(layer)], layer)
-            _set_merged(layer, before[path][1], path, Dequantised())
+            set_module(where[id(layer)], layer)
+            _set_merged(layer, before[path][1], path, Dequantized())
             layer.active = before[path][0]
 
 
 @contextmanager
-def _unquantised(source: Source) -> Iterator[None]:
-    """Inside, packed layers without an adapter are plain as well, and nothing says that the model is quantised."""
-    packed, where = dict(packed_layers(source.root)), places(source.root)
+def _unquantized(source: Source) -> Iterator[None]:
+    """Inside, quantized layers without an adapter are plain as well, and nothing says that the model is quantized."""
+    quantized, where = dict(quantized_layers(source.root)), places(source.root)
     own = source.host.__dict__
     said = {name: own.pop(name) for name in _SAY_QUANTISED if name in own}
     config: Any = source.host.config
     stated = config.__dict__.pop("quantization_config", None)
-    if said and own.get("_weight_conversions"):  # of a checkpoint that was quantised, some unpack its files
+    if said and own.get("_weight_conversions"):  # of a checkpoint that was quantized, some unpack its files
         said["_weight_conversions"] = own["_weight_conversions"]
         own["_weight_conversions"] = [each for each in own["_weight_conversions"] if _has_reverse(each)]
     try:
-        for base in packed.values():
-            put(where[id(base.module)], base.plain(base.weight(torch.float32), base.bias))
+        for base in quantized.values():
+            set_module(where[id(base.module)], base.plain(base.weight(torch.float32), base.bias))
         yield
     finally:
-        for base in packed.values():
-            put(where[id(base.module)], base.module)
+        for base in quantized.values():
+            set_module(where[id(base.module)], base.module)
         own.update(said)
         if stated is not None:
             config.quantization_config = stated
@@ -133,14 +134,14 @@ def _has_reverse(conversion: Any) -> bool:
     return True
 
 
-def _set_merged(layer: AdaptedLayer, names: tuple[str, ...], path: str, dequantised: Dequantised) -> None:
+def _set_merged(layer: AdaptedLayer, names: tuple[str, ...], path: str, dequantized: Dequantized) -> None:
     """Merge exactly `names`."""
     if layer.merged == names:
         return
     layer.unmerge()
     layer.active = names
     layer.check_mergeable()
-    dequantised.merge(path, layer)
+    dequantized.merge(path, layer)
 
 
 def _compare(model: nn.Module, folder: Path) -> float:

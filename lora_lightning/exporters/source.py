@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.adapters.base import Adapter
-from lora_lightning.adapters.experts import stands_for_parameter
-from lora_lightning.adapters.layer import AdaptedLayer
+from lora_lightning.distributed import is_sharded
 from lora_lightning.errors import AdapterStateError, ExportError, did_you_mean
-from lora_lightning.injection import AdapterRecord, injected_root, iter_adapters, records
-from lora_lightning.paths import plain
-from lora_lightning.pieces import is_sharded
-from lora_lightning.scopes import pretrained_models
-from lora_lightning.vocabulary import GrownLayer, grown_layers, vocabulary
+from lora_lightning.injection.records import AdapterRecord, injected_root, iter_adapters, records
+from lora_lightning.models.experts import stands_for_parameter
+from lora_lightning.models.new_tokens import ExtendedLayer, extended_layers, vocabulary
+from lora_lightning.models.paths import plain
+from lora_lightning.models.scopes import pretrained_models
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Source:
         return tuple(name for name in self.trained if not name.endswith(".new_rows"))
 
     @property
-    def grown(self) -> dict[str, GrownLayer]:
+    def grown(self) -> dict[str, ExtendedLayer]:
         """Layers with rows of new tokens, by path; of those that share them, the first."""
-        unique = {id(layer.new_rows): (path, layer) for path, layer in reversed(grown_layers(self.host).items())}
+        unique = {id(layer.new_rows): (path, layer) for path, layer in reversed(extended_layers(self.host).items())}
         return {plain(path): layer for path, layer in reversed(unique.values())}
 
     @property
@@ -138,7 +138,7 @@ def users(model: nn.Module) -> dict[int, list[str]]:
             found.setdefault(id(parameter), []).append(f"{path}.{leaf}" if path else leaf)
     for path, layer in iter_adapters(model):
         if stands_for_parameter(layer):
-            found.setdefault(id(layer.accessor.stored), []).append(plain(path))
+            found.setdefault(id(layer.base_layer.stored), []).append(plain(path))
     return found
 
 

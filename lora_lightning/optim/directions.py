@@ -11,7 +11,7 @@ Adam is Kingma and Ba, 2014, arXiv:1412.6980, with the decoupled decay of Loshch
     m, v   exp_avg(_sq) like its parameter, in its state
     t      step         a number in its state
 
-Of a parameter that lies in pieces on several processes each moves its own, and its moments lie like it.
+Of a parameter that is sharded on several processes each moves its own, and its moments lie like it.
 
 Departs from the papers: nothing known.
 """
@@ -26,14 +26,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lora_lightning.pieces import local, piece_like
+from lora_lightning.distributed import as_shard_of, local
 
 Directions = Mapping[Tensor, Tensor]
-"""What to move each parameter along, like the parameter or like this process's piece of it, by parameter."""
+"""What to move each parameter along, like the parameter or like this process's shard of it, by parameter."""
 
 
 def adam(optimizer: Optimizer, gradients: Directions, bias_correction: bool = True) -> dict[Tensor, Tensor]:
-    """u for this process's piece of every parameter in `gradients`; advances its moments.
+    """u for this process's shard of every parameter in `gradients`; advances its moments.
 
     `betas` and `eps` are its group's.
     """
@@ -41,16 +41,16 @@ def adam(optimizer: Optimizer, gradients: Directions, bias_correction: bool = Tr
     for group in optimizer.param_groups:
         params = [p for p in group["params"] if p in gradients]
         if params:
-            pieces = [local(gradients[p]) for p in params]
-            states = [_begun(optimizer.state[p], p, piece) for p, piece in zip(params, pieces, strict=True)]
-            moved = _adam(pieces, states, group["betas"], group["eps"], bias_correction)
+            shards = [local(gradients[p]) for p in params]
+            states = [_begun(optimizer.state[p], p, shard) for p, shard in zip(params, shards, strict=True)]
+            moved = _adam(shards, states, group["betas"], group["eps"], bias_correction)
             found |= dict(zip(params, moved, strict=True))
     return found
 
 
-def _begun(state: dict[str, Any], parameter: Tensor, piece: Tensor) -> dict[str, Any]:
+def _begun(state: dict[str, Any], parameter: Tensor, shard: Tensor) -> dict[str, Any]:
     if "step" not in state:
-        moments = {name: piece_like(torch.zeros_like(piece), parameter) for name in ("exp_avg", "exp_avg_sq")}
+        moments = {name: as_shard_of(torch.zeros_like(shard), parameter) for name in ("exp_avg", "exp_avg_sq")}
         state |= {"step": 0, **moments}
     return state
 
@@ -79,7 +79,7 @@ def descend(optimizer: Optimizer, directions: Directions) -> None:
     for group in optimizer.param_groups:
         params = [p for p in group["params"] if p in directions]
         if params:
-            pieces = [local(p) for p in params]
+            shards = [local(p) for p in params]
             if group["weight_decay"]:
-                torch._foreach_mul_(pieces, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(pieces, [local(directions[p]) for p in params], alpha=-group["lr"])
+                torch._foreach_mul_(shards, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(shards, [local(directions[p]) for p in params], alpha=-group["lr"])

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lora_lightning.adapters.base import FactorPair, GroupSpec
 from lora_lightning.errors import SettingsError, TrainingError
-from lora_lightning.injection import adapters_named, injected_root, records, trainable_adapters
+from lora_lightning.injection.records import adapters_named, injected_root, records, trainable_adapters
 from lora_lightning.optim.wrapper import adamw
 
 OptimizerFactory = Callable[[Any], Optimizer]

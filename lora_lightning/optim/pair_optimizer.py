@@ -36,9 +36,9 @@ class PairOptimizer(Optimizer, ABC):
     The pairs are handed over by `bind_pairs`, which `build_optimizer` calls; a step without them is an error. What a
     subclass keeps between steps lies in the parameters' state, as tensors shaped by the factors and plain numbers.
 
-    Parameters may lie in pieces on several processes: `stack_pairs` gives whole factors and gradients, or as little as
-    Grams take; `Stack.own` and the functions of `directions` go back to pieces. State shaped like a parameter lies like
-    it (`piece_like`).
+    Parameters may are sharded on several processes: `stack_pairs` gives whole factors and gradients, or as little as
+    Grams take; `Stack.own` and the functions of `directions` go back to shards. State shaped like a parameter lies like
+    it (`as_shard_of`).
 
     Class facts:
         trains: sides of a pair that must train: "any", "both", or "B" for B alone.

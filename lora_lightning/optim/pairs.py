@@ -10,11 +10,11 @@
 Everything here is float64, whatever the factors are: a Gram squares the condition number, and TF32 and autocast leave
 float64 alone. Only r x r matrices are factorised, so the price is small beside a forward pass.
 
-Factors that lie in pieces on several processes are gathered with their gradients, in one packed collective for all
+Factors that are sharded on several processes are gathered with their gradients, in one packed collective for all
 pairs, and are whole until the stacks are dropped at the end of a step. Every process then computes the same, and keeps
 of each result the rows that it holds of the factor. A rule that needs no more of a factor than its Gram asks for
-`in_pieces`: then only what is cut along its rank is gathered, as rows of A are; of the others, rows of B and experts,
-the Grams are summed over the processes, in one packed all-reduce of r x r matrices, and steps are those of the piece.
+`sharded`: then only what is cut along its rank is gathered, as rows of A are; of the others, rows of B and experts,
+the Grams are summed over the processes, in one packed all-reduce of r x r matrices, and steps are those of the shard.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from lora_lightning.adapters.base import FactorPair
+from lora_lightning.distributed import gather, local, own_rows, summed
 from lora_lightning.errors import TrainingError
-from lora_lightning.pieces import gather, local, own_rows, summed
 
 Side = Literal["A", "B"]
 Part = Literal["A", "B", "grad_A", "grad_B"]
@@ -48,9 +48,9 @@ class Stack:
 
     pairs: tuple[FactorPair, ...]
     gathered: Mapping[int, Tensor]
-    """By id of a sharded factor or gradient: all of it. Of one not in here, the properties below are its pieces."""
-    in_pieces: bool = False
-    """Whether what is not cut along its rank is here in pieces."""
+    """By id of a sharded factor or gradient: all of it. Of one not in here, the properties below are its shards."""
+    sharded: bool = False
+    """Whether what is not cut along its rank is here sharded."""
 
     def factors(self, side: Side) -> list[Tensor]:
         """One side of every pair, as it is: the optimizer's own tensors."""
@@ -90,7 +90,7 @@ class Stack:
 
     def is_share(self, side: Side) -> bool:
         """Whether each process computes a share of the Grams of this side, all of which sum up to them."""
-        return self.in_pieces and _sums_up(self.factors(side)[0], side)
+        return self.sharded and _sums_up(self.factors(side)[0], side)
 
     def held(self, side: Side) -> Tensor | slice:
         """Which entries of the leading axis this process has of the factors of `side`: all, unless experts are cut."""
@@ -122,7 +122,7 @@ class Stack:
         return [p.reshape((*t.shape[:-2], *p.shape[1:])).to(t.dtype) for p, t in zip(parts, like, strict=True)]
 
     def own(self, stacked: Tensor, side: Side) -> dict[Tensor, Tensor]:
-        """(n, ...) shaped by the factors of `side` as this process's piece of each, by factor."""
+        """(n, ...) shaped by the factors of `side` as this process's shard of each, by factor."""
         factors = self.factors(side)
         if self.is_share(side):
             return dict(zip(factors, self.split(stacked, [local(f) for f in factors]), strict=True))
@@ -138,41 +138,41 @@ def _read(pairs: Iterable[FactorPair], part: Part) -> list[Tensor]:
 
 
 def _cut(factor: Tensor) -> int | None:
-    """The axis along which processes hold pieces of a factor, counted from the last as -1; None where all is whole."""
+    """The axis along which processes hold shards of a factor, counted from the last as -1; None where all is whole."""
     if not isinstance(factor, DTensor) or len(factor.placements) != 1 or not isinstance(factor.placements[0], Shard):
         return None
     return factor.placements[0].dim - factor.dim()
 
 
 def _sums_up(factor: Tensor, side: Side) -> bool:
-    """Whether a factor's Gram is the sum of those of its pieces: it is cut along anything but its rank."""
+    """Whether a factor's Gram is the sum of those of its shards: it is cut along anything but its rank."""
     return _cut(factor) not in (None, -2 if side == "A" else -1)
 
 
-def stack_pairs(pairs: Sequence[FactorPair], read: Collection[Part] = PARTS, in_pieces: bool = False) -> list[Stack]:
+def stack_pairs(pairs: Sequence[FactorPair], read: Collection[Part] = PARTS, sharded: bool = False) -> list[Stack]:
     """Pairs by shape and layout of their factors and device, in the order of their first.
 
     Args:
         pairs: on every process the same, all of which take part where any factor is sharded.
         read: the parts that will be read.
-        in_pieces: gather only what is cut along its rank.
+        sharded: gather only what is cut along its rank.
     """
-    pieces: dict[int, Tensor] = {}
+    shards: dict[int, Tensor] = {}
     for part in read:
         for factor, tensor in zip(_read(pairs, _FACTOR[part]), _read(pairs, part), strict=True):
-            if isinstance(tensor, DTensor) and not (in_pieces and _sums_up(factor, _FACTOR[part])):
-                pieces[id(tensor)] = tensor
-    gathered = dict(zip(pieces, gather(list(pieces.values())), strict=True))
+            if isinstance(tensor, DTensor) and not (sharded and _sums_up(factor, _FACTOR[part])):
+                shards[id(tensor)] = tensor
+    gathered = dict(zip(shards, gather(list(shards.values())), strict=True))
     groups: dict[object, list[FactorPair]] = {}
     for pair in pairs:
         factors = (pair.lora_A, pair.lora_B)
         key = (*(f.shape[-2:] for f in factors), *map(_cut, factors), pair.lora_A.device)
         groups.setdefault(key, []).append(pair)
-    return [Stack(tuple(group), gathered, in_pieces) for group in groups.values()]
+    return [Stack(tuple(group), gathered, sharded) for group in groups.values()]
 
 
 def grams(sides: Sequence[tuple[Stack, Side]]) -> list[Tensor]:
-    """The Gram of one side of each stack, (n, r, r); what lies in pieces is summed over the processes in one go."""
+    """The Gram of one side of each stack, (n, r, r); what is sharded is summed over the processes in one go."""
     found = [stack.gram(side) for stack, side in sides]
     shares = [i for i, (stack, side) in enumerate(sides) if stack.is_share(side)]
     if shares:

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from ll_ce_lora import functional
 from lora_lightning.adapters.base import Adapter, FactorPair, check_rank, write_uniform, write_zeros
+from lora_lightning.adapters.layers.base import BaseAround, BaseLayer, StackedBase
+from lora_lightning.adapters.layers.quantized import QuantizedBase
 from lora_lightning.adapters.low_rank import add_low_rank
-from lora_lightning.adapters.packed import PackedBase
-from lora_lightning.adapters.seeds import generator
-from lora_lightning.adapters.weights import BaseAround, BaseLayer, StackedBase
 from lora_lightning.errors import AdapterStateError, SettingsError
+from lora_lightning.seeds import generator
 
 Selection = Literal["top", "sample"]
 _DERIVED = ("index", "share", "B0", "A0", "row_norms")
@@ -37,8 +37,8 @@ _DERIVED = ("index", "share", "B0", "A0", "row_norms")
 class CheapBase(BaseAround):
     """A linear layer that is called another way; everything else is the layer's own."""
 
-    def __init__(self, under: BaseLayer, call: Callable[[Tensor], Tensor]) -> None:
-        super().__init__(under)
+    def __init__(self, wrapped: BaseLayer, call: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(wrapped)
         self.call = call
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class CELoRAAdapter(Adapter):
     def _cheap(self, x: Tensor, base: BaseLayer) -> BaseLayer:
         """`base`, or one that calls the layer itself cheaply, below whatever is stacked on it."""
         if isinstance(base, StackedBase):
-            return StackedBase(self._cheap(x, base.under), base.adapter)
+            return StackedBase(self._cheap(x, base.wrapped), base.adapter)
         return CheapBase(base, lambda x: self._call(x, base)) if self._acts(x, base) else base
 
     def _acts(self, x: Tensor, base: BaseLayer) -> bool:
@@ -127,11 +127,11 @@ class CELoRAAdapter(Adapter):
             return False
         needed = x.requires_grad and torch.is_grad_enabled() and not base.stored.requires_grad
         # a CheapBase is neither: the layer is called cheaply once
-        return needed and (base.bare if isinstance(base, PackedBase) else base.dense)
+        return needed and (base.bare if isinstance(base, QuantizedBase) else base.dense)
 
     def _call(self, x: Tensor, base: BaseLayer) -> Tensor:
         channels = (self.index, self.share, self.B0, self.A0)
-        if isinstance(base, PackedBase):
+        if isinstance(base, QuantizedBase):
             norms = self.norms
             return base.product(x, lambda G, weight: functional.grad_input(G, weight, *channels, norms))
         return functional.cheap_linear(x, base.weight(), base.bias, *channels, self.norms)

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ll_ce_lora.adapter import CELoRAAdapter
 from lora_lightning.adapters.base import Adapter
-from lora_lightning.adapters.weights import BaseLayer
+from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.callbacks.schedule import ScheduleCallback
+from lora_lightning.distributed import gather_objects
 from lora_lightning.errors import NoEffectError, ResumeError
-from lora_lightning.injection import iter_adapters
-from lora_lightning.processes import gather_objects
+from lora_lightning.injection.records import iter_adapters
 
 
 class RefreshIndex(ScheduleCallback):
@@ -40,7 +40,7 @@ class RefreshIndex(ScheduleCallback):
     phase: ClassVar[int] = 1
     reads_base: ClassVar[bool] = True
     writes_values: ClassVar[bool] = False
-    asks: ClassVar[str] = "an approximated backward pass (CELoRA with kept below 1)"
+    requires: ClassVar[str] = "an approximated backward pass (CELoRA with kept below 1)"
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,11 +52,11 @@ class RefreshIndex(ScheduleCallback):
         self._versions: dict[str, tuple[int, ...]] = {}
         self._saved: dict[str, Any] | None = None
 
-    def wants(self, adapter: Adapter) -> bool:
+    def accepts(self, adapter: Adapter) -> bool:
         """Adapters that leave channels out."""
         return isinstance(adapter, CELoRAAdapter) and adapter.approximates
 
-    def begin(self, total: int | None, adapters: Mapping[str, Adapter]) -> None:
+    def on_start(self, total: int | None, adapters: Mapping[str, Adapter]) -> None:
         """Put back what a checkpoint holds, or start with exact backward passes."""
         self._bases, self._versions = {}, {}
         if self._saved is not None:
@@ -178,7 +178,7 @@ class RefreshIndex(ScheduleCallback):
 def bases(module: torch.nn.Module) -> dict[str, BaseLayer]:
     """Base layers by the module path of each adapter on them."""
     return {
-        f"{path}.adapters.{name}": layer.accessor for path, layer in iter_adapters(module) for name in layer.adapters
+        f"{path}.adapters.{name}": layer.base_layer for path, layer in iter_adapters(module) for name in layer.adapters
     }
 
 

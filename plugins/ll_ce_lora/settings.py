@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
 
     from ll_ce_lora.adapter import CELoRAAdapter
+    from lora_lightning.adapters.layers.base import BaseLayer
     from lora_lightning.adapters.low_rank import LowRankAdapter
-    from lora_lightning.adapters.weights import BaseLayer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,12 +22,12 @@ from lora_lightning.adapters.base import (
     FactorPair,
     check_dropout,
     check_rank,
-    write,
     write_uniform,
+    write_values,
     write_zeros,
 )
-from lora_lightning.adapters.weights import BaseLayer
-from lora_lightning.pieces import assembled
+from lora_lightning.adapters.layers.base import BaseLayer
+from lora_lightning.distributed import assembled
 
 _SQUARES = "ll_dora: squared row norms"
 
@@ -63,7 +63,7 @@ class DoRAAdapter(Adapter):
 
         n is the row length of the random factor: A, and for an embedding B, so that an unseen token keeps its vector.
         """
-        write(self.magnitude, functional.squared_row_norms(self.base.weight().detach()).sqrt())
+        write_values(self.magnitude, functional.squared_row_norms(self.base.weight().detach()).sqrt())
         if self.lora_A is None or self.lora_B is None:
             return
         random, zero = self.lora_A, self.lora_B

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from ll_dora.analysis import Axis, weight_change
 from ll_dora.records import FILENAME, FORMAT
-from lora_lightning.adapters.layer import AdaptedLayer
-from lora_lightning.adapters.weights import BaseLayer
-from lora_lightning.base_layers import accessor
-from lora_lightning.callbacks.schedule import REPORTS, announce, order_callbacks, resolve_step, total_steps
+from lora_lightning.adapters.adapted_layer import AdaptedLayer
+from lora_lightning.adapters.layers.base import BaseLayer
+from lora_lightning.callbacks.steps import REPORTS, announce, order_callbacks, resolve_step, total_steps
 from lora_lightning.errors import NoEffectError, ResumeError, SettingsError, TrainingError, check
-from lora_lightning.files import write_json
-from lora_lightning.injection import iter_adapters, records
+from lora_lightning.injection.records import iter_adapters, records
+from lora_lightning.models.base_layers import base_layer_of
+from lora_lightning.storage.atomic import write_json
 
 
 class WeightDecomposition(Callback):
@@ -148,7 +148,7 @@ class WeightDecomposition(Callback):
         """Record every layer, and write the file, so that a killed run keeps what was measured."""
         values = {}
         for path, start in self._starts.items():
-            weight = _weight(module.get_submodule(path))  # gathered where it lies in pieces, so by every process
+            weight = _weight(module.get_submodule(path))  # gathered where it is sharded, so by every process
             if start is None:
                 continue
             change = weight_change(weight, start.to(weight.device), self.axis)
@@ -174,7 +174,7 @@ class WeightDecomposition(Callback):
         for path, layer in module.named_modules():
             if isinstance(layer, AdaptedLayer) or path.startswith(inside) or not self._wants(path):
                 continue
-            base = accessor(layer)
+            base = base_layer_of(layer)
             if base is not None and not base.stored.is_meta:
                 found[path] = base
         return found
@@ -209,13 +209,13 @@ def _fixed(layer: AdaptedLayer) -> bool:
 def _weight(module: nn.Module, start: bool = False) -> Tensor:
     """The weight (d_out, d_in) that a layer applies now, or applied before its adapter trained."""
     if not isinstance(module, AdaptedLayer):
-        base = accessor(module)
+        base = base_layer_of(module)
         if base is None:
             raise TrainingError(f"a {type(module).__name__} has become a layer whose weight cannot be read.")
         return base.weight().detach()
     if start:
-        return module.pretrained_weight(module.accessor.dtype)
-    return module.applied_weight(module.accessor.adapter_dtype)
+        return module.pretrained_weight(module.base_layer.dtype)
+    return module.applied_weight(module.base_layer.adapter_dtype)
 
 
 def _label(module: nn.Module) -> str:

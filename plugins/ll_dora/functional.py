@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
+from lora_lightning.adapters.layers.base import BaseLayer, plus_product
 from lora_lightning.adapters.low_rank import dropped_product, keep_mask
-from lora_lightning.adapters.weights import BaseLayer, plus_product
 
 
 def squared_row_norms(weight: Tensor) -> Tensor:

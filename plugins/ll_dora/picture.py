@@ -13,7 +13,7 @@ from typing import Any
 
 from ll_dora.analysis import least_squares, pearson
 from ll_dora.records import Point, Run
-from lora_lightning.files import write_atomically
+from lora_lightning.storage.atomic import write_atomically
 
 _MARKERS = "osD^vP*Xph"
 

@@ -16,7 +16,7 @@ from lora_lightning.methods import Adapters, Method, check_low_rank
 if TYPE_CHECKING:
     from ll_dora.adapter import DoRAAdapter
     from lora_lightning.adapters.base import GroupSpec
-    from lora_lightning.adapters.weights import BaseLayer
+    from lora_lightning.adapters.layers.base import BaseLayer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
         DataError: a file that WeightDecomposition did not write.
     """
     from ll_dora import picture, records
-    from lora_lightning.tables import print_table
+    from lora_lightning.cli.console import print_table
 
     if args.output.suffix != ".png":
         raise SettingsError(f'--output is "{args.output}"; it must end in .png.')

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from lora_lightning.methods import Method, check_low_rank
 
 if TYPE_CHECKING:
+    from lora_lightning.adapters.layers.base import BaseLayer
     from lora_lightning.adapters.low_rank import LowRankAdapter
-    from lora_lightning.adapters.weights import BaseLayer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,7 +68,7 @@ class LoRASC(WrapperMethod):
     """Steps of that rise; 20 to 50 are common."""
 
     def __post_init__(self) -> None:
-        from lora_lightning.cascades import check_cascade
+        from lora_lightning.adapters.folding_rules import check_cascade
 
         check_fields(self)
         check_cascade(self)

@@ -66,7 +66,7 @@ class LoRAFA(PairOptimizer):
 
     def take_step(self) -> None:
         """AdamW on corrected gradients, and on those of parameters in no pair as they are."""
-        stacks = stack_pairs(self.with_gradient("B"), ("A", "grad_B"), in_pieces=True)
+        stacks = stack_pairs(self.with_gradient("B"), ("A", "grad_B"), sharded=True)
         found = self.plain_gradients()
         for stack, gram in zip(stacks, self._grams(stacks), strict=True):
             held = stack.held("B")

@@ -36,10 +36,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lora_lightning.distributed import as_shard_of, full_tensor, gather_nested, local
 from lora_lightning.optim.directions import adam, descend
 from lora_lightning.optim.pair_optimizer import PairOptimizer, check_settings
 from lora_lightning.optim.pairs import Side, Stack, stack_pairs
-from lora_lightning.pieces import gather_nested, local, piece_like, whole
 
 States = Mapping[Tensor, dict[str, Any]]
 """State by factor, every tensor in it whole. `second` may have the shape of a factor; then a resumed one lies like it
@@ -196,7 +196,7 @@ class LoRARITE(PairOptimizer):
         moved = [self._advance(half, scale, states) for half in halves]
         for half, moments in zip(halves, moved, strict=True):
             self._keep(half, moments)
-            step = _laid_out(self._capped(moments.momentum) @ half.partner.root_inverse, half.side)
+            step = _shard_like(self._capped(moments.momentum) @ half.partner.root_inverse, half.side)
             found |= half.stack.own(step, half.side)
         descend(self, found)
 
@@ -210,7 +210,7 @@ class LoRARITE(PairOptimizer):
         limit = self.defaults["clip_norm"]
         if limit is None or not gradients:
             return torch.ones(())
-        norm = whole(torch.nn.utils.get_total_norm(gradients))
+        norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
         return torch.clamp_max(limit / norm.clamp_min(torch.finfo(norm.dtype).tiny), 1.0)
 
     def _halves(self, stack: Stack) -> tuple[_Half, _Half]:
@@ -232,18 +232,18 @@ class LoRARITE(PairOptimizer):
         stack = half.stack
         own = [states[factor] for factor in stack.factors(half.side)]
         before = Moments(
-            _laid_out(stack.join([state["momentum"] for state in own]), half.side),
+            _shard_like(stack.join([state["momentum"] for state in own]), half.side),
             stack.join([state["second"] for state in own]),
             stack.join([state["escaped"] for state in own], axes=0),
         )
         other: Side = "B" if half.side == "A" else "A"
-        basis = _laid_out(stack.join([states[factor]["basis"] for factor in stack.factors(other)]), other)
+        basis = _shard_like(stack.join([states[factor]["basis"] for factor in stack.factors(other)]), other)
         t = [state["step"] for state, count in zip(own, stack.counts, strict=True) for _ in range(count)]
         turned = half.partner.basis.mT @ basis
         return advance(half.h * scale, turned, before, torch.tensor(t).to(turned), self._options)
 
     def _states(self, halves: Sequence[_Half]) -> States:
-        """Whole states of all factors from the step before, in one packed collective where they lie in pieces."""
+        """Whole states of all factors from the step before, in one packed collective where they are sharded."""
         states = {factor: self._state(factor, h.side) for h in halves for factor in h.stack.factors(h.side)}
         return dict(zip(states, gather_nested(list(states.values())), strict=True))
 
@@ -253,8 +253,8 @@ class LoRARITE(PairOptimizer):
         if "momentum" not in state:
             lead, rank = factor.shape[:-2], factor.shape[-2 if side == "A" else -1]
             state |= {"step": 0, "momentum": torch.zeros_like(factor), "basis": torch.zeros_like(factor)}
-            piece = local(factor)
-            state |= {"second": piece.new_zeros(*lead, rank, rank), "escaped": piece.new_zeros(lead)}
+            shard = local(factor)
+            state |= {"second": shard.new_zeros(*lead, rank, rank), "escaped": shard.new_zeros(lead)}
         return state
 
     @property
@@ -264,8 +264,8 @@ class LoRARITE(PairOptimizer):
     def _keep(self, half: _Half, moments: Moments) -> None:
         factors = half.stack.factors(half.side)
         for name, tall in (("momentum", moments.momentum), ("basis", half.own.basis)):
-            for factor, piece in half.stack.own(_laid_out(tall, half.side), half.side).items():
-                self.state[factor][name] = piece_like(_copy(piece), factor)
+            for factor, shard in half.stack.own(_shard_like(tall, half.side), half.side).items():
+                self.state[factor][name] = as_shard_of(_copy(shard), factor)
         for name, value in (("second", moments.second), ("escaped", moments.escaped)):
             for factor, part in zip(factors, half.stack.split(value, factors), strict=True):
                 self.state[factor][name] = _copy(part)
@@ -277,6 +277,6 @@ def _copy(part: Tensor) -> Tensor:
     return part.clone(memory_format=torch.contiguous_format)
 
 
-def _laid_out(tall: Tensor, side: Side) -> Tensor:
+def _shard_like(tall: Tensor, side: Side) -> Tensor:
     """(n, d, r) to and from the layout of its factor: (n, r, d_in) for A, as it is for B."""
     return tall.mT if side == "A" else tall

@@ -24,9 +24,9 @@ from ll_riemannian_moe.functional import (
     selected,
     z_loss,
 )
-from lora_lightning.adapters.base import Adapter, FactorPair, Tally, check_rank, write_uniform, write_zeros
+from lora_lightning.adapters.base import Adapter, FactorPair, RunningSum, check_rank, write_uniform, write_zeros
+from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.adapters.low_rank import keep_mask
-from lora_lightning.adapters.weights import BaseLayer
 from lora_lightning.errors import AdapterStateError, SettingsError
 
 
@@ -91,7 +91,7 @@ class MoELoRAAdapter(Adapter):
         self.lora_A = nn.Parameter(base.zeros(experts, rank, base.d_in))
         self.lora_B = nn.Parameter(base.zeros(experts, base.d_out, rank))
         self.router = nn.Parameter(base.zeros(experts, base.d_in))
-        self.load = Tally()
+        self.load = RunningSum()
         self.pending = Pending()
 
     def reset(self, generator: torch.Generator) -> None:
@@ -184,7 +184,7 @@ class MoELoRAAdapter(Adapter):
         """One pair with the experts as leading axis."""
         return (FactorPair("", self.lora_A, self.lora_B, self.scaling),)
 
-    def tallies(self) -> Mapping[str, Tally]:
+    def statistics(self) -> Mapping[str, RunningSum]:
         """Share of tokens that each expert received."""
         return {"load": self.load}
 

@@ -11,10 +11,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from ll_riemannian_moe.functional import load_statistics
-from lora_lightning.adapters.base import Tally
-from lora_lightning.callbacks.schedule import JUDGES, announce, order_callbacks
+from lora_lightning.adapters.base import RunningSum
+from lora_lightning.callbacks.steps import JUDGES, announce, order_callbacks
 from lora_lightning.errors import NoEffectError
-from lora_lightning.injection import trainable_adapters
+from lora_lightning.injection.records import trainable_adapters
 
 TALLY = "load"
 
@@ -32,7 +32,7 @@ class RouterStatistics(Callback):
     phase: ClassVar[int] = JUDGES
 
     def __init__(self) -> None:
-        self._tallies: dict[str, Tally] = {}
+        self._statistics: dict[str, RunningSum] = {}
         self._experts: dict[str, int] = {}
         self._seen = 0
 
@@ -43,14 +43,14 @@ class RouterStatistics(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the routers."""
         found = trainable_adapters(pl_module)
-        routed = {path: adapter for path, adapter in found.items() if TALLY in adapter.tallies()}
+        routed = {path: adapter for path, adapter in found.items() if TALLY in adapter.statistics()}
         if not routed:
             raise NoEffectError(
                 f"{type(self).__name__} found nothing to act on: it needs trainable adapters with a router "
-                f'(tallies() has "{TALLY}"); the model has {len(found)} trainable adapters, none with one.'
+                f'(statistics() has "{TALLY}"); the model has {len(found)} trainable adapters, none with one.'
             )
         announce(trainer, self, "acts on", "adapter", [path.rpartition(".adapters.")[0] for path in routed])
-        self._tallies = {path: adapter.tallies()[TALLY] for path, adapter in routed.items()}
+        self._statistics = {path: adapter.statistics()[TALLY] for path, adapter in routed.items()}
         self._experts = {path: adapter.factor_pairs()[0].lora_A.shape[0] for path, adapter in routed.items()}
         self._seen = trainer.global_step
 
@@ -62,7 +62,7 @@ class RouterStatistics(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Log after a step, and empty the tallies."""
+        """Log after a step, and empty the statistics."""
         if trainer.global_step == self._seen:
             return
         self._seen = trainer.global_step
@@ -73,9 +73,9 @@ class RouterStatistics(Callback):
     def _take(self, trainer: Trainer, device: torch.device) -> list[Tensor]:
         """Tokens that each expert of each layer received, over all processes; one collective, reached by all."""
         totals = []
-        for path, tally in self._tallies.items():
-            count = tally.count
-            mean = tally.take()
+        for path, running_sum in self._statistics.items():
+            count = running_sum.count
+            mean = running_sum.take()
             totals.append(torch.zeros(self._experts[path], device=device) if mean is None else mean.float() * count)
         flat = torch.cat(totals)
         if trainer.world_size > 1:

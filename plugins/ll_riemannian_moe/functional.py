@@ -107,7 +107,7 @@ class GatedExperts(torch.autograd.Function):
         watcher: Watcher | None,
     ) -> Tensor:
         """Keeps x, the mask, h = A (x * mask), the factors and the gates."""
-        # a quantised layer keeps its input's dtype under autocast, and its output must come through unrounded
+        # a quantized layer keeps its input's dtype under autocast, and its output must come through unrounded
         device, dtype = x.device.type, torch.promote_types(autocast_dtype(x) or x.dtype, y.dtype)
         ctx.dtype, ctx.scaling, ctx.exponent, ctx.watcher = dtype, scaling, exponent, watcher
         with torch.autocast(device, enabled=False):

@@ -135,7 +135,7 @@ def _preconditioned(optimizer: PairOptimizer, sides: tuple[Side, ...]) -> dict[T
     stacks = [
         (stack, side)
         for side in sides
-        for stack in stack_pairs(optimizer.with_gradient(side), _READ[side], in_pieces=True)
+        for stack in stack_pairs(optimizer.with_gradient(side), _READ[side], sharded=True)
     ]
     partners = factorise(grams([(stack, _PARTNER[side]) for stack, side in stacks]), optimizer.defaults["damping"])
     for (stack, side), partner in zip(stacks, partners, strict=True):

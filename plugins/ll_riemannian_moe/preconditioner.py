@@ -31,6 +31,6 @@ def precondition(
 
 
 def direction(stack: Stack, side: Side, partner: Factorised) -> Tensor:
-    """The preconditioned gradients of one side of a stack, (n, r, d_in) or (n, d_out, r), or of its pieces."""
+    """The preconditioned gradients of one side of a stack, (n, r, d_in) or (n, d_out, r), or of its shards."""
     partner = partner.at(stack.held(side))
     return partner.solve(stack.grad_A) if side == "A" else partner.solve_right(stack.grad_B)

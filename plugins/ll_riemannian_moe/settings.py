@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from ll_riemannian_moe.adapter import MoELoRAAdapter
     from lora_lightning.adapters.base import GroupSpec
-    from lora_lightning.adapters.weights import BaseLayer
+    from lora_lightning.adapters.layers.base import BaseLayer
 
 
 @dataclass(frozen=True, kw_only=True)

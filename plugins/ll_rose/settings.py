@@ -28,8 +28,8 @@ from lora_lightning.methods import Adapters, Method, check_low_rank
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
 
+    from lora_lightning.adapters.layers.base import BaseLayer
     from lora_lightning.adapters.low_rank import LowRankAdapter
-    from lora_lightning.adapters.weights import BaseLayer
 
 
 @dataclass(frozen=True, kw_only=True)

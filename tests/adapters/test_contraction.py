@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_lightning.adapters import contraction
 from lora_lightning.adapters.contraction import Needs, all_orders, backward_flops, choose, contract, forward_flops
+from lora_lightning.adapters.layers.base import BaseLayer
+from lora_lightning.adapters.layers.kinds import core_base_layer
 from lora_lightning.adapters.low_rank import LowRankAdapter
-from lora_lightning.adapters.weights import BaseLayer, base_layer
 from lora_lightning.testing import perturb
 
 ALL = Needs(True, True, True)
@@ -182,7 +183,7 @@ class Spy:
 def layer(
     dropout: float = 0.0, dtype: torch.dtype = torch.float32, d_in: int = 12, d_out: int = 10, bias: bool = True
 ) -> tuple[LowRankAdapter, BaseLayer]:
-    base = base_layer(nn.Linear(d_in, d_out, bias).to(dtype).requires_grad_(False))
+    base = core_base_layer(nn.Linear(d_in, d_out, bias).to(dtype).requires_grad_(False))
     assert base is not None
     adapter = LowRankAdapter(base, rank=4, scaling=0.5, dropout=dropout, order="flops", rank_pruning=True)
     perturb(adapter)

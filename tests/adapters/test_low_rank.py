@@ -10,20 +10,21 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 
 from lora_lightning.adapters import low_rank
+from lora_lightning.adapters.layers.base import BaseLayer
+from lora_lightning.adapters.layers.kinds import core_base_layer
 from lora_lightning.adapters.low_rank import LowRankAdapter, add_low_rank, dropped_product, keep_mask
-from lora_lightning.adapters.weights import BaseLayer, base_layer
 from lora_lightning.errors import SettingsError
 from lora_lightning.testing import perturb
 
 
 def linear(d_in: int = 12, d_out: int = 10, dtype: torch.dtype = torch.float64) -> BaseLayer:
-    base = base_layer(nn.Linear(d_in, d_out, dtype=dtype).requires_grad_(False))
+    base = core_base_layer(nn.Linear(d_in, d_out, dtype=dtype).requires_grad_(False))
     assert base is not None
     return base
 
 
 def embedding() -> BaseLayer:
-    base = base_layer(nn.Embedding(11, 6).requires_grad_(False))
+    base = core_base_layer(nn.Embedding(11, 6).requires_grad_(False))
     assert base is not None
     return base
 
@@ -151,7 +152,7 @@ def test_dropout_of_an_adapter_is_on_the_branch_only_and_unbiased(monkeypatch: p
 
 
 def test_dropout_of_a_convolution_acts_on_its_input() -> None:
-    base = base_layer(nn.Conv2d(2, 6, 3))
+    base = core_base_layer(nn.Conv2d(2, 6, 3))
     assert base is not None
     adapter = LowRankAdapter(base, rank=2, scaling=0.5, dropout=0.25)
     perturb(adapter)

@@ -16,9 +16,9 @@ from ll_lora import LoRA
 from ll_riemannian_moe import MoELoRA
 from ll_rose import RoseLoRA
 from lora_lightning import inject
-from lora_lightning.injection import trainable_adapters
-from lora_lightning.loading import load_model
-from lora_lightning.tasks import find_task
+from lora_lightning.injection.records import trainable_adapters
+from lora_lightning.models.loading import load_model
+from lora_lightning.models.tasks import find_task
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +65,7 @@ def test_schedule(benchmark):
     _, model = training_step(RoseLoRA(rank=16))
     adapters = trainable_adapters(model)
     (schedule,) = RoseLoRA(rank=16).callbacks()
-    schedule.begin(400, adapters)
+    schedule.on_start(400, adapters)
     for adapter in adapters.values():
         for parameter in adapter.parameters():
             parameter.grad = torch.randn_like(parameter)

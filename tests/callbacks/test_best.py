@@ -9,8 +9,8 @@ from projects import Plain, fit, loader
 from ll_lora import LoRA
 from ll_rose import RoseLoRA
 from lora_lightning.callbacks import InjectAdapters, KeepBest
-from lora_lightning.checkpoint import adapter_keys
 from lora_lightning.errors import NoEffectError
+from lora_lightning.storage.state import adapter_keys
 
 SCORES = {1: 0.1, 2: 0.9, 3: 0.5, 4: 0.7, 5: 0.2, 6: 0.1}
 

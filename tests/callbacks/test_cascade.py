@@ -12,17 +12,17 @@ from lightning.pytorch.callbacks import Callback
 from projects import Plain, fit, loader
 from resuming import SaveAt, at_step
 from torch import nn
-from training import trainer
+from toy_runs import trainer
 
 import lora_lightning as ll
 from ll_lora import LoRA
 from ll_rose import RoseLoRA
-from lora_lightning.adapters.seeds import generator
-from lora_lightning.adapters.shift import DenseShift, LogShift
+from lora_lightning.adapters.folded import DenseUpdate, FactoredUpdate
 from lora_lightning.callbacks import Cascade, ExactResume, InjectAdapters, NoiseInjection
 from lora_lightning.callbacks.noise import StageNoise, ahead
 from lora_lightning.errors import AdapterStateError, NoEffectError, SettingsError
-from lora_lightning.injection import iter_adapters
+from lora_lightning.injection.records import iter_adapters
+from lora_lightning.seeds import generator
 
 ALPHA = 0.4
 
@@ -70,7 +70,7 @@ def test_a_plain_cascade_does_not_jump(tmp_path):
     module, before, after = run(tmp_path, Cascade(stage_steps=3))
     for step in (3, 6):
         torch.testing.assert_close(after.seen[step], before.seen[step], rtol=0, atol=1e-12)
-    assert isinstance(module.used.shifts["default"], LogShift)
+    assert isinstance(module.used.shifts["default"], FactoredUpdate)
     assert not module.used.adapter("default").lora_B.any()
     assert not module.used.rewritten
 
@@ -84,7 +84,7 @@ def test_stages_follow_the_recursion(tmp_path, rule, dense):
     method = LoRA(rank=2 if dense else 1, alpha=1.0)  # two stages of rank 2: as many numbers as the weight and more
     cascade = Cascade(stage_steps=2, share=ALPHA, rule=rule)
     module, before, after = run(tmp_path, cascade, method, module, max_steps=4)
-    assert isinstance(module.used.shifts["default"], DenseShift if dense else LogShift)
+    assert isinstance(module.used.shifts["default"], DenseUpdate if dense else FactoredUpdate)
     weight, slow = start, torch.zeros_like(start)
     for step in (2, 4):
         fast = before.seen[step] - weight
@@ -152,7 +152,7 @@ def test_noise_of_a_stage(tmp_path, mode):
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             layer = pl_module.used
-            base = layer.under("default").weight()
+            base = layer.wrapped("default").weight()
             seen[trainer.global_step] = (base.clone(), layer.clean_weight("default").clone(), layer.weight.clone())
 
     cascade = Cascade(stage_steps=3, share=ALPHA, noise=0.2, noise_mode=mode)
@@ -183,7 +183,7 @@ def test_noise_is_relative_to_the_deviation_of_the_weight_of_each_stage(tmp_path
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             weight = pl_module.used.clean_weight("default").flatten()
             deviation = math.sqrt(float(((weight - weight.sum() / 48) ** 2).sum()) / 47)
-            noise = pl_module.used.under("default").weight() - pl_module.used.clean_weight("default")
+            noise = pl_module.used.wrapped("default").weight() - pl_module.used.clean_weight("default")
             sizes[trainer.global_step] = noise / (0.2 * deviation), deviation
 
     run(tmp_path, Cascade(stage_steps=3, noise=0.2), LoRA(rank=1, alpha=9.0), extra=[Sizes()])
@@ -211,7 +211,7 @@ def test_noise_differs_by_stage_and_not_by_run(tmp_path):
 
             def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
                 layer = pl_module.used
-                seen[trainer.global_step] = layer.under("default").weight() - layer.clean_weight("default")
+                seen[trainer.global_step] = layer.wrapped("default").weight() - layer.clean_weight("default")
 
         run(tmp_path, Cascade(stage_steps=3, noise=0.2), extra=[Bases()])
         return seen

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from projects import Plain, fit, loader
 from resuming import SaveAt, at_step
 from torch import nn
-from training import classification, encoder_folder, labelled_data, trainer
+from toy_runs import classification, encoder_folder, labelled_data, trainer
 
 import lora_lightning as ll
 from ll_dora import DoRA
@@ -18,19 +18,14 @@ from ll_lora import LoRA
 from ll_lorasc import LoRASC
 from ll_lorasc.optim import SlowFast
 from ll_optimizers.plus import LoRAPlus
-from lora_lightning.adapters.shift import DenseShift, LogShift, Noise
-from lora_lightning.callbacks import (
-    Cascade,
-    ExactResume,
-    InjectAdapters,
-    KeepBest,
-    NoiseInjection,
-    RunReport,
-    ScheduleCallback,
-)
+from lora_lightning.adapters.folded import DenseUpdate, FactoredUpdate
+from lora_lightning.adapters.noise import Noise
+from lora_lightning.callbacks import Cascade, ExactResume, InjectAdapters, KeepBest, NoiseInjection, ScheduleCallback
 from lora_lightning.errors import AdapterStateError, ResumeError, SettingsError
 from lora_lightning.optim.groups import build_optimizer
-from lora_lightning.testing import LAYERS, perturb, seeded
+from lora_lightning.testing import perturb
+from lora_lightning.testing.toy_models import LAYERS, seeded
+from lora_lightning.training.run_report import RunReport
 
 
 class Project(Plain):
@@ -124,7 +119,7 @@ def test_the_first_stage_starts_on_the_noisy_weight(tmp_path):
         def on_train_batch_start(self, trainer, pl_module, *_):
             if trainer.global_step == 0:
                 layer = pl_module.used
-                weight = layer.under("default").weight()
+                weight = layer.wrapped("default").weight()
                 self.same = torch.equal(layer.adapter("default").merged_weight(weight), weight)
                 self.noisy = not torch.equal(weight, original())
 
@@ -135,14 +130,14 @@ def test_the_first_stage_starts_on_the_noisy_weight(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in LAYERS if kind.startswith("Conv")])
-@pytest.mark.parametrize("form", [LogShift, DenseShift])
+@pytest.mark.parametrize("form", [FactoredUpdate, DenseUpdate])
 def test_convolutions_fold_too(kind, form):
     make, x = LAYERS[kind]
     with seeded(1):
         model, x = nn.Sequential(make()).double(), x().double()
     ll.inject(model, LoRA(rank=1), ["0"], also_train=(), seed=0)
     layer = model[0]
-    layer.set_shift("default", form(layer.accessor))
+    layer.set_folded("default", form(layer.base_layer))
     base = model(x)
     perturb(layer.adapter("default"))
     expected = model(x)
@@ -180,18 +175,18 @@ class TestStates:
         model, layer, _ = layer
         ll.merge(model)
         for change in (
-            lambda: layer.set_shift("default", DenseShift(layer.accessor)),
+            lambda: layer.set_folded("default", DenseUpdate(layer.base_layer)),
             lambda: layer.set_noise(Noise(0, 0, "0", 0.5)),
             lambda: model.load_state_dict(model.state_dict()),
         ):
             with pytest.raises(AdapterStateError, match="default is merged; call unmerge first"):
                 change()
 
-    @pytest.mark.parametrize("form", [LogShift, DenseShift])
+    @pytest.mark.parametrize("form", [FactoredUpdate, DenseUpdate])
     def test_state_dictionaries_hold_the_original_and_load_anywhere(self, layer, form):
         model, layer, start = layer
         fresh = copy.deepcopy(model)
-        layer.set_shift("default", form(layer.accessor))
+        layer.set_folded("default", form(layer.base_layer))
         layer.fold("default")
         layer.set_noise(Noise(0, 0, "0", 0.5))
         state = {key: value.clone() for key, value in model.state_dict().items()}
@@ -210,7 +205,7 @@ class TestStates:
 
     def test_noise_does_not_join_factors(self, layer):
         _, layer, _ = layer
-        layer.set_shift("default", LogShift(layer.accessor))
+        layer.set_folded("default", FactoredUpdate(layer.base_layer))
         layer.set_noise(Noise(0, 0, "0", 0.5))
         with pytest.raises(AdapterStateError, match="noise has no factors to fold"):
             layer.fold("default", keep_noise=True)

@@ -7,12 +7,13 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from projects import Plain, fit, loader
 from torch import nn
-from training import trainer
+from toy_runs import trainer
 
 from ll_lora import LoRA
 from lora_lightning.callbacks import InjectAdapters, TrainingGuard
 from lora_lightning.errors import TrainingError
-from lora_lightning.injection import inject, merge
+from lora_lightning.injection.inject import inject
+from lora_lightning.injection.merge import merge
 
 
 def test_a_layer_outside_the_loss_stops_the_run_with_its_name(tmp_path):

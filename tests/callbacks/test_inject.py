@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from projects import Plain, fit, loader
 from torch import nn
-from training import trainer
+from toy_runs import trainer
 
 from ll_lora import LoRA
 from ll_rose import RoseLoRA

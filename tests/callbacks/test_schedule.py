@@ -10,14 +10,14 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from projects import Plain, fit, loader
-from training import trainer
+from toy_runs import trainer
 
 from ll_lora import LoRA
 from ll_rose import RoseLoRA
 from lora_lightning.callbacks import InjectAdapters, RankPruning, ScheduleCallback, SparsitySchedule, TrainingGuard
-from lora_lightning.callbacks.schedule import announce, resolve_ramp, resolve_step
+from lora_lightning.callbacks.steps import announce, resolve_ramp, resolve_step
 from lora_lightning.errors import NoEffectError, SettingsError
-from lora_lightning.injection import trainable_adapters
+from lora_lightning.injection.records import trainable_adapters
 
 
 class Recorder(ScheduleCallback):
@@ -27,7 +27,7 @@ class Recorder(ScheduleCallback):
         super().__init__()
         self.events: list[tuple[str, int]] = []
 
-    def wants(self, adapter):
+    def accepts(self, adapter):
         return True
 
     def on_gradients(self, step, adapters):

@@ -19,10 +19,11 @@ from ll_lora import LoRA
 from ll_lorasc import LoRASC
 from ll_riemannian_moe import MoELoRA
 from ll_rose import RoseLoRA
-from lora_lightning.injection import adapters_named, inject
+from lora_lightning.injection.inject import inject
+from lora_lightning.injection.records import adapters_named
 from lora_lightning.methods import Method
 from lora_lightning.testing import perturb, tiny_decoder, tiny_encoder
-from lora_lightning.tiny import seeded
+from lora_lightning.testing.toy_models import seeded
 
 DEVICE = "cuda"
 ACCELERATOR = "gpu"

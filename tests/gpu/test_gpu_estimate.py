@@ -8,12 +8,12 @@ from on_gpu import DEVICE
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ll_lora import LoRA
-from lora_lightning.estimate import Parts, estimate
-from lora_lightning.injection import inject
-from lora_lightning.module import enable_checkpointing
+from lora_lightning.cli.preflight.memory import Parts, estimate
+from lora_lightning.cli.preflight.trace import trace_step, units, without_values
+from lora_lightning.injection.inject import inject
+from lora_lightning.models.tasks import find_task
 from lora_lightning.optim.groups import build_optimizer
-from lora_lightning.tasks import find_task
-from lora_lightning.tracing import trace_step, units, without_values
+from lora_lightning.training.module import enable_checkpointing
 
 pytestmark = pytest.mark.gpu
 

@@ -10,8 +10,10 @@ from on_gpu import DEVICE, METHODS, MODELS, adapted, tokens
 from torch import nn
 
 from lora_lightning.errors import SettingsError
-from lora_lightning.injection import adapters_named, disable_adapters, inject
-from lora_lightning.tiny import LAYERS, seeded
+from lora_lightning.injection.inject import inject
+from lora_lightning.injection.records import adapters_named
+from lora_lightning.injection.switches import disable_adapters
+from lora_lightning.testing.toy_models import LAYERS, seeded
 
 pytestmark = pytest.mark.gpu
 

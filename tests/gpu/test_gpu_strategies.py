@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
-from training import classification, encoder_folder, labelled_data, labelled_file, trainer
+from toy_runs import classification, encoder_folder, labelled_data, labelled_file, trainer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from lora_lightning.checkpoint import load_adapter
-from lora_lightning.injection import inject
-from lora_lightning.loading import load_model
-from lora_lightning.paths import plain
-from lora_lightning.tasks import find_task
+from lora_lightning.injection.inject import inject
+from lora_lightning.models.loading import load_model
+from lora_lightning.models.paths import plain
+from lora_lightning.models.tasks import find_task
+from lora_lightning.storage.load import load_adapter
 from lora_lightning.testing import tiny_decoder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]

@@ -10,14 +10,17 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from on_gpu import ACCELERATOR, DEVICE, MERGEABLE, METHODS, MODELS, Losses, adapted, tokens
 from resuming import SaveAt, assert_equal_runs, at_step, run
-from training import classification, completion_data, decoder_folder, encoder_folder, labelled_data, trainer
+from toy_runs import classification, completion_data, decoder_folder, encoder_folder, labelled_data, trainer
 
 from ll_lora import LoRA
 from ll_rose import RoseLoRA
-from lora_lightning.checkpoint import load_adapter, save_adapter
-from lora_lightning.injection import adapters_named, disable_adapters, merge, unmerge
-from lora_lightning.module import AdapterModule, enable_checkpointing
+from lora_lightning.injection.merge import merge, unmerge
+from lora_lightning.injection.records import adapters_named
+from lora_lightning.injection.switches import disable_adapters
 from lora_lightning.plugins import registry
+from lora_lightning.storage.folder import save_adapter
+from lora_lightning.storage.load import load_adapter
+from lora_lightning.training.module import AdapterModule, enable_checkpointing
 
 pytestmark = pytest.mark.gpu
 

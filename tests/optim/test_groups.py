@@ -10,7 +10,7 @@ from ll_lora import LoRA
 from lora_lightning import inject, set_trainable
 from lora_lightning.adapters.base import GroupSpec
 from lora_lightning.errors import TrainingError
-from lora_lightning.injection import disable_adapters
+from lora_lightning.injection.switches import disable_adapters
 from lora_lightning.optim.groups import build_optimizer, factor_pairs, group_specs
 
 

@@ -19,7 +19,7 @@ from projects import loader
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from training import classification, encoder_folder, labelled_data, trainer
+from toy_runs import classification, encoder_folder, labelled_data, trainer
 
 from ll_ce_lora import CELoRA
 from ll_ce_lora.adapter import CELoRAAdapter
@@ -37,21 +37,15 @@ from ll_ce_lora.functional import (
 from ll_lora import LoRA
 from ll_lorasc import LoRASC
 from lora_lightning.callbacks import InjectAdapters
-from lora_lightning.checkpoint import save_adapter
 from lora_lightning.errors import AdapterStateError, NoEffectError, ResumeError, SettingsError
-from lora_lightning.injection import (
-    adapters_named,
-    eject,
-    inject,
-    iter_adapters,
-    merge,
-    set_active,
-    trainable_adapters,
-    unmerge,
-)
-from lora_lightning.saving import AtomicCheckpoints
+from lora_lightning.injection.inject import inject
+from lora_lightning.injection.merge import eject, merge, unmerge
+from lora_lightning.injection.records import adapters_named, iter_adapters, trainable_adapters
+from lora_lightning.injection.switches import set_active
+from lora_lightning.storage.folder import save_adapter
 from lora_lightning.testing import MethodContract, perturb, tiny_encoder
-from lora_lightning.tiny import LAYERS, QUANTISED, seeded
+from lora_lightning.testing.toy_models import LAYERS, QUANTIZED, seeded
+from lora_lightning.training.trainer_checkpoints import AtomicCheckpoints
 
 LINEAR = ("Linear", "Linear without bias", "Conv1D")
 D_IN, D_OUT, N = 7, 10, 12
@@ -336,7 +330,7 @@ class Loop:
         self.adapters = {path: a for path, a in trainable_adapters(self.model).items() if a.channels < a.d_out}
         self.optimizer = torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad], lr=lr)
         (self.schedule,) = self.method.callbacks()
-        self.schedule.begin(None, self.adapters)
+        self.schedule.on_start(None, self.adapters)
         self.t = 0
 
     def step(self, parts: int = 1, act: bool = True) -> None:
@@ -379,7 +373,7 @@ def test_05_forward_is_plain_lora_bit_for_bit(kind, kept, svd_rank, precision):
         adapter = model[0].adapter("default")
         perturb(adapter)
         if isinstance(adapter, CELoRAAdapter) and adapter.approximates:
-            adapter.split(model[0].accessor.weight())
+            adapter.split(model[0].base_layer.weight())
             adapter.refresh(torch.rand(5), 1)
         torch.manual_seed(3)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
@@ -509,16 +503,16 @@ def test_eval_mode_a_hook_and_a_trained_weight_are_exact():
     assert same()
 
 
-@pytest.mark.parametrize("kind", QUANTISED)
-def test_quantised_base_is_called_as_it_is_and_approximated_by_its_dequantised_weight(kind):
-    package, quantise = QUANTISED[kind]
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_quantized_base_is_called_as_it_is_and_approximated_by_its_dequantized_weight(kind):
+    package, quantize = QUANTIZED[kind]
     pytest.importorskip(package, reason=f'needs {package}: pip install "lora-lightning[quant]"')
     with seeded(1):
-        model = nn.Sequential(quantise(nn.Linear(D_IN + 1, D_OUT + 6))).train()
+        model = nn.Sequential(quantize(nn.Linear(D_IN + 1, D_OUT + 6))).train()
         x, G = torch.randn(2, 5, D_IN + 1, requires_grad=True), torch.randn(2, 5, D_OUT + 6)
     inject(model, CELoRA(rank=2, kept=0.5, svd_rank=2), ["0"], also_train=(), seed=0)
     layer = model[0]
-    adapter, W = layer.adapter("default"), layer.accessor.weight(torch.float64)
+    adapter, W = layer.adapter("default"), layer.base_layer.weight(torch.float64)
     rows = G.reshape(-1, D_OUT + 6).double()
 
     def gradient() -> torch.Tensor:
@@ -533,7 +527,7 @@ def test_quantised_base_is_called_as_it_is_and_approximated_by_its_dequantised_w
     torch.testing.assert_close(adapter.norms.double(), rows.square().sum(0), rtol=1e-5, atol=0)
     squares = adapter.norms
     adapter.observe(False)
-    adapter.split(layer.accessor.weight())
+    adapter.split(layer.base_layer.weight())
     adapter.refresh(squares, 1)
     cheap, expected = gradient(), reference_dx(rows, W, adapter.index.tolist(), 2)
     torch.testing.assert_close(cheap, expected, rtol=0, atol=1e-4)
@@ -592,7 +586,7 @@ def test_adapter_file_and_state_hold_the_two_factors_only(tmp_path):
     inject(model, CELoRA(rank=2, kept=0.5, svd_rank=1), seed=0)
     for layer in (layer for _, layer in iter_adapters(model)):
         adapter = layer.adapter("default")
-        adapter.split(layer.accessor.weight())
+        adapter.split(layer.base_layer.weight())
         adapter.refresh(torch.rand(adapter.d_out), 1)
         assert set(adapter.state_dict()) == {"lora_A", "lora_B"}
     folder = save_adapter(model, tmp_path / "adapter")
@@ -637,7 +631,7 @@ def test_an_adapter_that_was_started_again_chooses_after_its_next_step():
     state = loop.schedule.state_dict()  # saved where it has no channels, as at a knot
     resumed.model.load_state_dict(loop.model.state_dict())
     resumed.schedule.load_state_dict(state)
-    resumed.schedule.begin(None, resumed.adapters)
+    resumed.schedule.on_start(None, resumed.adapters)
     resumed.t = 3
     for each in (loop, resumed):
         each.step()
@@ -891,7 +885,7 @@ def test_partial_norms_of_other_process_counts_are_refused():
     other = RefreshIndex()
     other.load_state_dict(state)
     with pytest.raises(ResumeError, match=r"norms of 2 processes inside an accumulation window; this run has 1"):
-        other.begin(None, loop.adapters)
+        other.on_start(None, loop.adapters)
 
 
 # -- what it saves -----------------------------------------------------------------------------------------------------

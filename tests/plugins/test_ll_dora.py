@@ -15,11 +15,13 @@ from transformers.pytorch_utils import Conv1D
 
 import lora_lightning as ll
 from ll_dora import DoRA, functional
-from lora_lightning.adapters.shift import DenseShift
-from lora_lightning.adapters.weights import base_layer
+from lora_lightning.adapters.folded import DenseUpdate
+from lora_lightning.adapters.layers.kinds import core_base_layer
 from lora_lightning.errors import ExportError, SettingsError
-from lora_lightning.exporters import peft_file
-from lora_lightning.injection import adapters_named, inject, merge, unmerge
+from lora_lightning.exporters.peft import file as peft_file
+from lora_lightning.injection.inject import inject
+from lora_lightning.injection.merge import merge, unmerge
+from lora_lightning.injection.records import adapters_named
 from lora_lightning.optim.groups import build_optimizer
 from lora_lightning.testing import DROPPING_KINDS, MethodContract, perturb, tiny_encoder
 
@@ -563,7 +565,7 @@ def test_settings_outside_their_rules(settings, message):
 
 def test_rank_above_the_layer_is_refused():
     with pytest.raises(SettingsError, match="rank is 7; a layer of 8 inputs and 6 outputs takes at most 6"):
-        DoRA(rank=7).build(base_layer(nn.Linear(8, 6)))
+        DoRA(rank=7).build(core_base_layer(nn.Linear(8, 6)))
 
 
 # -- export ------------------------------------------------------------------------------------------------------------
@@ -618,7 +620,7 @@ def folded():
     """One that a cascade of stages has folded once."""
     model = encoder(METHOD)
     for _, layer in ll.iter_adapters(model):
-        layer.set_shift("default", DenseShift(layer.accessor))
+        layer.set_folded("default", DenseUpdate(layer.base_layer))
         layer.fold("default")
     return model
 

@@ -15,17 +15,18 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.data import DataLoader
-from training import classification, encoder_folder, labelled_data, trainer
+from toy_runs import classification, encoder_folder, labelled_data, trainer
 
 import lora_lightning as ll
 from ll_dora import DoRA, analysis, picture, records
 from ll_dora.callback import WeightDecomposition
 from ll_lora import LoRA
-from lora_lightning.__main__ import main
-from lora_lightning.adapters.shift import DenseShift
+from lora_lightning.adapters.folded import DenseUpdate
 from lora_lightning.callbacks import Cascade, InjectAdapters
+from lora_lightning.cli.main import main
 from lora_lightning.errors import DataError, NoEffectError, ResumeError, SettingsError
-from lora_lightning.injection import adapters_named, inject, iter_adapters
+from lora_lightning.injection.inject import inject
+from lora_lightning.injection.records import adapters_named, iter_adapters
 from lora_lightning.testing import perturb
 
 # -- the numbers -------------------------------------------------------------------------------------------------------
@@ -123,7 +124,7 @@ def test_the_method_reports_its_changes():
     assert report["dD"] == pytest.approx(sum(dD for _, dD in expected) / 2, abs=1e-12)
     assert report["zero_rows"] == 0
     for _, layer in iter_adapters(model):  # what a cascade does at the end of a stage, the last one too
-        layer.set_shift("default", DenseShift(layer.accessor))
+        layer.set_folded("default", DenseUpdate(layer.base_layer))
         layer.fold("default")
         layer.adapter("default").reset(torch.Generator().manual_seed(1))
     folded = method.report(adapters)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from resuming import SaveAt, assert_equal_runs, at_step, run
 from safetensors.torch import load_file
-from training import classification, encoder_folder, labelled_data, labelled_file
+from toy_runs import classification, encoder_folder, labelled_data, labelled_file
 
 import lora_lightning as ll
 from ll_dora import DoRA
@@ -17,15 +17,15 @@ from ll_lora import LoRA
 from ll_lorasc import LoRASC
 from ll_lorasc.optim import SlowFast
 from ll_riemannian_moe import MoELoRA
-from lora_lightning.__main__ import main
-from lora_lightning.adapters.shift import DenseShift, LogShift
+from lora_lightning.adapters.folded import DenseUpdate, FactoredUpdate
 from lora_lightning.callbacks import Cascade
-from lora_lightning.checkpoint import read_folder
+from lora_lightning.cli.main import main
 from lora_lightning.errors import ExportError, SettingsError
-from lora_lightning.injection import adapters_named, iter_adapters
+from lora_lightning.injection.records import adapters_named, iter_adapters
 from lora_lightning.methods import Method, plain_settings, replace
 from lora_lightning.optim.warmup import Knots, WarmUp, factor
-from lora_lightning.plugins import registry, restore
+from lora_lightning.plugins import registry, restore_settings
+from lora_lightning.storage.folder import read_folder
 from lora_lightning.testing import MethodContract, TinyMLP, tiny_encoder
 
 TOKENS = torch.tensor([[1, 5, 7, 2], [1, 9, 2, 0]])
@@ -65,7 +65,7 @@ def test_every_question_goes_to_the_method_inside():
     adapters = adapters_named(model, "default")
     for name in set(questions) - {"report"}:  # answered by itself
         asked.clear()
-        arguments = {"build": [next(iter_adapters(model))[1].accessor]}.get(name, [adapters])
+        arguments = {"build": [next(iter_adapters(model))[1].base_layer]}.get(name, [adapters])
         getattr(method, name)(*([] if name in ("optimizer", "callbacks") else arguments))
         assert name in asked, name
 
@@ -74,7 +74,7 @@ def test_settings_inside_settings_travel_as_plain_data():
     method = LoRASC(inner=DoRA(rank=3), stage_steps=4)
     plain = plain_settings(method)
     assert plain["inner"] == {"class_path": "DoRA", "init_args": plain_settings(DoRA(rank=3))}
-    assert restore(LoRASC, "settings", plain) == method
+    assert restore_settings(LoRASC, "settings", plain) == method
     assert replace(method, "overrides", {"inner": {"rank": 1}}).inner == DoRA(rank=1)
     with pytest.raises(SettingsError, match=r'overrides\.inner: DoRA has no "rnak"\. Did you mean "rank"\?'):
         replace(method, "overrides", {"inner": {"rnak": 1}})
@@ -123,8 +123,8 @@ def test_resume_in_the_middle_of_a_stage_and_at_a_knot(encoder, tmp_path, name, 
     resumed = run(module, labelled_data(encoder), tmp_path, (), saved, seed=77, max_steps=10)
     assert_equal_runs(straight, resumed)
     layers = [layer for _, layer in iter_adapters(module)]
-    kinds = {"LoRA, factors": LogShift, "LoRA, noise": LogShift}
-    assert all(isinstance(layer.shifts["default"], kinds.get(name, DenseShift)) for layer in layers)
+    kinds = {"LoRA, factors": FactoredUpdate, "LoRA, noise": FactoredUpdate}
+    assert all(isinstance(layer.shifts["default"], kinds.get(name, DenseUpdate)) for layer in layers)
     ll.save_adapter(module.model, tmp_path / "adapter")
     assert any(".shifts.default." in key for key in read_folder(tmp_path / "adapter").tensors)
     module.model.eval()
@@ -186,7 +186,7 @@ def test_exports(tmp_path, dense):
     generator = torch.Generator().manual_seed(0)
     layers = dict(iter_adapters(model))
     for layer in layers.values():
-        layer.set_shift("default", (DenseShift if dense else LogShift)(layer.accessor))
+        layer.set_folded("default", (DenseUpdate if dense else FactoredUpdate)(layer.base_layer))
         for _ in range(3):
             for parameter in layer.adapter("default").parameters():
                 parameter.data.normal_(0, 0.1, generator=generator)
@@ -226,9 +226,9 @@ def test_small_folded_updates_of_large_weights_are_exported_whole(tmp_path, form
     updates = {}
     for path, layer in iter_adapters(model):
         with torch.no_grad():
-            layer.accessor.stored.normal_(generator=torch.Generator().manual_seed(1))
+            layer.base_layer.stored.normal_(generator=torch.Generator().manual_seed(1))
         adapter = layer.adapter("default")
-        layer.set_shift("default", (LogShift if form == "log" else DenseShift)(layer.accessor))
+        layer.set_folded("default", (FactoredUpdate if form == "log" else DenseUpdate)(layer.base_layer))
         total = torch.zeros(16, 16, dtype=torch.float64)
         for stage in range(2):
             for parameter in adapter.parameters():

@@ -10,7 +10,7 @@ import torch
 import yaml
 from factor_problem import Problem, bound, invertible, projections, run, saved
 from torch import nn
-from training import classification, encoder_folder, labelled_data, labelled_file, trainer
+from toy_runs import classification, encoder_folder, labelled_data, labelled_file, trainer
 
 from ll_lora import LoRA
 from ll_optimizers.fa import LoRAFA
@@ -18,8 +18,8 @@ from ll_optimizers.plus import LoRAPlus
 from ll_optimizers.pro import LoRAPro, factor_steps
 from ll_optimizers.rite import LoRARITE, inverse_root, polar
 from lora_lightning import inject, plugins
-from lora_lightning.__main__ import main
 from lora_lightning.adapters.base import FactorPair
+from lora_lightning.cli.main import main
 from lora_lightning.errors import SettingsError, TrainingError
 from lora_lightning.optim.groups import build_optimizer, factor_pairs
 from lora_lightning.optim.warmup import WarmUp
@@ -202,7 +202,7 @@ def test_plus_with_a_nested_optimizer_through_the_command_line(tmp_path, monkeyp
         rates.update({group["name"]: group["lr"] for group in optimizer.param_groups})
         return optimizer
 
-    monkeypatch.setattr("lora_lightning.module.build_optimizer", look)
+    monkeypatch.setattr("lora_lightning.training.module.build_optimizer", look)
     assert main(["fit", "--config", "plus.yaml"]) == 0
     assert rates == {"A": 1e-3, "B": 16e-3, "head": 1e-3}
 

@@ -12,7 +12,7 @@ import torch
 from projects import Plain, fit
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from training import classification, encoder_folder, labelled_data, trainer
+from toy_runs import classification, encoder_folder, labelled_data, trainer
 
 from ll_riemannian_moe import MoELoRA
 from ll_riemannian_moe.adapter import MoELoRAAdapter
@@ -25,11 +25,12 @@ from ll_riemannian_moe.functional import (
     router_logits,
     z_loss,
 )
-from lora_lightning.adapters.base import Tally
-from lora_lightning.adapters.weights import base_layer
+from lora_lightning.adapters.base import RunningSum
+from lora_lightning.adapters.layers.kinds import core_base_layer
 from lora_lightning.callbacks import InjectAdapters, TrainingGuard
 from lora_lightning.errors import AdapterStateError, NoEffectError, SettingsError
-from lora_lightning.injection import adapters_named, inject, trainable_adapters
+from lora_lightning.injection.inject import inject
+from lora_lightning.injection.records import adapters_named, trainable_adapters
 from lora_lightning.optim.groups import group_specs
 from lora_lightning.testing import MethodContract, perturb
 
@@ -419,7 +420,7 @@ def test_the_factor_pair_has_the_experts_as_leading_axis():
 
 def merges_exactly(model, adapter):
     x = randn(N, D_IN, seed=9)
-    base = model[0].accessor
+    base = model[0].base_layer
     close(model(x), base.apply(x, adapter.merged_weight(base.weight()), base.bias))
 
 
@@ -727,11 +728,11 @@ class TwoProcesses:
 
 def test_processes_add_up_and_meet_even_where_one_layer_saw_nothing():
     callback = RouterStatistics()
-    callback._tallies, callback._experts = {"a": Tally(), "b": Tally()}, {"a": 3, "b": 2}
-    callback._tallies["a"].add(torch.tensor([3.0, 1.0, 0.0]), 2)
+    callback._statistics, callback._experts = {"a": RunningSum(), "b": RunningSum()}, {"a": 3, "b": 2}
+    callback._statistics["a"].add(torch.tensor([3.0, 1.0, 0.0]), 2)
     one, two = callback._take(TwoProcesses(), torch.device("cpu"))
     assert (one.tolist(), two.tolist()) == ([6.0, 2.0, 0.0], [0.0, 0.0])
-    assert callback._tallies["a"].sum is None
+    assert callback._statistics["a"].sum is None
 
 
 def test_a_real_run_trains_router_and_experts_under_the_guard(tmp_path):
@@ -778,12 +779,12 @@ def test_settings_outside_their_rules(fields, message):
 def test_layers_without_one_vector_a_token_are_refused():
     for layer, kind in ((nn.Embedding(9, 4), "embedding"), (nn.Conv1d(4, 4, 3), "conv")):
         with pytest.raises(SettingsError, match=f"which a {kind} layer does not have .* takes linear layers"):
-            settings().build(base_layer(layer))
+            settings().build(core_base_layer(layer))
     with pytest.raises(SettingsError, match="rank is 3; a layer of 6 inputs and 2 outputs takes at most 2"):
-        settings(rank=3).build(base_layer(nn.Linear(6, 2)))
+        settings(rank=3).build(core_base_layer(nn.Linear(6, 2)))
 
 
 def test_printing_a_model_shows_the_sizes():
-    adapter = settings().build(base_layer(nn.Linear(6, 5)))
+    adapter = settings().build(core_base_layer(nn.Linear(6, 5)))
     assert isinstance(adapter, MoELoRAAdapter)
     assert repr(adapter) == "MoELoRAAdapter(experts=4, top_k=2, rank=2, gate_exponent=0.5)"

@@ -10,7 +10,7 @@ from factor_problem import Problem, bound, invertible, projections, run, saved
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback
 from torch import nn
-from training import classification, encoder_folder, labelled_data, trainer
+from toy_runs import classification, encoder_folder, labelled_data, trainer
 
 from ll_dora import DoRA
 from ll_lora import LoRA
@@ -19,11 +19,11 @@ from ll_riemannian_moe.optim import RiemannianAdamW, RiemannianSGD
 from ll_riemannian_moe.preconditioner import precondition
 from ll_rose import RoseLoRA
 from lora_lightning import inject
-from lora_lightning.callbacks import RunReport
 from lora_lightning.errors import SettingsError
 from lora_lightning.optim.groups import build_optimizer, factor_pairs
 from lora_lightning.optim.wrapper import OptimizerWrapper
-from lora_lightning.saving import AtomicCheckpoints
+from lora_lightning.training.run_report import RunReport
+from lora_lightning.training.trainer_checkpoints import AtomicCheckpoints
 
 BOTH = [RiemannianSGD, RiemannianAdamW]
 

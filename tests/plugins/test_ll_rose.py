@@ -14,10 +14,12 @@ from torch import nn
 
 from ll_rose import RoseLoRA
 from ll_rose.functional import density, density_bound, survey
-from lora_lightning.adapters.sparsity import keep_count, keep_top, kept_share
 from lora_lightning.callbacks import SparsitySchedule
+from lora_lightning.callbacks.pruning import keep_count, keep_top, kept_share
 from lora_lightning.errors import SettingsError
-from lora_lightning.injection import adapters_named, inject, merge, trainable_adapters, unmerge
+from lora_lightning.injection.inject import inject
+from lora_lightning.injection.merge import merge, unmerge
+from lora_lightning.injection.records import adapters_named, trainable_adapters
 from lora_lightning.testing import MethodContract
 
 TOTAL = 20
@@ -93,7 +95,7 @@ class Loop:
         (self.path, self.adapter), *_ = trainable_adapters(self.model).items()
         self.optimizer = torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad], lr=lr)
         (self.schedule,) = self.method.callbacks()
-        self.schedule.begin(total, trainable_adapters(self.model))
+        self.schedule.on_start(total, trainable_adapters(self.model))
         self.t = 0
 
     def step(self, x, y, micro_batches: int = 1) -> None:
@@ -281,7 +283,7 @@ def test_row_masks_of_A_do_not_depend_on_B():
         if other_B:
             state["averages"][name] = torch.rand_like(state["averages"][name])
         loop.schedule.load_state_dict(state)
-        loop.schedule.begin(TOTAL, trainable_adapters(loop.model))
+        loop.schedule.on_start(TOTAL, trainable_adapters(loop.model))
         with torch.no_grad():
             loop.schedule.on_stepped(12, {})
     assert torch.equal(loops[0].adapter.mask_A, loops[1].adapter.mask_A)
@@ -307,7 +309,7 @@ def test_resuming_mid_ramp_equals_not_having_stopped():
     resumed = Loop(seed=5)
     resumed.model.load_state_dict(saved[0])
     resumed.schedule.load_state_dict(saved[1])
-    resumed.schedule.begin(TOTAL, trainable_adapters(resumed.model))
+    resumed.schedule.on_start(TOTAL, trainable_adapters(resumed.model))
     resumed.t = 9
     for x, y in list(data())[9:]:
         resumed.step(x, y)
@@ -353,7 +355,7 @@ def test_bfloat16_sensitivities_are_kept_in_float32():
     inject(model, RoseLoRA(rank=2), seed=0)
     adapter = next(iter(trainable_adapters(model).values())).to(torch.bfloat16)
     schedule = SparsitySchedule()
-    schedule.begin(10, {"0": adapter})
+    schedule.on_start(10, {"0": adapter})
     for parameter in adapter.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
     schedule.on_gradients(1, {})

@@ -23,7 +23,7 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     tensors: dict[str, Any] = {}
     for path, layer in source.layers.items():
         source.check_fixed(path)
-        base = layer.accessor
+        base = layer.base_layer
         tensors[base.weight_name(path)] = layer.merged_weight(source.name, base.adapter_dtype)
         bias = source.adapter(path).merged_bias(layer.originals().get("bias"))
         if bias is not None:

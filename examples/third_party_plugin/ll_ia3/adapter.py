@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter
-from lora_lightning.adapters.weights import BaseLayer
+from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.errors import SettingsError
 
 

@@ -13,7 +13,7 @@ from lora_lightning.methods import Adapters, Method, check_fields
 if TYPE_CHECKING:
     from ll_ia3.adapter import IA3Adapter
     from lora_lightning.adapters.base import GroupSpec
-    from lora_lightning.adapters.weights import BaseLayer
+    from lora_lightning.adapters.layers.base import BaseLayer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from torch import nn
 
 import lora_lightning as ll
 from lora_lightning.errors import SettingsError
-from lora_lightning.injection import adapters_named
+from lora_lightning.injection.records import adapters_named
 from lora_lightning.testing import MethodContract, perturb
 
 

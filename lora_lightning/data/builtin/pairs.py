@@ -5,7 +5,7 @@ from __future__ import annotations
 import datasets
 
 from lora_lightning.data.builtin.documented import documented
-from lora_lightning.data.splits import folded
+from lora_lightning.data.sources.splits import folded
 
 FEWEST = 30
 """Characters of a paragraph."""

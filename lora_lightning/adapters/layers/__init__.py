@@ -1,0 +1,1 @@
+"""Base layers: how a layer is called, and how its weight is read and written."""

@@ -1,0 +1,138 @@
+"""Optimizer steps for callbacks: their order, the totals of schedules, and what was seen since the last step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from torch import nn
+
+from lora_lightning.adapters.adapted_layer import AdaptedLayer
+from lora_lightning.errors import SettingsError
+from lora_lightning.injection.records import injected_root, records
+from lora_lightning.models.paths import plain
+
+T = TypeVar("T")
+
+MASKS = 3
+"""Phase of callbacks that write values and masks."""
+STAGE_ENDS = 5
+"""Phase of callbacks that end a stage: what they fold has its masks."""
+JUDGES = 7
+"""Phase of callbacks that read the step's result: the guard, averages."""
+REPORTS = 8
+"""Phase of callbacks that write what a judged run has left."""
+
+
+def order_callbacks(trainer: Trainer) -> None:
+    """Give the trainer a new list, sorted by phase (0 where a callback has none), Checkpoint callbacks last."""
+    ranked = sorted(trainer.callbacks, key=lambda c: (isinstance(c, Checkpoint), getattr(c, "phase", 0)))  # type: ignore[attr-defined]
+    trainer.callbacks = ranked  # type: ignore[attr-defined]
+
+
+def total_steps(trainer: Trainer) -> int | None:
+    """Optimizer steps of the whole fit; None where nothing bounds them.
+
+    Only max_steps bounds those of a module that steps its optimizers itself: an epoch may have any number.
+    """
+    if not trainer.lightning_module.automatic_optimization:
+        return trainer.max_steps if trainer.max_steps > 0 else None
+    total = trainer.estimated_stepping_batches
+    return int(total) if math.isfinite(total) and total > 0 else None
+
+
+def inside_window(trainer: Trainer) -> bool:
+    """Whether a strategy that accumulates gradients itself, and is called for each batch, will not step with this."""
+    return trainer.strategy.handles_gradient_accumulation and trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def announce(trainer: Trainer, callback: Callback, verb: str, what: str, names: Sequence[str]) -> None:
+    """Print what a callback acts on: how many, and the first name."""
+    if trainer.is_global_zero:
+        first = f"{plain(names[0])}{', ...' if len(names) > 1 else ''}"
+        print(f"{type(callback).__name__}: {verb} {len(names)} {what}{'s' * (len(names) > 1)} ({first})")
+
+
+def outside_step(trainer: Trainer, run: Callable[[], T]) -> T:
+    """What `run` returns, which calls the model between steps; some strategies have to gather its weights for it."""
+    inside = getattr(trainer.strategy, "inside", None)
+    return run() if inside is None else inside(run)
+
+
+def adapted_layer(module: nn.Module, path: str) -> tuple[AdaptedLayer, str, int]:
+    """The layer under an adapter's path, the adapter's name, and the seed of its start values."""
+    layer_path, _, name = path.rpartition(".adapters.")
+    return cast(AdaptedLayer, module.get_submodule(layer_path)), name, records(injected_root(module))[name].seed
+
+
+def injected_path(module: nn.Module, path: str) -> str:
+    """The layer path that `inject` knew an adapter's layer by, from the adapter's path in the whole module."""
+    root = injected_root(module)
+    inside = next(name for name, part in module.named_modules() if part is root)
+    return path.rpartition(".adapters.")[0].removeprefix(f"{inside}." if inside else "")
+
+
+_verdicts: WeakKeyDictionary[Trainer, tuple[int, bool]] = WeakKeyDictionary()
+
+
+def gradients_finite(trainer: Trainer, module: LightningModule) -> bool:
+    """Whether the gradients of the coming step are finite on every process; computed once a step."""
+    known = _verdicts.get(trainer)
+    if known is None or known[0] != trainer.global_step:
+        grads = [p.grad for p in module.parameters() if p.requires_grad and p.grad is not None]
+        finite = not grads or bool(torch.isfinite(torch.nn.utils.get_total_norm(grads)))
+        known = (trainer.global_step, trainer.strategy.reduce_boolean_decision(finite, all=True))
+        _verdicts[trainer] = known
+    return known[1]
+
+
+def resolve_step(value: float, total: int | None, what: str) -> int:
+    """A schedule's moment as a step number: up to 1 a share of all steps, from 2 on the number itself.
+
+    Raises:
+        SettingsError: a fraction above 1, or a share of a run whose length nothing bounds.
+    """
+    if value > 1:
+        if value != int(value):
+            raise SettingsError(
+                f"{what} is {value}; above 1 it is a step number and must be whole, such as {round(value)}."
+            )
+        return int(value)
+    if total is None:
+        raise SettingsError(f"{what} is {value}, a share of all steps, but nothing bounds their number; set max_steps.")
+    return round(value * total)
+
+
+def resolve_ramp(start: float, end: float, total: int | None, what: str) -> tuple[int, int]:
+    """First and last step of a ramp; it never starts before step 2, since nothing is known at step 1.
+
+    Args:
+        start: moment before which nothing happens.
+        end: moment from which on nothing changes.
+        total: optimizer steps of the run.
+        what: name of the schedule, for errors.
+
+    Raises:
+        SettingsError: the ramp ends before it starts, or does not fit the run; names the smallest run that does.
+    """
+    first, last = max(2, resolve_step(start, total, f"{what}.start")), resolve_step(end, total, f"{what}.end")
+    if total is not None and last > total:
+        raise SettingsError(f"{what}.end is step {last}; the run has {total} steps, so it must be at most {total}.")
+    if first < last:
+        return first, last
+    if start >= end and (start > 1) == (end > 1):
+        raise SettingsError(f"{what}.start is {start} and end is {end}; the schedule must start before it ends.")
+    fits = next((n for n in range(1, 10_000) if max(2, _at(start, n)) < min(_at(end, n), n)), None)
+    hint = f"; the smallest run that fits has {fits} optimizer steps" if fits else ""
+    raise SettingsError(
+        f"{what} would go from step {first} to step {last} in a run of {total} steps, so it does not fit{hint}."
+    )
+
+
+def _at(value: float, total: int) -> int:
+    return int(value) if value > 1 else round(value * total)

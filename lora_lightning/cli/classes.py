@@ -1,0 +1,111 @@
+"""What a setting takes: the classes behind its type, their short names, and the names of their parameters.
+
+Classes are found as jsonargparse finds them: subclasses that some module has imported. Methods come from the registry.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from lora_lightning import plugins
+from lora_lightning.methods import Method
+from lora_lightning.registry import arguments
+
+
+def short_names(bases: Sequence[type]) -> list[str]:
+    """Short names that a class-valued setting takes."""
+    if takes_method(bases):
+        return sorted(plugins.registry().methods)
+    return sorted({name for base in bases for name in named_classes(base)})
+
+
+def named_classes(base: type) -> dict[str, type]:
+    """Imported subclasses that a config can name, by short name; of one name the one defined in this package."""
+    found = sorted(
+        filter(_can_be_named, plugins.subclasses(base)), key=lambda cls: cls.__module__.startswith("lora_lightning")
+    )
+    return {cls.__name__: cls for cls in found}
+
+
+def namesakes(bases: Sequence[type], name: str) -> list[str]:
+    """Full paths of the imported classes that a short name could mean."""
+    found = {cls for base in bases for cls in plugins.subclasses(base) if cls.__name__ == name and _can_be_named(cls)}
+    return sorted(f"{cls.__module__}.{cls.__qualname__}" for cls in found)
+
+
+def takes_method(bases: Sequence[type]) -> bool:
+    """Whether a setting of these classes is a method."""
+    return any(issubclass(base, Method) for base in bases)
+
+
+def _can_be_named(cls: type) -> bool:
+    return not (cls.__name__.startswith("_") or "<locals>" in cls.__qualname__ or inspect.isabstract(cls))
+
+
+def noun(bases: Sequence[type]) -> str:
+    """The first base in lower-case words: `LightningDataModule` is a "data module"."""
+    name = bases[0].__name__.removeprefix("Lightning") if bases else "class"
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name).lower()
+
+
+def hint_of(trail: Sequence[tuple[str, str]], parser: argparse.ArgumentParser) -> object:
+    """The type of the setting at the end of `trail`: keys and, before a key inside a class, the class."""
+    hint: object = None
+    owner: type | None = None
+    for kind, name in trail:
+        if kind == "class":
+            owner = imported_class(name)
+        elif owner is None:
+            hint = next(
+                (getattr(action, "_typehint", None) for action in _arguments(parser) if action.dest == name), None
+            )
+        else:
+            hint = _parameter_types(owner).get(name)
+    return hint
+
+
+def _arguments(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """Arguments of a parser and of its verbs; errors found at the very end come from the outermost parser."""
+    for action in parser._actions:
+        yield action
+        if isinstance(action.choices, dict):
+            for verb in action.choices.values():
+                yield from _arguments(verb)
+
+
+def _parameter_types(owner: type) -> dict[str, Any]:
+    init = inspect.getattr_static(owner, "__init__")
+    try:
+        return typing.get_type_hints(init)
+    except (NameError, TypeError, AttributeError):  # a name imported for type checking only
+        return dict(getattr(init, "__annotations__", {}))
+
+
+def bases_of(hint: object) -> list[type]:
+    """The classes whose subclasses a setting of type `hint` takes."""
+    if isinstance(hint, str):
+        return [Method] if re.search(rf"\b{Method.__name__}\b", hint) else []
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is Callable:
+        return bases_of(arguments[-1])
+    if arguments:
+        return [base for argument in arguments for base in bases_of(argument)]
+    return [hint] if isinstance(hint, type) and hint.__module__ not in ("builtins", "types") else []
+
+
+def imported_class(path: str) -> type | None:
+    """An imported class."""
+    module, _, name = path.rpartition(".")
+    cls: object = getattr(sys.modules.get(module), name, None)
+    return cls if isinstance(cls, type) else None
+
+
+def parameters_of(owner: type) -> list[str]:
+    """Names that a class takes, those it hands on to its bases included; what no config gives is left out."""
+    return [name for name in arguments(owner) if name not in ("params", "optimizer")]

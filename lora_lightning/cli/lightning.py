@@ -1,0 +1,272 @@
+"""The command line: LightningCLI, configured for adapters, runs in numbered folders, and short names.
+
+argv -> argv.read -> plugins.load -> LightningCLI(AdapterModule, any data module) -> fit | validate | test | predict
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.optim import Optimizer
+
+import lora_lightning.data
+import lora_lightning.training.strategies.sharded  # noqa: F401 - and of our strategies
+from lora_lightning import plugins
+from lora_lightning.cli import run_folder
+from lora_lightning.cli import words as command_line
+from lora_lightning.cli.explain import refused
+from lora_lightning.cli.parser import Parser
+from lora_lightning.errors import (
+    LoraLightningError,
+    RunFolderError,
+    SettingsError,
+    TrainingError,
+    raised_in,
+    wrapped_error,
+)
+from lora_lightning.injection.records import iter_adapters
+from lora_lightning.methods import Method
+from lora_lightning.models.pretrained import resolve
+from lora_lightning.models.random import is_random
+from lora_lightning.registry import TRAINING_VERBS
+from lora_lightning.training.module import NAME, AdapterModule
+from lora_lightning.training.predictions import WritePredictions
+from lora_lightning.training.run_report import RunReport
+from lora_lightning.training.trainer_checkpoints import AtomicCheckpoints, LastCheckpoint
+
+_CLASSES = {
+    "lora_lightning_optimizers": Optimizer,
+    "lora_lightning_callbacks": Callback,
+    "lora_lightning_datamodules": LightningDataModule,
+}
+_VERB = {"allow_abbrev": False, "print_config": "--print_config"}
+_PARSER = {"prog": "lora_lightning", "default_env": True, "env_prefix": "LORA_LIGHTNING", **_VERB}
+_DEFAULTS = {"enable_model_summary": False}
+_START = "python -m lora_lightning"
+_REST = "[--config NAME|PATH ...] [-p no:NAME] [--SETTING VALUE ...]"
+_USAGE = {verb: f"{_START} {verb} [--run DIR] {_REST}" for verb in TRAINING_VERBS} | {
+    "fit": f"{_START} fit [--resume DIR] {_REST}",
+    "predict": f"{_START} predict [--run DIR] [--output FILE.csv|FILE.jsonl] {_REST}",
+}
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes config.yaml into the run folder, whatever the loggers are."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002 - Lightning's signature
+        """Write the file."""
+        self.parser.save(self.config, Path(trainer.default_root_dir) / "config.yaml", skip_none=False, overwrite=True)
+
+
+class CLI(LightningCLI):
+    """Fit in a new run folder, or in the one to resume; the other verbs read a run and write nothing there."""
+
+    def __init__(self, line: command_line.Line, run: bool = True) -> None:
+        self.line = line
+        self.folder: Path | None = None
+        plugins.load_classes(plugins.load(line.blocked), _CLASSES)
+        set_parsing_settings(docstring_parse_attribute_docstrings=True, subclasses_enabled=[Method])
+        verbs = {line.verb: {**_VERB, "usage": _USAGE[line.verb]}} if run and line.verb else {}
+        super().__init__(
+            AdapterModule,
+            LightningDataModule,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            parser_class=Parser,
+            parser_kwargs={**_PARSER, **verbs},
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
+            seed_everything_default=0,
+            trainer_defaults=dict(_DEFAULTS),
+            args=list(line.rest),
+            run=run,
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # a static method there
+        """The one verb that is asked for: each has a parser of its own, which takes a third of a second to build."""
+        every = LightningCLI.subcommands()
+        return {verb: every[verb] for verb in every if verb == self.line.verb}
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Parse the words given; `sys.argv` is another matter."""
+        self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        """A data module without a tokenizer or an image processor gets the model's, which is looked for first."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        resolve(config.model.pretrained)
+        settings = config.data.get("init_args", {}) if config.data else {}
+        for name in ("tokenizer", "processor"):
+            if name in settings and settings[name] is None and not is_random(config.model.pretrained):
+                settings[name] = config.model.pretrained
+
+    def instantiate_classes(self) -> None:
+        """As always; what a class says that could not be made comes out of what the parser wraps around it."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            ours = wrapped_error(error)
+            if ours is None and (text := refused(str(error))):
+                ours = SettingsError(text)
+            if ours is None or isinstance(error, LoraLightningError):
+                raise
+            raise ours from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer with the run folder's loggers and checkpoint, for `fit`; without any for the other verbs."""
+        given = self._get(self.config_init, "trainer", default={})
+        self.trainer_defaults = dict(self.trainer_defaults)
+        if self.subcommand != "fit" or given.get("fast_dev_run"):
+            self.save_config_callback = None
+            ours: list[Callback] = [WritePredictions(self.line.output)] if self.subcommand == "predict" else []
+            self.trainer_defaults["callbacks"] = ours
+            return super().instantiate_trainer(**{"logger": False, "enable_checkpointing": False, **kwargs})
+        root, rank = Path(given.get("default_root_dir") or "runs"), getattr(rank_zero_only, "rank", 0)
+        if self.line.resume and self.line.folder is not None:
+            folder = self.line.folder
+            if (folder / "summary.json").is_file():
+                raise RunFolderError(f"--resume {folder}: the run has finished; its adapter is {folder / 'adapter'}.")
+            if rank == 0:
+                run_folder.keep_metrics(folder)
+        else:
+            folder = run_folder.new_folder(self.line.stem, root, rank)
+        self.folder = folder
+        kwargs.setdefault("default_root_dir", folder)
+        if given.get("logger") in (None, True):
+            kwargs["logger"] = [CSVLogger(folder, name="", version=""), TensorBoardLogger(folder, "", "")]
+        kwargs["plugins"] = [*(given.get("plugins") or []), AtomicCheckpoints()]
+        self.trainer_defaults["callbacks"] = [LastCheckpoint(folder), RunReport(folder)]
+        return super().instantiate_trainer(**kwargs)
+
+    def _use_checkpoint(self) -> None:
+        """The run's checkpoint, set here so that it is not saved into config.yaml; no pickle is opened."""
+        self.config_init[self.subcommand].weights_only = True
+        if self.subcommand != "fit":
+            if self.line.checkpoint is None and not self.config_init[self.subcommand].ckpt_path:
+                raise SettingsError(
+                    f"{self.subcommand}: no trained weights given; --run FOLDER takes a run's, --ckpt_path FILE a "
+                    "checkpoint's."
+                )
+            # callbacks of the fit have no part in it
+            warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`.*")
+        if self.line.checkpoint is not None:
+            self.config_init[self.subcommand].ckpt_path = str(self.line.checkpoint)
+
+    before_fit = before_validate = before_test = before_predict = _use_checkpoint
+
+    def after_fit(self) -> None:
+        """Say where everything lies, last of all."""
+        if self.folder is None:
+            return
+        self.folder = Path(self.trainer.strategy.broadcast(str(self.folder)))
+        self.trainer.save_checkpoint(self.folder / "last.ckpt", weights_only=False)  # with optimizer and schedules
+        to = _export_format(self.model)  # of an adapter sharded every process is asked
+        if self.trainer.is_global_zero:
+            print(f"try next: python -m lora_lightning validate --run {self.folder}")
+            if to:
+                words = f"{self.folder} --format {to} --output {self.folder}/{to}"
+                print(f"          python -m lora_lightning export {words}")
+            print(f"run: {self.folder}", flush=True)
+
+
+def _export_format(module: AdapterModule) -> str | None:
+    """The format in which the trained adapter can travel to other libraries, if any."""
+    kind = module.method.export
+    if kind == "not expressible":
+        return None
+    layers = [layer for _, layer in iter_adapters(module) if NAME in layer.adapters]
+    exact = kind == "native" or (kind == "exact LoRA" and all(layer.low_rank(NAME) is not None for layer in layers))
+    return "peft" if exact else "merged"
+
+
+class Description(CLI):
+    """Module, data module and the trainer's settings as they were given; no Trainer is made, which needs hardware."""
+
+    def __init__(self, line: command_line.Line) -> None:
+        self.settings: dict[str, Any] = {}
+        super().__init__(line, run=False)
+
+    def before_instantiate_classes(self) -> None:
+        """Keep the trainer's settings back."""
+        super().before_instantiate_classes()
+        self.settings = self.config.trainer.as_dict()
+        for name in ("strategy", "callbacks", "logger", "plugins"):
+            self.config.trainer[name] = "auto" if name == "strategy" else None
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:  # noqa: ARG002 - Lightning's signature
+        """None."""
+        return None
+
+
+def main(args: Sequence[str]) -> int:
+    """Run one training verb; returns the exit code.
+
+    Raises:
+        LoraLightningError: anything a user can mend.
+    """
+    silence_warnings()
+    line = command_line.read(args)
+    try:
+        CLI(line)
+    except SIGTERMException as stop:  # a SystemExit, which would mean success
+        raise TrainingError(_stopped(line)) from stop
+    except (MisconfigurationException, ValueError) as error:
+        if isinstance(error, ValueError) and not raised_in(error, "lightning"):
+            raise
+        raise SettingsError(f"trainer: {' '.join(str(error).split())}") from error
+    finally:
+        run_folder.forget(getattr(rank_zero_only, "rank", 0))
+    return 0
+
+
+def _stopped(line: command_line.Line) -> str:
+    """What a run was stopped at, and how it goes on."""
+    folder = line.folder or run_folder.current()
+    if line.verb != "fit" or folder is None:
+        return f"{line.verb} was stopped by SIGTERM; start it again."
+    if not (folder / "last.ckpt").is_file():
+        return f"the run in {folder} was stopped by SIGTERM before its first checkpoint; start it again."
+    return f"the run was stopped by SIGTERM before its end; it goes on with fit --resume {folder}"
+
+
+def build(args: Sequence[str]) -> tuple[AdapterModule, LightningDataModule]:
+    """The module and data module that a command line without a verb describes; nothing is loaded or written yet.
+
+    Raises:
+        SettingsError: no data, or no model.
+    """
+    silence_warnings()
+    cli = CLI(command_line.read(args), run=False)
+    return cli.model, cli.datamodule
+
+
+def build_with_settings(args: Sequence[str]) -> tuple[AdapterModule, LightningDataModule, dict[str, Any]]:
+    """As `build`, with the trainer's settings; they need not fit this machine."""
+    silence_warnings()
+    cli = Description(command_line.read(args))
+    return cli.model, cli.datamodule, cli.settings
+
+
+def silence_warnings() -> None:
+    """Keep hints that do not concern an adapter run out of the terminal."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=r".*exists and is not empty.*")
+    # validation metrics are those of all processes already
+    warnings.filterwarnings("ignore", message=r".*It is recommended to use `self.log\('(val|test)_.*sync_dist=True.*")
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 under jsonargparse 4.53
+    warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.*")  # Lightning 2.6 under torch 2.13

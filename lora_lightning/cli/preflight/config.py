@@ -1,0 +1,338 @@
+"""Every problem of a config at once, before any weights are loaded.
+
+parse       settings that cannot be parsed are noted and taken away, until the rest can
+build       each class by itself: method, optimizer, schedule, data, strategy, callbacks; wrong values give way
+files       model folder and weights, tokenizer, data files and columns; what lies on the hub is left for `fit`
+together    the trainer here; task and data, quantization, precision and strategy, schedules and the run's length
+model       without values: targets, exclusions, overrides, settings of layers, optimizer, what callbacks act on
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+
+from lora_lightning.callbacks.schedule import ScheduleCallback
+from lora_lightning.cli import words as argv
+from lora_lightning.cli.lightning import Description, silence_warnings
+from lora_lightning.cli.preflight.parse_all import parse_all
+from lora_lightning.cli.preflight.trace import without_values
+from lora_lightning.data.sources.tables import HUB_ID
+from lora_lightning.errors import LoraLightningError, SettingsError, wrapped_error
+from lora_lightning.injection.inject import inject, settings_by_layer
+from lora_lightning.injection.records import adapters_named
+from lora_lightning.injection.targets import select, trained_parameters
+from lora_lightning.models.loading import load_skeleton
+from lora_lightning.models.pretrained import check_weights, resolve
+from lora_lightning.models.random import is_random
+from lora_lightning.optim.groups import build_optimizer
+from lora_lightning.registry import one_line
+from lora_lightning.training.module import NAME, AdapterModule, enable_checkpointing
+
+_USER_ERRORS = (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError, OSError)
+"""What libraries raise for a setting that cannot be."""
+_PARTS = ("strategy", "callbacks", "logger", "plugins", "profiler")
+"""Settings of the trainer that are objects."""
+_SPLITS = ("train", "validation", "test", "predict")
+
+
+@dataclass
+class Findings:
+    """One line for each problem, and for what could not be checked."""
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def problem(self, what: object) -> None:
+        """Add a problem, unless its setting is named already."""
+        text = " ".join(str(what).split())
+        if text.partition("; ")[0] not in {known.partition("; ")[0] for known in self.problems}:
+            self.problems.append(text)
+
+    def attempt(self, run: Callable[[], Any], where: str = "") -> bool:
+        """Whether `run` raises nothing; what it raises is a problem, named by `where` if it is a library's."""
+        try:
+            run()
+        except LoraLightningError as error:
+            self.problem(error)
+        except _USER_ERRORS as error:
+            self.problem(f"{where}: {error}")
+        else:
+            return True
+        return False
+
+
+def examine(words: Sequence[str]) -> Findings:
+    """Everything that is wrong with a command line of `fit`, without its verb."""
+    silence_warnings()
+    findings = Findings()
+    with tempfile.TemporaryDirectory() as folder:
+        _Examination(argv.read(words), findings, Path(folder))
+    return findings
+
+
+class _Examination(Description):
+    """A command line that goes on after each problem."""
+
+    def __init__(self, line: argv.Line, findings: Findings, folder: Path) -> None:
+        self.findings, self._copies = findings, folder
+        super().__init__(line)
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Parse what can be parsed."""
+        found = parse_all(parser, args, self._copies)
+        self._gone = found.gone
+        for text in found.lines:
+            self.findings.problem(text)
+        if found.settings is None:
+            self.findings.notes.append("the rest of the config was not checked")
+        self.config = found.settings or Namespace(seed_everything=0)  # type: ignore[no-untyped-call]
+
+    def before_instantiate_classes(self) -> None:
+        """Files of the model, which its tokenizer or processor are taken from."""
+        self._source = self.config.get("model.pretrained")
+        if self._source is not None and not self.findings.attempt(lambda: check_weights(self._source)):
+            self._source = self._source if self.findings.attempt(lambda: resolve(self._source)) else None
+        settings = self.config.get("data.init_args") or {}
+        for name in ("tokenizer", "processor"):
+            if name in settings and settings[name] is None and self._source and not is_random(self._source):
+                settings[name] = self._source
+
+    def instantiate_classes(self) -> None:
+        """Build part by part, then look at the parts together."""
+        if "model" not in self.config:
+            return
+        data = self._built("data") if self.config.get("data") is not None else None
+        module = self._module(data)
+        trainer = self._trainer()
+        examples = self._read(data) if data is not None else None
+        if module is None:
+            return
+        if trainer is not None:
+            module.trainer = trainer
+            trainer.datamodule = data  # type: ignore[attr-defined]
+        callbacks = list(trainer.callbacks) if trainer is not None else []  # type: ignore[attr-defined]
+        if module.method is not None:
+            own = module.method.callbacks()
+            callbacks += [one for one in own if not any(isinstance(other, type(one)) for other in callbacks)]
+        if trainer is not None:
+            trainer.callbacks = callbacks  # type: ignore[attr-defined]
+            if self._source is not None:
+                self._check_refusals(module, data)
+            self._check_conflicts(trainer, callbacks, self._length(trainer, data, examples))
+        if self._source is not None:
+            self._check_model(module, data, callbacks)
+
+    # -- parts ---------------------------------------------------------------------------------------------------------
+
+    def _built(self, key: str) -> Any:
+        """What the settings under `key` make; values that are refused are noted and give way to defaults.
+
+        Returns:
+            None for what cannot be made at all.
+        """
+        part = Namespace()  # type: ignore[no-untyped-call]
+        part[key] = self.config[key]
+        while True:
+            try:
+                return self.parser.instantiate_classes(part, instantiate_groups=False)[key]
+            except (LoraLightningError, *_USER_ERRORS) as error:
+                ours = wrapped_error(error)
+                self.findings.problem(ours or f"{key}: {error}")
+                setting = ours.setting if isinstance(ours, SettingsError) else None
+                if setting is None or not _drop(part, setting):
+                    return None
+
+    def _module(self, data: Any) -> AdapterModule | None:
+        settings = {name: self._built(f"model.{name}") for name in self.config.model.as_dict()}
+        settings["pretrained"] = self._source or ""
+        kinds: tuple[str, ...] = getattr(data, "task_kinds", ())  # the data know which task is meant
+        given: dict[str, Any]
+        for given in ({}, {"task": kinds[0]} if kinds else {}, {"task_settings": None}, {"random_config": None}):
+            settings |= given
+            try:
+                return AdapterModule(**settings)
+            except LoraLightningError as error:
+                self.findings.problem(error)
+        return None
+
+    def _trainer(self) -> Trainer | None:
+        """The trainer here; settings that it refuses are noted and left out."""
+        settings = self.config.trainer.as_dict()
+        parts = {name: self._built(f"trainer.{name}") for name in _PARTS if settings.get(name) is not None}
+        settings |= parts | {"logger": False, "enable_checkpointing": False}
+        settings = {name: value for name, value in settings.items() if value is not None}
+        while True:
+            message = _refused(settings)
+            if message is None:
+                return Trainer(**settings)
+            self.findings.problem(f"trainer: {message}")
+            without = (
+                {k: v for k, v in settings.items() if k != name} for name in ("precision", "strategy", *settings)
+            )
+            mended = next((rest for rest in without if _refused(rest) != message), None)
+            if mended is None or len(mended) == len(settings):
+                return None
+            settings = mended
+
+    # -- together ------------------------------------------------------------------------------------------------------
+
+    def _read(self, data: Any) -> int | None:
+        """Read the sources that lie here; the number of training rows, where batches are made of rows."""
+        if getattr(data, "tokenizer", None) is not None and hasattr(type(data), "tokenizer_object"):
+            self.findings.attempt(lambda: data.tokenizer_object, "data.tokenizer")
+        rows: dict[str, Any] = {}
+        sources = getattr(data, "sources", None)
+        for split in _SPLITS if hasattr(data, "read") else ():
+            given = getattr(sources, split, None)
+            named = [given] if isinstance(given, str) else list(given or ())
+            if remote := [name for name in named if _on_hub(name)]:
+                self.findings.notes.append(f'data.{split} "{remote[0]}" lies on the hub and was not read')
+            elif named or not hasattr(data, split):
+                self.findings.attempt(partial(_keep, rows, split, data.read), f"data.{split}")
+        train = rows.get("train")
+        whole = not getattr(data, "packing", False) and not getattr(data, "streaming", False)
+        if train is None or not whole or not hasattr(train, "__len__"):
+            return None
+        limit = getattr(data, "limit", None)
+        return min(len(train), limit) if limit else len(train)
+
+    def _check_refusals(self, module: AdapterModule, data: Any) -> None:
+        labels = module.num_labels
+        if data is None and labels is None:
+            module.num_labels = 1  # whatever the data would have said
+        for error in module.refusals():
+            self.findings.problem(error)
+        module.num_labels = labels
+
+    def _check_conflicts(
+        self, trainer: Trainer, callbacks: Sequence[Callback], length: tuple[bool, int | None]
+    ) -> None:
+        refuse = getattr(trainer.strategy, "refuse", None)
+        if refuse is not None:
+            self.findings.attempt(lambda: refuse(callbacks))
+        known, total = length
+        for one in callbacks:
+            if isinstance(one, ScheduleCallback) and known:
+                others = [other for other in callbacks if other is not one]
+                self.findings.attempt(partial(one.check_run, total, others))
+
+    def _length(self, trainer: Trainer, data: Any, rows: int | None) -> tuple[bool, int | None]:
+        """Whether the number of optimizer steps is known, and the number; None for a run that nothing bounds."""
+        if {"trainer.max_steps", "trainer.max_epochs"}.intersection(self._gone):
+            return False, None
+        bound = trainer.max_steps if trainer.max_steps is not None and trainer.max_steps > 0 else None
+        epochs, size = trainer.max_epochs, getattr(data, "batch_size", None)
+        if epochs is None or epochs < 0:
+            return True, bound
+        if rows is None or not size:
+            return bound is not None, bound
+        batches, limit = math.ceil(rows / size / trainer.world_size), trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        steps = epochs * math.ceil(batches / trainer.accumulate_grad_batches)
+        return True, steps if bound is None else min(steps, bound)
+
+    # -- model ---------------------------------------------------------------------------------------------------------
+
+    def _check_model(self, module: AdapterModule, data: Any, callbacks: Sequence[Callback]) -> None:
+        try:
+            with without_values():
+                self._check_skeleton(module, data, callbacks)
+        except LoraLightningError as error:
+            self.findings.problem(error)
+        except Exception as error:  # tensors without values cannot do everything that real ones can
+            self.findings.notes.append(f"the model was not checked to the end: {one_line(error)}")
+
+    def _check_skeleton(self, module: AdapterModule, data: Any, callbacks: Sequence[Callback]) -> None:
+        names = _safely(lambda: list(data.label_names)) or []
+        labels = module.num_labels or _safely(lambda: data.num_labels)
+        net = load_skeleton(module.source(0), module.task, labels, label_names=names)
+        self.findings.attempt(lambda: module.check_length(net))
+        if tokens := getattr(data, "new_tokens", ()):
+            from lora_lightning.models.new_tokens import Vocabulary, add_rows
+
+            add_rows(net, Vocabulary(tuple(tokens), len(net.get_input_embeddings().weight)))  # type: ignore[operator]
+        targets = self._fitting(module.targets, "all-linear", lambda some: select(net, some))
+        exclude = self._fitting(module.exclude, [], lambda some: select(net, targets, some))
+        also_train = self._fitting(module.also_train, "heads", lambda some: trained_parameters(net, some))
+        if module.gradient_checkpointing:
+            self.findings.attempt(lambda: enable_checkpointing(net))
+        if module.method is None:
+            return
+        layers = select(net, targets, exclude).layers
+        overrides = {
+            pattern: fields
+            for pattern, fields in module.overrides.items()
+            if self.findings.attempt(partial(settings_by_layer, module.method, layers, {pattern: fields}))
+        }
+        inject(net, module.method, targets, exclude, overrides, also_train, name=NAME, seed=0)
+        self.findings.attempt(lambda: build_optimizer(net, module.optimizer_factory), "model.optimizer")
+        adapters = adapters_named(net, NAME)
+        for one in callbacks:
+            if isinstance(one, ScheduleCallback):
+                self.findings.attempt(partial(one.select, adapters))
+
+    def _fitting(self, given: Any, otherwise: Any, use: Callable[[Any], Any]) -> Any:
+        """The patterns that fit the model, of a list each by itself; `otherwise` where none does."""
+        if not isinstance(given, list):
+            return given if self.findings.attempt(lambda: use(given)) else otherwise
+        try:
+            use(given)
+        except LoraLightningError as error:
+            good = [one for one in given if self.findings.attempt(partial(use, [one]))]
+            if good == given:  # together they do not
+                self.findings.problem(error)
+            return good if good and good != given else otherwise
+        return given
+
+
+def _drop(part: Namespace | list[Any], setting: tuple[str, str]) -> bool:
+    """Take a field of a class out of settings, wherever the class stands in them."""
+    owner, name = setting
+    found = False
+    for value in list(vars(part).values()) if isinstance(part, Namespace) else part:
+        if isinstance(value, Namespace):
+            path, fields = value.get("class_path"), value.get("init_args")
+            if isinstance(path, str) and path.rpartition(".")[2] == owner and fields is not None and name in fields:
+                fields.pop(name)
+                found = True
+        if isinstance(value, Namespace | list):
+            found |= _drop(value, setting)
+    return found
+
+
+def _refused(settings: Mapping[str, Any]) -> str | None:
+    try:
+        # a strategy keeps the devices of the first trainer it is given to, and refuses a second
+        Trainer(**{**settings, "strategy": copy.deepcopy(settings.get("strategy", "auto"))})
+    except _USER_ERRORS as error:
+        return " ".join(str(error).split())
+    return None
+
+
+def _keep(rows: dict[str, Any], split: str, read: Callable[[str], Any]) -> None:
+    rows[split] = read(split)
+
+
+def _on_hub(source: str) -> bool:
+    name = source.partition(":")[0]
+    return bool(HUB_ID.fullmatch(name)) and not Path(name).exists() and not Path(name).parent.is_dir()
+
+
+def _safely(read: Callable[[], Any]) -> Any:
+    """What cannot be read has been noted where it was looked for first."""
+    try:
+        return read()
+    except (LoraLightningError, AttributeError):
+        return None

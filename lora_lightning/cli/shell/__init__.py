@@ -1,0 +1,1 @@
+"""Completion and schema, for shells and editors."""

@@ -1,0 +1,70 @@
+"""List installed methods, optimizers, callbacks, and plugins that failed."""
+
+from __future__ import annotations
+
+import argparse
+
+from lora_lightning.cli.console import print_table
+from lora_lightning.methods import Method
+from lora_lightning.plugins import registry
+from lora_lightning.registry import FORMATS, Registry, one_line
+
+COLUMNS = ("Method", "Paper", "Package", "Version", "Mergeable", "Starts at base", "Export")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Whether to print for a terminal or for a README."""
+    parser.add_argument("--markdown", action="store_true", help="the table as in README.md")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table, then one line for each plugin that is not in it."""
+    known = registry()
+    if args.markdown:
+        print(markdown_table(known), end="")
+        return 0
+    print_table(COLUMNS, [_row(known, name) for name in sorted(known.methods)])
+    for kind in ("optimizers", "callbacks", "datamodules"):
+        found = [
+            f"{name} ({plugin})" for name, (plugin, hook) in sorted(known.announced.items()) if hook.endswith(kind)
+        ]
+        if found:
+            print(f"{kind}: {', '.join(found)}")
+    if formats := [name for name in known.formats if name not in FORMATS]:
+        print(f"formats: {', '.join(formats)}")
+    for plugin, names in known.blocked.items():
+        provides = f" ({', '.join(names)})" if names else ""
+        print(f"blocked: {plugin}{provides} by -p no:{plugin}")
+    for error in known.duplicates.values():
+        print(f"refused: {error}")
+    for plugin, cause in known.failed.items():
+        print(f"failed: {plugin}: {one_line(cause)}")
+    for plugin, names in known.slow.items():
+        print(f"slow: {plugin} imports {', '.join(names)} while it is loaded; functions should import them inside")
+    return 0
+
+
+def markdown_table(known: Registry) -> str:
+    """The same facts for a README, without versions, papers linked."""
+    columns = [column for column in COLUMNS if column != "Version"]
+    rows = [columns, ["---"] * len(columns)]
+    for name in sorted(known.methods):
+        cells = dict(zip(COLUMNS, _row(known, name), strict=True))
+        paper = known.methods[name].paper
+        cells["Paper"] = f"[{cells['Paper']}](https://arxiv.org/abs/{paper})" if paper else cells["Paper"]
+        rows.append([cells[column] for column in columns])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def _row(known: Registry, name: str) -> tuple[str, ...]:
+    method: type[Method] = known.methods[name]
+    provider = known.providers[name]
+    return (
+        name,
+        f"arXiv:{method.paper}" if method.paper else "-",
+        provider.package,
+        provider.version,
+        "yes" if method.mergeable else "no",
+        "yes" if method.starts_at_base else "no",
+        method.export,
+    )

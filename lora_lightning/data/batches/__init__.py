@@ -1,0 +1,1 @@
+"""Examples to batches: packing, grouping, loaders that resume."""

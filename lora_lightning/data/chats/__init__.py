@@ -1,0 +1,1 @@
+"""Conversations: turns, templates, what is learned."""

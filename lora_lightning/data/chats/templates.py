@@ -1,0 +1,97 @@
+"""Chat templates: the tokenizer's own, one of ours by name, a file, or Jinja text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_lightning.data.tokens.causal import end_id, start_ids
+from lora_lightning.errors import DataError, did_you_mean
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A layout of turns; an assistant's turn is marked from its text to its end."""
+
+    head: str
+    """What opens a turn: Jinja, with `role` in it."""
+    end: str
+    """What ends every turn."""
+    answer_end: str
+    """What ends an assistant's turn, the last thing that the model learns to write."""
+    gap: str = "\n"
+    """What stands between turns."""
+    tokens: tuple[str, ...] = ()
+    """What must be one token each for the model to make sense of it."""
+
+    def jinja(self, start: str) -> str:
+        """The template, with `start` before everything."""
+        role, end, answer_end, gap = (self.head, self.end, self.answer_end, self.gap)
+        return (
+            f"{{{{- {start!r} -}}}}{{%- for message in messages -%}}{{%- set role = message.role -%}}{{{{- {role} -}}}}"
+            "{%- if role == 'assistant' -%}"
+            f"{{%- generation -%}}{{{{- message.content + {answer_end} -}}}}{{%- endgeneration -%}}"
+            f"{{%- else -%}}{{{{- message.content + {end} -}}}}{{%- endif -%}}{{{{- {gap!r} -}}}}{{%- endfor -%}}"
+            f"{{%- if add_generation_prompt -%}}{{%- set role = 'assistant' -%}}{{{{- {role} -}}}}{{%- endif -%}}"
+        )
+
+
+TEMPLATES = {
+    "chatml": ChatTemplate(
+        head=r"'<|im_start|>' + role + '\n'",
+        end="'<|im_end|>'",
+        answer_end="'<|im_end|>'",
+        tokens=("<|im_start|>", "<|im_end|>"),
+    ),
+    "llama-3": ChatTemplate(
+        head=r"'<|start_header_id|>' + role + '<|end_header_id|>\n\n'",
+        end="'<|eot_id|>'",
+        answer_end="'<|eot_id|>'",
+        gap="",
+        tokens=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    ),
+    "zephyr": ChatTemplate(head=r"'<|' + role + '|>\n'", end="eos_token", answer_end="eos_token"),
+    "plain": ChatTemplate(head=r"role | capitalize + ':\n'", end="''", answer_end="eos_token"),
+}
+"""zephyr and plain are of ordinary text and the end-of-text token, so that any tokenizer can do with them."""
+
+
+def choose_template(tokenizer: Any, setting: str | None) -> tuple[str | None, str]:
+    """The template that `setting` means and what to call it in messages; None for the tokenizer's own.
+
+    Args:
+        tokenizer: The tokenizer that will render it.
+        setting: `Chat.chat_template`.
+
+    Raises:
+        DataError: no such template, or the tokenizer lacks tokens that it is made of.
+    """
+    choices = f"Choose one of {', '.join(TEMPLATES)}, or give a file or a Jinja text."
+    if setting is None:
+        if not tokenizer.chat_template:
+            raise DataError(
+                f"Chat.chat_template is null, and the tokenizer {tokenizer.name_or_path} has no template. {choices}"
+            )
+        return None, f"of {tokenizer.name_or_path}"
+    if setting in TEMPLATES:
+        return _named(tokenizer, setting), f'"{setting}"'
+    if "{{" in setting or "{%" in setting:
+        return setting, "that was given"
+    path = Path(setting).expanduser()
+    if not path.is_file():
+        raise DataError(f'Chat.chat_template is "{setting}"; no such file.{did_you_mean(setting, TEMPLATES)} {choices}')
+    return path.read_text(encoding="utf-8"), f"in {path.name}"
+
+
+def _named(tokenizer: Any, name: str) -> str:
+    template, vocabulary = TEMPLATES[name], tokenizer.get_vocab()
+    missing = [token for token in template.tokens if token not in vocabulary]
+    if missing:
+        fits = [other for other, known in TEMPLATES.items() if all(token in vocabulary for token in known.tokens)]
+        raise DataError(
+            f'Chat.chat_template is "{name}"; the tokenizer {tokenizer.name_or_path} has no token {missing[0]}, so that'
+            f" it would be letters to the model. Templates that fit: {', '.join(fits)}."
+        )
+    end_id(tokenizer)
+    return template.jinja(start="".join(tokenizer.convert_ids_to_tokens(start_ids(tokenizer))))

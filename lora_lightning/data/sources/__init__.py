@@ -1,0 +1,1 @@
+"""Tables of examples from files, folders and the hub."""

@@ -1,0 +1,138 @@
+"""Taking an adapter to other libraries, and reading theirs.
+
+    export(model, folder)                      peft's LORA format, with the head that trained
+    export(model, folder, format="merged")     a plain Hugging Face model
+    export(model, folder, format="delta")      what to add to the base model, layer by layer
+    import_peft(model, folder)                 peft's LORA format into a plain model
+    export_folder(adapter, folder, "peft")     from an adapter folder, for the command line
+
+An export is written beside its place, read back and compared with the adapter, and only then renamed. Needs no peft.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from lora_lightning.errors import ExportError, PluginError, did_you_mean
+from lora_lightning.exporters.folder import SIDE_FILE, check_free, check_only_ours, write_folder
+from lora_lightning.exporters.peft import read as peft_import
+from lora_lightning.exporters.report import ExportReport, Written
+from lora_lightning.exporters.source import Source, find
+from lora_lightning.injection.report import InjectionReport
+from lora_lightning.plugins import registry
+from lora_lightning.registry import FORMATS, one_line
+from lora_lightning.storage.atomic import write_json
+from lora_lightning.storage.description import describe_adapter
+
+__all__ = ["FORMATS", "ExportReport", "export", "import_peft"]
+
+
+def export(
+    model: nn.Module,
+    directory: str | Path,
+    format: str = "peft",
+    name: str = "default",
+    rank: int | None = None,
+    verify: bool = True,
+) -> ExportReport:
+    """Write one adapter of `model` in another library's format; the model stays as it is, bit for bit.
+
+    Args:
+        model: a model with adapters.
+        directory: a new or empty folder, or an earlier export, which is replaced when the new one is whole.
+        format: "peft" (a LORA folder, heads included), "merged" (a plain Hugging Face model), "delta" (the dense
+            update of each layer), or one that a plugin brings.
+        name: which adapter.
+        rank: for "peft" and other formats that take it, the largest rank; an update without so small a form is
+            truncated, and the share lost reported.
+        verify: read the files back and compare: updates up to rounding, heads and merged weights bit for bit.
+
+    Returns:
+        What was written, how exact it is, and the largest difference found.
+
+    Raises:
+        AdapterStateError: there is no such adapter.
+        ExportError: the format cannot express the adapter, the folder is taken, or writing failed. What was there
+            before is intact.
+        PluginError: the plugin that brings the format fails.
+    """
+    writer = find_writer(format, rank)
+    source = find(model, name)
+    folder = check_free(directory)
+    check_only_ours(folder, _files_of_earlier(folder))
+
+    def fill(beside: Path) -> tuple[Written, tuple[str, ...]]:
+        written = writer.write(source, beside, rank, verify)
+        if not isinstance(written, Written):
+            raise PluginError(f'format "{format}": {writer.__name__}.write returned {written!r}, which is no Written.')
+        files = tuple(sorted(path.name for path in beside.iterdir()))
+        write_json(beside / SIDE_FILE, _description(source, format, written, files))
+        return written, (*files, SIDE_FILE)
+
+    written, files = write_folder(folder, fill)
+    return ExportReport(**vars(written), format=format, directory=Path(directory), files=files)
+
+
+def find_writer(format: str, rank: int | None) -> ModuleType:
+    """The module that writes a format; raises where there is none, it cannot be imported, or takes no such rank."""
+    known = registry().formats
+    if format not in known:
+        raise ExportError(f'format is "{format}".{did_you_mean(format, known)} Known: {", ".join(known)}.')
+    try:
+        writer = importlib.import_module(known[format])
+    except (Exception, SystemExit) as error:
+        raise PluginError(f'format "{format}": its module {known[format]} fails: {one_line(error)}.') from error
+    if rank is not None and (rank < 1 or not getattr(writer, "TAKES_RANK", False)):
+        raise ExportError(f'rank is {rank} with format="{format}"; it must be at least 1, for a format that takes it.')
+    return writer
+
+
+def _description(source: Source, format: str, written: Written, files: tuple[str, ...]) -> dict[str, Any]:
+    """Where the export comes from, for people and for `check_only_ours`."""
+    return {
+        **describe_adapter(source.root, source.name, source.record),
+        "export": {
+            "format": format,
+            "class": written.kind,
+            "model": type(source.host).__name__,
+            "largest_difference": written.difference,
+            "discarded": written.discarded,
+            "files": files,
+        },
+    }
+
+
+def _files_of_earlier(folder: Path) -> list[str]:
+    try:
+        return list(json.loads((folder / SIDE_FILE).read_text(encoding="utf-8"))["export"]["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def import_peft(model: nn.Module, directory: str | Path, name: str = "default") -> InjectionReport:
+    """Inject the adapter of a peft LORA folder into `model`, in place; all or nothing. It trains, as after `inject`.
+
+    Which layers are adapted, and with which rank, is read from the tensors of the file. `rank_pattern`,
+    `alpha_pattern`, `use_rslora`, `lora_bias` and `modules_to_save` are honoured; an option such as `use_dora` chooses
+    the installed method that it means.
+
+    Args:
+        model: the base model the adapter was trained on.
+        directory: a folder with adapter_config.json and adapter_model.safetensors; pickles are not opened.
+        name: name to inject it under.
+
+    Returns:
+        What was injected, as from `inject`; targets that the file names but has no tensors for are in the notes.
+
+    Raises:
+        AdapterFileError: another peft type, a variant whose factors mean something else, keys that do not fit.
+        AdapterStateError: the name is taken.
+        PluginError: no installed method, or more than one, reads the format with these options.
+    """
+    return peft_import.import_folder(model, directory, name)

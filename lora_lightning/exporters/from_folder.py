@@ -1,0 +1,117 @@
+"""Exporting an adapter folder: the base model is loaded, the adapter onto it, and both are handed to `export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.errors import AdapterFileError, ExportError, ModelError
+from lora_lightning.exporters.export import export, find_writer
+from lora_lightning.exporters.folder import check_free
+from lora_lightning.models.pretrained import resolve
+from lora_lightning.models.quantization import Loading, check_format
+from lora_lightning.models.random import build_random, config_of, is_random
+from lora_lightning.storage.folder import Stored, read_folder
+from lora_lightning.storage.load import load_adapter
+
+
+def export_folder(
+    adapter: Path, output: Path, format: str, rank: int | None = None, pretrained: str | None = None
+) -> str:
+    """Export an adapter folder: load its base model, the adapter onto it, export, and return the report as text.
+
+    For "merged" the base is loaded in its file's own dtype, else in float32, so that heads stay bit for bit. A base
+    that was quantized in training is quantized again: it is what the adapter was trained on.
+
+    Args:
+        adapter: an adapter folder.
+        output: folder to write.
+        format: see `export`.
+        rank: see `export`.
+        pretrained: the base model (folder, hub id or pkg: name); None takes what the adapter folder states.
+
+    Raises:
+        AdapterFileError: the folder is no adapter of this library, or does not fit the base model.
+        ExportError: the base model is not known or cannot be loaded, and see `export`.
+    """
+    find_writer(format, rank)
+    check_free(output)
+    stored = read_folder(adapter)
+    base = pretrained or stored.base
+    if base is None:
+        raise ExportError(f'"{adapter}" does not say which base model it was trained on; give it with --pretrained.')
+    where = "--pretrained" if pretrained else f'the base model of "{adapter}"'
+    try:
+        folder = resolve(base, field=where)
+    except ModelError as error:
+        raise ExportError(f"{error}{'' if pretrained else ' Give the base model with --pretrained.'}") from error
+    model = _load_base(folder, stored, where, "auto" if format == "merged" else torch.float32)
+    load_adapter(model, adapter, stored.name)
+    return str(export(model, output, format, stored.name, rank))
+
+
+def _load_base(folder: str, stored: Stored, where: str, dtype: torch.dtype | str) -> nn.Module:
+    """The base model in the class it was trained in, its head as large as the stored one."""
+    import transformers
+
+    from lora_lightning.models.loading import quantized_options, zero_absent  # imports transformers
+
+    architecture = stored.fingerprint["architecture"]
+    cls = getattr(transformers, architecture, None)
+    if cls is None or not hasattr(cls, "config_class"):
+        raise ExportError(
+            f"the adapter was trained inside {architecture}, which is no class of transformers; load the model and the "
+            "adapter in Python, and call lora_lightning.export."
+        )
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # the head is not in the base, and comes from the adapter
+    try:
+        config = config_of(folder) if is_random(folder) else cls.config_class.from_pretrained(folder)
+        labels = _labels(cls, config, {key: stored.tensors[key] for key in stored.trained})
+        if labels is not None:
+            config.num_labels = labels
+        if is_random(folder):
+            return build_random(folder, lambda: cls(config))
+        quantized = {}
+        if stored.quantization is not None:  # the adapter belongs to that function, not to the plain model's
+            check_format(stored.quantization, where="the adapter's base model")
+            how = Loading(stored.quantization)
+            quantized = quantized_options(config, lambda: cls(config), how, stored.trained)
+        model, info = cls.from_pretrained(
+            folder,
+            config=config,
+            **quantized,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split("\n", maxsplit=1)[0].split())
+        raise ExportError(
+            f'{where} is "{folder}", which cannot be loaded: {reason} Give another with --pretrained.'
+        ) from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    absent = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])} - stored.tensors.keys()
+    absent -= zero_absent(model, info["missing_keys"], ["pooler"])  # the task did without
+    if absent:
+        raise ExportError(f'{where} is "{folder}", which lacks {min(absent)} of {architecture}; it is another model.')
+    return model  # type: ignore[no-any-return]
+
+
+def _labels(cls: Any, config: Any, tensors: dict[str, Tensor]) -> int | None:
+    """Size of the stored head where it is another than the configuration's."""
+    with torch.device("meta"):
+        plain = dict(cls(config).named_parameters())
+    sizes = {
+        tensors[key].shape[0]
+        for key, parameter in plain.items()
+        if key in tensors and tensors[key].shape != parameter.shape and tensors[key].shape[1:] == parameter.shape[1:]
+    }
+    if len(sizes) > 1:
+        raise AdapterFileError(f"the stored heads have {sorted(sizes)} rows; no single num_labels gives these.")
+    return sizes.pop() if sizes else None

@@ -1,0 +1,1 @@
+"""peft's LORA format, written and read without peft."""

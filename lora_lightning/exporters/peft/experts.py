@@ -1,0 +1,62 @@
+"""Fused experts in peft's LORA format: one pair a parameter, experts side by side, an owner's wrappers nested.
+
+<owner>.lora_A.weight               (E r, d_in)     the last of the owner's targeted parameters
+<owner>.lora_B.weight               (d_out, r E)    column j E + e is column j of expert e
+<owner>.base_layer.lora_A.weight                    the one before it, and so on inwards
+
+target_parameters names the parameters; their order is the owner's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from lora_lightning.adapters.layers.kinds import ExpertStack
+from lora_lightning.models.anatomy import all_layers
+from lora_lightning.models.experts import stands_for_parameter
+from lora_lightning.models.paths import plain
+
+Stacks = Mapping[str, Sequence[tuple[str, int]]]
+"""Expert parameters with their number of experts, in the owner's order, by the owner's path."""
+
+
+def find_stacks(model: nn.Module) -> Stacks:
+    """Every expert parameter of a model that can be adapted, adapted or not."""
+    found: dict[str, list[tuple[int, str, int]]] = {}
+    for path, module, _ in all_layers(model):
+        if isinstance(module, ExpertStack) and stands_for_parameter(module):
+            owner, _, name = plain(path).rpartition(".")
+            place = module.siblings.index(name), plain(path), module.weight.shape[0]
+            found.setdefault(owner, []).append(place)
+    return {owner: [(path, experts) for _, path, experts in sorted(places)] for owner, places in found.items()}
+
+
+def named_in_file(stacks: Stacks, targets: Iterable[str]) -> dict[str, tuple[str, int]]:
+    """(parameter, experts) by the path under which a file has its factors, for `target_parameters`."""
+    found = {}
+    for owner, parameters in stacks.items():
+        wrapped = [p for p in parameters if any(p[0] == t or p[0].endswith(f".{t}") for t in targets)]
+        for depth, parameter in enumerate(reversed(wrapped)):
+            found[owner + ".base_layer" * depth] = parameter
+    return found
+
+
+def side_by_side(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """(E, r, d_in) and (E, d_out, r) as a file has them."""
+    return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
+
+
+def stacked(A: Tensor, B: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """(E, r, d_in) and (E, d_out, r) of what a file has."""
+    return A.unflatten(0, (experts, -1)), B.unflatten(1, (-1, experts)).permute(2, 0, 1)
+
+
+def unlike(owner: nn.Module, stack: ExpertStack) -> str | None:
+    """Why peft computes something else for a parameter of `owner` with the same factors; None where it does not."""
+    if stack.weight.shape[0] == 1:
+        return "it holds one expert, and peft takes such a stack for a plain layer"
+    if stack.transposed != bool(getattr(owner, "is_transposed", False)):
+        return f"{type(owner).__name__} stores matrices as (in, out) without saying so, and peft reads them otherwise"
+    return None

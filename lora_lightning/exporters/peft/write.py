@@ -1,0 +1,227 @@
+"""Writing an adapter in peft's LORA format; `peft_factors` says as what.
+
+lora_alpha = scaling * r; `use_rslora` is never needed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lora_lightning.adapters.adapted_layer import AdaptedLayer
+from lora_lightning.adapters.base import Adapter
+from lora_lightning.adapters.layers.kinds import TransposedBase
+from lora_lightning.adapters.low_rank import NO_BIAS
+from lora_lightning.errors import ExportError
+from lora_lightning.exporters.peft import experts as peft_experts
+from lora_lightning.exporters.peft import file as peft_file
+from lora_lightning.exporters.peft import rules as peft_rules
+from lora_lightning.exporters.peft.factors import Factors, delta, find_factors, original
+from lora_lightning.exporters.peft.file import ROWS, PeftLayer
+from lora_lightning.exporters.peft.heads import Heads, find_heads
+from lora_lightning.exporters.peft.rules import CONFIG, PREFIX, TENSORS, TYPE
+from lora_lightning.exporters.report import Written
+from lora_lightning.exporters.source import Source, check_finite, plain_modules, write_files
+from lora_lightning.storage.atomic import write_json
+
+TAKES_RANK = True
+"""An update without so small a form can be truncated."""
+
+
+def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Written:
+    """Write `source` into `folder`.
+
+    Args:
+        source: the adapter.
+        folder: an empty folder.
+        rank: largest rank; an update that has none so small is truncated to it. None asks for the exact form.
+        verify: read the files back and compare.
+
+    Raises:
+        ExportError: the update has no such form, or peft's format cannot say it.
+    """
+    modules = plain_modules(source.host)
+    factors, options = find_factors(source, rank, modules)
+    heads = find_heads(source, modules)
+    tensors = {f"{PREFIX}{name}": tensor for name, tensor in heads.tensors.items()}
+    with_bias = any(f.bias is not None for f in factors.values())
+    in_file = _paths_in_file(source)
+    for path, layer in source.layers.items():
+        found = _layer_tensors(path, layer, factors[path], with_bias)
+        tensors |= {f"{PREFIX}{in_file[path]}{end}": tensor for end, tensor in found}
+    rows = {path: layer.new_rows.detach().cpu().clone() for path, layer in source.grown.items()}
+    tensors |= {f"{PREFIX}{path}{ROWS}": values for path, values in rows.items()}
+    check_finite("the adapter", tensors.values())
+    write_files(source.tokenizer, folder)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / TENSORS, {"format": "pt"})
+    write_json(folder / CONFIG, {**_config(source, factors, heads, with_bias, modules), **options})
+    difference = _verified(source, folder, factors, heads, modules) if verify else None
+    discarded = {path: f.discarded for path, f in factors.items() if f.discarded}
+    method = type(source.record.method)
+    exact = "native" if method.peft_type == TYPE and method.peft_options == options else "exact LoRA"
+    return Written(
+        kind="truncated SVD" if discarded else exact,
+        layers=len(factors),
+        difference=difference,
+        discarded=discarded,
+        notes=tuple(heads.notes + _bias_notes(source, with_bias) + _token_notes(source)),
+    )
+
+
+# -- tensors -----------------------------------------------------------------------------------------------------------
+
+
+def _paths_in_file(source: Source) -> dict[str, str]:
+    """Where the file has each layer's factors: under the layer's path, or an owner's for its expert parameters."""
+    named = peft_experts.named_in_file(peft_experts.find_stacks(source.host), _expert_parameters(source))
+    return {path: path for path in source.layers} | {path: key for key, (path, _) in named.items()}
+
+
+def _expert_parameters(source: Source) -> list[str]:
+    return [path for path, layer in source.layers.items() if layer.base_layer.kind == "experts"]
+
+
+def _layer_tensors(path: str, layer: AdaptedLayer, factors: Factors, with_bias: bool) -> list[tuple[str, Tensor]]:
+    base, A, B = layer.base_layer, factors.A, factors.B
+    if with_bias and (what := NO_BIAS.get(base.kind)):
+        raise ExportError(
+            f"{path}: peft's lora_bias holds for all layers or none, and {what} cannot have it. Use "
+            'format="merged", or leave it out.'
+        )
+    if base.kind == "embedding":
+        found = [(".lora_embedding_A", A), (".lora_embedding_B", B)]
+    else:
+        if base.kind == "conv":
+            A, B = base._store(A), B.reshape(*B.shape, *[1] * (base.stored.dim() - 2))
+        if base.kind == "experts":
+            A, B = peft_experts.side_by_side(A, B)
+        found = [(".lora_A.weight", A), (".lora_B.weight", B)]
+    for name, values in factors.extra.items():
+        found.append((f".{name}", base.per_output(values)[None] if base.kind == "conv" else values))
+    if with_bias:
+        bias = torch.zeros(base.d_out, dtype=B.dtype) if factors.bias is None else factors.bias / factors.scaling
+        found.append((".lora_B.bias", bias))
+    if path.rpartition(".")[2] in peft_rules.BASE_SAVED:
+        found.append((".base_layer.weight", layer.original_weight().detach().cpu()))
+    return found
+
+
+# -- configuration -----------------------------------------------------------------------------------------------------
+
+
+def _config(
+    source: Source, factors: dict[str, Factors], heads: Heads, with_bias: bool, modules: Collection[str]
+) -> dict[str, Any]:
+    """What differs from peft's defaults, and what is always needed."""
+    ranks = {path: f.rank for path, f in factors.items()}
+    alphas = {path: _number(f.scaling * f.rank) for path, f in factors.items()}
+    (rank, alpha), _ = Counter(zip(ranks.values(), alphas.values(), strict=True)).most_common(1)[0]
+    saved = [*heads.modules, *peft_rules.task_heads(heads.task)]
+    parameters = _expert_parameters(source)
+    layers = [path for path in factors if path not in parameters]
+    experts = peft_rules.renames_experts(source.host)
+    transposed = any(isinstance(layer.base_layer, TransposedBase) for layer in source.layers.values())
+    optional = {
+        "task_type": heads.task,
+        "base_model_name_or_path": getattr(getattr(source.host, "config", None), "_name_or_path", None),
+        "rank_pattern": peft_rules.patterns_for(ranks, rank),
+        "alpha_pattern": peft_rules.patterns_for(alphas, alpha),
+        "fan_in_fan_out": transposed,
+        "lora_bias": with_bias,
+        "modules_to_save": heads.modules,
+        "target_parameters": parameters,
+        "trainable_token_indices": _token_indices(source),
+    }
+    return {
+        "peft_type": TYPE,
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": peft_rules.targets_for(layers, saved, modules, experts) if layers else [],
+        **{key: value for key, value in optional.items() if value},
+    }
+
+
+def _number(value: float) -> float:
+    return int(value) if value == int(value) else value
+
+
+def _bias_notes(source: Source, with_bias: bool) -> list[str]:
+    bare = [path for path, layer in source.layers.items() if with_bias and "bias" not in layer.originals()]
+    return [f"{bare[0]} has no bias of its own, so peft loads this adapter but cannot merge it"] if bare else []
+
+
+def _token_indices(source: Source) -> dict[str, list[int]] | list[int]:
+    """Ids of new tokens, by the layer that holds their rows; where layers share them, peft finds the other."""
+    ids = {path: list(range(layer.first, layer.first + len(layer.new_rows))) for path, layer in source.grown.items()}
+    return ids if len(ids) > 1 else next(iter(ids.values()), [])
+
+
+def _token_notes(source: Source) -> list[str]:
+    size = max((layer.num_embeddings for layer in source.grown.values()), default=0)
+    return [f"before peft loads it, the model needs room: resize_token_embeddings({size})"] if size else []
+
+
+# -- verification ------------------------------------------------------------------------------------------------------
+
+
+def _verified(
+    source: Source, folder: Path, factors: dict[str, Factors], heads: Heads, modules: dict[str, nn.Module]
+) -> float:
+    """Largest difference between what the files say and what the adapter does, over all layers.
+
+    Raises:
+        ExportError: it is more than rounding, or a head or base weight differs in any bit.
+    """
+    written = peft_file.read(folder, peft_experts.find_stacks(source.host))
+    if written.layers.keys() != factors.keys() or written.heads.keys() != heads.tensors.keys():
+        raise ExportError("the files do not read back: they list other layers or heads than were written.")
+    for path, layer in source.grown.items():
+        if not torch.equal(written.rows.get(path, torch.empty(0)), layer.new_rows.detach().cpu()):
+            raise ExportError(f"the new tokens' rows of {path} do not read back bit for bit.")
+    for name, value in written.heads.items():
+        path = next(path for path in heads.copied if name.startswith(f"{path}."))
+        if not torch.equal(value, modules[path].state_dict()[name.removeprefix(f"{path}.")].cpu()):
+            raise ExportError(f"{name} does not read back bit for bit.")
+    return max(_layer_difference(source, path, layer, factors[path]) for path, layer in written.layers.items())
+
+
+def _layer_difference(source: Source, path: str, written: PeftLayer, factors: Factors) -> float:
+    layer, adapter = source.layers[path], source.adapter(path)
+    if written.base is not None and not torch.equal(written.base, layer.original_weight().cpu()):
+        raise ExportError(f"{path}: the base weight does not read back bit for bit.")
+    found, (expected, noise) = written.update(original(layer).cpu()), delta(layer, source.name)
+    if factors.discarded:
+        lost = float((found - expected).square().sum() / expected.square().sum())
+        if lost > factors.discarded * 1.001 + 1e-10:
+            raise ExportError(
+                f"{path}: truncation loses {lost:.3%} of the update, not {factors.discarded:.3%} as computed."
+            )
+        expected = factors.scaling * factors.B.double() @ factors.A.double()
+    difference = float((found - expected).abs().max())
+    allowed = 1e-5 * float(expected.abs().max()) + noise
+    bias, expected_bias = _bias_deltas(layer, adapter, written)
+    off = float((bias - expected_bias).abs().max())
+    if not (difference <= allowed and off <= 1e-5 * float(expected_bias.abs().max()) + noise):
+        raise ExportError(
+            f"{path}: the files give an update that differs by {max(difference, off):.3g}; at most {allowed:.3g} is "
+            "rounding. Nothing was put in place."
+        )
+    return max(difference, off)
+
+
+def _bias_deltas(layer: AdaptedLayer, adapter: Adapter, written: PeftLayer) -> tuple[Tensor, Tensor]:
+    """What the files and the adapter add to the layer's bias."""
+    own = torch.zeros(layer.base_layer.d_out, dtype=torch.float64)
+    in_files = own if written.bias is None else written.scaling * written.bias.double()
+    base = layer.originals().get("bias")
+    base = None if base is None else base.detach().to(layer.base_layer.device, torch.float64)
+    with torch.no_grad():
+        merged = adapter.merged_bias(base)
+    merged = own if merged is None else merged.detach().double().cpu()
+    return in_files, merged if base is None else merged - base.cpu()

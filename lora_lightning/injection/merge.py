@@ -1,0 +1,98 @@
+"""Writing adapters into base weights and back, and taking them off the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from lora_lightning.distributed import reshard
+from lora_lightning.errors import AdapterStateError
+from lora_lightning.injection.merge_quantized import Dequantized
+from lora_lightning.models.paths import places
+
+if TYPE_CHECKING:
+    pass
+from lora_lightning.injection.place import set_module
+from lora_lightning.injection.records import check_known, injected_root, iter_adapters, records
+
+
+def merge(model: nn.Module, keep_original: bool = True) -> None:
+    """Write the active adapters into the base weights, all or none.
+
+    A quantized layer is not written: a plain one, dequantized once, stands in its place, and what that changes is
+    printed.
+
+    Args:
+        model: a model with adapters.
+        keep_original: keep each original weight (on the CPU; a quantized layer where it is), so that `unmerge`
+            restores it bit for bit.
+
+    Raises:
+        AdapterStateError: no adapter is active; one is routed, not finite or too large for the weight's dtype; or a
+            weight is shared with another module. Nothing is merged then.
+    """
+    reshard(model)
+    layers = dict(iter_adapters(injected_root(model)))
+    if not any(layer.active for layer in layers.values()):
+        raise AdapterStateError("no adapter is active, so there is nothing to merge; call set_active first.")
+    for path, layer in layers.items():
+        if layer.tied_to and layer.active:
+            raise AdapterStateError(
+                f"{path} shares its weight with {', '.join(layer.tied_to)}, which a merge would change too; "
+                "keep the adapter unmerged, or untie the weight first."
+            )
+        try:
+            layer.check_mergeable()
+        except AdapterStateError as error:
+            raise AdapterStateError(f"{path}: {error} Nothing was merged.") from error
+    dequantized = Dequantized()
+    for path, layer in layers.items():
+        dequantized.merge(path, layer, keep_original)
+    if dequantized.layers:
+        print(dequantized)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Take merged adapters out of the base weights, restoring them bit for bit; does nothing where none is merged.
+
+    Raises:
+        AdapterStateError: a layer was merged with `keep_original=False`. Nothing is restored then.
+    """
+    reshard(model)
+    layers = [layer for _, layer in iter_adapters(injected_root(model))]
+    if any(not layer.can_unmerge for layer in layers):
+        raise AdapterStateError("merged with keep_original=False; the original weights are gone.")
+    for layer in layers:
+        layer.unmerge()
+
+
+def eject(model: nn.Module, name: str | None = None) -> None:
+    """Take one adapter, or all of them, off the model.
+
+    With the last adapter the plain layers come back: with their original weights, or, where they were merged with
+    `keep_original=False`, with the merged ones. Heads that trained in full keep their values; nothing is unfrozen, and
+    no other adapter becomes active.
+
+    Raises:
+        AdapterStateError: no such adapter, or one of several that were merged with `keep_original=False`.
+    """
+    root = injected_root(model)
+    reshard(root)
+    names = check_known(root, list(records(root)) if name is None else [name])
+    layers = dict(iter_adapters(root))
+    for path, layer in layers.items():
+        if name is not None and not layer.can_unmerge:
+            raise AdapterStateError(f"{path}: merged with keep_original=False; eject all adapters or none.")
+    where = places(root)
+    for layer in layers.values():
+        if layer.can_unmerge:
+            layer.unmerge()
+        layer.merged = ()
+        for adapter_name in names:
+            if adapter_name in layer.adapters:
+                layer.remove(adapter_name)
+        if not layer.adapters:
+            set_module(where[id(layer)], layer.base)
+    for adapter_name in names:
+        del records(root)[adapter_name]

@@ -1,0 +1,92 @@
+"""What was injected: the record of each adapter, kept on the model, and the walks over adapted layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from torch import nn
+
+from lora_lightning.adapters.adapted_layer import AdaptedLayer
+from lora_lightning.adapters.base import Adapter
+from lora_lightning.errors import AdapterStateError, did_you_mean
+from lora_lightning.methods import Method
+
+if TYPE_CHECKING:
+    pass
+
+
+_RECORDS = "_lora_lightning_records"
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """What was injected under one adapter name; kept on the model, written into the adapter file."""
+
+    method: Method
+    layers: dict[str, Method]
+    """Settings by layer path, overrides applied."""
+    trained: tuple[str, ...]
+    """Base parameters that train in full, by name."""
+    seed: int
+
+
+def records(model: nn.Module) -> dict[str, AdapterRecord]:
+    """Adapters injected into exactly this module, by name."""
+    return cast("dict[str, AdapterRecord]", model.__dict__.get(_RECORDS, {}))
+
+
+def add_record(model: nn.Module, name: str, record: AdapterRecord) -> None:
+    """Note on `model` what was injected under `name`."""
+    model.__dict__.setdefault(_RECORDS, {})[name] = record
+
+
+def injected_root(model: nn.Module) -> nn.Module:
+    """The module that `inject` was called with: `model` or the one inside it.
+
+    Raises:
+        AdapterStateError: nothing was injected.
+    """
+    for module in model.modules():
+        if records(module):
+            return module
+    raise AdapterStateError(f"{type(model).__name__} has no adapters; call inject or load_adapter first.")
+
+
+def check_unmerged(model: nn.Module) -> None:
+    """Raise `AdapterStateError` if an adapter is merged, and so another could not be added or replaced."""
+    for path, layer in iter_adapters(model):
+        if layer.merged:
+            raise AdapterStateError(f"{path}: {', '.join(layer.merged)} is merged; call unmerge first.")
+
+
+def iter_adapters(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
+    """Paths and adapted layers; one that stands in several places comes once."""
+    for path, module in model.named_modules():
+        if isinstance(module, AdaptedLayer):
+            yield path, module
+
+
+def adapters_named(model: nn.Module, name: str) -> dict[str, Adapter]:
+    """Adapters of one name by layer path."""
+    return {path: layer.adapter(name) for path, layer in iter_adapters(model) if name in layer.adapters}
+
+
+def trainable_adapters(model: nn.Module) -> dict[str, Adapter]:
+    """Adapters with a trainable parameter, by their own module path."""
+    return {
+        f"{path}.adapters.{name}": cast(Adapter, adapter)
+        for path, layer in iter_adapters(model)
+        for name, adapter in layer.adapters.items()
+        if any(p.requires_grad for p in adapter.parameters())
+    }
+
+
+def check_known(root: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
+    """`names` as a tuple; raises `AdapterStateError` for one that was never injected into `root`."""
+    known = records(root)
+    for name in names:
+        if name not in known:
+            raise AdapterStateError(f'no adapter "{name}".{did_you_mean(name, known)} Installed: {", ".join(known)}.')
+    return tuple(names)

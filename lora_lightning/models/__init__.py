@@ -1,0 +1,1 @@
+"""A pretrained model: loading it, and what it is made of."""

@@ -1,0 +1,283 @@
+"""New tokens: rows of their own for tokens that a model does not know, in its embedding and its output layer.
+
+    embedding   W[id]                     for a known id;   rows[id - first]   for a new one
+    output      x W'^T                    W' = W with the rows at first .. first + n
+
+The pretrained matrices stay as they are, frozen and at `<path>.base.weight`; `<path>.new_rows` (n, width) trains in
+full and is saved with the adapter. Where the output layer shares the embedding's weight, it shares the new rows too.
+New ids may fall on rows that a padded matrix has already, behind its last token; these rows are then replaced.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F  # noqa: N812 - the field's usual name
+
+from lora_lightning.adapters.adapted_layer import AdaptedLayer
+from lora_lightning.distributed import is_sharded
+from lora_lightning.errors import AdapterStateError, ModelError, SettingsError, did_you_mean
+from lora_lightning.models.paths import places
+from lora_lightning.seeds import generator
+
+_KEY = "_lora_lightning_vocabulary"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What was added to a model's tokens."""
+
+    tokens: tuple[str, ...]
+    first: int
+    """Id of the first new token; the others follow."""
+    files: dict[str, bytes] = field(default_factory=dict, compare=False, repr=False)
+    """The tokenizer that knows them, as its files."""
+
+
+class ExtendedLayer(nn.Module):
+    """An embedding or output layer with new rows.
+
+    Args:
+        base: nn.Embedding or nn.Linear, frozen, at `.base`.
+        rows: (n, width), trained.
+        first: id of the first new row.
+    """
+
+    def __init__(self, base: nn.Module, rows: nn.Parameter, first: int) -> None:
+        super().__init__()
+        self.base, self.first = base, first
+        self.new_rows: Tensor = rows
+        self.train(base.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole matrix, (vocabulary, width), in the dtype of the pretrained one."""
+        own, rows = cast(Tensor, self.base.weight), self.new_rows
+        return torch.cat([own[: self.first], rows.to(own.dtype), own[self.first + len(rows) :]])
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The output layer's bias, zero for rows that are added."""
+        bias = cast("Tensor | None", getattr(self.base, "bias", None))
+        added = self.first + len(self.new_rows) - (0 if bias is None else len(bias))
+        return F.pad(bias, (0, added)) if bias is not None and added > 0 else bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embeddings of the ids x, or scores of the states x (..., width) for each token."""
+        if type(self.base).forward is nn.Embedding.forward:
+            rows = self.new_rows
+            offset = x - self.first
+            new = (offset >= 0) & (offset < len(rows))
+            known = cast(Tensor, self.base(x.masked_fill(new, 0)))
+            return torch.where(new[..., None], F.embedding(offset.clamp(0, len(rows) - 1), rows).to(known.dtype), known)
+        tensors = {"weight": self.weight}
+        if self.bias is not None:
+            tensors["bias"] = self.bias
+        return cast(Tensor, functional_call(self.base, tensors, (x,)))
+
+    def plain(self, weight: nn.Parameter) -> nn.Module:
+        """A plain layer of the same class and size around `weight`."""
+        layer = copy.copy(self.base)
+        layer._parameters = {**self.base._parameters, "weight": weight}
+        if self.bias is not None:
+            layer._parameters["bias"] = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
+        for size in ("num_embeddings", "out_features"):
+            if hasattr(layer, size):
+                setattr(layer, size, len(weight))
+        return layer
+
+    def __getattr__(self, name: str) -> Any:
+        """Sizes and options of the layer (`padding_idx`, `embed_scale`, ...)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base" or name.startswith("__"):
+                raise
+            return getattr(self.base, name)
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows."""
+        return max(len(cast(Tensor, self.base.weight)), self.first + len(self.new_rows))
+
+    out_features = num_embeddings
+
+
+def vocabulary(model: nn.Module) -> Vocabulary | None:
+    """What was added to the tokens of exactly this model; None for nothing."""
+    return cast("Vocabulary | None", model.__dict__.get(_KEY))
+
+
+def extended_layers(model: nn.Module) -> dict[str, ExtendedLayer]:
+    """Layers with new rows, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, ExtendedLayer)}
+
+
+def row_names(model: nn.Module) -> list[str]:
+    """Names of the parameters that hold new rows; shared ones once."""
+    layers = set(extended_layers(model))
+    return [name for name, _ in model.named_parameters() if name.removesuffix(".new_rows") in layers]
+
+
+def add_tokens(model: nn.Module, tokenizer: Any, tokens: Sequence[str], seed: int = 0) -> Vocabulary:
+    """Teach a tokenizer and a model new tokens; call it before `inject`, which makes their rows train.
+
+    Rows start at the mean of the known ones, with noise of a hundredth of their standard deviation to tell them apart.
+
+    Args:
+        model: a Hugging Face model, changed in place.
+        tokenizer: its tokenizer, changed in place.
+        tokens: texts that become one token each, such as "<tool>".
+        seed: seed of the start values.
+
+    Returns:
+        The tokens and the id of the first.
+
+    Raises:
+        SettingsError: no tokens, one given twice, or one that the tokenizer knows already.
+        ModelError: not a Hugging Face model, or one whose tokens end before the tokenizer's.
+        AdapterStateError: the model has new tokens or adapters already.
+    """
+    check_new(tokenizer, tokens)
+    check_extendable(model, len(tokenizer), tokens)
+    initialize_rows(tokenizer, tokens)
+    return add_rows_for(model, tokenizer, tokens, seed)
+
+
+def check_new(tokenizer: Any, tokens: Sequence[str]) -> None:
+    """Raise `SettingsError` unless there are tokens, each given once, and the tokenizer knows none of them."""
+    if not tokens:
+        raise SettingsError("new_tokens is empty; name at least one text that is to become a token.")
+    known = tokenizer.get_vocab()
+    for token in tokens:
+        if token in known or list(tokens).count(token) > 1:
+            reason = f"the tokenizer knows it as {known[token]}" if token in known else "it is named twice"
+            raise SettingsError(f'new_tokens: "{token}" is not new; {reason}. Name only texts that are no token yet.')
+
+
+def initialize_rows(tokenizer: Any, tokens: Sequence[str]) -> None:
+    """Add tokens to a tokenizer; they are never split, never lower-cased, and decoded like any text."""
+    from transformers import AddedToken
+
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
+
+
+def add_rows_for(model: nn.Module, tokenizer: Any, tokens: Sequence[str], seed: int = 0) -> Vocabulary:
+    """Give the model rows for `tokens`, which the tokenizer knows as its last; raises as `add_tokens`."""
+    first = int(tokenizer.convert_tokens_to_ids(tokens[0]))
+    check_extendable(model, first, tokens)
+    added = Vocabulary(tuple(tokens), first, tokenizer_files(tokenizer))
+    add_rows(model, added, seed)
+    return added
+
+
+def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+    """A tokenizer as the files that it is saved as, by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
+
+
+def check_extendable(model: nn.Module, first: int, tokens: Sequence[str]) -> None:
+    """Raise `ModelError` or `AdapterStateError` unless the model can be given rows from id `first` on."""
+    if not hasattr(model, "get_input_embeddings"):
+        raise ModelError(f"{type(model).__name__} is no model of transformers, so its embedding is not known.")
+    if is_sharded(model):
+        raise AdapterStateError("the model is sharded already; add tokens before fully_shard.")
+    before = vocabulary(model)
+    if before is not None:
+        raise AdapterStateError(f"the model has new tokens already: {', '.join(before.tokens)}; name all at once.")
+    if any(isinstance(module, AdaptedLayer) for module in model.modules()):
+        raise AdapterStateError("the model has adapters already; add tokens before inject.")
+    rows = len(cast(Any, model).get_input_embeddings().weight)
+    if first > rows:
+        raise ModelError(
+            f"the tokenizer has {first} tokens, but {type(model).__name__} only {rows} rows for them, so {tokens[0]} "
+            "would not be the first without a row. Use the tokenizer that belongs to the model."
+        )
+
+
+def add_rows(model: nn.Module, added: Vocabulary, seed: int = 0) -> None:
+    """Give the model's embedding and output layer the rows of `added`; shared ones where they share a weight."""
+    where = places(model)
+    rows: dict[int, nn.Parameter] = {}
+    for path, layer in list(_token_layers(model)):
+        weight = cast(nn.Parameter, layer.weight)
+        if id(weight) not in rows:
+            rows[id(weight)] = _start(weight, added, seed, path)
+        for parent, name in where[id(layer)]:
+            setattr(parent, name, ExtendedLayer(layer, rows[id(weight)], added.first))
+    model.__dict__[_KEY] = added
+    _set_size(model, added.first + len(added.tokens))
+
+
+def _token_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Layers that hold a matrix of the vocabulary: the embedding, the output layer, and what shares their weights."""
+    own: Any = model
+    heads = [layer for layer in (own.get_input_embeddings(), own.get_output_embeddings()) if layer is not None]
+    weights = {id(layer.weight) for layer in heads}
+    for path, module in model.named_modules():
+        if id(module._parameters.get("weight")) in weights and isinstance(module, nn.Embedding | nn.Linear):
+            yield path, module
+
+
+def _start(weight: Tensor, added: Vocabulary, seed: int, path: str) -> nn.Parameter:
+    known = weight.detach()[: added.first].to(torch.promote_types(weight.dtype, torch.float32))
+    drawn = generator(seed, "new tokens", 0, path)
+    noise = torch.randn(len(added.tokens), known.shape[1], generator=drawn, device=drawn.device)
+    return nn.Parameter(known.mean(0) + 0.01 * known.std(0) * noise.to(known.device, known.dtype))
+
+
+def _set_size(model: nn.Module, size: int) -> None:
+    """Tell the configuration of a larger vocabulary, which losses and generation of transformers read."""
+    config = cast(Any, model).config.get_text_config()
+    if getattr(config, "vocab_size", size) < size:
+        config.vocab_size = size
+
+
+def remove_rows(model: nn.Module) -> None:
+    """Take new rows off again; the model is as it was before `add_rows`."""
+    where = places(model)
+    for layer in extended_layers(model).values():
+        for parent, name in where[id(layer)]:
+            setattr(parent, name, layer.base)
+    if model.__dict__.pop(_KEY, None) is not None:
+        cast(Any, model).config.get_text_config().vocab_size = len(cast(Any, model).get_input_embeddings().weight)
+
+
+@contextmanager
+def plain_vocabulary(model: nn.Module) -> Iterator[None]:
+    """Inside, layers with new rows are plain ones of the full size; afterwards they are as before."""
+    where, layers = places(model), extended_layers(model)
+    weights: dict[int, nn.Parameter] = {}
+    for layer in layers.values():
+        key = id(layer.base.weight)
+        weights.setdefault(key, nn.Parameter(layer.weight.detach().clone(), requires_grad=False))
+        for parent, name in where[id(layer)]:
+            setattr(parent, name, layer.plain(weights[key]))
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            for parent, name in where[id(layer)]:
+                setattr(parent, name, layer)
+
+
+def check_same_tokens(model: nn.Module, wanted: Vocabulary, where: str) -> None:
+    """Raise `AdapterStateError` unless the model's new tokens are those of an adapter."""
+    own = vocabulary(model)
+    if own is not None and own != wanted:
+        missing = [token for token in wanted.tokens if token not in own.tokens] or list(wanted.tokens)
+        raise AdapterStateError(
+            f"{where} has the new tokens {', '.join(wanted.tokens)} from id {wanted.first}; the model has "
+            f"{', '.join(own.tokens)} from {own.first}.{did_you_mean(missing[0], own.tokens)}"
+        )

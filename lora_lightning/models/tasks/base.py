@@ -1,0 +1,138 @@
+"""Task: what turns a model's outputs and a batch into a loss, metrics and predictions."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric, MetricCollection
+
+Batch = Mapping[str, Tensor]
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "pixel_values")
+
+
+@dataclass(frozen=True)
+class PredictContext:
+    """What predictions need beside the logits."""
+
+    label_names: Sequence[str] = ()
+    tokenizer: Any = None
+    max_new_tokens: int = 64
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss as a sum and what it is summed over, so that unequal batches average right."""
+
+    total: Tensor
+    count: Tensor
+
+
+class Task(ABC):
+    """One kind of problem. A task with settings is a dataclass; they are checked where it is made.
+
+    Class facts:
+        name: what YAML calls it.
+        auto_class: class of transformers that loads the model.
+        metric: the metric of the summary.
+        higher_is_better: its direction.
+        has_head: whether a head is trained from scratch, so that a linear baseline makes sense.
+        per_token: whether the loss is averaged over tokens, across an accumulation window and all processes.
+        unused: names of modules that the task passes by, so that a file without their weights will do.
+    """
+
+    name: ClassVar[str]
+    auto_class: ClassVar[str]
+    metric: ClassVar[str]
+    higher_is_better: ClassVar[bool]
+    has_head: ClassVar[bool] = True
+    per_token: ClassVar[bool] = False
+    unused: ClassVar[tuple[str, ...]] = ()
+
+    def model_options(self, num_labels: int | None) -> dict[str, Any]:
+        """Extra arguments of `from_pretrained`."""
+        return {} if num_labels is None else {"num_labels": num_labels}
+
+    def logits(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+        """The model's logits for a batch."""
+        inputs: dict[str, Any] = {key: batch[key] for key in MODEL_INPUTS if key in batch}
+        if "position_ids" in inputs:  # with a cache, transformers takes a packed row for one text
+            inputs["use_cache"] = False
+        logits: Tensor = model(**inputs).logits
+        return logits
+
+    def example(self, config: Any, size: int, length: int) -> dict[str, Tensor]:  # noqa: ARG002 - one question for all
+        """A batch of zeros in the shapes of training: what memory is counted with.
+
+        Args:
+            config: the model's configuration.
+            size: examples.
+            length: tokens of each, where the task is one of texts.
+        """
+        ids = torch.zeros(size, length, dtype=torch.int64)
+        labels = torch.zeros_like(ids if self.per_token else ids[:, 0])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+    @abstractmethod
+    def loss(self, logits: Tensor, batch: Batch) -> Loss:
+        """Summed loss of a batch."""
+
+    @abstractmethod
+    def metrics(self, num_labels: int) -> dict[str, Metric]:
+        """Fresh metrics by name; `loss` is always measured as well."""
+
+    @abstractmethod
+    def update(self, metrics: Mapping[str, Metric], logits: Tensor, batch: Batch) -> None:
+        """Add a batch to the metrics."""
+
+    def write(  # noqa: B027 - a task that writes no texts has nothing to add
+        self, metrics: Mapping[str, Metric], model: Any, batch: Batch, context: PredictContext
+    ) -> None:
+        """Add texts that the model writes for a batch, where the task has metrics of them; nothing by default."""
+
+    @abstractmethod
+    def predict(self, model: Any, batch: Batch, context: PredictContext) -> list[dict[str, Any]]:
+        """One plain dictionary an example."""
+
+
+def metrics(task: Task, model: nn.Module) -> MetricCollection:
+    """Fresh metrics for a model: `loss` and the task's own."""
+    labels = getattr(getattr(model, "config", None), "num_labels", 1)
+    return MetricCollection({"loss": MeanMetric(), **task.metrics(labels)}, compute_groups=False)
+
+
+def update_metrics(task: Task, collection: MetricCollection, logits: Tensor, batch: Batch) -> None:
+    """Add a batch to metrics made by `metrics`, but for texts that the model has to write."""
+    loss = task.loss(logits, batch)
+    collection["loss"].update(loss.total / loss.count.clamp_min(1), weight=loss.count)
+    task.update(_own(collection), logits, batch)
+
+
+def update_text_metrics(
+    task: Task, collection: MetricCollection, model: nn.Module, batch: Batch, context: PredictContext
+) -> None:
+    """Add texts that the model writes for a batch."""
+    task.write(_own(collection), model, batch, context)
+
+
+@torch.no_grad()
+def evaluate(task: Task, model: nn.Module, batches: Iterable[Batch], context: PredictContext) -> dict[str, float]:
+    """All metrics of a model in eval mode; its modules go back to the modes they were in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    collection = metrics(task, model)
+    for batch in batches:
+        logits = task.logits(model, batch)
+        update_metrics(task, collection.to(logits.device), logits, batch)
+        update_text_metrics(task, collection, model, batch, context)
+    for module, mode in modes.items():
+        module.training = mode
+    return {name: float(value) for name, value in collection.compute().items()}
+
+
+def _own(collection: MetricCollection) -> dict[str, Metric]:
+    return {name: metric for name, metric in collection.items() if name != "loss"}

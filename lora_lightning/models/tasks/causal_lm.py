@@ -1,0 +1,125 @@
+"""Next-token prediction, on whole texts or on completions only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - the field's usual name
+from torch.nn.utils.rnn import pad_sequence
+from torchmetrics import MeanMetric, Metric
+
+from lora_lightning.errors import DataError, check
+from lora_lightning.models.tasks.base import Batch, Loss, PredictContext, Task
+from lora_lightning.models.tasks.written import add_texts, due, label_texts, text_metrics
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalLM(Task):
+    """Cross-entropy over the tokens that carry a label; averaged over tokens, never over batches."""
+
+    generate_batches: int = 0
+    """Batches of each validation whose completions are generated, for BLEU, chrF and the share that is right as a
+    whole; it takes about as long as predict. Of a conversation the first answer counts."""
+
+    name: ClassVar[str] = "causal-lm"
+    auto_class: ClassVar[str] = "AutoModelForCausalLM"
+    metric: ClassVar[str] = "loss"
+    higher_is_better: ClassVar[bool] = False
+    has_head: ClassVar[bool] = False
+    per_token: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check(self.generate_batches >= 0, self, "generate_batches", "it must be at least 0, which generates none.")
+
+    def model_options(self, num_labels: int | None) -> dict[str, Any]:  # noqa: ARG002 - a language model has no labels
+        """None."""
+        return {}
+
+    def loss(self, logits: Tensor, batch: Batch) -> Loss:
+        """Cross-entropy of each labelled token given those before it, summed."""
+        labels = batch["labels"][:, 1:]
+        total = F.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        return Loss(total, (labels != IGNORED).sum())
+
+    def metrics(self, num_labels: int) -> dict[str, Metric]:  # noqa: ARG002 - a language model has no labels
+        """None beside the loss, unless texts are generated."""
+        return {**text_metrics(), "exact_match": MeanMetric()} if self.generate_batches else {}
+
+    def update(self, metrics: Mapping[str, Metric], logits: Tensor, batch: Batch) -> None:
+        """Nothing beside the loss."""
+
+    def write(self, metrics: Mapping[str, Metric], model: Any, batch: Batch, context: PredictContext) -> None:
+        """Add the completion written for each prompt.
+
+        Raises:
+            DataError: the data have no prompts.
+        """
+        if not due(metrics, self.generate_batches):
+            return
+        labels = batch["labels"]
+        prompts = [self._prompt(batch, row) for row in range(len(labels))]
+        if not all(map(len, prompts)):
+            raise DataError(
+                f"model.task_settings.generate_batches is {self.generate_batches}, but the data have no prompts to go "
+                "on from. Set it to 0, or use Completions or Chat."
+            )
+        wanted = label_texts(map(_first_answer, labels), context.tokenizer)
+        made = [text.strip() for text in _continue(model, prompts, context)]
+        add_texts(metrics, made, wanted)
+        right = [a == b for a, b in zip(made, wanted, strict=True)]
+        metrics["exact_match"].update(torch.tensor(right, dtype=torch.float32, device=labels.device))
+
+    def predict(self, model: Any, batch: Batch, context: PredictContext) -> list[dict[str, Any]]:
+        """Mean loss of each example's labelled tokens, if any, and, where it has a prompt, the greedy continuation."""
+        labels = batch["labels"][:, 1:]
+        logits = self.logits(model, batch)[:, :-1].float()
+        losses = F.cross_entropy(logits.mT, labels, ignore_index=IGNORED, reduction="none").sum(-1)
+        counts = (labels != IGNORED).sum(-1)
+        rows: list[dict[str, Any]] = [
+            {"loss": round(float(loss / n), 6) if n else None, "tokens": int(n)}
+            for loss, n in zip(losses, counts, strict=True)
+        ]
+        prompts = [self._prompt(batch, row) for row in range(len(rows))]
+        if context.tokenizer is not None and all(len(prompt) for prompt in prompts):
+            for row, text in zip(rows, _continue(model, prompts, context), strict=True):
+                row["prediction"] = text
+        return rows
+
+    @staticmethod
+    def _prompt(batch: Batch, row: int) -> Tensor:
+        """Tokens before the first labelled one; all of them where none is."""
+        labelled = (batch["labels"][row] != IGNORED).nonzero()
+        first = int(labelled[0]) if len(labelled) else int(batch["attention_mask"][row].sum())
+        return batch["input_ids"][row, :first]
+
+
+def _first_answer(labels: Tensor) -> Tensor:
+    """The first stretch of a row's labels."""
+    labelled = labels != IGNORED
+    begins = labelled & ~labelled.roll(1)
+    begins[0] = labelled[0]
+    return labels[labelled & (begins.cumsum(0) == 1)]
+
+
+def _continue(model: Any, prompts: list[Tensor], context: PredictContext) -> list[str]:
+    tokenizer = context.tokenizer
+    ids = pad_sequence(prompts, batch_first=True, padding_value=tokenizer.pad_token_id, padding_side="left")
+    mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left")
+    made = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=context.max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    texts: list[str] = tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
+    return texts

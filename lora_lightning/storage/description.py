@@ -1,0 +1,56 @@
+"""The description of an adapter as plain data."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from torch import nn
+
+from lora_lightning.injection.records import (
+    AdapterRecord,
+)
+from lora_lightning.methods import plain_settings
+from lora_lightning.models.base_layers import quantized_formats
+from lora_lightning.models.new_tokens import vocabulary
+from lora_lightning.models.paths import plain
+from lora_lightning.plugins import registry
+from lora_lightning.storage.fingerprint import fingerprint
+from lora_lightning.version import __version__
+
+SCHEMA = 1
+
+
+def describe_adapter(root: nn.Module, name: str, record: AdapterRecord) -> dict[str, Any]:
+    """The description of an adapter as plain data."""
+    common, added = plain_settings(record.method), vocabulary(root)
+    layers = {
+        plain(path): {key: value for key, value in plain_settings(method).items() if value != common[key]}
+        for path, method in record.layers.items()
+    }
+    provider = registry().providers.get(type(record.method).__name__)
+    versions = {package: version(package) for package in ("torch", "transformers")}
+    versions["lora_lightning"] = __version__
+    if provider is not None:
+        versions[provider.package] = provider.version
+    return {
+        "schema_version": SCHEMA,
+        "name": name,
+        "method": type(record.method).__name__,
+        "settings": common,
+        "layers": layers,
+        "trained": [plain(parameter) for parameter in record.trained],
+        "labels": _labels(root) if record.trained else None,
+        "seed": record.seed,
+        "vocabulary": None if added is None else {"first": added.first, "tokens": list(added.tokens)},
+        "base": getattr(getattr(root, "config", None), "_name_or_path", None) or None,
+        "fingerprint": fingerprint(root, record.trained),
+        "quantization": quantized_formats(root),
+        "versions": versions,
+    }
+
+
+def _labels(root: nn.Module) -> list[str] | None:
+    """Class names by class number, where the model's configuration has them."""
+    names = getattr(getattr(root, "config", None), "id2label", None)
+    return [names[number] for number in sorted(names)] if names else None

@@ -1,0 +1,244 @@
+"""Loading an adapter folder into a model, all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.adapters.adapted_layer import check_name
+from lora_lightning.adapters.folded import DenseUpdate, Shift, update_like
+from lora_lightning.adapters.layers.base import BaseLayer
+from lora_lightning.distributed import put, reshard
+from lora_lightning.errors import AdapterFileError, AdapterStateError, SettingsError, did_you_mean
+from lora_lightning.injection.place import build_adapter, check_ready, place_adapters
+from lora_lightning.injection.records import (
+    AdapterRecord,
+    adapters_named,
+    check_unmerged,
+    injected_root,
+    iter_adapters,
+    records,
+)
+from lora_lightning.injection.switches import set_active
+from lora_lightning.methods import Method, plain_settings
+from lora_lightning.models.anatomy import all_layers, other_users
+from lora_lightning.models.base_layers import quantized_formats
+from lora_lightning.models.new_tokens import add_rows, check_same_tokens, remove_rows, vocabulary
+from lora_lightning.models.paths import plain, starting_with, unwrap
+from lora_lightning.plugins import registry, restore_settings
+from lora_lightning.storage.fingerprint import fingerprint, say_unsampled
+from lora_lightning.storage.folded import folded_tensors
+from lora_lightning.storage.folder import Stored, read_folder
+
+
+def load_adapter(model: nn.Module, directory: str | Path, name: str = "default") -> Path:
+    """Read an adapter folder into a model, all or nothing; the adapter becomes the only active one.
+
+    Onto a model without an adapter of that name the adapters are built from the file, and stay frozen like everything
+    that does not train already; `set_trainable` trains them on. Onto an adapter of that name, which must have the same
+    settings, its tensors are replaced, and what trains is not changed. New tokens that the adapter was trained with get
+    their rows; the folder's `tokenizer/` knows them.
+
+    Of a sharded model, which can only take tensors for an adapter that it has, every process calls this.
+
+    Args:
+        model: the base model the adapter was trained on (heads of its task included).
+        directory: an adapter folder.
+        name: name to load it under.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterFileError: missing or damaged folder; another base model; settings, keys or shapes that differ.
+        AdapterStateError: the model is merged, or is sharded without an adapter of that name.
+        UnknownMethodError: the plugin that provides the method is not installed.
+    """
+    check_name(name)
+    stored = read_folder(directory)
+    method_class = registry().method(stored.method, where=f'"{directory}"')
+    root = _root_for(model)
+    present, grown = name in records(root), vocabulary(root) is not None
+    reshard(root)
+    _check_fingerprint(root, stored, directory)
+    if not present:
+        check_ready(root, name)
+    if stored.vocabulary is not None:
+        check_same_tokens(root, stored.vocabulary, f'"{directory}"')
+        if not grown:
+            add_rows(root, stored.vocabulary)
+    try:
+        return _load(root, stored, method_class, name, present, directory)
+    except BaseException:
+        if not grown:
+            remove_rows(root)
+        raise
+
+
+def _load(
+    root: nn.Module, stored: Stored, method_class: type[Method], name: str, present: bool, directory: str | Path
+) -> Path:
+    """Put the tensors of an adapter file into a model whose base fits."""
+    _check_heads(root, stored, name, directory)
+    base_layers = _base_layers(root, stored, directory)
+    record = _record(method_class, root, base_layers, stored, directory)
+    if present:
+        check_unmerged(root)
+        _check_same(records(root)[name], record, name, directory)
+        adapters = adapters_named(root, name)
+    else:
+        adapters = {
+            path: build_adapter(record.layers[path], path, base, stored.seed) for path, base in base_layers.items()
+        }
+    _match(root, stored, adapters, directory)
+    shifts = _folded(root, stored, base_layers, directory)
+    if present:
+        set_active(root, [name])
+    else:
+        place_adapters(root, name, adapters, record, base_layers, trainable=False)
+    with torch.no_grad():  # heads in half precision have become others
+        for target, value in _match(root, stored, adapters, directory):
+            put(target, value)
+    for path, layer in iter_adapters(root):
+        if name in layer.adapters:
+            layer.set_folded(name, shifts.get(path))
+    return Path(directory)
+
+
+def _folded(
+    root: nn.Module, stored: Stored, base_layers: Mapping[str, BaseLayer], directory: str | Path
+) -> dict[str, Shift]:
+    """What the adapter had folded, by path in the model."""
+    found, paths = {}, {plain(path): path for path in base_layers}
+    tied = {path: others for path, others in other_users(root, base_layers).items() if others}
+    for path, tensors in folded_tensors(stored.tensors, stored.name).items():
+        shift = update_like(base_layers[paths[path]], tensors) if path in paths else None
+        if shift is None:
+            raise AdapterFileError(f'"{directory}" does not fit: nothing of that shape can be folded on {path}.')
+        if isinstance(shift, DenseUpdate) and paths[path] in tied:
+            raise AdapterFileError(
+                f'"{directory}" holds a dense update of {path}, whose weight is shared with {tied[paths[path]][0]}, '
+                "which would change too; untie it first."
+            )
+        for key, value in tensors.items():
+            put(shift.get_buffer(key), value)
+        found[paths[path]] = shift
+    return found
+
+
+def _record(
+    method_class: type[Method], root: nn.Module, layers: Iterable[str], stored: Stored, directory: str | Path
+) -> AdapterRecord:
+    """The record as `inject` would have made it, paths as they are in this model."""
+    paths = {plain(path): path for path in layers}
+    parameters = {plain(name): name for name, _ in root.named_parameters()}
+    try:
+        method = restore_settings(method_class, "settings", stored.settings)
+        layers = {
+            paths[path]: restore_settings(method_class, f"layers[{path}]", {**stored.settings, **own})
+            for path, own in stored.layers.items()
+        }
+    except SettingsError as error:
+        raise AdapterFileError(f'"{directory}": {error}') from error
+    return AdapterRecord(method, layers, tuple(parameters.get(name, name) for name in stored.trained), stored.seed)
+
+
+def _check_same(own: AdapterRecord, theirs: AdapterRecord, name: str, directory: str | Path) -> None:
+    """An adapter that is there takes tensors only from one of its own kind: equal shapes say too little."""
+    hint = "load it under another name, or eject first"
+    where = f'"{directory}"'
+    if own.layers.keys() != theirs.layers.keys():
+        path = min(own.layers.keys() ^ theirs.layers.keys())
+        raise AdapterFileError(f'{where} adapts other layers than adapter "{name}", such as {path}; {hint}.')
+    for path, method in theirs.layers.items():
+        if type(method) is not type(own.layers[path]):
+            kinds = f"{type(method).__name__}; adapter {name!r} is {type(own.layers[path]).__name__}"
+            raise AdapterFileError(f"{where} holds {kinds}; {hint}.")
+        have, want = plain_settings(own.layers[path]), plain_settings(method)
+        for field in want:
+            if have[field] != want[field]:
+                raise AdapterFileError(
+                    f'{where} has {field}={want[field]!r} on {path}; adapter "{name}" has {have[field]!r}; {hint}.'
+                )
+    if set(own.trained) != set(theirs.trained):
+        parameter = min(set(own.trained) ^ set(theirs.trained))
+        raise AdapterFileError(f'{where} trains other heads than adapter "{name}", such as {parameter}; {hint}.')
+
+
+def _root_for(model: nn.Module) -> nn.Module:
+    try:
+        return injected_root(model)
+    except AdapterStateError:
+        return unwrap(model)
+
+
+def _check_fingerprint(root: nn.Module, stored: Stored, directory: str | Path) -> None:
+    own = fingerprint(root, stored.trained)
+    theirs = stored.fingerprint
+    if own["architecture"] != theirs["architecture"]:
+        raise AdapterFileError(
+            f'"{directory}" was trained on {theirs["architecture"]}; this model is {own["architecture"]}.'
+        )
+    if own["names"] != theirs["names"]:
+        raise AdapterFileError(
+            f'"{directory}" was trained on a {theirs["architecture"]} whose parameters have other names or shapes '
+            f"(base: {stored.base or 'unknown'})."
+        )
+    if None not in (own["weights"], theirs["weights"]) and own["weights"] != theirs["weights"]:
+        raise AdapterFileError(
+            f'"{directory}" was trained on other base weights than this model has (base: {stored.base or "unknown"}); '
+            "load the same pretrained weights first."
+        )
+    say_unsampled(own, theirs, quantized_formats(root), stored.quantization)
+
+
+def _check_heads(root: nn.Module, stored: Stored, name: str, directory: str | Path) -> None:
+    for other, record in records(root).items():
+        shared = {plain(parameter) for parameter in record.trained} & set(stored.trained)
+        if other != name and shared:
+            raise AdapterFileError(
+                f'"{directory}" carries the head {sorted(shared)[0]}, which adapter "{other}" of the model has trained '
+                "too; a model has one set of heads, so load it into a model of its own."
+            )
+
+
+def _base_layers(root: nn.Module, stored: Stored, directory: str | Path) -> dict[str, BaseLayer]:
+    layers = {plain(path): (path, base_layer) for path, _, base_layer in all_layers(root)}
+    base_layers = {}
+    for path in stored.layers:
+        own_path, base_layer = layers.get(path, (path, None))
+        if base_layer is None:
+            raise AdapterFileError(f'"{directory}" adapts {path}, which this model lacks.{did_you_mean(path, layers)}')
+        base_layers[own_path] = base_layer
+    return base_layers
+
+
+def _match(
+    root: nn.Module, stored: Stored, adapters: Mapping[str, nn.Module], directory: str | Path
+) -> list[tuple[Tensor, Tensor]]:
+    """(target, value) for every tensor, after an exact comparison of keys and shapes."""
+    targets = {
+        f"{plain(path)}.adapters.{stored.name}.{key}": tensor
+        for path, adapter in adapters.items()
+        for key, tensor in adapter.state_dict(keep_vars=True).items()
+    }
+    state = {plain(key): tensor for key, tensor in root.state_dict(keep_vars=True).items()}
+    folded = {key for key in stored.tensors if f".shifts.{stored.name}." in key}
+    inside = starting_with((f"{path}.adapters.{stored.name}." for path in stored.layers), stored.tensors) | folded
+    targets |= {key: state[key] for key in stored.tensors if key not in inside and key in state}
+    missing = sorted((targets.keys() | set(stored.trained)) - stored.tensors.keys())
+    unexpected = sorted(stored.tensors.keys() - targets.keys() - folded)
+    if missing or unexpected:
+        first = (missing or unexpected)[0]
+        raise AdapterFileError(
+            f'"{directory}" does not fit: {len(missing)} tensors missing, {len(unexpected)} unexpected, '
+            f"such as {first}.{did_you_mean(first, stored.tensors if missing else targets)}"
+        )
+    for key, target in targets.items():
+        shape, needed = tuple(stored.tensors[key].shape), tuple(target.shape)
+        if shape != needed:
+            raise AdapterFileError(f'"{directory}": {key} has shape {shape}; the model needs {needed}.')
+    return [(target.data, stored.tensors[key]) for key, target in targets.items()]

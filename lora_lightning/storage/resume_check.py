@@ -1,0 +1,64 @@
+"""Whether a trainer checkpoint belongs to an adapter: base model, method, settings, heads, names and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_lightning.errors import ResumeError
+from lora_lightning.injection.records import injected_root, records
+from lora_lightning.storage.description import describe_adapter
+from lora_lightning.storage.fingerprint import say_unsampled
+from lora_lightning.storage.state import adapter_state
+
+
+def check_same(model: nn.Module, name: str, theirs: Mapping[str, Any]) -> None:
+    """Compare an adapter with the description in a checkpoint: base model, method, settings by layer, heads.
+
+    Raises:
+        ResumeError: something differs, naming it and both values.
+    """
+    root = injected_root(model)
+    own = describe_adapter(root, name, records(root)[name])
+    ours, base = own["fingerprint"], theirs["fingerprint"]
+    differing = [key for key in ours if None not in (ours[key], base[key]) and ours[key] != base[key]]
+    if differing:
+        raise ResumeError(f"the checkpoint was trained on another base model ({', '.join(differing)} differ).")
+    say_unsampled(ours, base, own["quantization"], theirs.get("quantization"))
+    if own["method"] != theirs["method"]:
+        raise ResumeError(f"the checkpoint was trained with {theirs['method']}; the model has {own['method']}.")
+    for key, value in own["settings"].items():
+        if value != theirs["settings"].get(key):
+            raise ResumeError(
+                f"{own['method']}.{key} is {value!r}; the checkpoint was trained with {theirs['settings'].get(key)!r}. "
+                "Give the same value, or start a new run."
+            )
+    for key in ("layers", "trained", "labels"):
+        if own[key] != theirs[key]:
+            raise ResumeError(f"the checkpoint was trained with other {key}: {_difference(theirs[key], own[key])}.")
+
+
+def _difference(theirs: Any, own: Any) -> str:
+    """What stands only on one side, shortened."""
+    if isinstance(theirs, Mapping):
+        theirs, own = [*map(str, theirs.items())], [*map(str, own.items())]
+    lost, new = [x for x in theirs or () if x not in (own or ())], [x for x in own or () if x not in (theirs or ())]
+    return f"{lost[:2]} there, {new[:2]} here"
+
+
+def check_fits(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Compare names and shapes of an adapter's tensors with those of a checkpoint.
+
+    Raises:
+        ResumeError: a name is missing or unexpected, or a shape differs.
+    """
+    wanted = {key: tuple(tensor.shape) for key, tensor in adapter_state(model, name).items()}
+    found = {key: tuple(value.shape) for key, value in tensors.items()}
+    if wanted != found:
+        first = min(wanted.items() ^ found.items())[0]
+        raise ResumeError(
+            f"the checkpoint's adapter does not fit: {first} is {wanted.get(first, 'missing')} in the model and "
+            f"{found.get(first, 'missing')} in the checkpoint."
+        )

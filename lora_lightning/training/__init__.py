@@ -1,0 +1,1 @@
+"""Our LightningModule, and what it brings to a run."""

@@ -1,0 +1,112 @@
+"""What a run shows: the table of what was adapted, the closing summary, and the picture of its curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from lora_lightning.storage.atomic import write_atomically
+
+
+def summary_table(summary: Mapping[str, Any]) -> Group:
+    """The closing summary of `summary.json`, for people."""
+    metric = summary["metric"]
+    table = Table(title=f"validation {metric}", title_justify="left")
+    table.add_column("model")
+    table.add_column(metric, justify="right")
+    untrained = "untrained head" if summary["has_head"] else "before training"
+    table.add_row(untrained, _number(summary["untrained"].get(metric)))
+    if summary["linear_baseline"] is not None:
+        table.add_row("linear baseline, as many steps", _number(summary["linear_baseline"].get(metric)))
+    table.add_row(summary["method"], _number(summary["values"].get(metric)), style="bold")
+    lines = [
+        f"trained     {summary['trainable_parameters']:,} parameters; "
+        f"{summary['surviving_parameters']:,} adapter entries are not zero"
+    ]
+    facts = {key: value for key, value in summary["report"].items() if not isinstance(value, dict)}
+    if facts:
+        lines.append(
+            "facts       " + ", ".join(f"{key.replace('_', ' ')} {_number(value)}" for key, value in facts.items())
+        )
+    moved = summary["moved"]
+    if moved:
+        least = min(moved, key=moved.__getitem__)
+        what = "trained tensors and folded layers" if any(" (folded)" in name for name in moved) else "trained tensors"
+        lines.append(f"moved       all {len(moved)} {what}, the least by {moved[least]:.2g} ({least})")
+    if summary["damping_raised"]:
+        lines.append(f"damping     {_raised(summary['damping_raised'])}")
+    for split, counts in summary.get("data", {}).items():
+        for kind, reason in (("dropped", "examples had nothing to learn"), ("skipped", "rows could not be read")):
+            if counts.get(kind):
+                lines.append(f"data        {counts[kind]:,} {split} {reason} and were left out")
+    lines.append(f"time        {summary['seconds']:.0f} s")
+    lines.append(f"adapter     {summary['adapter_dir']}")
+    return Group(table, Text("\n".join(lines)))
+
+
+def _raised(counts: Mapping[str, int]) -> str:
+    """At how many steps an optimizer raised its damping, for up to three pairs by name."""
+    named = [f"{_many(count, 'step')} for {pair}" for pair, count in list(counts.items())[:3]]
+    more = len(counts) - len(named)
+    return f"was raised at {', '.join(named)}" + (f", and for {_many(more, 'pair')} more" if more else "")
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count:,} {what}s"
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):  # four digits: small numbers such as mean changes of weights keep theirs too
+        return f"{value:.4f}" if value == 0 or abs(value) >= 0.1 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def draw(path: Path, history: Sequence[Mapping[str, float]], metric: str, levels: Mapping[str, float]) -> None:
+    """Write a picture of the loss, the metric and, where there is one, the sparsity over optimizer steps.
+
+    Args:
+        path: a PNG file.
+        history: one dictionary a point, each with `step`.
+        metric: the validation metric of the second panel.
+        levels: horizontal lines of the second panel by label, such as the linear baseline.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    panels: list[tuple[str, list[str]]] = [("loss", ["train_loss", "val_loss"])]
+    if metric != "loss":
+        panels.append((metric, [f"val_{metric}"]))
+    panels += [(name, [name]) for name in ("sparsity", "rank", "stage") if any(name in point for point in history)]
+    width, height = 4.2 * len(panels), 3.2
+    figure = Figure(figsize=(width, height))
+    # margins in inches; a layout engine finds nearly the same ones, and takes as long as all of the drawing
+    figure.subplots_adjust(0.7 / width, 0.5 / height, 1 - 0.2 / width, 1 - 0.35 / height, wspace=0.7 / 3.3)
+    FigureCanvasAgg(figure)
+    for index, (title, keys) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), index + 1)
+        for key in keys:
+            points = [(point["step"], point[key]) for point in history if key in point]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=key, marker="o" if key.startswith("val_") else None, ms=3)
+        if title == metric:
+            for level, (label, value) in enumerate(levels.items()):
+                axes.axhline(value, color="0.5", ls=("--", ":")[level % 2], lw=1, label=label)
+        axes.set(
+            title=title, xlabel="optimizer step", xlim=(0, 1.02 * max((point["step"] for point in history), default=1))
+        )
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25)
+        if len(axes.get_legend_handles_labels()[0]) > 1:
+            axes.legend(fontsize=8)
+    image = BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    write_atomically(path, lambda file: file.write(image.getvalue()))

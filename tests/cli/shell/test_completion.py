@@ -1,0 +1,206 @@
+"""What shells are offered, and the script in a real bash."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import Strategy
+
+from ll_optimizers.plus import LoRAPlus
+from lora_lightning import plugins
+from lora_lightning.callbacks import KeepBest
+from lora_lightning.cli.cards import fields_of
+from lora_lightning.cli.classes import named_classes, parameters_of
+from lora_lightning.cli.components import parts
+from lora_lightning.cli.main import main
+from lora_lightning.cli.shell.completion import candidates
+from lora_lightning.cli.shell.sources import known_names, parameters
+from lora_lightning.data import Chat, LabelledText
+from lora_lightning.registry import LIGHT_VERBS, TRAINING_VERBS, arguments
+from lora_lightning.training.strategies.fsdp2 import FSDP2
+
+
+@pytest.fixture(autouse=True)
+def everything_loaded():
+    plugins.load()
+
+
+def test_verbs_and_names():
+    assert set(candidates([""])) >= {*TRAINING_VERBS, *LIGHT_VERBS, "analyse"}
+    assert candidates(["est"]) == ["estimate"]
+    assert candidates(["show", "Rose"]) == ["RoseLoRA"]
+    assert "LoRAPlus" in candidates(["show", "LoRA"])
+    assert candidates(["fit", "-p", "no:ll_ro"]) == ["no:ll_rose"]
+    assert candidates(["fit", "--model.method", "Do"]) == ["DoRA"]
+    assert "--markdown" in candidates(["estimate", "rose", "--m"])
+
+
+@pytest.mark.parametrize("words", [["fit", "--config"], ["-c"], ["doctor"], ["targets"], ["estimate", "--config"]])
+def test_configs(words):
+    assert candidates([*words, "strategies/fsdp"]) == ["strategies/fsdp", "strategies/fsdp2"]
+
+
+def test_settings_are_those_of_the_signatures():
+    from lightning.pytorch import Trainer
+
+    from lora_lightning.training.module import AdapterModule
+
+    for key, cls in (("model", AdapterModule), ("trainer", Trainer)):
+        names = {f"--{key}.{name}" for name in inspect.signature(cls).parameters}
+        assert set(candidates(["fit", f"--{key}."])) == names
+
+
+@pytest.mark.parametrize(
+    ("words", "method"),
+    [
+        (["fit", "--config", "rose"], "RoseLoRA"),
+        (["fit", "--config", "rose", "--model.method", "DoRA"], "DoRA"),
+        (["doctor", "--config", "lora", "--config", "strategies/ddp"], "LoRA"),
+    ],
+)
+def test_settings_of_the_method_that_is_named(words, method):
+    expected = {f"--model.method.{card.name}" for card in fields_of(plugins.method(method))}
+    assert set(candidates([*words, "--model.method."])) == expected
+
+
+@pytest.mark.parametrize("kind", ["optimizers", "callbacks", "datamodules", "strategies"])
+def test_names_and_arguments_read_in_sources_are_those_of_the_classes(kind):
+    """All that can be made of each kind, as imported: names, and what `inspect` says they take."""
+    for name, home in known_names(kind).items():
+        cls = getattr(importlib.import_module(home), name)
+        assert set(parameters(home, name)) == set(arguments(cls)) - {"args", "kwargs"}, name
+
+
+@pytest.mark.parametrize(
+    ("setting", "base", "some"),
+    [
+        ("data", LightningDataModule, {"Chat", "LabelledText"}),
+        ("model.optimizer", torch.optim.Optimizer, {"AdamW", "LoRAPlus", "SlowFast"}),
+        ("trainer.callbacks+", Callback, {"KeepBest", "EarlyStopping", "RouterStatistics"}),
+        ("trainer.strategy", Strategy, {"ddp", "auto", "FSDP2", "DDPStrategy"}),
+    ],
+)
+def test_values_of_settings_that_take_a_class(setting, base, some):
+    """Nothing is offered that the parser would not take."""
+    found = set(candidates(["fit", f"--{setting}", ""]))
+    assert some <= found
+    parts()
+    assert found - {"auto", "ddp"} <= set(named_classes(base))
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "cls"),
+    [
+        (["--data", "LabelledText"], "data", LabelledText),
+        (["--config", "tasks/chat"], "data", Chat),
+        (["--config", "tasks/chat", "--data", "lora_lightning.data.LabelledText"], "data", LabelledText),
+        (["--config", "lora"], "model.optimizer", torch.optim.AdamW),
+        (["--model.optimizer", "LoRAPlus"], "model.optimizer", LoRAPlus),
+        (["--config", "lora", "--config", "strategies/fsdp2"], "trainer.strategy", FSDP2),
+        (["--trainer.callbacks+", "KeepBest"], "trainer.callbacks", KeepBest),
+    ],
+)
+def test_settings_of_the_class_that_is_named(words, key, cls):
+    found = candidates(["fit", *words, f"--{key}."])
+    assert set(found) == {f"--{key}.{name}" for name in parameters_of(cls)}
+    assert found
+
+
+def test_settings_of_an_unknown_class_are_none():
+    assert candidates(["fit", "--data", "Chatt", "--data."]) == []
+    assert candidates(["fit", "--data", "no_such_package.Chat", "--data."]) == []
+
+
+def test_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs/rose/001")
+    run.mkdir(parents=True)
+    (run / "config.yaml").touch()
+    assert candidates(["validate", "--run", "runs/"]) == ["runs/rose/001"]
+    assert candidates(["fit", "--config", "no-such-config", "--model.meth"]) == ["--model.method"]
+
+
+def test_another_shell_is_an_error(capsys):
+    assert main(["completion", "fisch"]) == 2
+    expected = 'error: completion: there is no script for "fisch". Did you mean "fish"? Shells: bash, zsh, fish.\n'
+    assert capsys.readouterr().err == expected
+
+
+def in_shell(shell, tmp_path, capsys, code):
+    """What `code` prints in a shell that has read the script."""
+    if shutil.which(shell) is None:
+        pytest.skip(f"needs {shell}")
+    assert main(["completion", shell]) == 0
+    script = tmp_path / "script"
+    script.write_text(capsys.readouterr().out)
+    plain = {"zsh": ["-f"], "fish": ["--no-config"], "bash": []}[shell]
+    words = [shell, *plain, "-c", code.replace("SCRIPT", str(script))]
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True, env=environment)
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+def test_zsh_completes(capsys, tmp_path):
+    """Its completion system binds the function; what is not ours goes to its own one for Python."""
+    code = f"""
+autoload -Uz compinit; compinit -u -D
+source SCRIPT
+print $_comps[python] $_comps[python3]
+compadd() {{ print -l -- "$@"; }}; _python() {{ print system; }}; _files() {{ print files; }}
+words=({sys.executable} -m lora_lightning val); CURRENT=4; _lora_lightning
+words=({sys.executable} -m lora_lightning show Rose); CURRENT=5; _lora_lightning
+words=({sys.executable} -m lora_lightning fit here/); CURRENT=5; _lora_lightning
+words=(python x); CURRENT=2; _lora_lightning
+"""
+    found = in_shell("zsh", tmp_path, capsys, code)
+    assert found == ["_lora_lightning", "_lora_lightning", "--", "validate", "--", "RoseLoRA", "files", "system"]
+
+
+def test_fish_completes(capsys, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    code = f"""
+cd {tmp_path}
+source SCRIPT
+for line in "val" "fit -p no:ll_ro" "show Rose"
+    complete -C "./python -m lora_lightning $line"
+end
+complete -C "./python -m venv val"
+"""
+    assert in_shell("fish", tmp_path, capsys, code) == ["validate", "no:ll_rose", "RoseLoRA"]
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes_and_imports_nothing_heavy(capsys, tmp_path):
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "completion.sh"
+    script.write_text(capsys.readouterr().out)
+    ask = """
+ask() { COMP_LINE="$1"; COMP_POINT=${#COMP_LINE}; _lora_lightning; printf '%s\\n' "${COMPREPLY[@]}" "--"; }
+"""
+    lines = [
+        f"{sys.executable} -m lora_lightning val",
+        f"{sys.executable} -m lora_lightning fit -p no:ll_ro",
+        "python x ",
+    ]
+    calls = "\n".join(f'ask "{line}"' for line in lines)
+    result = subprocess.run(
+        ["bash", "-c", f"source {script}\n{ask}\n{calls}"], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert result.stderr == ""
+    assert result.stdout.split() == ["validate", "--", "ll_rose", "--", "--"]
+    loaded = "import sys; from lora_lightning.cli.shell.completion import candidates; candidates(['fit', '--t'])\n"
+    loaded += "assert not {'torch', 'lightning', 'jsonargparse', 'numpy'} & set(sys.modules), 'heavy'"
+    subprocess.run([sys.executable, "-c", loaded], timeout=120, check=True)

@@ -1,0 +1,111 @@
+import inspect
+
+import pytest
+
+from lora_lightning import plugins
+from lora_lightning.cli.cards import arguments_of, fields_of, page_of
+from lora_lightning.cli.components import parts
+from lora_lightning.cli.main import main
+
+
+@pytest.mark.parametrize("name", sorted(plugins.load().methods))
+def test_a_card_has_everything(name, capsys):
+    method = plugins.method(name)
+    assert main(["show", name]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{name}: {inspect.getdoc(method)}")
+    assert f"https://arxiv.org/abs/{method.paper}\n" in out
+    assert f"plugin     {plugins.registry().providers[name].plugin}, from " in out
+    assert f"export     {method.export}\n" in out
+    rows = [" ".join(line.split()) for line in out.splitlines()]
+    for card in fields_of(method):
+        start = f"{card.name} {card.type} {card.default} {card.text.split()[0]} "
+        assert any(row.startswith(start) for row in rows), start
+
+
+def test_the_readme_is_rendered(capsys, monkeypatch):
+    monkeypatch.setattr("lora_lightning.cli.verbs.show.readme_of", lambda method: "# Heading\n\nSome *words* here.\n")
+    assert main(["show", "LoRA"]) == 0
+    out = capsys.readouterr().out
+    assert "Heading" in out
+    assert "# Heading" not in out
+    assert "Some words here." in out
+
+
+def test_a_page_of_a_card():
+    card = (
+        "# Name\n\nIdea.\n\n**When to use it.** Now.\n\n**Settings.** Many.\n\n    a: {b: 1}\n\n"
+        "```\n**no section**\n```\n\n## Measured\n\n| a |\n\n**Cost.** Little.\n\n**Export.** None.\n"
+    )
+    page, left = page_of(card)
+    assert page == "# Name\n\nIdea.\n\n**When to use it.** Now.\n\n**Cost.** Little.\n\n**Export.** None.\n"
+    assert left == ["Settings", "Measured"]
+    assert page_of("Only text.\n") == ("Only text.\n", [])
+
+
+@pytest.mark.parametrize("name", sorted(plugins.load().methods))
+def test_a_card_is_a_page_in_a_terminal(name, capsys, monkeypatch):
+    monkeypatch.setattr("lora_lightning.cli.console.PIPED_WIDTH", 120)
+    assert main(["show", name]) == 0
+    page = capsys.readouterr().out.splitlines()
+    assert len(page) <= 66  # lines of a printed page
+    assert page[-1].startswith(f"show {name} --card adds: ")
+    assert "Measured" in page[-1]
+    assert main(["show", name, "--card"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) > len(page)
+
+
+def test_an_unknown_method(capsys):
+    assert main(["show", "RosaLoRA"]) == 2
+    assert capsys.readouterr().err.startswith('error: show: no method "RosaLoRA". Did you mean "RoseLoRA"? Installed: ')
+
+
+CARDS = {
+    "RiemannianAdamW": ("optimizer, named in model.optimizer", "ll_riemannian_moe, from lora-lightning ", "lr float"),
+    "AdamW": ("optimizer, named in model.optimizer", "torch ", "lr "),
+    "SparsitySchedule": ("callback, named in trainer.callbacks", "lora-lightning ", "sparsity float 0.8 "),
+    "WeightDecomposition": (
+        "callback, named in trainer.callbacks",
+        "ll_dora, from lora-lightning ",
+        "at Sequence[float] ",
+    ),
+    "LabelledText": ("data module, named in data", "lora-lightning ", "batch_size int 16 Examples of a batch"),
+    "FSDP2": ("strategy, named in trainer.strategy", "lora-lightning ", "reshard_after_forward bool True give "),
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_other_parts_have_cards(name, capsys):
+    kind, package, setting = CARDS[name]
+    assert main(["show", name]) == 0
+    out = capsys.readouterr().out
+    rows = [" ".join(line.split()) for line in out.splitlines()]
+    assert rows[0].startswith(f"{name}: ")
+    assert len(rows[0]) > len(name) + 10
+    assert f"kind {kind}" in rows
+    assert any(row.startswith(f"package {package}") for row in rows)
+    assert any(row.startswith(setting) for row in rows), out
+    assert "Args:" not in out
+
+
+def test_every_setting_of_our_parts_has_a_meaning():
+    bare = [
+        f"{name}.{card.name}"
+        for name, part in parts().items()
+        if part.cls.__module__.partition(".")[0] == "lora_lightning" or part.plugin
+        for card in arguments_of(part.cls)
+        if not card.text
+    ]
+    assert bare == []
+
+
+def test_a_part_of_a_blocked_plugin_has_no_card(capsys):
+    assert main(["show", "WeightDecomposition", "-p", "no:ll_dora"]) == 2
+    assert capsys.readouterr().err.startswith("error: show: no ")
+    plugins.load()
+
+
+def test_the_nearest_of_all_parts_is_named(capsys):
+    assert main(["show", "SparsitySchedul"]) == 2
+    err = capsys.readouterr().err
+    assert err.endswith('"SparsitySchedul". Did you mean "SparsitySchedule"?\n')

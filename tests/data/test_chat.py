@@ -1,0 +1,312 @@
+"""Chat: what is rendered, what is learned, what is cut, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from lora_lightning.data import Chat
+from lora_lightning.data.chats.templates import TEMPLATES
+from lora_lightning.data.inspect import show_examples
+from lora_lightning.data.tokens.marks import mark
+from lora_lightning.errors import DataError
+
+
+def unmarked(template: str) -> str:
+    return template.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+
+
+MARKERS = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+HI = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+TWO = [*HI, {"role": "user", "content": "tea?"}, {"role": "assistant", "content": "yes\nplease"}]
+SYSTEM = {"role": "system", "content": "be kind"}
+CHATML = TEMPLATES["chatml"].jinja(start="")
+UNMARKED = unmarked(CHATML)
+SHORT_MARKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+)
+FORGETFUL = (  # as templates that drop the reasoning of earlier answers
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}(thinking) "
+    "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOOLS = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>"
+    "{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory):
+    """A folder with a tokenizer of one token a byte, and chat markers; `start` puts <s> before every text."""
+
+    def make(start: bool = False, markers: bool = True, template: str | None = None) -> str:
+        special = ["<s>", "</s>", *(MARKERS if markers else [])]
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        backend = Tokenizer(models.BPE({letter: n for n, letter in enumerate([*special, *alphabet])}, []))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = decoders.ByteLevel()
+        if start:
+            backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        folder = tmp_path_factory.mktemp("letters")
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend, bos_token="<s>", eos_token="</s>", extra_special_tokens=special[2:]
+        )
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+        return str(folder)
+
+    return make
+
+
+@pytest.fixture
+def make(write, letters):
+    tokenizer = letters()
+
+    def make(rows, **settings) -> Chat:
+        settings = {"tokenizer": tokenizer, "chat_template": "chatml", "validation_share": 0.0, **settings}
+        rows = [row if isinstance(row, dict) else {"messages": row} for row in rows]
+        return Chat(train=write("train.jsonl", "\n".join(map(json.dumps, rows))), **settings)
+
+    return make
+
+
+def shown(data: Chat, split: str = "train") -> list[str]:
+    data.setup("predict" if split == "predict" else "fit")
+    examples = data.examples(split)
+    return [mark(row["input_ids"], row["labels"], data.tokenizer_object) for row in examples]
+
+
+def fails(data: Chat, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        data.setup("fit")
+
+
+# -- what is learned ---------------------------------------------------------------------------------------------------
+
+EXPECTED = (
+    "[[<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n]]hello<|im_end|>"
+    "[[\n<|im_start|>user\ntea?<|im_end|>\n<|im_start|>assistant\n]]yes\nplease<|im_end|>[[\n]]"
+)
+
+
+def test_loss_is_on_assistant_turns_and_their_ends(make):
+    assert shown(make([TWO])) == [EXPECTED]
+
+
+@pytest.mark.parametrize("template", [UNMARKED, SHORT_MARKS])
+def test_templates_without_marks_or_with_short_ones(make, template):
+    assert shown(make([TWO], chat_template=template)) == [EXPECTED]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_marks_are_those_of_transformers(make, name):
+    data = make([[SYSTEM, *TWO]], chat_template=name)
+    shown(data)
+    row = data.examples("train")[0]
+    theirs = data.tokenizer_object.apply_chat_template(
+        [SYSTEM, *TWO], return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert row["input_ids"] == theirs["input_ids"]
+    assert [int(label != -100) for label in row["labels"]] == theirs["assistant_masks"]
+
+
+def test_named_templates(make):
+    assert shown(make([[SYSTEM, *HI]], chat_template="plain")) == [
+        "[[System:\nbe kind\nUser:\nhi\nAssistant:\n]]hello</s>[[\n]]"
+    ]
+    assert shown(make([HI], chat_template="zephyr")) == ["[[<|user|>\nhi</s>\n<|assistant|>\n]]hello</s>[[\n]]"]
+    header = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    llama = f"[[{header.format('user')}hi<|eot_id|>{header.format('assistant')}]]hello<|eot_id|>"
+    assert shown(make([HI], chat_template="llama-3")) == [llama]
+
+
+def test_only_the_last_turn(make):
+    expected = EXPECTED.replace("]]hello<|im_end|>[[", "hello<|im_end|>")
+    for template in ("chatml", UNMARKED):
+        assert shown(make([TWO], turns="last", chat_template=template)) == [expected]
+
+
+def test_turns_behind_the_last_answer_are_left_out(make):
+    assert shown(make([[*TWO, {"role": "user", "content": "bye"}]])) == [EXPECTED]
+
+
+def test_one_start_token(make, letters):
+    plain = make([HI], tokenizer=letters(start=True), chat_template="plain")
+    assert shown(plain) == ["[[<s>User:\nhi\nAssistant:\n]]hello</s>[[\n]]"]
+    own = make([HI], tokenizer=letters(start=True, template="{{ bos_token }}" + UNMARKED), chat_template=None)
+    assert shown(own)[0].count("<s>") == 1
+
+
+def test_blanks_without_tokens_do_not_stretch_the_marks(make, causal_tokenizer):
+    """A word-level tokenizer has no token for the blank at which this marked text ends."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}what {{ m.content }} {% else %}"
+        "{% generation %} {{ m.content }} {% endgeneration %}is {% endif %}{% endfor %}"
+    )
+    rows = [[{"role": "user", "content": "tea"}, {"role": "assistant", "content": "good"}] * 2]
+    assert shown(make(rows, tokenizer=causal_tokenizer, chat_template=template)) == [
+        "[[what tea]]good[[is what tea]]good[[is]]"
+    ]
+
+
+# -- layouts -----------------------------------------------------------------------------------------------------------
+
+
+def test_sharegpt(make):
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+    turns += [{"from": "human", "value": "tea?"}, {"from": "gpt", "value": "yes\nplease"}]
+    assert shown(make([{"conversations": turns}])) == [EXPECTED]
+    assert shown(make([{"talk": turns}], messages="talk")) == [EXPECTED]
+    assert shown(make([{"conversations": json.dumps(turns)}])) == [EXPECTED]
+
+
+def test_tools_and_their_calls(make):
+    described = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    call = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    turns = [
+        {"role": "user", "content": "hot?"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "35"},
+        {"role": "assistant", "content": "yes"},
+    ]
+    texts = [
+        shown(make([{"messages": turns, "tools": given}], chat_template=TOOLS))[0]
+        for given in (described, json.dumps(described))
+    ]
+    assert texts[0] == texts[1]
+    assert texts[0].startswith('[[<|im_start|>system\n[{"type": "function", "function": {"name": "weather"')
+    assert ']]{"name": "weather", "arguments": {"city": "Rome"}}<|im_end|>[[' in texts[0]
+    assert "tool\n35<|im_end|>\n<|im_start|>assistant\n]]yes<|im_end|>[[\n]]" in texts[0]
+    message = r'^Chat\.train, row 0 has tools, which the chat template "chatml" leaves out\. Give a chat_template'
+    fails(make([{"messages": HI, "tools": described}]), message)
+    fails(make([{"messages": turns}]), r"^Chat\.train, row 0 has tool_calls, which the chat template")
+
+
+# -- truncation --------------------------------------------------------------------------------------------------------
+
+
+def test_first_exchanges_go_and_the_system_turn_stays(make):
+    whole = make([[SYSTEM, *TWO]])
+    shown(whole)
+    data = make([[SYSTEM, *TWO]], max_length=len(whole.examples("train")[0]["input_ids"]) - 1)
+    assert shown(data) == shown(make([[SYSTEM, *TWO[2:]]]))
+    assert data.examples("train")["truncated"][:] == [True]
+
+
+def test_then_tokens_go_on_the_right(make):
+    (text,) = shown(make([HI], max_length=24))
+    assert text == "[[<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n]]hel"
+
+
+def test_what_keeps_nothing_to_learn_is_dropped_counted_and_said(make, caplog):
+    long = [{"role": "user", "content": "x" * 50}, HI[1]]
+    data = make([HI, long, [HI[0]], TWO], max_length=32)
+    texts = shown(data)
+    assert len(texts) == 2
+    assert data.examples("train")["index"][:] == [0, 3]
+    assert all("]]" in text for text in texts)
+    assert data.dropped == {"train": 2}
+    assert "Chat: left 2 of 4 train rows out: " in caplog.text
+    assert "1 that max_length leaves nothing to learn in" in caplog.text
+    assert "1 without an assistant turn" in caplog.text
+    assert "dropped from train: 2 examples without a token to learn" in show_examples(data)
+    fails(make([long], max_length=32), r"^Chat\.train: nothing is left of 1 conversations: 1 that max_length leaves")
+
+
+# -- prediction --------------------------------------------------------------------------------------------------------
+
+
+def test_to_predict_the_last_turn_is_answered(make, write):
+    rows = [{"messages": TWO[:3]}, {"messages": TWO}]
+    data = make([HI], predict=write("new.json", rows))
+    asked = EXPECTED.partition("yes")[0].replace("]]hello<|im_end|>[[", "hello<|im_end|>")
+    assert shown(data, "predict") == [asked, f"{asked}yes\nplease<|im_end|>"]
+    short = make([HI], predict=write("new.json", rows), max_length=30)
+    cut, answered = shown(short, "predict")
+    assert cut == "[[<|im_start|>user\ntea?<|im_end|>\n<|im_start|>assistant\n]]"
+    assert answered.endswith("tea?<|im_end|>\n<|im_start|>assistant\n]]yes\nplease<|im_end|>")
+    assert short.examples("predict")["truncated"][:] == [True, True]
+
+
+def test_packing(make):
+    data = make([TWO, HI, HI], packing=True, max_length=100)
+    data.setup("fit")
+    (batch,) = list(data.train_dataloader())
+    assert (batch["position_ids"] == 0).sum() >= 3
+    assert batch["window_tokens"] == sum(sum(n != -100 for n in row) for row in data.examples("train")["labels"])
+
+
+@pytest.mark.parametrize("template", ["plain", "zephyr", unmarked(TEMPLATES["plain"].jinja("<s>"))])
+def test_real_tokens(make, shared, template):
+    rows = json.loads((shared / "data/commonsense/ARC-Easy/train.json").read_text())[:20]
+    asked = [
+        [{"role": "user", "content": r["instruction"]}, {"role": "assistant", "content": r["output"]}] for r in rows
+    ]
+    model = str(shared / "models/stories260k")
+    data = make([[*one, *asked[0]] for one in asked], tokenizer=model, chat_template=template, max_length=2048)
+    data.setup("fit")
+    for row, one in zip(rows, data.examples("train"), strict=True):
+        learned = [token for token, label in zip(one["input_ids"], one["labels"], strict=True) if label != -100]
+        tokenizer = data.tokenizer_object
+        assert one["input_ids"].count(tokenizer.bos_token_id) == 1
+        assert learned.count(tokenizer.eos_token_id) == 2
+        texts = tokenizer.decode(learned).split("</s>")
+        assert [text.strip() for text in texts] == [row["output"], rows[0]["output"], ""]
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def test_templates_that_rewrite_earlier_turns(make):
+    message = (
+        r"^Chat\.train, row 0, turn 1: the chat template that was given writes this turn otherwise .*\.turns to last"
+    )
+    fails(make([TWO], chat_template=FORGETFUL), message)
+    assert shown(make([TWO], chat_template=FORGETFUL, turns="last"))[0].endswith(
+        "]](thinking) yes\nplease<|im_end|>[[\n]]"
+    )
+
+
+def test_no_template(make, letters, tmp_path):
+    choices = "Choose one of chatml, llama-3, zephyr, plain, or give a file or a Jinja text"
+    fails(make([HI], chat_template=None), rf"^Chat\.chat_template is null, and the tokenizer .* {choices}\.$")
+    fails(make([HI], chat_template="chatlm"), rf'is "chatlm"; no such file\. Did you mean "chatml"\? {choices}')
+    fails(
+        make([HI], tokenizer=letters(markers=False)), r"has no token <\|im_start\|>.* Templates that fit: zephyr, plain"
+    )
+    (tmp_path / "mine.jinja").write_text(UNMARKED)
+    assert shown(make([TWO], chat_template=str(tmp_path / "mine.jinja"))) == [EXPECTED]
+    fails(
+        make([HI], chat_template="{{ messages[0].content + 1 }}"),
+        r"row 0: the chat template .* cannot render it: can only",
+    )
+    refusing = "{{ raise_exception('roles must alternate') }}"
+    fails(make([HI], chat_template=refusing), r"that was given cannot render it: roles must alternate")
+    fails(make([HI], chat_template="{% for"), "cannot render it: ")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": []}, r"^Chat\.train, row 0 holds no turns; it must be a list of role and content"),
+        ({"messages": [{"role": "asistant", "content": "x"}]}, r'turn 0 has the role "asistant"\. Did you mean "ass'),
+        ({"messages": [{"speaker": "a"}]}, r"turn 0 has speaker; it needs role and content, or from and value"),
+        ({"messages": ["hi"]}, r"turn 0 is 'hi'; it must have role and content"),
+        ({"messages": "hi"}, r"row 0 is text, but no JSON: Expecting value"),
+        ({"text": "hi"}, r"^Chat\.messages is null, and train has the columns text; name the one that holds turns\.$"),
+        ({"messages": HI, "tools": "[1]"}, r"row 0: tools is no list of tool descriptions"),
+        ({"messages": [HI[0]]}, r"^Chat\.train: nothing is left of 1 conversations: 1 without an assistant turn\.$"),
+    ],
+)  # fmt: skip
+def test_rows_of_another_shape(make, row, message):
+    fails(make([row]), message)
+
+
+def test_a_missing_column(make):
+    fails(make([HI], messages="mesages"), r'^Chat\.messages is "mesages"; train\.jsonl .* Did you mean "messages"\?$')
+    fails(make([HI], tools="tool"), r'^Chat\.tools is "tool"; train\.jsonl has the columns messages')

@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lora_lightning.data import Completions
+from lora_lightning.data.prompt_formats import FORMATS
+from lora_lightning.data.tokens.causal import completion_example, start_ids
+from lora_lightning.data.tokens.tokenizers import load_tokenizer
+from lora_lightning.errors import DataError, SettingsError
+
+ROWS = [
+    {"prompt": "what is the", "completion": "answer"},
+    {"prompt": "good tea", "completion": "yes it is"},
+    {"prompt": "a", "completion": ""},
+    {"prompt": "b", "completion": "no"},
+]
+START, END = 4, 5
+
+
+@pytest.fixture
+def make(write, causal_tokenizer):
+    def make(rows=ROWS, **settings) -> Completions:
+        settings = {"tokenizer": causal_tokenizer, "validation_share": 0.0, **settings}
+        return Completions(train=write("train.json", rows), **settings)
+
+    return make
+
+
+def columns(data: Completions, split: str = "train") -> tuple[list[list[int]], list[list[int]]]:
+    data.setup("fit")
+    return data.examples(split)["input_ids"][:], data.examples(split)["labels"][:]
+
+
+def test_loss_is_on_completion_and_end_token_only(make):
+    ids, labels = columns(make())
+    assert ids == [[START, 20, 21, 22, 23, END], [START, 14, 17, 24, 26, 21, END], [START, 7, 25, END]]
+    assert labels == [
+        [-100, -100, -100, -100, 23, END],
+        [-100, -100, -100, 24, 26, 21, END],
+        [-100, -100, 25, END],
+    ]
+
+
+def test_examples_without_completion_are_dropped_counted_and_said(make, caplog):
+    data = make()
+    columns(data)
+    assert data.dropped == {"train": 1}
+    assert data.examples("train")["index"][:] == [0, 1, 3]
+    assert "left 1 of 4 train rows out: no completion" in caplog.text
+
+
+def test_padding_carries_no_loss(make):
+    data = make()
+    data.setup("fit")
+    batch = next(iter(data._loader("train", 3)))
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "window_tokens"}
+    padding = batch["attention_mask"] == 0
+    assert padding.sum() == 4
+    assert (batch["labels"][padding] == -100).all()
+    assert (batch["input_ids"][padding] == END).all()  # no padding token of its own
+    assert batch["window_tokens"] == 2 + 4 + 2
+
+
+def test_template(make):
+    rows = [
+        {"instruction": "what is", "input": "the tea", "output": "good"},
+        {"instruction": "what is it", "input": None, "output": "good"},
+    ]
+    ids, _ = columns(make(rows, prompt_template="{instruction} {input} it", completion="output"))
+    assert ids == [[START, 20, 21, 22, 17, 26, 14, END], [START, 20, 21, 26, 26, 14, END]]
+
+
+def test_formats(make, write):
+    rows = [
+        {"instruction": "what is the", "input": "tea", "output": "good"},
+        {"instruction": "what is it", "input": "", "output": "bad"},
+    ]
+    data = make(rows, format="alpaca", max_length=256)
+    data.setup("fit")
+    assert (
+        FORMATS["alpaca"].fill(rows[0]).endswith("### Instruction:\nwhat is the\n\n### Input:\ntea\n\n### Response:\n")
+    )
+    assert FORMATS["alpaca"].fill(rows[1]).endswith("request.\n\n### Instruction:\nwhat is it\n\n### Response:\n")
+    for row, example in zip(rows, data.examples("train"), strict=True):
+        expected = data.tokenizer_object(FORMATS["alpaca"].fill(row))["input_ids"]
+        assert example["input_ids"][: len(expected)] == expected
+        assert example["labels"][len(expected) :] == example["input_ids"][len(expected) :]
+    ids, _ = columns(make([{"instruction": "what is it", "output": "tea"}], format="instruction"))
+    assert ids == [[START, 20, 21, 26, 17, END]]  # a table without the optional column
+    ids, _ = columns(make([{"question": "is it", "answer": "no"}], format="question", max_length=64))
+    assert ids[0][-4:] == [1, 1, 25, END]  # "Answer", ":"
+
+
+def test_real_formats(shared):
+    for name, file in (("alpaca", "commonsense/boolq/train.json"), ("instruction", "gsm8k/test.json")):
+        data = Completions(
+            train=str(shared / "data" / file),
+            format=name,
+            tokenizer=str(shared / "models/stories260k"),
+            max_length=480,
+            limit=8,
+        )
+        data.setup("fit")
+        tokenizer, row = data.tokenizer_object, data.inputs("train")[0]
+        text = tokenizer.decode(data.examples("train")["input_ids"][0], skip_special_tokens=True)
+        assert text.split() == (FORMATS[name].fill(row) + row["output"]).split()
+
+
+def test_unknown_and_doubled_formats(make):
+    with pytest.raises(
+        SettingsError, match=r'^Completions\.format is "alpacca"\. Did you mean "alpaca"\? Formats: alpaca, '
+    ):
+        make(format="alpacca")
+    with pytest.raises(SettingsError, match=r"Completions\.format is 'alpaca'; prompt_template must be null beside it"):
+        make(format="alpaca", prompt_template="{instruction}")
+    message = (
+        r'^Completions\.format "question": column question is "question"; train\.json has the columns prompt, comp'
+    )
+    fails(make(format="question"), message)
+
+
+def test_tokenizer_without_start_token(make, bare_tokenizer):
+    ids, _ = columns(make(tokenizer=bare_tokenizer))
+    assert ids[0] == [20, 21, 22, 23, END]
+
+
+@pytest.mark.parametrize(
+    ("fixture", "expected"), [("causal_tokenizer", [START]), ("bare_tokenizer", []), ("encoder_tokenizer", [2])]
+)
+def test_start_tokens(request, fixture, expected):
+    assert start_ids(load_tokenizer(request.getfixturevalue(fixture))) == expected
+
+
+@pytest.mark.parametrize(
+    ("max_length", "ids", "targets"),
+    [
+        (8, [1, 11, 12, 13, 14, 21, 22, 23], 3),
+        (7, [1, 12, 13, 14, 21, 22, 23], 3),  # the prompt gives way from its left, its start token stays
+        (5, [1, 14, 21, 22, 23], 3),
+        (4, [1, 21, 22, 23], 3),
+        (3, [1, 21, 22], 2),  # then the completion from its right
+        (2, [1, 21], 1),
+    ],
+)
+def test_cutting(max_length, ids, targets):
+    example = completion_example([1], [11, 12, 13, 14], [21, 22, 23], max_length)
+    assert example["input_ids"] == ids
+    assert example["labels"] == [-100] * (len(ids) - targets) + ids[len(ids) - targets :]
+    assert example["attention_mask"] == [1] * len(ids)
+
+
+def test_cutting_without_start_token_keeps_one_token_of_the_prompt():
+    assert completion_example([], [11, 12], [21, 22, 23], 3)["input_ids"] == [12, 21, 22]
+    assert completion_example([], [], [21, 22, 23], 3)["input_ids"] == [21, 22, 23]
+
+
+def test_truncated_examples_keep_a_completion(make):
+    data = make(max_length=3)
+    data.setup("fit")
+    assert all(len(ids) <= 3 for ids in data.examples("train")["input_ids"])
+    assert all(any(label != -100 for label in labels[1:]) for labels in data.examples("train")["labels"])
+    assert data.examples("train")["truncated"][:] == [True, True, True]
+
+
+def test_equal_prompts_stay_on_one_side(make):
+    rows = [{"prompt": f"text {n % 30}", "completion": f"answer {n}"} for n in range(120)]
+    data = make(rows, validation_share=0.3)
+    data.setup("fit")
+    train, validation = (set(data.inputs(split)["prompt"]) for split in ("train", "validation"))
+    assert len(train | validation) == 30
+    assert validation
+    assert not train & validation
+
+
+def test_validation_batches_carry_their_own_tokens(make, write):
+    data = make(validation=write("dev.json", ROWS), validation_batch_size=1)
+    data.setup("fit")
+    assert [int(batch["window_tokens"]) for batch in data.val_dataloader()] == [2, 4, 2]
+
+
+def test_predict_tells_the_row_of_the_input(make, write):
+    data = make(predict=write("new.json", ROWS), batch_size=2)
+    data.setup("predict")
+    index = torch.cat([batch["index"] for batch in data.predict_dataloader()])
+    assert [data.inputs("predict")[row]["completion"] for row in index.tolist()] == ["answer", "yes it is", "", "no"]
+
+
+def test_real_instructions(shared):
+    data = Completions(
+        train=str(shared / "data/gsm8k/test.json"),
+        prompt_template="{instruction}\n{input}",
+        completion="output",
+        tokenizer=str(shared / "models/stories260k"),
+        max_length=96,
+        limit=50,
+    )
+    data.setup("fit")
+    tokenizer = data.tokenizer_object
+    for row in data.examples("train"):
+        learned = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+        text = tokenizer.decode(learned, skip_special_tokens=True)
+        assert data.inputs("train")[row["index"]]["output"].strip().startswith(text.strip()[:40])
+        assert row["input_ids"][0] == tokenizer.bos_token_id
+        assert len(row["input_ids"]) <= 96
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+def fails(data: Completions, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        data.setup("fit")
+
+
+def test_missing_columns(make):
+    fails(make(prompt="promt"), r'^Completions\.prompt is "promt"; train\.json has .* Did you mean "prompt"\?$')
+    fails(
+        make(completion="answer"),
+        r'^Completions\.completion is "answer"; train\.json has the columns prompt, completion',
+    )
+    message = r'^Completions\.prompt_template: field 2 is "promt"; train\.json has .* Did you mean "prompt"\?$'
+    fails(make(prompt_template="{prompt} {promt}"), message)
+
+
+def test_bad_templates(make):
+    fails(
+        make(prompt_template="{prompt"), r"prompt_template is '{prompt'; expected '}' .* A literal brace is doubled\.$"
+    )
+    fails(make(prompt_template="{} x"), r"prompt_template is '{} x'; each {} must name a column\.$")
+    fails(make(prompt_template="prompt"), r"prompt_template is 'prompt'; it names no column in {}\.$")
+
+
+def test_missing_and_empty_text(make):
+    fails(
+        make([{"prompt": "a", "completion": "b"}, {"prompt": None, "completion": "b"}]), '"prompt" is missing in row 1'
+    )
+    fails(make([{"prompt": "a", "completion": ""}]), r'^train\.json: "completion" is blank in every row\.$')
+
+
+def test_no_end_token(make, encoder_tokenizer):
+    fails(make(tokenizer=encoder_tokenizer), r"has no end-of-text token, which causal-lm data ends examples with\.$")
+
+
+def test_rows_to_predict_need_no_completion(make, write):
+    data = make(predict=write("new.json", [{"prompt": row["prompt"]} for row in ROWS]), batch_size=2)
+    data.setup("predict")
+    batches = list(data.predict_dataloader())
+    assert sum(len(batch["index"]) for batch in batches) == len(ROWS)
+    assert all(bool((batch["labels"] == -100).all()) for batch in batches)

@@ -1,0 +1,480 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora_lightning as ll
+from ll_lora import LoRA
+from lora_lightning.errors import TargetError
+from lora_lightning.injection.records import adapters_named
+from lora_lightning.injection.targets import select, trained_parameters
+from lora_lightning.models.anatomy import fused_experts
+from lora_lightning.models.heads import head_prefixes, within
+from lora_lightning.testing import TinyMLP, perturb, tiny_decoder, tiny_encoder
+from lora_lightning.testing.toy_models import seeded
+
+METHOD = LoRA(rank=2, alpha=4.0)
+BLOCK = (
+    "attention.self.query",
+    "attention.self.key",
+    "attention.self.value",
+    "attention.output.dense",
+    "intermediate.dense",
+    "output.dense",
+)
+BERT = [f"bert.encoder.layer.{i}.{name}" for i in (0, 1) for name in BLOCK]
+
+
+def tiny_gpt2() -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2, pad_token_id=0
+    )
+    with seeded(0):
+        return GPT2LMHeadModel(config).eval()
+
+
+def tiny_moe() -> Any:
+    """A block with a plain MLP, and one whose four experts lie in two 3-D tensors, with a router."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        moe_intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=32,
+        mlp_only_layers=[0],
+    )
+    with seeded(0):
+        return Qwen3MoeForCausalLM(config).eval()
+
+
+class TheirExperts(nn.Module):
+    """Stacked matrices of unknown orientation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.ones(2, 4, 4))
+
+
+def unknown_layout() -> nn.Module:
+    return nn.ModuleDict({"proj": nn.Linear(4, 4), "experts": TheirExperts()})
+
+
+class SparseBlock(nn.Module):
+    """Experts as separate layers, routed by a plain linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(6, 2)
+        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.shared_expert_gate = nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.gate(x).softmax(-1)
+        return sum(weights[..., i : i + 1] * expert(x) for i, expert in enumerate(self.experts)) + x
+
+
+# -- what is matched ---------------------------------------------------------------------------------------------------
+
+
+def test_all_linear_is_the_backbone() -> None:
+    selection = select(tiny_encoder())
+    assert list(selection.layers) == BERT
+    assert selection.skipped == {"bert.pooler.dense": "pooler", "classifier": "head"}
+    assert {base.kind for base in selection.layers.values()} == {"linear"}
+
+
+def test_all_linear_on_gpt2_finds_transposed_layers_and_leaves_the_tied_head() -> None:
+    selection = select(tiny_gpt2())
+    names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert list(selection.layers) == [f"transformer.h.{i}.{name}" for i in (0, 1) for name in names]
+    assert selection.skipped == {"lm_head": "head"}
+    base = selection.layers["transformer.h.0.attn.c_attn"]
+    assert (base.d_in, base.d_out) == (16, 48)
+
+
+def test_all_linear_on_llama() -> None:
+    selection = select(tiny_decoder())
+    assert len(selection.layers) == 14
+    assert selection.skipped == {"lm_head": "head"}
+
+
+def test_all_linear_on_plain_torch_is_everything() -> None:
+    assert list(select(TinyMLP()).layers) == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("make", "scope", "ends"),
+    [
+        (tiny_encoder, "attention", {"query", "key", "value", "attention.output.dense"}),
+        (tiny_encoder, "mlp", {"intermediate.dense", "output.dense"}),
+        (tiny_gpt2, "attention", {"attn.c_attn", "attn.c_proj"}),
+        (tiny_gpt2, "mlp", {"mlp.c_fc", "mlp.c_proj"}),
+        (tiny_decoder, "attention", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        (tiny_decoder, "mlp", {"gate_proj", "up_proj", "down_proj"}),
+    ],
+)
+def test_scopes(make: Any, scope: str, ends: set[str]) -> None:
+    layers = select(make(), scope).layers
+    assert len(layers) == 2 * len(ends)
+    assert all(path.endswith(tuple(ends)) for path in layers)
+    assert all(("attention" in path or "attn" in path) == (scope == "attention") for path in layers)
+
+
+def test_scope_of_unfused_experts_leaves_their_router() -> None:
+    model = nn.ModuleDict({"blocks": nn.ModuleList([SparseBlock()])})
+    assert list(select(model, "experts").layers) == ["blocks.0.experts.0", "blocks.0.experts.1"]
+    everything = select(model)
+    assert list(everything.layers) == ["blocks.0.experts.0", "blocks.0.experts.1"]
+    assert everything.skipped == {"blocks.0.gate": "router", "blocks.0.shared_expert_gate": "router"}
+    assert list(select(model, ["gate"]).layers) == ["blocks.0.gate"]
+
+
+def test_suffixes_regular_expressions_and_embeddings() -> None:
+    model = tiny_encoder()
+    assert list(select(model, ["query", "value"]).layers) == [p for p in BERT if p.endswith(("query", "value"))]
+    assert list(select(model, ["output.dense"]).layers) == [p for p in BERT if p.endswith("output.dense")]
+    assert list(select(model, r".*layer\.1\..*(query|key)").layers) == [
+        p for p in BERT if "1" in p and p[-3:] in ("ery", "key")
+    ]
+    embedding = select(model, ["word_embeddings"]).layers
+    assert [base.kind for base in embedding.values()] == ["embedding"]
+
+
+def test_a_pattern_reaches_heads_and_poolers_only_by_naming_them() -> None:
+    model = tiny_encoder()
+    assert "bert.pooler.dense" not in select(model, ["dense"]).layers
+    assert select(model, ["dense"]).skipped == {"bert.pooler.dense": "pooler"}
+    assert list(select(model, ["pooler.dense"]).layers) == ["bert.pooler.dense"]
+    assert list(select(model, ["classifier"]).layers) == ["classifier"]
+    assert list(select(tiny_decoder(), ["lm_head"]).layers) == ["lm_head"]
+
+
+def test_exclude_takes_parts_of_names_and_regular_expressions() -> None:
+    model = tiny_encoder()
+    selection = select(model, exclude=["layer.0", r".*value"])
+    assert list(selection.layers) == [p for p in BERT if "layer.1" in p and not p.endswith("value")]
+    assert selection.skipped["bert.encoder.layer.0.output.dense"] == "excluded"
+    assert list(select(model, exclude="layer.0").layers) == [p for p in BERT if "layer.1" in p]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "inside"),
+    [
+        ("layer.1", "encoder.layer.1.dense", True),
+        ("layer.1", "encoder.layer.11.dense", False),
+        ("dense", "encoder.dense_2", False),
+        (r".*\.1\..*", "encoder.layer.1.dense", True),
+        ("encoder.layer.1.dense", "encoder.layer.1.dense", True),
+    ],
+)
+def test_within_is_about_whole_names(pattern: str, path: str, inside: bool) -> None:
+    assert within(pattern, path) == inside
+
+
+def test_overrides_by_layer_the_later_wins() -> None:
+    model = tiny_encoder()
+    overrides = {"layer.1": {"rank": 4, "alpha": 2.0}, "query": {"alpha": 3.0}, r".*layer\.0\..*key": {"rank": 1}}
+    ll.inject(model, METHOD, ["query", "key"], overrides=overrides)
+    found = {
+        path.removeprefix("bert.encoder.layer."): (pair.lora_A.shape[0], pair.scaling)
+        for path, adapter in adapters_named(model, "default").items()
+        for pair in adapter.factor_pairs()
+    }
+    assert found == {
+        "0.attention.self.query": (2, 1.5),
+        "0.attention.self.key": (1, 4.0),
+        "1.attention.self.query": (4, 0.75),
+        "1.attention.self.key": (4, 0.5),
+    }
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (
+            tiny_gpt2,
+            {"targets": ["c_atn"]},
+            r'targets=\["c_atn"\] matched none of the 11 adaptable layers of gpt2. Nearest: "c_attn" \(2 layers\)\.',
+        ),
+        (
+            tiny_encoder,
+            {"targets": "atention"},
+            r'targets="atention" is neither "all-linear" nor a scope .*mean "attention"',
+        ),
+        (tiny_encoder, {"targets": "query"}, r'targets="query" is neither .* For a name suffix write \["query"\]'),
+        (tiny_encoder, {"targets": r".*\.qery"}, r"targets='.*' matched none of the 17 adaptable layers of bert"),
+        (tiny_encoder, {"targets": "*.query"}, r'targets: "\*\.query" is neither a part of a name nor a regular exp'),
+        (tiny_encoder, {"targets": []}, r"targets is empty; name at least one layer"),
+        (
+            tiny_encoder,
+            {"targets": ["query", "attention.output"]},
+            r'targets=\["attention.output"\] matched none .* "attention.output" is a block; its layers are: dense\.',
+        ),
+        (
+            tiny_encoder,
+            {"targets": ["LayerNorm"]},
+            r'"LayerNorm" names bert.embeddings.LayerNorm \(LayerNorm\), a kind of module that takes no adapter',
+        ),
+        (tiny_encoder, {"exclude": ["qery"]}, r'exclude=\["qery"\] matched none .* Nearest: "query" \(2 layers\)'),
+        (
+            tiny_encoder,
+            {"exclude": ["(query"]},
+            r'pattern: "\(query" is neither a part of a name nor a regular expression',
+        ),
+        (
+            tiny_encoder,
+            {"targets": ["query"], "exclude": ["attention"]},
+            r"leaves no layer to adapt; left out: bert.encoder.layer.0.attention.self.query \(excluded\)",
+        ),
+        (
+            tiny_encoder,
+            {"overrides": {"qery": {"rank": 1}}},
+            r'overrides: "qery" matches none of the 12 adapted layers. Did you mean "query"\?',
+        ),
+        (
+            tiny_encoder,
+            {"also_train": ["clasifier"]},
+            r'also_train: "clasifier" matches no parameter outside adapted layers. Nearest: classifier',
+        ),
+        (
+            tiny_encoder,
+            {"targets": ["query", "classifier"]},
+            r"classifier would be adapted and trained in full; exclude it, or take it out of also_train",
+        ),
+        (tiny_moe, {"targets": ["mlp.experts"]}, r'"mlp.experts" is a block; its layers are: down_proj, gate_up_proj'),
+        (
+            unknown_layout,
+            {},
+            r"1 fused expert tensors, such as experts.w1, but TheirExperts does not say .* exclude=\[\"experts.w1\"\]",
+        ),
+        (unknown_layout, {"targets": ["w1"]}, r"targets=\['w1'\] means 1 fused expert tensors"),
+        (unknown_layout, {"targets": "experts"}, r"targets='experts' means 1 fused expert tensors"),
+        (
+            tiny_moe,
+            {"targets": ["gate"]},
+            r'"gate" names model.layers.1.mlp.gate \(Qwen3MoeTopKRouter\), a kind of module',
+        ),
+        (
+            tiny_gpt2,
+            {"targets": ["wte", "lm_head"]},
+            r"transformer.wte and lm_head share one weight; adapt one of them",
+        ),
+    ],
+)
+def test_error_messages_and_an_untouched_model(make: Any, options: dict[str, Any], message: str) -> None:
+    model = make()
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    with pytest.raises(TargetError, match=message):
+        ll.inject(model, METHOD, **options)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
+# -- heads -------------------------------------------------------------------------------------------------------------
+
+
+def test_heads_are_what_a_task_model_has_outside_its_backbone_and_its_pooler() -> None:
+    assert head_prefixes(tiny_encoder()) == ["classifier", "bert.pooler"]
+    assert head_prefixes(tiny_encoder().bert) == []
+    assert head_prefixes(tiny_decoder()) == []
+    assert head_prefixes(TinyMLP()) == []
+    assert head_prefixes(nn.ModuleDict({"net": tiny_encoder()})) == ["net.classifier", "net.bert.pooler"]
+
+
+def test_also_train_takes_names() -> None:
+    model = tiny_encoder()
+    assert trained_parameters(model, "heads") == [
+        "bert.pooler.dense.weight",
+        "bert.pooler.dense.bias",
+        "classifier.weight",
+        "classifier.bias",
+    ]
+    assert trained_parameters(model, ["classifier"]) == trained_parameters(model, "classifier")
+    assert trained_parameters(model, ["classifier.bias"]) == ["classifier.bias"]
+    assert trained_parameters(model, []) == []
+
+
+def test_a_tied_parameter_trains_by_its_first_name() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 3), "head": nn.Linear(3, 5, bias=False)})
+    model["head"].weight = model["embed"].weight
+    assert trained_parameters(model, ["embed"]) == ["embed.weight"]
+    text = r'also_train: "head" matches head.weight, which is embed.weight as well; name that one to train both'
+    with pytest.raises(TargetError, match=text):
+        trained_parameters(model, ["head"])
+
+
+def test_also_train_does_not_reach_into_adapted_layers() -> None:
+    model = tiny_encoder()
+    ll.inject(model, METHOD, ["query"], also_train=())
+    with pytest.raises(TargetError, match='"query" matches no parameter outside adapted layers'):
+        trained_parameters(model, ["query"])
+
+
+# -- mixture of experts ------------------------------------------------------------------------------------------------
+
+
+def test_fused_experts_stay_frozen_where_that_is_said() -> None:
+    model = tiny_moe()
+    assert fused_experts(model) == ["model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"]
+    ll.inject(model, METHOD, exclude=["experts"])
+    paths = list(adapters_named(model, "default"))
+    assert len(paths) == 2 * 4 + 3
+    assert not any("experts" in path or path.endswith(".gate") for path in paths)
+    model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert not any("experts" in name or ".gate." in name for name in trained)
+
+
+def test_scopes_of_a_mixture() -> None:
+    model = tiny_moe()
+    tensors = ["model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"]
+    assert len(select(model, "attention").layers) == 8
+    assert list(select(model, "experts").layers) == tensors
+    assert list(select(model, "mlp").layers) == [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")]
+    assert set(tensors) <= set(select(model).layers)
+    assert select(model, ["experts.down_proj"]).layers[tensors[1]].kind == "experts"
+
+
+def test_the_report_says_how_many_expert_tensors_are_adapted() -> None:
+    assert "2 of 2 expert tensors adapted" in str(ll.inject(tiny_moe(), METHOD))
+    assert "1 of 2 expert tensors adapted" in str(ll.inject(tiny_moe(), METHOD, targets=["experts.down_proj"]))
+    assert "0 of 2 expert tensors adapted" in str(ll.inject(tiny_moe(), METHOD, targets="attention"))
+    assert "expert tensors" not in str(ll.inject(tiny_encoder(), METHOD))
+
+
+# -- layers whose owner reads the weight -------------------------------------------------------------------------------
+
+
+def transformer(seed: int = 0) -> nn.TransformerEncoder:
+    with seeded(seed):
+        block = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
+        return nn.TransformerEncoder(block, 2, enable_nested_tensor=False).eval()
+
+
+def test_attention_of_torch_is_adapted_through_the_weight_it_reads() -> None:
+    """nn.MultiheadAttention reads out_proj.weight; its fast path, taken in eval without gradients, all weights."""
+    model, x = transformer(), torch.randn(2, 5, 16)
+    report = ll.inject(model, METHOD, seed=0)
+    assert set(report.skipped) == {f"layers.{i}.self_attn.in_proj_weight" for i in (0, 1)}
+    assert any("layers.0.self_attn.out_proj, are read by MultiheadAttention" in note for note in report.notes)
+    for i, adapter in enumerate(adapters_named(model, "default").values()):
+        perturb(adapter, i)
+    merged = copy.deepcopy(model)
+    ll.merge(merged)
+    base = transformer()(x)
+    for training in (False, True):
+        for grad in (False, True):
+            model.train(training)
+            merged.train(training)
+            with torch.set_grad_enabled(grad):
+                y = model(x)
+                torch.testing.assert_close(y, merged(x), rtol=1e-4, atol=1e-5)
+            assert not torch.allclose(y, base, atol=1e-2)
+    with ll.disable_adapters(model.eval()), torch.no_grad():
+        torch.testing.assert_close(model(x), base)
+    model.train()(x).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_the_fast_path_of_torch_is_really_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the test above would compare the slow path only."""
+    model, x, calls = transformer(), torch.randn(2, 5, 16), 0
+    fast = torch._transformer_encoder_layer_fwd
+
+    def counted(*args: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return fast(*args)
+
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", counted)
+    ll.inject(model, METHOD)
+    with torch.no_grad():
+        model(x)
+    assert calls == 2
+    model(x)
+    assert calls == 2
+
+
+class Gated(nn.Linear):
+    """A linear layer of its own kind, which no base layer serves."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).relu()
+
+
+def test_linear_layers_out_of_reach_are_reported() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Gated(4, 4))
+    report = ll.inject(model, METHOD)
+    assert report.skipped == {"1": "Gated takes no adapter"}
+    assert "left out: 1 (Gated takes no adapter)" in str(report)
+
+
+# -- tied weights and shared modules -----------------------------------------------------------------------------------
+
+
+def test_one_side_of_a_tie_is_adapted_and_that_is_said() -> None:
+    model = tiny_decoder(tied=True)
+    tokens = torch.tensor([[1, 2, 3]])
+    before = model(tokens).logits
+    report = ll.inject(model, METHOD, ["lm_head"])
+    assert report.tied == {"lm_head": ("model.embed_tokens",)}
+    assert "tied: lm_head shares its weight with model.embed_tokens" in str(report)
+    assert torch.equal(model(tokens).logits, before)
+    perturb(model.lm_head.adapters)
+    hidden = model.model(tokens).last_hidden_state
+    expected = (
+        hidden
+        @ (
+            model.model.embed_tokens.weight
+            + 2 * model.lm_head.adapters.default.lora_B @ model.lm_head.adapters.default.lora_A
+        ).T
+    )
+    torch.testing.assert_close(model(tokens).logits, expected)
+
+
+class Twice(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with seeded(0):
+            self.first = nn.Linear(4, 4)
+        self.second = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def test_a_module_used_in_two_places_is_adapted_in_both() -> None:
+    model, x = Twice(), torch.randn(3, 4)
+    report = ll.inject(model, METHOD)
+    assert report.tied == {}
+    assert model.first is model.second
+    perturb(model.first.adapters)
+    weight = model.first.weight
+    bias = model.first.bias
+    expected = torch.tanh(x @ weight.T + bias) @ weight.T + bias
+    torch.testing.assert_close(model(x), expected)
+    ll.merge(model)
+    torch.testing.assert_close(model(x), expected)
+    ll.eject(model)
+    assert model.first is model.second
+    assert isinstance(model.second, nn.Linear)
+    assert torch.equal(model(x), Twice()(x))

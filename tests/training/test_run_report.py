@@ -1,0 +1,132 @@
+"""Tables and pictures, and what a run report records."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+import torch
+from matplotlib.image import imread
+from projects import Plain, loader
+from rich.console import Console
+from toy_runs import classification, encoder_folder, labelled_data, trainer
+
+from ll_lora import LoRA
+from ll_rose import RoseLoRA
+from lora_lightning import inject, load_adapter, merge, unmerge
+from lora_lightning.callbacks import InjectAdapters, TrainingGuard
+from lora_lightning.injection.report import injection_table
+from lora_lightning.training.run_report import RunReport
+from lora_lightning.training.summary import draw, summary_table
+
+
+def text(renderable) -> str:
+    console = Console(width=120, file=io.StringIO())
+    console.print(renderable)
+    return console.file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return encoder_folder(tmp_path_factory.mktemp("encoder"))
+
+
+def test_reports_and_adapted_models_are_short_in_terminals_and_notebooks():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 2))
+    report = inject(model, LoRA(rank=2), ["0"], also_train=["1"], seed=0)
+    assert len(repr(report).splitlines()) == len(str(report).splitlines()) == 2
+    assert "LoRA: 1 layers adapted" in text(report)
+    assert "│ 0 " in text(report)
+    shown = report._repr_mimebundle_()
+    assert "<pre" in shown["text/html"]
+    assert "1 layers adapted" in shown["text/plain"]
+    base = "Linear(in_features=4, out_features=6, bias=True)"
+    assert repr(model[0]) == f"AdaptedLayer({base}, default=LowRankAdapter(rank=2, scaling=8, active))"
+    merge(model)
+    merged = "default=LowRankAdapter(rank=2, scaling=8, active, merged)"
+    assert repr(model[0]) == f"AdaptedLayer({base}, {merged})"
+    unmerge(model)
+    inject(model, LoRA(rank=2), ["0"], also_train=["1"], name="second", seed=0)
+    assert "default=LowRankAdapter(rank=2, scaling=8, frozen), second=LowRankAdapter(" in repr(model[0])
+    assert len(repr(model).splitlines()) == 4
+
+
+def test_injection_table_counts_what_trains():
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 6), torch.nn.Linear(6, 4))
+    report = inject(model, LoRA(rank=2), targets=["0", "1"], also_train=["2.bias"])
+    shown = text(injection_table(report, 0.2, 4_000_000))
+    trainable = 2 * (2 * 6 + 2 * 4) + 4
+    total = 2 * (6 * 4 + 4) + 4 * 6 + 6 + trainable - 4
+    assert f"{trainable} of {total} parameters ({trainable / total:.2%})" in shown
+    assert "LoRA: 2 layers adapted" in shown
+    assert "settings    rank=2, alpha=16.0" in shown
+    assert "20.0% of the factors' entries" in shown
+    assert "4 MB weights" in shown
+
+
+@pytest.mark.parametrize("names", [("sparsity",), ("sparsity", "rank"), ()])
+def test_picture_has_a_panel_for_each_curve(tmp_path, names):
+    history = [{"step": s, "train_loss": 1 / s, **dict.fromkeys(names, 0.1 * s)} for s in range(1, 6)]
+    history.append({"step": 5, "val_loss": 0.3, "val_accuracy": 0.7})
+    draw(tmp_path / "report.png", history, "accuracy", {"linear baseline": 0.5})
+    height, width, _ = imread(tmp_path / "report.png").shape
+    assert width / height == pytest.approx((2 + len(names)) * 4.2 / 3.2, rel=0.02)
+
+
+def test_a_run_in_any_project_is_reported(tmp_path):
+    module = Plain()
+    start = {name: value.clone() for name, value in module.state_dict().items()}
+    report = RunReport(tmp_path)
+    callbacks = [InjectAdapters(LoRA(rank=2), ["used"], also_train=["head"]), TrainingGuard(), report]
+    trainer(tmp_path, callbacks, max_steps=6).fit(module, loader())
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary == json.loads(json.dumps(report.summary))
+    assert summary["trainable_parameters"] == 2 * 8 + 10
+    assert summary["steps"] == 6
+    assert set(summary["moved"]) == {
+        "head.weight",
+        "head.bias",
+        "used.adapters.default.lora_A",
+        "used.adapters.default.lora_B",
+    }
+    other = Plain()
+    other.load_state_dict(start)
+    load_adapter(other, tmp_path / "adapter")
+    assert (tmp_path / "report.png").stat().st_size > 1000
+
+
+def test_training_loss_is_recorded_as_its_mean_and_curves_survive_a_resume(encoder, tmp_path):
+    losses = []
+
+    class Look(RunReport):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            losses.append(float(outputs["loss"]))
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    report = Look(tmp_path)
+    module = classification(encoder, LoRA(rank=2))
+    trainer(tmp_path, [report], max_steps=10, log_every_n_steps=5).fit(module, datamodule=labelled_data(encoder))
+    points = {point["step"]: point["train_loss"] for point in report.history if "train_loss" in point}
+    assert points[1] == pytest.approx(losses[0])
+    assert points[5] == pytest.approx(sum(losses[1:5]) / 4)
+    assert points[10] == pytest.approx(sum(losses[5:10]) / 5)
+    resumed = RunReport(tmp_path)
+    resumed.load_state_dict(report.state_dict())
+    assert resumed.history == report.history
+
+
+def test_final_values_are_those_of_the_state_that_is_written(encoder, tmp_path):
+    """Without a validation at the last step the report measures it, as `validate` would."""
+    report = RunReport(tmp_path)
+    module = classification(encoder, RoseLoRA(rank=2, sparsity=0.5))
+    data = labelled_data(encoder)
+    run = trainer(tmp_path, [report], max_steps=9, limit_val_batches=1.0)
+    run.fit(module, datamodule=data)
+    measured = trainer(tmp_path, limit_val_batches=1.0).validate(module, datamodule=data, verbose=False)[0]
+    for name, value in report.summary["values"].items():
+        assert value == pytest.approx(measured[f"val_{name}"], abs=1e-6)
+    assert "RoseLoRA" in text(summary_table(report.summary))
+    assert "density bound" in text(summary_table(report.summary))
+    small = text(summary_table(report.summary | {"report": {"dM": 0.00214, "dD": 4.25e-5, "zero_rows": 0}}))
+    assert "dM 0.00214, dD 4.25e-05, zero rows 0" in small
