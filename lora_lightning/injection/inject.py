@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lora_lightning.adapters.adapted_layer import AdaptedLayer, check_name
-from lora_lightning.adapters.base import Adapter
+from lora_lightning.adapters.adapted_layer import AdaptedLayer
+from lora_lightning.adapters.base import Adapter, check_name
 from lora_lightning.adapters.folded import UPDATE_TENSORS
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.errors import TargetError, did_you_mean
