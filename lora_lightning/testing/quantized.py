@@ -96,7 +96,7 @@ class QuantizedContract(MethodUnderTest):
         """A merge puts a plain layer in the place, says how far that is off, and comes off bit for bit."""
         self._needs_merge()
         model, layer, _, x = self._quantized(quantized)
-        packed, before = layer.base, {key: value.clone() for key, value in model.state_dict().items()}
+        quantized_module, before = layer.base, {key: value.clone() for key, value in model.state_dict().items()}
         with torch.no_grad():
             adapted, base = model(x), layer.base(x)
             merge(model)
@@ -110,7 +110,7 @@ class QuantizedContract(MethodUnderTest):
                 assert torch.equal(layer(x), base)
             assert type(layer.base) is nn.Linear
             unmerge(model)
-            assert layer.base is packed
+            assert layer.base is quantized_module
             assert torch.equal(model(x), adapted)
             after = model.state_dict()
             assert before.keys() == after.keys()

@@ -1,4 +1,4 @@
-"""Training: what gets gradients and moves, parameter groups, penalties, recomputed activations, compiled code."""
+"""Training: what gets gradients and changes, parameter groups, penalties, recomputed activations, compiled code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TrainingContract(MethodUnderTest):
     """What happens to a method's parameters in a step."""
 
     def test_only_declared_parameters_train(self) -> None:
-        """In two steps every trainable that is not idle gets a gradient and moves; nothing else does."""
+        """In two steps every trainable that is not idle gets a gradient and changes; nothing else does."""
         model, x = self._mlp(torch.float32, perturbed=False)
         adapters = adapters_named(model, "default")
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
