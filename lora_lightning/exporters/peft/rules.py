@@ -1,7 +1,7 @@
 """How peft reads its own configuration: which modules a list, a pattern or a task selects.
 
-Those of peft 0.21.2; tests/test_peft_interop.py compares them with its behaviour. An export is checked against them,
-because a name that selects one module too many would load without a word and compute another model.
+Those of peft 0.21.2; tests/exporters/peft/test_rules.py compares them with its behaviour. An export is checked against
+them, because a name that selects one module too many would load without a word and compute another model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch import nn
 from lora_lightning.adapters.layers.kinds import ExpertStack
 from lora_lightning.errors import ExportError
 from lora_lightning.exporters.peft import experts as peft_experts
-from lora_lightning.models.anatomy import fused_experts
 from lora_lightning.models.weight_readers import reads
 
 TYPE = "LORA"
@@ -63,10 +62,10 @@ def task_heads(task: str | None) -> tuple[str, ...]:
     return _TASK_HEADS.get(task or "", ())
 
 
-def renames_experts(model: nn.Module) -> bool:
-    """Whether peft takes names of linear layers in this model for its fused experts, as before transformers 5."""
+def renames_experts(model: nn.Module, fused: Collection[str]) -> bool:
+    """Whether peft takes names of linear layers in this model for its `fused` experts, as before transformers 5."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind is None or not fused_experts(model):
+    if kind is None or not fused:
         return False
     from transformers import conversion_mapping
 
