@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lora_lightning.errors import TargetError, nearest
 from lora_lightning.injection.targets import as_patterns
 from lora_lightning.models.anatomy import Anatomy, Heads
@@ -9,7 +11,7 @@ from lora_lightning.models.paths import segments, starting_with, within
 
 
 def trained_parameters(anatomy: Anatomy, also_train: Heads) -> list[str]:
-    """Names of base parameters that train in full beside the adapters; rows of new tokens always do.
+    """Names of fully trained base parameters beside the adapters; rows of new tokens always train.
 
     Raises:
         TargetError: a pattern that matches no parameter.
@@ -25,13 +27,15 @@ def trained_parameters(anatomy: Anatomy, also_train: Heads) -> list[str]:
         hits = [name for name in names if within(pattern, name)]
         if not hits:
             _refuse_second_name(anatomy, pattern)
-            close = nearest(pattern, {segments(name)[-2] for name in names if "." in name} | set(names))
-            raise TargetError(
-                f'also_train: "{pattern}" matches no parameter outside adapted layers. '
-                f"Nearest: {', '.join(close) or 'none'}."
-            )
+            raise TargetError(_no_match(pattern, names))
         found |= dict.fromkeys(hits)
     return list(found)
+
+
+def _no_match(pattern: str, names: Sequence[str]) -> str:
+    owners = {segments(name)[-2] for name in names if "." in name}
+    close = ", ".join(nearest(pattern, owners | set(names))) or "none"
+    return f'also_train: "{pattern}" matches no parameter outside adapted layers. Nearest: {close}.'
 
 
 def _refuse_second_name(anatomy: Anatomy, pattern: str) -> None:

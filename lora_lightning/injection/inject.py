@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_lightning.adapters.adapted_layer import AdaptedLayer, check_name
+from lora_lightning.adapters.adapted_layer import check_name
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.folded import UPDATE_TENSORS
 from lora_lightning.adapters.layers.base import BaseLayer
@@ -15,11 +15,11 @@ from lora_lightning.errors import TargetError, did_you_mean
 from lora_lightning.injection.also_train import trained_parameters
 from lora_lightning.injection.place import build_adapter, check_ready, place_adapters
 from lora_lightning.injection.records import AdapterRecord, iter_adapters, records
-from lora_lightning.injection.report import InjectionReport
-from lora_lightning.injection.targets import Selection, Targets, select
+from lora_lightning.injection.report import InjectionReport, report_on
+from lora_lightning.injection.targets import Targets, select
 from lora_lightning.methods import Method, check_overridable, replace
 from lora_lightning.models.anatomy import Anatomy, Heads, survey
-from lora_lightning.models.base_layers import check_quantized, count_numbers, kind_of
+from lora_lightning.models.base_layers import check_quantized
 from lora_lightning.models.paths import join, within
 from lora_lightning.seeds import common_seed
 
@@ -77,30 +77,6 @@ def inject(
     return report_on(anatomy, name, record, adapters, selection, notes)
 
 
-def report_on(
-    anatomy: Anatomy,
-    name: str,
-    record: AdapterRecord,
-    adapters: Mapping[str, Adapter],
-    selection: Selection,
-    notes: Sequence[str] = (),
-) -> InjectionReport:
-    """What adapters of one name, put on the layers of `selection`, are for people; `anatomy` is from before."""
-    own = {id(p): p.numel() for adapter in adapters.values() for p in adapter.parameters()}
-    adapter_parameters = sum(own.values())
-    return InjectionReport(
-        name=name,
-        method=record.method,
-        layers={path: (kind_of(base), base.d_in, base.d_out) for path, base in selection.layers.items()},
-        adapter_parameters=adapter_parameters,
-        trained={parameter: anatomy.model.get_parameter(parameter).numel() for parameter in record.trained},
-        total_parameters=count_numbers(anatomy.parameters, anatomy.quantized) + adapter_parameters,
-        skipped=selection.skipped,
-        tied=selection.tied,
-        notes=tuple(notes),
-    )
-
-
 def lower_adapters(model: nn.Module, name: str) -> None:
     """Turn an adapter's tensors to the dtype of the layers they are on, where that is half precision."""
     for _, layer in iter_adapters(model):
@@ -113,19 +89,17 @@ def ignore_adapter_buffers(root: nn.Module) -> None:
     """Keep DistributedDataParallel around `root` from overwriting buffers of adapters with the first process's.
 
     Masks and statistics are made equal by whoever writes them; a broadcast before each forward would undo local ones.
-    Buffers that are made later are named as well, or a dense update would be sent whole for each batch. Weights in few
-    bits are left out too: every process has loaded the same, and not all formats can be sent.
+    Buffers that are made later are named as well, or all of a dense update would be sent for each batch. Quantized
+    weights are left out too: every process has loaded the same, and not all formats can be sent.
     """
     anatomy = survey(root)
     quantized = {f"{path}{inside}" for path in anatomy.quantized for inside in (".weight", ".base.weight")}
     ignored = [name for name in anatomy.parameters if name in quantized]
-    for path, module in anatomy.modules.items():
-        if isinstance(module, Adapter):
-            for inside, part in module.named_modules(prefix=path):
-                ignored += [join(inside, name) for name in part._buffers]
-        if isinstance(module, AdaptedLayer):
-            shifts = [join(path, "shifts", name) for name in module.adapters]
-            ignored += [join(shift, tensor) for shift in shifts for tensor in UPDATE_TENSORS]
+    for path, layer in anatomy.adapted.items():
+        for name, adapter in layer.adapters.items():
+            for inside, part in adapter.named_modules(prefix=join(path, "adapters", name)):
+                ignored += [join(inside, buffer) for buffer in part._buffers]
+            ignored += [join(path, "shifts", name, tensor) for tensor in UPDATE_TENSORS]
     root._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]  # an attribute that the wrapper looks up
 
 

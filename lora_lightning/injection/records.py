@@ -24,7 +24,7 @@ class AdapterRecord:
     layers: dict[str, Method]
     """Settings by layer path, overrides applied."""
     trained: tuple[str, ...]
-    """Base parameters that train in full, by name."""
+    """Fully trained base parameters, by name."""
     seed: int
 
 

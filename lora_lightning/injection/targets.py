@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -199,15 +199,19 @@ def _reason(anatomy: Anatomy, path: str, named_by: str) -> str | None:
 
 def _out_of_reach(anatomy: Anatomy, targets: Targets) -> dict[str, str]:
     """Linear maps a scope means but no base layer serves, with the reason; they stay frozen, and that is said."""
-    found: dict[str, str] = {}
+    words = [word for word in as_patterns(targets) if is_scope(word)]
+    return {path: why for path, why in _unserved(anatomy) if any(anatomy.scopes.means(word, path) for word in words)}
+
+
+def _unserved(anatomy: Anatomy) -> Iterator[tuple[str, str]]:
+    """Linear maps without a base layer, each with the reason."""
     for path, (module, base) in anatomy.layers.items():
         if base is None and isinstance(module, nn.Linear):
-            found[path] = f"{type(module).__name__} takes no adapter"
+            yield path, f"{type(module).__name__} takes no adapter"
         if isinstance(module, nn.MultiheadAttention):
-            names = [name for name, _ in module.named_parameters(recurse=False) if name.endswith("_proj_weight")]
-            found |= {f"{path}.{name}": "a bare parameter of nn.MultiheadAttention, not a layer" for name in names}
-    words = [word for word in as_patterns(targets) if is_scope(word)]
-    return {path: reason for path, reason in found.items() if any(anatomy.scopes.means(word, path) for word in words)}
+            for name, _ in module.named_parameters(recurse=False):
+                if name.endswith("_proj_weight"):
+                    yield join(path, name), "a bare parameter of nn.MultiheadAttention, not a layer"
 
 
 def _other_towers(anatomy: Anatomy, targets: Targets, selection: Selection) -> dict[str, str]:
@@ -250,15 +254,19 @@ def _means_fused(anatomy: Anatomy, word: str, path: str) -> bool:
     return anatomy.scopes.means(word, path) or anatomy.scopes.means(re.sub("mlp$", "experts", word), path)
 
 
+def _names_tensor(targets: Targets, path: str) -> bool:
+    """Whether a regular expression fits a path, or one of several names ends it."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, path) is not None
+    return any(_ends(path, pattern) for pattern in targets)
+
+
 def _refuse_fused(anatomy: Anatomy, targets: Targets, excluded: set[str]) -> None:
     """Raise `TargetError` for expert tensors that the targets mean, but whose layout is not known."""
     unknown = [path for path in anatomy.fused if path not in anatomy.adaptable and path not in excluded]
     scoped = [word for word in as_patterns(targets) if is_scope(word)]
     meant = [path for path in unknown if any(_means_fused(anatomy, word, path) for word in scoped)]
-    if not meant and isinstance(targets, str):
-        meant = [path for path in unknown if re.fullmatch(targets, path)]
-    elif not meant:
-        meant = [path for path in unknown if any(_ends(path, pattern) for pattern in targets)]
+    meant = meant or [path for path in unknown if _names_tensor(targets, path)]
     if meant:
         owner = type(anatomy.modules[meant[0].rpartition(".")[0]]).__name__
         raise TargetError(

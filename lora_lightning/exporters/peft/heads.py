@@ -59,7 +59,7 @@ def find_heads(source: Source) -> Heads:
 
 
 def _whole_modules(source: Source) -> list[str]:
-    """The largest modules of which every parameter trains in full.
+    """The largest modules that are fully trained.
 
     Raises:
         ExportError: a parameter that trains without the rest of its module.

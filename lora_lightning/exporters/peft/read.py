@@ -20,10 +20,9 @@ from lora_lightning.exporters.peft.file import PeftFolder, PeftLayer
 from lora_lightning.exporters.peft.rules import TYPE
 from lora_lightning.exporters.peft.tokens import fill_rows, new_tokens, room_for
 from lora_lightning.exporters.source import plain_modules, users
-from lora_lightning.injection.inject import report_on
 from lora_lightning.injection.place import build_adapter, check_ready, place_adapters
 from lora_lightning.injection.records import AdapterRecord, records
-from lora_lightning.injection.report import InjectionReport
+from lora_lightning.injection.report import InjectionReport, report_on
 from lora_lightning.injection.targets import Selection
 from lora_lightning.methods import Method, replace
 from lora_lightning.models.anatomy import Anatomy, survey
@@ -178,14 +177,7 @@ def _heads(
     whole = peft_rules.wrapped(saved, modules)
     found = {}
     for key, value in folder.heads.items():
-        if key not in state:
-            raise AdapterFileError(
-                f'"{directory}" carries {key}, which {type(anatomy.model).__name__} lacks.{did_you_mean(key, state)}'
-            )
-        if value.shape != state[key].shape:
-            raise AdapterFileError(
-                f'"{directory}": {key} has shape {tuple(value.shape)}; the model needs {tuple(state[key].shape)}.'
-            )
+        _check_head(anatomy.model, state, key, value, directory)
         if any(key.startswith(f"{path}.") for path in whole):
             found[key] = state[key]
         elif not _same(value, state[key]):
@@ -193,13 +185,32 @@ def _heads(
                 f'"{directory}" carries {key}, which differs from the model\'s own and is in no module that '
                 "modules_to_save names; load the same pretrained weights first."
             )
+    _check_saved(state, modules, folder, directory)
+    taken = {name: other for other, record in records(anatomy.model).items() for name in record.trained}
+    _refuse_shared(users(modules, anatomy.adapted), taken, found, folder.layers, directory)
+    return found
+
+
+def _check_saved(
+    state: Iterable[str], modules: Mapping[str, nn.Module], folder: PeftFolder, directory: str | Path
+) -> None:
+    """Raise `AdapterFileError` where the file lacks a tensor of a module that `modules_to_save` names."""
     for path in peft_rules.wrapped(folder.config.get("modules_to_save") or (), modules):
         missing = [key for key in state if key.startswith(f"{path}.") and key not in folder.heads]
         if missing:
             raise AdapterFileError(f'"{directory}": modules_to_save names {path}, but the file lacks {missing[0]}.')
-    taken = {name: other for other, record in records(anatomy.model).items() for name in record.trained}
-    _refuse_shared(users(modules, anatomy.adapted), taken, found, folder.layers, directory)
-    return found
+
+
+def _check_head(model: nn.Module, state: Mapping[str, Tensor], key: str, value: Tensor, directory: str | Path) -> None:
+    """Raise `AdapterFileError` unless the model has a tensor of that name and shape."""
+    if key not in state:
+        raise AdapterFileError(
+            f'"{directory}" carries {key}, which {type(model).__name__} lacks.{did_you_mean(key, state)}'
+        )
+    if value.shape != state[key].shape:
+        raise AdapterFileError(
+            f'"{directory}": {key} has shape {tuple(value.shape)}; the model needs {tuple(state[key].shape)}.'
+        )
 
 
 def _refuse_shared(

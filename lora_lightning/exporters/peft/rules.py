@@ -160,13 +160,8 @@ def unlike(path: str, modules: Mapping[str, nn.Module], layer: nn.Module) -> str
     again = next((other for other, module in modules.items() if module is layer and other != path), None)
     if again:
         return f"it stands at {again} too, where peft puts no factors"
-    if isinstance(layer, nn.Conv1d | nn.Conv2d):
-        if layer.groups > 1:
-            return f"groups={layer.groups}, and peft lets its factors see all input channels"
-        if set(layer.dilation) != {1}:
-            return f"dilation={layer.dilation}, which peft drops for its factors"
-        if layer.padding_mode != "zeros":
-            return f'padding_mode="{layer.padding_mode}", while peft pads with zeros'
+    if isinstance(layer, nn.Conv1d | nn.Conv2d) and (reason := _unlike_conv(layer)):
+        return reason
     own = isinstance(layer, nn.Embedding) and type(layer).forward is not nn.Embedding.forward
     if own and not hasattr(layer, "embed_scale"):
         return f"{type(layer).__name__} has a look-up of its own, while peft looks its factors up plainly"
@@ -176,4 +171,14 @@ def unlike(path: str, modules: Mapping[str, nn.Module], layer: nn.Module) -> str
     kind = getattr(getattr(modules[""], "config", None), "model_type", None)
     if kind in _STATE_SPACE and path.rpartition(".")[2] in _REFUSED_THERE:
         return f"peft refuses {' and '.join(_REFUSED_THERE)} in models of type {kind}"
+    return None
+
+
+def _unlike_conv(layer: nn.Conv1d | nn.Conv2d) -> str | None:
+    if layer.groups > 1:
+        return f"groups={layer.groups}, and peft lets its factors see all input channels"
+    if set(layer.dilation) != {1}:
+        return f"dilation={layer.dilation}, which peft drops for its factors"
+    if layer.padding_mode != "zeros":
+        return f'padding_mode="{layer.padding_mode}", while peft pads with zeros'
     return None
