@@ -7,7 +7,7 @@ view of such a tensor is cut along another axis, in the same way.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -229,6 +229,11 @@ def fail_together() -> Iterator[None]:
 
 def reshard(model: nn.Module) -> None:
     """Give back what a forward without backward has left gathered: only shards can be read and written."""
-    for module in model.modules():
+    reshard_all(model.modules())
+
+
+def reshard_all(modules: Iterable[nn.Module]) -> None:
+    """As `reshard`, for modules that are known already."""
+    for module in modules:
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -21,7 +21,8 @@ import lora_lightning as ll
 from ll_riemannian_moe import MoELoRA
 from lora_lightning.errors import TargetError
 from lora_lightning.injection.targets import select
-from lora_lightning.models.scopes import PARTS, SCOPES, TOWERS, Scopes
+from lora_lightning.models.anatomy import survey
+from lora_lightning.models.scopes import PARTS, SCOPES, TOWERS
 from lora_lightning.testing.toy_models import seeded
 
 Batch = dict[str, Tensor]
@@ -487,12 +488,12 @@ def collapsed(paths: Iterable[str]) -> dict[str, list[str]]:
 def matched(architecture: Architecture) -> dict[str, Any]:
     """What "all-linear" and each scope match, and what "all-linear" leaves out and why."""
     model = architecture.build()
-    everything = select(model)
+    everything = select(survey(model))
     found: dict[str, Any] = {"layers": len(everything.layers)}
     rest = set(everything.layers)
     for scope in SCOPES:
         try:
-            layers = select(model, scope).layers
+            layers = select(survey(model), scope).layers
         except TargetError:
             continue
         found[scope] = len(layers) if scope == "language" else collapsed(layers)
@@ -512,7 +513,7 @@ ROUTED = MoELoRA(experts=3, top_k=2, rank=1)
 def routed(architecture: Architecture) -> Any:
     """The model with routed adapters on everything but fused experts, which have no input of their own to route by."""
     model = architecture.build()
-    scopes = Scopes(model)
+    scopes = survey(model).scopes
     exclude = ["experts"] if any(scopes.part(name) == "experts" for name, _ in model.named_parameters()) else []
     ll.inject(model, ROUTED, exclude=exclude)
     return model

@@ -24,9 +24,10 @@ from lora_lightning.callbacks.steps import total_steps
 from lora_lightning.distributed import fail_together
 from lora_lightning.errors import DataError, LoraLightningError, ModelError, ResumeError, SettingsError
 from lora_lightning.injection.inject import ignore_adapter_buffers, inject, lower_adapters
-from lora_lightning.injection.records import adapters_named, check_unmerged, records
+from lora_lightning.injection.records import adapters_named, check_unmerged
 from lora_lightning.injection.report import InjectionReport
 from lora_lightning.methods import Method
+from lora_lightning.models.anatomy import survey
 from lora_lightning.models.loading import checkpoint_format, load_model, load_without_values
 from lora_lightning.models.new_tokens import add_rows_for
 from lora_lightning.models.quantization import Loading, Quantization, check_format, loading
@@ -447,7 +448,7 @@ class AdapterModule(LightningModule):
         """Keep what the adapter owns."""
         own = set(adapter_keys(self, NAME))
         checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in own}
-        checkpoint["lora_lightning"] = describe_adapter(self.model, NAME, records(self.model)[NAME])
+        checkpoint["lora_lightning"] = describe_adapter(survey(self.model), NAME)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compare keys, shapes and the base model exactly.

@@ -23,7 +23,7 @@ from lora_lightning.callbacks.steps import REPORTS, order_callbacks, outside_ste
 from lora_lightning.distributed import assembled, is_sharded, local, reshard, summed
 from lora_lightning.injection.records import adapters_named, injected_root, iter_adapters, records
 from lora_lightning.injection.report import injection_table
-from lora_lightning.models.base_layers import frozen_bytes
+from lora_lightning.models.anatomy import survey
 from lora_lightning.models.paths import plain
 from lora_lightning.models.tasks.base import evaluate
 from lora_lightning.optim.pair_optimizer import PairOptimizer
@@ -71,7 +71,7 @@ class RunReport(Callback):
             return
         schedules = [c for c in trainer.callbacks if isinstance(c, SparsitySchedule)]  # type: ignore[attr-defined]
         kept = 1 - schedules[0].sparsity if schedules else None
-        Console().print(injection_table(injection, kept, frozen_bytes(pl_module)))
+        Console().print(injection_table(injection, kept, survey(pl_module).frozen_bytes))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from the step the run is at."""

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 import lora_lightning as ll
 from ll_lora import LoRA
 from lora_lightning.errors import TargetError
+from lora_lightning.injection.also_train import trained_parameters
 from lora_lightning.injection.records import adapters_named
-from lora_lightning.injection.targets import select, trained_parameters
-from lora_lightning.models.anatomy import fused_experts
-from lora_lightning.models.heads import head_prefixes, within
+from lora_lightning.injection.targets import select
+from lora_lightning.models.anatomy import survey
+from lora_lightning.models.paths import within
 from lora_lightning.testing import TinyMLP, perturb, tiny_decoder, tiny_encoder
 from lora_lightning.testing.toy_models import seeded
 
@@ -91,14 +92,14 @@ class SparseBlock(nn.Module):
 
 
 def test_all_linear_is_the_backbone() -> None:
-    selection = select(tiny_encoder())
+    selection = select(survey(tiny_encoder()))
     assert list(selection.layers) == BERT
     assert selection.skipped == {"bert.pooler.dense": "pooler", "classifier": "head"}
     assert {base.kind for base in selection.layers.values()} == {"linear"}
 
 
 def test_all_linear_on_gpt2_finds_transposed_layers_and_leaves_the_tied_head() -> None:
-    selection = select(tiny_gpt2())
+    selection = select(survey(tiny_gpt2()))
     names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     assert list(selection.layers) == [f"transformer.h.{i}.{name}" for i in (0, 1) for name in names]
     assert selection.skipped == {"lm_head": "head"}
@@ -107,13 +108,13 @@ def test_all_linear_on_gpt2_finds_transposed_layers_and_leaves_the_tied_head() -
 
 
 def test_all_linear_on_llama() -> None:
-    selection = select(tiny_decoder())
+    selection = select(survey(tiny_decoder()))
     assert len(selection.layers) == 14
     assert selection.skipped == {"lm_head": "head"}
 
 
 def test_all_linear_on_plain_torch_is_everything() -> None:
-    assert list(select(TinyMLP()).layers) == ["first", "second"]
+    assert list(select(survey(TinyMLP())).layers) == ["first", "second"]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_all_linear_on_plain_torch_is_everything() -> None:
     ],
 )
 def test_scopes(make: Any, scope: str, ends: set[str]) -> None:
-    layers = select(make(), scope).layers
+    layers = select(survey(make()), scope).layers
     assert len(layers) == 2 * len(ends)
     assert all(path.endswith(tuple(ends)) for path in layers)
     assert all(("attention" in path or "attn" in path) == (scope == "attention") for path in layers)
@@ -136,39 +137,39 @@ def test_scopes(make: Any, scope: str, ends: set[str]) -> None:
 
 def test_scope_of_unfused_experts_leaves_their_router() -> None:
     model = nn.ModuleDict({"blocks": nn.ModuleList([SparseBlock()])})
-    assert list(select(model, "experts").layers) == ["blocks.0.experts.0", "blocks.0.experts.1"]
-    everything = select(model)
+    assert list(select(survey(model), "experts").layers) == ["blocks.0.experts.0", "blocks.0.experts.1"]
+    everything = select(survey(model))
     assert list(everything.layers) == ["blocks.0.experts.0", "blocks.0.experts.1"]
     assert everything.skipped == {"blocks.0.gate": "router", "blocks.0.shared_expert_gate": "router"}
-    assert list(select(model, ["gate"]).layers) == ["blocks.0.gate"]
+    assert list(select(survey(model), ["gate"]).layers) == ["blocks.0.gate"]
 
 
 def test_suffixes_regular_expressions_and_embeddings() -> None:
     model = tiny_encoder()
-    assert list(select(model, ["query", "value"]).layers) == [p for p in BERT if p.endswith(("query", "value"))]
-    assert list(select(model, ["output.dense"]).layers) == [p for p in BERT if p.endswith("output.dense")]
-    assert list(select(model, r".*layer\.1\..*(query|key)").layers) == [
+    assert list(select(survey(model), ["query", "value"]).layers) == [p for p in BERT if p.endswith(("query", "value"))]
+    assert list(select(survey(model), ["output.dense"]).layers) == [p for p in BERT if p.endswith("output.dense")]
+    assert list(select(survey(model), r".*layer\.1\..*(query|key)").layers) == [
         p for p in BERT if "1" in p and p[-3:] in ("ery", "key")
     ]
-    embedding = select(model, ["word_embeddings"]).layers
+    embedding = select(survey(model), ["word_embeddings"]).layers
     assert [base.kind for base in embedding.values()] == ["embedding"]
 
 
 def test_a_pattern_reaches_heads_and_poolers_only_by_naming_them() -> None:
     model = tiny_encoder()
-    assert "bert.pooler.dense" not in select(model, ["dense"]).layers
-    assert select(model, ["dense"]).skipped == {"bert.pooler.dense": "pooler"}
-    assert list(select(model, ["pooler.dense"]).layers) == ["bert.pooler.dense"]
-    assert list(select(model, ["classifier"]).layers) == ["classifier"]
-    assert list(select(tiny_decoder(), ["lm_head"]).layers) == ["lm_head"]
+    assert "bert.pooler.dense" not in select(survey(model), ["dense"]).layers
+    assert select(survey(model), ["dense"]).skipped == {"bert.pooler.dense": "pooler"}
+    assert list(select(survey(model), ["pooler.dense"]).layers) == ["bert.pooler.dense"]
+    assert list(select(survey(model), ["classifier"]).layers) == ["classifier"]
+    assert list(select(survey(tiny_decoder()), ["lm_head"]).layers) == ["lm_head"]
 
 
 def test_exclude_takes_parts_of_names_and_regular_expressions() -> None:
     model = tiny_encoder()
-    selection = select(model, exclude=["layer.0", r".*value"])
+    selection = select(survey(model), exclude=["layer.0", r".*value"])
     assert list(selection.layers) == [p for p in BERT if "layer.1" in p and not p.endswith("value")]
     assert selection.skipped["bert.encoder.layer.0.output.dense"] == "excluded"
-    assert list(select(model, exclude="layer.0").layers) == [p for p in BERT if "layer.1" in p]
+    assert list(select(survey(model), exclude="layer.0").layers) == [p for p in BERT if "layer.1" in p]
 
 
 @pytest.mark.parametrize(
@@ -290,40 +291,40 @@ def test_error_messages_and_an_untouched_model(make: Any, options: dict[str, Any
 
 
 def test_heads_are_what_a_task_model_has_outside_its_backbone_and_its_pooler() -> None:
-    assert head_prefixes(tiny_encoder()) == ["classifier", "bert.pooler"]
-    assert head_prefixes(tiny_encoder().bert) == []
-    assert head_prefixes(tiny_decoder()) == []
-    assert head_prefixes(TinyMLP()) == []
-    assert head_prefixes(nn.ModuleDict({"net": tiny_encoder()})) == ["net.classifier", "net.bert.pooler"]
+    assert survey(tiny_encoder()).heads == ["classifier", "bert.pooler"]
+    assert survey(tiny_encoder().bert).heads == []
+    assert survey(tiny_decoder()).heads == []
+    assert survey(TinyMLP()).heads == []
+    assert survey(nn.ModuleDict({"net": tiny_encoder()})).heads == ["net.classifier", "net.bert.pooler"]
 
 
 def test_also_train_takes_names() -> None:
     model = tiny_encoder()
-    assert trained_parameters(model, "heads") == [
+    assert trained_parameters(survey(model), "heads") == [
         "bert.pooler.dense.weight",
         "bert.pooler.dense.bias",
         "classifier.weight",
         "classifier.bias",
     ]
-    assert trained_parameters(model, ["classifier"]) == trained_parameters(model, "classifier")
-    assert trained_parameters(model, ["classifier.bias"]) == ["classifier.bias"]
-    assert trained_parameters(model, []) == []
+    assert trained_parameters(survey(model), ["classifier"]) == trained_parameters(survey(model), "classifier")
+    assert trained_parameters(survey(model), ["classifier.bias"]) == ["classifier.bias"]
+    assert trained_parameters(survey(model), []) == []
 
 
 def test_a_tied_parameter_trains_by_its_first_name() -> None:
     model = nn.ModuleDict({"embed": nn.Embedding(5, 3), "head": nn.Linear(3, 5, bias=False)})
     model["head"].weight = model["embed"].weight
-    assert trained_parameters(model, ["embed"]) == ["embed.weight"]
+    assert trained_parameters(survey(model), ["embed"]) == ["embed.weight"]
     text = r'also_train: "head" matches head.weight, which is embed.weight as well; name that one to train both'
     with pytest.raises(TargetError, match=text):
-        trained_parameters(model, ["head"])
+        trained_parameters(survey(model), ["head"])
 
 
 def test_also_train_does_not_reach_into_adapted_layers() -> None:
     model = tiny_encoder()
     ll.inject(model, METHOD, ["query"], also_train=())
     with pytest.raises(TargetError, match='"query" matches no parameter outside adapted layers'):
-        trained_parameters(model, ["query"])
+        trained_parameters(survey(model), ["query"])
 
 
 # -- mixture of experts ------------------------------------------------------------------------------------------------
@@ -331,7 +332,7 @@ def test_also_train_does_not_reach_into_adapted_layers() -> None:
 
 def test_fused_experts_stay_frozen_where_that_is_said() -> None:
     model = tiny_moe()
-    assert fused_experts(model) == ["model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"]
+    assert survey(model).fused == ["model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"]
     ll.inject(model, METHOD, exclude=["experts"])
     paths = list(adapters_named(model, "default"))
     assert len(paths) == 2 * 4 + 3
@@ -345,11 +346,13 @@ def test_fused_experts_stay_frozen_where_that_is_said() -> None:
 def test_scopes_of_a_mixture() -> None:
     model = tiny_moe()
     tensors = ["model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"]
-    assert len(select(model, "attention").layers) == 8
-    assert list(select(model, "experts").layers) == tensors
-    assert list(select(model, "mlp").layers) == [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")]
-    assert set(tensors) <= set(select(model).layers)
-    assert select(model, ["experts.down_proj"]).layers[tensors[1]].kind == "experts"
+    assert len(select(survey(model), "attention").layers) == 8
+    assert list(select(survey(model), "experts").layers) == tensors
+    assert list(select(survey(model), "mlp").layers) == [
+        f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")
+    ]
+    assert set(tensors) <= set(select(survey(model)).layers)
+    assert select(survey(model), ["experts.down_proj"]).layers[tensors[1]].kind == "experts"
 
 
 def test_the_report_says_how_many_expert_tensors_are_adapted() -> None:

@@ -10,7 +10,7 @@ from ll_dora import DoRA
 from ll_lora import LoRA
 from ll_riemannian_moe import MoELoRA
 from lora_lightning.errors import AdapterStateError, TargetError
-from lora_lightning.models.weight_readers import weight_read_layers
+from lora_lightning.models.anatomy import survey
 from lora_lightning.testing import perturb
 
 ROUTED = MoELoRA(experts=3, top_k=2, rank=1)
@@ -35,20 +35,20 @@ class Heir(Owner):
 
 def test_what_an_owner_only_reads() -> None:
     for owner in (Owner, Heir):
-        assert weight_read_layers(owner(), ["called", "read", "both", "asked"]) == {"read": owner.__name__}
+        assert survey(owner()).weight_read(["called", "read", "both", "asked"]) == {"read": owner.__name__}
 
 
 def test_owners_of_transformers() -> None:
     mamba, attention = ARCHITECTURES["Mamba"].build(), nn.MultiheadAttention(4, 2)
     layers = [path for path, module in mamba.named_modules() if isinstance(module, nn.Linear)]
     mixers = [f"backbone.layers.{index}.mixer.dt_proj" for index in (0, 1)]
-    assert weight_read_layers(mamba, layers) == dict.fromkeys(mixers, "MambaMixer")
+    assert survey(mamba).weight_read(layers) == dict.fromkeys(mixers, "MambaMixer")
     jamba = ARCHITECTURES["Jamba"].build()  # calls it where the model is quantized
     layers = [path for path, module in jamba.named_modules() if isinstance(module, nn.Linear)]
-    assert weight_read_layers(jamba, layers) == {"model.layers.0.mamba.dt_proj": "JambaMambaMixer"}
-    assert weight_read_layers(attention, ["out_proj"]) == {"out_proj": "MultiheadAttention"}
+    assert survey(jamba).weight_read(layers) == {"model.layers.0.mamba.dt_proj": "JambaMambaMixer"}
+    assert survey(attention).weight_read(["out_proj"]) == {"out_proj": "MultiheadAttention"}
     t5 = ARCHITECTURES["T5"].build()
-    assert weight_read_layers(t5, [path for path, module in t5.named_modules() if isinstance(module, nn.Linear)]) == {}
+    assert survey(t5).weight_read([path for path, module in t5.named_modules() if isinstance(module, nn.Linear)]) == {}
 
 
 @pytest.mark.parametrize("method", [LoRA(rank=2), DoRA(rank=2)])

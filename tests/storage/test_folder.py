@@ -20,6 +20,7 @@ import lora_lightning as ll
 from ll_lora import LoRA
 from lora_lightning.errors import AdapterFileError, AdapterStateError, LoraLightningError, UnknownMethodError
 from lora_lightning.injection.records import adapters_named, records
+from lora_lightning.models.anatomy import survey
 from lora_lightning.models.paths import plain
 from lora_lightning.storage import atomic as files
 from lora_lightning.storage import folder as checkpoint
@@ -451,26 +452,26 @@ def test_nothing_is_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_adapters_do_not_count_even_merged(tmp_path: Path) -> None:
-    bare = fingerprint(TinyMLP())
+    bare = fingerprint(survey(TinyMLP()))
     model = adapted(method=LoRA(rank=2, bias=True))
-    assert fingerprint(model) == bare
+    assert fingerprint(survey(model)) == bare
     ll.merge(model)
-    assert fingerprint(model) == bare
+    assert fingerprint(survey(model)) == bare
     ll.save_adapter(model, tmp_path)
     ll.unmerge(model)
     fresh = TinyMLP()
     ll.load_adapter(fresh, tmp_path)
     assert torch.equal(fresh(X), model(X))
     ll.eject(model)
-    assert fingerprint(model) == bare
+    assert fingerprint(survey(model)) == bare
 
 
 def test_a_bias_that_a_merge_made_does_not_count() -> None:
     model = nn.Sequential(nn.Linear(6, 4, bias=False))
-    bare = fingerprint(model)
+    bare = fingerprint(survey(model))
     adapted(model, LoRA(rank=2, bias=True))
     ll.merge(model)
-    assert fingerprint(model) == bare
+    assert fingerprint(survey(model)) == bare
 
 
 def test_merged_for_good_cannot_be_saved(tmp_path: Path) -> None:
@@ -482,10 +483,10 @@ def test_merged_for_good_cannot_be_saved(tmp_path: Path) -> None:
 
 
 def test_tied_weights_count_once(tmp_path: Path) -> None:
-    bare = fingerprint(tiny_decoder(tied=True))
+    bare = fingerprint(survey(tiny_decoder(tied=True)))
     for target in ("lm_head", "embed_tokens"):
         model = adapted(tiny_decoder(tied=True), targets=[target])
-        assert fingerprint(model) == bare
+        assert fingerprint(survey(model)) == bare
         ll.save_adapter(model, tmp_path / target)
         fresh = tiny_decoder(tied=True)
         ll.load_adapter(fresh, tmp_path / target)
@@ -494,7 +495,7 @@ def test_tied_weights_count_once(tmp_path: Path) -> None:
 
 def test_a_base_in_half_precision_is_recognised(folder: Path) -> None:
     half = TinyMLP().to(torch.bfloat16)
-    assert fingerprint(half) == fingerprint(TinyMLP())
+    assert fingerprint(survey(half)) == fingerprint(survey(TinyMLP()))
     ll.load_adapter(half, folder)
     torch.testing.assert_close(half(X.bfloat16()).float(), adapted()(X), rtol=0.1, atol=0.1)
 
@@ -502,20 +503,20 @@ def test_a_base_in_half_precision_is_recognised(folder: Path) -> None:
 def test_large_weights_are_sampled_within_their_bounds() -> None:
     """Beyond 2^24 entries positions are not exact in float32: the last one, 2^24 + 3, would round past the end."""
     model = nn.Sequential(nn.Embedding.from_pretrained(torch.zeros(2**24 + 4, 1, dtype=torch.bfloat16)))
-    before = fingerprint(model)
+    before = fingerprint(survey(model))
     with torch.no_grad():
         model[0].weight[-1] = 1
-    assert fingerprint(model)["weights"] != before["weights"]
+    assert fingerprint(survey(model))["weights"] != before["weights"]
 
 
 def test_packed_weights_leave_the_hash_out() -> None:
     model = TinyMLP()
     model.third = nn.Linear(2, 2)
     model.third.weight = nn.Parameter(torch.zeros(2, 1, dtype=torch.uint8), requires_grad=False)
-    assert fingerprint(model)["weights"] is None
+    assert fingerprint(survey(model))["weights"] is None
     model.third = nn.Module()
     model.third.empty = nn.Parameter(torch.zeros(0, 3))
-    assert fingerprint(model)["weights"] is not None
+    assert fingerprint(survey(model))["weights"] is not None
 
 
 # -- wrappers ----------------------------------------------------------------------------------------------------------

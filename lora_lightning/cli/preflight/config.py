@@ -30,9 +30,11 @@ from lora_lightning.cli.preflight.parse_all import parse_all
 from lora_lightning.cli.preflight.trace import without_values
 from lora_lightning.data.sources.tables import HUB_ID
 from lora_lightning.errors import LoraLightningError, SettingsError, wrapped_error
+from lora_lightning.injection.also_train import trained_parameters
 from lora_lightning.injection.inject import inject, settings_by_layer
 from lora_lightning.injection.records import adapters_named
-from lora_lightning.injection.targets import select, trained_parameters
+from lora_lightning.injection.targets import select
+from lora_lightning.models.anatomy import survey
 from lora_lightning.models.loading import load_skeleton
 from lora_lightning.models.pretrained import check_weights, resolve
 from lora_lightning.models.random import is_random
@@ -263,14 +265,15 @@ class _Examination(Description):
             from lora_lightning.models.new_tokens import Vocabulary, add_rows
 
             add_rows(net, Vocabulary(tuple(tokens), len(net.get_input_embeddings().weight)))  # type: ignore[operator]
-        targets = self._fitting(module.targets, "all-linear", lambda some: select(net, some))
-        exclude = self._fitting(module.exclude, [], lambda some: select(net, targets, some))
-        also_train = self._fitting(module.also_train, "heads", lambda some: trained_parameters(net, some))
+        anatomy = survey(net)
+        targets = self._fitting(module.targets, "all-linear", lambda some: select(anatomy, some))
+        exclude = self._fitting(module.exclude, [], lambda some: select(anatomy, targets, some))
+        also_train = self._fitting(module.also_train, "heads", lambda some: trained_parameters(anatomy, some))
         if module.gradient_checkpointing:
             self.findings.attempt(lambda: enable_checkpointing(net))
         if module.method is None:
             return
-        layers = select(net, targets, exclude).layers
+        layers = select(anatomy, targets, exclude).layers
         overrides = {
             pattern: fields
             for pattern, fields in module.overrides.items()
