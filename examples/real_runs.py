@@ -78,7 +78,7 @@ def training_file(run: str, args: argparse.Namespace) -> str:
 
 def config(run: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """One run as the command line reads it."""
-    common = {"train": training_file(run, args), "validation_share": 0.05, "seed": seed}
+    common = {"train": training_file(run, args), "validation_fraction": 0.05, "seed": seed}
     if run == "pairs":
         data = {"class_path": "TextPairs", "init_args": {**common, "batch_size": 32, "max_length": 64}}
         model = {"pretrained": ENCODER, "task": "sentence-embedding"}

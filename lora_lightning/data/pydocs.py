@@ -8,7 +8,7 @@ import datasets
 
 from lora_lightning.data.areas import AREA_NAMES
 from lora_lightning.data.docstrings import library_docstrings
-from lora_lightning.data.sources.splits import in_share
+from lora_lightning.data.sources.splits import in_fraction
 from lora_lightning.data.text import TextData
 from lora_lightning.data.tokens.encoding import encode_texts
 
@@ -52,7 +52,7 @@ class PyDocs(TextData):
             seed=seed,
             limit=limit,
             group_by_length=group_by_length,
-            validation_share=0.2,
+            validation_fraction=0.2,
         )
         self.label_names = AREA_NAMES
         self.num_labels = len(AREA_NAMES)
@@ -60,7 +60,7 @@ class PyDocs(TextData):
     def read(self, split: str) -> datasets.Dataset:
         """Texts of a split with label and module."""
         texts = self._library["text"]
-        held_out = [in_share(text, self.validation_share) for text in texts]
+        held_out = [in_fraction(text, self.validation_fraction) for text in texts]
         return self._library.select([row for row, held in enumerate(held_out) if held == (split != "train")])
 
     def encode(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:

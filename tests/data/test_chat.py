@@ -68,7 +68,7 @@ def make(write, letters):
     tokenizer = letters()
 
     def make(rows, **settings) -> Chat:
-        settings = {"tokenizer": tokenizer, "chat_template": "chatml", "validation_share": 0.0, **settings}
+        settings = {"tokenizer": tokenizer, "chat_template": "chatml", "validation_fraction": 0.0, **settings}
         rows = [row if isinstance(row, dict) else {"messages": row} for row in rows]
         return Chat(train=write("train.jsonl", "\n".join(map(json.dumps, rows))), **settings)
 

@@ -21,7 +21,7 @@ START, END = 4, 5
 @pytest.fixture
 def make(write, causal_tokenizer):
     def make(rows=ROWS, **settings) -> Completions:
-        settings = {"tokenizer": causal_tokenizer, "validation_share": 0.0, **settings}
+        settings = {"tokenizer": causal_tokenizer, "validation_fraction": 0.0, **settings}
         return Completions(train=write("train.json", rows), **settings)
 
     return make
@@ -165,7 +165,7 @@ def test_truncated_examples_keep_a_completion(make):
 
 def test_equal_prompts_stay_on_one_side(make):
     rows = [{"prompt": f"text {n % 30}", "completion": f"answer {n}"} for n in range(120)]
-    data = make(rows, validation_share=0.3)
+    data = make(rows, validation_fraction=0.3)
     data.setup("fit")
     train, validation = (set(data.inputs(split)["prompt"]) for split in ("train", "validation"))
     assert len(train | validation) == 30

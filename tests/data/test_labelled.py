@@ -16,7 +16,7 @@ ROWS = [
 @pytest.fixture
 def make(write, encoder_tokenizer):
     def make(rows=ROWS, **settings) -> LabelledText:
-        settings = {"tokenizer": encoder_tokenizer, "validation_share": 0.0, **settings}
+        settings = {"tokenizer": encoder_tokenizer, "validation_fraction": 0.0, **settings}
         return LabelledText(train=write("train.json", rows), **settings)
 
     return make
@@ -82,7 +82,7 @@ def test_class_names_of_a_data_set(tmp_path, encoder_tokenizer):
     )
     rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [2, 0]}, features=features)
     rows.save_to_disk(tmp_path / "set")
-    data = LabelledText(train=str(tmp_path / "set"), tokenizer=encoder_tokenizer, validation_share=0.0)
+    data = LabelledText(train=str(tmp_path / "set"), tokenizer=encoder_tokenizer, validation_fraction=0.0)
     assert in_order(data)["labels"].tolist() == [2, 0]
     assert data.label_names == ["x", "y", "z"]
 
@@ -95,9 +95,9 @@ def test_regression(make):
     assert (data.num_labels, data.label_names) == (1, [])
 
 
-def test_neither_limit_nor_the_held_out_share_hides_a_class(make):
+def test_neither_limit_nor_what_is_held_out_hides_a_class(make):
     rows = [{"text": f"text {n}", "label": "rare" if n == 39 else "common"} for n in range(40)]
-    data = make(rows, limit=3, validation_share=0.5)
+    data = make(rows, limit=3, validation_fraction=0.5)
     data.setup("fit")
     assert data.label_names == ["common", "rare"]
     assert len(data.examples("train")) == len(data.examples("validation")) == 3
@@ -200,7 +200,7 @@ def test_missing_tokenizer(make):
         ({"max_length": 1}, r"LabelledText\.max_length is 1; it must be at least 2 tokens\."),
         ({"batch_size": 0}, r"LabelledText\.batch_size is 0; it must be at least 1\."),
         ({"limit": 0}, r"LabelledText\.limit is 0; it must be at least 1, or null for all examples\."),
-        ({"validation_share": 1.0}, r"LabelledText\.validation_share is 1\.0; it must lie in \[0, 1\)\."),
+        ({"validation_fraction": 1.0}, r"LabelledText\.validation_fraction is 1\.0; it must lie in \[0, 1\)\."),
     ],
 )
 def test_settings(settings, message):

@@ -13,7 +13,7 @@ LINES = 'text,labels\ngood film,"warm, long"\nbad tea,\nthe dog,long\n'
 @pytest.fixture
 def make(write, encoder_tokenizer):
     def make(content=LINES, name="train.csv", **settings) -> MultiLabelText:
-        settings = {"tokenizer": encoder_tokenizer, "validation_share": 0.0, **settings}
+        settings = {"tokenizer": encoder_tokenizer, "validation_fraction": 0.0, **settings}
         return MultiLabelText(train=write(name, content), **settings)
 
     return make

@@ -17,7 +17,7 @@ ROWS = [
 @pytest.fixture
 def make(write, encoder_tokenizer):
     def make(rows=ROWS, **settings) -> TaggedWords:
-        settings = {"tokenizer": encoder_tokenizer, "validation_share": 0.0, **settings}
+        settings = {"tokenizer": encoder_tokenizer, "validation_fraction": 0.0, **settings}
         return TaggedWords(train=write("train.json", rows), **settings)
 
     return make

@@ -137,7 +137,7 @@ def test_validation_is_in_order_whole_and_once(data, tmp_path):
 
 
 def test_training_without_validation(write, causal_tokenizer, tmp_path):
-    data = Completions(train=write("train.json", ROWS), tokenizer=causal_tokenizer, validation_share=0.0)
+    data = Completions(train=write("train.json", ROWS), tokenizer=causal_tokenizer, validation_fraction=0.0)
     recorder = Recorder()
     trainer(tmp_path, max_epochs=1).fit(recorder, data)
     assert recorder.validated == []
@@ -187,11 +187,11 @@ def test_command_line_knows_every_setting(capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["--data.help=PyDocs"])
     shown = capsys.readouterr().out
-    assert "--data.validation_share" not in shown
+    assert "--data.validation_fraction" not in shown
     with pytest.raises(SystemExit):
         parser.parse_args(["--data.help=Completions"])
     shown = capsys.readouterr().out
-    assert "Share of the training examples held out" in shown
+    assert "Fraction of the training examples held out" in shown
     assert "Prompt built from columns" in shown
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import datasets
 
-from lora_lightning.data.sources.quiet import silence_warnings
+from lora_lightning.data.sources.silence_warnings import silence_warnings
 
 log = logging.getLogger(__name__)
 

@@ -79,7 +79,7 @@ def make(write, causal_tokenizer):
     rows = [{"prompt": words(1 + n % 7, n), "completion": words(1 + n % 4, n + 100)} for n in range(24)]
 
     def make(**settings) -> Completions:
-        settings = {"max_length": 24, "batch_size": 4, "packing": True, "validation_share": 0.0, **settings}
+        settings = {"max_length": 24, "batch_size": 4, "packing": True, "validation_fraction": 0.0, **settings}
         data = Completions(train=write("train.json", rows), tokenizer=causal_tokenizer, **settings)
         data.setup("fit")
         return data

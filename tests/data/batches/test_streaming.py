@@ -42,7 +42,7 @@ def folder(tmp_path):
 def make(folder, causal_tokenizer):
     def make(workers: int = 0, ranks: tuple[int, int] = (1, 0), window: int = 1, kind=Completions, **settings):
         settings = {"train": str(folder), "batch_size": 2, "shuffle_block": 4, "max_length": 16, **settings}
-        common = {"tokenizer": causal_tokenizer, "validation_share": 0.0, "num_workers": workers, "streaming": True}
+        common = {"tokenizer": causal_tokenizer, "validation_fraction": 0.0, "num_workers": workers, "streaming": True}
         data = kind(**{**common, **settings})
         data.trainer = SimpleNamespace(
             distributed_sampler_kwargs={"num_replicas": ranks[0], "rank": ranks[1]},
@@ -186,7 +186,7 @@ def test_weights(make, write):
 
 
 def test_other_kinds_of_data(write, causal_tokenizer):
-    common = {"tokenizer": causal_tokenizer, "streaming": True, "validation_share": 0.0, "batch_size": 2}
+    common = {"tokenizer": causal_tokenizer, "streaming": True, "validation_fraction": 0.0, "batch_size": 2}
     text = PlainText(train=write("t.txt", "a b\n\nc d e\n"), block=False, **common)
     turns = [{"role": "user", "content": "what is it"}, {"role": "assistant", "content": "tea"}]
     chat = Chat(train=write("c.json", [{"messages": turns}] * 2), chat_template="plain", **common)
@@ -219,19 +219,19 @@ def first_turn(data, workers: int = 1) -> list[int]:
 
 
 def test_validation_rows_are_held_out_as_from_a_table(make):
-    data = make(validation_share=0.4, batch_size=1)
-    table = make(validation_share=0.4, batch_size=1, streaming=False)
+    data = make(validation_fraction=0.4, batch_size=1)
+    table = make(validation_fraction=0.4, batch_size=1, streaming=False)
     known = {split: sorted(map(name, table.inputs(split)["prompt"])) for split in ("train", "validation")}
     assert sorted(map(name, data.inputs("validation")["prompt"])) == known["validation"]
     assert sorted(first_turn(data)) == known["train"]
     assert len(known["validation"]) > 9
-    few = make(validation_share=0.4, batch_size=1, held_out_rows=3)
+    few = make(validation_fraction=0.4, batch_size=1, held_out_rows=3)
     assert len(few.examples("validation")) == 3
     assert sorted(first_turn(few)) == known["train"]
     with pytest.raises(
-        DataError, match=r"validation_share is 1e-09; of the streamed rows it leaves none for validation"
+        DataError, match=r"validation_fraction is 1e-09; of the streamed rows it leaves none for validation"
     ):
-        make(validation_share=1e-9)
+        make(validation_fraction=1e-9)
 
 
 def name(prompt: str) -> int:
@@ -241,8 +241,8 @@ def name(prompt: str) -> int:
 @pytest.mark.parametrize("share", [0.0, 0.4])
 def test_limit_takes_the_first_rows(make, write, share):
     file = write("t.jsonl", "\n".join(json.dumps(row(n)) for n in range(30)))
-    whole = make(train=file, validation_share=share, batch_size=1, shuffle_block=1)
-    data = make(train=file, validation_share=share, batch_size=1, limit=5)
+    whole = make(train=file, validation_fraction=share, batch_size=1, shuffle_block=1)
+    data = make(train=file, validation_fraction=share, batch_size=1, limit=5)
     assert sorted(first_turn(data)) == first_turn(whole)[:5]
     assert not share or len(data.examples("validation")) == 5
 
@@ -326,7 +326,7 @@ def test_a_run_tells_what_was_left_out(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = [f"--model.pretrained={decoder}", "--model.task=causal-lm", "--model.method=LoRA", "--data=Completions"]
     words += ["--data.train=rows.jsonl", "--data.streaming=true", "--data.on_error=skip", "--data.batch_size=2"]
-    words += ["--data.validation_share=0.3", "--trainer.max_steps=12", "--trainer.val_check_interval=6"]
+    words += ["--data.validation_fraction=0.3", "--trainer.max_steps=12", "--trainer.val_check_interval=6"]
     words += [
         "--trainer.check_val_every_n_epoch=null",
         "--trainer.accelerator=cpu",
@@ -348,7 +348,7 @@ def test_settings_that_a_stream_cannot_have():
     for settings, message in (
         ({"group_by_length": True}, r"streaming is True; group_by_length needs all lengths"),
         ({"shuffle_block": 0}, r"shuffle_block is 0; it must be at least 1"),
-        ({"held_out_rows": 0}, r"held_out_rows is 0; it must be at least 1; validation_share 0 holds none out"),
+        ({"held_out_rows": 0}, r"held_out_rows is 0; it must be at least 1; validation_fraction 0 holds none out"),
     ):
         with pytest.raises(SettingsError, match=rf"^Completions\.{message}"):
             Completions(**{"train": "x.jsonl", "streaming": True, **settings})

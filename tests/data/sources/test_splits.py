@@ -6,7 +6,7 @@ import hashlib
 import pytest
 
 from lora_lightning.data.sources import splits
-from lora_lightning.data.sources.splits import Sources, folded, in_share
+from lora_lightning.data.sources.splits import Sources, folded, in_fraction
 from lora_lightning.errors import DataError, SettingsError
 
 
@@ -24,22 +24,22 @@ def test_folding():
 
 
 def test_share_depends_on_the_folded_text_alone():
-    assert in_share("A  text", 0.5) == in_share("a text", 0.5)
+    assert in_fraction("A  text", 0.5) == in_fraction("a text", 0.5)
     for n in range(50):
         digest = hashlib.sha256(f"text {n}".encode()).hexdigest()
-        assert in_share(f"text {n}", 0.2) == (int(digest[:16], 16) / 2**64 < 0.2)
+        assert in_fraction(f"text {n}", 0.2) == (int(digest[:16], 16) / 2**64 < 0.2)
 
 
 def test_held_out_share_is_stable_disjoint_and_complete(numbered):
-    sources = Sources(owner="X", train=numbered, validation_share=0.2)
+    sources = Sources(owner="X", train=numbered, validation_fraction=0.2)
     train, validation = read(sources, "train")["text"][:], read(sources, "validation")["text"][:]
-    assert validation == [text for text in (f"text {n}" for n in range(300)) if in_share(text, 0.2)]
+    assert validation == [text for text in (f"text {n}" for n in range(300)) if in_fraction(text, 0.2)]
     assert 40 < len(validation) < 80
     assert sorted(train + validation) == sorted(f"text {n}" for n in range(300))
 
 
 def test_nothing_is_held_out_beside_validation_data(numbered, write):
-    sources = Sources(owner="X", train=numbered, validation=write("dev.csv", "text\nx\n"), validation_share=0.2)
+    sources = Sources(owner="X", train=numbered, validation=write("dev.csv", "text\nx\n"), validation_fraction=0.2)
     assert len(read(sources, "train")) == 300
     assert len(read(sources, "validation")) == 1
 
@@ -55,16 +55,16 @@ def test_predict_falls_back_to_test_then_validation(numbered, write):
     assert read(Sources(owner="X", predict=one, test=two, validation=three), "predict")["text"][:] == ["one"]
     assert read(Sources(owner="X", test=two, validation=three), "predict")["text"][:] == ["two"]
     assert read(Sources(owner="X", validation=three), "predict")["text"][:] == ["three"]
-    held_out = Sources(owner="X", train=numbered, validation_share=0.2)
+    held_out = Sources(owner="X", train=numbered, validation_fraction=0.2)
     assert read(held_out, "predict")["text"][:] == read(held_out, "validation")["text"][:]
     assert read(Sources(owner="X", train=numbered), "predict") is None
 
 
 def test_share_that_leaves_nothing(write):
-    sources = Sources(owner="X", train=write("x.csv", "text\none\n"), validation_share=1e-9)
+    sources = Sources(owner="X", train=write("x.csv", "text\none\n"), validation_fraction=1e-9)
     assert len(read(sources, "train")) == 1
     with pytest.raises(
-        DataError, match=r"^X\.validation_share is 1e-09; of the 1 training rows it leaves none for valid"
+        DataError, match=r"^X\.validation_fraction is 1e-09; of the 1 training rows it leaves none for valid"
     ):
         read(sources, "validation")
 
@@ -105,7 +105,7 @@ def test_sources_without_weights_follow_one_another(two):
 
 
 def test_what_is_held_out_of_a_mixture_comes_once_and_is_not_trained(two):
-    sources = Sources(owner="X", train=dict.fromkeys(two, 1.0), validation_share=0.2)
+    sources = Sources(owner="X", train=dict.fromkeys(two, 1.0), validation_fraction=0.2)
     train, validation = read(sources, "train")["text"][:], read(sources, "validation")["text"][:]
     assert len(set(validation)) == len(validation)
     assert not set(train) & set(validation)

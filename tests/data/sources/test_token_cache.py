@@ -31,7 +31,7 @@ def folder(monkeypatch, tmp_path) -> Path:
 def make(write, causal_tokenizer):
     def make(rows=ROWS, name: str = "train.json", **settings) -> tuple[Completions, bool]:
         """The data, and whether anything had to be tokenised."""
-        settings = {"tokenizer": causal_tokenizer, "validation_share": 0.0, **settings}
+        settings = {"tokenizer": causal_tokenizer, "validation_fraction": 0.0, **settings}
         data = Completions(train=write(name, rows), **settings)
         encoded: list[str] = []
         encode = data.encode
@@ -82,7 +82,7 @@ def test_a_template_in_a_file_counts_by_its_text(write, causal_tokenizer, tmp_pa
             train=write("c.jsonl", json.dumps({"messages": turns})),
             tokenizer=causal_tokenizer,
             chat_template=str(tmp_path / "mine.jinja"),
-            validation_share=0.0,
+            validation_fraction=0.0,
         )
         data.setup("fit")
         examples.append(data.examples("train")["input_ids"][:])

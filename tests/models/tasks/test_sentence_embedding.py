@@ -50,7 +50,7 @@ def test_train_predict_and_export(tmp_path, monkeypatch):
     words = [
         *("--model.pretrained=encoder", "--model.task=sentence-embedding", "--model.method=LoRA"),
         *("--model.optimizer=AdamW", "--model.optimizer.lr=0.01", "--data=TextPairs", f"--data.train={pairs}"),
-        *("--data.validation_share=0.25", "--data.batch_size=6", "--data.max_length=16", "--trainer.max_steps=10"),
+        *("--data.validation_fraction=0.25", "--data.batch_size=6", "--data.max_length=16", "--trainer.max_steps=10"),
     ]
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
     assert main(["fit", *words, *quiet, "--trainer.num_sanity_val_steps=0"]) == 0

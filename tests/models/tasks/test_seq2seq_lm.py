@@ -114,7 +114,7 @@ def test_train_predict_and_export_from_random_numbers(folder, monkeypatch, capsy
     words = [
         *("--model.pretrained=random:t5", "--model.task=seq2seq-lm", f"--model.random_config={SIZES}"),
         *("--model.method=LoRA", "--model.also_train=[shared]", "--model.max_new_tokens=4", "--data=TextToText"),
-        *("--data.train=rows.csv", "--data.tokenizer=.", "--data.validation_share=0.3", "--data.batch_size=4"),
+        *("--data.train=rows.csv", "--data.tokenizer=.", "--data.validation_fraction=0.3", "--data.batch_size=4"),
         *("--trainer.max_steps=6", "--trainer.num_sanity_val_steps=0"),
     ]
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]

@@ -1,4 +1,4 @@
-"""Shares of several processes: each row in one of them, and as many batches everywhere."""
+"""Rows of several processes: each row in one of them, and as many batches everywhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from toy_runs import labelled_file
 
 from lora_lightning.data import LabelledText, TextPairs
 from lora_lightning.data.batches.grouping import LengthGroupedSampler
-from lora_lightning.data.batches.shares import EachOnce, equal_batches
+from lora_lightning.data.batches.process_rows import EachOnce, equal_batches
 from lora_lightning.errors import DataError
 
 
@@ -39,7 +39,7 @@ def test_every_row_once_in_as_many_batches(grouped):
     [(64, 2, 16, 16), (65, 2, 16, 15), (67, 2, 16, 16), (5, 2, 2, 3), (5, 2, 1, 3)],
 )
 def test_sizes_of_batches(rows, processes, wanted, size):
-    """65 rows make shares of 33 and 32: two batches of 16, and one row over on one process only."""
+    """65 rows make 33 and 32 of two processes: two batches of 16, and one row over on one process only."""
     assert equal_batches(rows, processes, wanted) == size
 
 
@@ -82,7 +82,7 @@ def test_rows_that_are_fewer_than_processes(data):
         served(data, "val", 16)
 
 
-def test_rows_that_are_compared_come_in_even_shares(tmp_path, encoder_tokenizer):
+def test_rows_that_are_compared_are_as_many_on_every_process(tmp_path, encoder_tokenizer):
     file = tmp_path / "pairs.csv"
     file.write_text("\n".join(["anchor,positive", *(f"a{i},b{i}" for i in range(9))]) + "\n")
     pairs = TextPairs(train=str(file), validation=str(file), tokenizer=encoder_tokenizer, batch_size=2)

@@ -144,7 +144,11 @@ def test_a_run_shows_them_before_and_after(decoder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = [f"--model.pretrained={folder}", "--model.task=causal-lm", "--model.method=LoRA", "--data=Completions"]
     words += ["--model.task_settings={generate_batches: 2}", "--model.max_new_tokens=4", "--trainer.max_steps=4"]
-    words += [f"--data.train={folder}/pairs.csv", "--data.validation_share=0.3", "--trainer.enable_progress_bar=false"]
+    words += [
+        f"--data.train={folder}/pairs.csv",
+        "--data.validation_fraction=0.3",
+        "--trainer.enable_progress_bar=false",
+    ]
     assert main(["fit", *words, "--trainer.accelerator=cpu"]) == 0
     summary = json.loads((tmp_path / "runs/run/001/summary.json").read_text())
     for values in (summary["untrained"], summary["values"]):

@@ -1,4 +1,4 @@
-"""What several processes measure: each row once, in as many batches on all of them."""
+"""The rows that each of several processes measures: every row once, in as many batches on all of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils.data import DistributedSampler
 
 
 class EachOnce(DistributedSampler[Any]):
-    """One process's share of a table, in the order of another sampler, without rows that fill the last shares up.
+    """The rows of one process, in the order of another sampler, without those that fill the last processes up.
 
     Args:
         dealt: deals row i to process i mod n, in any order, and some rows to two of them.
@@ -34,7 +34,7 @@ class EachOnce(DistributedSampler[Any]):
 def equal_batches(rows: int, processes: int, batch_size: int) -> int:
     """The size nearest to `batch_size`, smaller ones first, that gives all processes as many batches.
 
-    Shares differ by one row. Where that row would be a batch of its own, processes would wait for each other in it.
+    Processes differ by one row. Where that row is a batch of its own, the others would wait for it.
 
     Args:
         rows: at least one a process.

@@ -1,4 +1,4 @@
-"""Texts that a model writes, held against those that it should have written."""
+"""Texts that a model generates, compared with those that were expected."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def text_metrics() -> dict[str, Metric]:
     return {"bleu": SacreBLEUScore(), "chrf": CHRFScore(n_word_order=0)}
 
 
-def due(metrics: Mapping[str, Metric], batches: int) -> bool:
-    """Whether one more batch is to be written, of `batches` in all."""
+def should_generate(metrics: Mapping[str, Metric], batches: int) -> bool:
+    """Whether texts of one more batch are to be generated, of `batches` in all."""
     return bool(batches) and metrics["bleu"].update_count < batches
 
 
-def add_texts(metrics: Mapping[str, Metric], made: Sequence[str], wanted: Sequence[str]) -> None:
-    """Add texts to the metrics of `text_metrics`."""
+def add_texts(metrics: Mapping[str, Metric], generated: Sequence[str], expected: Sequence[str]) -> None:
+    """Add generated texts to the metrics of `text_metrics`, each with the one expected text."""
     for name in ("bleu", "chrf"):
-        metrics[name].update(made, [[text] for text in wanted])
+        metrics[name].update(generated, [[text] for text in expected])
 
 
 def label_texts(labels: Iterable[Tensor], tokenizer: Any) -> list[str]:
