@@ -275,7 +275,8 @@ def _foreign(leaf: Leaf, bases: Sequence[type]) -> str:
 def _unknown_name(leaf: Leaf, bases: Sequence[type]) -> str:
     if takes_method(bases):
         return plugins.registry().explain_unknown(leaf.word)
-    return f'no {noun(bases)} "{leaf.word}".{_advice(leaf.word, bases)}'
+    unusable = plugins.registry().explain_unusable(leaf.word)
+    return unusable or f'no {noun(bases)} "{leaf.word}".{_advice(leaf.word, bases)}'
 
 
 def _unnamed(leaf: Leaf, bases: Sequence[type]) -> str:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
 from ll_dora.settings import DoRA
 from lora_lightning import hookimpl
 from lora_lightning.methods import Method
 
-if TYPE_CHECKING:
-    from lightning.pytorch.callbacks import Callback
-
 __all__ = ["DoRA"]
+
+requires_api = ">=2,<3"
 
 
 @hookimpl
@@ -22,11 +20,9 @@ def lora_lightning_methods() -> Iterable[type[Method]]:
 
 
 @hookimpl
-def lora_lightning_callbacks() -> Iterable[type[Callback]]:
+def lora_lightning_callbacks() -> Mapping[str, str]:
     """The recorder of the weight decomposition analysis."""
-    from ll_dora.callback import WeightDecomposition
-
-    return [WeightDecomposition]
+    return {"WeightDecomposition": "ll_dora.callback:WeightDecomposition"}
 
 
 @hookimpl

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 from lora_lightning import hookimpl
 
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
+requires_api = ">=2,<3"
 
 
 @hookimpl
-def lora_lightning_optimizers() -> Iterable[type[Optimizer]]:
+def lora_lightning_optimizers() -> Mapping[str, str]:
     """LoRAPlus, LoRAFA, LoRARITE, LoRAPro."""
-    from ll_optimizers.fa import LoRAFA
-    from ll_optimizers.plus import LoRAPlus
-    from ll_optimizers.pro import LoRAPro
-    from ll_optimizers.rite import LoRARITE
-
-    return [LoRAPlus, LoRAFA, LoRARITE, LoRAPro]
+    return {
+        "LoRAPlus": "ll_optimizers.plus:LoRAPlus",
+        "LoRAFA": "ll_optimizers.fa:LoRAFA",
+        "LoRARITE": "ll_optimizers.rite:LoRARITE",
+        "LoRAPro": "ll_optimizers.pro:LoRAPro",
+    }

@@ -10,9 +10,9 @@ from PIL import Image
 from resuming import SaveAt, assert_equal_runs, at_step, run
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
+from ll_demo import shapes
 from ll_lora import LoRA
 from lora_lightning.data import LabelledImages
-from lora_lightning.data.builtin import shapes
 from lora_lightning.data.inspect import show_examples
 from lora_lightning.errors import DataError, SettingsError
 from lora_lightning.training.module import AdapterModule

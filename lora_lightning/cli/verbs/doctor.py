@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
 def environment() -> list[str]:
     """Print what this machine and installation offer; returns what is wrong with them."""
-    from lora_lightning.cli.components import parts
+    from lora_lightning.cli.classes import load_components
     from lora_lightning.cli.preflight import machine as diagnosis
 
     print_table(("Here", ""), [*diagnosis.machine().items(), *diagnosis.devices().items()])
@@ -51,14 +51,14 @@ def environment() -> list[str]:
         [(v.name, v.installed or "-", v.allowed, v.tested or "-", v.extra or "all") for v in versions],
     )
     known = registry()
-    parts()  # asks every hook, so that what fails is known
+    load_components()  # so that what fails is known
     base_layer_kinds(known)
     by_plugin = {plugin: [n for n, p in known.providers.items() if p.plugin == plugin] for plugin in _plugins()}
     print_table(
         ("Plugin", "State", "Methods"),
         [
             *((name, "loaded", ", ".join(sorted(methods)) or "-") for name, methods in by_plugin.items()),
-            *((name, "blocked", ", ".join(methods) or "-") for name, methods in known.blocked.items()),
+            *((name, "blocked", "-") for name in known.blocked),
             *((name, "failed", one_line(cause)) for name, cause in known.failed.items()),
         ],
     )

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 
 import datasets
 
-from lora_lightning.data.builtin import PREFIX, builtin_table
+from lora_lightning.data.sources.builtin import PREFIX, builtin_table
 from lora_lightning.data.sources.lines import BadLines, bad_lines, copy_without, first_bad_line, has_lines, rows_of
 from lora_lightning.data.sources.silence_warnings import silence_warnings
 from lora_lightning.errors import DataError, did_you_mean, nearest

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import pytest
-
-from lora_lightning.data import TaggedWords
 from lora_lightning.data.builtin import dates, documented, kin, pairs, sizes, traits, weekdays, words
-from lora_lightning.errors import DataError
 
 SOURCE = '''
 import sys
@@ -115,20 +112,3 @@ def test_conversations_about_days():
         for asked, answer in zip(turns[1::2], turns[2::2], strict=True):
             day = (day + (1 if "after" in asked else -1)) % 7
             assert answer == f"{dates.DAYS[day]}."
-
-
-def test_a_built_in_table_is_a_source(library, monkeypatch, encoder_tokenizer):
-    monkeypatch.setattr(words, "documented", lambda: documented.documented(library))
-    monkeypatch.setattr("lora_lightning.data.builtin._made", lambda name: words.table())
-    data = TaggedWords(train="builtin:python-words", tokenizer=encoder_tokenizer, validation_fraction=0.0)
-    assert data.label_names == ["other", "parameter", "type"]
-    data.setup("fit")
-    assert len(data.examples("train")) == 1
-
-
-def test_an_unknown_table(encoder_tokenizer):
-    data = TaggedWords(train="builtin:python-word", tokenizer=encoder_tokenizer, validation_fraction=0.0)
-    with pytest.raises(
-        DataError, match=r'TaggedWords.train is "builtin:python-word"; there .* Did you mean "python-words"\? Built in'
-    ):
-        data.setup("fit")

@@ -6,7 +6,7 @@ import math
 
 import datasets
 
-from lora_lightning.data.builtin.documented import documented
+from ll_demo.documented import documented
 
 FEWEST, MOST = 20, 400
 """Characters of a text."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datasets
 
-from lora_lightning.data.builtin.documented import documented
+from ll_demo.documented import documented
 from lora_lightning.data.sources.splits import folded
 
 FEWEST = 30

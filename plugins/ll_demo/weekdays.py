@@ -9,7 +9,7 @@ import random
 
 import datasets
 
-from lora_lightning.data.builtin.dates import DAYS
+from ll_demo.dates import DAYS
 
 ROWS = 4000
 Turns = list[dict[str, str]]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import datasets
 
-from lora_lightning.data.areas import AREA_OF
+from ll_demo.areas import AREA_OF
 from lora_lightning.data.sources.splits import folded
 from lora_lightning.errors import DataError
 

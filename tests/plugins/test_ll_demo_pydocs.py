@@ -6,10 +6,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from toy_runs import encoder_folder
 
-from lora_lightning.data import PyDocs, docstrings, pydocs
-from lora_lightning.data.areas import AREA_NAMES, AREA_OF, AREAS
-from lora_lightning.data.docstrings import library_docstrings
+from ll_demo import docstrings, pydocs
+from ll_demo.areas import AREA_NAMES, AREA_OF, AREAS
+from ll_demo.docstrings import library_docstrings
+from ll_demo.pydocs import PyDocs
 from lora_lightning.data.sources.splits import folded
 from lora_lightning.errors import DataError
 
@@ -19,10 +21,15 @@ def library():
     return library_docstrings()
 
 
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return str(encoder_folder(tmp_path_factory.mktemp("encoder")))
+
+
 @pytest.fixture
-def data(library, monkeypatch, encoder_tokenizer) -> PyDocs:
+def data(library, monkeypatch, tokenizer) -> PyDocs:
     monkeypatch.setattr(pydocs, "library_docstrings", lambda: library)
-    return PyDocs(tokenizer=encoder_tokenizer)
+    return PyDocs(tokenizer=tokenizer)
 
 
 def test_size_and_balance(library):

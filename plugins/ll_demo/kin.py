@@ -10,7 +10,7 @@ from collections import defaultdict
 
 import datasets
 
-from lora_lightning.data.builtin.documented import Documented, documented
+from ll_demo.documented import Documented, documented
 
 FEWEST = 30
 """Characters of a paragraph."""

@@ -11,7 +11,7 @@ import re
 
 import datasets
 
-from lora_lightning.data.builtin.documented import Documented, documented
+from ll_demo.documented import Documented, documented
 
 CONSTANTS = frozenset({"None", "True", "False", "NotImplemented", "Ellipsis"})
 TYPES = frozenset(name for name, value in vars(builtins).items() if isinstance(value, type))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datasets
 
-from lora_lightning.data.docstrings import library_docstrings
+from ll_demo.docstrings import library_docstrings
 
 
 def table() -> datasets.Dataset:

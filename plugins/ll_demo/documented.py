@@ -14,7 +14,7 @@ from functools import cache
 from itertools import chain
 from pathlib import Path
 
-from lora_lightning.data.docstrings import no_garbage_collection, sources, syntax_tree
+from ll_demo.docstrings import no_garbage_collection, sources, syntax_tree
 
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 BLOCKS = ("body", "orelse", "handlers", "finalbody")

@@ -6,8 +6,8 @@ from functools import cached_property
 
 import datasets
 
-from lora_lightning.data.areas import AREA_NAMES
-from lora_lightning.data.docstrings import library_docstrings
+from ll_demo.areas import AREA_NAMES
+from ll_demo.docstrings import library_docstrings
 from lora_lightning.data.sources.splits import in_fraction
 from lora_lightning.data.text import TextData
 from lora_lightning.data.tokens.encoding import encode_texts
