@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
@@ -20,8 +20,11 @@ from lora_lightning import hookspecs
 from lora_lightning.cli.shell.sources import PACKAGES, imported_from, known_names, statements
 from lora_lightning.errors import DuplicateMethodError, PluginError, did_you_mean
 from lora_lightning.methods import Method, check_names
-from lora_lightning.registry import LIGHT_VERBS, TRAINING_VERBS, Provider, Registry
+from lora_lightning.registry import LIGHT_VERBS, TRAINING_VERBS, Provider, Registry, one_line
 from lora_lightning.version import __version__
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 GROUP = "lora_lightning"
 _REQUIRES = "requires_api"
@@ -362,6 +365,28 @@ def registry() -> Registry:
 def method(name: str) -> type[Method]:
     """The installed method class called `name`."""
     return registry().method(name)
+
+
+def optimizer_of(method_class: type[Method], name: str) -> type[Optimizer]:
+    """The optimizer called `name`, which is a method's default and of another plugin.
+
+    Raises:
+        PluginError: no plugin provides it, naming those that are blocked or failed.
+    """
+    from torch.optim import Optimizer
+
+    known = registry()
+    if name not in known.classes:
+        load_classes(known, {"lora_lightning_optimizers": Optimizer})
+    if name in known.classes:
+        optimizer_class: type[Optimizer] = known.classes[name][1]
+        return optimizer_class
+    reasons = [f" Plugin {plugin} is blocked by -p no:{plugin}." for plugin in known.blocked]
+    reasons += [f" Plugin {plugin} failed: {one_line(cause)}." for plugin, cause in known.failed.items()]
+    raise PluginError(
+        f"{method_class.__name__} trains with {name} unless another optimizer is named, and no plugin provides it."
+        f"{''.join(reasons)} Name one in model.optimizer, such as AdamW."
+    )
 
 
 def restore_settings(method_class: type[Method], where: str, fields: Mapping[str, Any]) -> Method:

@@ -22,7 +22,7 @@ from toy_runs import trainer
 import lora_lightning as ll
 from ll_lora import LoRA
 from ll_lorasc.optim import SlowFast
-from ll_riemannian_moe.optim import RiemannianAdamW
+from ll_optimizers.riemannian import RiemannianAdamW
 from ll_rose import RoseLoRA
 from lora_lightning import InjectAdapters, iter_adapters, load_adapter, save_adapter
 from lora_lightning.callbacks import Cascade, NoiseInjection, RankPruning, SparsitySchedule

@@ -1,4 +1,4 @@
-"""MoELoRA: a mixture of low-rank experts, and Riemannian optimizers for every method with factor pairs."""
+"""MoELoRA: a mixture of low-rank experts with gate-aware gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from lora_lightning.methods import Method
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
-    from torch.optim import Optimizer
 
 __all__ = ["MoELoRA"]
 
@@ -20,14 +19,6 @@ __all__ = ["MoELoRA"]
 def lora_lightning_methods() -> Iterable[type[Method]]:
     """MoELoRA."""
     return [MoELoRA]
-
-
-@hookimpl
-def lora_lightning_optimizers() -> Iterable[type[Optimizer]]:
-    """RiemannianSGD and RiemannianAdamW."""
-    from ll_riemannian_moe.optim import RiemannianAdamW, RiemannianSGD
-
-    return [RiemannianSGD, RiemannianAdamW]
 
 
 @hookimpl

@@ -15,10 +15,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from ll_dora.analysis import Axis, weight_change
-from ll_dora.records import FILENAME, FORMAT
+from ll_weight_change.records import FILENAME, FORMAT
 from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.adapters.layers.base import BaseLayer
+from lora_lightning.adapters.weight_change import Axis, weight_change
 from lora_lightning.callbacks.steps import REPORTS, announce, order_callbacks, resolve_step, total_steps
 from lora_lightning.errors import NoEffectError, ResumeError, SettingsError, TrainingError, check
 from lora_lightning.injection.records import iter_adapters, records
