@@ -311,7 +311,7 @@ def record(module: Any, out: Path) -> None:
         (out / "router.json").write_text(json.dumps(logged))
         summary = next((c.summary for c in module.trainer.callbacks if isinstance(c, RunReport)), None)
         if summary is not None:
-            told = {name: summary[name] for name in ("report", "surviving_parameters", "moved", "values")}
+            told = {name: summary[name] for name in ("report", "surviving_parameters", "changed", "values")}
             (out / "summary.json").write_text(json.dumps(told))
 
 

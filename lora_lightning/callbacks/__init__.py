@@ -9,6 +9,7 @@ from lora_lightning.callbacks.rank_pruning import RankPruning
 from lora_lightning.callbacks.resume import ExactResume
 from lora_lightning.callbacks.schedule import ScheduleCallback
 from lora_lightning.callbacks.sparsity import SparsitySchedule
+from lora_lightning.callbacks.steps import StepCallback
 
 __all__ = [
     "Cascade",
@@ -19,5 +20,6 @@ __all__ = [
     "RankPruning",
     "ScheduleCallback",
     "SparsitySchedule",
+    "StepCallback",
     "TrainingGuard",
 ]
