@@ -20,7 +20,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor
 
 from ll_demo.pydocs import PyDocs
-from ll_dora.callback import WeightDecomposition
+from ll_weight_change.callback import WeightDecomposition
 from lora_lightning.cli.main import main as lora_lightning
 from lora_lightning.models.loading import load_model
 from lora_lightning.models.tasks import find_task

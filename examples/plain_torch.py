@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import lora_lightning as ll
-from ll_riemannian_moe.optim import RiemannianAdamW
+from ll_optimizers.riemannian import RiemannianAdamW
 from lora_lightning.adapters.folded import FactoredUpdate
 from lora_lightning.callbacks.pruning import keep_count, keep_top, kept_share, sensitivity
 from lora_lightning.injection.records import trainable_adapters

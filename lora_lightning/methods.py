@@ -166,6 +166,16 @@ def plain_settings(method: Method) -> dict[str, Any]:
     }
 
 
+def renamed(settings: Mapping[str, Any], former: Mapping[str, str]) -> dict[str, Any]:
+    """`settings` under the names of today, where `former` maps older names to them.
+
+    Example:
+        >>> renamed({"share": 0.5, "rule": "outer_step"}, {"share": "blend"})
+        {'blend': 0.5, 'rule': 'outer_step'}
+    """
+    return {former.get(name, name): value for name, value in settings.items()}
+
+
 def check_names(method_class: type[Method], where: str, fields: Mapping[str, Any]) -> None:
     """Raise `SettingsError` for a field that the method does not have, naming `where` it was given."""
     names = [field.name for field in dataclasses.fields(method_class)]

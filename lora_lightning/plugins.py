@@ -12,15 +12,18 @@ import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from lora_lightning import hookspecs
 from lora_lightning.errors import DuplicateMethodError, PluginError, did_you_mean
 from lora_lightning.methods import Method, check_names
-from lora_lightning.registry import KNOWN, LIGHT_VERBS, TRAINING_VERBS, Component, Provider, Registry
+from lora_lightning.registry import KNOWN, LIGHT_VERBS, TRAINING_VERBS, Component, Provider, Registry, one_line
 from lora_lightning.version import __version__
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 GROUP = "lora_lightning"
 _REQUIRES = "requires_api"
@@ -387,6 +390,25 @@ def registry() -> Registry:
 def method(name: str) -> type[Method]:
     """The installed method class called `name`."""
     return registry().method(name)
+
+
+def optimizer_of(method_class: type[Method], name: str) -> type[Optimizer]:
+    """The optimizer called `name`, which is a method's default and of another plugin.
+
+    Raises:
+        PluginError: no plugin provides it, naming those that are blocked or failed.
+    """
+    known = registry()
+    component = known.components.get(name)
+    if component is not None:
+        optimizer_class: type[Optimizer] = component.load()
+        return optimizer_class
+    reasons = [f" Plugin {plugin} is blocked by -p no:{plugin}." for plugin in known.blocked]
+    reasons += [f" Plugin {plugin} failed: {one_line(cause)}." for plugin, cause in known.failed.items()]
+    raise PluginError(
+        f"{method_class.__name__} trains with {name} unless another optimizer is named, and no plugin provides it."
+        f"{''.join(reasons)} Name one in model.optimizer, such as AdamW."
+    )
 
 
 def restore_settings(method_class: type[Method], where: str, fields: Mapping[str, Any]) -> Method:

@@ -20,8 +20,8 @@ from ll_dora import DoRA
 from ll_lora import LoRA
 from ll_lorasc.optim import SlowFast
 from ll_optimizers.plus import LoRAPlus
+from ll_optimizers.riemannian import RiemannianAdamW
 from ll_riemannian_moe import MoELoRA
-from ll_riemannian_moe.optim import RiemannianAdamW
 from ll_rose import RoseLoRA
 from lora_lightning.callbacks import Cascade, NoiseInjection, SparsitySchedule
 from lora_lightning.errors import LoraLightningError

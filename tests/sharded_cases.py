@@ -36,17 +36,17 @@ from toy_runs import (
 
 from ll_ce_lora import CELoRA
 from ll_dora import DoRA
-from ll_dora.callback import WeightDecomposition
 from ll_lora import LoRA
 from ll_lorasc import LoRASC
 from ll_lorasc.optim import SlowFast
 from ll_optimizers.fa import LoRAFA
 from ll_optimizers.plus import LoRAPlus
 from ll_optimizers.pro import LoRAPro
+from ll_optimizers.riemannian import RiemannianAdamW, RiemannianSGD
 from ll_optimizers.rite import LoRARITE
 from ll_riemannian_moe import MoELoRA
-from ll_riemannian_moe.optim import RiemannianAdamW, RiemannianSGD
 from ll_rose import RoseLoRA
+from ll_weight_change.callback import WeightDecomposition
 from lora_lightning.callbacks.best import KeepBest
 from lora_lightning.callbacks.cascade import Cascade
 from lora_lightning.callbacks.inject import InjectAdapters
@@ -311,7 +311,7 @@ def record(module: Any, out: Path) -> None:
         (out / "router.json").write_text(json.dumps(logged))
         summary = next((c.summary for c in module.trainer.callbacks if isinstance(c, RunReport)), None)
         if summary is not None:
-            told = {name: summary[name] for name in ("report", "surviving_parameters", "moved", "values")}
+            told = {name: summary[name] for name in ("report", "surviving_parameters", "changed", "values")}
             (out / "summary.json").write_text(json.dumps(told))
 
 

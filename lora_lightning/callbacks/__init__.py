@@ -17,6 +17,7 @@ from lora_lightning.callbacks.rank_pruning import RankPruning
 from lora_lightning.callbacks.resume import ExactResume
 from lora_lightning.callbacks.schedule import ScheduleCallback
 from lora_lightning.callbacks.sparsity import SparsitySchedule
+from lora_lightning.callbacks.steps import StepCallback
 
 __all__ = [
     "Cascade",
@@ -27,6 +28,7 @@ __all__ = [
     "RankPruning",
     "ScheduleCallback",
     "SparsitySchedule",
+    "StepCallback",
     "TrainingGuard",
 ]
 

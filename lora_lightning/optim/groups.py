@@ -73,10 +73,9 @@ def build_optimizer(model: nn.Module, factory: OptimizerFactory | None) -> Optim
         if spec.weight_decay is not None:
             group["weight_decay"] = spec.weight_decay
         groups.append(group)
-    methods = [record.method for record in records(injected_root(model)).values()]
-    own = next((made for made in (method.optimizer() for method in methods) if made is not None), None)
+    make = factory or _methods_own(model) or adamw
     try:
-        optimizer = (factory or own or adamw)(groups)
+        optimizer = make(groups)
     except SettingsError:
         raise
     except ValueError as error:
@@ -86,6 +85,15 @@ def build_optimizer(model: nn.Module, factory: OptimizerFactory | None) -> Optim
     if hasattr(optimizer, "bind_pairs"):
         optimizer.bind_pairs(factor_pairs(model))
     return optimizer
+
+
+def _methods_own(model: nn.Module) -> OptimizerFactory | None:
+    """The default of the first method that has one."""
+    for record in records(injected_root(model)).values():
+        own = record.method.optimizer()
+        if own is not None:
+            return own
+    return None
 
 
 def factor_pairs(model: nn.Module) -> tuple[FactorPair, ...]:

@@ -1,8 +1,8 @@
-"""DoRA, and the analysis of how training moves magnitudes and directions of weights."""
+"""DoRA: weight-decomposed low-rank adaptation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from ll_dora.settings import DoRA
 from lora_lightning import hookimpl
@@ -17,15 +17,3 @@ requires_api = ">=2,<3"
 def lora_lightning_methods() -> Iterable[type[Method]]:
     """DoRA."""
     return [DoRA]
-
-
-@hookimpl
-def lora_lightning_callbacks() -> Mapping[str, str]:
-    """The recorder of the weight decomposition analysis."""
-    return {"WeightDecomposition": "ll_dora.callback:WeightDecomposition"}
-
-
-@hookimpl
-def lora_lightning_commands() -> Mapping[str, str]:
-    """The verb that draws what the recorder wrote."""
-    return {"analyse": "ll_dora.verb"}

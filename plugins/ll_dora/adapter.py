@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from ll_dora import functional
-from ll_dora.analysis import weight_change
 from lora_lightning.adapters.base import (
     Adapter,
     FactorPair,
@@ -27,6 +26,7 @@ from lora_lightning.adapters.base import (
     write_zeros,
 )
 from lora_lightning.adapters.layers.base import BaseLayer
+from lora_lightning.adapters.weight_change import weight_change
 from lora_lightning.distributed import assembled
 
 _SQUARES = "ll_dora: squared row norms"

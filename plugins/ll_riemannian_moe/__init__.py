@@ -1,4 +1,4 @@
-"""MoELoRA: a mixture of low-rank experts, and Riemannian optimizers for every method with factor pairs."""
+"""MoELoRA: a mixture of low-rank experts with gate-aware gradients."""
 
 from __future__ import annotations
 
@@ -17,15 +17,6 @@ requires_api = ">=2,<3"
 def lora_lightning_methods() -> Iterable[type[Method]]:
     """MoELoRA."""
     return [MoELoRA]
-
-
-@hookimpl
-def lora_lightning_optimizers() -> Mapping[str, str]:
-    """RiemannianSGD and RiemannianAdamW."""
-    return {
-        "RiemannianSGD": "ll_riemannian_moe.optim:RiemannianSGD",
-        "RiemannianAdamW": "ll_riemannian_moe.optim:RiemannianAdamW",
-    }
 
 
 @hookimpl

@@ -1,7 +1,8 @@
 """MoELoRA: a mixture of low-rank experts with gate-aware Riemannian gradients.
 
 Sun et al., 2025, arXiv:2502.15828; preconditioner of each expert: Zhang and Pilanci, 2024,
-arXiv:2402.02347. The equations stand in `functional.py`, the preconditioned optimizers in `optim.py`.
+arXiv:2402.02347. The equations stand in `functional.py`; the preconditioned optimizers are those of the plugin
+`ll_optimizers`.
 
     y = W x + b + sum_i g_i(x) s B_i A_i x,   g = softmax over the k largest entries of G x
 
@@ -131,10 +132,10 @@ class MoELoRA(Method):
         return groups
 
     def optimizer(self) -> Callable[[Any], Optimizer]:
-        """RiemannianAdamW."""
-        from ll_riemannian_moe.optim import RiemannianAdamW
+        """RiemannianAdamW, which another plugin provides."""
+        from lora_lightning.plugins import optimizer_of
 
-        return RiemannianAdamW
+        return optimizer_of(type(self), "RiemannianAdamW")
 
     def callbacks(self) -> Sequence[Callback]:
         """Load statistics of the routers."""

@@ -277,7 +277,7 @@ def test_the_numbers_told_are_those_of_the_state_that_is_written(encoder, tmp_pa
     trainer(tmp_path, [report, *extra()], max_steps=8, val_check_interval=2).fit(module, datamodule=data)
     values = trainer(tmp_path, []).validate(module, datamodule=data, verbose=False)[0]
     assert report.summary["values"]["loss"] == pytest.approx(values["val_loss"], abs=1e-6)
-    assert all(distance > 0 for distance in report.summary["moved"].values())
+    assert all(distance > 0 for distance in report.summary["changed"].values())
 
 
 def test_keep_best_takes_a_state_at_a_knot(tmp_path):

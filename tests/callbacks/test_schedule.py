@@ -21,7 +21,7 @@ from lora_lightning.injection.records import trainable_adapters
 
 
 class Recorder(ScheduleCallback):
-    phase, asks = 1, "anything"
+    phase, requires = 1, "anything"
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ def test_moments_as_shares_and_step_numbers(value, total, step):
             r"from step 2 to step 2 in a run of 3 steps, so it does not fit; the smallest run that fits has 4",
         ),
         (2, 90, 50, r"S.end is step 90; the run has 50 steps, so it must be at most 50"),
-        (0.1, 0.8, None, r"S.start is 0.1, a share of all steps, but nothing bounds their number; set max_steps"),
+        (0.1, 0.8, None, r"S.start is 0.1, a fraction of all steps, but nothing bounds their number; set max_steps"),
         (0.1, 8.5, 100, r"S.end is 8.5; above 1 it is a step number and must be whole, such as 8"),
     ],
 )

@@ -627,7 +627,7 @@ def test_an_adapter_that_was_started_again_chooses_after_its_next_step():
         loop.step()
     before = loop.index("c")
     loop.adapters["b.adapters.default"].reset(torch.Generator().manual_seed(1))
-    loop.schedule._adapters, loop.schedule._seen = loop.adapters, 3
+    loop.schedule._adapters, loop.schedule.last_step = loop.adapters, 3
     state = loop.schedule.state_dict()  # saved where it has no channels, as at a knot
     resumed.model.load_state_dict(loop.model.state_dict())
     resumed.schedule.load_state_dict(state)

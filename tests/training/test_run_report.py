@@ -84,7 +84,7 @@ def test_a_run_in_any_project_is_reported(tmp_path):
     assert summary == json.loads(json.dumps(report.summary))
     assert summary["trainable_parameters"] == 2 * 8 + 10
     assert summary["steps"] == 6
-    assert set(summary["moved"]) == {
+    assert set(summary["changed"]) == {
         "head.weight",
         "head.bias",
         "used.adapters.default.lora_A",

@@ -63,12 +63,12 @@ def test_an_unknown_method(capsys):
 
 
 CARDS = {
-    "RiemannianAdamW": ("optimizer, named in model.optimizer", "ll_riemannian_moe, from lora-lightning ", "lr float"),
+    "RiemannianAdamW": ("optimizer, named in model.optimizer", "ll_optimizers, from lora-lightning ", "lr float"),
     "AdamW": ("optimizer, named in model.optimizer", "torch ", "lr "),
     "SparsitySchedule": ("callback, named in trainer.callbacks", "lora-lightning ", "sparsity float 0.8 "),
     "WeightDecomposition": (
         "callback, named in trainer.callbacks",
-        "ll_dora, from lora-lightning ",
+        "ll_weight_change, from lora-lightning ",
         "at Sequence[float] ",
     ),
     "LabelledText": ("data module, named in data", "lora-lightning ", "batch_size int 16 Examples of a batch"),
@@ -111,7 +111,7 @@ def test_a_misspelt_name_imports_nothing():
 
 
 def test_a_component_of_a_blocked_plugin_has_no_card(capsys):
-    assert main(["show", "WeightDecomposition", "-p", "no:ll_dora"]) == 2
+    assert main(["show", "WeightDecomposition", "-p", "no:ll_weight_change"]) == 2
     assert capsys.readouterr().err.startswith("error: show: no ")
     plugins.load()
 

@@ -31,14 +31,14 @@ def tables(monkeypatch):
 
 
 def test_a_built_in_table_is_a_source(encoder_tokenizer):
-    data = TaggedWords(train="builtin:ours-words", tokenizer=encoder_tokenizer, validation_share=0.0)
+    data = TaggedWords(train="builtin:ours-words", tokenizer=encoder_tokenizer, validation_fraction=0.0)
     assert data.label_names == ["other", "type"]
     data.setup("fit")
     assert len(data.examples("train")) == 1
 
 
 def test_an_unknown_table(encoder_tokenizer):
-    data = TaggedWords(train="builtin:python-word", tokenizer=encoder_tokenizer, validation_share=0.0)
+    data = TaggedWords(train="builtin:python-word", tokenizer=encoder_tokenizer, validation_fraction=0.0)
     with pytest.raises(
         DataError, match=r'TaggedWords.train is "builtin:python-word"; there .* Did you mean "python-words"\? Built in'
     ):

@@ -14,9 +14,9 @@ from toy_runs import classification, encoder_folder, labelled_data, trainer
 
 from ll_dora import DoRA
 from ll_lora import LoRA
+from ll_optimizers.preconditioner import precondition
+from ll_optimizers.riemannian import RiemannianAdamW, RiemannianSGD
 from ll_riemannian_moe import MoELoRA
-from ll_riemannian_moe.optim import RiemannianAdamW, RiemannianSGD
-from ll_riemannian_moe.preconditioner import precondition
 from ll_rose import RoseLoRA
 from lora_lightning import inject
 from lora_lightning.errors import SettingsError

@@ -12,21 +12,20 @@ from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from ll_dora.analysis import Axis, weight_change
-from ll_dora.records import FILENAME, FORMAT
+from ll_weight_change.records import FILENAME, FORMAT
 from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.adapters.layers.base import BaseLayer
-from lora_lightning.callbacks.steps import REPORTS, announce, order_callbacks, resolve_step, total_steps
+from lora_lightning.adapters.weight_change import Axis, weight_change
+from lora_lightning.callbacks.steps import REPORTS, StepCallback, announce, resolve_step, total_steps
 from lora_lightning.errors import NoEffectError, ResumeError, SettingsError, TrainingError, check
 from lora_lightning.injection.records import iter_adapters, records
 from lora_lightning.models.base_layers import base_layer_of
 from lora_lightning.storage.atomic import write_json
 
 
-class WeightDecomposition(Callback):
+class WeightDecomposition(StepCallback):
     """Writes dM and dD of each layer at chosen optimizer steps into a file that `analyse` draws.
 
     Works in any Lightning project. Where the model has adapters, their layers are measured, with the merged weight;
@@ -34,7 +33,7 @@ class WeightDecomposition(Callback):
     the measured layers stays on the CPU of the first process while the model trains.
 
     Args:
-        at: optimizer steps to measure after; up to 1 a share of all steps, from 2 on a step number. The last step of
+        at: optimizer steps to measure after; up to 1 a fraction of all steps, from 2 on a step number. The last step of
             the run is always measured.
         layers: regular expressions of which one must be found in a layer's path; None for all.
         axis: "out" compares rows of the weight, one an output; "in" compares columns, the paper's literal reading.
@@ -59,9 +58,12 @@ class WeightDecomposition(Callback):
         directory: str | Path | None = None,
         filename: str = FILENAME,
     ) -> None:
+        super().__init__()
         self.at, self.layers, self.axis, self.label = tuple(at), layers, axis, label
         self.directory, self.filename = directory, filename
-        check(all(moment > 0 for moment in at), self, "at", "each moment must be above 0: a share, or a step number.")
+        check(
+            all(moment > 0 for moment in at), self, "at", "each moment must be above 0: a fraction, or a step number."
+        )
         check(axis in get_args(Axis), self, "axis", 'it must be "out" or "in".')
         check(not isinstance(layers, str), self, "layers", "it must be a list of regular expressions.")
         for pattern in layers or ():
@@ -70,14 +72,13 @@ class WeightDecomposition(Callback):
         self._first = True
         self._steps: frozenset[int] = frozenset()
         self._records: list[dict[str, Any]] = []
-        self._seen = 0
         self._resumed = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Copy the weights that are there before any checkpoint is read, and take the place among callbacks."""
         if stage != "fit":
             return
-        order_callbacks(trainer)
+        super().setup(trainer, pl_module, stage)
         self._first = trainer.is_global_zero
         self._starts = {path: self._copy(base.weight()) for path, base in self._plain(pl_module).items()}
 
@@ -90,7 +91,7 @@ class WeightDecomposition(Callback):
         """
         adapted = dict(iter_adapters(pl_module))
         if adapted:
-            found = [path for path, layer in adapted.items() if self._wants(path) and _fixed(layer)]
+            found = [path for path, layer in adapted.items() if self._accepts(path) and _fixed(layer)]
         else:
             found = [path for path, base in self._plain(pl_module).items() if base.stored.requires_grad]
         if not found:
@@ -113,25 +114,15 @@ class WeightDecomposition(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resolve the moments against the length of the run."""
+        super().on_train_start(trainer, pl_module)
         total = total_steps(trainer)
         steps = [max(1, resolve_step(moment, total, f"{type(self).__name__}.at")) for moment in self.at]
         if total is not None and max(steps, default=0) > total:
             raise SettingsError(f"{type(self).__name__}.at holds step {max(steps)}; the run has {total} steps.")
-        self._steps, self._seen = frozenset(steps), trainer.global_step
+        self._steps = frozenset(steps)
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def after_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         """Measure after a chosen step."""
-        step = trainer.global_step
-        if step == self._seen:
-            return
-        self._seen = step
         if step in self._steps:
             self._measure(trainer, pl_module)
 
@@ -160,7 +151,7 @@ class WeightDecomposition(Callback):
 
     # -- layers --------------------------------------------------------------------------------------------------------
 
-    def _wants(self, path: str) -> bool:
+    def _accepts(self, path: str) -> bool:
         return self.layers is None or any(_compile(pattern).search(path) for pattern in self.layers)
 
     def _copy(self, weight: Tensor) -> Tensor | None:
@@ -172,7 +163,7 @@ class WeightDecomposition(Callback):
         inside = tuple(f"{path}." for path, _ in iter_adapters(module))
         found = {}
         for path, layer in module.named_modules():
-            if isinstance(layer, AdaptedLayer) or path.startswith(inside) or not self._wants(path):
+            if isinstance(layer, AdaptedLayer) or path.startswith(inside) or not self._accepts(path):
                 continue
             base = base_layer_of(layer)
             if base is not None and not base.stored.is_meta:

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from ll_riemannian_moe.preconditioner import direction
+from ll_optimizers.preconditioner import direction
 from lora_lightning.optim.directions import Directions, adam, descend
 from lora_lightning.optim.pair_optimizer import PairOptimizer, check_settings, one_of
 from lora_lightning.optim.pairs import Part, Side, factorise, grams, stack_pairs

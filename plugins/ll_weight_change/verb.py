@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
         SettingsError: an output that is no .png, or a module type that no run has.
         DataError: a file that WeightDecomposition did not write.
     """
-    from ll_dora import picture, records
+    from ll_weight_change import picture, records
     from lora_lightning.cli.console import print_table
 
     if args.output.suffix != ".png":

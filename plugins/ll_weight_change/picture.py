@@ -11,8 +11,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from ll_dora.analysis import least_squares, pearson
-from ll_dora.records import Point, Run
+from ll_weight_change.records import Point, Run
+from lora_lightning.adapters.weight_change import least_squares, pearson
 from lora_lightning.storage.atomic import write_atomically
 
 _MARKERS = "osD^vP*Xph"
