@@ -15,7 +15,7 @@ from lora_lightning.adapters.layers.kinds import ExpertStack
 from lora_lightning.adapters.precision import compute_in_float32
 from lora_lightning.errors import AdapterStateError, SettingsError
 from lora_lightning.injection.records import AdapterRecord, add_record, records, refuse_merged
-from lora_lightning.injection.switches import activate, train_only
+from lora_lightning.injection.switches import activate, freeze, train_only
 from lora_lightning.methods import Method
 from lora_lightning.models import experts
 from lora_lightning.models.anatomy import Anatomy
@@ -93,10 +93,11 @@ def place_adapters(
         layer = layers[path]
         layer.tied_to = ties.get(path, ())
         layer.add(name, adapter.train(layer.training))
+    freeze(anatomy.parameters.values())  # before some are replaced by copies in float32
     compute_in_float32({anatomy.modules[parameter.rpartition(".")[0]]: None for parameter in record.trained})
     add_record(anatomy.model, name, record)
-    activate(list(layers.values()), [name])
-    train_only(anatomy.model, list(layers.values()), [name] if trainable else trained_before)
+    activate(layers.values(), [name])
+    train_only(anatomy.model, layers.values(), [name] if trainable else trained_before)
     return layers
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
@@ -45,13 +45,20 @@ def set_trainable(model: nn.Module, names: Sequence[str] | str) -> None:
     """
     root = injected_root(model)
     wanted = check_known(root, [names] if isinstance(names, str) else names)
+    freeze(root.parameters())
     train_only(root, [layer for _, layer in iter_adapters(root)], wanted)
 
 
-def train_only(root: nn.Module, layers: Sequence[AdaptedLayer], names: Sequence[str]) -> None:
-    """As `set_trainable`, for layers that are known already; every name must be."""
-    for parameter in root.parameters():
+def freeze(parameters: Iterable[nn.Parameter]) -> None:
+    """Let none of them train."""
+    for parameter in parameters:
         parameter.requires_grad_(False)
+
+
+def train_only(root: nn.Module, layers: Collection[AdaptedLayer], names: Sequence[str]) -> None:
+    """Of these layers' adapters train exactly those of these names, and the base parameters that go with them."""
+    for layer in layers:
+        freeze(layer.adapters.parameters())
     for name in names:
         for layer in layers:
             if name in layer.adapters:
