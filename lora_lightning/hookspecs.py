@@ -103,8 +103,8 @@ def lora_lightning_optimizers() -> Mapping[str, str]:
 def lora_lightning_callbacks() -> Mapping[str, str]:
     """Lightning callbacks this package provides, usable by their names in `trainer.callbacks`: {"Name": "module:Name"}.
 
-    Runs, and is joined, as for optimizers; names clash as theirs do. What a method needs always comes from
-    `Method.callbacks` instead.
+    Runs when optimizers are asked for; answers are joined, and names clash, as theirs do. What a method needs always
+    comes from `Method.callbacks` instead.
     """
     raise NotImplementedError("a specification: plugins implement it")
 
@@ -113,9 +113,9 @@ def lora_lightning_callbacks() -> Mapping[str, str]:
 def lora_lightning_datamodules() -> Mapping[str, str]:
     """Data modules this package provides, usable by their names as `data`: {"Name": "module:Name"}.
 
-    Runs, and is joined, as for optimizers; names clash as theirs do. `task_kinds`, `num_labels` and a null `tokenizer`
-    are understood as those of the bundled ones are; `TextData` and `TableData` of `lora_lightning.data` answer most of
-    it.
+    Runs when optimizers are asked for; answers are joined, and names clash, as theirs do. `task_kinds`, `num_labels`
+    and a null `tokenizer` are understood as those of the bundled ones are; `TextData` and `TableData` of
+    `lora_lightning.data` answer most of it.
     """
     raise NotImplementedError("a specification: plugins implement it")
 

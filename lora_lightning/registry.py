@@ -359,7 +359,7 @@ class _FormerModule:
 def _is_there(module: str, name: str) -> bool:
     """Whether a module is there and has the name. One that fails for another reason is there."""
     try:
-        return hasattr(importlib.import_module(module), name)
+        return name in vars(importlib.import_module(module))
     except ModuleNotFoundError as error:
         return not f"{module}.".startswith(f"{error.name}.")
     except Exception:

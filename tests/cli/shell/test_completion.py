@@ -190,6 +190,10 @@ ask() { COMP_LINE="$1"; COMP_POINT=${#COMP_LINE}; _lora_lightning; printf '%s\\n
     )
     assert result.stderr == ""
     assert result.stdout.split() == ["validate", "--", "ll_rose", "--", "--"]
-    loaded = "import sys; from lora_lightning.cli.shell.completion import candidates; candidates(['fit', '--t']); candidates(['fit', '--data', '']); candidates(['fit', '--config', 'lora', '--trainer.'])\n"
-    loaded += "assert not {'torch', 'lightning', 'jsonargparse', 'numpy'} & set(sys.modules), 'heavy'"
+    loaded = (
+        "import sys; from lora_lightning.cli.shell.completion import candidates\n"
+        "for words in (['fit', '--t'], ['fit', '--data', ''], ['fit', '--config', 'lora', '--trainer.']):\n"
+        "    assert candidates(words), words\n"
+        "assert not {'torch', 'lightning', 'jsonargparse', 'numpy'} & set(sys.modules), 'heavy'"
+    )
     subprocess.run([sys.executable, "-c", loaded], timeout=120, check=True)
