@@ -22,7 +22,7 @@ from lora_lightning.errors import DataError, check
 
 SPLITS = ("train", "validation", "test", "predict")
 MASKED, RANDOM = 0.8, 0.1
-"""Of the chosen tokens, the fraction that is masked and that becomes a random one; the rest stays (arXiv:1810.04805)."""
+"""Of the chosen tokens, the fractions that are masked and replaced at random; the rest stays (arXiv:1810.04805)."""
 
 
 @dataclass(frozen=True)

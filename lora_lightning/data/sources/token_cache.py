@@ -1,4 +1,8 @@
-"""Tokenised rows on the disk, found again by everything that they depend on."""
+"""Tokenised rows on the disk, found again by everything that they depend on.
+
+The fingerprint of `Dataset.map` depends on less and on more: on the name of a function, not on what it calls, and on
+the path of a file, not only on what it holds.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +85,7 @@ def _folder() -> Path:
 
 @cache
 def _code() -> str:
-    """The sources of this package, and the versions of what it calls."""
+    """The sources of `lora_lightning.data`, and the versions of what it calls."""
     digest = hashlib.sha256(repr([version(name) for name in LIBRARIES]).encode())
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(file.read_bytes())
