@@ -9,33 +9,24 @@ s   scaling      a number
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
-from lora_lightning.adapters import contraction
-from lora_lightning.adapters.base import (
-    Adapter,
-    EntryMask,
-    FactorPair,
-    check_dropout,
-    check_rank,
-    write_uniform,
-    write_values,
-    write_zeros,
-)
-from lora_lightning.adapters.layers.base import BaseLayer, plus_product, reshaped
+from lora_lightning.adapters.base import EntryMask, write_zeros
+from lora_lightning.adapters.layers.base import BaseLayer, plus_product
+from lora_lightning.adapters.pair import PairAdapter, Side, Start
 from lora_lightning.errors import SettingsError
 
 NO_BIAS = {"embedding": "an embedding", "experts": "a stack of experts"}
 """Kinds of layers that have no bias to add to, as messages call them."""
 
-Side = Literal["both", "A", "B"]
-Start = Literal["kaiming", "gaussian"]
-Order = Literal["autograd", "flops"]
+Product = Callable[[BaseLayer, Tensor, Tensor, Tensor, float, float], Tensor]
+"""(base, x, A, B, s, dropout) to base(x) + s B (A drop(x)), as `add_low_rank` computes it."""
 
 
 def add_low_rank(
@@ -126,8 +117,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-class LowRankAdapter(Adapter):
-    """A pair of factors on one layer.
+class LowRankAdapter(PairAdapter):
+    """A pair of factors on one layer, and what methods around it ask for.
 
     Args:
         base: the layer.
@@ -137,7 +128,7 @@ class LowRankAdapter(Adapter):
         train: which side trains; the other is a buffer. The side that starts at zero is a trained one.
         bias: whether an additive bias (d_out,) trains as well.
         start: distribution of the side that does not start at zero.
-        order: "autograd", or "flops" for the cheapest order of products at each shape (dense linear layers only).
+        product: how the output is computed, where a method knows a cheaper way than `add_low_rank`.
         rank_pruning: whether rank components can be removed by a mask.
         entry_masks: whether single entries can be removed by a schedule.
 
@@ -146,6 +137,8 @@ class LowRankAdapter(Adapter):
     """
 
     additive = True
+    mask_A: Tensor | None
+    mask_B: Tensor | None
 
     def __init__(
         self,
@@ -157,47 +150,23 @@ class LowRankAdapter(Adapter):
         train: Side = "both",
         bias: bool = False,
         start: Start = "kaiming",
-        order: Order = "autograd",
+        product: Product = add_low_rank,
         rank_pruning: bool = False,
         entry_masks: bool = False,
     ) -> None:
         super().__init__()
-        check_rank(base, rank)
-        check_dropout(base, dropout)
         if bias and (what := NO_BIAS.get(base.kind)):
             raise SettingsError(f"bias is True; {what} has no bias to add to, so it must be False there.")
-        self.scaling, self.dropout, self.train_side, self.start, self.order = scaling, dropout, train, start, order
-        # token rows: the small side (d_out, rank) is the random one, so that an unseen token keeps its vector
-        self.zero_A = train == "A" or (train == "both" and base.kind == "embedding")
-        self._hold("lora_A", base.zeros(rank, base.d_in), trains=train != "B")
-        self._hold("lora_B", base.zeros(base.d_out, rank), trains=train != "A")
+        self.product = product
+        self.hold_pair(base, rank=rank, scaling=scaling, dropout=dropout, train=train, start=start)
         self.bias_delta = nn.Parameter(base.zeros(base.d_out)) if bias else None
         on = torch.ones(rank, dtype=torch.bool, device=base.device) if rank_pruning else None
         self.register_buffer("rank_mask", on)
-        for side in ("A", "B"):
-            factor = getattr(self, f"lora_{side}")
-            self.register_buffer(f"mask_{side}", torch.ones_like(factor, dtype=torch.bool) if entry_masks else None)
+        for name, factor in (("mask_A", self.lora_A), ("mask_B", self.lora_B)):
+            self.register_buffer(name, torch.ones_like(factor, dtype=torch.bool) if entry_masks else None)
 
-    lora_A: Tensor
-    lora_B: Tensor
-    mask_A: Tensor | None
-    mask_B: Tensor | None
-
-    def _hold(self, name: str, value: Tensor, trains: bool) -> None:
-        if trains:
-            self.register_parameter(name, nn.Parameter(value))
-        else:
-            self.register_buffer(name, value)
-
-    def reset(self, generator: torch.Generator) -> None:
-        """One side zero, the other U(-1/sqrt(n), 1/sqrt(n)) or N(0, 1/rank^2); n its row length. Masks all kept."""
-        zero, random = (self.lora_A, self.lora_B) if self.zero_A else (self.lora_B, self.lora_A)
-        if self.start == "gaussian":
-            drawn = torch.randn(random.shape, generator=generator, device=generator.device)
-            write_values(random, drawn / self.lora_A.shape[-2])
-        else:
-            write_uniform(random, generator)
-        write_zeros(zero)
+    def reset_others(self, generator: torch.Generator) -> None:  # noqa: ARG002 - nothing here is random
+        """The bias at zero; masks keep everything."""
         if self.bias_delta is not None:
             write_zeros(self.bias_delta)
         for mask in (self.rank_mask, self.mask_A, self.mask_B):
@@ -211,22 +180,10 @@ class LowRankAdapter(Adapter):
     def forward(self, x: Tensor, base: BaseLayer) -> Tensor:
         """base(x) + s B (A drop(x)) + bias_delta."""
         dropout = self.dropout if self.training else 0.0
-        if self.order == "flops" and base.dense and not dropout and not torch.is_autocast_enabled(x.device.type):
-            y = self._contracted(x, base)
-        else:
-            y = add_low_rank(base, x, self._kept(), self.lora_B, self.scaling, dropout)
+        y = self.product(base, x, self._kept(), self.lora_B, self.scaling, dropout)
         if self.bias_delta is None:
             return y
         return y + base.per_output(self.bias_delta.to(y.dtype))
-
-    def _contracted(self, x: Tensor, base: BaseLayer) -> Tensor:
-        flat = rows(x)
-        A, B = self._kept().to(x.dtype), self.lora_B.to(x.dtype)
-        needs = contraction.Needs(x.requires_grad, A.requires_grad, B.requires_grad)
-        merged = x.dtype in (torch.float32, torch.float64)
-        order = contraction.choose(flat.shape[0], base.d_in, base.d_out, A.shape[0], needs, merged=merged)
-        y = contraction.contract(flat, base.weight(), base.bias, A, B, self.scaling, order)
-        return y if x.dim() == 2 else reshaped(y, (*x.shape[:-1], base.d_out))
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """W + s B A."""
@@ -240,12 +197,7 @@ class LowRankAdapter(Adapter):
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         """(A, s B), removed rank components left out."""
-        A, B = self.lora_A.detach(), self.scaling * self.lora_B.detach()
-        return (A, B) if self.rank_mask is None else (A[..., self.rank_mask, :], B[..., self.rank_mask])
-
-    def factor_pairs(self) -> tuple[FactorPair, ...]:
-        """The one pair."""
-        return (FactorPair("", self.lora_A, self.lora_B, self.scaling),)
+        return self.scaled_factors()
 
     def rank_scores(self) -> Tensor | None:
         """|B_j| |A_j|, the norm of each rank component's product (of stacked experts' together), (rank,)."""
@@ -263,7 +215,3 @@ class LowRankAdapter(Adapter):
             if mask is not None and isinstance(param, nn.Parameter):
                 found.append(EntryMask(param, mask, along, "zero"))
         return tuple(found)
-
-    def extra_repr(self) -> str:
-        """Rank and scaling for `print(model)`."""
-        return f"rank={self.lora_A.shape[-2]}, scaling={self.scaling:g}"

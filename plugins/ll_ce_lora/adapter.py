@@ -20,13 +20,14 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ll_ce_lora import functional
-from lora_lightning.adapters.base import Adapter, FactorPair, check_rank, write_uniform, write_zeros
-from lora_lightning.adapters.layers.base import BaseAround, BaseLayer, StackedBase
+from lora_lightning.adapters.base import check_rank
+from lora_lightning.adapters.layers.base import BaseAround, BaseLayer, StackedBase, plus_product
 from lora_lightning.adapters.layers.quantized import QuantizedBase
 from lora_lightning.adapters.low_rank import add_low_rank
+from lora_lightning.adapters.pair import PairAdapter
 from lora_lightning.errors import AdapterStateError, SettingsError
 from lora_lightning.seeds import generator
 
@@ -46,7 +47,7 @@ class CheapBase(BaseAround):
         return self.call(x)
 
 
-class CELoRAAdapter(Adapter):
+class CELoRAAdapter(PairAdapter):
     """A pair of factors, and the channels that the layer's backward pass uses once `refresh` has chosen them.
 
     The backward pass is exact before that, in eval mode, and on a layer with hooks. Of adapters stacked on a layer the
@@ -86,14 +87,16 @@ class CELoRAAdapter(Adapter):
         selection: Selection,
     ) -> None:
         super().__init__()
-        _check_layer(base, rank=rank, svd_rank=svd_rank)
-        self.scaling, self.dropout, self.svd_rank = scaling, dropout, svd_rank
-        self.every_n_steps, self.selection = every_n_steps, selection
+        _check_linear(base)
+        self.svd_rank, self.every_n_steps, self.selection = svd_rank, every_n_steps, selection
         self.d_in, self.d_out = base.d_in, base.d_out
         self.channels = functional.channel_count(kept, base.d_out)
         self.seed = 0
-        self.lora_A = nn.Parameter(base.zeros(rank, base.d_in))
-        self.lora_B = nn.Parameter(base.zeros(base.d_out, rank))
+        self.hold_pair(base, rank=rank, scaling=scaling, dropout=dropout)
+        check_rank(base, svd_rank, "svd_rank")
+        self.shown += (
+            f", backward={self.channels} of {self.d_out} channels" if self.approximates else ", backward=exact"
+        )
         for name in _DERIVED:
             self.register_buffer(name, None, persistent=False)
         # no buffer: DistributedDataParallel would overwrite each process's sums with those of the first
@@ -104,11 +107,9 @@ class CELoRAAdapter(Adapter):
         """Whether some channels are left out."""
         return self.channels < self.d_out
 
-    def reset(self, generator: torch.Generator) -> None:
-        """B zero, A from U(-1/sqrt(d_in), 1/sqrt(d_in)), no channels chosen; later draws use the generator's seed."""
+    def reset_others(self, generator: torch.Generator) -> None:
+        """No channels chosen; later draws use the generator's seed."""
         self.seed = generator.initial_seed()
-        write_uniform(self.lora_A, generator)
-        write_zeros(self.lora_B)
         self.forget()
 
     def forward(self, x: Tensor, base: BaseLayer) -> Tensor:
@@ -187,28 +188,17 @@ class CELoRAAdapter(Adapter):
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """W + s B A."""
-        return torch.addmm(weight, self.lora_B.to(weight.dtype), self.lora_A.to(weight.dtype), alpha=self.scaling)
+        return plus_product(weight, self.lora_B.to(weight.dtype), self.lora_A.to(weight.dtype), self.scaling)
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         """(A, s B)."""
-        return self.lora_A.detach(), self.scaling * self.lora_B.detach()
-
-    def factor_pairs(self) -> tuple[FactorPair, ...]:
-        """The one pair."""
-        return (FactorPair("", self.lora_A, self.lora_B, self.scaling),)
-
-    def extra_repr(self) -> str:
-        """Rank, scaling and kept channels for `print(model)`."""
-        kept = f"{self.channels} of {self.d_out} channels" if self.approximates else "exact"
-        return f"rank={self.lora_A.shape[0]}, scaling={self.scaling:g}, backward={kept}"
+        return self.scaled_factors()
 
 
-def _check_layer(base: BaseLayer, *, rank: int, svd_rank: int) -> None:
+def _check_linear(base: BaseLayer) -> None:
     if base.kind != "linear":
         kind = {"conv": "a convolution", "embedding": "an embedding"}[base.kind]
         raise SettingsError(
             f"the layer is {kind}; only linear layers have a product to approximate. Exclude it, or adapt it with "
             "another method under another adapter name."
         )
-    check_rank(base, rank)
-    check_rank(base, svd_rank, "svd_rank")

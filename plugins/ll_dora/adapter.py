@@ -16,23 +16,16 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from ll_dora import functional
-from lora_lightning.adapters.base import (
-    Adapter,
-    FactorPair,
-    check_dropout,
-    check_rank,
-    write_uniform,
-    write_values,
-    write_zeros,
-)
+from lora_lightning.adapters.base import Adapter, write_values
 from lora_lightning.adapters.layers.base import BaseLayer
+from lora_lightning.adapters.pair import PairAdapter
 from lora_lightning.adapters.weight_change import weight_change
 from lora_lightning.distributed import assembled
 
 _SQUARES = "ll_dora: squared row norms"
 
 
-class DoRAAdapter(Adapter):
+class DoRAAdapter(PairAdapter):
     """A magnitude on one layer, with a pair of factors for the direction or without.
 
     Args:
@@ -50,32 +43,21 @@ class DoRAAdapter(Adapter):
         self, base: BaseLayer, *, rank: int, scaling: float, dropout: float = 0.0, detach_norm: bool = True
     ) -> None:
         super().__init__()
-        check_rank(base, rank)
-        check_dropout(base, dropout)
-        self.base, self.scaling, self.dropout, self.detach_norm = base, scaling, dropout, detach_norm
+        self.base, self.detach_norm = base, detach_norm
         self.magnitude = nn.Parameter(base.zeros(base.d_out))
-        self.lora_A = nn.Parameter(base.zeros(rank, base.d_in)) if rank else None
-        self.lora_B = nn.Parameter(base.zeros(base.d_out, rank)) if rank else None
+        self.hold_pair(base, rank=rank, scaling=scaling, dropout=dropout)
+        if not rank:
+            self.shown = "magnitude alone"
         self._eval_ratio: tuple[Tensor, object, Tensor] | None = None
 
-    def reset(self, generator: torch.Generator) -> None:
-        """Magnitude at the row norms of the base weight; one factor zero, the other U(-1/sqrt(n), 1/sqrt(n)).
-
-        n is the row length of the random factor: A, and for an embedding B, so that an unseen token keeps its vector.
-        """
+    def reset_others(self, generator: torch.Generator) -> None:  # noqa: ARG002 - nothing here is random
+        """Magnitude at the row norms of the base weight."""
         write_values(self.magnitude, functional.squared_row_norms(self.base.weight().detach()).sqrt())
-        if self.lora_A is None or self.lora_B is None:
-            return
-        random, zero = self.lora_A, self.lora_B
-        if self.base.kind == "embedding":
-            random, zero = zero, random
-        write_uniform(random, generator)
-        write_zeros(zero)
 
     def forward(self, x: Tensor, base: BaseLayer) -> Tensor:
         """c (x~ W^T + s x~ A^T B^T) with the bias and the undropped product beside it; see `functional`."""
         c = self._ratio(base)
-        if self.lora_A is None or self.lora_B is None:
+        if not self.rank:
             y = base(x)
             return functional.scale_output(base, y, functional.without_bias(base, y), c)
         dropout = self.dropout if self.training else 0.0
@@ -84,7 +66,7 @@ class DoRAAdapter(Adapter):
     def merged_weight(self, weight: Tensor) -> Tensor:
         """c (W + s B A)."""
         c = self._ratio_of(weight, functional.squared_row_norms(weight))
-        if self.lora_A is None or self.lora_B is None:
+        if not self.rank:
             return (c[..., None] * weight).to(weight.dtype)
         return functional.decomposed_weight(weight, self.lora_A, self.lora_B, c, self.scaling).to(weight.dtype)
 
@@ -106,17 +88,11 @@ class DoRAAdapter(Adapter):
 
     def _ratio_of(self, weight: Tensor, squares: Tensor) -> Tensor:
         with torch.autocast(weight.device.type, enabled=False):
-            if self.lora_A is None or self.lora_B is None:
+            if not self.rank:
                 return functional.ratio(self.magnitude.to(squares.dtype), squares)
             return functional.decomposed_ratio(
                 weight, squares, self.lora_A, self.lora_B, self.magnitude, self.scaling, self.detach_norm
             )
-
-    def factor_pairs(self) -> tuple[FactorPair, ...]:
-        """The one pair: norms and product depend on B A alone. None where the magnitude trains alone."""
-        if self.lora_A is None or self.lora_B is None:
-            return ()
-        return (FactorPair("", self.lora_A, self.lora_B, self.scaling),)
 
     def peft_tensors(self) -> Mapping[str, Tensor]:
         """The magnitude."""
@@ -125,10 +101,6 @@ class DoRAAdapter(Adapter):
     def zero_rows(self) -> int:
         """Rows of the base weight without a direction; they follow their factors alone until these give them one."""
         return int((self.base.cached(_SQUARES, functional.squared_row_norms) == 0).sum())
-
-    def extra_repr(self) -> str:
-        """Rank and scaling for `print(model)`."""
-        return "magnitude alone" if self.lora_A is None else f"rank={self.lora_A.shape[-2]}, scaling={self.scaling:g}"
 
 
 @torch.no_grad()

@@ -70,7 +70,8 @@ class LoRA(Method):
 
     def build(self, base: BaseLayer) -> LowRankAdapter:
         """One pair of factors."""
-        from lora_lightning.adapters.low_rank import LowRankAdapter
+        from ll_lora.run_lora import add_low_rank_cheaply
+        from lora_lightning.adapters.low_rank import LowRankAdapter, add_low_rank
 
         return LowRankAdapter(
             base,
@@ -80,6 +81,6 @@ class LoRA(Method):
             train=self.train,
             bias=self.bias,
             start=self.start,
-            order=self.order,
+            product=add_low_rank if self.order == "autograd" else add_low_rank_cheaply,
             rank_pruning=True,
         )

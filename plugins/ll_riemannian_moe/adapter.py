@@ -24,9 +24,10 @@ from ll_riemannian_moe.functional import (
     selected,
     z_loss,
 )
-from lora_lightning.adapters.base import Adapter, FactorPair, RunningSum, check_rank, write_uniform, write_zeros
+from lora_lightning.adapters.base import RunningSum, write_uniform
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.adapters.low_rank import keep_mask
+from lora_lightning.adapters.pair import PairAdapter
 from lora_lightning.errors import AdapterStateError, SettingsError
 
 
@@ -46,7 +47,7 @@ class Pending:
         return Pending, ()
 
 
-class MoELoRAAdapter(Adapter):
+class MoELoRAAdapter(PairAdapter):
     """Experts and router of one layer.
 
     The router's losses of a training forward wait in this module until `Method.penalty` takes them. A backward drops
@@ -84,21 +85,17 @@ class MoELoRAAdapter(Adapter):
         z: float = 0.0,
     ) -> None:
         super().__init__()
-        _check_base(base, rank)
-        self.top_k, self.scaling, self.dropout, self.gate_exponent = top_k, scaling, dropout, gate_exponent
-        self.balance, self.z = balance, z
-
-        self.lora_A = nn.Parameter(base.zeros(experts, rank, base.d_in))
-        self.lora_B = nn.Parameter(base.zeros(experts, base.d_out, rank))
+        _check_linear(base)
+        self.top_k, self.gate_exponent, self.balance, self.z = top_k, gate_exponent, balance, z
+        self.hold_pair(base, rank=rank, scaling=scaling, dropout=dropout, lead=(experts,))
+        self.shown = f"experts={experts}, top_k={top_k}, rank={rank}, gate_exponent={gate_exponent:g}"
         self.router = nn.Parameter(base.zeros(experts, base.d_in))
         self.load = RunningSum()
         self.pending = Pending()
 
-    def reset(self, generator: torch.Generator) -> None:
-        """Experts and router uniform by row length, each from its own numbers; B zero."""
-        for parameter in (self.lora_A, self.router):
-            write_uniform(parameter, generator)
-        write_zeros(self.lora_B)
+    def reset_others(self, generator: torch.Generator) -> None:
+        """The router uniform by row length, like A."""
+        write_uniform(self.router, generator)
 
     def forward(self, x: Tensor, base: BaseLayer) -> Tensor:
         """base(x) + s sum_i g_i(x) B_i A_i drop(x)."""
@@ -180,10 +177,6 @@ class MoELoRAAdapter(Adapter):
         product = (self.lora_B.to(weight.dtype) @ self.lora_A.to(weight.dtype)).sum(0)
         return weight + (self.scaling / experts) * product
 
-    def factor_pairs(self) -> tuple[FactorPair, ...]:
-        """One pair with the experts as leading axis."""
-        return (FactorPair("", self.lora_A, self.lora_B, self.scaling),)
-
     def statistics(self) -> Mapping[str, RunningSum]:
         """Share of tokens that each expert received."""
         return {"load": self.load}
@@ -192,17 +185,11 @@ class MoELoRAAdapter(Adapter):
         """The router of a single expert, whose gate is always 1."""
         return frozenset({"router"}) if self.router.shape[0] == 1 else frozenset()
 
-    def extra_repr(self) -> str:
-        """Sizes for `print(model)`."""
-        experts, rank, _ = self.lora_A.shape
-        return f"experts={experts}, top_k={self.top_k}, rank={rank}, gate_exponent={self.gate_exponent:g}"
 
-
-def _check_base(base: BaseLayer, rank: int) -> None:
+def _check_linear(base: BaseLayer) -> None:
     if base.kind != "linear" or base.lead:
         kind = "stack of experts" if base.lead else base.kind
         raise SettingsError(
             f"the router reads one vector a token, which a {kind} layer does not have as its input; it takes linear "
             "layers (nn.Linear, Conv1D of transformers). Exclude the others."
         )
-    check_rank(base, rank)

@@ -90,7 +90,7 @@ def test_dropped_product_passes_gradcheck() -> None:
     assert gradcheck(lambda *tensors: dropped_product(tensors[0], tensors[1], mask, *tensors[2:], 1.7), (y, x, A, B))
 
 
-@pytest.mark.parametrize("options", [{}, {"dropout": 0.5}, {"order": "flops"}])
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.5}])
 @pytest.mark.parametrize("shape", [(4, 12), (2, 4, 12)])
 def test_the_output_may_be_changed_in_place(options: dict[str, Any], shape: tuple[int, ...]) -> None:
     """As `nn.ReLU(inplace=True)` does after a layer."""

@@ -23,6 +23,27 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_lightning.adapters.layers.base import BaseLayer, reshaped
+from lora_lightning.adapters.low_rank import add_low_rank
+
+
+def add_low_rank_cheaply(
+    base: BaseLayer, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float = 0.0
+) -> Tensor:
+    """base(x) + s B (A x) in the cheapest order for this many tokens; the product that LowRankAdapter is given.
+
+    Dense linear layers only: elsewhere, with dropout and under autocast it is `add_low_rank`.
+    """
+    if dropout or not base.dense or torch.is_autocast_enabled(x.device.type):
+        return add_low_rank(base, x, lora_A, lora_B, scaling, dropout)
+    flat = x.reshape(-1, x.shape[-1])
+    A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    needs = Needs(x.requires_grad, A.requires_grad, B.requires_grad)
+    merged = x.dtype in (torch.float32, torch.float64)
+    order = choose(flat.shape[0], base.d_in, base.d_out, A.shape[0], needs, merged=merged)
+    y = contract(flat, base.weight(), base.bias, A, B, scaling, order)
+    return y if x.dim() == 2 else reshaped(y, (*x.shape[:-1], base.d_out))
+
 
 class Backward(NamedTuple):
     """One backward order; True takes the second formula of the module's table."""

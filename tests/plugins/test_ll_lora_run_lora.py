@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 from typing import Any
 
 import pytest
@@ -10,11 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_lightning.adapters import contraction
-from lora_lightning.adapters.contraction import Needs, all_orders, backward_flops, choose, contract, forward_flops
+from ll_lora import LoRA, run_lora
+from ll_lora.run_lora import (
+    Needs,
+    add_low_rank_cheaply,
+    all_orders,
+    backward_flops,
+    choose,
+    contract,
+    forward_flops,
+)
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.adapters.layers.kinds import core_base_layer
-from lora_lightning.adapters.low_rank import LowRankAdapter
+from lora_lightning.adapters.low_rank import LowRankAdapter, add_low_rank
 from lora_lightning.testing import perturb
 
 ALL = Needs(True, True, True)
@@ -164,7 +174,7 @@ def test_half_precision_never_forms_the_merged_weight() -> None:
     for n in (1, 100, 10_000):
         forward, backward = choose(n, 12, 10, 4, ALL, merged=False)
         assert forward == "F1"
-        assert not contraction.BACKWARDS[backward].dX_merged
+        assert not run_lora.BACKWARDS[backward].dX_merged
 
 
 class Spy:
@@ -172,7 +182,7 @@ class Spy:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: list[tuple[int, tuple[str, str]]] = []
-        monkeypatch.setattr(contraction, "choose", self)
+        monkeypatch.setattr(run_lora, "choose", self)
 
     def __call__(self, n: int, *args: int, merged: bool = True) -> tuple[str, str]:
         order = choose(n, *args, merged=merged)  # type: ignore[arg-type]
@@ -185,7 +195,9 @@ def layer(
 ) -> tuple[LowRankAdapter, BaseLayer]:
     base = core_base_layer(nn.Linear(d_in, d_out, bias).to(dtype).requires_grad_(False))
     assert base is not None
-    adapter = LowRankAdapter(base, rank=4, scaling=0.5, dropout=dropout, order="flops", rank_pruning=True)
+    adapter = LowRankAdapter(
+        base, rank=4, scaling=0.5, dropout=dropout, product=add_low_rank_cheaply, rank_pruning=True
+    )
     perturb(adapter)
     return adapter, base
 
@@ -251,7 +263,7 @@ def test_nothing_but_the_input_is_kept_for_backward(n: int) -> None:
     adapter, base = layer(d_in=32, d_out=24)
     kept = saved_bytes(adapter, base, torch.randn(n, 32, requires_grad=True))
     assert kept == {(4, 32): 4 * 32 * 4, (4, 1): 4}
-    adapter.order = "autograd"
+    adapter.product = add_low_rank
     assert saved_bytes(adapter, base, torch.randn(n, 32, requires_grad=True))[(n, 4)] == n * 4 * 4
 
 
@@ -263,3 +275,26 @@ def test_start_is_the_base_output_bit_for_bit(shape: tuple[int, ...], dtype: tor
     adapter.reset(torch.Generator().manual_seed(0))
     x = torch.randn(shape, dtype=dtype)
     assert torch.equal(adapter(x, base), base(x))
+
+
+@pytest.mark.parametrize("shape", [(4, 12), (2, 4, 12)])
+def test_the_output_may_be_changed_in_place(shape: tuple[int, ...]) -> None:
+    """As `nn.ReLU(inplace=True)` does after a layer."""
+    adapter, base = layer(dtype=torch.float64)
+    x, gradients = torch.randn(shape, dtype=torch.float64, requires_grad=True), []
+    for activation in (torch.relu, torch.relu_):
+        y = adapter(x, base)
+        assert y._base is None or len(shape) > 2
+        gradients.append(torch.autograd.grad(activation(y).sum(), [x, *adapter.parameters()]))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("order", ["autograd", "flops"])
+def test_the_setting_hands_in_the_product(order: str) -> None:
+    base = core_base_layer(nn.Linear(12, 10))
+    assert base is not None
+    adapter = LoRA(rank=2, order=order).build(base)  # type: ignore[arg-type]
+    assert adapter.product is {"autograd": add_low_rank, "flops": add_low_rank_cheaply}[order]
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(adapter)))
+    assert twin.product is adapter.product
