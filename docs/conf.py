@@ -47,6 +47,7 @@ napoleon_custom_sections = [("Class facts", "params_style")]
 default_role = "code"  # docstrings write `name`
 
 html_theme = "furo"
+pygments_dark_style = "monokai"
 html_title = f"lora_lightning {__version__}"
 html_theme_options = {"top_of_page_buttons": []}
 html_copy_source = False
@@ -183,9 +184,14 @@ def escaped(line: str) -> str:
     return "".join(parts)
 
 
-def plain_docstring(_app: Any, _what: str, _name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
-    """Escape a docstring before napoleon reads its sections."""
+def plain_docstring(_app: Any, what: str, _name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
+    """Escape a docstring before napoleon reads its sections.
+
+    Of an attribute's docstring, napoleon takes what stands before a colon for a type; an empty comment prevents that.
+    """
     lines[:] = literal(lines)
+    if what in ("attribute", "data", "property"):
+        lines[:0] = ["..", ""]
 
 
 def setup(app: Any) -> None:

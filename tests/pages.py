@@ -12,6 +12,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from figures import folder_lines
+from figures import folders as plugin_folders
+
 from lora_lightning import hookspecs
 from lora_lightning.cli.verbs.methods import markdown_table
 from lora_lightning.plugins import registry
@@ -19,6 +22,7 @@ from lora_lightning.plugins import registry
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 
 
 def section(page: Path, name: str) -> str:
@@ -106,7 +110,7 @@ def _classes(hook: str) -> Iterator[tuple[str, type]]:
 
 def hooks() -> str:
     """Signature and docstring of each hook, in the order of hookspecs.py."""
-    return "```text\n" + "\n\n".join(_hook(hook) for hook in hook_functions()) + "\n```\n"
+    return "\n".join(_hook(hook) for hook in hook_functions())
 
 
 def hook_functions() -> list[Callable[..., object]]:
@@ -120,19 +124,27 @@ def hook_functions() -> list[Callable[..., object]]:
 
 
 def _hook(hook: Callable[..., object]) -> str:
-    lines = (inspect.getdoc(hook) or "").splitlines()
-    text = "\n".join(f"    {line}".rstrip() for line in lines)
     signature = str(inspect.signature(hook)).replace("'", "")
-    return f"{hook.__name__}{signature}\n{text}"
+    return f"### `{hook.__name__}{signature}`\n\n{inspect.getdoc(hook)}\n"
+
+
+def api_range() -> str:
+    """The line of a plugin that names the versions of the interface, with the range that holds this one."""
+    major = int(hookspecs.API.partition(".")[0])
+    return f'requires_api = ">={major},<{major + 1}"'
+
+
+def api_block() -> str:
+    """That line as a block."""
+    return f"```python\n{api_range()}\n```\n"
 
 
 def plugin_init() -> str:
-    """The `__init__` of a plugin, with the range of versions that holds this interface's."""
-    major = int(hookspecs.API.partition(".")[0])
+    """The `__init__` of a plugin."""
     return f"""```python
 from lora_lightning import hookimpl
 
-requires_api = ">={major},<{major + 1}"
+{api_range()}
 
 
 @hookimpl
@@ -142,12 +154,19 @@ def lora_lightning_methods():
 """
 
 
+def folders() -> str:
+    """Code lines of each plugin's folder."""
+    found = [[f"`{folder.name}`", str(sum(map(len, folder_lines(folder).values())))] for folder in plugin_folders()]
+    return as_table([["folder", "code lines"], *found])
+
+
 PARTS: dict[tuple[Path, str], Callable[[], str]] = {
     (README, "methods"): methods_in_short,
     (DOCS / "methods.md", "methods"): methods_in_full,
     (DOCS / "optimizers.md", "optimizers"): optimizers,
     (DOCS / "plugins.md", "hooks"): hooks,
     (DOCS / "plugins.md", "init"): plugin_init,
+    (CONTRIBUTING, "range"): api_block,
 }
 """Page and name of each part that is cheap to make, and what makes it."""
 
@@ -156,6 +175,7 @@ def main() -> None:
     """Write every cheap part."""
     for (page, name), make in PARTS.items():
         write(page, name, make())
+    write(CONTRIBUTING, "folders", folders())
 
 
 if __name__ == "__main__":
