@@ -13,7 +13,7 @@ DATA. Before and after are the same model with its adapter off and on, on the sa
                text is their own
 
 Each run adds a line to results.jsonl in the output folder, and a second call goes on where the first was stopped; the
-runs behind the README's table are in examples/measured/real_runs.jsonl.
+runs behind the table of docs/data.md are in examples/measured/real_runs.jsonl.
 """
 
 from __future__ import annotations

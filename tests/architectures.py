@@ -1,5 +1,5 @@
 """Architectures of transformers as tiny random models: what they are built from, a batch with labels for each, and the
-table of what is adapted in README.md.
+table of what is adapted in docs/models.md.
 
 `python tests/architectures.py` prints the table, from architectures.yaml and the refusals as they come.
 """

@@ -1,4 +1,4 @@
-"""Adapters x optimizers x schedules: what each cell does, and the table of it in README.md.
+"""Adapters x optimizers x schedules: what each cell does, and the table of it in docs/optimizers.md.
 
 `python tests/composition.py` runs every cell and prints the table.
 """

@@ -2,7 +2,7 @@
 
 `python -m torch.distributed.run --nproc-per-node=2 tests/sharded_cases.py STRATEGY FOLDER [CASE ...]` takes every case
 straight, then again from a checkpoint in the middle, and writes the adapter of both. STRATEGY: ddp, fsdp2 or fsdp.
-A process that fails ends the launch. Without words it prints the table of cases for README.md.
+A process that fails ends the launch. Without words it prints the table of cases for docs/processes.md.
 """
 
 from __future__ import annotations
