@@ -12,9 +12,13 @@ from lora_lightning.adapters.adapted_layer import AdaptedLayer, check_name
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.folded import UPDATE_TENSORS
 from lora_lightning.adapters.layers.base import BaseLayer
+from lora_lightning.adapters.linked import Linked
 from lora_lightning.errors import TargetError, did_you_mean
+from lora_lightning.injection.links import attach, link
+from lora_lightning.injection.plan import SKIPPED, ask_plan, ask_start, planned_settings
+from lora_lightning.injection.probe import Probe
 from lora_lightning.injection.targets import Targets, select, trained_parameters
-from lora_lightning.methods import Method, check_overridable, replace
+from lora_lightning.methods import Method, Plan, check_overridable, replace
 from lora_lightning.models.anatomy import Heads, fused_experts
 from lora_lightning.models.base_layers import check_quantized, count_numbers, kind_of, quantized_layers
 from lora_lightning.models.heads import within
@@ -38,6 +42,8 @@ def inject(
     also_train: Heads = "heads",
     name: str = "default",
     seed: int | None = None,
+    probe: Probe | None = None,
+    planned: Plan | None = None,
 ) -> InjectionReport:
     """Put an adapter on every matched layer of `model`, in place, and freeze the rest.
 
@@ -55,6 +61,8 @@ def inject(
             backbone, and its pooler), or names.
         name: name of the adapter.
         seed: start values are a function of it and the layer's path; None takes torch's initial seed.
+        probe: calibration batches, for methods whose ranks or start values depend on data.
+        planned: the plan of an earlier run, whose tensors are loaded next: the method is asked for neither.
 
     Returns:
         What matched, what trains, what was left out and why.
@@ -72,19 +80,28 @@ def inject(
     _check_disjoint(model, selection.layers, trained)
     quantized = dict(quantized_layers(model))
     check_quantized(quantized, trained, selection.layers)
-    settings = settings_by_layer(method, selection.layers, overrides or {})
     run_seed = common_seed() if seed is None else seed
-    adapters = {path: build_adapter(settings[path], path, base, run_seed) for path, base in selection.layers.items()}
+    with (probe or Probe()).on(model, dict(selection.layers)) as bound:
+        plan = ask_plan(method, model, bound.layers, bound) if planned is None else planned
+        settings = settings_by_layer(method, selection.layers, overrides or {}, plan)
+        selection.skip([path for path in selection.layers if path not in settings], SKIPPED)
+        adapters = {
+            path: build_adapter(settings[path], path, base, run_seed) for path, base in selection.layers.items()
+        }
+        linked = link(method, model, adapters, run_seed)
+        if planned is None:
+            ask_start(method, adapters, bound)
     _check_mergeable(model, method, adapters)
     notes = _notes(model, selection.layers, trained, also_train)
-    record = AdapterRecord(method, settings, tuple(trained), run_seed)
+    record = AdapterRecord(method, settings, tuple(trained), run_seed, plan, tuple(linked))
+    attach(model, name, linked)
     place_adapters(model, name, adapters, record, selection.layers)
     named = dict(model.named_parameters())
     return InjectionReport(
         name=name,
         method=method,
         layers={path: (kind_of(base), base.d_in, base.d_out) for path, base in selection.layers.items()},
-        adapter_parameters=sum(p.numel() for adapter in adapters.values() for p in adapter.parameters()),
+        adapter_parameters=sum(p.numel() for m in (*adapters.values(), *linked.values()) for p in m.parameters()),
         trained={parameter: named[parameter].numel() for parameter in trained},
         total_parameters=count_numbers(model, quantized),
         skipped=selection.skipped,
@@ -97,8 +114,9 @@ def lower_adapters(model: nn.Module, name: str) -> None:
     """Turn an adapter's tensors to the dtype of the layers they are on, where that is half precision."""
     for _, layer in iter_adapters(model):
         if name in layer.adapters:
-            layer.adapter(name).in_half = True
-            layer.adapter(name).to(layer.base_layer.dtype)
+            for module in (layer.adapter(name), *layer.adapter(name).linked.values()):
+                module.in_half = True
+                module.to(layer.base_layer.dtype)
 
 
 def ignore_adapter_buffers(root: nn.Module) -> None:
@@ -112,7 +130,7 @@ def ignore_adapter_buffers(root: nn.Module) -> None:
     ignored = [name for name, _ in root.named_parameters() if name in quantized]
     for path, module in root.named_modules():
         prefix = f"{path}." if path else ""
-        if isinstance(module, Adapter):
+        if isinstance(module, Adapter | Linked):
             parts = module.named_modules(prefix=path)
             ignored += [f"{inside}.{name}".removeprefix(".") for inside, part in parts for name in part._buffers]
         if isinstance(module, AdaptedLayer):
@@ -145,15 +163,18 @@ def _check_mergeable(model: nn.Module, method: Method, adapters: Mapping[str, Ad
 
 
 def settings_by_layer(
-    method: Method, layers: Mapping[str, BaseLayer], overrides: Mapping[str, Mapping[str, Any]]
+    method: Method,
+    layers: Mapping[str, BaseLayer],
+    overrides: Mapping[str, Mapping[str, Any]],
+    plan: Plan | None = None,
 ) -> dict[str, Method]:
-    """The method of each layer, overrides applied.
+    """The method of each layer: the plan's fields, and then the overrides'; layers that the plan skips are left out.
 
     Raises:
         TargetError: a pattern that matches none of the layers.
         SettingsError: a field or value that the method cannot have.
     """
-    settings = dict.fromkeys(layers, method)
+    settings = planned_settings(method, layers, plan or {}, overrides)
     for pattern, fields in overrides.items():
         hits = [path for path in layers if within(pattern, path)]
         if not hits:
@@ -162,7 +183,7 @@ def settings_by_layer(
                 f'overrides: "{pattern}" matches none of the {len(layers)} adapted layers.{did_you_mean(pattern, ends)}'
             )
         check_overridable(method, f'overrides["{pattern}"]', fields)
-        for path in hits:
+        for path in (path for path in hits if path in settings):
             settings[path] = replace(settings[path], f'overrides["{pattern}"]', fields)
     return settings
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from lora_lightning.distributed import reshard
 from lora_lightning.errors import AdapterStateError
+from lora_lightning.injection.links import detach
 from lora_lightning.injection.merge_quantized import Dequantized
 from lora_lightning.models.paths import places
 
@@ -95,4 +96,5 @@ def eject(model: nn.Module, name: str | None = None) -> None:
         if not layer.adapters:
             set_module(where[id(layer)], layer.base)
     for adapter_name in names:
+        detach(root, adapter_name, records(root)[adapter_name].linked)
         del records(root)[adapter_name]

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lora_lightning.adapters.adapted_layer import AdaptedLayer
-from lora_lightning.adapters.base import Adapter
+from lora_lightning.adapters.base import Adapter, trains
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.adapters.layers.kinds import ExpertStack
 from lora_lightning.adapters.precision import compute_in_float32
@@ -107,11 +107,7 @@ def place_adapters(
 
 
 def _trainable_names(model: nn.Module) -> list[str]:
-    return [
-        name
-        for name in records(model)
-        if any(p.requires_grad for adapter in adapters_named(model, name).values() for p in adapter.parameters())
-    ]
+    return [name for name in records(model) if any(trains(adapter) for adapter in adapters_named(model, name).values())]
 
 
 def set_module(where: Iterable[tuple[nn.Module, str]], module: nn.Module) -> None:

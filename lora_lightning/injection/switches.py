@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from lora_lightning.adapters.base import linked_modules
 from lora_lightning.distributed import reshard
 from lora_lightning.errors import AdapterStateError
 
@@ -45,8 +46,9 @@ def set_trainable(model: nn.Module, names: Sequence[str] | str) -> None:
     for parameter in root.parameters():
         parameter.requires_grad_(False)
     for name in wanted:
-        for adapter in adapters_named(root, name).values():
-            for parameter in adapter.parameters():
+        adapters = adapters_named(root, name).values()
+        for module in (*adapters, *linked_modules(adapters)):
+            for parameter in module.parameters():
                 parameter.requires_grad_(True)
         for parameter_name in records(root)[name].trained:
             root.get_parameter(parameter_name).requires_grad_(True)

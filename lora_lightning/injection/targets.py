@@ -38,6 +38,13 @@ class Selection:
     tied: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Path of a selected layer, and the other places that use its weight."""
 
+    def skip(self, paths: Iterable[str], reason: str) -> None:
+        """Leave out layers that were selected."""
+        for path in paths:
+            del self.layers[path]
+            self.tied.pop(path, None)
+            self.skipped[path] = reason
+
 
 def as_patterns(patterns: str | Sequence[str]) -> list[str]:
     """Patterns as a list; one string is one pattern."""

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lora_lightning.distributed import first_entry, local
-from lora_lightning.injection.records import iter_adapters
+from lora_lightning.injection.records import iter_adapters, records
 from lora_lightning.models.base_layers import quantized_layers
 from lora_lightning.models.new_tokens import extended_layers
 from lora_lightning.models.paths import plain, starting_with, unwrap
@@ -87,6 +87,8 @@ def _base_parameters(model: nn.Module) -> dict[str, Tensor]:
     listed = dict(model.named_parameters())  # tied ones under their first name only
     layers = dict(iter_adapters(model))
     inside = starting_with((f"{path}." for path in layers), listed)
+    owners = {path for record in records(model).values() for path in record.linked}
+    inside |= starting_with((f"{path}.adapters.".removeprefix(".") for path in owners), listed)
     grown = {f"{path}.base.weight": f"{path}.weight" for path in extended_layers(model)}
     found: dict[str, Tensor] = {plain(grown.get(name, name)): listed[name] for name in listed if name not in inside}
     for path, layer in layers.items():

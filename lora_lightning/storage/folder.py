@@ -59,6 +59,10 @@ class Stored:
     """New tokens that its rows belong to."""
     quantization: str | None = None
     """Formats that the base weights were stored in, joined."""
+    plan: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """What the method itself had set for some layers."""
+    linked: tuple[str, ...] = ()
+    """Paths of modules that own what layers share."""
 
 
 def save_adapter(model: nn.Module, directory: str | Path, name: str = "default") -> Path:
@@ -139,10 +143,13 @@ def read_folder(directory: str | Path) -> Stored:
             "trained",
             "vocabulary",
             "quantization",
+            "plan",
+            "linked",
         }
         given = {} if newer else {key: content[key] for key in fields} | {"trained": tuple(content["trained"])}
         given["vocabulary"] = _vocabulary(folder, content.get("vocabulary"))
-        given["quantization"] = content.get("quantization")  # older files have none
+        given["quantization"] = content.get("quantization")  # older files have none of these
+        given["plan"], given["linked"] = content.get("plan", {}), tuple(content.get("linked", ()))
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise AdapterFileError(f'"{path}" is truncated or damaged: {reason}. Save the adapter again.') from error

@@ -13,6 +13,7 @@ from lora_lightning.adapters.folded import DenseUpdate, Shift, update_like
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.distributed import put, reshard
 from lora_lightning.errors import AdapterFileError, AdapterStateError, SettingsError, did_you_mean
+from lora_lightning.injection.links import attach, link
 from lora_lightning.injection.place import build_adapter, check_ready, place_adapters
 from lora_lightning.injection.records import (
     AdapterRecord,
@@ -20,6 +21,7 @@ from lora_lightning.injection.records import (
     check_unmerged,
     injected_root,
     iter_adapters,
+    linked_named,
     records,
 )
 from lora_lightning.injection.switches import set_active
@@ -93,14 +95,16 @@ def _load(
         adapters = {
             path: build_adapter(record.layers[path], path, base, stored.seed) for path, base in base_layers.items()
         }
-    _match(root, stored, adapters, directory)
+    linked = linked_named(root, name) if present else link(record.method, root, adapters, stored.seed)
+    _match(root, stored, adapters, linked, directory)
     shifts = _folded(root, stored, base_layers, directory)
     if present:
         set_active(root, [name])
     else:
+        attach(root, name, linked)
         place_adapters(root, name, adapters, record, base_layers, trainable=False)
     with torch.no_grad():  # heads in half precision have become others
-        for target, value in _match(root, stored, adapters, directory):
+        for target, value in _match(root, stored, adapters, linked, directory):
             put(target, value)
     for path, layer in iter_adapters(root):
         if name in layer.adapters:
@@ -143,7 +147,11 @@ def _record(
         }
     except SettingsError as error:
         raise AdapterFileError(f'"{directory}": {error}') from error
-    return AdapterRecord(method, layers, tuple(parameters.get(name, name) for name in stored.trained), stored.seed)
+    trained = tuple(parameters.get(name, name) for name in stored.trained)
+    every = {plain(path): path for path, _ in root.named_modules()}
+    plan = {paths.get(path, path): fields for path, fields in stored.plan.items()}
+    linked = tuple(every.get(path, path) for path in stored.linked)
+    return AdapterRecord(method, layers, trained, stored.seed, plan, linked)
 
 
 def _check_same(own: AdapterRecord, theirs: AdapterRecord, name: str, directory: str | Path) -> None:
@@ -217,17 +225,22 @@ def _base_layers(root: nn.Module, stored: Stored, directory: str | Path) -> dict
 
 
 def _match(
-    root: nn.Module, stored: Stored, adapters: Mapping[str, nn.Module], directory: str | Path
+    root: nn.Module,
+    stored: Stored,
+    adapters: Mapping[str, nn.Module],
+    linked: Mapping[str, nn.Module],
+    directory: str | Path,
 ) -> list[tuple[Tensor, Tensor]]:
     """(target, value) for every tensor, after an exact comparison of keys and shapes."""
     targets = {
-        f"{plain(path)}.adapters.{stored.name}.{key}": tensor
-        for path, adapter in adapters.items()
+        f"{plain(path)}.adapters.{stored.name}.{key}".removeprefix("."): tensor
+        for path, adapter in (*adapters.items(), *linked.items())
         for key, tensor in adapter.state_dict(keep_vars=True).items()
     }
     state = {plain(key): tensor for key, tensor in root.state_dict(keep_vars=True).items()}
     folded = {key for key in stored.tensors if f".shifts.{stored.name}." in key}
-    inside = starting_with((f"{path}.adapters.{stored.name}." for path in stored.layers), stored.tensors) | folded
+    above = [f"{path}.adapters.{stored.name}.".removeprefix(".") for path in (*stored.layers, *stored.linked)]
+    inside = starting_with(above, stored.tensors) | folded
     targets |= {key: state[key] for key in stored.tensors if key not in inside and key in state}
     missing = sorted((targets.keys() | set(stored.trained)) - stored.tensors.keys())
     unexpected = sorted(stored.tensors.keys() - targets.keys() - folded)
