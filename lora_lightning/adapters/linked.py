@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,3 +38,7 @@ class Linked(nn.Module, ABC):
 
 class LinkedAdapters(nn.ModuleDict):
     """The linked modules of one owner, by adapter name; its attribute `adapters`."""
+
+    def forward(self, x: Any) -> Any:
+        """`x` as it is: an owner that calls all its children in a row, as nn.Sequential does, calls this one too."""
+        return x

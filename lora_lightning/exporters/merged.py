@@ -15,6 +15,7 @@ from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.errors import AdapterStateError, ExportError
 from lora_lightning.exporters.report import Written
 from lora_lightning.exporters.source import Source, check_finite, write_files
+from lora_lightning.injection.links import without_linked
 from lora_lightning.injection.merge_quantized import Dequantized
 from lora_lightning.injection.place import set_module
 from lora_lightning.injection.records import iter_adapters
@@ -46,7 +47,7 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
         )
     _check_mergeable(source)
     dequantized = Dequantized()
-    with _plain(source, dequantized), _unquantized(source), plain_vocabulary(source.host):
+    with _plain(source, dequantized), without_linked(source.root), _unquantized(source), plain_vocabulary(source.host):
         check_finite("the model", source.host.state_dict().values())
         config = copy.copy(source.host.config.__dict__)
         try:

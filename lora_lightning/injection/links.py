@@ -9,7 +9,8 @@ while the block runs, one above all blocks from the model's forward to its backw
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -17,8 +18,11 @@ from lora_lightning.adapters.base import Adapter, linked_modules
 from lora_lightning.adapters.linked import Linked, LinkedAdapters
 from lora_lightning.errors import AdapterStateError, PluginError
 from lora_lightning.injection.gates import Gate, add_gate_hooks, remove_gate_hooks
+from lora_lightning.injection.records import records
 from lora_lightning.methods import Method
 from lora_lightning.seeds import generator
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 def common_owner(model: nn.Module, paths: Iterable[str]) -> str:
@@ -35,7 +39,7 @@ def common_owner(model: nn.Module, paths: Iterable[str]) -> str:
         if len(set(names)) > 1:
             break
         common.append(names[0])
-    while common and isinstance(model.get_submodule(".".join(common)), nn.ModuleList | nn.ModuleDict):
+    while common and isinstance(model.get_submodule(".".join(common)), _CONTAINERS):
         common.pop()
     return ".".join(common)
 
@@ -78,6 +82,18 @@ def attach(model: nn.Module, name: str, linked: Mapping[str, Linked]) -> None:
         holder[name] = module.train(owner.training)
         if isinstance(module, Gate):
             add_gate_hooks(model, owner)
+
+
+@contextmanager
+def without_linked(model: nn.Module) -> Iterator[None]:
+    """Inside, owners are plain modules, as a file of the plain model names their tensors; adapters read on."""
+    owners = {path: model.get_submodule(path) for record in records(model).values() for path in record.linked}
+    holders = {path: owner._modules.pop("adapters") for path, owner in owners.items()}
+    try:
+        yield
+    finally:
+        for path, owner in owners.items():
+            owner._modules["adapters"] = holders[path]
 
 
 def detach(model: nn.Module, name: str, owners: Sequence[str]) -> None:

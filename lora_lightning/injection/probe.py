@@ -5,9 +5,9 @@
     gradients(paths)     mean over batches of dL/dW, (d_out, d_in)
     losses()             one number a batch
 
-Each is one pass over the batches, in eval mode. A pass leaves nothing behind: training mode, `requires_grad`, gradients,
-hooks, random numbers and the model's device are as they were. Only the model's forward is run, before anything is
-sharded, so one process can ask while others wait.
+Each is one pass over the batches, in eval mode. A pass leaves nothing behind: training mode, `requires_grad`,
+gradients, hooks, random numbers and the model's device are as they were. Only the model's forward is run, before
+anything is sharded, so one process can ask while others wait.
 
 The gradient of a weight is read where the layer is called: of y = W x with g = dL/dy it is g x^T. No weight needs
 `requires_grad`, quantized ones have gradients too, and one (d_out, d_in) matrix lies on the device at a time.

@@ -73,6 +73,17 @@ class SharingContract:
         assert torch.equal(model(x), before)
         assert not torch.equal(twin(x), before)
 
+    def test_linked_start_is_a_function_of_the_seed(self) -> None:
+        """The same seed gives shared tensors the same start, whatever was drawn before."""
+        starts = []
+        for draws in (0, 7):
+            torch.rand(draws)
+            model, _ = self._mlp(moved=False, seed=1)
+            starts.append(
+                [tensor for m in linked_named(model, "default").values() for tensor in m.state_dict().values()]
+            )
+        assert all(torch.equal(a, b) for a, b in zip(*starts, strict=True))
+
     def test_linked_tensors_are_saved_once(self, tmp_path: Path) -> None:
         """The adapter file holds each shared tensor under one name, and gives a fresh model the same function."""
         model, x = self._linked_mlp()

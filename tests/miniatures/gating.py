@@ -38,7 +38,9 @@ class FlowGate(Gate):
 
     def reset(self, generator: torch.Generator) -> None:
         write_zeros(self.weight)
-        write_values(self.bias, nn.functional.one_hot(torch.tensor(len(self.bias) - 1), len(self.bias)) - 1 / len(self.bias))
+        write_values(
+            self.bias, nn.functional.one_hot(torch.tensor(len(self.bias) - 1), len(self.bias)) - 1 / len(self.bias)
+        )
 
 
 class BankAdapter(Adapter):

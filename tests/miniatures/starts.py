@@ -1,9 +1,9 @@
 """Ranks and starts from data and weights: EVA and PiSSA.
 
-EVA    Paischer et al., 2024, arXiv:2410.07170     A: leading directions of a layer's inputs, ranks by explained variance
+EVA    Paischer et al., 2024, arXiv:2410.07170     A: leading directions of inputs, ranks by explained variance
 PiSSA  Meng et al., 2024, arXiv:2404.02948         A, B: leading singular triplets of W, which are taken off W
 
-Departs from the papers: EVA's covariances are summed whole instead of by incremental principal components; no whitening.
+Departs from the papers: EVA's covariances are summed, where the paper updates principal components; no whitening.
 """
 
 from __future__ import annotations
