@@ -7,9 +7,9 @@ view of such a tensor is cut along another axis, in the same way.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from lora_lightning.errors import AdapterStateError, ProcessError
+
+T = TypeVar("T")
 
 # -- reading -----------------------------------------------------------------------------------------------------------
 
@@ -120,12 +122,13 @@ def all_finite(tensor: Tensor) -> bool:
 def assembled(*modules: nn.Module) -> Iterator[None]:
     """Inside, sharded parameters of `modules` are full copies, gathered in one collective.
 
-    All processes take part, and hold all of these parameters until the end.
+    So are those of modules that an adapter among them refers to as `linked`. All processes take part, and hold all of
+    these parameters until the end.
     """
     found: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]] = [
-        (table, name, cast(nn.Parameter, parameter))
-        for table in (part._parameters for module in modules for part in module.modules())
-        for name, parameter in table.items()
+        (part._parameters, name, cast(nn.Parameter, parameter))
+        for part in _with_linked(modules)
+        for name, parameter in part._parameters.items()
         if isinstance(parameter, DTensor)
     ]
     for (table, name, parameter), value in zip(found, gather([p for _, _, p in found]), strict=True):
@@ -135,6 +138,16 @@ def assembled(*modules: nn.Module) -> Iterator[None]:
     finally:
         for table, name, parameter in found:
             table[name] = parameter
+
+
+def _with_linked(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """All parts of the modules and of what they refer to as `linked`, each once."""
+    found: dict[int, nn.Module] = {}
+    for part in (part for module in modules for part in module.modules()):
+        linked = getattr(part, "linked", {})
+        for module in (part, *(linked.values() if isinstance(linked, Mapping) else ())):
+            found |= {id(inner): inner for inner in module.modules()}
+    return list(found.values())
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -225,6 +238,21 @@ def fail_together() -> Iterator[None]:
     for rank, failure in enumerate(gather_objects(None)):
         if failure is not None:
             raise ProcessError(f"process {rank} failed: {failure}")
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` answers on the first process, on all of them; an error there is one everywhere.
+
+    Only the first process calls it, so nothing inside may wait for others. Tensors in the answer lie on the CPU.
+    """
+    if not dist.is_initialized():
+        return make()
+    answer: list[Any] = [None]
+    with fail_together():
+        if dist.get_rank() == 0:
+            answer = [make()]
+    dist.broadcast_object_list(answer)
+    return cast(T, answer[0])
 
 
 def reshard(model: nn.Module) -> None:

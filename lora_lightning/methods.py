@@ -17,12 +17,16 @@ from lora_lightning.errors import SettingsError, check, did_you_mean
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
-    from torch import Tensor
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
     from lora_lightning.adapters.base import Adapter, GroupSpec
     from lora_lightning.adapters.layers.base import BaseLayer
+    from lora_lightning.adapters.linked import Linked
+    from lora_lightning.injection.probe import Probe
 
+Plan = Mapping[str, Mapping[str, Any]]
+"""Fields that differ, by layer path: plain data."""
 Adapters = Mapping[str, "Adapter"]
 """Adapters of one name by the path of the layer they sit on."""
 
@@ -57,6 +61,38 @@ class Method(ABC):
     def build(self, base: BaseLayer) -> Adapter:
         """The adapter for one layer, on the layer's device; `inject` gives it its start values by `reset`."""
 
+    def probe_batches(self) -> int:
+        """How many calibration batches `plan` and `initialize` read, where a training run hands them out; 0: none."""
+        return 0
+
+    def plan(self, model: nn.Module, targets: Mapping[str, BaseLayer], probe: Probe) -> Plan:  # noqa: ARG002
+        """Fields of some layers that differ from the method's own, by layer path; `{"rank": 0}` skips a layer.
+
+        Asked once for a new adapter, before anything is built, with the plain model and its matched layers; of several
+        processes the first one is asked. `probe` reads the model on calibration batches. The answer is plain data
+        (numbers, strings, lists) and is saved with the adapter: resuming and loading read it there. `overrides` of the
+        user win over it, field by field.
+        """
+        return {}
+
+    def initialize(self, adapters: Adapters, probe: Probe) -> None:  # noqa: B027 - a question with a default answer
+        """Write start values that depend on weights or data, in place; nothing is returned.
+
+        Asked once for a new adapter, after `build`, `reset` and `link`, before adapters are on their layers; of several
+        processes the first one is asked and its values are sent. Not asked where values are loaded.
+        `probe.layers[path]` is the base layer of an adapter; its `weight()` is (d_out, d_in). Functions for starts:
+        `adapters.starts`.
+        """
+
+    def link(self, model: nn.Module, adapters: Adapters) -> Mapping[str, Linked]:  # noqa: ARG002
+        """Modules above one layer by the path of the module that they are registered at ("" is the model itself).
+
+        Asked whenever adapters have been built: for a new one and for one that is loaded. It sees the plain model and
+        all adapters, and sets `adapter.linked` of those that read what it returns; each module must be read by one at
+        least. Tensors lie at `<path>.adapters.<name>.<tensor>`. Values are given by `Linked.reset`.
+        """
+        return {}
+
     def param_groups(self, adapters: Adapters) -> dict[str, GroupSpec]:
         """Trainables by group name: sides of factor pairs as "A" and "B", the rest as "other"."""
         from lora_lightning.adapters.base import pair_groups
@@ -90,6 +126,22 @@ class WrapperMethod(Method):
     def build(self, base: BaseLayer) -> Adapter:
         """The inner method's adapter."""
         return self.inner.build(base)
+
+    def probe_batches(self) -> int:
+        """As many as the inner method's."""
+        return self.inner.probe_batches()
+
+    def plan(self, model: nn.Module, targets: Mapping[str, BaseLayer], probe: Probe) -> Plan:
+        """The inner method's plan, of fields of the method inside."""
+        return {path: {"inner": fields} for path, fields in self.inner.plan(model, targets, probe).items()}
+
+    def initialize(self, adapters: Adapters, probe: Probe) -> None:
+        """The inner method's start values."""
+        self.inner.initialize(adapters, probe)
+
+    def link(self, model: nn.Module, adapters: Adapters) -> Mapping[str, Linked]:
+        """The inner method's linked modules."""
+        return self.inner.link(model, adapters)
 
     def param_groups(self, adapters: Adapters) -> dict[str, GroupSpec]:
         """The inner method's groups."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from lora_lightning.adapters.layers.quantized import QuantizedBase
 from lora_lightning.errors import AdapterStateError, ExportError
 from lora_lightning.exporters.report import Written
 from lora_lightning.exporters.source import Source, check_finite, write_files
+from lora_lightning.injection.links import without_linked
 from lora_lightning.injection.merge_quantized import Dequantized
 from lora_lightning.injection.place import set_module
 from lora_lightning.models.anatomy import Anatomy
@@ -46,7 +47,10 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     _check_mergeable(source)
     dequantized, anatomy = Dequantized(), source.anatomy
     extended = list(anatomy.extended.values())
-    with _plain(source, dequantized), _unquantized(source), plain_vocabulary(extended, anatomy.places):
+    plain = (_plain(source, dequantized), without_linked(anatomy.model), _unquantized(source))
+    with ExitStack() as stack:
+        for context in (*plain, plain_vocabulary(extended, anatomy.places)):
+            stack.enter_context(context)
         state = source.host.state_dict(keep_vars=True)
         check_finite("the model", state.values())
         with _own_config(source.host):

@@ -8,16 +8,20 @@ from typing import Any
 from torch import nn
 
 from lora_lightning.adapters.adapted_layer import check_name
-from lora_lightning.adapters.base import Adapter
+from lora_lightning.adapters.base import Adapter, linked_modules
 from lora_lightning.adapters.folded import UPDATE_TENSORS
 from lora_lightning.adapters.layers.base import BaseLayer
+from lora_lightning.adapters.linked import Linked
 from lora_lightning.errors import TargetError, did_you_mean
 from lora_lightning.injection.also_train import trained_parameters
+from lora_lightning.injection.links import link
 from lora_lightning.injection.place import build_adapter, check_ready, place_adapters
+from lora_lightning.injection.plan import SKIPPED, ask_plan, ask_start, planned_settings
+from lora_lightning.injection.probe import Probe
 from lora_lightning.injection.records import AdapterRecord, iter_adapters, records
 from lora_lightning.injection.report import InjectionReport, report_on
 from lora_lightning.injection.targets import Targets, select
-from lora_lightning.methods import Method, check_overridable, replace
+from lora_lightning.methods import Method, Plan, check_overridable, replace
 from lora_lightning.models.anatomy import Anatomy, Heads, survey
 from lora_lightning.models.base_layers import check_quantized
 from lora_lightning.models.paths import join, within
@@ -33,6 +37,8 @@ def inject(
     also_train: Heads = "heads",
     name: str = "default",
     seed: int | None = None,
+    probe: Probe | None = None,
+    planned: Plan | None = None,
 ) -> InjectionReport:
     """Put an adapter on every matched layer of `model`, in place, and freeze the rest.
 
@@ -50,6 +56,8 @@ def inject(
             backbone, and its pooler), or names.
         name: name of the adapter.
         seed: start values are a function of it and the layer's path; None takes torch's initial seed.
+        probe: calibration batches, for methods whose ranks or start values depend on data.
+        planned: the plan of an earlier run, whose tensors are loaded next: the method is asked for neither.
 
     Returns:
         What matched, what trains, what was left out and why.
@@ -67,13 +75,21 @@ def inject(
     trained = trained_parameters(anatomy, also_train)
     _check_disjoint(model, selection.layers, trained)
     check_quantized(anatomy.quantized, trained, selection.layers)
-    settings = settings_by_layer(method, selection.layers, overrides or {})
     run_seed = common_seed() if seed is None else seed
-    adapters = {path: build_adapter(settings[path], path, base, run_seed) for path, base in selection.layers.items()}
+    with (probe or Probe()).on(model, dict(selection.layers)) as bound:
+        plan = ask_plan(method, model, bound.layers, bound) if planned is None else planned
+        settings = settings_by_layer(method, selection.layers, overrides or {}, plan)
+        selection.skip([path for path in selection.layers if path not in settings], SKIPPED)
+        adapters = {
+            path: build_adapter(settings[path], path, base, run_seed) for path, base in selection.layers.items()
+        }
+        linked = link(method, model, adapters, run_seed)
+        if planned is None:
+            ask_start(method, adapters, bound)
     _check_mergeable(anatomy, method, adapters)
     notes = _notes(anatomy, selection.layers, trained, also_train)
-    record = AdapterRecord(method, settings, tuple(trained), run_seed)
-    place_adapters(anatomy, name, adapters, record, selection.layers)
+    record = AdapterRecord(method, settings, tuple(trained), run_seed, plan, tuple(linked))
+    place_adapters(anatomy, name, adapters, record, selection.layers, linked)
     return report_on(anatomy, name, record, adapters, selection, notes)
 
 
@@ -81,8 +97,11 @@ def lower_adapters(model: nn.Module, name: str) -> None:
     """Turn an adapter's tensors to the dtype of the layers they are on, where that is half precision."""
     for _, layer in iter_adapters(model):
         if name in layer.adapters:
-            layer.adapter(name).in_half = True
-            layer.adapter(name).to(layer.base_layer.dtype)
+            adapter = layer.adapter(name)
+            own: list[Adapter | Linked] = [adapter, *linked_modules([adapter])]
+            for module in own:
+                module.in_half = True
+                module.to(layer.base_layer.dtype)
 
 
 def ignore_adapter_buffers(root: nn.Module) -> None:
@@ -95,12 +114,19 @@ def ignore_adapter_buffers(root: nn.Module) -> None:
     anatomy = survey(root)
     quantized = {f"{path}{inside}" for path in anatomy.quantized for inside in (".weight", ".base.weight")}
     ignored = [name for name in anatomy.parameters if name in quantized]
+    for path, module in anatomy.modules.items():
+        if isinstance(module, Linked):
+            ignored += _buffer_names(path, module)
     for path, layer in anatomy.adapted.items():
         for name, adapter in layer.adapters.items():
-            for inside, part in adapter.named_modules(prefix=join(path, "adapters", name)):
-                ignored += [join(inside, buffer) for buffer in part._buffers]
+            ignored += _buffer_names(join(path, "adapters", name), adapter)
             ignored += [join(path, "shifts", name, tensor) for tensor in UPDATE_TENSORS]
     root._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]  # an attribute that the wrapper looks up
+
+
+def _buffer_names(path: str, module: nn.Module) -> list[str]:
+    """Names of all buffers below the module at `path`."""
+    return [join(inside, buffer) for inside, part in module.named_modules(prefix=path) for buffer in part._buffers]
 
 
 def _check_disjoint(model: nn.Module, layers: Iterable[str], trained: Sequence[str]) -> None:
@@ -127,15 +153,18 @@ def _check_mergeable(anatomy: Anatomy, method: Method, adapters: Mapping[str, Ad
 
 
 def settings_by_layer(
-    method: Method, layers: Mapping[str, BaseLayer], overrides: Mapping[str, Mapping[str, Any]]
+    method: Method,
+    layers: Mapping[str, BaseLayer],
+    overrides: Mapping[str, Mapping[str, Any]],
+    plan: Plan | None = None,
 ) -> dict[str, Method]:
-    """The method of each layer, overrides applied.
+    """The method of each layer: the plan's fields, and then the overrides'; layers that the plan skips are left out.
 
     Raises:
         TargetError: a pattern that matches none of the layers.
         SettingsError: a field or value that the method cannot have.
     """
-    settings = dict.fromkeys(layers, method)
+    settings = planned_settings(method, layers, plan or {}, overrides)
     for pattern, fields in overrides.items():
         hits = [path for path in layers if within(pattern, path)]
         if not hits:
@@ -144,7 +173,7 @@ def settings_by_layer(
                 f'overrides: "{pattern}" matches none of the {len(layers)} adapted layers.{did_you_mean(pattern, ends)}'
             )
         check_overridable(method, f'overrides["{pattern}"]', fields)
-        for path in hits:
+        for path in (path for path in hits if path in settings):
             settings[path] = replace(settings[path], f'overrides["{pattern}"]', fields)
     return settings
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from lora_lightning.distributed import reshard
 from lora_lightning.errors import AdapterStateError
+from lora_lightning.injection.links import detach
 from lora_lightning.injection.merge_quantized import Dequantized
 from lora_lightning.injection.place import set_module
 from lora_lightning.injection.records import check_known, injected_root, iter_adapters, records
@@ -90,4 +91,5 @@ def eject(model: nn.Module, name: str | None = None) -> None:
         if not layer.adapters:
             set_module(anatomy.places[id(layer)], layer.base)
     for adapter_name in names:
+        detach(root, adapter_name, records(root)[adapter_name].linked)
         del records(root)[adapter_name]

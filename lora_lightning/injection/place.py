@@ -9,11 +9,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lora_lightning.adapters.adapted_layer import AdaptedLayer
-from lora_lightning.adapters.base import Adapter
+from lora_lightning.adapters.base import Adapter, trains
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.adapters.layers.kinds import ExpertStack
+from lora_lightning.adapters.linked import Linked
 from lora_lightning.adapters.precision import compute_in_float32
 from lora_lightning.errors import AdapterStateError, SettingsError
+from lora_lightning.injection.links import attach
 from lora_lightning.injection.records import AdapterRecord, add_record, records, refuse_merged
 from lora_lightning.injection.switches import activate, freeze, train_only
 from lora_lightning.methods import Method
@@ -75,9 +77,10 @@ def place_adapters(
     adapters: Mapping[str, Adapter],
     record: AdapterRecord,
     base_layers: Mapping[str, BaseLayer],
+    linked: Mapping[str, Linked],
     trainable: bool = True,
 ) -> dict[str, AdaptedLayer]:
-    """Put built adapters on their layers and make them the only active ones.
+    """Put built adapters on their layers, and what they share on its owners; they become the only active ones.
 
     With `trainable` they are the only ones that train; without, they are frozen and other adapters stay as they are.
 
@@ -93,6 +96,7 @@ def place_adapters(
         layer = layers[path]
         layer.tied_to = ties.get(path, ())
         layer.add(name, adapter.train(layer.training))
+    attach(anatomy.model, name, linked)
     freeze(anatomy.parameters.values())  # before some are replaced by copies in float32
     compute_in_float32({anatomy.modules[parameter.rpartition(".")[0]]: None for parameter in record.trained})
     add_record(anatomy.model, name, record)
@@ -120,7 +124,7 @@ def _trainable_names(anatomy: Anatomy) -> list[str]:
     found = []
     for name in records(anatomy.model):
         own = [layer.adapter(name) for layer in anatomy.adapted.values() if name in layer.adapters]
-        if any(parameter.requires_grad for adapter in own for parameter in adapter.parameters()):
+        if any(trains(adapter) for adapter in own):
             found.append(name)
     return found
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 from torch import nn
 
 from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.adapters.base import Adapter
+from lora_lightning.adapters.linked import Linked
 from lora_lightning.errors import AdapterStateError, did_you_mean
-from lora_lightning.methods import Method
+from lora_lightning.methods import Method, Plan
 
 _RECORDS = "_lora_lightning_records"
 
@@ -26,6 +27,10 @@ class AdapterRecord:
     trained: tuple[str, ...]
     """Fully trained base parameters, by name."""
     seed: int
+    plan: Plan = field(default_factory=dict)
+    """What the method itself has set for some layers, by path."""
+    linked: tuple[str, ...] = ()
+    """Owners of modules above one layer, by path; each holds this adapter's at `<owner>.adapters.<name>`."""
 
 
 def records(model: nn.Module) -> dict[str, AdapterRecord]:
@@ -79,6 +84,12 @@ def iter_adapters(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
 def adapters_named(model: nn.Module, name: str) -> dict[str, Adapter]:
     """Adapters of one name by layer path."""
     return {path: layer.adapter(name) for path, layer in iter_adapters(model) if name in layer.adapters}
+
+
+def linked_named(model: nn.Module, name: str) -> dict[str, Linked]:
+    """What adapters of one name share, by the path of the module that owns it."""
+    owners = records(model)[name].linked
+    return {path: cast(Linked, cast(Any, model.get_submodule(path)).adapters[name]) for path in owners}
 
 
 def trainable_adapters(model: nn.Module) -> dict[str, Adapter]:

@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from lora_lightning.adapters.base import Adapter
+from lora_lightning.adapters.base import Adapter, linked_modules
 from lora_lightning.injection.records import AdapterRecord
 from lora_lightning.injection.targets import Selection
 from lora_lightning.methods import Method
@@ -102,7 +102,9 @@ def report_on(
         selection: layers that they were put on, and layers that were left out.
         notes: what else a user should know.
     """
-    own = {id(parameter): parameter.numel() for adapter in adapters.values() for parameter in adapter.parameters()}
+    own: dict[int, int] = {}
+    for module in (*adapters.values(), *linked_modules(adapters.values())):
+        own |= {id(parameter): parameter.numel() for parameter in module.parameters()}
     return InjectionReport(
         name=name,
         method=record.method,

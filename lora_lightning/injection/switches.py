@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 from torch import nn
 
 from lora_lightning.adapters.adapted_layer import AdaptedLayer
+from lora_lightning.adapters.base import Adapter, linked_modules
 from lora_lightning.distributed import reshard
 from lora_lightning.errors import AdapterStateError
 from lora_lightning.injection.records import check_known, injected_root, iter_adapters, records
@@ -55,14 +57,24 @@ def freeze(parameters: Iterable[nn.Parameter]) -> None:
         parameter.requires_grad_(False)
 
 
+def _own_parameters(adapter: Adapter) -> Iterator[nn.Parameter]:
+    """Those of an adapter and of what it shares with others."""
+    for module in (adapter, *linked_modules([adapter])):
+        yield from module.parameters()
+
+
 def train_only(root: nn.Module, layers: Collection[AdaptedLayer], names: Sequence[str]) -> None:
-    """Of these layers' adapters train exactly those of these names, and the base parameters that go with them."""
+    """Of these layers' adapters train exactly those of these names, and what goes with them.
+
+    That is what they share with other layers, and the base parameters that their records name.
+    """
     for layer in layers:
-        freeze(layer.adapters.parameters())
+        for adapter in layer.adapters.values():
+            freeze(_own_parameters(cast(Adapter, adapter)))
     for name in names:
         for layer in layers:
             if name in layer.adapters:
-                for parameter in layer.adapter(name).parameters():
+                for parameter in _own_parameters(layer.adapter(name)):
                     parameter.requires_grad_(True)
         for parameter_name in records(root)[name].trained:
             root.get_parameter(parameter_name).requires_grad_(True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -35,6 +35,13 @@ class Selection:
     """Path of a layer that was left out, and why."""
     tied: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Path of a selected layer, and the other places that use its weight."""
+
+    def skip(self, paths: Iterable[str], reason: str) -> None:
+        """Leave out layers that were selected."""
+        for path in paths:
+            del self.layers[path]
+            self.tied.pop(path, None)
+            self.skipped[path] = reason
 
 
 def as_patterns(patterns: str | Sequence[str]) -> list[str]:

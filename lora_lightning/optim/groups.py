@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lora_lightning.adapters.base import FactorPair, GroupSpec
+from lora_lightning.adapters.base import FactorPair, GroupSpec, trains
 from lora_lightning.errors import SettingsError, TrainingError
 from lora_lightning.injection.records import adapters_named, injected_root, records, trainable_adapters
 from lora_lightning.optim.wrapper import adamw
@@ -26,9 +26,7 @@ def group_specs(model: nn.Module) -> dict[str, GroupSpec]:
     specs: dict[str, GroupSpec] = {}
     heads: dict[int, nn.Parameter] = {}
     for name, record in records(root).items():
-        adapters = {
-            path: a for path, a in adapters_named(root, name).items() if any(p.requires_grad for p in a.parameters())
-        }
+        adapters = {path: adapter for path, adapter in adapters_named(root, name).items() if trains(adapter)}
         if adapters:
             prefix = "" if len(records(root)) == 1 else f"{name}."
             specs |= {f"{prefix}{group}": spec for group, spec in record.method.param_groups(adapters).items()}

@@ -45,6 +45,8 @@ def describe_adapter(anatomy: Anatomy, name: str) -> dict[str, Any]:
         "method": type(record.method).__name__,
         "settings": common,
         "layers": layers,
+        "plan": {plain(path): dict(fields) for path, fields in record.plan.items()},
+        "linked": [plain(path) for path in record.linked],
         "trained": [plain(parameter) for parameter in record.trained],
         "labels": _labels(root) if record.trained else None,
         "seed": record.seed,

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lora_lightning.distributed import first_entry, local
+from lora_lightning.injection.records import records
 from lora_lightning.models.anatomy import Anatomy, survey
 from lora_lightning.models.paths import plain, starting_with, unwrap
 
@@ -85,7 +86,10 @@ def _at_places(parameter: Tensor) -> Tensor:
 def _base_parameters(anatomy: Anatomy) -> dict[str, Tensor]:
     """Base parameters with the values and under the names they have without adapters."""
     listed = anatomy.parameters  # tied ones under their first name only
-    inside = starting_with((f"{path}." for path in anatomy.adapted), listed)
+    above = [f"{path}." for path in anatomy.adapted]
+    for record in records(anatomy.model).values():
+        above += [f"{path}.adapters.".removeprefix(".") for path in record.linked]
+    inside = starting_with(above, listed)
     extended = {f"{path}.base.weight": f"{path}.weight" for path in anatomy.extended}
     found: dict[str, Tensor] = {plain(extended.get(name, name)): listed[name] for name in listed if name not in inside}
     for path, layer in anatomy.adapted.items():

@@ -57,6 +57,10 @@ class Stored:
     """New tokens that its rows belong to."""
     quantization: str | None = None
     """Formats that the base weights were stored in, joined."""
+    plan: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """What the method itself had set for some layers."""
+    linked: tuple[str, ...] = ()
+    """Paths of modules that own what layers share."""
 
 
 def save_adapter(model: nn.Module, directory: str | Path, name: str = "default") -> Path:
@@ -148,9 +152,11 @@ def _fields(content: dict[str, Any]) -> dict[str, Any]:
     """What a description gives of the fields of `Stored`."""
     given: dict[str, Any] = {}
     for field in dataclasses.fields(Stored):
-        if field.name not in ("tensors", "vocabulary", "quantization"):
+        if field.name not in ("tensors", "vocabulary", "quantization", "plan", "linked"):
             given[field.name] = content[field.name]
-    return {**given, "trained": tuple(content["trained"]), "quantization": described_formats(content)}
+    given["trained"], given["quantization"] = tuple(content["trained"]), described_formats(content)
+    given["plan"], given["linked"] = content.get("plan", {}), tuple(content.get("linked", ()))  # 0.1 wrote neither
+    return given
 
 
 def _vocabulary(folder: Path, content: dict[str, Any] | None) -> Vocabulary | None:

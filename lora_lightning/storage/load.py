@@ -13,13 +13,14 @@ from lora_lightning.adapters.folded import DenseUpdate, Shift, update_like
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.distributed import put
 from lora_lightning.errors import AdapterFileError, AdapterStateError, SettingsError, did_you_mean
+from lora_lightning.injection.links import link
 from lora_lightning.injection.place import build_adapter, check_ready, place_adapters
-from lora_lightning.injection.records import AdapterRecord, injected_root, records, refuse_merged
+from lora_lightning.injection.records import AdapterRecord, injected_root, linked_named, records, refuse_merged
 from lora_lightning.injection.switches import activate
 from lora_lightning.methods import Method, plain_settings
 from lora_lightning.models.anatomy import Anatomy, survey
 from lora_lightning.models.new_tokens import add_rows, check_same_tokens, remove_rows, vocabulary
-from lora_lightning.models.paths import plain, starting_with, unwrap
+from lora_lightning.models.paths import join, plain, starting_with, unwrap
 from lora_lightning.plugins import registry, restore_settings
 from lora_lightning.storage.fingerprint import fingerprint, say_unsampled
 from lora_lightning.storage.folded import folded_tensors
@@ -91,16 +92,17 @@ def _load(anatomy: Anatomy, stored: Stored, method_class: type[Method], name: st
         adapters = {
             path: build_adapter(record.layers[path], path, base, stored.seed) for path, base in base_layers.items()
         }
+    linked = linked_named(anatomy.model, name) if present else link(record.method, anatomy.model, adapters, stored.seed)
     modules = {plain(path): module for path, module in anatomy.modules.items()}
-    _check_tensors(stored, _targets(stored, adapters, modules), directory)
+    _check_tensors(stored, _targets(stored, adapters, linked, modules), directory)
     updates = _folded(anatomy, stored, base_layers, directory)
     layers = anatomy.adapted
     if present:
         activate(layers.values(), [name])
     else:
-        layers = place_adapters(anatomy, name, adapters, record, base_layers, trainable=False)
+        layers = place_adapters(anatomy, name, adapters, record, base_layers, linked, trainable=False)
     with torch.no_grad():
-        for key, target in _targets(stored, adapters, modules).items():  # heads in half precision have become others
+        for key, target in _targets(stored, adapters, linked, modules).items():  # heads may have become float32
             put(target.data, stored.tensors[key])
     for path, layer in layers.items():
         if name in layer.adapters:
@@ -142,7 +144,11 @@ def _record(
         }
     except SettingsError as error:
         raise AdapterFileError(f'"{directory}": {error}') from error
-    return AdapterRecord(method, layers, tuple(parameters.get(name, name) for name in stored.trained), stored.seed)
+    trained = tuple(parameters.get(name, name) for name in stored.trained)
+    every = {plain(path): path for path in anatomy.modules}
+    plan = {paths.get(path, path): fields for path, fields in stored.plan.items()}
+    linked = tuple(every.get(path, path) for path in stored.linked)
+    return AdapterRecord(method, layers, trained, stored.seed, plan, linked)
 
 
 def _check_same(own: AdapterRecord, theirs: AdapterRecord, name: str, directory: str | Path) -> None:
@@ -215,20 +221,26 @@ def _base_layers(anatomy: Anatomy, stored: Stored, directory: str | Path) -> dic
     return base_layers
 
 
-def _targets(stored: Stored, adapters: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Tensors of the model that a file replaces, by the names in the file: of adapters, and of heads.
+def _targets(
+    stored: Stored,
+    adapters: Mapping[str, nn.Module],
+    linked: Mapping[str, nn.Module],
+    modules: Mapping[str, nn.Module],
+) -> dict[str, Tensor]:
+    """Tensors of the model that a file replaces, by the names in the file: of adapters, what they share, and heads.
 
     Args:
         stored: the file.
         adapters: by layer path.
+        linked: what adapters share, by the path of its owner.
         modules: every module of the model by path, without wrappers.
     """
     found: dict[str, Tensor] = {}
-    for path, adapter in adapters.items():
-        for key, tensor in adapter.state_dict(keep_vars=True).items():
-            found[f"{plain(path)}.adapters.{stored.name}.{key}"] = tensor
-    of_adapters = starting_with((f"{path}.adapters.{stored.name}." for path in stored.layers), stored.tensors)
-    for key in stored.tensors.keys() - of_adapters - _folded_keys(stored):
+    for path, module in (*adapters.items(), *linked.items()):
+        for key, tensor in module.state_dict(keep_vars=True).items():
+            found[join(plain(path), "adapters", stored.name, key)] = tensor
+    above = [join(path, "adapters", stored.name) + "." for path in (*stored.layers, *stored.linked)]
+    for key in stored.tensors.keys() - starting_with(above, stored.tensors) - _folded_keys(stored):
         path, _, leaf = key.rpartition(".")
         own = _own_tensor(modules[path], leaf) if path in modules else None
         if own is not None:

@@ -39,6 +39,12 @@ def check_same(model: nn.Module, name: str, theirs: Mapping[str, Any]) -> None:
                 f"{own['method']}.{key} is {value!r}; the checkpoint was trained with {theirs['settings'].get(key)!r}. "
                 "Give the same value, or start a new run."
             )
+    planned = theirs.get("plan", {})  # older checkpoints have none
+    if own["plan"] != planned:
+        raise ResumeError(
+            f"the checkpoint was trained with another plan of {own['method']}: {_difference(planned, own['plan'])}. It "
+            "is read before the adapter is built where trainer.ckpt_path is set before fit is called."
+        )
     for key in ("layers", "trained", "labels"):
         if own[key] != theirs[key]:
             raise ResumeError(f"the checkpoint was trained with other {key}: {_difference(theirs[key], own[key])}.")

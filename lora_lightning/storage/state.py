@@ -44,6 +44,10 @@ def surveyed_state(anatomy: Anatomy, names: Sequence[str]) -> dict[str, Tensor]:
                 found[key] = parameter
         if f"{path}." in at_or_below_owner:
             found |= _persistent_buffers(path, module)
+    for name in names:
+        for owner in records(anatomy.model)[name].linked:
+            path = join(owner, "adapters", name)
+            found |= _module_state(path, anatomy.modules[path])
     return {key: tensor.detach() for key, tensor in found.items()}
 
 
@@ -52,11 +56,17 @@ def _layer_state(path: str, layer: AdaptedLayer, names: Iterable[str]) -> dict[s
     found: dict[str, Tensor] = {}
     for part, kept in (("adapters", layer.adapters), ("shifts", layer.shifts)):
         for name in names:
-            if name not in kept:
-                continue
-            for inside, module in kept[name].named_modules(prefix=join(path, part, name), remove_duplicate=False):
-                found.update(_present(inside, module._parameters.items()))
-                found |= _persistent_buffers(inside, module)
+            if name in kept:
+                found |= _module_state(join(path, part, name), kept[name])
+    return found
+
+
+def _module_state(path: str, module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers at and below a module."""
+    found: dict[str, Tensor] = {}
+    for inside, part in module.named_modules(prefix=path, remove_duplicate=False):
+        found.update(_present(inside, part._parameters.items()))
+        found |= _persistent_buffers(inside, part)
     return found
 
 

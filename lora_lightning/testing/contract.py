@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_lightning.adapters.adapted_layer import AdaptedLayer
-from lora_lightning.adapters.base import Adapter
+from lora_lightning.adapters.base import Adapter, linked_modules
 from lora_lightning.cli.parser import method_from_yaml
 from lora_lightning.errors import AdapterStateError, SettingsError
 from lora_lightning.injection.inject import inject
@@ -40,6 +40,7 @@ from lora_lightning.plugins import restore_settings
 from lora_lightning.storage.folder import save_adapter
 from lora_lightning.storage.load import load_adapter
 from lora_lightning.storage.state import adapter_keys
+from lora_lightning.testing.sharing import SharingContract
 from lora_lightning.testing.toy_models import (
     BASE_KINDS,
     LAYERS,
@@ -70,7 +71,7 @@ def _plain(value: Tensor) -> Tensor:
     return value if type(value.data) in (Tensor, nn.Parameter) else cast(Any, value).dequantize()
 
 
-class MethodContract:
+class MethodContract(SharingContract):
     """What every adapter method keeps to. Subclass it, name the subclass `Test...`, set `method`.
 
     It never branches on a method's name. What a method does otherwise it declares: `starts_at_base` and `mergeable` on
@@ -553,7 +554,8 @@ class MethodContract:
         adapters = adapters_named(model, "default")
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         assert trainable
-        assert {id(p) for p in trainable.values()} == {id(p) for a in adapters.values() for p in a.parameters()}
+        own = (*adapters.values(), *linked_modules(adapters.values()))
+        assert {id(p) for p in trainable.values()} == {id(p) for module in own for p in module.parameters()}
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         optimizer, reached = build_optimizer(model, None), set()
         for _ in range(2):
@@ -563,7 +565,7 @@ class MethodContract:
         assert trainable.keys() - idle <= reached
         after = model.state_dict()
         assert trainable.keys() - idle <= {name for name in before if not torch.equal(before[name], after[name])}
-        frozen = [name for name in before if ".adapters." not in name]
+        frozen = [name for name in before if "adapters." not in name]
         assert all(torch.equal(before[name], after[name]) for name in frozen)
 
     def _step(self, model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
@@ -578,7 +580,7 @@ class MethodContract:
         model, _ = self._mlp()
         adapters = adapters_named(model, "default")
         grouped = [id(p) for spec in self.method.param_groups(adapters).values() for p in spec.params]
-        assert sorted(grouped) == sorted(id(p) for adapter in adapters.values() for p in adapter.parameters())
+        assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
     def test_penalty_and_report(self) -> None:
         """The penalty is a number or none, the report plain data."""

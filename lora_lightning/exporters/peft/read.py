@@ -75,7 +75,7 @@ def _import(anatomy: Anatomy, folder: PeftFolder, directory: str | Path, name: s
     rows = fill_rows(anatomy, folder, directory)
     trained = [key for key, value in targets.items() if isinstance(value, nn.Parameter)] + rows
     record = AdapterRecord(method, settings, tuple(trained), seed)
-    layers = place_adapters(anatomy, name, adapters, record, base_layers)
+    layers = place_adapters(anatomy, name, adapters, record, base_layers, linked={})
     for path, adapter in adapters.items():
         _fill(adapter, folder.layers[path])
     for key, target in targets.items():
