@@ -16,6 +16,7 @@ from lora_lightning.exporters.export import export
 from lora_lightning.injection.inject import ignore_adapter_buffers
 from lora_lightning.injection.links import common_owner
 from lora_lightning.injection.records import adapters_named, linked_named
+from lora_lightning.models.anatomy import survey
 from lora_lightning.storage.fingerprint import fingerprint
 from lora_lightning.testing import TinyMLP, perturb, tiny_decoder
 
@@ -37,9 +38,9 @@ def test_the_common_owner_is_a_module_with_a_forward():
 def test_shared_tensors_lie_at_the_owner_under_the_adapters_name():
     model = tiny_decoder()
     before = set(model.state_dict())
-    known = fingerprint(model)
+    known = fingerprint(survey(model))
     report = inject(model, TiedLoRA(rank=2), ["q_proj", "v_proj"], also_train=(), name="mine")
-    assert fingerprint(model) == known
+    assert fingerprint(survey(model)) == known
     new = {key for key in model.state_dict() if ".adapters." in key}
     assert {key for key in new if "layers" not in key} == {"model.adapters.mine.lora_A", "model.adapters.mine.lora_B"}
     assert report.adapter_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
