@@ -14,8 +14,8 @@ backward. So activation checkpointing must say which context a recomputation bel
 
     checkpoint(..., use_reentrant=False, context_fn=recomputation)
 
-Without it the recomputation finds no context and is an error. The reentrant form runs forward without gradients, so that
-a gate would never train; it is refused where a gate is read.
+Without it the recomputation finds no context and is an error. The reentrant form runs forward without gradients, so
+that a gate would never train; it is refused where a gate is read.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _restored(own: ForwardContext | None) -> Iterator[None]:
         _current.reset(token)
 
 
-# -- hooks: plain functions that find all they need on their module, so that a copy of a model has its own --------------
+# -- hooks: plain functions that find all they need on their module, so that a copy of a model has its own -------------
 
 
 def add_gate_hooks(model: nn.Module, block: nn.Module) -> None:

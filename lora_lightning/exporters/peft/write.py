@@ -59,7 +59,9 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     tensors |= {f"{PREFIX}{path}{ROWS}": values for path, values in rows.items()}
     check_finite("the adapter", tensors.values())
     write_files(source.tokenizer, folder)
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / TENSORS, {"format": "pt"})
+    # copies, since layers may share a factor, which the file has for each of them
+    own = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+    save_file(own, folder / TENSORS, {"format": "pt"})
     write_json(folder / CONFIG, {**_config(source, factors, heads, with_bias, modules), **options})
     difference = _verified(source, folder, factors, heads, modules) if verify else None
     discarded = {path: f.discarded for path, f in factors.items() if f.discarded}
