@@ -23,6 +23,7 @@ from lora_lightning.callbacks.resume import ExactResume
 from lora_lightning.callbacks.steps import total_steps
 from lora_lightning.distributed import fail_together
 from lora_lightning.errors import DataError, LoraLightningError, ModelError, ResumeError, SettingsError
+from lora_lightning.injection.gates import recomputation
 from lora_lightning.injection.inject import ignore_adapter_buffers, inject, lower_adapters
 from lora_lightning.injection.records import adapters_named, check_unmerged
 from lora_lightning.injection.report import InjectionReport
@@ -474,7 +475,7 @@ def enable_checkpointing(net: nn.Module) -> None:
         raise ModelError(f"model.gradient_checkpointing is True; {type(net).__name__} does not support it.")
     hf_model = cast(Any, net)
     enable = getattr(hf_model, "activation_checkpointing_enable", None) or hf_model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    enable({"use_reentrant": False, "context_fn": recomputation})
     hf_model.disable_input_require_grads()
 
 
