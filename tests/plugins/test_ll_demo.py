@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from lora_lightning.data.builtin import dates, documented, kin, pairs, sizes, traits, weekdays, words
+
+from ll_demo import dates, documented, kin, pairs, sizes, traits, weekdays, words
 
 SOURCE = '''
 import sys
