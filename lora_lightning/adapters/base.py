@@ -10,6 +10,7 @@ Optimizers and callbacks ask questions (`factor_pairs`, `masks`, `rank_mask`, ..
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -169,6 +170,15 @@ class Adapter(nn.Module, ABC):
     def idle(self) -> frozenset[str]:
         """Names of own trainables that may have no gradient now."""
         return frozenset()
+
+
+def check_name(name: str) -> None:
+    """Raise `SettingsError` unless `name` can be a module name."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
+        raise SettingsError(
+            f'adapter name is "{name}"; it must be letters, digits, "_" or "-", and none of the words '
+            'a module dictionary owns, such as "keys" or "type".'
+        )
 
 
 def write_values(target: Tensor, values: Tensor) -> None:

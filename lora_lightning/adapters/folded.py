@@ -1,13 +1,13 @@
-"""What an adapter has folded into its layer so far: a log of factors, or one dense update.
+"""What an adapter has folded into its layer so far: factors, or one dense update.
 
 An adapter that trains in stages gives its update F_t away at the end of each, and starts again at zero. The sum of what
-it gave is its shift D; the next stage trains on W0 + D.
+it gave is its folded update D; the next stage trains on W0 + D. Of each update a fraction f is taken.
 
-    outer_step    D_t = D_t-1 + share F_t
-    figure_ema    S_t = (1 - share) S_t-1 + share F_t,   D_t = D_t-1 + S_t
+    outer_step    D_t = D_t-1 + f F_t
+    figure_ema    S_t = (1 - f) S_t-1 + f F_t,   D_t = D_t-1 + S_t
 
-    log     D = sum_k c_k B_k A_k   two factors a stage; no weight is touched, so any base will do
-    dense   D                       added to the weight in float32 and rounded once; the original waits on the CPU
+    FactoredUpdate   D = sum_k c_k B_k A_k   two factors a stage; no weight is touched, so any base will do
+    DenseUpdate      D                       added to the weight in float32 and rounded once (`base_weight`)
 
 Sums are in float32, because a small update added to bfloat16 weights is lost.
 """
@@ -19,10 +19,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.folding_rules import Rule
 from lora_lightning.adapters.layers.base import BaseLayer, plus_product
 from lora_lightning.adapters.low_rank import add_low_rank
-from lora_lightning.distributed import full_tensor, local, own_rows, zeros_sharded_like
+from lora_lightning.adapters.noise import Noise
+from lora_lightning.distributed import assembled, full_tensor, local, own_rows, zeros_sharded_like
+from lora_lightning.errors import AdapterStateError
 
 
 class FactoredUpdate(nn.Module):
@@ -44,11 +47,11 @@ class FactoredUpdate(nn.Module):
         for name in ("log_weight", "slow_weight"):
             self.register_buffer(name, torch.zeros(0, dtype=base.adapter_dtype, device=base.device))
 
-    def fold(self, A: Tensor, B: Tensor, share: float, rule: Rule) -> None:
+    def fold(self, A: Tensor, B: Tensor, fraction: float, rule: Rule) -> None:
         """Add an update B A, for A (*lead, r, d_in) and B (*lead, d_out, r)."""
-        new, older = self.log_weight.new_full((A.shape[-2],), share), self.slow_weight
+        new, older = self.log_weight.new_full((A.shape[-2],), fraction), self.slow_weight
         self.log_A, self.log_B = torch.cat([self.log_A, A], dim=-2), torch.cat([self.log_B, B], dim=-1)
-        self.slow_weight = torch.cat([older * (1 - share if rule == "figure_ema" else 0), new])
+        self.slow_weight = torch.cat([older * (1 - fraction if rule == "figure_ema" else 0), new])
         self.log_weight = torch.cat([self.log_weight, torch.zeros_like(new)]) + self.slow_weight
 
     def forward(self, x: Tensor, base: BaseLayer) -> Tensor:
@@ -83,35 +86,94 @@ class DenseUpdate(nn.Module):
         super().__init__()
         self.register_buffer("delta", base.zeros_like_weight())
 
-    def fold(self, update: Tensor, share: float, rule: Rule) -> None:
+    def fold(self, update: Tensor, fraction: float, rule: Rule) -> None:
         """Add an update F, whole, (d_out, d_in)."""
         delta, own = local(self.delta), own_rows(update, self.delta)
         if rule == "outer_step":
-            delta.add_(own, alpha=share)
+            delta.add_(own, alpha=fraction)
             return
         if not hasattr(self, "slow"):
             self.register_buffer("slow", zeros_sharded_like(self.delta, self.delta.dtype))
-        delta.add_(local(self.slow).mul_(1 - share).add_(own, alpha=share))
+        delta.add_(local(self.slow).mul_(1 - fraction).add_(own, alpha=fraction))
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """W + D, whole."""
         return weight + full_tensor(self.delta).to(weight.dtype)
 
 
-Shift = FactoredUpdate | DenseUpdate
+FoldedUpdate = FactoredUpdate | DenseUpdate
 UPDATE_TENSORS = ("log_A", "log_B", "log_weight", "slow_weight", "delta", "slow")
-"""Names of all buffers that a shift may have."""
+"""Names of all buffers that a folded update may have."""
 
 
-def update_like(base: BaseLayer, tensors: Mapping[str, Tensor]) -> Shift | None:
-    """An empty shift that `tensors`, by name, fit into; None where they fit none."""
-    shift: Shift = DenseUpdate(base) if "delta" in tensors else FactoredUpdate(base)
-    if isinstance(shift, FactoredUpdate) and tensors.keys() == {"log_A", "log_B", "log_weight", "slow_weight"}:
+def update_like(base: BaseLayer, tensors: Mapping[str, Tensor]) -> FoldedUpdate | None:
+    """An empty folded update that `tensors`, by name, fit into; None where they fit none."""
+    update: FoldedUpdate = DenseUpdate(base) if "delta" in tensors else FactoredUpdate(base)
+    if isinstance(update, FactoredUpdate) and tensors.keys() == {"log_A", "log_B", "log_weight", "slow_weight"}:
         columns = len(tensors["log_weight"])
         for name, size in {"log_A": (columns, base.d_in), "log_B": (base.d_out, columns)}.items():
-            setattr(shift, name, base.zeros(*size))
-        shift.log_weight, shift.slow_weight = (shift.log_weight.new_zeros(columns) for _ in range(2))
-    if isinstance(shift, DenseUpdate) and "slow" in tensors:
-        shift.register_buffer("slow", zeros_sharded_like(shift.delta, shift.delta.dtype))
-    own = {name: tensor.shape for name, tensor in shift.state_dict().items()}
-    return shift if own == {name: tensor.shape for name, tensor in tensors.items()} else None
+            setattr(update, name, base.zeros(*size))
+        update.log_weight, update.slow_weight = (update.log_weight.new_zeros(columns) for _ in range(2))
+    if isinstance(update, DenseUpdate) and "slow" in tensors:
+        update.register_buffer("slow", zeros_sharded_like(update.delta, update.delta.dtype))
+    return update if fits(update, tensors) else None
+
+
+def fits(update: FoldedUpdate | None, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether `tensors` are those of `update`, by name and shape; none are those of None."""
+    own = {} if update is None else update.state_dict()
+    return own.keys() == tensors.keys() and all(own[name].shape == tensors[name].shape for name in own)
+
+
+def factors_with(own: tuple[Tensor, Tensor] | None, folded: FoldedUpdate | None) -> tuple[Tensor, Tensor] | None:
+    """(A (R, d_in), B (d_out, R)) of an adapter's `low_rank` and what it has folded; None where one has no factors."""
+    if own is None or folded is None:
+        return own
+    if not isinstance(folded, FactoredUpdate):
+        return None
+    A, B = folded.low_rank()
+    if not own[1].any():  # a stage that has just begun
+        return A, B
+    return torch.cat([A, own[0]], dim=-2), torch.cat([B, own[1]], dim=-1)
+
+
+def fold(
+    adapter: Adapter, folded: FoldedUpdate, wrapped: BaseLayer, fraction: float, rule: Rule, noise: Noise | None
+) -> None:
+    """Add an adapter's update to what it has folded; all processes take part where it is sharded.
+
+    Args:
+        adapter: stays as it is.
+        folded: changed in place.
+        wrapped: the base that the adapter sees.
+        fraction: of the update, in (0, 1].
+        rule: how earlier updates go on.
+        noise: what of the noise on the weight is folded with it, whole; only a dense update can hold it.
+
+    Raises:
+        AdapterStateError: `folded` cannot hold the update or the noise, or the adapter changes the bias.
+    """
+    kind = type(adapter).__name__
+    with assembled(adapter):
+        if _changes_bias(adapter, wrapped.bias):
+            raise AdapterStateError(f"{kind} changes the bias, which no folded update holds.")
+        factors = adapter.low_rank()
+        if isinstance(folded, FactoredUpdate):
+            if factors is None or noise is not None:
+                what = "noise" if factors else f"the update of {kind}"
+                raise AdapterStateError(f"{what} has no factors to fold; give it a DenseUpdate.")
+            folded.fold(*factors, fraction, rule)
+            return
+        if factors is None:
+            weight = wrapped.weight(wrapped.adapter_dtype)
+            update = adapter.merged_weight(weight) - weight
+        else:  # the difference of two weights would have lost digits of a small update
+            update = factors[1] @ factors[0]
+    folded.fold(update, fraction, rule)
+    if noise is not None:
+        local(folded.delta).add_(noise.draw(folded.delta))
+
+
+def _changes_bias(adapter: Adapter, bias: Tensor | None) -> bool:
+    changed = adapter.merged_bias(bias)
+    return bias is not None and changed is not None and changed is not bias and not torch.equal(changed.to(bias), bias)

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_lightning.adapters.adapted_layer import check_name
-from lora_lightning.adapters.base import Adapter, linked_modules
+from lora_lightning.adapters.base import Adapter, check_name, linked_modules
 from lora_lightning.adapters.folded import UPDATE_TENSORS
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.adapters.linked import Linked

@@ -84,7 +84,8 @@ def eject(model: nn.Module, name: str | None = None) -> None:
     for layer in layers.values():
         if layer.can_unmerge:
             layer.unmerge()
-        layer.merged = ()
+        else:
+            layer.merging.make_final()
         for adapter_name in names:
             if adapter_name in layer.adapters:
                 layer.remove(adapter_name)

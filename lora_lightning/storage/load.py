@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.adapted_layer import check_name
-from lora_lightning.adapters.folded import DenseUpdate, Shift, update_like
+from lora_lightning.adapters.base import check_name
+from lora_lightning.adapters.folded import DenseUpdate, FoldedUpdate, update_like
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.distributed import put
 from lora_lightning.errors import AdapterFileError, AdapterStateError, SettingsError, did_you_mean
@@ -111,7 +111,7 @@ def _load(anatomy: Anatomy, stored: Stored, method_class: type[Method], name: st
 
 def _folded(
     anatomy: Anatomy, stored: Stored, base_layers: Mapping[str, BaseLayer], directory: str | Path
-) -> dict[str, Shift]:
+) -> dict[str, FoldedUpdate]:
     """What the adapter had folded, by path in the model."""
     found, paths = {}, {plain(path): path for path in base_layers}
     tied = anatomy.tied(base_layers)

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from ll_lora import LoRA
-from lora_lightning.adapters.adapted_layer import AdaptedLayer, check_name
+from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.adapters.layers.kinds import core_base_layer
-from lora_lightning.errors import AdapterStateError, SettingsError
+from lora_lightning.errors import AdapterStateError
 from lora_lightning.testing import BASE_KINDS, perturb
 from lora_lightning.testing.toy_models import LAYERS
 
@@ -127,15 +127,3 @@ def test_a_tie_set_later_is_refused_by_torch() -> None:
     """A model that sets `layer.weight` again (tie_weights) must not silently leave the layer."""
     with pytest.raises(KeyError, match="weight"):
         adapted().weight = nn.Parameter(torch.zeros(5, 6))  # type: ignore[misc]
-
-
-@pytest.mark.parametrize("name", ["default", "task_2", "7", "fr-en"])
-def test_names_that_can_be_module_names(name: str) -> None:
-    check_name(name)
-    nn.ModuleDict({name: nn.Linear(1, 1)})
-
-
-@pytest.mark.parametrize("name", ["", "a.b", "a b", "keys", "type", "training", "_modules", "é"])
-def test_names_that_cannot(name: str) -> None:
-    with pytest.raises(SettingsError, match=f'adapter name is "{name}"; it must be letters'):
-        check_name(name)

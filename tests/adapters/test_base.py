@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import Adapter, FactorPair, RunningSum, pair_groups, write_values
+from lora_lightning.adapters.base import Adapter, FactorPair, RunningSum, check_name, pair_groups, write_values
 from lora_lightning.adapters.layers.base import BaseLayer
+from lora_lightning.errors import SettingsError
 
 
 class Minimal(Adapter):
@@ -79,3 +81,15 @@ def test_write_keeps_identity_and_dtype() -> None:
     write_values(parameter, torch.tensor([1.0, 1 / 3]))
     assert parameter.data_ptr() == pointer
     assert torch.equal(parameter, torch.tensor([1.0, 1 / 3]).bfloat16())
+
+
+@pytest.mark.parametrize("name", ["default", "task_2", "7", "fr-en"])
+def test_names_that_can_be_module_names(name: str) -> None:
+    check_name(name)
+    nn.ModuleDict({name: nn.Linear(1, 1)})
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "a b", "keys", "type", "training", "_modules", "é"])
+def test_names_that_cannot(name: str) -> None:
+    with pytest.raises(SettingsError, match=f'adapter name is "{name}"; it must be letters'):
+        check_name(name)

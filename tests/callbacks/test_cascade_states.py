@@ -62,7 +62,7 @@ def test_a_run_stopped_early_is_folded_and_without_noise(tmp_path, stop):
     module = Project()
     fit(module, tmp_path, [inject(), Cascade(stage_steps=4, noise=0.3), stop], max_steps=12)
     layer = module.used
-    assert layer._noise is None
+    assert layer.base_weight.noise is None
     assert not layer.adapter("default").lora_B.any()
     torch.testing.assert_close(layer.weight, layer.merged_weight("default", torch.float32), rtol=0, atol=1e-6)
 
@@ -91,7 +91,7 @@ def test_a_step_skipped_at_the_end_is_folded_all_the_same(tmp_path):
     cascade = Cascade(stage_steps=3, noise=0.3)
     fit(module, tmp_path, [inject(), cascade, Skipping()], max_steps=6)
     assert cascade.stage == 2
-    assert module.used._noise is None
+    assert module.used.base_weight.noise is None
 
 
 def test_validation_at_a_knot_sees_no_noise(tmp_path):
@@ -99,7 +99,7 @@ def test_validation_at_a_knot_sees_no_noise(tmp_path):
 
     class Validated(Project):
         def validation_step(self, batch):
-            seen[self.trainer.global_step] = self.used._noise is not None
+            seen[self.trainer.global_step] = self.used.base_weight.noise is not None
 
         def val_dataloader(self):
             return loader()

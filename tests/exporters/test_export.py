@@ -176,7 +176,7 @@ def test_a_scaled_bias_is_in_the_dense_update_and_is_not_folded(tmp_path: Path) 
     torch.testing.assert_close(plain(x), model(x))
     layer = model[0]
     layer.set_folded("default", DenseUpdate(layer.base_layer))
-    with pytest.raises(AdapterStateError, match="ScaledOutput moves the bias, which no shift holds"):
+    with pytest.raises(AdapterStateError, match="ScaledOutput changes the bias, which no folded update holds"):
         layer.fold("default")
     model[1].set_folded("default", DenseUpdate(model[1].base_layer))
     model[1].fold("default")

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.adapted_layer import check_name
-from lora_lightning.adapters.base import Adapter, write_values
+from lora_lightning.adapters.base import Adapter, check_name, write_values
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.errors import AdapterFileError, PluginError, did_you_mean
 from lora_lightning.exporters.peft import file as peft_file
