@@ -42,6 +42,7 @@ class Method(ABC):
         peft_options: entries of adapter_config.json with which that format means this method, such as `use_dora`; what
             its adapters own beside the pair they then state in `Adapter.peft_tensors`.
         run_wide: fields that hold for a whole run (of a schedule, an optimizer), so that no layer can have its own.
+        former_fields: fields by the name that they had before, as older files and configs spell them.
     """
 
     paper: ClassVar[str] = ""
@@ -52,6 +53,7 @@ class Method(ABC):
     peft_type: ClassVar[str] = ""
     run_wide: ClassVar[tuple[str, ...]] = ()
     peft_options: ClassVar[Mapping[str, object]] = {}
+    former_fields: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def build(self, base: BaseLayer) -> Adapter:
@@ -164,6 +166,16 @@ def plain_settings(method: Method) -> dict[str, Any]:
         else value
         for name, value in values.items()
     }
+
+
+def renamed(settings: Mapping[str, Any], former: Mapping[str, str]) -> dict[str, Any]:
+    """`settings` under the names of today, where `former` maps older names to them.
+
+    Example:
+        >>> renamed({"share": 0.5, "rule": "outer_step"}, {"share": "blend"})
+        {'blend': 0.5, 'rule': 'outer_step'}
+    """
+    return {former.get(name, name): value for name, value in settings.items()}
 
 
 def check_names(method_class: type[Method], where: str, fields: Mapping[str, Any]) -> None:

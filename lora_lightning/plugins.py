@@ -19,7 +19,7 @@ import pluggy
 from lora_lightning import hookspecs
 from lora_lightning.cli.shell.sources import PACKAGES, imported_from, known_names, statements
 from lora_lightning.errors import DuplicateMethodError, PluginError, did_you_mean
-from lora_lightning.methods import Method, check_names
+from lora_lightning.methods import Method, check_names, renamed
 from lora_lightning.registry import LIGHT_VERBS, TRAINING_VERBS, Provider, Registry
 from lora_lightning.version import __version__
 
@@ -365,14 +365,15 @@ def method(name: str) -> type[Method]:
 
 
 def restore_settings(method_class: type[Method], where: str, fields: Mapping[str, Any]) -> Method:
-    """Settings from plain data, as `plain_settings` gives it.
+    """Settings from plain data, as `plain_settings` gives it or gave it when fields had other names.
 
     Raises:
         SettingsError: a field that the method does not have.
         UnknownMethodError: a method inside that no plugin provides.
     """
-    check_names(method_class, where, fields)
-    return method_class(**{name: _restored(value, where) for name, value in fields.items()})
+    current = renamed(fields, method_class.former_fields)
+    check_names(method_class, where, current)
+    return method_class(**{name: _restored(value, where) for name, value in current.items()})
 
 
 def _restored(value: Any, where: str) -> Any:

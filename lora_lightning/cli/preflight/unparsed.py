@@ -9,11 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-from jsonargparse import get_loader
-
+from lora_lightning.cli import former_names
 from lora_lightning.cli.classes import bases_of, short_names
 from lora_lightning.cli.explain import unknown_class, unknown_key
+from lora_lightning.cli.given import given_settings
 from lora_lightning.data.sources.tables import HUB_ID, read_table
 from lora_lightning.errors import LoraLightningError
 from lora_lightning.models.pretrained import check_weights, resolve
@@ -29,24 +28,9 @@ def problems(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]
         words: a command line without a verb.
         parser: has an argument for each setting.
     """
-    settings = given_settings(words)
+    with former_names.understood(words) as current:
+        settings = given_settings(current, former_names.load)
     return [*_unknown_keys(settings, parser), *_unknown_classes(settings, parser), *_missing_files(settings)]
-
-
-def given_settings(words: Sequence[str]) -> dict[str, Any]:
-    """Values by dotted key, `init_args` left out, of all configs and flags; later ones win.
-
-    A class path stands under the key of the class. What cannot be read gives nothing.
-    """
-    found: dict[str, Any] = {}
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        flag, equals, value = word.partition("=")
-        value = value if equals else following
-        if flag == "--config":
-            found |= _flat(_read(value))
-        elif flag.startswith("--"):
-            found[flag[2:].replace(".init_args", "").removesuffix("+")] = _loaded(value)
-    return found
 
 
 def on_hub(source: str) -> bool:
@@ -58,30 +42,6 @@ def on_hub(source: str) -> bool:
 def sources(given: Any) -> list[str]:
     """Names of a split's sources, of which there may be one, several, or several with weights."""
     return [given] if isinstance(given, str) else list(given or ())
-
-
-def _read(config: str) -> Any:
-    try:
-        return _loaded(Path(config).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError):  # YAML itself, or nothing
-        return _loaded(config)
-
-
-def _loaded(text: str) -> Any:
-    try:
-        return get_loader("yaml")(text)
-    except yaml.YAMLError:
-        return None
-
-
-def _flat(node: Any, key: str = "") -> dict[str, Any]:
-    if not isinstance(node, Mapping):
-        return {key: node} if key else {}
-    found: dict[str, Any] = {}
-    for name, value in node.items():
-        inside = key if name in ("class_path", "init_args") else f"{key}.{name}".lstrip(".").removesuffix("+")
-        found |= _flat(value, inside)
-    return found
 
 
 def _unknown_keys(settings: Mapping[str, Any], parser: argparse.ArgumentParser) -> Iterator[str]:
