@@ -46,6 +46,7 @@ class Method(ABC):
         peft_options: entries of adapter_config.json with which that format means this method, such as `use_dora`; what
             its adapters own beside the pair they then state in `Adapter.peft_tensors`.
         run_wide: fields that hold for a whole run (of a schedule, an optimizer), so that no layer can have its own.
+        former_fields: fields by the name that they had before, as older files and configs spell them.
     """
 
     paper: ClassVar[str] = ""
@@ -56,6 +57,7 @@ class Method(ABC):
     peft_type: ClassVar[str] = ""
     run_wide: ClassVar[tuple[str, ...]] = ()
     peft_options: ClassVar[Mapping[str, object]] = {}
+    former_fields: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def build(self, base: BaseLayer) -> Adapter:

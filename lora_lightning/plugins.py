@@ -18,7 +18,7 @@ import pluggy
 
 from lora_lightning import hookspecs
 from lora_lightning.errors import DuplicateMethodError, PluginError, did_you_mean
-from lora_lightning.methods import Method, check_names
+from lora_lightning.methods import Method, check_names, renamed
 from lora_lightning.registry import KNOWN, LIGHT_VERBS, TRAINING_VERBS, Component, Provider, Registry, one_line
 from lora_lightning.version import __version__
 
@@ -412,14 +412,15 @@ def optimizer_of(method_class: type[Method], name: str) -> type[Optimizer]:
 
 
 def restore_settings(method_class: type[Method], where: str, fields: Mapping[str, Any]) -> Method:
-    """Settings from plain data, as `plain_settings` gives it.
+    """Settings from plain data, as `plain_settings` gives it or gave it when fields had other names.
 
     Raises:
         SettingsError: a field that the method does not have.
         UnknownMethodError: a method inside that no plugin provides.
     """
-    check_names(method_class, where, fields)
-    return method_class(**{name: _restored(value, where) for name, value in fields.items()})
+    current = renamed(fields, method_class.former_fields)
+    check_names(method_class, where, current)
+    return method_class(**{name: _restored(value, where) for name, value in current.items()})
 
 
 def _restored(value: Any, where: str) -> Any:

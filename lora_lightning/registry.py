@@ -287,7 +287,7 @@ FORMER_MODULES: Mapping[str, str] = {
     "data.marks": "data.tokens.marks",
     "data.packing": "data.batches.packing",
     "data.rendering": "data.chats.rendering",
-    "data.shares": "data.batches.shares",
+    "data.shares": "data.batches.process_rows",
     "data.splits": "data.sources.splits",
     "data.stream_loader": "data.batches.stream_loader",
     "data.streaming": "data.batches.streaming",

@@ -78,7 +78,7 @@ def explain(message: str, parser: argparse.ArgumentParser) -> str:
     elif "required: " in message:
         text = _required(message.partition("required: ")[2].split(", "), parser)
     else:
-        text = _unknown_key(_quoted(message), parser) if " accept" in message else message
+        text = unknown_key(_quoted(message), parser) if " accept" in message else message
     return " ".join(text.split())
 
 
@@ -94,6 +94,14 @@ def refused(message: str) -> str:
     name = named.pop().rpartition(".")[2] if len(named) == 1 else ""
     text = " ".join(_WHERE.sub("", said.replace("Problem with given ", "")).split()).lstrip(": ")
     return text if name in text else f"{name}: {text}"
+
+
+def unknown_class(name: str, bases: Sequence[type]) -> str:
+    """Why none of `bases` has a subclass called `name`, and which is nearest."""
+    if takes_method(bases):
+        return plugins.registry().explain_unknown(name)
+    unusable = plugins.registry().explain_unusable(name)  # its plugin has it, and fails
+    return unusable or f'no {noun(bases)} "{name}".{_advice(name, bases)}'.rstrip()
 
 
 def _problems(message: str) -> list[Problem]:
@@ -135,8 +143,7 @@ def _in_a_setting(problem: Problem, problems: Sequence[Problem], parser: argpars
     bases, owner = bases_of(hint_of(problem.trail, parser)), imported_class(problem.owner)
     unknown = " accept" in text  # a field
     if text.startswith("Expected a dot import path string: "):
-        word = text.rpartition(": ")[2]
-        return f"{key}: {_unknown_class(word, bases)}"
+        return f"{key}: {unknown_class(text.rpartition(': ')[2], bases)}"
     if text.startswith(("Expected an instantiatable", "Not a valid subclass")) or (unknown and owner in bases):
         means = f"Write {key}: NAME or {key}: {{class_path: NAME, init_args: {{...}}}}, before any setting of it."
         return f"{key}: no {noun(bases)} is named. {means} {_choices(bases)}"
@@ -152,13 +159,6 @@ def _in_a_setting(problem: Problem, problems: Sequence[Problem], parser: argpars
         return f"{key}: cannot import {problem.owner}: {text}.{near}"
     named = f"{name}: " if owner is not None and name not in text else ""
     return f"{key}: {named}{text.rstrip('.')}. {_choices(bases) if 'subclass of' in text else ''}"
-
-
-def _unknown_class(word: str, bases: Sequence[type]) -> str:
-    if takes_method(bases):
-        return plugins.registry().explain_unknown(word)
-    unusable = plugins.registry().explain_unusable(word)  # its plugin has it, and fails
-    return unusable or f'no {noun(bases)} "{word}".{_advice(word, bases)}'
 
 
 def _wrong_value(problem: Problem, sentences: Iterable[str]) -> str:
@@ -178,14 +178,17 @@ def _wrong_value(problem: Problem, sentences: Iterable[str]) -> str:
 def _unknown_flags(words: Sequence[str], parser: argparse.ArgumentParser) -> str:
     flags = [word.partition("=")[0].lstrip("-") for word in words if word.startswith("--")]
     if flags:
-        return " ".join(_unknown_key(flag, parser) for flag in flags)
+        return " ".join(unknown_key(flag, parser) for flag in flags)
     if words[0] in configs.config_names() or words[0].endswith((".yaml", ".yml", ".json")):
         return f'"{words[0]}" is a config; give it as --config {words[0]}.'
     return f'"{words[0]}" is no setting; settings are given as --key value, values with blanks in quotes.'
 
 
-def _unknown_key(key: str, parser: argparse.ArgumentParser) -> str:
-    known = [action.dest for action in parser._actions if not action.dest.endswith(("help", "print_config"))]
+def unknown_key(key: str, parser: argparse.ArgumentParser) -> str:
+    """That there is no setting `key`, which is nearest, and what there is beside it."""
+    known = [
+        action.dest for action in parser._actions if not action.dest.endswith(("help", "print_config", "print_shtab"))
+    ]
     known = [dest for dest in known if dest != argparse.SUPPRESS] + ["run", "resume"]
     group = key[: key.rfind(".") + 1]
     group = group if any(dest.startswith(group) for dest in known) else ""
