@@ -71,7 +71,7 @@ class InjectionReport:
             f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters train ({share:.2%})"
         ]
         if self.trained:
-            lines.append(f"  in full: {', '.join(self.trained)}")
+            lines.append(f"  fully trained: {', '.join(self.trained)}")
         lines += [f"  left out: {path} ({reason})" for path, reason in self.left_out.items()]
         lines += [f"  tied: {path} shares its weight with {', '.join(others)}" for path, others in self.tied.items()]
         lines += [f"  note: {note}" for note in self.notes]
@@ -82,12 +82,12 @@ BYTES_PER_TRAINABLE = 16
 """float32 value, gradient and two moments of Adam."""
 
 
-def injection_table(report: InjectionReport, kept_share: float | None = None, base_bytes: int | None = None) -> Group:
+def injection_table(report: InjectionReport, density: float | None = None, base_bytes: int | None = None) -> Group:
     """What was adapted: layers by name and shape, and what trains.
 
     Args:
         report: what `inject` returned.
-        kept_share: share of the factors' entries that a sparsity schedule leaves, or None.
+        density: fraction of the factors' entries that a sparsity schedule leaves, or None.
         base_bytes: memory of the frozen weights, or None.
     """
     table = Table(title=f"{type(report.method).__name__}: {len(report.layers)} layers adapted", title_justify="left")
@@ -101,9 +101,9 @@ def injection_table(report: InjectionReport, kept_share: float | None = None, ba
     lines = [f"settings    {settings}"]
     lines += [f"trainable   {report.trainable_parameters:,} of {report.total_parameters:,} parameters ({share:.2%})"]
     if report.trained:
-        lines.append(f"in full     {', '.join(sorted(set(map(_owner, report.trained))))}")
-    if kept_share is not None:
-        lines.append(f"kept        {kept_share:.1%} of the factors' entries at the end")
+        lines.append(f"fully trained {', '.join(sorted(set(map(_owner, report.trained))))}")
+    if density is not None:
+        lines.append(f"density     {100 * density:.3g} % of the factors' entries at the end")
     if base_bytes is not None:
         training = report.trainable_parameters * BYTES_PER_TRAINABLE
         sizes = f"{base_bytes / 1e6:.0f} MB weights + {training / 1e6:.0f} MB training state"

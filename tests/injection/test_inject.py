@@ -62,7 +62,7 @@ def test_inject_freezes_the_rest_and_reports() -> None:
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == own + head
     text = str(report)
     assert f"LoRA on 2 layers: {own + head:,} of {total + own:,} parameters train" in text
-    assert "in full: bert.pooler.dense.weight" in text
+    assert "fully trained: bert.pooler.dense.weight" in text
 
 
 def test_names_and_shapes_of_parameters() -> None:

@@ -347,7 +347,7 @@ def test_a_run_trains_its_new_tokens_and_every_verb_knows_them(
     rows.write_text("\n".join(["prompt,completion", *lines]))
     assert main(words(folder, rows)) == 0
     [made] = (tmp_path / "runs").glob("*/001")
-    assert "in full     model.embed_tokens.new_rows" in capsys.readouterr().out
+    assert "fully trained model.embed_tokens.new_rows" in capsys.readouterr().out
     assert (made / "adapter" / "tokenizer" / "tokenizer.json").is_file()
     assert main(["validate", "--run", str(made)]) == 0
     assert main(["predict", "--run", str(made), "--output", str(tmp_path / "out.csv")]) == 0
