@@ -158,7 +158,7 @@ CASES: dict[str, Case] = {
     ),
     "MoELoRA": Case(MoELoRA(rank=2, experts=4, top_k=2, balance_loss=0.1, z_loss=0.01), adamw, apart=True),
     "LoRASC, logs": Case(
-        LoRASC(inner=LoRA(rank=1), noise=0.0, stage_steps=2, share=0.5), model="decoder", reads_base=True
+        LoRASC(inner=LoRA(rank=1), noise=0.0, stage_steps=2, blend=0.5), model="decoder", reads_base=True
     ),
     "LoRASC, dense, noise persists": Case(
         LoRASC(inner=LoRA(rank=3), noise=0.1, noise_mode="persist", stage_steps=4, rule="outer_step"),

@@ -26,7 +26,7 @@ from ll_optimizers.riemannian import RiemannianAdamW
 from ll_rose import RoseLoRA
 from lora_lightning import InjectAdapters, iter_adapters, load_adapter, save_adapter
 from lora_lightning.callbacks import Cascade, NoiseInjection, RankPruning, SparsitySchedule
-from lora_lightning.callbacks.pruning import keep_count, keep_top, kept_share, sensitivity
+from lora_lightning.callbacks.pruning import keep_count, keep_top, kept_density, sensitivity
 from lora_lightning.errors import AdapterStateError, NoEffectError, SettingsError, TrainingError
 from lora_lightning.injection.records import trainable_adapters
 from lora_lightning.optim.groups import build_optimizer, factor_pairs
@@ -316,7 +316,7 @@ def test_a_plain_loop_over_the_pure_functions_equals_the_callback(tmp_path):
         for mean, entry in zip(average, entries, strict=True):
             mean.lerp_(sensitivity(entry.param, entry.param.grad), 1 - method.beta)
         optimizer.step()
-        share = kept_share(step, 2, 6, 1 - method.sparsity)
+        share = kept_density(step, 2, 6, 1 - method.sparsity)
         for mean, entry in zip(average, entries, strict=True) if share < 1 else ():
             rows = mean if entry.by_row else mean.mT
             kept = keep_top(rows, keep_count(share, rows.shape[-1]))

@@ -47,13 +47,14 @@ class ScheduleCallback(StepCallback):
     requires: ClassVar[str]
     reads_base: ClassVar[bool] = False
     writes_values: ClassVar[bool] = True
-    trainer: Trainer
-    module: LightningModule
     changed_at_end: bool = False
     former_fields: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self) -> None:
         super().__init__()
+        # not at the class: the parser evaluates annotations of a class in the module of the subclass it is given
+        self.trainer: Trainer
+        self.module: LightningModule
         self._adapters: dict[str, Adapter] = {}
         self._finite = True
         self._stepped = False

@@ -334,7 +334,7 @@ class AdapterModule(LightningModule):
         if total is None:
             return optimizer
         cascade = next((c for c in self.trainer.callbacks if isinstance(c, Cascade)), None)  # type: ignore[attr-defined]
-        scheduler = self.lr_scheduler.schedule(optimizer, total, cascade.knots(self.trainer) if cascade else None)
+        scheduler = self.lr_scheduler.schedule(optimizer, total, cascade.stage_ends(self.trainer) if cascade else None)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(

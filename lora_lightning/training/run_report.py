@@ -70,8 +70,8 @@ class RunReport(StepCallback):
         if injection is None or not trainer.is_global_zero:
             return
         schedules = [c for c in trainer.callbacks if isinstance(c, SparsitySchedule)]  # type: ignore[attr-defined]
-        kept = 1 - schedules[0].sparsity if schedules else None
-        Console().print(injection_table(injection, kept, survey(pl_module).frozen_bytes))
+        density = 1 - schedules[0].sparsity if schedules else None
+        Console().print(injection_table(injection, density, survey(pl_module).frozen_bytes))
 
     def after_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         """Record training numbers as often as the trainer logs; the loss as its mean since the last time."""

@@ -146,7 +146,7 @@ def test_gradients_are_read_unscaled(tmp_path):
 
 
 @pytest.mark.parametrize(("value", "total", "step"), [(0.1, 400, 40), (1.0, 50, 50), (7, 50, 7), (0.0, 50, 0)])
-def test_moments_as_shares_and_step_numbers(value, total, step):
+def test_moments_as_fractions_and_step_numbers(value, total, step):
     assert resolve_step(value, total, "x") == step
 
 
@@ -225,7 +225,7 @@ def test_a_method_s_callback_is_added_once_over_two_fits(tmp_path):
             r"SparsitySchedule.keep_rule is 'flor'; it must be \"floor\" or \"ceil\" or \"official\"",
         ),
         ({"first_score": "one"}, r"SparsitySchedule.first_score is 'one'; it must be \"zero\" or \"gradient\""),
-        ({"clamp": -1.0}, r"SparsitySchedule.clamp is -1.0; it must be above 0, or None"),
+        ({"clamp": -1.0}, r"SparsitySchedule.clamp is -1.0; it must be above 0, or null"),
         ({"sparsity": 1.0}, r"SparsitySchedule.sparsity is 1.0; it must lie in \[0, 1\)"),
     ],
 )

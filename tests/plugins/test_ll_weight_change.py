@@ -146,7 +146,7 @@ def test_noise_of_a_stage_is_no_change(tmp_path):
                 folded = layer.shifts["default"].delta.double()
                 learned[trainer.global_step, path] = starts()[path].double() + folded + B @ A
 
-    cascade = Cascade(stage_steps=4, share=0.5, noise=0.5)
+    cascade = Cascade(stage_steps=4, blend=0.5, noise=0.5)
     callbacks = [InjectAdapters(LoRA(rank=1), seed=0), cascade, WeightDecomposition(at=[2, 6]), Learned()]
     trainer(tmp_path, callbacks, max_steps=8).fit(module, loader())
     for record in content(tmp_path)["records"]:

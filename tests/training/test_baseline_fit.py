@@ -21,7 +21,7 @@ from lora_lightning.training.baseline_fit import RATES, fit_baseline
 from lora_lightning.training.linear_baseline import LinearBaseline
 from lora_lightning.training.module import AdapterModule
 
-SCHEDULE = WarmUp(share=0.0, decay="constant")
+SCHEDULE = WarmUp(warmup_fraction=0.0, decay="constant")
 
 
 @pytest.fixture(scope="module")
