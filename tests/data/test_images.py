@@ -86,7 +86,7 @@ def test_images_inside_a_table(folder, tmp_path):
     assert data.label_names == ["dark", "light"]
 
 
-def test_the_held_out_share_does_not_depend_on_the_place(folder, tmp_path):
+def test_what_is_held_out_does_not_depend_on_the_place(folder, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     moved = folder.rename(tmp_path / "elsewhere" / "pictures")
     data = data_of(moved, validation_fraction=0.3)
