@@ -117,7 +117,8 @@ def test_errors_name_file_and_row(folder, tmp_path):
         data_of(folder, size=0)
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow  # as of texts, but for the workers' images
+@pytest.mark.parametrize("workers", [0, 1])
 def test_resume(folder, tmp_path, workers):
     saved = tmp_path / "saved.ckpt"
 

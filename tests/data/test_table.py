@@ -205,7 +205,7 @@ class SaveEverywhere(Callback):
         self.save(trainer, module, "epoch")
 
 
-@pytest.mark.parametrize("limit", [1.0, 5])
+@pytest.mark.parametrize("limit", [pytest.param(1.0, marks=pytest.mark.slow), 5])
 def test_resume_from_any_point_gives_the_same_batches(data, tmp_path, limit):
     options = {"accumulate_grad_batches": 3, "limit_train_batches": limit}
     saves, whole = SaveEverywhere(tmp_path), Recorder()

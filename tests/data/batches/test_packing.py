@@ -201,8 +201,10 @@ def loss_and_gradients(net, batches) -> tuple[float, dict[str, torch.Tensor]]:
     return float(total.detach()), {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", MODELS)
+EAGER = [pytest.param(name, "eager", marks=() if name == "llama" else pytest.mark.slow) for name in MODELS]
+
+
+@pytest.mark.parametrize(("name", "attention"), [*((name, "sdpa") for name in MODELS), *EAGER])
 def test_losses_and_gradients_are_those_of_unpacked_examples(make, name, attention):
     net = model(name, attention)
     packed, gradients = loss_and_gradients(net, make().train_dataloader())

@@ -142,16 +142,16 @@ def test_what_cannot_be_skipped_in(make_stream, write, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_documents_in_full_pieces(make_stream, workers):
-    """The tokens of whole documents laid end to end, over turns; each piece full; resumed inside a document."""
+def test_documents_in_full_chunks(make_stream, workers):
+    """The tokens of whole documents laid end to end, over turns; each chunk full; resumed inside a document."""
     settings = {"kind": PlainText, "text": "prompt", "batch_size": 1}
     ends = make_stream(**settings, block=False, max_length=99).train_dataloader()
     tokens = [token for batch in islice(ends, 100) for token in batch["input_ids"][0].tolist()]
-    pieces = [
+    chunks = [
         batch["input_ids"][0].tolist() for batch in islice(make_stream(**settings, max_length=7).train_dataloader(), 60)
     ]
-    assert [token for piece in pieces for token in piece] == tokens[: 60 * 7]
-    assert {len(piece) for piece in pieces} == {7}
+    assert [token for chunk in chunks for token in chunk] == tokens[: 60 * 7]
+    assert {len(chunk) for chunk in chunks} == {7}
     whole = plain(islice(make_stream(workers, **settings, max_length=3).train_dataloader(), 40))
     assert all(batch["labels"] == batch["input_ids"] for batch in whole)
     for stop in (1, 2, 7, 16, 29) if workers == 0 else (2, 16):

@@ -85,6 +85,7 @@ def test_a_model_without_pooler_weights_will_do(tmp_path):
     assert torch.equal(merged.embeddings.word_embeddings.weight, model.embeddings.word_embeddings.weight)
 
 
+@pytest.mark.slow  # as of any other texts
 def test_resume_of_pairs(tmp_path):
     folder, saved = encoder_folder(tmp_path), tmp_path / "saved.ckpt"
     pairs = pair_file(tmp_path / "pairs.csv")
