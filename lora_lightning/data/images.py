@@ -36,9 +36,11 @@ class CollateImages:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """pixel_values (float32), and numbers as int64."""
         images = [open_image(row["image"], self.folder, f"{self.where}, row {row['index']}") for row in rows]
-        numbers = {n: torch.tensor([row[n] for row in rows]) for n in ("labels", "index") if n in rows[0]}
-        pixels: Tensor = self.processor(images, return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixels, **{name: t for name, t in numbers.items() if name in self.columns}}
+        batch: dict[str, Tensor] = {"pixel_values": self.processor(images, return_tensors="pt")["pixel_values"]}
+        for name in ("labels", "index"):
+            if name in rows[0] and name in self.columns:
+                batch[name] = torch.tensor([row[name] for row in rows])
+        return batch
 
 
 def open_image(value: Any, folder: Path | None, where: str) -> Image.Image:

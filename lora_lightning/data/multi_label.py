@@ -43,7 +43,8 @@ class MultiLabelText(TextsWithLabels):
         found: list[Sequence[Any]] = []
         for number, value in enumerate(rows[self.label]):
             if isinstance(value, str):
-                found.append([part.strip() for part in value.split(self.delimiter) if part.strip()])
+                names = map(str.strip, value.split(self.delimiter))
+                found.append([name for name in names if name])
             elif isinstance(value, list):
                 found.append(value)
             else:

@@ -73,10 +73,10 @@ class TaggedWords(LabelledRows, TextData):
 
     def describe(self, example: Mapping[str, Any]) -> str:
         """Each word as its first token, with its tag behind it."""
-        pieces = self.tokenizer_object.convert_ids_to_tokens(example["input_ids"])
-        tagged = zip(pieces, example["labels"], strict=True)
-        shown = (f"{piece}/{self.label_names[tag]}" if tag != NO_LOSS else piece for piece, tag in tagged)
-        return f"{len(pieces)} tokens\n{' '.join(shown)}"
+        tokens = self.tokenizer_object.convert_ids_to_tokens(example["input_ids"])
+        tagged = zip(tokens, example["labels"], strict=True)
+        shown = (f"{token}/{self.label_names[tag]}" if tag != NO_LOSS else token for token, tag in tagged)
+        return f"{len(tokens)} tokens\n{' '.join(shown)}"
 
     def readable(self, row: dict[str, Any]) -> dict[str, Any]:
         """Tags by name, and a column `tagged` with the predicted tag behind each word."""

@@ -86,7 +86,7 @@ def test_images_inside_a_table(folder, tmp_path):
     assert data.label_names == ["dark", "light"]
 
 
-def test_the_held_out_share_does_not_depend_on_the_place(folder, tmp_path):
+def test_what_is_held_out_does_not_depend_on_the_place(folder, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     moved = folder.rename(tmp_path / "elsewhere" / "pictures")
     data = data_of(moved, validation_fraction=0.3)
@@ -117,7 +117,8 @@ def test_errors_name_file_and_row(folder, tmp_path):
         data_of(folder, size=0)
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow  # as of texts, but for the workers' images
+@pytest.mark.parametrize("workers", [0, 1])
 def test_resume(folder, tmp_path, workers):
     saved = tmp_path / "saved.ckpt"
 

@@ -53,7 +53,7 @@ def epoch_of(data, epoch):
     return list(loader)
 
 
-def test_hidden_tokens_are_drawn_by_the_published_shares():
+def test_hidden_tokens_are_drawn_by_the_published_fractions():
     masking = Masking(fraction=0.15, mask_id=2, special=frozenset({0, 1, 2}), vocabulary=1000, seed=0, split="train")
     fates, chosen, total = Counter(), 0, 0
     for index in range(400):
@@ -115,7 +115,7 @@ def test_inspection_marks_what_is_read(make):
     assert "[[w" in shown
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_resume_in_the_second_epoch(folder, make, tmp_path, workers):
     saved = tmp_path / "saved.ckpt"
 

@@ -76,9 +76,3 @@ def test_rows_that_do_not_fit(make, rows, settings, text):
 def test_a_delimiter_is_needed(make):
     with pytest.raises(SettingsError, match=r"MultiLabelText.delimiter is ' '"):
         make(delimiter=" ")
-
-
-def test_without_training_data_names_must_be_listed(write, encoder_tokenizer):
-    data = MultiLabelText(validation=write("val.csv", LINES), tokenizer=encoder_tokenizer)
-    with pytest.raises(DataError, match="list the names in labels"):
-        data.setup("validate")

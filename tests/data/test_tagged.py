@@ -76,18 +76,6 @@ def test_rows_that_do_not_fit(make, row, text):
         data.setup("fit")
 
 
-def test_an_unknown_tag_is_named(make, write):
-    data = make(validation=write("val.json", [{"tokens": ["a"], "tags": ["X"]}]))
-    with pytest.raises(DataError, match=r"validation column \"tags\", row 0.*'X' is not a known label"):
-        data.setup("fit")
-
-
-def test_without_training_data_tags_must_be_listed(write, encoder_tokenizer):
-    data = TaggedWords(validation=write("val.json", ROWS), tokenizer=encoder_tokenizer)
-    with pytest.raises(DataError, match="list the names in labels"):
-        data.setup("validate")
-
-
 def test_predictions_stand_behind_their_words(make):
     data = make([{"tokens": ["good", "tea", "dog"], "tags": [1, 0, 1]}], labels=["NOUN", "ADJ"])
     row = {**data.inputs("train")[0], "index": 0, "prediction": "NOUN ADJ"}  # the third word was cut off

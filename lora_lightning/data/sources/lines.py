@@ -74,7 +74,9 @@ def rows_of(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row | 
 
 def copy_without(path: Path, bad: Sequence[BadLines]) -> Path:
     """A copy of `path` without those lines, beside the tables that `datasets` caches; one for one content."""
-    out = {number for lines in bad for number in range(lines.first, lines.last + 1)}
+    out: set[int] = set()
+    for lines in bad:
+        out |= set(range(lines.first, lines.last + 1))
     with path.open("rb") as file:
         kept = b"".join(line for number, line in enumerate(file, 1) if number not in out)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "lora_lightning" / "readable"

@@ -69,9 +69,9 @@ def store(key: str, examples: datasets.Dataset, dropped: int) -> None:
 
 def drop_oldest(parent: Path, most: int, keep: Path) -> None:
     """Remove folders in `parent` that were not used for longest until they hold at most `most` bytes; never `keep`."""
-    used = {folder: folder.stat().st_mtime for folder in parent.iterdir() if folder.is_dir() and "." not in folder.name}
-    sizes = {folder: sum(file.stat().st_size for file in folder.rglob("*")) for folder in used}
-    for folder in sorted(used, key=lambda folder: used[folder]):
+    folders = [path for path in parent.iterdir() if path.is_dir() and "." not in path.name]  # others are being written
+    sizes = {folder: sum(file.stat().st_size for file in folder.rglob("*")) for folder in folders}
+    for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime):
         if sum(sizes.values()) <= most:
             return
         if folder != keep:

@@ -23,14 +23,14 @@ def test_folding():
     assert folded("  The\n  QUICK\tfox ") == folded("the quick Fox") == "the quick fox"
 
 
-def test_share_depends_on_the_folded_text_alone():
+def test_fraction_depends_on_the_folded_text_alone():
     assert in_fraction("A  text", 0.5) == in_fraction("a text", 0.5)
     for n in range(50):
         digest = hashlib.sha256(f"text {n}".encode()).hexdigest()
         assert in_fraction(f"text {n}", 0.2) == (int(digest[:16], 16) / 2**64 < 0.2)
 
 
-def test_held_out_share_is_stable_disjoint_and_complete(numbered):
+def test_held_out_fraction_is_stable_disjoint_and_complete(numbered):
     sources = Sources(owner="X", train=numbered, validation_fraction=0.2)
     train, validation = read(sources, "train")["text"][:], read(sources, "validation")["text"][:]
     assert validation == [text for text in (f"text {n}" for n in range(300)) if in_fraction(text, 0.2)]
@@ -44,7 +44,7 @@ def test_nothing_is_held_out_beside_validation_data(numbered, write):
     assert len(read(sources, "validation")) == 1
 
 
-def test_share_of_zero(numbered):
+def test_fraction_of_zero(numbered):
     sources = Sources(owner="X", train=numbered)
     assert len(read(sources, "train")) == 300
     assert read(sources, "validation") is None
@@ -60,7 +60,7 @@ def test_predict_falls_back_to_test_then_validation(numbered, write):
     assert read(Sources(owner="X", train=numbered), "predict") is None
 
 
-def test_share_that_leaves_nothing(write):
+def test_fraction_that_leaves_nothing(write):
     sources = Sources(owner="X", train=write("x.csv", "text\none\n"), validation_fraction=1e-9)
     assert len(read(sources, "train")) == 1
     with pytest.raises(
@@ -84,16 +84,16 @@ def two(write) -> tuple[str, str]:
     return write("a.jsonl", rows("a", 1200)), write("b.jsonl", rows("b", 300, ', "more": 1'))
 
 
-def test_weights_are_shares_of_the_rows(two):
+def test_weights_are_fractions_of_the_rows(two):
     a, b = two
     texts = read(Sources(owner="X", train={a: 2.0, b: 1.0}), "train")["text"][:]
-    share, n = 2 / 3, len(texts)
-    deviation = (share * (1 - share) / n) ** 0.5
-    assert abs(sum(text[0] == "a" for text in texts) / n - share) < 3 * deviation
+    fraction, n = 2 / 3, len(texts)
+    deviation = (fraction * (1 - fraction) / n) ** 0.5
+    assert abs(sum(text[0] == "a" for text in texts) / n - fraction) < 3 * deviation
     assert set(texts) == {f"a{n}" for n in range(1200)} | {f"b{n}" for n in range(300)}
     assert len([text for text in texts if text[0] == "a"]) == 1200  # the last to end comes once, the other again
     half = texts[: n // 2]
-    assert abs(sum(text[0] == "a" for text in half) / len(half) - share) < 3 * deviation * 2**0.5
+    assert abs(sum(text[0] == "a" for text in half) / len(half) - fraction) < 3 * deviation * 2**0.5
     assert read(Sources(owner="X", train={a: 2.0, b: 1.0}), "train")["text"][:] == texts
 
 

@@ -6,12 +6,10 @@ import json
 import os
 from pathlib import Path
 
-import datasets
 import pytest
 
 from lora_lightning.data import Chat, Completions, LabelledText, text
 from lora_lightning.data.sources import token_cache
-from lora_lightning.data.tokens import encoding
 
 ROWS = [
     {"prompt": "what is", "completion": "tea"},
@@ -127,12 +125,3 @@ def test_what_was_not_used_for_longest_goes_first(make, folder, monkeypatch):
     assert make(max_length=6)[1]
     assert kept() == 1  # the one that was just made
     assert not make(max_length=6)[1]
-
-
-def test_long_work_shows_a_bar(make, monkeypatch, capsys):
-    make(cache=False)
-    assert "tokenising" not in capsys.readouterr().err
-    monkeypatch.setattr(encoding, "SILENT", 0.0)
-    make(cache=False)
-    assert "tokenising" in capsys.readouterr().err
-    assert not datasets.are_progress_bars_disabled()
