@@ -54,7 +54,7 @@ class TableData(LightningDataModule, ABC):
     task_kinds: tuple[str, ...]
     """Tasks that the batches serve."""
     measures_rows: bool = True
-    """Whether validation measures each row by itself; where it compares rows, all processes get as many of them."""
+    """Whether metrics are of each row by itself. Where they compare rows, all processes get as many of them."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Which source a split comes from, and how a fraction is held out of the training data."""
+"""Sources of each split, and the fraction of the training data that is held out for validation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One table of examples from a file, a folder or the hub, and what is asked of it."""
+"""Read one table of examples from a file, a folder or the hub, and check its columns and texts."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def add_texts(metrics: Mapping[str, Metric], generated: Sequence[str], expected:
 
 
 def label_texts(labels: Iterable[Tensor], tokenizer: Any) -> list[str]:
-    """The texts of rows of labels; places without a label, and special tokens, are left out.
+    """The texts of rows of labels. Places without a label and special tokens are left out.
 
     Raises:
         DataError: there is no tokenizer.

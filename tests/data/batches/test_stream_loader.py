@@ -27,7 +27,7 @@ def test_resume_goes_on_as_if_never_stopped(make_stream, workers, window, packin
     """Over blocks, files and turns, and inside windows; the positions survive torch.save without pickled objects."""
     settings = {"packing": packing, "max_length": 20}
     whole = plain(islice(make_stream(workers, window=window, **settings).train_dataloader(), 60))
-    for stop in (1, 2, 5, 9, 21, 31, 45) if workers == 0 else (4, 23):
+    for stop in (2, 9, 31) if workers == 0 else (4, 23):
         stopped = make_stream(workers, window=window, **settings).train_dataloader()
         batches = iter(stopped)
         assert plain(islice(batches, stop)) == whole[:stop]
