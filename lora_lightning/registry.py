@@ -11,6 +11,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -331,7 +332,7 @@ def former_spec(name: str) -> ModuleSpec | None:
     return ModuleSpec(name, _FormerModule(homes), is_package=True) if homes else None
 
 
-class _FormerModule:
+class _FormerModule(Loader):
     """Loads a module under its name of 0.1: one without contents, whose names are looked up where they are now."""
 
     def __init__(self, homes: list[str]) -> None:
