@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from toy_runs import encoder_folder
+from transformers import AutoTokenizer
 
 from ll_demo import docstrings, pydocs
 from ll_demo.areas import AREA_NAMES, AREA_OF, AREAS
@@ -23,7 +24,11 @@ def library():
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return str(encoder_folder(tmp_path_factory.mktemp("encoder")))
+    """One that tells the first text of a pair from the second, as BERT's does."""
+    folder = encoder_folder(tmp_path_factory.mktemp("encoder"))
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    AutoTokenizer.from_pretrained(folder, model_input_names=names).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture
