@@ -8,6 +8,7 @@ import pytest
 import torch
 from adapter_files import METHOD, X, adapted, refused, rewrite
 from torch import nn
+from transformers import BertForSequenceClassification
 
 import lora_lightning as ll
 from ll_lora import LoRA
@@ -161,3 +162,21 @@ def test_a_missing_head(tmp_path: Path) -> None:
     ll.save_adapter(adapted(tiny_encoder()), tmp_path)
     rewrite(tmp_path, lambda description, tensors: tensors.pop("classifier.bias"))
     refused(tiny_encoder(), tmp_path, "1 tensors missing, 0 unexpected, such as classifier.bias")
+
+
+OLD = Path(__file__).parents[1] / "old_files"
+
+
+@pytest.mark.parametrize("kind", ["lora", "rose", "dora", "lorasc", "lorasc_lora", "celora", "moe"])
+def test_adapters_of_0_1_load_bit_for_bit(kind: str) -> None:
+    folder = OLD / "runs" / kind / "001" / "adapter"
+    model = BertForSequenceClassification.from_pretrained(OLD / "model", num_labels=_labels(folder)).eval()
+    ll.load_adapter(model, folder)
+    state, stored = model.state_dict(), load_file(folder / FILE)
+    assert stored
+    for key, tensor in stored.items():
+        assert torch.equal(state[key], tensor), key
+
+
+def _labels(folder: Path) -> int:
+    return len(load_file(folder / FILE)["classifier.bias"])
