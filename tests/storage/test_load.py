@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_files import METHOD, X, adapted, refused, rewrite
+from safetensors.torch import load_file
 from torch import nn
 from transformers import BertForSequenceClassification
 
@@ -14,6 +15,7 @@ import lora_lightning as ll
 from ll_lora import LoRA
 from lora_lightning.errors import AdapterStateError, UnknownMethodError
 from lora_lightning.injection.records import records
+from lora_lightning.storage.folder import FILE
 from lora_lightning.testing import TinyMLP, tiny_encoder
 
 
