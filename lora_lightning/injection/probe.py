@@ -42,7 +42,7 @@ class Probe:
     Args:
         batches: few batches; they are kept, and walked through once a pass.
         loss: called with the model and a batch; by default that of a Hugging Face model's output.
-        device: where the model goes for a pass; None leaves it where it is.
+        device: where the model goes for a pass; None leaves it where it is. Batches follow it.
 
     Attributes:
         passes: how often the batches have been walked through.
@@ -187,7 +187,7 @@ class Probe:
 
     def _loss(self, batch: Any) -> Tensor:
         self._mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        return self.loss(self.model, batch if self.device is None else _moved(batch, self.device))
+        return self.loss(self.model, _moved(batch, next(self.model.parameters()).device))
 
     def _seen(self, x: Tensor) -> Tensor:
         """(tokens, d_in), without those that the batch's mask leaves out."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
 from lora_lightning.errors import DataError
@@ -45,9 +46,11 @@ def calibration(method: Method, task: Task, trainer: Trainer | None) -> Probe | 
         summed = task.loss(task.logits(model, batch), batch)
         return summed.total / summed.count.clamp_min(1)
 
-    sharded = hasattr(trainer.strategy, "reads_on_first_rank")  # a model that is cut up may be too large for one device
-    device = None if sharded else trainer.strategy.root_device
-    return Probe(itertools.islice(data.train_dataloader(), count), loss, device)
+    # a model that is to be sharded may be too large for one device, so it is read where it is
+    fits = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+    with torch.random.fork_rng(devices=()):  # a loader's iterator draws a number
+        batches = list(itertools.islice(data.train_dataloader(), count))
+    return Probe(batches, loss, trainer.strategy.root_device if fits else None)
 
 
 def planned(trainer: Trainer | None) -> Plan | None:
