@@ -42,7 +42,7 @@ class Probe:
     Args:
         batches: few batches; they are kept, and walked through once a pass.
         loss: called with the model and a batch; by default that of a Hugging Face model's output.
-        device: where the model goes for a pass; None leaves it where it is.
+        device: where the model goes for a pass; None leaves it where it is. Batches follow it.
 
     Attributes:
         passes: how often the batches have been walked through.
@@ -58,6 +58,7 @@ class Probe:
     ) -> None:
         self.batches, self.loss, self.device = list(batches), loss, device
         self.passes = 0
+        self._watching = True
         self.model: nn.Module = nn.Identity()
         self.layers: Mapping[str, BaseLayer] = {}
 
@@ -122,7 +123,9 @@ class Probe:
         sums: dict[str, Tensor] = {}
 
         def add(path: str, base: BaseLayer, x: Tensor, g: Tensor) -> None:
+            self._watching = False  # a convolution is called again to get it
             gradient = _weight_gradient(base, x, g).cpu()
+            self._watching = True
             sums[path] = sums[path].add_(gradient) if path in sums else gradient
 
         def watch(path: str, x: Tensor, y: Tensor) -> Tensor:
@@ -162,7 +165,7 @@ class Probe:
                 for batch in self.batches:
                     with torch.set_grad_enabled(backward):
                         loss = self._loss(batch)
-                        losses.append(float(loss))
+                        losses.append(float(loss.detach()))
                         if backward and loss.requires_grad:
                             loss.backward()
             finally:
@@ -175,8 +178,8 @@ class Probe:
 
     def _at(self, path: str, hook: Hook, reached: set[str]) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
         def forward_hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-            if not inputs:
-                return None  # called by keyword, as layers with adapters never are
+            if not inputs or not self._watching:  # by keyword layers with adapters are never called
+                return None
             reached.add(path)
             return hook(path, inputs[0].detach(), output)
 
@@ -184,7 +187,7 @@ class Probe:
 
     def _loss(self, batch: Any) -> Tensor:
         self._mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        return self.loss(self.model, batch if self.device is None else _moved(batch, self.device))
+        return self.loss(self.model, _moved(batch, next(self.model.parameters()).device))
 
     def _seen(self, x: Tensor) -> Tensor:
         """(tokens, d_in), without those that the batch's mask leaves out."""

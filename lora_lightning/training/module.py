@@ -43,6 +43,7 @@ from lora_lightning.storage.description import describe_adapter
 from lora_lightning.storage.folded import make_room_for_folded
 from lora_lightning.storage.resume_check import check_fits, check_same
 from lora_lightning.storage.state import adapter_keys
+from lora_lightning.training.calibration import calibration, planned
 from lora_lightning.training.linear_baseline import LinearBaseline
 from lora_lightning.training.packing_check import PackingCheck
 from lora_lightning.training.strategies.choice import check_strategy
@@ -162,8 +163,18 @@ class AdapterModule(LightningModule):
         )
         self.check_length(net)
         self._add_tokens(net, seed)
+        known = planned(self._trainer)
         self.injection = inject(
-            net, self.method, self.targets, self.exclude, self.overrides, self.also_train, name=NAME, seed=seed
+            net,
+            self.method,
+            self.targets,
+            self.exclude,
+            self.overrides,
+            self.also_train,
+            name=NAME,
+            seed=seed,
+            probe=calibration(self.method, self.task, self._trainer) if known is None else None,
+            planned=known,
         )
         if self.half_adapters:
             lower_adapters(net, NAME)
