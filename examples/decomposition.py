@@ -19,9 +19,9 @@ import yaml
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor
 
-from ll_dora.callback import WeightDecomposition
+from ll_demo.pydocs import PyDocs
+from ll_weight_change.callback import WeightDecomposition
 from lora_lightning.cli.main import main as lora_lightning
-from lora_lightning.data import PyDocs
 from lora_lightning.models.loading import load_model
 from lora_lightning.models.tasks import find_task
 from lora_lightning.models.tasks.base import Batch

@@ -40,7 +40,7 @@ def main() -> None:
     seed_everything(0)
 
     # the model, with an adapter on every linear layer and a head for the classes of the data
-    data = LabelledImages(train=args.train, size=32, validation_share=0.2, batch_size=32)
+    data = LabelledImages(train=args.train, size=32, validation_fraction=0.2, batch_size=32)
     model = ll.AdapterModule(
         "random:vit",
         ll.method("LoRA")(rank=32, alpha=64),

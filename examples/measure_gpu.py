@@ -1,4 +1,4 @@
-"""Step time and peak memory on a GPU, beside peft's, and the README's table of them.
+"""Step time and peak memory on a GPU, beside peft's, and the table of them in docs/performance.md.
 
     python examples/measure_gpu.py --output gpu.jsonl [--models 1B,7B] [--methods LoRA,DoRA]
     python examples/measure_gpu.py --output gpu.jsonl --table

@@ -94,7 +94,7 @@ def config(name: str, task: str, seed: int, rate: float, tuning: bool, args: arg
     source = data(task, args.data_dir, args.output)
     source["init_args"] |= {"batch_size": BATCH, "validation_batch_size": 64, "group_by_length": True, "seed": seed}
     if tuning:
-        source["init_args"] |= {"validation": None, "validation_share": 0.1}
+        source["init_args"] |= {"validation": None, "validation_fraction": 0.1}
     language = task == "e2e"
     return {
         "seed_everything": seed,

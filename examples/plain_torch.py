@@ -15,9 +15,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import lora_lightning as ll
-from ll_riemannian_moe.optim import RiemannianAdamW
+from ll_optimizers.riemannian import RiemannianAdamW
 from lora_lightning.adapters.folded import FactoredUpdate
-from lora_lightning.callbacks.pruning import keep_count, keep_top, kept_share, sensitivity
+from lora_lightning.callbacks.pruning import keep_count, keep_top, kept_density, sensitivity
 from lora_lightning.injection.records import trainable_adapters
 from lora_lightning.optim.groups import build_optimizer
 from lora_lightning.optim.state import clear
@@ -50,7 +50,7 @@ def sparse(model: nn.Module, data: list[tuple[Tensor, Tensor]], sparsity: float 
             assert entry.param.grad is not None
             mean.lerp_(sensitivity(entry.param, entry.param.grad), 1 - beta)
         optimizer.step()
-        share = kept_share(step, start, end, 1 - sparsity)
+        share = kept_density(step, start, end, 1 - sparsity)
         for mean, entry in zip(average, entries, strict=True):
             scores = mean if entry.by_row else mean.mT
             kept = keep_top(scores, keep_count(share, scores.shape[-1]))

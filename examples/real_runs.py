@@ -13,7 +13,7 @@ DATA. Before and after are the same model with its adapter off and on, on the sa
                text is their own
 
 Each run adds a line to results.jsonl in the output folder, and a second call goes on where the first was stopped; the
-runs behind the README's table are in examples/measured/real_runs.jsonl.
+runs behind the table of docs/data.md are in examples/measured/real_runs.jsonl.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def training_file(run: str, args: argparse.Namespace) -> str:
 
 def config(run: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """One run as the command line reads it."""
-    common = {"train": training_file(run, args), "validation_share": 0.05, "seed": seed}
+    common = {"train": training_file(run, args), "validation_fraction": 0.05, "seed": seed}
     if run == "pairs":
         data = {"class_path": "TextPairs", "init_args": {**common, "batch_size": 32, "max_length": 64}}
         model = {"pretrained": ENCODER, "task": "sentence-embedding"}

@@ -15,10 +15,10 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 
 import lora_lightning as ll
+from ll_demo.pydocs import PyDocs
 from lora_lightning.callbacks import RunReport
 from lora_lightning.cli.preflight.memory import estimate
 from lora_lightning.cli.verbs.estimate import count
-from lora_lightning.data import PyDocs
 from lora_lightning.data.inspect import show_examples
 from lora_lightning.exporters.from_folder import export_folder
 from lora_lightning.training.predictions import write_rows

@@ -6,6 +6,7 @@ Names are resolved at first use, so that importing the package imports neither t
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from lora_lightning.hookspecs import hookimpl
@@ -79,3 +80,15 @@ if not TYPE_CHECKING:
 
     def __dir__() -> list[str]:
         return sorted(__all__)
+
+    class _Former:
+        """Finds modules by their names of 0.1. It is asked last, so it costs nothing where a module is found."""
+
+        @staticmethod
+        def find_spec(name: str, path: Any = None, target: Any = None) -> Any:  # noqa: ARG004 - what importers are asked
+            """How to import `name`; None where it never was a module of ours."""
+            if not name.startswith(f"{__name__}."):
+                return None
+            return importlib.import_module("lora_lightning.registry").former_spec(name)
+
+    sys.meta_path.append(_Former)

@@ -7,9 +7,9 @@ view of such a tensor is cut along another axis, in the same way.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from lora_lightning.errors import AdapterStateError, ProcessError
 
+T = TypeVar("T")
+
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
@@ -29,19 +31,19 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's shard of a tensor, sharing its memory; a whole tensor is its own shard."""
+    """This process's shard of a tensor, sharing its memory; a tensor that is not sharded is its own shard."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor, detached; for a sharded one every process has to take part."""
+    """The full tensor, detached; for a sharded one every process has to take part."""
     return gather([tensor])[0]
 
 
 def gather(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Each tensor whole, detached: one collective a dtype for those that lie in rows; all processes take part.
+    """Each tensor in full, detached. All processes take part, in one collective a dtype for those sharded by rows.
 
-    Whole tensors are returned as they are.
+    Tensors that are not sharded are returned as they are.
     """
     found = [tensor.detach() for tensor in tensors]
     groups: dict[Any, list[int]] = {}
@@ -59,17 +61,17 @@ def gather(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _gather_rows(tensors: Sequence[DTensor], mesh: DeviceMesh) -> list[Tensor]:
-    """Whole tensors of those sharded by rows, in one all-gather of shards padded to equal length."""
+    """The full tensors of some sharded by rows, in one all-gather of shards padded to equal length."""
     n = mesh.size()
     rows = [math.ceil(t.shape[0] / n) for t in tensors]
     sizes = [count * t.shape[1:].numel() for count, t in zip(rows, tensors, strict=True)]
     shards = [t.to_local() for t in tensors]
-    packed = shards[0].new_zeros(sum(sizes))
-    for shard, room in zip(shards, packed.split(sizes), strict=True):
+    buffer = shards[0].new_zeros(sum(sizes))
+    for shard, room in zip(shards, buffer.split(sizes), strict=True):
         room[: shard.numel()].copy_(shard.reshape(-1))
-    packed = packed.to(mesh.device_type)  # where collectives run; shards may wait on the CPU
-    everyone = [torch.empty_like(packed) for _ in range(n)]
-    dist.all_gather(everyone, packed, group=mesh.get_group())
+    buffer = buffer.to(mesh.device_type)  # where collectives run; shards may wait on the CPU
+    everyone = [torch.empty_like(buffer) for _ in range(n)]
+    dist.all_gather(everyone, buffer, group=mesh.get_group())
     parts = torch.stack(everyone).split(sizes, dim=1)
     return [
         part.reshape(n * count, *t.shape[1:])[: t.shape[0]].contiguous()
@@ -78,7 +80,7 @@ def _gather_rows(tensors: Sequence[DTensor], mesh: DeviceMesh) -> list[Tensor]:
 
 
 def gather_nested(value: Any) -> Any:
-    """Nested dictionaries and lists with every sharded tensor in them whole; all processes take part."""
+    """Nested dictionaries and lists, every sharded tensor in them gathered; all processes take part."""
     tensors: list[Tensor] = []
 
     def collect(tensor: Tensor) -> Tensor:
@@ -101,7 +103,7 @@ def _map_sharded(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def summed(values: Tensor, over: Sequence[Tensor]) -> Tensor:
-    """`values` summed over the processes that hold shards of a tensor in `over`; as they are where all are whole."""
+    """`values` summed over the processes that hold shards of a tensor in `over`; as they are where none is sharded."""
     mesh = next((t.device_mesh for t in over if isinstance(t, DTensor)), None)
     if mesh is None:
         return values
@@ -118,14 +120,15 @@ def all_finite(tensor: Tensor) -> bool:
 
 @contextmanager
 def assembled(*modules: nn.Module) -> Iterator[None]:
-    """Inside, the parameters of `modules` that are sharded are whole copies, read for all in one packed collective.
+    """Inside, sharded parameters of `modules` are full copies, gathered in one collective.
 
-    All processes take part, and hold all of these parameters until the end.
+    So are those of modules that an adapter among them refers to as `linked`. All processes take part, and hold all of
+    these parameters until the end.
     """
     found: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]] = [
-        (table, name, cast(nn.Parameter, parameter))
-        for table in (part._parameters for module in modules for part in module.modules())
-        for name, parameter in table.items()
+        (part._parameters, name, cast(nn.Parameter, parameter))
+        for part in _with_linked(modules)
+        for name, parameter in part._parameters.items()
         if isinstance(parameter, DTensor)
     ]
     for (table, name, parameter), value in zip(found, gather([p for _, _, p in found]), strict=True):
@@ -137,11 +140,21 @@ def assembled(*modules: nn.Module) -> Iterator[None]:
             table[name] = parameter
 
 
+def _with_linked(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """All parts of the modules and of what they refer to as `linked`, each once."""
+    found: dict[int, nn.Module] = {}
+    for part in (part for module in modules for part in module.modules()):
+        linked = getattr(part, "linked", {})
+        for module in (part, *(linked.values() if isinstance(linked, Mapping) else ())):
+            found |= {id(inner): inner for inner in module.modules()}
+    return list(found.values())
+
+
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
 def own_rows(value: Tensor, like: Tensor) -> Tensor:
-    """The rows of a whole tensor that this process holds of `like`, which has as many; all of them if it is whole.
+    """The rows of a full tensor that this process holds of `like`, which has as many; all if `like` is not sharded.
 
     Of a transposed `like`, columns.
     """
@@ -151,7 +164,7 @@ def own_rows(value: Tensor, like: Tensor) -> Tensor:
 
 
 def first_entry(tensor: Tensor) -> int:
-    """Number of the first entry, counted along all of the tensor, that this process holds; 0 of a whole one."""
+    """Number of the first entry that this process holds, counted along the full tensor; 0 where it is not sharded."""
     if not isinstance(tensor, DTensor):
         return 0
     axis, start, _ = _slice(tensor)
@@ -172,14 +185,14 @@ def _slice(tensor: DTensor) -> tuple[int, int, int]:
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, equal on all processes, in the layout and on the device of `like`; nothing is sent."""
+    """A full tensor, equal on all processes, in the layout and on the device of `like`; nothing is sent."""
     if not isinstance(like, DTensor) or isinstance(value, DTensor):
         return value.to(like.device)
     return as_shard_of(own_rows(value, like).to(like.device, copy=True).contiguous(), like)
 
 
 def as_shard_of(shard: Tensor, like: Tensor) -> Tensor:
-    """This process's shard, contiguous, of a tensor as one in the layout of `like`."""
+    """The tensor in the layout of `like` of which `shard`, contiguous, is this process's shard."""
     if not isinstance(like, DTensor):
         return shard
     stride = torch.empty(like.shape, device="meta").stride()  # `like` may be a transposed view
@@ -188,13 +201,16 @@ def as_shard_of(shard: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def put(target: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor, equal on all processes, into one that may are sharded; nothing is sent."""
+    """Copy a full tensor, equal on all processes, into one that may be sharded; nothing is sent."""
     local(target).copy_(own_rows(value, target))
 
 
 def zeros_sharded_like(like: Tensor, dtype: torch.dtype) -> Tensor:
     """Zeros of the shape, and in the layout and place, of `like`."""
     return as_shard_of(torch.zeros(local(like.detach()).shape, dtype=dtype, device=like.device), like)
+
+
+# -- agreeing ----------------------------------------------------------------------------------------------------------
 
 
 def gather_objects(mine: Any) -> list[Any]:
@@ -224,8 +240,28 @@ def fail_together() -> Iterator[None]:
             raise ProcessError(f"process {rank} failed: {failure}")
 
 
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` answers on the first process, on all of them; an error there is one everywhere.
+
+    Only the first process calls it, so nothing inside may wait for others. Tensors in the answer lie on the CPU.
+    """
+    if not dist.is_initialized():
+        return make()
+    answer: list[Any] = [None]
+    with fail_together():
+        if dist.get_rank() == 0:
+            answer = [make()]
+    dist.broadcast_object_list(answer)
+    return cast(T, answer[0])
+
+
 def reshard(model: nn.Module) -> None:
     """Give back what a forward without backward has left gathered: only shards can be read and written."""
-    for module in model.modules():
+    reshard_all(model.modules())
+
+
+def reshard_all(modules: Iterable[nn.Module]) -> None:
+    """As `reshard`, for modules that are known already."""
+    for module in modules:
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -8,10 +8,11 @@ One run, from the command line to the export; `*` marks a hook of ours, `o` a ho
       |    * lora_lightning_methods          names usable in YAML from here on
       |    * lora_lightning_commands         further verbs
       |    * lora_lightning_exporters        further formats of `export`
-      |  plugins.load_classes        only where something trains: torch is imported from here on
+      |    * lora_lightning_tables           further tables "builtin:NAME"
       |    * lora_lightning_optimizers       names usable as model.optimizer
       |    * lora_lightning_callbacks        names usable in trainer.callbacks
       |    * lora_lightning_datamodules      names usable as data
+      |  plugins.load_classes        only where something trains: these classes, and torch with them, are imported
       v
     settings -> AdapterModule(method=..., targets=...), data module, Trainer
       |
@@ -35,10 +36,13 @@ One run, from the command line to the export; `*` marks a hook of ours, `o` a ho
 
 A plugin is an installed package with an entry point in the group `lora_lightning`; the entry point's name is the
 import package. Its `__init__` marks functions with `lora_lightning.hookimpl`. A hook returns values, it never changes
-its arguments. Hooks are declared here when their first user arrives.
+its arguments. Methods are classes, since settings import no torch; everything else is a name with an import path, and
+is imported where it is used, so that `--help` and `methods` stay fast. Hooks are declared here when their first user
+arrives.
 
-`requires_api = ">=1,<2"` in that `__init__` says which versions of this interface (`API`) the plugin was written for; a
-core of another one does not load it, and says so. CONTRIBUTING.md says what a version promises.
+`requires_api = ">=2,<3"` in that `__init__` says which versions of this interface (`API`) the plugin was written for; a
+core of another one does not load it, and says so. Where it stands above an import that fails, it is still read.
+CONTRIBUTING.md says what a version promises.
 """
 
 from __future__ import annotations
@@ -49,16 +53,13 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningDataModule
-    from lightning.pytorch.callbacks import Callback
     from torch import nn
-    from torch.optim import Optimizer
 
     from lora_lightning.adapters.layers.base import BaseLayer
     from lora_lightning.methods import Method
 
 NAMESPACE = "lora_lightning"
-API = "1.0"
+API = "2.0"
 """Version of what plugins may rely on: a new first number breaks some, a new second one only adds."""
 hookspec = pluggy.HookspecMarker(NAMESPACE)
 hookimpl = pluggy.HookimplMarker(NAMESPACE)
@@ -86,34 +87,35 @@ def lora_lightning_commands() -> Mapping[str, str]:
 
 
 @hookspec
-def lora_lightning_optimizers() -> Iterable[type[Optimizer]]:
-    """Optimizer classes this package provides, usable by their short names as `model.optimizer`.
+def lora_lightning_optimizers() -> Mapping[str, str]:
+    """Optimizers this package provides, usable by their names as `model.optimizer`: {"Name": "module:Name"}.
 
-    Runs only where something trains; import torch inside. Answers of all plugins are joined. Parameter groups come
-    named, and an optimizer with `bind_pairs(pairs)` receives the factor pairs of all trainable adapters. A name that
-    is taken, by a class of torch, Lightning, core or another plugin, keeps its meaning: the class goes by its full path
-    only, and the plugin is in the list of failures, with `PluginError`.
+    Runs once, after the methods; the classes are imported only where something trains, or asks for one by its name.
+    Answers of all plugins are joined. Parameter groups come named, and an optimizer with `bind_pairs(pairs)` receives
+    the factor pairs of all trainable adapters. A name that is taken, by a class of torch, Lightning, core or another
+    plugin, keeps its meaning: the class goes by its full path only, and the plugin is in the list of failures, with
+    `PluginError`. A class that cannot be imported is there too, and its cause is named where a config asks for it.
     """
     raise NotImplementedError("a specification: plugins implement it")
 
 
 @hookspec
-def lora_lightning_callbacks() -> Iterable[type[Callback]]:
-    """Lightning callbacks this package provides, usable by their short names in `trainer.callbacks`.
+def lora_lightning_callbacks() -> Mapping[str, str]:
+    """Lightning callbacks this package provides, usable by their names in `trainer.callbacks`: {"Name": "module:Name"}.
 
-    Runs only where something trains; import Lightning inside. Answers are joined, and names clash, as for optimizers.
-    What a method needs always comes from `Method.callbacks` instead.
+    Runs when optimizers are asked for; answers are joined, and names clash, as theirs do. What a method needs always
+    comes from `Method.callbacks` instead.
     """
     raise NotImplementedError("a specification: plugins implement it")
 
 
 @hookspec
-def lora_lightning_datamodules() -> Iterable[type[LightningDataModule]]:
-    """Data modules this package provides, usable by their short names as `data`.
+def lora_lightning_datamodules() -> Mapping[str, str]:
+    """Data modules this package provides, usable by their names as `data`: {"Name": "module:Name"}.
 
-    Runs only where something trains; import Lightning inside. Answers are joined, and names clash, as for optimizers.
-    `task_kinds`, `num_labels` and a null `tokenizer` are understood as those of the bundled ones are; `TextData` and
-    `TableData` of `lora_lightning.data` answer most of it.
+    Runs when optimizers are asked for; answers are joined, and names clash, as theirs do. `task_kinds`, `num_labels`
+    and a null `tokenizer` are understood as those of the bundled ones are; `TextData` and `TableData` of
+    `lora_lightning.data` answer most of it.
     """
     raise NotImplementedError("a specification: plugins implement it")
 
@@ -125,6 +127,16 @@ def lora_lightning_exporters() -> Mapping[str, str]:
     Runs once, after the methods. The module has `write(source, folder, rank, verify) -> Written`, which writes an
     adapter (`exporters.source.Source`) into an empty folder, and `TAKES_RANK = True` where it can limit the rank. It is
     imported when the format is asked for. A format that exists already makes the plugin fail, with `PluginError`.
+    """
+    raise NotImplementedError("a specification: plugins implement it")
+
+
+@hookspec
+def lora_lightning_tables() -> Mapping[str, str]:
+    """Tables that need no file, "builtin:NAME" where a data module takes a source: {"NAME": "module:function"}.
+
+    Runs once, after the methods. The function takes nothing and returns a `datasets.Dataset`; it is called when a
+    source first names the table, once a process. A table that exists already makes the plugin fail, with `PluginError`.
     """
     raise NotImplementedError("a specification: plugins implement it")
 

@@ -7,6 +7,7 @@ import what they need inside.
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -17,12 +18,16 @@ from lora_lightning.errors import SettingsError, check, did_you_mean
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
-    from torch import Tensor
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
     from lora_lightning.adapters.base import Adapter, GroupSpec
     from lora_lightning.adapters.layers.base import BaseLayer
+    from lora_lightning.adapters.linked import Linked
+    from lora_lightning.injection.probe import Probe
 
+Plan = Mapping[str, Mapping[str, Any]]
+"""Fields that differ, by layer path: plain data."""
 Adapters = Mapping[str, "Adapter"]
 """Adapters of one name by the path of the layer they sit on."""
 
@@ -42,6 +47,7 @@ class Method(ABC):
         peft_options: entries of adapter_config.json with which that format means this method, such as `use_dora`; what
             its adapters own beside the pair they then state in `Adapter.peft_tensors`.
         run_wide: fields that hold for a whole run (of a schedule, an optimizer), so that no layer can have its own.
+        former_fields: fields by the name that they had before, as older files and configs spell them.
     """
 
     paper: ClassVar[str] = ""
@@ -52,10 +58,43 @@ class Method(ABC):
     peft_type: ClassVar[str] = ""
     run_wide: ClassVar[tuple[str, ...]] = ()
     peft_options: ClassVar[Mapping[str, object]] = {}
+    former_fields: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def build(self, base: BaseLayer) -> Adapter:
         """The adapter for one layer, on the layer's device; `inject` gives it its start values by `reset`."""
+
+    def probe_batches(self) -> int:
+        """How many calibration batches `plan` and `initialize` read, where a training run hands them out; 0: none."""
+        return 0
+
+    def plan(self, model: nn.Module, targets: Mapping[str, BaseLayer], probe: Probe) -> Plan:  # noqa: ARG002
+        """Fields of some layers that differ from the method's own, by layer path; `{"rank": 0}` skips a layer.
+
+        Asked once for a new adapter, before anything is built, with the plain model and its matched layers; of several
+        processes the first one is asked. `probe` reads the model on calibration batches. The answer is plain data
+        (numbers, strings, lists) and is saved with the adapter: resuming and loading read it there. `overrides` of the
+        user win over it, field by field.
+        """
+        return {}
+
+    def initialize(self, adapters: Adapters, probe: Probe) -> None:  # noqa: B027 - a question with a default answer
+        """Write start values that depend on weights or data, in place; nothing is returned.
+
+        Asked once for a new adapter, after `build`, `reset` and `link`, before adapters are on their layers; of several
+        processes the first one is asked and its values are sent. Not asked where values are loaded.
+        `probe.layers[path]` is the base layer of an adapter; its `weight()` is (d_out, d_in). Functions for starts:
+        `adapters.starts`.
+        """
+
+    def link(self, model: nn.Module, adapters: Adapters) -> Mapping[str, Linked]:  # noqa: ARG002
+        """Modules above one layer by the path of the module that they are registered at ("" is the model itself).
+
+        Asked whenever adapters have been built: for a new one and for one that is loaded. It sees the plain model and
+        all adapters, and sets `adapter.linked` of those that read what it returns; each module must be read by one at
+        least. Tensors lie at `<path>.adapters.<name>.<tensor>`. Values are given by `Linked.reset`.
+        """
+        return {}
 
     def param_groups(self, adapters: Adapters) -> dict[str, GroupSpec]:
         """Trainables by group name: sides of factor pairs as "A" and "B", the rest as "other"."""
@@ -90,6 +129,22 @@ class WrapperMethod(Method):
     def build(self, base: BaseLayer) -> Adapter:
         """The inner method's adapter."""
         return self.inner.build(base)
+
+    def probe_batches(self) -> int:
+        """As many as the inner method's."""
+        return self.inner.probe_batches()
+
+    def plan(self, model: nn.Module, targets: Mapping[str, BaseLayer], probe: Probe) -> Plan:
+        """The inner method's plan, of fields of the method inside."""
+        return {path: {"inner": fields} for path, fields in self.inner.plan(model, targets, probe).items()}
+
+    def initialize(self, adapters: Adapters, probe: Probe) -> None:
+        """The inner method's start values."""
+        self.inner.initialize(adapters, probe)
+
+    def link(self, model: nn.Module, adapters: Adapters) -> Mapping[str, Linked]:
+        """The inner method's linked modules."""
+        return self.inner.link(model, adapters)
 
     def param_groups(self, adapters: Adapters) -> dict[str, GroupSpec]:
         """The inner method's groups."""
@@ -166,6 +221,16 @@ def plain_settings(method: Method) -> dict[str, Any]:
     }
 
 
+def renamed(settings: Mapping[str, Any], former: Mapping[str, str]) -> dict[str, Any]:
+    """`settings` under the names of today, where `former` maps older names to them.
+
+    Example:
+        >>> renamed({"share": 0.5, "rule": "outer_step"}, {"share": "blend"})
+        {'blend': 0.5, 'rule': 'outer_step'}
+    """
+    return {former.get(name, name): value for name, value in settings.items()}
+
+
 def check_names(method_class: type[Method], where: str, fields: Mapping[str, Any]) -> None:
     """Raise `SettingsError` for a field that the method does not have, naming `where` it was given."""
     names = [field.name for field in dataclasses.fields(method_class)]
@@ -195,9 +260,159 @@ def check_fields(method: Method) -> None:
         check(hint is not int or type(value) is int, method, field.name, "it must be a whole number.")
 
 
+# -- field groups: settings that several methods and callbacks take ----------------------------------------------------
+#
+# A method or callback lists the groups it takes as bases, before `Method` or its callback class. Whoever has a
+# `__post_init__` of its own, or more than one group, calls the rules of each.
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LowRankFields:
+    """Settings of an update that is a product of two factors."""
+
+    rank: int = 8
+    """Inner width r of the update. Memory grows linearly; 4 to 64 covers most published runs."""
+    alpha: float = 16.0
+    """Numerator of the scaling. Twice the rank is common; it is set once and left when rank changes."""
+    dropout: float = 0.0
+    """Probability of dropping entries of the update's input while training; 0.05 to 0.1 on small data."""
+
+    def __post_init__(self) -> None:
+        check_low_rank(self)
+
+    @property
+    def scaling(self) -> float:
+        """Factor s on the product B A."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScaledLowRankFields(LowRankFields):
+    """The same, with a choice of how the scaling follows the rank."""
+
+    scaling_rule: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
+    """"alpha/sqrt(r)" (rsLoRA, arXiv:2312.03732) keeps updates of equal size when rank grows; worth it above 32."""
+
+    @property
+    def scaling(self) -> float:
+        """Factor s on the product B A."""
+        return self.alpha / (self.rank if self.scaling_rule == "alpha/r" else math.sqrt(self.rank))
+
+
 def check_low_rank(method: Any) -> None:
-    """`check_fields`, and the rules of the fields rank, alpha and dropout that low-rank methods share."""
+    """`check_fields`, and the rules of `LowRankFields`."""
     check_fields(method)
     check(method.rank >= 1, method, "rank", "it must be at least 1. Inner width of the update; 8 is common.")
     check(method.alpha > 0, method, "alpha", "it must be above 0. Numerator of the scaling; twice the rank is common.")
-    check(0 <= method.dropout < 1, method, "dropout", "it must lie in [0, 1). Share of dropped entries; 0.1 is common.")
+    check(0 <= method.dropout < 1, method, "dropout", "it must lie in [0, 1). Probability of a drop; 0.1 is common.")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SparsityFields:
+    """Settings of a schedule that removes the entries of least averaged sensitivity."""
+
+    sparsity: float = 0.8
+    """Fraction of zeros in each row and column at the end, in [0, 1), so 0.9 keeps 10%. Editing uses 0.95."""
+    beta: float = 0.8
+    """Memory of the averaged sensitivity; results are not sensitive to it."""
+    start: float = 0.1
+    """When pruning starts: up to 1 a fraction of the run's optimizer steps, from 2 on a step number."""
+    end: float = 0.8
+    """When the final sparsity is reached, in the same unit; the rest of the run trains the survivors."""
+    keep_rule: Literal["floor", "ceil", "official"] = "floor"
+    """How a density becomes a count: "floor" never exceeds it, "official" is the released RoseLoRA code's ceil + 1."""
+    first_score: Literal["zero", "gradient"] = "zero"
+    """Start of the average: zero, or the first sensitivity, as in the released code."""
+    clamp: float | None = None
+    """Largest magnitude of any entry once pruning has begun, null for none; the released editing code uses 0.003."""
+
+    def __post_init__(self) -> None:
+        check_sparsity(self)
+
+
+def check_sparsity(owner: Any) -> None:
+    """Raise `SettingsError` for a setting outside its rule; `owner` has `SparsityFields`."""
+    check_choices(owner, SparsityFields)
+    rule = "it must lie in [0, 1). Fraction of entries set to zero, so 0.9 keeps 10%."
+    check(0 <= owner.sparsity < 1, owner, "sparsity", rule)
+    check(
+        0 <= owner.beta < 1, owner, "beta", "it must lie in [0, 1). Memory of the averaged sensitivity; 0.8 is usual."
+    )
+    check(
+        owner.start >= 0, owner, "start", "it must be at least 0. A fraction of the run's steps, or a step from 2 on."
+    )
+    comparable = (owner.start > 1) == (owner.end > 1)
+    check(not comparable or owner.start < owner.end, owner, "end", f"it must come after start, which is {owner.start}.")
+    check(owner.clamp is None or owner.clamp > 0, owner, "clamp", "it must be above 0, or null for no clamp.")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CascadeFields:
+    """Settings of training in stages, each of which is folded into the weights before the next."""
+
+    former_fields: ClassVar[Mapping[str, str]] = {"share": "blend"}
+
+    blend: float = 1.0
+    """Weight of the newest update in the blend, in (0, 1]; 1 with noise 0 is the plain cascade. Try 0.3 to 1."""
+    rule: Literal["outer_step", "figure_ema"] = "outer_step"
+    """How updates become the slow one: "outer_step" adds the blend of each update once, "figure_ema" keeps a moving
+    average of updates and adds that at every stage."""
+    noise: float = 0.0
+    """Noise on the frozen weights, relative to their standard deviation, drawn anew each stage; 0 for none. Try 0 to
+    0.15."""
+    noise_mode: Literal["restore", "persist"] = "restore"
+    """Whether a stage's noise is taken off at its end, or folded in with the update, as NoisyTune leaves it."""
+    stage_epochs: int | None = None
+    """Epochs of a stage; null for one, unless stage_steps is given."""
+    stage_steps: int | None = None
+    """Optimizer steps of a stage, instead; instruction sets run for few epochs."""
+    lr: Literal["continue", "rewarm", "restart"] = "continue"
+    """Learning rate over stages: one schedule for the run, the same with a short rise at each stage, or one a stage.
+    The last two need AdapterModule's schedule."""
+    rewarm_steps: int = 20
+    """Steps of that rise, which begins at a tenth of the rate; 20 to 50 are common."""
+
+    def __post_init__(self) -> None:
+        check_cascade(self)
+
+
+def check_cascade(owner: Any) -> None:
+    """Raise `SettingsError` for a setting outside its rule; `owner` has `CascadeFields`."""
+    check_choices(owner, CascadeFields)
+    for field in ("stage_epochs", "stage_steps"):
+        value = getattr(owner, field)
+        whole = value is None or (type(value) is int and value >= 1)
+        check(whole, owner, field, "it must be a whole number of at least 1, or null.")
+    both = owner.stage_epochs is not None and owner.stage_steps is not None
+    check(not both, owner, "stage_steps", f"stage_epochs is {owner.stage_epochs} too; give one of them.")
+    check(owner.stage_steps != 1, owner, "stage_steps", "it must be at least 2: a stage's first step moves one factor.")
+    check(0 < owner.blend <= 1, owner, "blend", "it must lie in (0, 1]. Weight of the newest update; 0.5 is usual.")
+    check(owner.noise >= 0, owner, "noise", "it must be at least 0. Relative to the weight's deviation; 0.1 is usual.")
+    check(owner.rewarm_steps >= 1, owner, "rewarm_steps", "it must be at least 1; 20 to 50 are common.")
+
+
+def check_choices(owner: Any, group: type[Any]) -> None:
+    """Raise `SettingsError` where a field of `group` has a value that its `Literal` does not list."""
+    hints = typing.get_type_hints(group)
+    for field in dataclasses.fields(group):
+        if typing.get_origin(hints[field.name]) is not Literal:
+            continue
+        choices = typing.get_args(hints[field.name])
+        listed = " or ".join(f'"{choice}"' for choice in choices)
+        check(getattr(owner, field.name) in choices, owner, field.name, f"it must be {listed}.")
+
+
+def field_names(group: type[Any]) -> tuple[str, ...]:
+    """Names of the settings in a group, in order."""
+    return tuple(field.name for field in dataclasses.fields(group))
+
+
+def values_of(settings: Any, group: type[Any]) -> dict[str, Any]:
+    """The settings that belong to `group`, by name, so that a method can hand them to its callback.
+
+    Example:
+        >>> from ll_lora import LoRA
+        >>> values_of(LoRA(rank=4, bias=True), LowRankFields)
+        {'rank': 4, 'alpha': 16.0, 'dropout': 0.0}
+    """
+    return {name: getattr(settings, name) for name in field_names(group)}

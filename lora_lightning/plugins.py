@@ -1,36 +1,39 @@
 """Finding plugins, blocking them, and saying who provides what and why one failed.
 
-Imports neither torch nor Lightning; a plugin that does is merely slow.
+Imports neither torch nor Lightning; a plugin that does is merely slow. No plugin's source is read: what it brings, it
+answers.
 """
 
 from __future__ import annotations
 
-import ast
 import importlib.metadata
 import inspect
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from lora_lightning import hookspecs
-from lora_lightning.cli.shell.sources import PACKAGES, imported_from, known_names, statements
 from lora_lightning.errors import DuplicateMethodError, PluginError, did_you_mean
-from lora_lightning.methods import Method, check_names
-from lora_lightning.registry import LIGHT_VERBS, TRAINING_VERBS, Provider, Registry
+from lora_lightning.methods import Method, check_names, renamed
+from lora_lightning.registry import KNOWN, LIGHT_VERBS, TRAINING_VERBS, Component, Provider, Registry, one_line
 from lora_lightning.version import __version__
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 GROUP = "lora_lightning"
 _REQUIRES = "requires_api"
-_CLASS_HOOKS = {
-    "lora_lightning_optimizers": "optimizers",
-    "lora_lightning_callbacks": "callbacks",
-    "lora_lightning_datamodules": "datamodules",
+_KINDS = {
+    "lora_lightning_optimizers": "optimizer",
+    "lora_lightning_callbacks": "callback",
+    "lora_lightning_datamodules": "data module",
 }
-"""Hooks that answer classes, with what `known_names` calls them."""
+"""Hooks that answer classes by name, with the kind of class."""
+_OWNERS = ("torch", "lightning", "lora_lightning")
 _SLOW = ("torch", "lightning", "transformers")
 """What takes seconds to import."""
 
@@ -46,62 +49,124 @@ def load(blocked: Collection[str] = ()) -> Registry:
     """
     global _current
     registry = Registry()
-    manager = registry.manager
-    manager.add_hookspecs(hookspecs)
+    registry.manager.add_hookspecs(hookspecs)
     found = sorted(importlib.metadata.entry_points(group=GROUP), key=lambda entry: entry.name)
     _check_names(blocked, {entry.name for entry in found})
     for entry in found:
         if entry.name in blocked:
-            registry.blocked[entry.name] = _announced(entry)
-            registry.modules[entry.name] = entry.module
-            continue
-        if manager.has_plugin(entry.name):
+            registry.blocked[entry.name] = entry.module
+        elif registry.manager.has_plugin(entry.name):
             registry.failed[f"{entry.name} ({' '.join(_package(entry))})"] = PluginError(
                 "another plugin has that name already"
             )
-            continue
-        before = set(sys.modules)
-        try:
-            methods = _register(manager, entry)
-            verbs = dict.fromkeys((*TRAINING_VERBS, *LIGHT_VERBS), "core") | registry.commands
-            commands = _named(registry, entry.name, "lora_lightning_commands", "verb", verbs)
-            formats = _named(registry, entry.name, "lora_lightning_exporters", "format", registry.formats)
-        except (Exception, SystemExit) as error:
-            if manager.has_plugin(entry.name):
-                manager.unregister(name=entry.name)
-            registry.failed[entry.name] = _explained(error)
-            continue
-        finally:
-            if slow := [name for name in _SLOW if name in sys.modules and name not in before]:
-                registry.slow[entry.name] = tuple(slow)
-        _add(registry, entry, methods)
-        registry.commands |= commands
-        registry.formats |= formats
-        for hook in _CLASS_HOOKS:
-            _announce(registry, entry, hook)
+        else:
+            _load(registry, entry)
     _current = registry
     return registry
 
 
-def load_classes(registry: Registry, bases: Mapping[str, type[Any]]) -> None:
-    """Ask plugins for the classes that a config may name beside methods; they import torch and Lightning.
+def _load(registry: Registry, entry: importlib.metadata.EntryPoint) -> None:
+    """Import one plugin and enter what it brings, or the cause of its failure."""
+    before = set(sys.modules)
+    try:
+        methods = _register(registry.manager, entry)
+        verbs = dict.fromkeys((*TRAINING_VERBS, *LIGHT_VERBS), "core") | registry.commands
+        commands = _named(registry, entry.name, "lora_lightning_commands", "verb", verbs)
+        formats = _named(registry, entry.name, "lora_lightning_exporters", "format", registry.formats)
+        tables = _named(registry, entry.name, "lora_lightning_tables", "table", registry.tables)
+    except (Exception, SystemExit) as error:
+        if registry.manager.has_plugin(entry.name):
+            registry.manager.unregister(name=entry.name)
+        registry.failed[entry.name] = _explained(entry, error)
+    else:
+        _add(registry, entry, methods)
+        registry.commands |= commands
+        registry.formats |= formats
+        registry.tables |= tables
+        for hook in _KINDS:
+            try:
+                _add_components(registry, entry.name, hook)
+            except (Exception, SystemExit) as error:  # its methods stay
+                registry.failed[entry.name] = error
+    if slow := [name for name in _SLOW if name in sys.modules and name not in before]:
+        registry.slow[entry.name] = tuple(slow)
 
-    A plugin that fails is recorded with its cause; its methods stay. A class whose name is taken, by one of
-    torch, Lightning, core or another plugin, is reached by its full path only, so that the name keeps its meaning.
+
+def _add_components(registry: Registry, plugin: str, hook: str) -> None:
+    """Enter the classes that a plugin answers to a hook, as names and import paths; a taken name fails."""
+    for answer in _ask(registry.manager, plugin, hook):
+        _check_form(plugin, hook, answer)
+        for name, path in answer.items():
+            component = Component(name, _KINDS[hook], path, plugin)
+            owner = _owner_of_name(registry, component)
+            if owner:
+                registry.failed[plugin] = _taken(hook, plugin, name, owner)
+            else:
+                registry.components[name] = component
+
+
+def _check_form(plugin: str, hook: str, answer: object) -> None:
+    """Raise `PluginError` unless an answer is a mapping of class names to import paths; say the line to change."""
+    if isinstance(answer, list | tuple) and answer and all(isinstance(element, type) for element in answer):
+        right = ", ".join(f'"{cls.__name__}": "{cls.__module__}:{cls.__name__}"' for cls in answer)
+        raise PluginError(
+            f"{plugin}: {hook} returned a list of classes, the form of API 1; answer {{{right}}}, and import nothing "
+            "for it"
+        )
+    if not isinstance(answer, Mapping):
+        raise TypeError(f"{hook} returned {answer!r}, which is no mapping of class name to import path")
+    for name, path in answer.items():
+        if not (isinstance(name, str) and isinstance(path, str) and re.fullmatch(r"[\w.]+:\w+", path)):
+            raise TypeError(f'{hook} returned {name!r}: {path!r}; an import path is written "module:Class"')
+        module, _, cls = path.partition(":")
+        if cls != name:
+            raise PluginError(
+                f'{hook} returned "{name}": "{path}"; a class goes by its own name, so write "{module}:{name}" or '
+                f'"{cls}": "{path}"'
+            )
+
+
+def _owner_of_name(registry: Registry, component: Component) -> str:
+    """Who has the name of a plugin's class already; empty where nobody has, or the class is theirs."""
+    first = registry.components.get(component.name)
+    if first is not None:
+        return f"plugin {first.plugin}"
+    known = KNOWN.get((component.kind, component.name))
+    if known is None or component.path.partition(".")[0] in _OWNERS:
+        return ""
+    package = known.path.partition(".")[0]
+    return f"{package} ({known.path.partition(':')[0]})"
+
+
+def load_classes(registry: Registry, bases: Mapping[str, type[Any]]) -> None:
+    """Import the classes of plugins that a config may name beside methods; they import torch and Lightning.
+
+    One that fails is recorded with its cause, for its plugin and under its name; the others stay. A class whose name is
+    taken, by one of torch, Lightning, core or another plugin, is reached by its full path only, so that the name keeps
+    its meaning.
 
     Args:
         registry: the plugins.
         bases: what each hook's classes derive from.
     """
     for hook, base in bases.items():
-        for plugin, _ in registry.manager.list_name_plugin():
+        for component in registry.components.values():
+            if component.kind != _KINDS[hook] or component.name in registry.classes:
+                continue
             try:
-                for cls in _listed(registry.manager, plugin, hook):
-                    if not (isinstance(cls, type) and issubclass(cls, base)):
-                        raise TypeError(f"{hook} returned {cls!r}, which is no {base.__name__} class")
-                    _add_class(registry, plugin, cls, hook, base)
+                _add_class(registry, component, hook, base)
             except (Exception, SystemExit) as error:
-                registry.failed[plugin] = error
+                registry.failed[component.plugin] = registry.unusable[component.name] = error
+
+
+def _add_class(registry: Registry, component: Component, hook: str, base: type[Any]) -> None:
+    cls = component.load()
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise TypeError(f"{hook} returned {component.path!r}, which is no {base.__name__} class")
+    for other in subclasses(base):
+        if other is not cls and other.__name__ == component.name and owner_of(other):
+            raise _taken(hook, component.plugin, component.name, f"{owner_of(other)} ({other.__module__})")
+    registry.classes[component.name] = (component.plugin, cls)
 
 
 def base_layer_kinds(registry: Registry) -> list[tuple[str, Callable[[Any], Any]]]:
@@ -123,7 +188,7 @@ def base_layer_kinds(registry: Registry) -> list[tuple[str, Callable[[Any], Any]
     return registry.kinds
 
 
-def _ask(manager: pluggy.PluginManager, plugin: str, hook: str, kind: type[Any], what: str) -> list[Any]:
+def _ask(manager: pluggy.PluginManager, plugin: str, hook: str, kind: type[Any] = object, what: str = "") -> list[Any]:
     """What one plugin answers: nothing, or one `kind`, which is called `what` where it is none."""
     others = [other for name, other in manager.list_name_plugin() if name != plugin]
     answers: list[Any] = manager.subset_hook_caller(hook, others)()
@@ -138,44 +203,34 @@ def _listed(manager: pluggy.PluginManager, plugin: str, hook: str) -> list[Any]:
     return [element for answer in _ask(manager, plugin, hook, Iterable, "list") for element in answer]
 
 
-def _add_class(registry: Registry, plugin: str, cls: type[Any], hook: str, base: type[Any]) -> None:
-    name = cls.__name__
-    first, known = registry.classes.get(name, ("", cls))
-    own = next((other for other in subclasses(base) if other.__name__ == name and _owner(other)), cls)
-    if known is not cls or own is not cls:
-        cls.__qualname__ = _hidden(cls)
-        raise _taken(hook, plugin, name, f"plugin {first}" if first else f"{_owner(own)} ({own.__module__})")
-    registry.classes[name] = (plugin, cls)
-
-
 @contextmanager
 def names_kept(bases: Iterable[type[Any]]) -> Iterator[None]:
-    """Within it a name that torch, Lightning or core has for a class below `bases` means theirs alone.
+    """Within it a name that torch, Lightning, core or a plugin brings for a class below `bases` means theirs alone.
 
-    Other packages have classes of the same names, bitsandbytes an AdamW; those go by their full paths.
+    Other classes have the same names, bitsandbytes has an AdamW; those go by their full paths.
     """
     written: dict[type[Any], str] = {}
     for family in map(subclasses, bases):
-        names = {cls.__name__ for cls in family if _owner(cls)}
-        written |= {cls: cls.__qualname__ for cls in family if cls.__name__ in names and not _owner(cls)}
+        names = {cls.__name__ for cls in family if keeps_name(cls)}
+        written |= {cls: cls.__qualname__ for cls in family if cls.__name__ in names and not keeps_name(cls)}
     try:
-        for cls in written:
-            cls.__qualname__ = _hidden(cls)
+        for cls in written:  # as local classes are called, which jsonargparse takes for no short name
+            cls.__qualname__ = f"{cls.__name__}.<locals>.{cls.__name__}"
         yield
     finally:
         for cls, qualname in written.items():
             cls.__qualname__ = qualname
 
 
-def _hidden(cls: type[Any]) -> str:
-    """A qualified name as local classes have one, which neither jsonargparse nor `choices` takes for a short name."""
-    return f"{cls.__name__}.<locals>.{cls.__name__}"
+def keeps_name(cls: type[Any]) -> bool:
+    """Whether the short name of a class means it, whoever else has the name."""
+    return bool(owner_of(cls)) or registry().classes.get(cls.__name__, ("", None))[1] is cls
 
 
-def _owner(cls: type[Any]) -> str:
+def owner_of(cls: type[Any]) -> str:
     """Which of torch, Lightning and core a class is part of; empty for others."""
     package = cls.__module__.partition(".")[0]
-    return package if package in PACKAGES and "<locals>" not in cls.__qualname__ else ""
+    return package if package in _OWNERS and "<locals>" not in cls.__qualname__ else ""
 
 
 def _taken(hook: str, plugin: str, name: str, owner: str) -> PluginError:
@@ -188,37 +243,17 @@ def subclasses(base: type[Any]) -> set[type[Any]]:
     return set(children).union(*map(subclasses, children))
 
 
-def _announce(registry: Registry, entry: importlib.metadata.EntryPoint, hook: str) -> None:
-    """Enter the classes that a plugin's source answers to a hook; it fails where their names are plainly taken."""
-    for name in _announced(entry, hook):
-        owner = f"plugin {registry.announced[name][0]}" if name in registry.announced else ""
-        owner = owner or known_names(_CLASS_HOOKS[hook]).get(name, "")
-        if owner and name in _own(entry):
-            registry.failed[entry.name] = _taken(hook, entry.name, name, owner)
-        else:
-            registry.announced[name] = (entry.name, hook)
-
-
-def _own(entry: importlib.metadata.EntryPoint) -> set[str]:
-    """Classes that a plugin's source defines or imports, but not from torch, Lightning or core."""
-    found = set()
-    for node in (inner for statement in statements(entry.module) for inner in ast.walk(statement)):
-        if isinstance(node, ast.ClassDef):
-            found.add(node.name)
-        elif isinstance(node, ast.ImportFrom):
-            package = imported_from(node, entry.module).partition(".")[0]
-            found |= {alias.name for alias in node.names if package not in PACKAGES}
-    return found
-
-
 def _named(registry: Registry, plugin: str, hook: str, what: str, taken: Mapping[str, str]) -> dict[str, str]:
-    """Verbs or formats of one plugin, as name to import path; `taken` says who has those that there are."""
+    """Verbs, formats or tables of one plugin, as name to import path; `taken` says who has those that there are."""
     found: dict[str, str] = {}
-    for answer in _ask(registry.manager, plugin, hook, Mapping, f"mapping of {what} to module"):
+    target = "function" if what == "table" else "module"
+    for answer in _ask(registry.manager, plugin, hook, Mapping, f"mapping of {what} to {target}"):
         found |= answer
     for name, path in found.items():
-        if not (isinstance(name, str) and isinstance(path, str)):
-            raise TypeError(f"{hook} returned {name!r}: {path!r}, which is no {what} with the import path of a module")
+        if not (isinstance(name, str) and isinstance(path, str)) or (":" in path) != (target == "function"):
+            raise TypeError(
+                f"{hook} returned {name!r}: {path!r}, which is no {what} with the import path of a {target}"
+            )
         if name in taken:
             raise _taken(hook, plugin, f'{what} "{name}"', taken[name])
     return found
@@ -235,7 +270,6 @@ def _check_names(blocked: Collection[str], names: Collection[str]) -> None:
 
 def _register(manager: pluggy.PluginManager, entry: importlib.metadata.EntryPoint) -> list[type[Method]]:
     """Import one plugin, register it, and return its methods; every way in which it can be wrong raises."""
-    _check_api(_requirement(entry))  # read before it runs: what it imports from a newer core would fail first
     module = entry.load()
     _check_api(getattr(module, _REQUIRES, None))
     manager.register(module, name=entry.name)
@@ -273,41 +307,12 @@ def _check_api(required: object) -> None:
     try:
         fits = SpecifierSet(str(required)).contains(hookspecs.API)
     except InvalidSpecifier as error:
-        raise PluginError(f'{_REQUIRES} is "{required}"; it must be a range of versions such as ">=1,<2"') from error
+        raise PluginError(f'{_REQUIRES} is "{required}"; it must be a range of versions such as ">=2,<3"') from error
     if not fits:
         raise PluginError(
             f'{_REQUIRES} is "{required}", and the plugin interface of this core ({__version__}) is {hookspecs.API}; '
             "it needs another version of lora-lightning, or is needed in another version itself"
         )
-
-
-def _requirement(entry: importlib.metadata.EntryPoint) -> object:
-    """What a plugin's source sets `requires_api` to; None where that is not plainly there."""
-    for node in statements(entry.module):
-        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [_REQUIRES]:
-            return node.value.value if isinstance(node.value, ast.Constant) else None
-    return None
-
-
-def _announced(entry: importlib.metadata.EntryPoint, hook: str = "lora_lightning_methods") -> tuple[str, ...]:
-    """Names of what a plugin would answer to a hook, read in its source without running it; empty where unclear."""
-    body = statements(entry.module)
-    original = {alias.asname: alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names}
-    for node in body:
-        if isinstance(node, ast.FunctionDef) and node.name == hook:
-            names = [name for statement in node.body for name in _returned(statement)]
-            return tuple(original.get(name, name) for name in names)
-    return ()
-
-
-def _returned(statement: ast.stmt) -> Iterator[str]:
-    """Class names in `return [First, module.Second]`."""
-    if isinstance(statement, ast.Return) and isinstance(statement.value, ast.List | ast.Tuple):
-        for element in statement.value.elts:
-            if isinstance(element, ast.Name):
-                yield element.id
-            elif isinstance(element, ast.Attribute):
-                yield element.attr
 
 
 def _add(registry: Registry, entry: importlib.metadata.EntryPoint, methods: list[type[Method]]) -> None:
@@ -337,8 +342,14 @@ def package_of(plugin: str) -> tuple[str, str]:
     return _package(entry)
 
 
-def _explained(error: BaseException) -> BaseException:
-    """A hook of our namespace that this core does not know is most likely from a newer one."""
+def _explained(entry: importlib.metadata.EntryPoint, error: BaseException) -> BaseException:
+    """What a failure most likely means: a plugin that was written for another core says so before anything else."""
+    try:
+        _check_api(_stated(entry, error))
+    except PluginError as other_api:
+        other_api.__cause__ = error
+        return other_api
+    explained: PluginError | None = None
     unknown = re.match(r"unknown hook '(\w+)'", str(error))
     if isinstance(error, pluggy.PluginValidationError) and unknown:
         known = [name for name in vars(hookspecs) if name.startswith(f"{hookspecs.NAMESPACE}_")]
@@ -346,9 +357,26 @@ def _explained(error: BaseException) -> BaseException:
             f'no hook "{unknown[1]}" here.{did_you_mean(unknown[1], known)} '
             f"It needs a newer core than {__version__}, or the name is misspelt"
         )
-        explained.__cause__ = error
-        return explained
-    return error
+    elif isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "lora_lightning":
+        explained = PluginError(
+            f"{error}. It was written for another plugin interface than {hookspecs.API}, that of this core "
+            f"({__version__}), or the name is misspelt"
+        )
+    if explained is None:
+        return error
+    explained.__cause__ = error
+    return explained
+
+
+def _stated(entry: importlib.metadata.EntryPoint, error: BaseException) -> object:
+    """What a plugin had set `requires_api` to when an import in it failed; None where it had not come so far."""
+    trace = error.__traceback__
+    while trace is not None:
+        names = trace.tb_frame.f_globals
+        if names.get("__name__") == entry.module and _REQUIRES in names:
+            return names[_REQUIRES]
+        trace = trace.tb_next
+    return None
 
 
 _current: Registry | None = None
@@ -364,15 +392,35 @@ def method(name: str) -> type[Method]:
     return registry().method(name)
 
 
+def optimizer_of(method_class: type[Method], name: str) -> type[Optimizer]:
+    """The optimizer called `name`, which is a method's default and of another plugin.
+
+    Raises:
+        PluginError: no plugin provides it, naming those that are blocked or failed.
+    """
+    known = registry()
+    component = known.components.get(name)
+    if component is not None:
+        optimizer_class: type[Optimizer] = component.load()
+        return optimizer_class
+    reasons = [f" Plugin {plugin} is blocked by -p no:{plugin}." for plugin in known.blocked]
+    reasons += [f" Plugin {plugin} failed: {one_line(cause)}." for plugin, cause in known.failed.items()]
+    raise PluginError(
+        f"{method_class.__name__} trains with {name} unless another optimizer is named, and no plugin provides it."
+        f"{''.join(reasons)} Name one in model.optimizer, such as AdamW."
+    )
+
+
 def restore_settings(method_class: type[Method], where: str, fields: Mapping[str, Any]) -> Method:
-    """Settings from plain data, as `plain_settings` gives it.
+    """Settings from plain data, as `plain_settings` gives it or gave it when fields had other names.
 
     Raises:
         SettingsError: a field that the method does not have.
         UnknownMethodError: a method inside that no plugin provides.
     """
-    check_names(method_class, where, fields)
-    return method_class(**{name: _restored(value, where) for name, value in fields.items()})
+    current = renamed(fields, method_class.former_fields)
+    check_names(method_class, where, current)
+    return method_class(**{name: _restored(value, where) for name, value in current.items()})
 
 
 def _restored(value: Any, where: str) -> Any:

@@ -1,5 +1,5 @@
 """Architectures of transformers as tiny random models: what they are built from, a batch with labels for each, and the
-table of what is adapted in README.md.
+table of what is adapted in docs/models.md.
 
 `python tests/architectures.py` prints the table, from architectures.yaml and the refusals as they come.
 """
@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 import yaml
+from small_methods import small_methods
 from torch import Tensor
 
 import lora_lightning as ll
-from ll_riemannian_moe import MoELoRA
 from lora_lightning.errors import TargetError
 from lora_lightning.injection.targets import select
-from lora_lightning.models.scopes import PARTS, SCOPES, TOWERS, Scopes
+from lora_lightning.models.anatomy import survey
+from lora_lightning.models.scopes import PARTS, SCOPES, TOWERS
 from lora_lightning.testing.toy_models import seeded
 
 Batch = dict[str, Tensor]
@@ -487,12 +488,12 @@ def collapsed(paths: Iterable[str]) -> dict[str, list[str]]:
 def matched(architecture: Architecture) -> dict[str, Any]:
     """What "all-linear" and each scope match, and what "all-linear" leaves out and why."""
     model = architecture.build()
-    everything = select(model)
+    everything = select(survey(model))
     found: dict[str, Any] = {"layers": len(everything.layers)}
     rest = set(everything.layers)
     for scope in SCOPES:
         try:
-            layers = select(model, scope).layers
+            layers = select(survey(model), scope).layers
         except TargetError:
             continue
         found[scope] = len(layers) if scope == "language" else collapsed(layers)
@@ -505,14 +506,14 @@ def matched(architecture: Architecture) -> dict[str, Any]:
 
 GOLDEN: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 """What `matched` must give, by architecture, entries that hold nothing left out."""
-ROUTED = MoELoRA(experts=3, top_k=2, rank=1)
+ROUTED = next(method for method in small_methods().values() if not method.mergeable)
 """A method whose update depends on its input."""
 
 
 def routed(architecture: Architecture) -> Any:
     """The model with routed adapters on everything but fused experts, which have no input of their own to route by."""
     model = architecture.build()
-    scopes = Scopes(model)
+    scopes = survey(model).scopes
     exclude = ["experts"] if any(scopes.part(name) == "experts" for name, _ in model.named_parameters()) else []
     ll.inject(model, ROUTED, exclude=exclude)
     return model

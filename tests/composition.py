@@ -1,4 +1,4 @@
-"""Adapters x optimizers x schedules: what each cell does, and the table of it in README.md.
+"""Adapters x optimizers x schedules: what each cell does, and the table of it in docs/optimizers.md.
 
 `python tests/composition.py` runs every cell and prints the table.
 """
@@ -13,27 +13,18 @@ from typing import Any
 
 import torch
 from resuming import SaveAt, assert_equal_runs, at_step, run
+from small_methods import small_methods, wraps
 from toy_runs import classification, encoder_folder, labelled_data
 
-from ll_ce_lora import CELoRA
-from ll_dora import DoRA
-from ll_lora import LoRA
 from ll_lorasc.optim import SlowFast
 from ll_optimizers.plus import LoRAPlus
-from ll_riemannian_moe import MoELoRA
-from ll_riemannian_moe.optim import RiemannianAdamW
-from ll_rose import RoseLoRA
+from ll_optimizers.riemannian import RiemannianAdamW
 from lora_lightning.callbacks import Cascade, NoiseInjection, SparsitySchedule
 from lora_lightning.errors import LoraLightningError
 
 STEPS = 3
-ADAPTERS: dict[str, Any] = {
-    "LoRA": LoRA(rank=2),
-    "RoseLoRA": RoseLoRA(rank=2, sparsity=0.5, start=2, end=3),
-    "DoRA": DoRA(rank=2),
-    "MoELoRA": MoELoRA(experts=3, top_k=2, rank=1),
-    "CELoRA": CELoRA(rank=2, svd_rank=1, every_n_steps=1),
-}
+ADAPTERS: dict[str, Any] = {name: method for name, method in small_methods().items() if not wraps(method)}
+"""Every installed method but schedules around others, which are among the columns."""
 OPTIMIZERS: dict[str, Any] = {
     "AdamW": lambda params: torch.optim.AdamW(params, lr=1e-3),
     "RiemannianAdamW": lambda params: RiemannianAdamW(params, lr=1e-3),
@@ -49,15 +40,11 @@ SCHEDULES: dict[str, Any] = {
 Cell = tuple[str, str, str]
 CELLS: list[Cell] = list(itertools.product(ADAPTERS, OPTIMIZERS, SCHEDULES))
 DIAGONAL: list[Cell] = [
-    ("LoRA", "SlowFast(AdamW)", "cascade"),
-    ("RoseLoRA", "RiemannianAdamW", "noise"),
-    ("RoseLoRA", "LoRAPlus(AdamW)", "sparsity"),
-    ("DoRA", "RiemannianAdamW", "cascade"),
-    ("MoELoRA", "LoRAPlus(AdamW)", "none"),
-    ("MoELoRA", "AdamW", "cascade"),
-    ("CELoRA", "SlowFast(AdamW)", "noise"),
-    ("CELoRA", "AdamW", "cascade"),
+    (adapter, list(OPTIMIZERS)[(row + shift) % len(OPTIMIZERS)], list(SCHEDULES)[(row + 2 * shift) % len(SCHEDULES)])
+    for row, adapter in enumerate(ADAPTERS)
+    for shift in (0, 1)
 ]
+"""Two cells of each adapter, with every optimizer and schedule among them; the other cells are slow tests."""
 TRAINS = "trains"
 
 

@@ -2,7 +2,7 @@
 
 `python -m torch.distributed.run --nproc-per-node=2 tests/sharded_cases.py STRATEGY FOLDER [CASE ...]` takes every case
 straight, then again from a checkpoint in the middle, and writes the adapter of both. STRATEGY: ddp, fsdp2 or fsdp.
-A process that fails ends the launch. Without words it prints the table of cases for README.md.
+A process that fails ends the launch. Without words it prints the table of cases for docs/processes.md.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from toy_runs import (
 
 from ll_ce_lora import CELoRA
 from ll_dora import DoRA
-from ll_dora.callback import WeightDecomposition
 from ll_lora import LoRA
 from ll_lorasc import LoRASC
 from ll_lorasc.optim import SlowFast
 from ll_optimizers.fa import LoRAFA
 from ll_optimizers.plus import LoRAPlus
 from ll_optimizers.pro import LoRAPro
+from ll_optimizers.riemannian import RiemannianAdamW, RiemannianSGD
 from ll_optimizers.rite import LoRARITE
 from ll_riemannian_moe import MoELoRA
-from ll_riemannian_moe.optim import RiemannianAdamW, RiemannianSGD
 from ll_rose import RoseLoRA
+from ll_weight_change.callback import WeightDecomposition
 from lora_lightning.callbacks.best import KeepBest
 from lora_lightning.callbacks.cascade import Cascade
 from lora_lightning.callbacks.inject import InjectAdapters
@@ -158,7 +158,7 @@ CASES: dict[str, Case] = {
     ),
     "MoELoRA": Case(MoELoRA(rank=2, experts=4, top_k=2, balance_loss=0.1, z_loss=0.01), adamw, apart=True),
     "LoRASC, logs": Case(
-        LoRASC(inner=LoRA(rank=1), noise=0.0, stage_steps=2, share=0.5), model="decoder", reads_base=True
+        LoRASC(inner=LoRA(rank=1), noise=0.0, stage_steps=2, blend=0.5), model="decoder", reads_base=True
     ),
     "LoRASC, dense, noise persists": Case(
         LoRASC(inner=LoRA(rank=3), noise=0.1, noise_mode="persist", stage_steps=4, rule="outer_step"),
@@ -311,7 +311,7 @@ def record(module: Any, out: Path) -> None:
         (out / "router.json").write_text(json.dumps(logged))
         summary = next((c.summary for c in module.trainer.callbacks if isinstance(c, RunReport)), None)
         if summary is not None:
-            told = {name: summary[name] for name in ("report", "surviving_parameters", "moved", "values")}
+            told = {name: summary[name] for name in ("report", "surviving_parameters", "changed", "values")}
             (out / "summary.json").write_text(json.dumps(told))
 
 

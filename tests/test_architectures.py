@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, GOLDEN, REFUSALS, Architecture, Batch, Refusal, matched, routed, table
+from pages import DOCS, section
 from torch import Tensor, nn
 
 import lora_lightning as ll
@@ -20,7 +21,6 @@ from lora_lightning.models.scopes import TOWERS
 from lora_lightning.optim.groups import build_optimizer
 from lora_lightning.testing import perturb
 
-README = Path(__file__).resolve().parents[1] / "README.md"
 METHODS: dict[str, Any] = {"LoRA": LoRA(rank=2), "DoRA": DoRA(rank=2), "RoseLoRA": RoseLoRA(rank=2)}
 CELLS = [(name, method) for name in ARCHITECTURES for method in METHODS]
 FAST = {(name, list(METHODS)[index % len(METHODS)]) for index, name in enumerate(ARCHITECTURES)}
@@ -153,7 +153,7 @@ def test_a_layer_that_a_model_keeps_in_float32(method: str) -> None:
     assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
-# -- what is refused, and what README.md says --------------------------------------------------------------------------
+# -- what is refused, and what docs/models.md says ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_peft_computes_the_same_or_the_export_is_refused(name: str, tmp_path: Pa
     torch.testing.assert_close(outputs(theirs, batch), outputs(model, batch), rtol=1e-4, atol=1e-4)
 
 
-def test_the_table_in_the_readme_is_fresh() -> None:
+def test_the_table_of_the_page_is_fresh() -> None:
     """Else print it anew: `python tests/architectures.py`."""
-    told = README.read_text().split("<!-- architectures -->\n")[1].split("<!-- /architectures -->")[0]
+    told = section(DOCS / "models.md", "architectures")
     assert told == table()

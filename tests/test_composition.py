@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from composition import ADAPTERS, CELLS, DIAGONAL, OPTIMIZERS, SCHEDULES, TRAINS, outcome, table
+from pages import DOCS, section
 from toy_runs import encoder_folder
-
-README = Path(__file__).resolve().parents[1] / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -17,8 +14,8 @@ def encoder(tmp_path_factory):
 
 
 def told(cell):
-    """What README.md says of a cell."""
-    text = README.read_text().split("<!-- composition -->")[1].split("<!-- /composition -->")[0]
+    """What docs/optimizers.md says of a cell."""
+    text = section(DOCS / "optimizers.md", "composition")
     rows = {tuple(row.strip(" |").split(" | ")[:2]): row.strip(" |").split(" | ")[2:] for row in text.splitlines()}
     shown = rows[cell[:2]][list(SCHEDULES).index(cell[2])]
     if shown == "yes":

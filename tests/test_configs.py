@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from toy_runs import completion_file, decoder_folder
 
+from ll_demo import pydocs
 from lora_lightning.cli.configs import config_names
 from lora_lightning.cli.main import main
-from lora_lightning.data import pydocs
 
 SMALL = [
     "--trainer.max_steps=12",

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 from toy_runs import encoder_folder
 
-from lora_lightning.data import pydocs
+from ll_demo import pydocs
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 

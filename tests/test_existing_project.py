@@ -22,11 +22,11 @@ from toy_runs import trainer
 import lora_lightning as ll
 from ll_lora import LoRA
 from ll_lorasc.optim import SlowFast
-from ll_riemannian_moe.optim import RiemannianAdamW
+from ll_optimizers.riemannian import RiemannianAdamW
 from ll_rose import RoseLoRA
 from lora_lightning import InjectAdapters, iter_adapters, load_adapter, save_adapter
 from lora_lightning.callbacks import Cascade, NoiseInjection, RankPruning, SparsitySchedule
-from lora_lightning.callbacks.pruning import keep_count, keep_top, kept_share, sensitivity
+from lora_lightning.callbacks.pruning import keep_count, keep_top, kept_density, sensitivity
 from lora_lightning.errors import AdapterStateError, NoEffectError, SettingsError, TrainingError
 from lora_lightning.injection.records import trainable_adapters
 from lora_lightning.optim.groups import build_optimizer, factor_pairs
@@ -244,7 +244,7 @@ def test_several_optimizers_a_schedule_follows_those_of_its_adapters(tmp_path, h
 
 
 def test_steps_that_a_module_takes_itself_are_bounded_by_max_steps_only(tmp_path):
-    with pytest.raises(SettingsError, match="a share of all steps, but nothing bounds their number; set max_steps"):
+    with pytest.raises(SettingsError, match="a fraction of all steps, but nothing bounds their number; set max_steps"):
         fit(Manual(), tmp_path, [manual(), SparsitySchedule()], max_steps=-1, max_epochs=1)
     with pytest.raises(SettingsError, match=r"Cascade\.stage_steps is None, but the steps of an epoch are not known"):
         fit(Manual(), tmp_path, [InjectAdapters(LoRA(rank=2), ["used"]), Cascade(stage_epochs=1)], max_steps=8)
@@ -316,7 +316,7 @@ def test_a_plain_loop_over_the_pure_functions_equals_the_callback(tmp_path):
         for mean, entry in zip(average, entries, strict=True):
             mean.lerp_(sensitivity(entry.param, entry.param.grad), 1 - method.beta)
         optimizer.step()
-        share = kept_share(step, 2, 6, 1 - method.sparsity)
+        share = kept_density(step, 2, 6, 1 - method.sparsity)
         for mean, entry in zip(average, entries, strict=True) if share < 1 else ():
             rows = mean if entry.by_row else mean.mT
             kept = keep_top(rows, keep_count(share, rows.shape[-1]))

@@ -36,11 +36,11 @@ def test_a_method_inside_that_nobody_provides_is_named():
 
 
 def test_replace_reaches_inside():
-    method = LoRASC(inner=LoRA(rank=4), share=0.3)
-    assert replace(method, "x", {"inner": {"rank": 2}}) == LoRASC(inner=LoRA(rank=2), share=0.3)
-    assert replace(method, "x", {"inner": LoRA(rank=1)}) == LoRASC(inner=LoRA(rank=1), share=0.3)
-    with pytest.raises(SettingsError, match=r'x: LoRASC has no "shar"\. Did you mean "share"\?'):
-        replace(method, "x", {"shar": 1.0})
+    method = LoRASC(inner=LoRA(rank=4), blend=0.3)
+    assert replace(method, "x", {"inner": {"rank": 2}}) == LoRASC(inner=LoRA(rank=2), blend=0.3)
+    assert replace(method, "x", {"inner": LoRA(rank=1)}) == LoRASC(inner=LoRA(rank=1), blend=0.3)
+    with pytest.raises(SettingsError, match=r'x: LoRASC has no "blnd"\. Did you mean "blend"\?'):
+        replace(method, "x", {"blnd": 1.0})
 
 
 def test_layers_differ_in_fields_of_a_method_inside_but_not_in_what_holds_for_the_run():
@@ -51,7 +51,7 @@ def test_layers_differ_in_fields_of_a_method_inside_but_not_in_what_holds_for_th
         "second": 1,
     }
     for fields, message in (
-        ({"share": 1.0}, r'overrides\["second"\]: LoRASC\.share holds for the whole run'),
+        ({"blend": 1.0}, r'overrides\["second"\]: LoRASC\.blend holds for the whole run'),
         (
             {"inner": {"sparsity": 0.5}},
             r'overrides\["second"\]\.inner: RoseLoRA\.sparsity holds for the whole run; set it',

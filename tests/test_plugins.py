@@ -22,7 +22,7 @@ from lora_lightning.exporters.export import export
 from lora_lightning.injection.inject import inject
 from lora_lightning.injection.merge import merge
 from lora_lightning.methods import Method
-from lora_lightning.registry import Provider, one_line
+from lora_lightning.registry import Component, Provider, one_line
 from lora_lightning.testing import perturb
 
 OURS = {"CELoRA", "DoRA", "LoRA", "LoRASC", "MoELoRA", "RoseLoRA"}
@@ -139,16 +139,16 @@ BROKEN = {
     ),
     "twice": (code("Double").replace("return [Double]", "return [Double, Double]"), r"it provides Double twice"),
     "api": (
-        "requires_api = '>=2'\nfrom lora_lightning.not_yet import anything",
-        r'PluginError: requires_api is ">=2", and the plugin interface of this core \(\S+\) is 1\.\d+; it needs',
+        "requires_api = '>=3'\nfrom lora_lightning.not_yet import anything",
+        r'PluginError: requires_api is ">=3", and the plugin interface of this core \(\S+\) is 2\.\d+; it needs',
     ),
     "api_computed": (
-        code("Extra") + "requires_api = '>=' + '2'",
-        r'requires_api is ">=2", and the plugin interface of this core',
+        code("Extra") + "requires_api = '>=' + '3'",
+        r'requires_api is ">=3", and the plugin interface of this core',
     ),
     "api_unreadable": (
         "requires_api = 'newest'",
-        r'requires_api is "newest"; it must be a range of versions such as ">=1,<2"$',
+        r'requires_api is "newest"; it must be a range of versions such as ">=2,<3"$',
     ),
 }
 
@@ -171,7 +171,7 @@ LINES = {
     "sys_exit": "failed: ll_a_sys_exit: SystemExit: 3\n",
     "misspelt": 'no hook "lora_lightning_method" here. Did you mean "lora_lightning_methods"?',
     "newer": 'no hook "lora_lightning_zzz" here.',
-    "api": 'failed: ll_a_api: PluginError: requires_api is ">=2", and the plugin interface of this core',
+    "api": 'failed: ll_a_api: PluginError: requires_api is ">=3", and the plugin interface of this core',
 }
 
 
@@ -218,7 +218,7 @@ def test_a_plugin_that_is_slow_to_import_is_named(install, tmp_path):
 
 
 def test_a_plugin_of_this_interface_is_loaded(install):
-    install("ll_fits", code("Fits") + "requires_api = '>=1.0,<2'")
+    install("ll_fits", code("Fits") + "requires_api = '>=2.0,<3'")
     assert plugins.load().method("Fits").__name__ == "Fits"
 
 
@@ -279,15 +279,15 @@ def test_two_packages_with_one_plugin_name_are_both_known(install):
     assert str(registry.failed[f"ll_same ({other} 1.0)"]) == "another plugin has that name already"
 
 
-def test_a_blocked_plugin_is_not_imported_and_its_methods_are_known(install):
+def test_a_blocked_plugin_is_not_imported(install):
     install("ll_closed", code("Closed") + "raise RuntimeError('imported')\n")
     registry = plugins.load(["ll_closed"])
     assert "ll_closed" not in sys.modules
     assert "Closed" not in registry.methods
-    assert registry.blocked == {"ll_closed": ("Closed",)}
+    assert registry.blocked == {"ll_closed": "ll_closed"}
     assert registry.explain_unknown("Closed") == (
-        'method "Closed" comes from plugin ll_closed, which is blocked by -p no:ll_closed. '
-        f"Installed: {installed(registry)}."
+        f'no method "Closed". Did you mean "LoRASC"? Installed: {installed(registry)}. '
+        "Plugin ll_closed is blocked by -p no:ll_closed."
     )
 
 
@@ -295,54 +295,28 @@ def test_a_blocked_plugin_is_named_for_another_unknown_method(install):
     registry = plugins.load(["ll_rose"])
     assert registry.explain_unknown("LoRAA") == (
         f'no method "LoRAA". Did you mean "LoRA"? Installed: {installed(registry)}. '
-        "Plugin ll_rose (RoseLoRA) is blocked by -p no:ll_rose."
+        "Plugin ll_rose is blocked by -p no:ll_rose."
     )
 
 
-HOOK = "@hookimpl\ndef lora_lightning_methods():\n"
-
-
-@pytest.mark.parametrize(
-    ("source", "names"),
-    [
-        (
-            "from ll_deep.settings import First as Short, Second\n" + HOOK + "    return [Short, Second]",
-            ("First", "Second"),
-        ),
-        ("from ll_deep import settings\n" + HOOK + "    return (settings.First,)", ("First",)),
-        (HOOK + "    return find_them()", ()),
-        ("def", ()),
-        ("x = 1", ()),
-    ],
-)
-def test_what_a_blocked_plugin_would_provide_is_read_in_its_source(install, source, names):
-    install("ll_deep", source)
-    registry = plugins.load(["ll_deep"])
-    assert registry.blocked == {"ll_deep": names}
-    known = f" ({', '.join(names)})" if names else ""
-    assert f"Plugin ll_deep{known} is blocked by -p no:ll_deep." in registry.explain_unknown("Nothing")
-
-
-def test_a_plugin_inside_a_package_is_read_without_importing_the_package(install, tmp_path):
+def test_a_plugin_inside_a_package_is_blocked_without_importing_the_package(install, tmp_path):
     (tmp_path / "outer_package" / "inner").mkdir(parents=True)
     (tmp_path / "outer_package" / "__init__.py").write_text("raise RuntimeError('imported')")
     (tmp_path / "outer_package" / "inner" / "__init__.py").write_text(code("Deep"))
-    (tmp_path / "outer_package" / "flat.py").write_text(code("Flat"))
     install("unused_a", "", entry="ll_deep = outer_package.inner")
-    install("unused_b", "", entry="ll_flat = outer_package.flat")
-    assert plugins.load(["ll_deep", "ll_flat"]).blocked == {"ll_deep": ("Deep",), "ll_flat": ("Flat",)}
+    assert plugins.load(["ll_deep"]).blocked == {"ll_deep": "outer_package.inner"}
     assert "outer_package" not in sys.modules
 
 
 def test_a_blocked_plugin_that_is_gone_is_still_blocked(install):
     install("unused", "", entry="ll_gone = no_such_package")
-    assert plugins.load(["ll_gone"]).blocked == {"ll_gone": ()}
+    assert plugins.load(["ll_gone"]).blocked == {"ll_gone": "no_such_package"}
 
 
 def test_blocking_an_unknown_plugin_is_an_error():
     with pytest.raises(
         PluginError,
-        match=r'^-p no:ll_ros: no plugin "ll_ros"\. Did you mean "ll_rose"\? Installed: ll_ce_lora, ll_dora, ll_lora',
+        match=r'^-p no:ll_ros: no plugin "ll_ros"\. Did you mean "ll_rose"\? Installed: ll_ce_lora, ll_demo, ll_dora, ',
     ):
         plugins.load(["ll_ros"])
 
@@ -400,9 +374,10 @@ SGD = "from torch.optim import SGD\n\n        class MySGD(SGD):\n            pas
 
 
 def test_hook_lora_lightning_optimizers(install):
-    install("ll_extra", answering("lora_lightning_optimizers", "return [MySGD]", SGD))
+    install("ll_extra", answering("lora_lightning_optimizers", "return {'MySGD': 'll_extra:MySGD'}", SGD))
     registry = plugins.load()
-    assert registry.announced["MySGD"] == ("ll_extra", "lora_lightning_optimizers")
+    assert registry.components["MySGD"] == Component("MySGD", "optimizer", "ll_extra:MySGD", "ll_extra")
+    assert not registry.classes
     plugins.load_classes(registry, BASES)
     plugin, cls = registry.classes["MySGD"]
     assert plugin == "ll_extra"
@@ -412,7 +387,7 @@ def test_hook_lora_lightning_optimizers(install):
 
 def test_hook_lora_lightning_callbacks(install):
     body = "from lightning.pytorch.callbacks import Callback\n\n        class Mine(Callback):\n            pass"
-    install("ll_extra", answering("lora_lightning_callbacks", "return [Mine]", body))
+    install("ll_extra", answering("lora_lightning_callbacks", "return {'Mine': 'll_extra:Mine'}", body))
     registry = plugins.load()
     plugins.load_classes(registry, BASES)
     assert registry.classes["Mine"][0] == "ll_extra"
@@ -421,13 +396,13 @@ def test_hook_lora_lightning_callbacks(install):
 
 def test_hook_lora_lightning_datamodules(install, capsys):
     body = "from lightning.pytorch import LightningDataModule as Base\n\n        class Rows(Base):\n            pass"
-    install("ll_extra", answering("lora_lightning_datamodules", "return [Rows]", body))
+    install("ll_extra", answering("lora_lightning_datamodules", "return {'Rows': 'll_extra:Rows'}", body))
     registry = plugins.load()
     plugins.load_classes(registry, BASES)
     assert registry.classes["Rows"][0] == "ll_extra"
     assert "Rows" in short_names([LightningDataModule])
     assert program.main(["methods"]) == 0
-    assert "datamodules: Rows (ll_extra)\n" in capsys.readouterr().out
+    assert "datamodules: PyDocs (ll_demo), Rows (ll_extra)\n" in capsys.readouterr().out
 
 
 WRITER = """from lora_lightning.exporters.report import Written
@@ -547,8 +522,12 @@ def test_kinds_that_fail_leave_the_others(install, answer):
 @pytest.mark.parametrize(
     ("hook", "answer", "text"),
     [
-        ("lora_lightning_optimizers", "return 3", "lora_lightning_optimizers returned 3, which is no list"),
-        ("lora_lightning_optimizers", "return [int]", "which is no Optimizer class"),
+        (
+            "lora_lightning_optimizers",
+            "return 3",
+            "lora_lightning_optimizers returned 3, which is no mapping of class name to import path",
+        ),
+        ("lora_lightning_optimizers", "return {'int': 'builtins:int'}", "which is no Optimizer class"),
         ("lora_lightning_callbacks", "raise ValueError('broken')", "broken"),
         ("lora_lightning_commands", "return {'fit': 'x'}", 'verb "fit" of ll_wrong has a name that is taken, by core'),
         ("lora_lightning_commands", "return ['x']", "which is no mapping of verb to module"),
@@ -559,7 +538,7 @@ def test_kinds_that_fail_leave_the_others(install, answer):
             'format "merged" of ll_wrong has a name that is taken, by',
         ),
         ("lora_lightning_exporters", "return ['x']", "which is no mapping of format to module"),
-        ("lora_lightning_datamodules", "return [int]", "which is no LightningDataModule class"),
+        ("lora_lightning_datamodules", "return {'int': 'builtins:int'}", "which is no LightningDataModule class"),
     ],
 )
 def test_a_wrong_answer_is_recorded_and_the_others_live(install, hook, answer, text):
@@ -571,9 +550,130 @@ def test_a_wrong_answer_is_recorded_and_the_others_live(install, hook, answer, t
     assert "SlowFast" in registry.classes
 
 
+API_1 = {
+    "lora_lightning_optimizers": ("return [MySGD]", SGD, '{"MySGD": "ll_old:MySGD"}'),
+    "lora_lightning_callbacks": (
+        "return (Mine,)",
+        "from lightning.pytorch.callbacks import Callback\n\n        class Mine(Callback):\n            pass",
+        '{"Mine": "ll_old:Mine"}',
+    ),
+    "lora_lightning_datamodules": (
+        "return [Rows, More]",
+        "from lightning.pytorch import LightningDataModule as Base\n\n        class Rows(Base):\n            pass\n"
+        "\n        class More(Rows):\n            pass",
+        '{"Rows": "ll_old:Rows", "More": "ll_old:More"}',
+    ),
+}
+
+
+@pytest.mark.parametrize("hook", API_1)
+def test_an_answer_of_api_1_is_refused_with_the_line_to_change(install, hook):
+    """The plugin's methods stay; the line that the message gives is what makes it right."""
+    answer, body, line = API_1[hook]
+    install("ll_old", code("Old") + answering(hook, answer, body))
+    registry = plugins.load()
+    assert str(registry.failed["ll_old"]) == (
+        f"ll_old: {hook} returned a list of classes, the form of API 1; answer {line}, and import nothing for it"
+    )
+    assert "Old" in registry.methods
+    install("ll_new", answering(hook, f"return {line}", body).replace("ll_old", "ll_new"))
+    registry = plugins.load()
+    plugins.load_classes(registry, BASES)
+    assert set(registry.failed) == {"ll_old"}
+    assert {name for name, (plugin, _) in registry.classes.items() if plugin == "ll_new"} == set(
+        re.findall(r'"(\w+)":', line)
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        (
+            "{'Mine': 'll_wrong.Mine'}",
+            r"""returned 'Mine': 'll_wrong\.Mine'; an import path is written "module:Class"$""",
+        ),
+        ("{'Mine': 3}", "returned 'Mine': 3; an import path is written"),
+        (
+            "{'Short': 'll_wrong:Mine'}",
+            'returned "Short": "ll_wrong:Mine"; a class goes by its own name, so write "ll_wrong:Short" or '
+            '"Mine": "ll_wrong:Mine"$',
+        ),
+        ("[]", r"returned \[\], which is no mapping of class name to import path$"),
+        ("[3]", r"returned \[3\], which is no mapping of class name to import path$"),
+    ],
+)
+def test_an_import_path_that_is_none(install, answer, text):
+    install("ll_wrong", answering("lora_lightning_callbacks", f"return {answer}"))
+    registry = plugins.load()
+    assert re.search(f"lora_lightning_callbacks {text}", str(registry.failed["ll_wrong"]))
+    assert not {name for name, component in registry.components.items() if component.plugin == "ll_wrong"}
+
+
+def test_a_class_that_cannot_be_imported_leaves_the_others_and_is_named_when_asked_for(install, capsys):
+    body = f"{SGD}\n\n        class Other:\n            pass"
+    answer = "return {'MySGD': 'll_part:MySGD', 'Gone': 'll_part.gone:Gone', 'Lost': 'll_part:Lost'}"
+    install("ll_part", answering("lora_lightning_optimizers", answer, body))
+    registry = plugins.load()
+    assert not registry.failed
+    plugins.load_classes(registry, BASES)
+    assert "MySGD" in registry.classes
+    assert set(registry.unusable) == {"Gone", "Lost"}
+    assert "ll_part" in registry.failed
+    text = registry.explain_unusable("Gone")
+    assert text.startswith(
+        "optimizer Gone (ll_part.gone.Gone) of plugin ll_part failed: ModuleNotFoundError: No module named 'll_part."
+    )
+    assert "has no attribute 'Lost'" in registry.explain_unusable("Lost")
+    assert registry.explain_unusable("MySGD") == registry.explain_unusable("Nothing") == ""
+    assert program.main(["show", "Gone"]) == 2
+    assert "show: optimizer Gone cannot be imported: ModuleNotFoundError: " in capsys.readouterr().err
+    assert program.main(["fit", "--config", "lora", "--model.optimizer", "Gone", "--print_config"]) == 2
+    assert text.rstrip(".") in capsys.readouterr().err
+
+
+def test_classes_are_imported_only_where_they_are_asked_for(install, tmp_path):
+    (tmp_path / "ll_lazy_inner.py").write_text("raise RuntimeError('imported')\n")
+    install("ll_lazy", answering("lora_lightning_optimizers", "return {'Lazy': 'll_lazy_inner:Lazy'}"))
+    registry = plugins.load()
+    assert not registry.failed
+    assert program.main(["methods"]) == 0
+    plugins.load_classes(registry, {"lora_lightning_callbacks": Callback})
+    assert not registry.failed
+    plugins.load_classes(registry, BASES)
+    assert one_line(registry.failed["ll_lazy"]) == "RuntimeError: imported"
+
+
+def test_hook_lora_lightning_tables(install):
+    from lora_lightning.data.sources.builtin import builtin_table
+
+    body = "def rows():\n            import datasets\n            return datasets.Dataset.from_dict({'x': [1, 2]})"
+    install("ll_rows", answering("lora_lightning_tables", "return {'rows': 'll_rows:rows'}", body))
+    install("ll_taken", answering("lora_lightning_tables", "return {'dates': 'll_taken:rows'}", body))
+    install("ll_form", answering("lora_lightning_tables", "return {'form': 'll_form.rows'}", body))
+    registry = plugins.load()
+    assert builtin_table("builtin:rows", "")["x"][:] == [1, 2]
+    assert 'table "dates" of ll_taken has a name that is taken, by ll_demo.dates:table' in str(
+        registry.failed["ll_taken"]
+    )
+    assert "returned 'form': 'll_form.rows', which is no table with the import path of a function" in str(
+        registry.failed["ll_form"]
+    )
+
+
+def test_an_import_that_core_does_not_have_is_explained(install):
+    install("ll_newer", "from lora_lightning.not_yet import anything\nrequires_api = '>=9'")
+    install("ll_name", "from lora_lightning.errors import NoSuchError\n")
+    failed = plugins.load().failed
+    expected = (
+        r"It was written for another plugin interface than 2\.\d+, that of this core \(\S+\), or the name is misspelt$"
+    )
+    assert re.search(rf"^No module named 'lora_lightning\.not_yet'\. {expected}", str(failed["ll_newer"]))
+    assert re.search(rf"^cannot import name 'NoSuchError' .*\. {expected}", str(failed["ll_name"]))
+
+
 def test_two_optimizers_of_one_name(install):
     body = SGD.replace("MySGD", "SlowFast")
-    install("ll_other", answering("lora_lightning_optimizers", "return [SlowFast]", body))
+    install("ll_other", answering("lora_lightning_optimizers", "return {'SlowFast': 'll_other:SlowFast'}", body))
     registry = plugins.load()
     plugins.load_classes(registry, BASES)
     assert registry.classes["SlowFast"][0] == "ll_lorasc"
@@ -582,7 +682,7 @@ def test_two_optimizers_of_one_name(install):
 
 
 TAKEN = {
-    "optimizers": ("AdamW", "from torch.optim import SGD as Base", r"torch \(torch\.optim\.adamw\)"),
+    "optimizers": ("AdamW", "from torch.optim import SGD as Base", r"torch \(torch\.optim\)"),
     "callbacks": (
         "RankPruning",
         "from lightning.pytorch.callbacks import Timer as Base",
@@ -601,22 +701,23 @@ def test_a_class_with_a_name_of_torch_lightning_or_core(install, capsys, kind):
     """The plugin fails and says why, at `methods` too, which imports nothing; the name keeps its meaning everywhere."""
     name, imported, owner = TAKEN[kind]
     hook, body = f"lora_lightning_{kind}", f"{imported}\n\n        class {name}(Base):\n            pass"
-    install("ll_same", answering(hook, f"return [{name}]", body))
+    install("ll_same", answering(hook, f"return {{'{name}': 'll_same:{name}'}}", body))
     registry = plugins.load()
     assert f"{hook}: {name} of ll_same has a name that is taken, by " in str(registry.failed["ll_same"])
-    assert registry.announced.get(name) is None
+    assert name not in registry.components
     plugins.load_classes(registry, BASES)
     assert re.search(f"by {owner}; it must have another one$", str(registry.failed["ll_same"]))
     assert name not in registry.classes
     assert named_classes(BASES[hook])[name].__module__.partition(".")[0] in ("torch", "lora_lightning")
-    assert resolve_class_path_by_name(BASES[hook], name).startswith(("torch.", "lora_lightning."))
+    with plugins.names_kept(BASES.values()):
+        assert resolve_class_path_by_name(BASES[hook], name).startswith(("torch.", "lora_lightning."))
     assert imported_class(f"ll_same.{name}") is sys.modules["ll_same"].__dict__[name]
     assert program.main(["methods"]) == 0
     assert f"failed: ll_same: PluginError: {hook}: {name} of ll_same has a name" in capsys.readouterr().out
 
 
 def test_a_class_of_torchs_may_be_announced_again(install):
-    install("ll_same", answering("lora_lightning_optimizers", "return [AdamW]", "from torch.optim import AdamW"))
+    install("ll_same", answering("lora_lightning_optimizers", "return {'AdamW': 'torch.optim:AdamW'}"))
     registry = plugins.load()
     plugins.load_classes(registry, BASES)
     assert not registry.failed
@@ -625,7 +726,7 @@ def test_a_class_of_torchs_may_be_announced_again(install):
 
 def test_the_command_line_survives_an_optimizer_named_as_torchs(install, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    source = answering("lora_lightning_optimizers", "return [AdamW]", SGD.replace("MySGD", "AdamW"))
+    source = answering("lora_lightning_optimizers", "return {'AdamW': 'll_same:AdamW'}", SGD.replace("MySGD", "AdamW"))
     install("ll_same", source)
     words = ["fit", "--config", "lora", "--model.optimizer", "AdamW", "--print_config"]
     assert program.main(words) == 0

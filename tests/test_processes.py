@@ -124,7 +124,14 @@ def test_two_processes_train_what_one_does_on_the_joint_batch(tmp_path: Path, na
         write_config(folder, batch, METHODS[name])
         even = (folder / "train.csv").read_text().splitlines()[:-1]
         (folder / "even.csv").write_text("\n".join(even) + "\n")
-        extra = ("--model.lr_scheduler.share", "0", "--data.group_by_length", "false", "--data.train", "even.csv")
+        extra = (
+            "--model.lr_scheduler.warmup_fraction",
+            "0",
+            "--data.group_by_length",
+            "false",
+            "--data.train",
+            "even.csv",
+        )
         baseline = ("--model.linear_baseline", "false", "--model.dtype", "float64")
         output = run(folder, "fit", "--config", "small.yaml", *extra, *baseline, *words)
         assert output.splitlines()[-1] == "run: runs/small/001"
@@ -148,7 +155,7 @@ model:
   task: sentence-embedding
   targets: [query, value]
   method: {{class_path: LoRA, init_args: {{rank: 2}}}}
-  lr_scheduler: {{share: 0}}
+  lr_scheduler: {{warmup_fraction: 0}}
 data:
   class_path: TextPairs
   init_args: {{train: {file}, validation: {file}, negative: negative, batch_size: {batch}}}

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.base_weight import BaseWeight
-from lora_lightning.adapters.folded import DenseUpdate, FoldedUpdate, factors_with, fits, update_like
-from lora_lightning.adapters.folding_rules import Rule
+from lora_lightning.adapters.folded import DenseUpdate, FoldedUpdate, Rule, factors_with, fits, update_like
 from lora_lightning.adapters.layer_state import keep_originals_in_state
 from lora_lightning.adapters.layers.base import BaseLayer, StackedBase
 from lora_lightning.adapters.merging import Applied, Merging
@@ -244,7 +243,7 @@ class AdaptedLayer(nn.Module):
         if not fits(self.folded(name), tensors):
             self.set_folded(name, empty)
 
-    def fold(self, name: str, fraction: float = 1.0, rule: Rule = "outer_step", keep_noise: bool = False) -> None:
+    def fold(self, name: str, blend: float = 1.0, rule: Rule = "outer_step", keep_noise: bool = False) -> None:
         """Add the adapter's update to what it has folded; the adapter itself stays as it is, and is to be reset next.
 
         See `BaseWeight.fold`.
@@ -253,7 +252,7 @@ class AdaptedLayer(nn.Module):
             AdapterStateError: the layer is merged, or the update or the noise cannot be folded.
         """
         self.merging.check_unmerged()
-        self.base_weight.fold(name, self.adapter(name), fraction, rule, keep_noise)
+        self.base_weight.fold(name, self.adapter(name), blend, rule, keep_noise)
         if isinstance(self.folded(name), DenseUpdate):  # factors are no part of the weight
             self.rewrite()
 

@@ -12,14 +12,16 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.layers.base import BaseLayer
+from lora_lightning.adapters.linked import Linked
 from lora_lightning.adapters.precision import kept
 from lora_lightning.distributed import put
 from lora_lightning.errors import SettingsError
@@ -114,6 +116,8 @@ class Adapter(nn.Module, ABC):
     """True where the tensors may be cast to half precision with the model; small updates are then lost."""
     rank_mask: Tensor | None
     """Bool buffer (rank,), multiplied into the rank components; None where components cannot be removed."""
+    linked: Mapping[str, Linked] = MappingProxyType({})
+    """Modules above the layer that the adapter reads, by its own names for them; `Method.link` sets it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +148,7 @@ class Adapter(nn.Module, ABC):
         return cast(Self, super()._apply(kept(fn, lambda _: not self.in_half), recurse))  # type: ignore[no-untyped-call]
 
     def factor_pairs(self) -> tuple[FactorPair, ...]:
-        """Factor pairs, in the order of `param_groups`; a frozen side is listed as well."""
+        """Own factor pairs, in the order of `param_groups`; a frozen side is listed as well, a shared factor is not."""
         return ()
 
     def peft_tensors(self) -> Mapping[str, Tensor]:
@@ -214,12 +218,27 @@ def check_dropout(base: BaseLayer, dropout: float) -> None:
         raise SettingsError(f"dropout is {dropout}; an embedding has token ids as input, so it must be 0 there.")
 
 
+def linked_modules(adapters: Iterable[Adapter]) -> list[Linked]:
+    """What the adapters read above their layers, each once."""
+    return list({id(module): module for adapter in adapters for module in adapter.linked.values()}.values())
+
+
+def trains(adapter: Adapter) -> bool:
+    """Whether a parameter of the adapter, or of what it reads above its layer, trains."""
+    return any(p.requires_grad for module in (adapter, *adapter.linked.values()) for p in module.parameters())
+
+
 def pair_groups(adapters: Mapping[str, Adapter]) -> dict[str, GroupSpec]:
-    """Trainables in groups "A" and "B" (sides of factor pairs) and "other"; empty groups are left out."""
+    """Trainables in groups "A" and "B" (sides of factor pairs) and "other"; empty groups are left out.
+
+    Those of linked modules are in the group that their class names.
+    """
     groups: dict[str, list[nn.Parameter]] = {"A": [], "B": [], "other": []}
     for adapter in adapters.values():
         side = {id(pair.lora_A): "A" for pair in adapter.factor_pairs()}
         side |= {id(pair.lora_B): "B" for pair in adapter.factor_pairs()}
         for parameter in adapter.parameters():
             groups[side.get(id(parameter), "other")].append(parameter)
+    for module in linked_modules(adapters.values()):
+        groups.setdefault(module.group, []).extend(module.parameters())
     return {name: GroupSpec(params=params) for name, params in groups.items() if params}

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lora_lightning.adapters.base import Adapter
-from lora_lightning.adapters.folded import DenseUpdate, FoldedUpdate, fold
-from lora_lightning.adapters.folding_rules import Rule
+from lora_lightning.adapters.folded import DenseUpdate, FoldedUpdate, Rule, fold
 from lora_lightning.adapters.layers.base import BaseLayer, StackedBase
 from lora_lightning.adapters.layers.quantized import QuantizedBase
 from lora_lightning.adapters.noise import Noise
@@ -76,13 +75,13 @@ class BaseWeight:
         return StackedBase(base, self.shifts[name])
 
     @torch.no_grad()
-    def fold(self, name: str, adapter: Adapter, fraction: float, rule: Rule, keep_noise: bool) -> None:
+    def fold(self, name: str, adapter: Adapter, blend: float, rule: Rule, keep_noise: bool) -> None:
         """Add an adapter's update to what it has folded; `hold` writes the weight.
 
         Args:
             name: of the adapter; `replace_folded` has given it something to fold into.
             adapter: stays as it is, and is to be reset next.
-            fraction: of the update, in (0, 1].
+            blend: weight of the update, in (0, 1].
             rule: how earlier updates go on (module docstring of `adapters.folded`).
             keep_noise: whether the noise on the weight is folded too, which takes a dense update.
 
@@ -92,7 +91,7 @@ class BaseWeight:
         """
         folded, wrapped = cast(FoldedUpdate, self.shifts[name]), self.with_factors(self.base_layer, name)
         try:
-            fold(adapter, folded, wrapped, fraction, rule, self.noise if keep_noise else None)
+            fold(adapter, folded, wrapped, blend, rule, self.noise if keep_noise else None)
         except AdapterStateError as error:
             raise AdapterStateError(f'adapter "{name}": {error}') from error
 

@@ -1,7 +1,7 @@
 """What an adapter has folded into its layer so far: factors, or one dense update.
 
 An adapter that trains in stages gives its update F_t away at the end of each, and starts again at zero. The sum of what
-it gave is its folded update D; the next stage trains on W0 + D. Of each update a fraction f is taken.
+it gave is its folded update D; the next stage trains on W0 + D. f is the weight of the newest one.
 
     outer_step    D_t = D_t-1 + f F_t
     figure_ema    S_t = (1 - f) S_t-1 + f F_t,   D_t = D_t-1 + S_t
@@ -15,17 +15,19 @@ Sums are in float32, because a small update added to bfloat16 weights is lost.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter
-from lora_lightning.adapters.folding_rules import Rule
 from lora_lightning.adapters.layers.base import BaseLayer, plus_product
 from lora_lightning.adapters.low_rank import add_low_rank
 from lora_lightning.adapters.noise import Noise
 from lora_lightning.distributed import assembled, full_tensor, local, own_rows, zeros_sharded_like
 from lora_lightning.errors import AdapterStateError
+
+Rule = Literal["outer_step", "figure_ema"]
 
 
 class FactoredUpdate(nn.Module):
@@ -47,11 +49,11 @@ class FactoredUpdate(nn.Module):
         for name in ("log_weight", "slow_weight"):
             self.register_buffer(name, torch.zeros(0, dtype=base.adapter_dtype, device=base.device))
 
-    def fold(self, A: Tensor, B: Tensor, fraction: float, rule: Rule) -> None:
+    def fold(self, A: Tensor, B: Tensor, blend: float, rule: Rule) -> None:
         """Add an update B A, for A (*lead, r, d_in) and B (*lead, d_out, r)."""
-        new, older = self.log_weight.new_full((A.shape[-2],), fraction), self.slow_weight
+        new, older = self.log_weight.new_full((A.shape[-2],), blend), self.slow_weight
         self.log_A, self.log_B = torch.cat([self.log_A, A], dim=-2), torch.cat([self.log_B, B], dim=-1)
-        self.slow_weight = torch.cat([older * (1 - fraction if rule == "figure_ema" else 0), new])
+        self.slow_weight = torch.cat([older * (1 - blend if rule == "figure_ema" else 0), new])
         self.log_weight = torch.cat([self.log_weight, torch.zeros_like(new)]) + self.slow_weight
 
     def forward(self, x: Tensor, base: BaseLayer) -> Tensor:
@@ -86,15 +88,15 @@ class DenseUpdate(nn.Module):
         super().__init__()
         self.register_buffer("delta", base.zeros_like_weight())
 
-    def fold(self, update: Tensor, fraction: float, rule: Rule) -> None:
+    def fold(self, update: Tensor, blend: float, rule: Rule) -> None:
         """Add an update F, a full tensor (d_out, d_in)."""
         delta, own = local(self.delta), own_rows(update, self.delta)
         if rule == "outer_step":
-            delta.add_(own, alpha=fraction)
+            delta.add_(own, alpha=blend)
             return
         if not hasattr(self, "slow"):
             self.register_buffer("slow", zeros_sharded_like(self.delta, self.delta.dtype))
-        delta.add_(local(self.slow).mul_(1 - fraction).add_(own, alpha=fraction))
+        delta.add_(local(self.slow).mul_(1 - blend).add_(own, alpha=blend))
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """W + D, a full tensor."""
@@ -138,7 +140,7 @@ def factors_with(own: tuple[Tensor, Tensor] | None, folded: FoldedUpdate | None)
 
 
 def fold(
-    adapter: Adapter, folded: FoldedUpdate, wrapped: BaseLayer, fraction: float, rule: Rule, noise: Noise | None
+    adapter: Adapter, folded: FoldedUpdate, wrapped: BaseLayer, blend: float, rule: Rule, noise: Noise | None
 ) -> None:
     """Add an adapter's update to what it has folded; all processes take part where it is sharded.
 
@@ -146,7 +148,7 @@ def fold(
         adapter: stays as it is.
         folded: changed in place.
         wrapped: the base that the adapter sees.
-        fraction: of the update, in (0, 1].
+        blend: weight f of the update, in (0, 1].
         rule: how earlier updates go on.
         noise: what is folded with it of the noise on the weight; only a dense update can hold it.
 
@@ -162,14 +164,14 @@ def fold(
             if factors is None or noise is not None:
                 what = "noise" if factors else f"the update of {kind}"
                 raise AdapterStateError(f"{what} has no factors to fold; give it a DenseUpdate.")
-            folded.fold(*factors, fraction, rule)
+            folded.fold(*factors, blend, rule)
             return
         if factors is None:
             weight = wrapped.weight(wrapped.adapter_dtype)
             update = adapter.merged_weight(weight) - weight
         else:  # the difference of two weights would have lost digits of a small update
             update = factors[1] @ factors[0]
-    folded.fold(update, fraction, rule)
+    folded.fold(update, blend, rule)
     if noise is not None:
         local(folded.delta).add_(noise.draw(folded.delta))
 

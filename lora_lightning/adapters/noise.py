@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lora_lightning.distributed import own_rows
 from lora_lightning.seeds import generator
+
+NoiseMode = Literal["restore", "persist"]
+"""Whether noise is taken off at the end of its time, or folded in with the update."""
 
 
 @dataclass(frozen=True)

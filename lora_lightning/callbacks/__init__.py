@@ -1,4 +1,12 @@
-"""Callbacks for any Lightning project: each finds adapters itself and assumes nothing about the module."""
+"""Callbacks for any Lightning project: each finds adapters itself and assumes nothing about the module.
+
+Those that serve our own module alone live in `lora_lightning.training`; their names are handed on from here as well.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from lora_lightning.callbacks.best import KeepBest
 from lora_lightning.callbacks.cascade import Cascade
@@ -9,6 +17,7 @@ from lora_lightning.callbacks.rank_pruning import RankPruning
 from lora_lightning.callbacks.resume import ExactResume
 from lora_lightning.callbacks.schedule import ScheduleCallback
 from lora_lightning.callbacks.sparsity import SparsitySchedule
+from lora_lightning.callbacks.steps import StepCallback
 
 __all__ = [
     "Cascade",
@@ -19,5 +28,16 @@ __all__ = [
     "RankPruning",
     "ScheduleCallback",
     "SparsitySchedule",
+    "StepCallback",
     "TrainingGuard",
 ]
+
+_OF_TRAINING = {"LinearBaseline": "linear_baseline", "PackingCheck": "packing_check", "RunReport": "run_report"}
+"""Module of `lora_lightning.training` by class; found at first use, since that room stands above this one."""
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name not in _OF_TRAINING:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"lora_lightning.training.{_OF_TRAINING[name]}"), name)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -14,45 +15,41 @@ from torch import nn
 from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.folded import DenseUpdate, FactoredUpdate
-from lora_lightning.adapters.folding_rules import Moments, NoiseMode, Rule, StageRate, check_cascade
 from lora_lightning.adapters.layers.kinds import core_base_layer
 from lora_lightning.adapters.layers.quantized import QuantizedBase
 from lora_lightning.callbacks.noise import WRITES_NOISE, NoiseInjection, StageNoise, is_zero
 from lora_lightning.callbacks.schedule import ScheduleCallback
 from lora_lightning.callbacks.steps import MASKS, STAGE_ENDS, adapted_layer, injected_path
 from lora_lightning.errors import SettingsError, check
-from lora_lightning.methods import Method
+from lora_lightning.methods import CascadeFields, Method, check_cascade, check_choices
 from lora_lightning.optim.state import clear, clear_copies
-from lora_lightning.optim.warmup import Knots, WarmUp
+from lora_lightning.optim.warmup import StageEnds, WarmUp
 from lora_lightning.seeds import generator
 
 log = logging.getLogger(__name__)
 
 
-class Cascade(ScheduleCallback):
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CascadeSettings(CascadeFields):
+    """What the callback takes beside the settings that methods have."""
+
+    moments: Literal["reset", "keep"] = "reset"
+    """Whether the optimizer forgets or keeps its state of the adapter at the end of a stage; copies of old values, such
+    as slow weights, it forgets in any case."""
+    seed: int | None = None
+    """Seed of starts and noise; null takes the adapter's."""
+
+
+class Cascade(CascadeSettings, ScheduleCallback):
     """Trains a chain of small updates, each on top of those before, at the memory of one.
 
-    At a knot, which falls on an optimizer step, the update is blended into what has been folded, the adapter is
-    re-initialised in place and its optimizer state forgotten. A last stage that is cut short is folded as well, so the
-    adapter that is written holds every stage. Low-rank updates are kept as factors where these are fewer numbers than
-    the weight. Base weights are written only for other updates, or for noise.
+    At the end of a stage, which falls on an optimizer step, the update is blended into what has been folded, the
+    adapter is re-initialised in place and its optimizer state forgotten. A last stage that is cut short is folded as
+    well, so the adapter that is written holds every stage. Low-rank updates are kept as factors where these are fewer
+    numbers than the weight. Base weights are written only for other updates, or for noise.
 
-    With share below 1, or noise, the function jumps at a knot. Validation at a knot sees the folded weights without
-    noise, validation inside a stage its noise and its update. Works in any Lightning project.
-
-    Args:
-        stage_epochs: epochs of a stage; None for one, unless stage_steps is given.
-        stage_steps: optimizer steps of a stage, instead.
-        share: weight of the newest update in the blend, in (0, 1].
-        rule: "outer_step" adds share of each update; "figure_ema" keeps a moving average of updates and adds that.
-        noise: noise on the frozen weights, relative to their standard deviation, drawn anew each stage; 0 for none.
-        noise_mode: "restore" takes each stage's noise off at its end, "persist" folds it in.
-        moments: whether the optimizer forgets or keeps its state of the adapter at a knot; copies of old values, such
-            as slow weights, it forgets in any case.
-        lr: "continue" leaves the schedule alone, "rewarm" raises the rate anew over rewarm_steps, "restart" runs the
-            whole schedule in each stage. The last two need AdapterModule's schedule.
-        rewarm_steps: steps of a re-warm-up, from a tenth of the rate.
-        seed: seed of starts and noise; None takes the adapter's.
+    With blend below 1, or noise, the function jumps at the end of a stage. Validation there sees the folded weights
+    without noise, validation inside a stage its noise and its update. Works in any Lightning project.
 
     Raises:
         SettingsError: a value outside its rule; a schedule of masks beside it.
@@ -63,30 +60,16 @@ class Cascade(ScheduleCallback):
     reads_base: ClassVar[bool] = True
     requires: ClassVar[str] = "an update that does not depend on the input, so that it can be folded"
 
-    def __init__(
-        self,
-        stage_epochs: int | None = None,
-        stage_steps: int | None = None,
-        share: float = 1.0,
-        rule: Rule = "outer_step",
-        noise: float = 0.0,
-        noise_mode: NoiseMode = "restore",
-        moments: Moments = "reset",
-        lr: StageRate = "continue",
-        rewarm_steps: int = 20,
-        seed: int | None = None,
-    ) -> None:
-        super().__init__()
-        self.stage_epochs, self.stage_steps, self.share, self.rule = stage_epochs, stage_steps, share, rule
-        self.noise, self.noise_mode, self.moments = noise, noise_mode, moments
-        self.lr, self.rewarm_steps, self.seed = lr, rewarm_steps, seed
+    def __post_init__(self) -> None:
+        ScheduleCallback.__init__(self)
         check_cascade(self)
+        check_choices(self, CascadeSettings)
         self.length = 0
         """Optimizer steps of a stage, once training has begun."""
         self.stage = 0
         """Stages folded so far."""
         self._folded_at = 0
-        self._noise = StageNoise(noise)
+        self._noise = StageNoise(self.noise)
 
     def accepts(self, adapter: Adapter) -> bool:
         """Adapters whose update is a weight."""
@@ -96,9 +79,8 @@ class Cascade(ScheduleCallback):
         """Why a quantized base cannot carry the stages of `method`; empty where it can."""
         if self.noise:
             return WRITES_NOISE
-        layer = core_base_layer(
-            nn.utils.skip_init(nn.Linear, 1024, 1024)
-        )  # which draws none of the random numbers of the run
+        # skip_init draws none of the random numbers of the run
+        layer = core_base_layer(nn.utils.skip_init(nn.Linear, 1024, 1024))
         assert layer is not None
         if method.build(layer).low_rank() is None:
             return (
@@ -120,20 +102,20 @@ class Cascade(ScheduleCallback):
         epochs = 1 if self.stage_epochs is None else self.stage_epochs
         return epochs * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
 
-    def knots(self, trainer: Trainer) -> Knots | None:
+    def stage_ends(self, trainer: Trainer) -> StageEnds | None:
         """What a learning-rate schedule has to know of the stages."""
         if self.lr == "continue":
             return None
-        return Knots(self.stage_length(trainer), self.lr, self.rewarm_steps)
+        return StageEnds(self.stage_length(trainer), self.lr, self.rewarm_steps)
 
     def on_start(self, total: int | None, adapters: Mapping[str, Adapter]) -> None:
-        """Open shifts, and the noise of the stage; a resumed run finds the shifts loaded."""
+        """Make room for folded updates, and put on the noise of the stage; a resumed run finds the updates loaded."""
         self._check_module()
         self.length = self.stage_length(self.trainer)
         check(self.length >= 2, self, "stage_epochs", "an epoch has one optimizer step; a stage needs at least 2.")
         stages = math.ceil(total / self.length) if total is not None else None
-        if self.share < 1 and stages == 1:
-            log.warning("Cascade: one stage only; share=%g shrinks its update by that.", self.share)
+        if self.blend < 1 and stages == 1:
+            log.warning("Cascade: one stage only; blend=%g shrinks its update by that.", self.blend)
         for path, adapter in adapters.items():
             layer, name, _ = adapted_layer(self.module, path)
             self._open(layer, name, path, adapter, stages)
@@ -169,8 +151,10 @@ class Cascade(ScheduleCallback):
         if name not in layer.shifts:
             factors, base = layer.low_rank(name), layer.base_layer
             numbers = (stages or math.inf) * (factors[0].shape[-2] if factors else math.inf) * (base.d_in + base.d_out)
-            few_bits = isinstance(base, QuantizedBase) and factors is not None  # which no dense update can be added to
-            small = (numbers < base.d_in * base.d_out or few_bits) and not persists
+            keeps_factors = (
+                isinstance(base, QuantizedBase) and factors is not None
+            )  # which no dense update can be added to
+            small = (numbers < base.d_in * base.d_out or keeps_factors) and not persists
             layer.set_folded(name, FactoredUpdate(base) if small else DenseUpdate(base))
         elif persists and isinstance(layer.shifts[name], FactoredUpdate):
             raise SettingsError(
@@ -179,7 +163,7 @@ class Cascade(ScheduleCallback):
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Put the noise of a stage on with its first batch, so that validation at a knot sees the weights without."""
+        """Put the noise of a stage on with its first batch, so that validation between stages sees none."""
         if self.noise and not self._noise.placed:
             layers = {path: adapted_layer(pl_module, path) for path in self._adapters}
             # asked first: the original is then still where the layer is
@@ -206,7 +190,7 @@ class Cascade(ScheduleCallback):
         for path in adapters:
             layer, name, _ = adapted_layer(self.module, path)
             place = path.rpartition(".adapters.")[0]
-            layer.fold(name, self.share, self.rule, keep_noise=self._persists() and place not in holds_noise)
+            layer.fold(name, self.blend, self.rule, keep_noise=self._persists() and place not in holds_noise)
             holds_noise.add(place)
         self._noise.lift(self.module, adapters)
         for path, adapter in adapters.items():

@@ -1,4 +1,4 @@
-"""TrainingGuard: stops a run in which something would stay silently untrained, and says at the end what moved."""
+"""TrainingGuard: stops a run in which something would stay silently untrained, and says at the end what changed."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lora_lightning.callbacks.steps import JUDGES, announce, gradients_finite, inside_window, order_callbacks
+from lora_lightning.callbacks.steps import JUDGES, StepCallback, announce, gradients_finite, inside_window
 from lora_lightning.distributed import gather_nested, local, shard_like, summed
 from lora_lightning.errors import TrainingError
 from lora_lightning.injection.records import iter_adapters, trainable_adapters
+from lora_lightning.methods import renamed
 from lora_lightning.models.paths import plain
 
 SLOW = 0.01
-"""Share of the full rate below which a tensor need not train yet."""
+"""Fraction of the full rate below which a tensor need not train yet."""
 
 
-class TrainingGuard(Callback):
+class TrainingGuard(StepCallback):
     """Judges every trainable tensor over real optimizer steps: those with a rate above zero and finite gradients.
 
-    After `patience_steps` of them a tensor must have had a non-zero gradient and have moved, or the run stops with
+    After `patience_steps` of them a tensor must have had a non-zero gradient and have changed, or the run stops with
     the list. A tensor that its adapter calls idle has more time, and so has one whose rate a schedule is still warming
     up from below a hundredth of the full one: that may be too little to change a number. A loss that is no number stops
     the run at once, unless a gradient scaler is at work, which skips such steps. Works in any Lightning project.
 
     Args:
-        patience_steps: real steps a tensor has to get a gradient and move.
+        patience_steps: real steps a tensor has to get a gradient and change.
 
     Raises:
         TrainingError: nothing trains; adapters are merged; tensors that stay untrained; a loss that is not finite.
@@ -38,23 +38,20 @@ class TrainingGuard(Callback):
     phase: ClassVar[int] = JUDGES
 
     def __init__(self, patience_steps: int = 3) -> None:
+        super().__init__()
         self.patience_steps = patience_steps
         self._watched: dict[str, nn.Parameter] = {}
         self._start: dict[str, Tensor] = {}
         self._real: dict[str, int] = {}
         self._had_gradient: set[str] = set()
-        self._moved: set[str] = set()
+        self._changed: set[str] = set()
         self._slow: set[str] = set()
-        self._seen = 0
         self._loss: Tensor | None = None
         self._restored: dict[str, Any] | None = None
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Judge after every schedule has acted."""
-        order_callbacks(trainer)
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the start values of everything that trains."""
+        super().on_train_start(trainer, pl_module)
         merged = [path for path, layer in iter_adapters(pl_module) if layer.merged]
         if merged:
             raise TrainingError(f"{len(merged)} layers are merged, {merged[0]} first; call unmerge before training.")
@@ -63,14 +60,13 @@ class TrainingGuard(Callback):
             raise TrainingError("nothing trains: every parameter is frozen. Call set_trainable, or inject an adapter.")
         self._start = {name: p.detach().clone() for name, p in self._watched.items()}
         if self._restored is None:
-            self._real, self._had_gradient, self._moved = dict.fromkeys(self._watched, 0), set(), set()
+            self._real, self._had_gradient, self._changed = dict.fromkeys(self._watched, 0), set(), set()
         else:
             self._real, self._had_gradient = dict(self._restored["real"]), set(self._restored["had_gradient"])
-            self._moved = set(self._restored["moved"])
+            self._changed = set(self._restored["changed"])
             for name, value in self._restored["start"].items():
                 self._start[name] = shard_like(value, self._watched[name])
             self._restored = None
-        self._seen = trainer.global_step
         announce(trainer, self, "watches", "trainable tensor", list(self._watched))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -89,25 +85,25 @@ class TrainingGuard(Callback):
         self._slow = {n for n, p in self._watched.items() if (id(p) in slow if id(p) in rates else n in self._slow)}
         real: list[str] = []
         for name, parameter in self._watched.items():
-            # a tensor that no optimizer holds is judged as well: it will not move
+            # a tensor that no optimizer holds is judged as well: it will not change
             if rates.get(id(parameter), float(id(parameter) not in elsewhere)) != 0.0:
                 real.append(name)
                 self._real[name] += 1
         if getattr(trainer.strategy, "hides_gradients", False):
-            self._had_gradient |= set(real)  # that they move says it
+            self._had_gradient |= set(real)  # that they change says it
         else:
             self._note_gradients(real)
-        self._note_moves(real)  # before the step as well: a new stage may put a factor back to where it started
+        self._note_changes(real)  # before the step as well: a new stage may put a factor back to where it started
 
     def _note_gradients(self, names: list[str]) -> None:
         unknown = [name for name in names if name not in self._had_gradient]
         grads = [self._watched[name].grad for name in unknown]
         self._had_gradient |= self._holding(unknown, [grad is not None and local(grad).any() for grad in grads])
 
-    def _note_moves(self, names: list[str]) -> None:
-        unknown = [name for name in names if name not in self._moved]
+    def _note_changes(self, names: list[str]) -> None:
+        unknown = [name for name in names if name not in self._changed]
         shards = [(local(self._watched[name].detach()), local(self._start[name])) for name in unknown]
-        self._moved |= self._holding(unknown, [not torch.equal(now, start) for now, start in shards])
+        self._changed |= self._holding(unknown, [not torch.equal(now, start) for now, start in shards])
 
     def _holding(self, names: list[str], flags: list[Any]) -> set[str]:
         """Those of `names` whose flag is set on any process that holds a shard."""
@@ -133,11 +129,12 @@ class TrainingGuard(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Judge the tensors that have had enough real steps."""
+        """Keep the loss of the batch, for the message should the next one be no number."""
         self._loss = outputs["loss"].detach() if isinstance(outputs, dict) and "loss" in outputs else None
-        if trainer.global_step == self._seen:
-            return
-        self._seen = trainer.global_step
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def after_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        """Judge the tensors that have had enough real steps."""
         due = [name for name, steps in self._real.items() if steps == self.patience_steps]
         if due:
             for name in self._slow.intersection(due):
@@ -152,20 +149,20 @@ class TrainingGuard(Callback):
         slow = self._slow if trainer.global_step > 1 else set()
         short = [name for name, steps in self._real.items() if 2 <= steps < self.patience_steps or name in slow]
         never = [name for name, steps in self._real.items() if steps == 0]
-        self._note_moves(never)
-        still = [name for name in never if name not in self._moved and name not in slow]
+        self._note_changes(never)
+        still = [name for name in never if name not in self._changed and name not in slow]
         self._judge(short + still, self._idle(pl_module))
 
     def _judge(self, names: list[str], idle: set[str]) -> None:
         untrained: list[str] = []
-        self._note_moves(names)
+        self._note_changes(names)
         for name in names:
             if name in idle:
                 self._real[name] -= 1
             elif name not in self._had_gradient:
                 untrained.append(f"{name} (no gradient)")
-            elif name not in self._moved:
-                untrained.append(f"{name} (did not move)")
+            elif name not in self._changed:
+                untrained.append(f"{name} (did not change)")
         if untrained:
             steps = f"after {max(self._real.values())} optimizer steps with a rate above zero"
             if any(name in self._slow for name in names):
@@ -182,23 +179,23 @@ class TrainingGuard(Callback):
             plain(f"{path}.{name}") for path, adapter in trainable_adapters(module).items() for name in adapter.idle()
         }
 
-    def moved(self) -> dict[str, float]:
+    def changed(self) -> dict[str, float]:
         """Relative distance |p - start| / |start| (|p| where the start is zero) of every trained tensor so far."""
         names, watched = list(self._watched), list(self._watched.values())
         pairs = [(local(p.detach()), local(self._start[name])) for name, p in self._watched.items()]
         squares = [torch.stack([(now - start).square().sum(), start.square().sum()]) for now, start in pairs]
         sizes = summed(torch.stack(squares).double(), watched).sqrt().tolist()
-        return {name: moved / (size if size > 0 else 1.0) for name, (moved, size) in zip(names, sizes, strict=True)}
+        return {name: change / (size if size > 0 else 1.0) for name, (change, size) in zip(names, sizes, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
         """What has been judged, and start values: a resumed run goes on judging and measures from its first start."""
         return {
             "real": self._real,
             "had_gradient": sorted(self._had_gradient),
-            "moved": sorted(self._moved),
+            "changed": sorted(self._changed),
             "start": gather_nested(self._start),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the run stopped."""
-        self._restored = state_dict
+        self._restored = renamed(state_dict, {"moved": "changed"})

@@ -21,7 +21,7 @@ from lora_lightning.injection.records import adapters_named, check_unmerged, inj
 from lora_lightning.injection.report import InjectionReport
 from lora_lightning.injection.targets import Targets
 from lora_lightning.methods import Method
-from lora_lightning.models.anatomy import Heads
+from lora_lightning.models.anatomy import Heads, survey
 from lora_lightning.optim.groups import factor_pairs
 from lora_lightning.optim.pair_optimizer import PairOptimizer
 from lora_lightning.optim.wrapper import innermost
@@ -198,7 +198,7 @@ class InjectAdapters(Callback):
         else:
             checkpoint["state_dict"] = {}
         root = injected_root(pl_module)
-        description = describe_adapter(root, self.name, records(root)[self.name])
+        description = describe_adapter(survey(root), self.name)
         checkpoint[_SECTION] = {"description": description, "tensors": own}
 
     def _accept_project_names(self, module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.folded import DenseUpdate
-from lora_lightning.adapters.folding_rules import NoiseMode
-from lora_lightning.adapters.noise import Noise
+from lora_lightning.adapters.noise import Noise, NoiseMode
 from lora_lightning.callbacks.schedule import ScheduleCallback
 from lora_lightning.callbacks.steps import STAGE_ENDS, adapted_layer, injected_path
 from lora_lightning.distributed import assembled, put

@@ -22,31 +22,31 @@ def sensitivity(weight: Tensor, grad: Tensor) -> Tensor:
     return (weight.detach().to(dtype) * grad.to(dtype)).abs_()
 
 
-def kept_share(step: int, start_step: int, end_step: int, final_share: float) -> float:
-    """Share of entries kept after optimizer step `step` (1-based): 1 until `start_step`, then a cubic ramp down.
+def kept_density(step: int, start_step: int, end_step: int, final_density: float) -> float:
+    """Density (fraction of entries kept) after optimizer step `step`, from 1: 1 until `start_step`, then a cubic ramp.
 
-    final_share + (1 - final_share) (1 - (t - start) / (end - start))^3, and `final_share` from `end_step` on.
+    final_density + (1 - final_density) (1 - (t - start) / (end - start))^3, and `final_density` from `end_step` on.
     """
     if step <= start_step:
         return 1.0
     if step >= end_step:
-        return final_share
+        return final_density
     rest = 1 - (step - start_step) / (end_step - start_step)
-    return final_share + (1 - final_share) * rest**3
+    return final_density + (1 - final_density) * rest**3
 
 
-def keep_count(share: float, n: int, rule: KeepRule = "floor") -> int:
-    """How many of `n` entries a kept share leaves; at least one, so that no rank component dies.
+def keep_count(density: float, n: int, rule: KeepRule = "floor") -> int:
+    """How many of `n` entries a density leaves; at least one, so that no rank component dies.
 
-    "floor" never exceeds the share, "ceil" may by less than one entry, "official" is the count of the released
-    RoseLoRA code: entries strictly below the k-th smallest go, k = int(n (1 - share)).
+    "floor" never exceeds the density, "ceil" may by less than one entry, "official" is the count of the released
+    RoseLoRA code: entries strictly below the k-th smallest go, k = int(n (1 - density)).
     """
-    if share >= 1:
+    if density >= 1:
         return n
     if rule == "official":
-        k = int(n * (1 - share) + 1e-9)
+        k = int(n * (1 - density) + 1e-9)
         return n if k == 0 else n - k + 1
-    return max(1, math.floor(share * n + 1e-9) if rule == "floor" else math.ceil(share * n - 1e-9))
+    return max(1, math.floor(density * n + 1e-9) if rule == "floor" else math.ceil(density * n - 1e-9))
 
 
 def keep_top(scores: Tensor, keep: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from lightning.pytorch.callbacks import Callback
 
 from lora_lightning.adapters.base import Adapter
-from lora_lightning.callbacks.pruning import keep_top, kept_share
+from lora_lightning.callbacks.pruning import keep_top, kept_density
 from lora_lightning.callbacks.schedule import ScheduleCallback
 from lora_lightning.callbacks.steps import MASKS, resolve_ramp
 from lora_lightning.distributed import assembled
@@ -24,7 +24,7 @@ class RankPruning(ScheduleCallback):
 
     Args:
         final_rank: components left in each adapter at the end.
-        start: when pruning starts; up to 1 a share of all optimizer steps, from 2 on a step number.
+        start: when pruning starts; up to 1 a fraction of all optimizer steps, from 2 on a step number.
         end: when the final rank is reached, in the same unit.
         every_n_steps: steps between two removals.
 
@@ -72,8 +72,8 @@ class RankPruning(ScheduleCallback):
             for mask, scores in found:
                 assert mask is not None
                 assert scores is not None
-                share = kept_share(step, self.start_step, self.end_step, self.final_rank / len(mask))
-                mask.copy_(keep_top(scores.masked_fill(~mask, -1.0), math.ceil(share * len(mask) - 1e-9)))
+                density = kept_density(step, self.start_step, self.end_step, self.final_rank / len(mask))
+                mask.copy_(keep_top(scores.masked_fill(~mask, -1.0), math.ceil(density * len(mask) - 1e-9)))
         masks = [adapter.rank_mask for adapter in adapters.values() if adapter.rank_mask is not None]
         self._rank = sum(int(mask.sum()) for mask in masks) / len(masks)
 

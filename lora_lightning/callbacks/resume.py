@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,11 +16,15 @@ from torch import Tensor
 from lora_lightning.callbacks.steps import JUDGES, order_callbacks, total_steps
 from lora_lightning.distributed import as_shard_of, gather_objects, local
 from lora_lightning.errors import ResumeError
+from lora_lightning.methods import renamed
 from lora_lightning.models.paths import plain
 from lora_lightning.optim.warmup import WarmUp
+from lora_lightning.optim.wrapper import former_names
 from lora_lightning.storage.folded import rewrite_weights
 
 _SECTION = "lora_lightning_resume"
+_PLAIN = (int, float, str, bool, type(None))
+"""Types of settings that are compared."""
 
 
 class ExactResume(Callback):
@@ -81,8 +86,9 @@ class ExactResume(Callback):
         if self._pending is None:
             return
         _place_loaders(trainer)
+        saved = _renamed_facts(self._pending["run"], trainer)
         for name, value in _run_facts(trainer, pl_module).items():
-            before = self._pending["run"][name]
+            before = saved[name]
             if value != before:
                 raise ResumeError(
                     f"the run was started with {name} {before} and would go on with {value}; rates, schedules or "
@@ -142,13 +148,21 @@ def _run_facts(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         "learning-rate schedule": dataclasses.asdict(schedule) if isinstance(schedule, WarmUp) else None,
     }
     for number, optimizer in enumerate(trainer.optimizers):
-        plain = {
-            k: v
-            for k, v in getattr(optimizer, "defaults", {}).items()
-            if isinstance(v, int | float | str | bool | None)
-        }
         # torch adds "differentiable" to any optimizer's defaults while it loads a state
-        facts[f"optimizer {number}"] = {"class": type(optimizer).__name__, "differentiable": False, **plain}
+        settings = {"class": type(optimizer).__name__, "differentiable": False, **getattr(optimizer, "defaults", {})}
+        facts[f"optimizer {number}"] = {k: v for k, v in settings.items() if isinstance(v, _PLAIN)}
+    return facts
+
+
+def _renamed_facts(saved: Mapping[str, Any], trainer: Trainer) -> dict[str, Any]:
+    """What a checkpoint says of its run, with settings under the names of today."""
+    facts = dict(saved)
+    schedule = "learning-rate schedule"
+    if facts.get(schedule) is not None:
+        facts[schedule] = renamed(facts[schedule], WarmUp.former_fields)
+    for number, optimizer in enumerate(trainer.optimizers):
+        name = f"optimizer {number}"
+        facts[name] = renamed(facts[name], former_names(optimizer))
     return facts
 
 

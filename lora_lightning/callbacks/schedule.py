@@ -14,7 +14,7 @@ parameters of its adapters. Step numbers are Lightning's `global_step`, which co
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -24,36 +24,38 @@ from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 
 from lora_lightning.adapters.base import Adapter
-from lora_lightning.callbacks.steps import announce, gradients_finite, order_callbacks, total_steps
+from lora_lightning.callbacks.steps import StepCallback, announce, gradients_finite, total_steps
 from lora_lightning.errors import NoEffectError, ResumeError
 from lora_lightning.injection.records import trainable_adapters
+from lora_lightning.methods import renamed
 
 
-class ScheduleCallback(Callback, ABC):
+class ScheduleCallback(StepCallback):
     """Acts on adapters once per optimizer step, in any Lightning project.
 
     Attributes:
-        phase: order among schedules of one step.
-        asks: the question an adapter must answer, for the error when none does.
+        requires: what an adapter must have, for the error when none does.
         reads_base: whether it reads or writes frozen weights between steps, which not every strategy allows.
         writes_values: whether it may write what trains between steps; DeepSpeed, which keeps copies, then refuses it.
-        trainer: the run, from `begin` on.
+        trainer: the run, from `on_start` on.
         module: its module.
         total: optimizer steps of the run, or None where nothing bounds it.
         changed_at_end: whether the end of training changed what the model computes, after the last validation.
+        former_fields: settings by the name that they had before, as older checkpoints and configs spell them.
     """
 
-    phase: ClassVar[int]
     requires: ClassVar[str]
     reads_base: ClassVar[bool] = False
     writes_values: ClassVar[bool] = True
-    trainer: Trainer
-    module: LightningModule
     changed_at_end: bool = False
+    former_fields: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self) -> None:
+        super().__init__()
+        # not at the class: the parser evaluates annotations of a class in the module of the subclass it is given
+        self.trainer: Trainer
+        self.module: LightningModule
         self._adapters: dict[str, Adapter] = {}
-        self._seen = 0
         self._finite = True
         self._stepped = False
         self.total: int | None = None
@@ -62,7 +64,7 @@ class ScheduleCallback(Callback, ABC):
 
     @abstractmethod
     def accepts(self, adapter: Adapter) -> bool:
-        """Whether an adapter answers the question."""
+        """Whether the schedule can act on an adapter."""
 
     def check_run(self, total: int | None, others: Sequence[Callback]) -> None:
         """Refuse a run of `total` steps beside `others`, where that needs no model; before training and by `doctor`.
@@ -72,7 +74,7 @@ class ScheduleCallback(Callback, ABC):
         """
 
     def select(self, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
-        """The trainable adapters that answer the question.
+        """The trainable adapters that the schedule accepts.
 
         Raises:
             NoEffectError: none does.
@@ -103,36 +105,38 @@ class ScheduleCallback(Callback, ABC):
         """Numbers to log after a step, shown in the progress bar."""
         return {}
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the place in the step that `phase` declares."""
-        order_callbacks(trainer)
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the adapters and resolve the schedule.
 
         Raises:
-            NoEffectError: no trainable adapter answers the question.
-            ResumeError: the run was started with another number of steps.
+            NoEffectError: the schedule accepts no trainable adapter.
+            ResumeError: the run was started with another number of steps, or with other settings.
         """
+        super().on_train_start(trainer, pl_module)
         self._adapters = self.select(trainable_adapters(pl_module))
         self.trainer, self.module, self.total = trainer, pl_module, total_steps(trainer)
+        self._check_same()
+        self._stepped = False
+        self.check_run(self.total, [c for c in trainer.callbacks if c is not self])  # type: ignore[attr-defined]
+        self.on_start(self.total, self._adapters)
+        layers = [path.rpartition(".adapters.")[0] for path in self._adapters]
+        announce(trainer, self, "acts on", "adapter", layers)
+
+    def _check_same(self) -> None:
+        """Compare the length of the run and the settings with those that it was started with."""
         if self._saved_total is not None and self._saved_total != self.total:
             raise ResumeError(
                 f"{type(self).__name__}: the run was started for {self._saved_total} optimizer steps and would go on "
                 f"for {self.total}; its schedule would jump. Resume with the same length."
             )
-        for name, value in self._settings().items() if self._saved_settings is not None else ():
-            before = (self._saved_settings or {}).get(name, value)
+        saved = self._saved_settings or {}
+        for name, value in self._settings().items():
+            before = saved.get(name, value)
             if before != value:
                 raise ResumeError(
                     f"{type(self).__name__}.{name} is {value!r}; the run was started with {before!r}. "
                     "Give the same value."
                 )
-        self._seen, self._stepped = trainer.global_step, False
-        self.check_run(self.total, [c for c in trainer.callbacks if c is not self])  # type: ignore[attr-defined]
-        self.on_start(self.total, self._adapters)
-        layers = [path.rpartition(".adapters.")[0] for path in self._adapters]
-        announce(trainer, self, "acts on", "adapter", layers)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """The moment of complete gradients."""
@@ -147,28 +151,25 @@ class ScheduleCallback(Callback, ABC):
         own = {id(p) for adapter in self._adapters.values() for p in adapter.parameters()}
         return any(id(p) in own for group in optimizer.param_groups for p in group["params"])
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """The moment after the step."""
-        if trainer.global_step == self._seen or not self._stepped:
+    def after_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        """The moment after the step, where an optimizer of these adapters took it."""
+        if not self._stepped:
             return
-        self._seen, self._stepped = trainer.global_step, False
+        self._stepped = False
         if self._finite:
             with torch.no_grad():
-                self.on_stepped(self._seen, self._adapters)
+                self.on_stepped(step, self._adapters)
         for name, value in self.metrics().items():
             pl_module.log(name, value, prog_bar=True)
 
     def _settings(self) -> dict[str, Any]:
         """Arguments of the constructor, as far as they are attributes and plain."""
-        names = [name for name in inspect.signature(type(self)).parameters if hasattr(self, name)]
-        return {n: v for n in names if isinstance(v := getattr(self, n), int | float | str | bool | None)}
+        found = {}
+        for name in inspect.signature(type(self)).parameters:
+            value = getattr(self, name, ...)
+            if isinstance(value, int | float | str | bool | None):
+                found[name] = value
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """The resolved length of the run, and the settings."""
@@ -176,4 +177,5 @@ class ScheduleCallback(Callback, ABC):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the length and the settings the run was started with."""
-        self._saved_total, self._saved_settings = state_dict["total_steps"], state_dict["settings"]
+        self._saved_total = state_dict["total_steps"]
+        self._saved_settings = renamed(state_dict["settings"], self.former_fields)

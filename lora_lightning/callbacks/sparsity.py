@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -12,14 +12,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lora_lightning.adapters.base import Adapter, EntryMask
-from lora_lightning.callbacks.pruning import KeepRule, keep_count, keep_top, kept_share, sensitivity
+from lora_lightning.callbacks.pruning import keep_count, keep_top, kept_density, sensitivity
 from lora_lightning.callbacks.schedule import ScheduleCallback
 from lora_lightning.callbacks.steps import MASKS, resolve_ramp
 from lora_lightning.distributed import as_shard_of, gather, gather_nested, local, own_rows, shard_like
-from lora_lightning.errors import ResumeError, check
+from lora_lightning.errors import ResumeError
+from lora_lightning.methods import SparsityFields, check_sparsity
 from lora_lightning.models.paths import plain
-
-FirstScore = Literal["zero", "gradient"]
 
 
 @dataclass
@@ -31,7 +30,7 @@ class _Stack:
     average: Tensor | None = None
     """Of this process's shards, stacked like scores."""
     mask: Tensor | None = None
-    """Of whole tensors, as are `factor` and `keep`."""
+    """Of full tensors, as are `factor` and `keep`."""
     factor: Tensor | None = None
     """`mask` in the parameters' dtype."""
     keep: int = 0
@@ -47,23 +46,14 @@ class _Stack:
         return [as_shard_of((rows if e.by_row else rows.mT).contiguous(), e.param) for rows, e in parts]
 
 
-class SparsitySchedule(ScheduleCallback):
+class SparsitySchedule(SparsityFields, ScheduleCallback):
     """Prunes the entries of adapters that answer `masks()`.
 
     Each optimizer step, |w dL/dw| (the weight before the step, the gradient before clipping) enters a moving average;
     after the step the entries of smallest average in each row or column are removed, as the adapter's mask declares.
 
-    Where parameters are sharded on several processes, so do the averages. They are gathered, quantized, at a step that
-    removes entries, and every process chooses alike from whole rows and columns.
-
-    Args:
-        sparsity: share of zeros at the end, in [0, 1).
-        beta: memory of the moving average.
-        start: when pruning starts; up to 1 a share of all optimizer steps, from 2 on a step number.
-        end: when the final sparsity is reached, in the same unit.
-        keep_rule: how a kept share becomes a count.
-        first_score: start of the average: zero, or the first sensitivity.
-        clamp: largest magnitude of any entry once pruning has begun; None for no bound.
+    Where parameters are sharded on several processes, so are the averages. They are gathered together at a step that
+    removes entries, and every process chooses alike from full rows and columns.
 
     Raises:
         SettingsError: a value outside its rule, or a schedule that does not fit the run.
@@ -73,25 +63,9 @@ class SparsitySchedule(ScheduleCallback):
     phase: ClassVar[int] = MASKS
     requires: ClassVar[str] = "entry masks (masks())"
 
-    def __init__(
-        self,
-        sparsity: float = 0.8,
-        beta: float = 0.8,
-        start: float = 0.1,
-        end: float = 0.8,
-        keep_rule: KeepRule = "floor",
-        first_score: FirstScore = "zero",
-        clamp: float | None = None,
-    ) -> None:
-        super().__init__()
-        self.sparsity, self.beta, self.start, self.end = sparsity, beta, start, end
-        self.keep_rule, self.first_score, self.clamp = keep_rule, first_score, clamp
-        check(0 <= sparsity < 1, self, "sparsity", "it must lie in [0, 1). Fraction of entries set to zero.")
-        check(0 <= beta < 1, self, "beta", "it must lie in [0, 1). Memory of the averaged sensitivity.")
-        for field, rule in (("keep_rule", KeepRule), ("first_score", FirstScore)):
-            listed = " or ".join(f'"{choice}"' for choice in get_args(rule))
-            check(getattr(self, field) in get_args(rule), self, field, f"it must be {listed}.")
-        check(clamp is None or clamp > 0, self, "clamp", "it must be above 0, or None for no clamp.")
+    def __post_init__(self) -> None:
+        ScheduleCallback.__init__(self)
+        check_sparsity(self)
         self._stacks: list[_Stack] = []
         self._saved: dict[str, Tensor] = {}
         self.start_step = self.end_step = 0
@@ -154,19 +128,19 @@ class SparsitySchedule(ScheduleCallback):
 
     def on_stepped(self, step: int, adapters: Mapping[str, Adapter]) -> None:
         """Remove what the ramp removes at this step."""
-        share = kept_share(step, self.start_step, self.end_step, 1 - self.sparsity)
+        density = kept_density(step, self.start_step, self.end_step, 1 - self.sparsity)
         kept = entries = 0
-        due: list[tuple[_Stack, int]] = []
+        shrinking: list[tuple[_Stack, int]] = []
         for stack in self._stacks:
             mask = cast(Tensor, stack.mask)
             n = mask.shape[-1]
-            keep = keep_count(share, n, self.keep_rule)
+            keep = keep_count(density, n, self.keep_rule)
             kept, entries = kept + keep * mask.numel() // n, entries + mask.numel()
             if keep < stack.keep:  # supports are nested, so an equal count is the same set
-                due.append((stack, keep))
-        for (stack, keep), average in zip(due, _whole_averages([stack for stack, _ in due]), strict=True):
+                shrinking.append((stack, keep))
+        for (stack, keep), average in zip(shrinking, _full_averages([stack for stack, _ in shrinking]), strict=True):
             self._choose(stack, average, keep)
-        if share < 1:
+        if density < 1:
             for stack in self._stacks:
                 self._prune(stack)
         self._current = 1 - kept / entries
@@ -194,7 +168,7 @@ class SparsitySchedule(ScheduleCallback):
         return step >= self.end_step
 
     def metrics(self) -> Mapping[str, float]:
-        """Share of entries removed."""
+        """Fraction of entries removed."""
         return {"sparsity": self._current}
 
     def state_dict(self) -> dict[str, Any]:
@@ -211,8 +185,8 @@ class SparsitySchedule(ScheduleCallback):
         self._saved = {plain(name): average for name, average in state_dict["averages"].items()}
 
 
-def _whole_averages(stacks: list[_Stack]) -> list[Tensor]:
-    """Averages of whole tensors, stacked as they were; one collective for all that are sharded."""
+def _full_averages(stacks: list[_Stack]) -> list[Tensor]:
+    """Averages of full tensors, stacked as they were; one collective for all that are sharded."""
     averages = [cast(Tensor, stack.average) for stack in stacks]
     if not any(isinstance(entry.param, DTensor) for stack in stacks for entry in stack.entries):
         return averages

@@ -1,10 +1,11 @@
-"""Optimizer steps for callbacks: their order, the totals of schedules, and what was seen since the last step."""
+"""Optimizer steps for callbacks: StepCallback acts after each, phases order who acts, moments and ramps say when."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -33,6 +34,48 @@ def order_callbacks(trainer: Trainer) -> None:
     """Give the trainer a new list, sorted by phase (0 where a callback has none), Checkpoint callbacks last."""
     ranked = sorted(trainer.callbacks, key=lambda c: (isinstance(c, Checkpoint), getattr(c, "phase", 0)))  # type: ignore[attr-defined]
     trainer.callbacks = ranked  # type: ignore[attr-defined]
+
+
+class StepCallback(Callback, ABC):
+    """Acts once after each optimizer step, however many batches a step takes.
+
+    An attempt that a gradient scaler skipped counts as a step, as it does in Lightning's `global_step`.
+
+    Attributes:
+        phase: order among the callbacks of one step.
+        last_step: the optimizer step that was seen last; at the start of training the one that the run is at.
+    """
+
+    phase: ClassVar[int]
+
+    def __init__(self) -> None:
+        self.last_step = 0
+
+    @abstractmethod
+    def after_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        """Act after optimizer step `step`, before any Checkpoint callback saves."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the place in the step that `phase` declares."""
+        order_callbacks(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count from the step that the run is at."""
+        self.last_step = trainer.global_step
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Act where the batch has ended a step."""
+        if trainer.global_step == self.last_step:
+            return
+        self.last_step = trainer.global_step
+        self.after_step(trainer, pl_module, self.last_step)
 
 
 def total_steps(trainer: Trainer) -> int | None:
@@ -92,10 +135,10 @@ def gradients_finite(trainer: Trainer, module: LightningModule) -> bool:
 
 
 def resolve_step(value: float, total: int | None, what: str) -> int:
-    """A schedule's moment as a step number: up to 1 a share of all steps, from 2 on the number itself.
+    """A schedule's moment as a step number: up to 1 a fraction of all steps, from 2 on the number itself.
 
     Raises:
-        SettingsError: a fraction above 1, or a share of a run whose length nothing bounds.
+        SettingsError: a broken number above 1, or a fraction of a run whose length nothing bounds.
     """
     if value > 1:
         if value != int(value):
@@ -104,7 +147,9 @@ def resolve_step(value: float, total: int | None, what: str) -> int:
             )
         return int(value)
     if total is None:
-        raise SettingsError(f"{what} is {value}, a share of all steps, but nothing bounds their number; set max_steps.")
+        raise SettingsError(
+            f"{what} is {value}, a fraction of all steps, but nothing bounds their number; set max_steps."
+        )
     return round(value * total)
 
 

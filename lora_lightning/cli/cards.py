@@ -57,12 +57,12 @@ def arguments_of(cls: type[Any]) -> list[FieldCard]:
     """What a class takes, with what its docstring and its bases' say of each; a config gives no `params`."""
     from docstring_parser import parse
 
-    texts = {
-        part.arg_name: " ".join((part.description or "").split())
-        for base in reversed(cls.__mro__)
-        for doc in (vars(base).get("__doc__"), getattr(vars(base).get("__init__"), "__doc__", None))
-        for part in parse(inspect.cleandoc(doc or "")).params
-    }
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        texts |= attribute_docstrings(base)
+        for doc in (vars(base).get("__doc__"), getattr(vars(base).get("__init__"), "__doc__", None)):
+            for part in parse(inspect.cleandoc(doc or "")).params:
+                texts[part.arg_name] = " ".join((part.description or "").split())
     return [
         FieldCard(name, _type(given.annotation, cls), _written(given.default), texts.get(name, ""))
         for name, given in arguments(cls).items()

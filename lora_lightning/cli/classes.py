@@ -1,6 +1,6 @@
-"""What a setting takes: the classes behind its type, their short names, and the names of their parameters.
+"""Class lookup: the classes behind a setting's type, their short names, parameters, and who brings them.
 
-Classes are found as jsonargparse finds them: subclasses that some module has imported. Methods come from the registry.
+Of imported classes those are found that jsonargparse finds: subclasses. Methods and components come from the registry.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from typing import Any
 
 from lora_lightning import plugins
 from lora_lightning.methods import Method
-from lora_lightning.registry import arguments
+from lora_lightning.registry import Component, arguments
+from lora_lightning.version import __version__
 
 
 def short_names(bases: Sequence[type]) -> list[str]:
@@ -26,10 +28,9 @@ def short_names(bases: Sequence[type]) -> list[str]:
 
 
 def named_classes(base: type) -> dict[str, type]:
-    """Imported subclasses that a config can name, by short name; of one name the one defined in this package."""
-    found = sorted(
-        filter(_can_be_named, plugins.subclasses(base)), key=lambda cls: cls.__module__.startswith("lora_lightning")
-    )
+    """Imported subclasses that a config can name, by short name; of one name the one that keeps it."""
+    found = [cls for cls in plugins.subclasses(base) if _can_be_named(cls)]
+    found.sort(key=lambda cls: (plugins.keeps_name(cls), cls.__module__.startswith("lora_lightning")))
     return {cls.__name__: cls for cls in found}
 
 
@@ -109,3 +110,21 @@ def imported_class(path: str) -> type | None:
 def parameters_of(owner: type) -> list[str]:
     """Names that a class takes, those it hands on to its bases included; what no config gives is left out."""
     return [name for name in arguments(owner) if name not in ("params", "optimizer")]
+
+
+def load_components() -> None:
+    """Import the optimizers, callbacks and data modules of plugins: each can then be named, or its failure is known."""
+    from lightning.pytorch import LightningDataModule
+    from lightning.pytorch.callbacks import Callback
+    from torch.optim import Optimizer
+
+    bases = {"optimizers": Optimizer, "callbacks": Callback, "datamodules": LightningDataModule}
+    plugins.load_classes(plugins.registry(), {f"lora_lightning_{hook}": base for hook, base in bases.items()})
+
+
+def provider_of(component: Component) -> str:
+    """The plugin, if one brings it, package and version."""
+    if component.plugin:
+        return f"{component.plugin}, from {' '.join(plugins.package_of(component.plugin))}"
+    package = component.path.partition(".")[0]
+    return f"lora-lightning {__version__}" if package == "lora_lightning" else f"{package} {version(package)}"

@@ -162,8 +162,12 @@ class CLI(LightningCLI):
                 )
             # callbacks of the fit have no part in it
             warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`.*")
+        given = self.config_init[self.subcommand]
         if self.line.checkpoint is not None:
-            self.config_init[self.subcommand].ckpt_path = str(self.line.checkpoint)
+            given.ckpt_path = str(self.line.checkpoint)
+        if given.ckpt_path is not None and Path(given.ckpt_path).is_file():
+            # known before the adapter is built, whose plan stands in it; as an argument it would be hidden until after
+            self.trainer.ckpt_path, given.ckpt_path = given.ckpt_path, None
 
     before_fit = before_validate = before_test = before_predict = _use_checkpoint
 

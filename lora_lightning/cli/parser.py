@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lora_lightning import plugins
+from lora_lightning.cli import former_names
 from lora_lightning.cli.explain import explain
 from lora_lightning.errors import PluginError
 from lora_lightning.methods import Method
@@ -32,6 +33,9 @@ class Parser(LightningArgumentParser):
     knows the keys around it.
     """
 
+    def __init__(self, *args: Any, parser_mode: str = former_names.MODE, **options: Any) -> None:
+        super().__init__(*args, parser_mode=parser_mode, **options)
+
     def print_usage(self, file: Any = None) -> None:
         """Nothing: usage is a page long and hides the error."""
 
@@ -44,8 +48,9 @@ class Parser(LightningArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Namespace:  # type: ignore[override]
         """Parse, and refuse classes of blocked plugins, which a full path would import."""
-        with plugins.names_kept(_NAMED):
-            config = super().parse_args(args, *others, **options)
+        words = sys.argv[1:] if args is None else args
+        with plugins.names_kept(_NAMED), former_names.understood(words) as current:
+            config = super().parse_args(current, *others, **options)
         try:
             for key, class_path in _class_paths(config.as_dict()):
                 plugins.registry().refuse_blocked(class_path, key)

@@ -37,8 +37,8 @@ class CausalText(TextData):
             to tokenise; trainer.max_steps says when to stop. Workers and ranks read files of their own where there are
             enough. `limit` means the first rows.
         shuffle_block: Rows of a stream that are shuffled together, and read again on resume.
-        held_out_rows: Most rows that are held out of a stream for validation (by validation_share, where no validation
-            data are named): the first ones. Those held out beyond are neither learned nor measured.
+        held_out_rows: Most rows that are held out of a stream for validation (by validation_fraction, where no
+            validation data are named): the first ones. Those held out beyond are neither learned nor measured.
         common: Settings that all text data share.
     """
 
@@ -62,7 +62,7 @@ class CausalText(TextData):
         self.count = count_targets
         check(not (packing and self.group_by_length), self, "packing", "it leaves nothing to group_by_length; use one.")
         check(shuffle_block >= 1, self, "shuffle_block", "it must be at least 1.")
-        check(held_out_rows >= 1, self, "held_out_rows", "it must be at least 1; validation_share 0 holds none out.")
+        check(held_out_rows >= 1, self, "held_out_rows", "it must be at least 1; validation_fraction 0 holds none out.")
         if streaming:
             self._check_streaming()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
@@ -16,9 +16,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from lora_lightning.data.labels import Labels, known_labels
-from lora_lightning.data.sources.splits import Sources
-from lora_lightning.data.table import Collation, TableData
+from lora_lightning.data.labelled_rows import LabelledRows
+from lora_lightning.data.table import Collation
 from lora_lightning.errors import DataError, check
 from lora_lightning.models.pretrained import resolve
 
@@ -37,9 +36,11 @@ class CollateImages:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """pixel_values (float32), and numbers as int64."""
         images = [open_image(row["image"], self.folder, f"{self.where}, row {row['index']}") for row in rows]
-        numbers = {n: torch.tensor([row[n] for row in rows]) for n in ("labels", "index") if n in rows[0]}
-        pixels: Tensor = self.processor(images, return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixels, **{name: t for name, t in numbers.items() if name in self.columns}}
+        batch: dict[str, Tensor] = {"pixel_values": self.processor(images, return_tensors="pt")["pixel_values"]}
+        for name in ("labels", "index"):
+            if name in rows[0] and name in self.columns:
+                batch[name] = torch.tensor([row[name] for row in rows])
+        return batch
 
 
 def open_image(value: Any, folder: Path | None, where: str) -> Image.Image:
@@ -62,7 +63,7 @@ def image_name(value: Any) -> str:
     return str((value.get("path") if isinstance(value, Mapping) else value) or "")
 
 
-class LabelledImages(TableData):
+class LabelledImages(LabelledRows):
     """Images with a class each: a folder with a folder of images for each class, or a table with a column of them.
 
     Images are read when a batch is made, turned into three colours, and prepared by the model's own image processor
@@ -100,17 +101,17 @@ class LabelledImages(TableData):
         self.size = size
         check(size is None or size >= 1, self, "size", "it must be at least 1 pixel, or null.")
 
-    def read(self, split: str) -> datasets.Dataset | None:
-        """Rows with the column of images and, but for predict, that of classes."""
-        return self._read(self.sources, split)
+    @property
+    def input_columns(self) -> dict[str, str]:
+        """The images."""
+        return {"image": self.image}
 
     def encode(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:
         """The images as the table holds them, and the number of each class."""
         columns = {"image": rows[self.image][:], "index": list(range(len(rows)))}
         features = {"image": rows.features[self.image], "index": datasets.Value("int64")}
         if split != "predict":
-            where = f'LabelledImages.label: {split} column "{self.label}"'
-            columns["labels"] = self._classes.encode(rows[self.label][:], where)
+            columns["labels"] = self.classes.encode(self.label_values(rows, split), self.where(split))
             features["labels"] = datasets.Value("int64")
         return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
@@ -164,33 +165,12 @@ class LabelledImages(TableData):
                 f'data.processor is "{self.processor}"; no image processor can be read there: {reason}'
             ) from error
 
-    @property
-    def num_labels(self) -> int:
-        """Outputs that a head needs."""
-        return len(self.label_names)
-
-    @property
-    def label_names(self) -> list[str]:
-        """Class names by number; read from the training data unless `labels` is given."""
-        return self._classes.names
-
-    @cached_property
-    def _classes(self) -> Labels:
-        train = None if self.labels is not None else self._read(replace(self.sources, validation_share=0.0), "train")
-        return known_labels("LabelledImages", "label", self.labels, train, self.label)
-
-    def _read(self, sources: Sources, split: str) -> datasets.Dataset | None:
-        columns = {"LabelledImages.image": self.image}
-        if split != "predict":
-            columns["LabelledImages.label"] = self.label
-        rows = sources.read(split, columns, texts=[self.image], hold_out_by=[self.image])
-        if rows is not None and not isinstance(rows.features[self.image], datasets.Image):
-            self._check_files(rows[self.image][:], split)
-        return rows
-
-    def _check_files(self, paths: Sequence[Any], split: str) -> None:
+    def check_rows(self, rows: datasets.Dataset, split: str) -> None:
+        """Raise `DataError` for a path where no file is."""
+        if isinstance(rows.features[self.image], datasets.Image):
+            return
         folder = self.sources.folder(split) or Path()
-        for row, path in enumerate(paths):
+        for row, path in enumerate(rows[self.image]):
             if not Path(folder, str(path)).expanduser().is_file():
                 raise DataError(
                     f'LabelledImages.image: {split} row {row} (counted from 0): no file "{path}" in {folder}.'

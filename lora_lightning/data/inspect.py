@@ -44,9 +44,9 @@ def _text_figures(datamodule: TableData) -> Iterator[str]:
     for split in datamodule.ready:
         examples = datamodule.examples(split)
         lengths = list(_lengths(examples["input_ids"]))
-        share = sum(examples["truncated"]) / len(examples)
+        truncated = sum(examples["truncated"]) / len(examples)
         middle = round(statistics.median(lengths))
-        yield f"{split:<12}{len(examples):>9}{share:>11.1%}{min(lengths):>13}{middle:>8}{max(lengths):>6}"
+        yield f"{split:<12}{len(examples):>9}{truncated:>11.1%}{min(lengths):>13}{middle:>8}{max(lengths):>6}"
     if isinstance(datamodule, CausalText) and datamodule.packing:
         packs, tokens = datamodule.packs("train"), sum(len(ids) for ids in datamodule.examples("train")["input_ids"])
         full = tokens / (packs * datamodule.max_length)

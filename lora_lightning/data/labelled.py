@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import cached_property
+from abc import abstractmethod
 from typing import Any
 
 import datasets
 
-from lora_lightning.data.labels import Labels, known_labels, read_labelled, scores
-from lora_lightning.data.sources.splits import Sources
+from lora_lightning.data.labelled_rows import LabelledRows
+from lora_lightning.data.labels import scores
 from lora_lightning.data.text import TextData
 from lora_lightning.data.tokens.encoding import encode_texts
 
 
-class LabelledText(TextData):
-    """Texts, or pairs of texts, with a class or a number each.
-
-    Batches: input_ids, attention_mask, token_type_ids where the tokenizer makes them, labels (int64 classes or float32
-    numbers; not in predict).
+class TextsWithLabels(LabelledRows, TextData):
+    """Texts, or pairs of texts, with labels of any kind.
 
     Args:
         text: Column of the text.
         text_pair: Column of a second text, for pairs.
-        label: Column of the label: strings, class numbers from 0, or numbers on a scale.
-        labels: Names of the classes in the order of their numbers; null takes those of the data.
-        regression: Labels are numbers on a scale.
+        label: Column of the labels.
+        labels: Names of the labels in the order of their numbers; null takes those of the data.
         common: Settings that all text data share.
     """
 
     def __init__(
         self,
+        *,
         text: str = "text",
         text_pair: str | None = None,
         label: str = "label",
         labels: list[str] | None = None,
-        regression: bool = False,
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -43,21 +38,44 @@ class LabelledText(TextData):
         self.text_pair = text_pair
         self.label = label
         self.labels = labels
+
+    @property
+    def input_columns(self) -> dict[str, str]:
+        """The text, and the second one of a pair."""
+        return {"text": self.text} if self.text_pair is None else {"text": self.text, "text_pair": self.text_pair}
+
+    def encode(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:
+        """Token ids and, but for predict, labels of each row."""
+        columns = list(self.input_columns.values())
+        examples = encode_texts(rows, columns, self.tokenizer_object, self.max_length)
+        return examples if split == "predict" else examples.add_column("labels", self.targets(rows, split))
+
+    @abstractmethod
+    def targets(self, rows: datasets.Dataset, split: str) -> list[Any]:
+        """What is to be learned of each row."""
+
+
+class LabelledText(TextsWithLabels):
+    """Texts, or pairs of texts, with a class or a number each.
+
+    Batches: input_ids, attention_mask, token_type_ids where the tokenizer makes them, labels (int64 classes or float32
+    numbers; not in predict).
+
+    Args:
+        label: Column of the label: strings, class numbers from 0, or numbers on a scale.
+        regression: Labels are numbers on a scale.
+        common: Settings that all texts with labels share.
+    """
+
+    def __init__(self, *, label: str = "label", regression: bool = False, **common: Any) -> None:
+        super().__init__(label=label, **common)
         self.regression = regression
         self.task_kinds = ("regression",) if regression else ("sequence-classification",)
 
-    def read(self, split: str) -> datasets.Dataset | None:
-        """Rows with the text columns and, but for predict, the label column."""
-        return self._read(self.sources, split)
-
-    def encode(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:
-        """Token ids and label of each row."""
-        examples = encode_texts(rows, self._texts, self.tokenizer_object, self.max_length)
-        if split == "predict":
-            return examples
-        values, where = rows[self.label][:], f'LabelledText.label: {split} column "{self.label}"'
-        numbers = scores(values, where) if self.regression else self._classes.encode(values, where)
-        return examples.add_column("labels", numbers)
+    def targets(self, rows: datasets.Dataset, split: str) -> list[Any]:
+        """Class numbers, or numbers on a scale."""
+        values, where = self.label_values(rows, split), self.where(split)
+        return scores(values, where) if self.regression else self.classes.encode(values, where)
 
     @property
     def num_labels(self) -> int:
@@ -67,17 +85,4 @@ class LabelledText(TextData):
     @property
     def label_names(self) -> list[str]:
         """Class names by class number; none for regression. Read from the training data unless `labels` is given."""
-        return [] if self.regression else self._classes.names
-
-    @cached_property
-    def _classes(self) -> Labels:
-        # not `inputs`: neither `limit` nor the held-out share may hide a class
-        train = None if self.labels is not None else self._read(replace(self.sources, validation_share=0.0), "train")
-        return known_labels("LabelledText", "label", self.labels, train, self.label)
-
-    def _read(self, sources: Sources, split: str) -> datasets.Dataset | None:
-        return read_labelled(sources, split, {"text": self.text, "text_pair": self.text_pair}, self.label)
-
-    @property
-    def _texts(self) -> list[str]:
-        return [column for column in (self.text, self.text_pair) if column is not None]
+        return [] if self.regression else self.classes.names

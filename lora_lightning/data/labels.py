@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
 
-from lora_lightning.data.sources.splits import Sources
 from lora_lightning.errors import DataError, did_you_mean
 
 
@@ -36,54 +35,6 @@ class Labels:
                     f"{did_you_mean(str(value), self.names)} Known: {', '.join(self.names)}."
                 )
         return [self.ids[value] for value in values]
-
-
-def known_labels(
-    owner: str,
-    setting: str,
-    given: Sequence[str] | None,
-    train: datasets.Dataset | None,
-    column: str,
-    lists: Callable[[datasets.Dataset], Sequence[Sequence[Any]]] | None = None,
-) -> Labels:
-    """The labels that a data module's settings list, else those that its training data declare or hold.
-
-    Args:
-        owner: Class name of the data module, for messages.
-        setting: Its setting that names the column.
-        given: Its setting `labels`.
-        train: All training rows, None where there are none.
-        column: The column: a label a row, or a list of them.
-        lists: What makes lists of labels of the rows' values, where these are not labels or lists.
-
-    Raises:
-        DataError: nothing is listed, and there are no training rows; or see `find_labels`.
-    """
-    if given is not None:
-        return named_labels(given)
-    if train is None:
-        raise DataError(
-            f"{owner}.labels is null, and so is train, whose labels would be taken; list the names in labels."
-        )
-    values, feature = lists(train) if lists else train[column][:], train.features[column]
-    if values and isinstance(values[0], list):
-        values, feature = [label for labels in values for label in labels], getattr(feature, "feature", None)
-    return find_labels(values, feature, f'{owner}.{setting}: train column "{column}"')
-
-
-def read_labelled(sources: Sources, split: str, texts: Mapping[str, str | None], label: str) -> datasets.Dataset | None:
-    """Rows of texts with, but for predict, a column of labels.
-
-    Args:
-        sources: The sources.
-        split: The split.
-        texts: Columns of texts by the setting that names them, None where it names none.
-        label: Column of the labels.
-    """
-    columns = {setting: column for setting, column in texts.items() if column is not None}
-    required = columns if split == "predict" else {**columns, "label": label}
-    named = {f"{sources.owner}.{setting}": column for setting, column in required.items()}
-    return sources.read(split, named, texts=list(columns.values()), hold_out_by=list(columns.values()))
 
 
 def find_labels(column: Sequence[Any], feature: object, where: str) -> Labels:

@@ -22,14 +22,14 @@ from lora_lightning.errors import DataError, check
 
 SPLITS = ("train", "validation", "test", "predict")
 MASKED, RANDOM = 0.8, 0.1
-"""Of the chosen tokens, the share that is masked and that becomes a random one; the rest stays (arXiv:1810.04805)."""
+"""Of the chosen tokens, the fractions that are masked and replaced at random; the rest stays (arXiv:1810.04805)."""
 
 
 @dataclass(frozen=True)
 class Masking:
     """Which tokens of a row are hidden, as a function of (seed, split, epoch, row) whatever process asks."""
 
-    share: float
+    fraction: float
     mask_id: int
     special: frozenset[int]
     """Tokens that are never chosen."""
@@ -48,7 +48,7 @@ class Masking:
         if not places or self.mask_id in ids:
             return {**row, "labels": labels}
         random = np.random.default_rng([self.seed, SPLITS.index(self.split), epoch, row["index"]])
-        count = max(1, round(self.share * len(places)))
+        count = max(1, round(self.fraction * len(places)))
         for place in random.choice(places, count, replace=False).tolist():
             labels[place] = ids[place]
             fate = random.random()
@@ -96,18 +96,18 @@ class MaskedText(TextData):
 
     Args:
         text: Column of the text.
-        mask_share: Share of a text's tokens that is hidden; at least one. 0.15 is usual, more for larger models.
+        mask_fraction: Fraction of a text's tokens that is hidden; at least one. 0.15 is usual, more for larger models.
         common: Settings that all text data share.
     """
 
     task_kinds = ("masked-lm",)
 
-    def __init__(self, text: str = "text", mask_share: float = 0.15, **common: Any) -> None:
+    def __init__(self, text: str = "text", mask_fraction: float = 0.15, **common: Any) -> None:
         super().__init__(**common)
         self.text = text
-        self.mask_share = mask_share
+        self.mask_fraction = mask_fraction
         self.count = count_labelled
-        check(0 < mask_share < 1, self, "mask_share", "it must lie in (0, 1).")
+        check(0 < mask_fraction < 1, self, "mask_fraction", "it must lie in (0, 1).")
 
     def read(self, split: str) -> datasets.Dataset | None:
         """Rows with the text column."""
@@ -141,7 +141,7 @@ class MaskedText(TextData):
                 f'data.tokenizer is "{self.tokenizer}"; it has no mask token, which masked-lm data hide tokens behind.'
             )
         return Masking(
-            share=self.mask_share,
+            fraction=self.mask_fraction,
             mask_id=tokenizer.mask_token_id,
             special=frozenset(tokenizer.all_special_ids),
             vocabulary=len(tokenizer),

@@ -33,7 +33,9 @@ class CollateSides:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """One tensor per column."""
         sides = len(rows[0]["input_ids"])
-        texts = [{name: row[name][side] for name in SIDES if name in row} for side in range(sides) for row in rows]
+        texts: list[dict[str, Any]] = []
+        for side in range(sides):
+            texts += [{name: row[name][side] for name in SIDES if name in row} for row in rows]
         rest = [{name: value for name, value in row.items() if name not in SIDES} for row in rows]
         return {**self.inner(texts), **self.inner(rest), "sides": torch.tensor(sides)}
 

@@ -21,14 +21,14 @@ Tokens = NDArray[np.integer[Any]]
 class PlainText(CausalText):
     """Documents for a causal language model, with the loss on every token.
 
-    Each document ends in an end-of-text token. With `block`, all documents are laid end to end and cut into pieces of
-    max_length tokens, the last one short; `index` then counts the pieces. A piece is one text to the model: tokens see
+    Each document ends in an end-of-text token. With `block`, all documents are laid end to end and cut into chunks of
+    max_length tokens, the last one short; `index` then counts the chunks. A chunk is one text to the model: tokens see
     the end of the document before theirs, by design. Otherwise, and in predict, a row is an example, cut to max_length
     on the right; with `packing` documents share a row without seeing one another.
 
     Args:
         text: Column of the text.
-        block: Cut the joined documents into full pieces, so that no batch is padded. Not together with packing.
+        block: Cut the joined documents into full chunks, so that no batch is padded. Not together with packing.
         common: Settings that all text data share.
     """
 
@@ -43,20 +43,20 @@ class PlainText(CausalText):
         return self.sources.read(split, {"PlainText.text": self.text}, texts=[self.text], hold_out_by=[self.text])
 
     def encode(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:
-        """Token ids of each row or piece."""
+        """Token ids of each row or chunk."""
         documents = tokenised(rows, self.encoder(split))
         self.count_dropped(split, rows, documents, "text")
         lines = documents.with_format("numpy")["input_ids"][:]
         if self.block and split != "predict":
-            pieces = blocks(np.concatenate(lines), self.max_length)
-            return _examples(pieces, range(len(pieces)), [False] * len(pieces))
+            chunks = chunked(np.concatenate(lines), self.max_length)
+            return _examples(chunks, range(len(chunks)), [False] * len(chunks))
         cut = [ids[: self.max_length] for ids in lines]
         return _examples(cut, documents["index"][:], [len(ids) > self.max_length for ids in lines])
 
     @property
     def fill(self) -> Fill:
-        """Pieces, unless documents stay whole."""
-        return "pieces" if self.block else super().fill
+        """Chunks, unless documents stay whole."""
+        return "chunks" if self.block else super().fill
 
     def encoder(self, split: str) -> Encoder:  # noqa: ARG002 - the same for every split
         """Token ids of documents with a text."""
@@ -70,12 +70,12 @@ class PlainText(CausalText):
         return encode
 
 
-def blocks(ids: Tokens, length: int) -> list[Tokens]:
-    """`ids` in pieces of `length`; a last piece of a single token has nothing to predict and is left out."""
+def chunked(ids: Tokens, length: int) -> list[Tokens]:
+    """`ids` in chunks of `length`; a last chunk of a single token has nothing to predict and is left out."""
     return [ids[first : first + length] for first in range(0, len(ids) - 1, length)]
 
 
-def _examples(pieces: list[Tokens], index: Sequence[int], truncated: list[bool]) -> datasets.Dataset:
-    masks = [np.ones_like(piece) for piece in pieces]
-    columns = {"input_ids": pieces, "attention_mask": masks, "labels": pieces}
+def _examples(chunks: list[Tokens], index: Sequence[int], truncated: list[bool]) -> datasets.Dataset:
+    masks = [np.ones_like(chunk) for chunk in chunks]
+    columns = {"input_ids": chunks, "attention_mask": masks, "labels": chunks}
     return datasets.Dataset.from_dict({**columns, "index": list(index), "truncated": truncated})

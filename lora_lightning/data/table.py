@@ -14,7 +14,7 @@ from torch.utils.data import DistributedSampler
 from lora_lightning.data.batches.collate import MODEL_INPUTS
 from lora_lightning.data.batches.loader import Batch, ResumableLoader
 from lora_lightning.data.batches.packing import Packs, PackSampler
-from lora_lightning.data.batches.shares import EachOnce, equal_batches
+from lora_lightning.data.batches.process_rows import EachOnce, equal_batches
 from lora_lightning.data.sources.splits import Source, Sources
 from lora_lightning.data.sources.tables import OnError
 from lora_lightning.errors import DataError, check
@@ -35,12 +35,12 @@ class TableData(LightningDataModule, ABC):
             "owner/name:config", "owner/name::split"), or a table made on the spot ("builtin:NAME"). Several are given
             as a list, or with weights, {a.jsonl: 2, b.jsonl: 1}: each row then comes from a source with a probability
             after its weight, until all rows of all sources have come.
-        validation: Validation data; null holds `validation_share` of the training data out.
+        validation: Validation data; null holds `validation_fraction` of the training data out.
         test: Test data.
         predict: Data for predict; null takes test, else validation.
         columns: Column names of CSV and TSV files that have no header line.
-        validation_share: Share of the training examples held out where `validation` is null, chosen by a hash of what
-            they hold and so the same in every run; 0 holds nothing out.
+        validation_fraction: Fraction of the training examples held out where `validation` is null, chosen by a hash of
+            what they hold and so the same in every run; 0 holds nothing out.
         batch_size: Examples of a batch, per process.
         validation_batch_size: The same for validation, test and predict; null takes batch_size. Several processes may
             take a few less, so that all have as many batches.
@@ -54,7 +54,7 @@ class TableData(LightningDataModule, ABC):
     task_kinds: tuple[str, ...]
     """Tasks that the batches serve."""
     measures_rows: bool = True
-    """Whether validation measures each row by itself; where it compares rows, all processes get as many of them."""
+    """Whether metrics are of each row by itself. Where they compare rows, all processes get as many of them."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class TableData(LightningDataModule, ABC):
         test: Source | None = None,
         predict: Source | None = None,
         columns: Sequence[str] | None = None,
-        validation_share: float = 0.1,
+        validation_fraction: float = 0.1,
         batch_size: int = 16,
         validation_batch_size: int | None = None,
         num_workers: int = 0,
@@ -78,12 +78,12 @@ class TableData(LightningDataModule, ABC):
         self.num_workers = num_workers
         self.seed = seed
         self.limit = limit
-        self.validation_share = validation_share
+        self.validation_fraction = validation_fraction
         check(batch_size >= 1, self, "batch_size", "it must be at least 1.")
         check(self.validation_batch_size >= 1, self, "validation_batch_size", "it must be at least 1, or null.")
         check(num_workers >= 0, self, "num_workers", "it must be at least 0.")
         check(limit is None or limit >= 1, self, "limit", "it must be at least 1, or null for all examples.")
-        check(0 <= validation_share < 1, self, "validation_share", "it must lie in [0, 1).")
+        check(0 <= validation_fraction < 1, self, "validation_fraction", "it must lie in [0, 1).")
         self.sources = Sources(
             owner=type(self).__name__,
             train=train,
@@ -91,7 +91,7 @@ class TableData(LightningDataModule, ABC):
             test=test,
             predict=predict,
             columns=columns,
-            validation_share=validation_share,
+            validation_fraction=validation_fraction,
             on_error=on_error,
         )
         self.count: Callable[[Batch], int] | None = None

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import cached_property
 from itertools import zip_longest
 from typing import Any
 
 import datasets
 
 from lora_lightning.data.batches.loader import count_labelled
-from lora_lightning.data.labels import Labels, known_labels
-from lora_lightning.data.sources.splits import Sources
+from lora_lightning.data.labelled_rows import LabelledRows
 from lora_lightning.data.text import TextData
 from lora_lightning.data.tokens.causal import NO_LOSS
 from lora_lightning.data.tokens.encoding import tokenised
 from lora_lightning.errors import DataError
 
 
-class TaggedWords(TextData):
+class TaggedWords(LabelledRows, TextData):
     """Texts as lists of words, with a tag for each word.
 
     A word's first token carries its tag; its other tokens, and special ones, have no loss. Words beyond max_length are
@@ -35,6 +32,7 @@ class TaggedWords(TextData):
     """
 
     task_kinds = ("token-classification",)
+    label_setting = "tags"
 
     def __init__(
         self, words: str = "tokens", tags: str = "tags", labels: Sequence[str] | None = None, **common: Any
@@ -45,9 +43,10 @@ class TaggedWords(TextData):
         self.labels = labels
         self.count = count_labelled
 
-    def read(self, split: str) -> datasets.Dataset | None:
-        """Rows with the column of words and, but for predict, that of tags; both are lists of one length."""
-        return self._read(self.sources, split)
+    @property
+    def input_columns(self) -> dict[str, str]:
+        """The words."""
+        return {"words": self.words}
 
     def encode(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:
         """Token ids of each row, and a tag on the first token of each word."""
@@ -55,7 +54,7 @@ class TaggedWords(TextData):
         if not tokenizer.is_fast:
             raise DataError(f"TaggedWords.tokenizer is {type(tokenizer).__name__}; it needs a fast tokenizer.")
         tagged = split != "predict"
-        labels = self._classes if tagged else None
+        labels = self.classes if tagged else None
 
         def encode(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, Any]:
             encoded = tokenizer(
@@ -63,7 +62,7 @@ class TaggedWords(TextData):
             )
             kept = []
             for row, number in enumerate(numbers):
-                where = f'TaggedWords.tags: {split} column "{self.tags}", row {number}'
+                where = f"{self.where(split)}, row {number}"
                 words = batch[self.words][row]
                 ids = labels.encode(batch[self.tags][row], where) if labels else [0] * len(words)
                 kept.append(_on_first_tokens(encoded.word_ids(row), ids))
@@ -74,10 +73,10 @@ class TaggedWords(TextData):
 
     def describe(self, example: Mapping[str, Any]) -> str:
         """Each word as its first token, with its tag behind it."""
-        pieces = self.tokenizer_object.convert_ids_to_tokens(example["input_ids"])
-        tagged = zip(pieces, example["labels"], strict=True)
-        shown = (f"{piece}/{self.label_names[tag]}" if tag != NO_LOSS else piece for piece, tag in tagged)
-        return f"{len(pieces)} tokens\n{' '.join(shown)}"
+        tokens = self.tokenizer_object.convert_ids_to_tokens(example["input_ids"])
+        tagged = zip(tokens, example["labels"], strict=True)
+        shown = (f"{token}/{self.label_names[tag]}" if tag != NO_LOSS else token for token, tag in tagged)
+        return f"{len(tokens)} tokens\n{' '.join(shown)}"
 
     def readable(self, row: dict[str, Any]) -> dict[str, Any]:
         """Tags by name, and a column `tagged` with the predicted tag behind each word."""
@@ -87,31 +86,7 @@ class TaggedWords(TextData):
             row = {**row, self.tags: [self.label_names[tag] for tag in tags]}
         return {**row, "tagged": tagged}
 
-    @property
-    def num_labels(self) -> int:
-        """Outputs that a head needs."""
-        return len(self.label_names)
-
-    @property
-    def label_names(self) -> list[str]:
-        """Tag names by number; read from the training data unless `labels` is given."""
-        return self._classes.names
-
-    @cached_property
-    def _classes(self) -> Labels:
-        train = None if self.labels is not None else self._read(replace(self.sources, validation_share=0.0), "train")
-        return known_labels("TaggedWords", "tags", self.labels, train, self.tags)
-
-    def _read(self, sources: Sources, split: str) -> datasets.Dataset | None:
-        columns = {"TaggedWords.words": self.words}
-        if split != "predict":
-            columns["TaggedWords.tags"] = self.tags
-        rows = sources.read(split, columns, texts=[], hold_out_by=[self.words])
-        if rows is not None:
-            self._check_lists(rows, split)
-        return rows
-
-    def _check_lists(self, rows: datasets.Dataset, split: str) -> None:
+    def check_rows(self, rows: datasets.Dataset, split: str) -> None:
         """Raise `DataError` for a row whose words are no list of texts, or whose tags are not as many."""
         tags: Sequence[Any] = rows[self.tags][:] if split != "predict" else rows[self.words][:]
         for number, (words, own) in enumerate(zip(rows[self.words][:], tags, strict=True)):

@@ -92,7 +92,7 @@ class TextData(TableData):
         return tokenizer
 
     def settle(self, split: str) -> None:
-        """Bring the tokenizer into the state in which it encodes a split."""
+        """Bring the tokenizer into the state in which it encodes a split; a chat template, for one, becomes its own."""
 
     def examples(self, split: str) -> datasets.Dataset:
         """The tokenised rows of a split, from the disk if they are there."""
@@ -150,9 +150,10 @@ class TextData(TableData):
         return f"label {names[labels] if names else labels}\n{self.tokenizer_object.decode(ids)}"
 
     def facts(self) -> dict[str, dict[str, int]]:
-        """Numbers of examples of each split that is ready, and of these of those that max_length cut.
+        """Counts of each split that is ready.
 
-        Also of those dropped because nothing in them can be learned, and of rows skipped because they cannot be read.
+        `examples` are those that are used, `truncated` those of them that max_length cut. `dropped` rows hold nothing
+        to learn. `skipped` rows cannot be read.
         """
         return {
             split: {

@@ -1,7 +1,7 @@
 """Writing the dense update of every adapted layer: what to add to the base model, whatever the method.
 
 delta.safetensors    `<layer>.weight`, `<layer>.bias`: merged minus original, in the layer's own layout, float32;
-                     an expert parameter's under its own name; parameters that trained in full whole, listed as
+                     an expert parameter's under its own name; fully trained parameters as they are, listed as
                      "whole" in the metadata
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_lightning.errors import ExportError
 from lora_lightning.exporters.report import Written
-from lora_lightning.exporters.source import Source, check_finite, plain_modules
+from lora_lightning.exporters.source import Source, check_finite
 
 FILE = "delta.safetensors"
 
@@ -35,12 +35,12 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
         ExportError: an input-routed method, or numbers that are not finite.
     """
     tensors = {key: value for path in source.layers for key, value in _layer(source, path).items()}
-    modules, whole = plain_modules(source.host), list(source.trained)
-    for name in whole:
+    full = list(source.trained)
+    for name in full:
         path, _, leaf = name.rpartition(".")
-        tensors[name] = modules[path].get_parameter(leaf).detach().cpu().clone()
+        tensors[name] = source.modules[path].get_parameter(leaf).detach().cpu().clone()
     check_finite("the update", tensors.values())
-    save_file(tensors, folder / FILE, {"format": "lora_lightning delta", "whole": json.dumps(whole)})
+    save_file(tensors, folder / FILE, {"format": "lora_lightning delta", "whole": json.dumps(full)})
     if verify:
         _compare(folder, tensors)
     return Written(kind="dense update", layers=len(source.layers), difference=0.0 if verify else None)

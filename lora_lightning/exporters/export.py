@@ -50,7 +50,7 @@ def export(
             update of each layer), or one that a plugin brings.
         name: which adapter.
         rank: for "peft" and other formats that take it, the largest rank; an update without so small a form is
-            truncated, and the share lost reported.
+            truncated, and the fraction lost reported.
         verify: read the files back and compare: updates up to rounding, heads and merged weights bit for bit.
 
     Returns:
@@ -96,7 +96,7 @@ def find_writer(format: str, rank: int | None) -> ModuleType:
 def _description(source: Source, format: str, written: Written, files: tuple[str, ...]) -> dict[str, Any]:
     """Where the export comes from, for people and for `check_only_ours`."""
     return {
-        **describe_adapter(source.root, source.name, source.record),
+        **describe_adapter(source.anatomy, source.name),
         "export": {
             "format": format,
             "class": written.kind,

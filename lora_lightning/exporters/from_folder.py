@@ -15,7 +15,7 @@ from lora_lightning.models.pretrained import resolve
 from lora_lightning.models.quantization import Loading, check_format
 from lora_lightning.models.random import build_random, config_of, is_random
 from lora_lightning.storage.folder import Stored, read_folder
-from lora_lightning.storage.load import load_adapter
+from lora_lightning.storage.load import load_stored
 
 
 def export_folder(
@@ -49,7 +49,7 @@ def export_folder(
     except ModelError as error:
         raise ExportError(f"{error}{'' if pretrained else ' Give the base model with --pretrained.'}") from error
     model = _load_base(folder, stored, where, "auto" if format == "merged" else torch.float32)
-    load_adapter(model, adapter, stored.name)
+    load_stored(model, stored, adapter, stored.name)
     return str(export(model, output, format, stored.name, rank))
 
 

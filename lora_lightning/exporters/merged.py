@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lightning.adapters.adapted_layer import AdaptedLayer
+from lora_lightning.adapters.layers.quantized import QuantizedBase
 from lora_lightning.errors import AdapterStateError, ExportError
 from lora_lightning.exporters.report import Written
 from lora_lightning.exporters.source import Source, check_finite, write_files
+from lora_lightning.injection.links import without_linked
 from lora_lightning.injection.merge_quantized import Dequantized
 from lora_lightning.injection.place import set_module
-from lora_lightning.injection.records import iter_adapters
-from lora_lightning.models.base_layers import quantized_layers
+from lora_lightning.models.anatomy import Anatomy
 from lora_lightning.models.new_tokens import plain_vocabulary
-from lora_lightning.models.paths import places
 
-_SAY_QUANTISED = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
+_SAY_QUANTIZED = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
 
 
 def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Written:  # noqa: ARG001 - every format's signature
@@ -45,22 +45,33 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
             "Merge in place instead: merge(model, keep_original=False), then eject(model), and save its state_dict."
         )
     _check_mergeable(source)
-    dequantized = Dequantized()
-    with _plain(source, dequantized), _unquantized(source), plain_vocabulary(source.host):
-        check_finite("the model", source.host.state_dict().values())
-        config = copy.copy(source.host.config.__dict__)
-        try:
+    dequantized, anatomy = Dequantized(), source.anatomy
+    extended = list(anatomy.extended.values())
+    plain = (_plain(source, dequantized), without_linked(anatomy.model), _unquantized(source))
+    with ExitStack() as stack:
+        for context in (*plain, plain_vocabulary(extended, anatomy.places)):
+            stack.enter_context(context)
+        state = source.host.state_dict(keep_vars=True)
+        check_finite("the model", state.values())
+        with _own_config(source.host):
             source.host.save_pretrained(folder)
             write_files(source.tokenizer, folder)
-            difference = _compare(source.host, folder) if verify else None
-            dtypes = {p.dtype for p in source.host.parameters() if p.is_floating_point()}
-        finally:
-            source.host.config.__dict__.clear()
-            source.host.config.__dict__.update(config)
+            difference = _compare(type(source.host), state, folder) if verify else None
     notes = [str(dequantized)] if dequantized.layers else []
-    if len(dtypes) > 1:
+    if len({t.dtype for t in state.values() if isinstance(t, nn.Parameter) and t.is_floating_point()}) > 1:
         notes.append("its tensors have several dtypes; from_pretrained makes them one unless told otherwise")
     return Written(kind="merged", layers=len(source.layers), difference=difference, notes=tuple(notes))
+
+
+@contextmanager
+def _own_config(model: Any) -> Iterator[None]:
+    """The configuration of a model is afterwards what it was before, whatever saving notes in it."""
+    before = copy.copy(model.config.__dict__)
+    try:
+        yield
+    finally:
+        model.config.__dict__.clear()
+        model.config.__dict__.update(before)
 
 
 def _check_mergeable(source: Source) -> None:
@@ -82,9 +93,8 @@ def _check_mergeable(source: Source) -> None:
 @contextmanager
 def _plain(source: Source, dequantized: Dequantized) -> Iterator[None]:
     """Inside, the model is the plain one with exactly this adapter merged; afterwards it is as before, bit for bit."""
-    layers = dict(iter_adapters(source.root))
+    layers, where = source.anatomy.adapted, source.anatomy.places
     before = {path: (layer.active, layer.merged) for path, layer in layers.items()}
-    where = places(source.root)
     wanted = {path: (source.name,) if source.name in layer.adapters else () for path, layer in layers.items()}
     try:
         for path, layer in layers.items():
@@ -105,24 +115,36 @@ def _plain(source: Source, dequantized: Dequantized) -> Iterator[None]:
 @contextmanager
 def _unquantized(source: Source) -> Iterator[None]:
     """Inside, quantized layers without an adapter are plain as well, and nothing says that the model is quantized."""
-    quantized, where = dict(quantized_layers(source.root)), places(source.root)
+    standing = _standing_quantized(source.anatomy)
     own = source.host.__dict__
-    said = {name: own.pop(name) for name in _SAY_QUANTISED if name in own}
+    said = {name: own.pop(name) for name in _SAY_QUANTIZED if name in own}
     config: Any = source.host.config
     stated = config.__dict__.pop("quantization_config", None)
     if said and own.get("_weight_conversions"):  # of a checkpoint that was quantized, some unpack its files
         said["_weight_conversions"] = own["_weight_conversions"]
         own["_weight_conversions"] = [each for each in own["_weight_conversions"] if _has_reverse(each)]
     try:
-        for base in quantized.values():
-            set_module(where[id(base.module)], base.plain(base.weight(torch.float32), base.bias))
+        for base, where in standing:
+            set_module(where, base.plain(base.weight(torch.float32), base.bias))
         yield
     finally:
-        for base in quantized.values():
-            set_module(where[id(base.module)], base.module)
+        for base, where in standing:
+            set_module(where, base.module)
         own.update(said)
         if stated is not None:
             config.quantization_config = stated
+
+
+def _standing_quantized(anatomy: Anatomy) -> list[tuple[QuantizedBase, Sequence[tuple[nn.Module, str]]]]:
+    """Quantized layers that stand in the model while adapted layers are out, each with its (parent, name) places."""
+    found = []
+    for path, base in anatomy.quantized.items():
+        layer = anatomy.adapted.get(path)
+        if layer is None:
+            found.append((base, anatomy.places[id(base.module)]))
+        elif layer.base is base.module:  # else a plain one with the adapter merged in has its place
+            found.append((base, anatomy.places[id(layer)]))
+    return found
 
 
 def _has_reverse(conversion: Any) -> bool:
@@ -144,18 +166,17 @@ def _set_merged(layer: AdaptedLayer, names: tuple[str, ...], path: str, dequanti
     dequantized.merge(path, layer)
 
 
-def _compare(model: nn.Module, folder: Path) -> float:
+def _compare(model_class: Any, own: Mapping[str, Tensor], folder: Path) -> float:
     """Load the folder and compare every tensor bit for bit, in a dtype that holds all of them; 0.0.
 
     Raises:
         ExportError: a tensor is missing or differs.
     """
-    own = model.state_dict()
     wide = torch.float16
     for tensor in own.values():
         wide = torch.promote_types(wide, tensor.dtype) if tensor.is_floating_point() else wide
     with torch.random.fork_rng(devices=[]):
-        loaded, info = type(model).from_pretrained(folder, dtype=wide, output_loading_info=True)  # type: ignore[attr-defined]
+        loaded, info = model_class.from_pretrained(folder, dtype=wide, output_loading_info=True)
     wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
     if wrong:
         raise ExportError(
@@ -163,7 +184,7 @@ def _compare(model: nn.Module, folder: Path) -> float:
         )
     state = loaded.state_dict()
     for key, tensor in own.items():
-        value, tensor = state[key], tensor.cpu()
+        value, tensor = state[key], tensor.detach().cpu()
         if tensor.is_floating_point():
             value, tensor = value.to(wide), tensor.to(wide)
         if not torch.equal(value, tensor):

@@ -17,7 +17,7 @@ class Written:
     difference: float | None
     """Largest absolute difference found on reading back; None where nothing was verified."""
     discarded: dict[str, float] = field(default_factory=dict)
-    """Layer path to the share of the update's energy (sum of squares) that a truncation left out."""
+    """Layer path to the fraction of the update's energy (sum of squares) that a truncation left out."""
     notes: tuple[str, ...] = ()
 
 
@@ -41,5 +41,5 @@ class ExportReport(Written):
                 f"  truncated: {len(self.discarded)} layers lose part of their update, most {worst} "
                 f"({self.discarded[worst]:.3%} of its energy)"
             )
-            lines += [f"    {path}: {share:.3%}" for path, share in self.discarded.items()]
+            lines += [f"    {path}: {fraction:.3%}" for path, fraction in self.discarded.items()]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])

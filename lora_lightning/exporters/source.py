@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.adapters.base import Adapter
-from lora_lightning.distributed import is_sharded
 from lora_lightning.errors import AdapterStateError, ExportError, did_you_mean
-from lora_lightning.injection.records import AdapterRecord, injected_root, iter_adapters, records
+from lora_lightning.injection.records import AdapterRecord, injected_root, records
+from lora_lightning.models.anatomy import Anatomy, survey
 from lora_lightning.models.experts import stands_for_parameter
-from lora_lightning.models.new_tokens import ExtendedLayer, extended_layers, vocabulary
-from lora_lightning.models.paths import plain
-from lora_lightning.models.scopes import pretrained_models
+from lora_lightning.models.new_tokens import ExtendedLayer, vocabulary
+from lora_lightning.models.paths import join, plain
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Source:
     """One injected adapter, seen from `host`."""
 
-    root: nn.Module
-    """The module that adapters were injected into."""
+    anatomy: Anatomy
+    """Of the module that adapters were injected into."""
+    prefix: str
+    """What comes before a path in `host`, with a dot at its end."""
     host: nn.Module
-    """The Hugging Face model inside it that holds everything trained, or `root` where there is no such model."""
+    """The Hugging Face model inside it that holds everything trained, or all of it where there is no such model."""
     name: str
     record: AdapterRecord
     layers: dict[str, AdaptedLayer]
@@ -40,16 +45,28 @@ class Source:
         """Those of `trained` that are no rows of new tokens."""
         return tuple(name for name in self.trained if not name.endswith(".new_rows"))
 
-    @property
-    def grown(self) -> dict[str, ExtendedLayer]:
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """Modules of `host` under the paths they have without adapters and wrappers; see `plain_modules`."""
+        return plain_modules(self.host)
+
+    def here(self, found: Mapping[str, T]) -> dict[str, T]:
+        """What the survey has found inside `host`, by path in it."""
+        start = len(self.prefix)
+        return {path[start:]: value for path, value in found.items() if path.startswith(self.prefix)}
+
+    @cached_property
+    def extended(self) -> dict[str, ExtendedLayer]:
         """Layers with rows of new tokens, by path; of those that share them, the first."""
-        unique = {id(layer.new_rows): (path, layer) for path, layer in reversed(extended_layers(self.host).items())}
-        return {plain(path): layer for path, layer in reversed(unique.values())}
+        found: dict[int, tuple[str, ExtendedLayer]] = {}
+        for path, layer in self.here(self.anatomy.extended).items():
+            found.setdefault(id(layer.new_rows), (plain(path), layer))
+        return dict(found.values())
 
     @property
     def tokenizer(self) -> Mapping[str, bytes]:
         """Files of the tokenizer that knows the new tokens, by name; none where there are none."""
-        added = vocabulary(self.root)
+        added = vocabulary(self.anatomy.model)
         return added.files if added else {}
 
     @property
@@ -86,17 +103,19 @@ def find(model: nn.Module, name: str) -> Source:
     known = records(root)
     if name not in known:
         raise AdapterStateError(f'no adapter "{name}".{did_you_mean(name, known)} Installed: {", ".join(known)}.')
-    if is_sharded(root):
+    anatomy = survey(root)
+    if anatomy.sharded:
         raise ExportError("the model is sharded; save_adapter writes it whole, and that folder can be exported.")
-    layers = {path: layer for path, layer in iter_adapters(root) if name in layer.adapters}
-    if not all(layer.can_unmerge for _, layer in iter_adapters(root)):
+    if not all(layer.can_unmerge for layer in anatomy.adapted.values()):
         raise ExportError(
             "the model is merged with keep_original=False, so its base is gone; eject(model), and save the plain model."
         )
+    layers = {path: layer for path, layer in anatomy.adapted.items() if name in layer.adapters}
     record = known[name]
-    prefix, host = _host(root, [*layers, *record.trained])
+    prefix, host = _host(anatomy, [*layers, *record.trained])
     return Source(
-        root=root,
+        anatomy=anatomy,
+        prefix=prefix,
         host=host,
         name=name,
         record=record,
@@ -105,12 +124,12 @@ def find(model: nn.Module, name: str) -> Source:
     )
 
 
-def _host(root: nn.Module, paths: Iterable[str]) -> tuple[str, nn.Module]:
-    for path, model in pretrained_models(root):
+def _host(anatomy: Anatomy, paths: Sequence[str]) -> tuple[str, nn.Module]:
+    for path, model in anatomy.pretrained.items():
         prefix = f"{path}." if path else ""
         if all(inner.startswith(prefix) for inner in paths):
             return prefix, model
-    return "", root
+    return "", anatomy.model
 
 
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -130,13 +149,18 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def users(model: nn.Module) -> dict[int, list[str]]:
-    """Names under which each parameter is used, base layers under their plain names, by the parameter's id."""
+def users(modules: Mapping[str, nn.Module], adapted: Mapping[str, AdaptedLayer]) -> dict[int, list[str]]:
+    """Names under which each parameter is used, base layers under their plain names, by the parameter's id.
+
+    Args:
+        modules: what `plain_modules` gives of a model.
+        adapted: its adapted layers by path.
+    """
     found: dict[int, list[str]] = {}
-    for path, module in plain_modules(model).items():
+    for path, module in modules.items():
         for leaf, parameter in module.named_parameters(recurse=False):
-            found.setdefault(id(parameter), []).append(f"{path}.{leaf}" if path else leaf)
-    for path, layer in iter_adapters(model):
+            found.setdefault(id(parameter), []).append(join(path, leaf))
+    for path, layer in adapted.items():
         if stands_for_parameter(layer):
             found.setdefault(id(layer.base_layer.stored), []).append(plain(path))
     return found

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from lora_lightning.adapters.adapted_layer import AdaptedLayer
-from lora_lightning.adapters.base import Adapter, check_name
+from lora_lightning.adapters.base import Adapter, check_name, linked_modules
 from lora_lightning.adapters.folded import UPDATE_TENSORS
 from lora_lightning.adapters.layers.base import BaseLayer
+from lora_lightning.adapters.linked import Linked
 from lora_lightning.errors import TargetError, did_you_mean
-from lora_lightning.injection.targets import Targets, select, trained_parameters
-from lora_lightning.methods import Method, check_overridable, replace
-from lora_lightning.models.anatomy import Heads, fused_experts
-from lora_lightning.models.base_layers import check_quantized, count_numbers, kind_of, quantized_layers
-from lora_lightning.models.heads import within
-from lora_lightning.models.scopes import pretrained_models
-from lora_lightning.models.weight_readers import weight_read_layers
-
-if TYPE_CHECKING:
-    pass
+from lora_lightning.injection.also_train import trained_parameters
+from lora_lightning.injection.links import link
 from lora_lightning.injection.place import build_adapter, check_ready, place_adapters
+from lora_lightning.injection.plan import SKIPPED, ask_plan, ask_start, planned_settings
+from lora_lightning.injection.probe import Probe
 from lora_lightning.injection.records import AdapterRecord, iter_adapters, records
-from lora_lightning.injection.report import InjectionReport
+from lora_lightning.injection.report import InjectionReport, report_on
+from lora_lightning.injection.targets import Targets, select
+from lora_lightning.methods import Method, Plan, check_overridable, replace
+from lora_lightning.models.anatomy import Anatomy, Heads, survey
+from lora_lightning.models.base_layers import check_quantized
+from lora_lightning.models.paths import join, within
 from lora_lightning.seeds import common_seed
 
 
@@ -38,6 +36,8 @@ def inject(
     also_train: Heads = "heads",
     name: str = "default",
     seed: int | None = None,
+    probe: Probe | None = None,
+    planned: Plan | None = None,
 ) -> InjectionReport:
     """Put an adapter on every matched layer of `model`, in place, and freeze the rest.
 
@@ -55,6 +55,8 @@ def inject(
             backbone, and its pooler), or names.
         name: name of the adapter.
         seed: start values are a function of it and the layer's path; None takes torch's initial seed.
+        probe: calibration batches, for methods whose ranks or start values depend on data.
+        planned: the plan of an earlier run, whose tensors are loaded next: the method is asked for neither.
 
     Returns:
         What matched, what trains, what was left out and why.
@@ -66,58 +68,64 @@ def inject(
             The model is unchanged then.
     """
     check_name(name)
-    check_ready(model, name)
-    selection = select(model, targets, exclude)
-    trained = trained_parameters(model, also_train)
+    anatomy = survey(model)
+    check_ready(anatomy, name)
+    selection = select(anatomy, targets, exclude)
+    trained = trained_parameters(anatomy, also_train)
     _check_disjoint(model, selection.layers, trained)
-    quantized = dict(quantized_layers(model))
-    check_quantized(quantized, trained, selection.layers)
-    settings = settings_by_layer(method, selection.layers, overrides or {})
+    check_quantized(anatomy.quantized, trained, selection.layers)
     run_seed = common_seed() if seed is None else seed
-    adapters = {path: build_adapter(settings[path], path, base, run_seed) for path, base in selection.layers.items()}
-    _check_mergeable(model, method, adapters)
-    notes = _notes(model, selection.layers, trained, also_train)
-    record = AdapterRecord(method, settings, tuple(trained), run_seed)
-    place_adapters(model, name, adapters, record, selection.layers)
-    named = dict(model.named_parameters())
-    return InjectionReport(
-        name=name,
-        method=method,
-        layers={path: (kind_of(base), base.d_in, base.d_out) for path, base in selection.layers.items()},
-        adapter_parameters=sum(p.numel() for adapter in adapters.values() for p in adapter.parameters()),
-        trained={parameter: named[parameter].numel() for parameter in trained},
-        total_parameters=count_numbers(model, quantized),
-        skipped=selection.skipped,
-        tied=selection.tied,
-        notes=notes,
-    )
+    with (probe or Probe()).on(model, dict(selection.layers)) as bound:
+        plan = ask_plan(method, model, bound.layers, bound) if planned is None else planned
+        settings = settings_by_layer(method, selection.layers, overrides or {}, plan)
+        selection.skip([path for path in selection.layers if path not in settings], SKIPPED)
+        adapters = {
+            path: build_adapter(settings[path], path, base, run_seed) for path, base in selection.layers.items()
+        }
+        linked = link(method, model, adapters, run_seed)
+        if planned is None:
+            ask_start(method, adapters, bound)
+    _check_mergeable(anatomy, method, adapters)
+    notes = _notes(anatomy, selection.layers, trained, also_train)
+    record = AdapterRecord(method, settings, tuple(trained), run_seed, plan, tuple(linked))
+    place_adapters(anatomy, name, adapters, record, selection.layers, linked)
+    return report_on(anatomy, name, record, adapters, selection, notes)
 
 
 def lower_adapters(model: nn.Module, name: str) -> None:
     """Turn an adapter's tensors to the dtype of the layers they are on, where that is half precision."""
     for _, layer in iter_adapters(model):
         if name in layer.adapters:
-            layer.adapter(name).in_half = True
-            layer.adapter(name).to(layer.base_layer.dtype)
+            adapter = layer.adapter(name)
+            own: list[Adapter | Linked] = [adapter, *linked_modules([adapter])]
+            for module in own:
+                module.in_half = True
+                module.to(layer.base_layer.dtype)
 
 
 def ignore_adapter_buffers(root: nn.Module) -> None:
     """Keep DistributedDataParallel around `root` from overwriting buffers of adapters with the first process's.
 
     Masks and statistics are made equal by whoever writes them; a broadcast before each forward would undo local ones.
-    Buffers that are made later are named as well, or a dense update would be sent whole for each batch. Weights in few
-    bits are left out too: every process has loaded the same, and not all formats can be sent.
+    Buffers that are made later are named as well, or all of a dense update would be sent for each batch. Quantized
+    weights are left out too: every process has loaded the same, and not all formats can be sent.
     """
-    quantized = {f"{path}{inside}" for path, _ in quantized_layers(root) for inside in (".weight", ".base.weight")}
-    ignored = [name for name, _ in root.named_parameters() if name in quantized]
-    for path, module in root.named_modules():
-        prefix = f"{path}." if path else ""
-        if isinstance(module, Adapter):
-            parts = module.named_modules(prefix=path)
-            ignored += [f"{inside}.{name}".removeprefix(".") for inside, part in parts for name in part._buffers]
-        if isinstance(module, AdaptedLayer):
-            ignored += [f"{prefix}shifts.{name}.{tensor}" for name in module.adapters for tensor in UPDATE_TENSORS]
+    anatomy = survey(root)
+    quantized = {f"{path}{inside}" for path in anatomy.quantized for inside in (".weight", ".base.weight")}
+    ignored = [name for name in anatomy.parameters if name in quantized]
+    for path, module in anatomy.modules.items():
+        if isinstance(module, Linked):
+            ignored += _buffer_names(path, module)
+    for path, layer in anatomy.adapted.items():
+        for name, adapter in layer.adapters.items():
+            ignored += _buffer_names(join(path, "adapters", name), adapter)
+            ignored += [join(path, "shifts", name, tensor) for tensor in UPDATE_TENSORS]
     root._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]  # an attribute that the wrapper looks up
+
+
+def _buffer_names(path: str, module: nn.Module) -> list[str]:
+    """Names of all buffers below the module at `path`."""
+    return [join(inside, buffer) for inside, part in module.named_modules(prefix=path) for buffer in part._buffers]
 
 
 def _check_disjoint(model: nn.Module, layers: Iterable[str], trained: Sequence[str]) -> None:
@@ -132,11 +140,10 @@ def _check_disjoint(model: nn.Module, layers: Iterable[str], trained: Sequence[s
             raise TargetError(f'{path} trains in full with adapter "{owners_before[path]}"; exclude it.')
 
 
-def _check_mergeable(model: nn.Module, method: Method, adapters: Mapping[str, Adapter]) -> None:
-    """A layer that is read instead of called can only have an adapter that a merged weight states."""
-    for path, owner in weight_read_layers(
-        model, [p for p, adapter in adapters.items() if not adapter.mergeable]
-    ).items():
+def _check_mergeable(anatomy: Anatomy, method: Method, adapters: Mapping[str, Adapter]) -> None:
+    """A layer whose weight is read instead of called can only have an adapter that a merged weight states."""
+    unmergeable = [path for path, adapter in adapters.items() if not adapter.mergeable]
+    for path, owner in anatomy.weight_read(unmergeable).items():
         raise TargetError(
             f"{path} is read by {owner} instead of called, so its adapter would act through a merged weight; "
             f'{type(method).__name__} has none, since it depends on the input. exclude=["{path.rpartition(".")[2]}"] '
@@ -145,15 +152,18 @@ def _check_mergeable(model: nn.Module, method: Method, adapters: Mapping[str, Ad
 
 
 def settings_by_layer(
-    method: Method, layers: Mapping[str, BaseLayer], overrides: Mapping[str, Mapping[str, Any]]
+    method: Method,
+    layers: Mapping[str, BaseLayer],
+    overrides: Mapping[str, Mapping[str, Any]],
+    plan: Plan | None = None,
 ) -> dict[str, Method]:
-    """The method of each layer, overrides applied.
+    """The method of each layer: the plan's fields, and then the overrides'; layers that the plan skips are left out.
 
     Raises:
         TargetError: a pattern that matches none of the layers.
         SettingsError: a field or value that the method cannot have.
     """
-    settings = dict.fromkeys(layers, method)
+    settings = planned_settings(method, layers, plan or {}, overrides)
     for pattern, fields in overrides.items():
         hits = [path for path in layers if within(pattern, path)]
         if not hits:
@@ -162,35 +172,56 @@ def settings_by_layer(
                 f'overrides: "{pattern}" matches none of the {len(layers)} adapted layers.{did_you_mean(pattern, ends)}'
             )
         check_overridable(method, f'overrides["{pattern}"]', fields)
-        for path in hits:
+        for path in (path for path in hits if path in settings):
             settings[path] = replace(settings[path], f'overrides["{pattern}"]', fields)
     return settings
 
 
-def _notes(model: nn.Module, layers: Iterable[str], trained: Sequence[str], also_train: Heads) -> tuple[str, ...]:
+def _notes(anatomy: Anatomy, layers: Iterable[str], trained: Sequence[str], also_train: Heads) -> list[str]:
+    """What a user would ask about the injection."""
+    return [
+        *_head_notes(anatomy, trained, also_train),
+        *_read_notes(anatomy, layers),
+        *_expert_notes(anatomy, layers),
+        *_shared_head_notes(anatomy.model, trained),
+    ]
+
+
+def _head_notes(anatomy: Anatomy, trained: Sequence[str], also_train: Heads) -> list[str]:
     notes = []
-    if not trained and also_train == "heads" and not pretrained_models(model):
+    if not trained and also_train == "heads" and not anatomy.pretrained:
         notes.append(
             "no Hugging Face model here, so no head is known: what has no adapter stays frozen. Name it in also_train."
         )
-    frozen = [name for name in trained_parameters(model, "heads") if name not in trained]
+    frozen = [name for name in trained_parameters(anatomy, "heads") if name not in trained]
     if frozen:
         head = frozen[0].rpartition(".")[0]
         notes.append(f"the head {head} stays frozen as it was loaded; also_train does not name it.")
-    read = weight_read_layers(model, layers)
-    for owner, count in Counter(read.values()).items():
-        first = next(path for path, cls in read.items() if cls == owner)
-        notes.append(
-            f"{count} layer{'s' * (count > 1)}, such as {first}, are read by {owner} instead of called: their adapters "
-            "act through the merged weight, without dropout."
-        )
-    fused = fused_experts(model)
-    if fused:
-        notes.append(f"{len(set(fused) & set(layers))} of {len(fused)} expert tensors adapted.")
+    return notes
+
+
+def _read_notes(anatomy: Anatomy, layers: Iterable[str]) -> list[str]:
+    by_owner: dict[str, list[str]] = {}
+    for path, owner in anatomy.weight_read(layers).items():
+        by_owner.setdefault(owner, []).append(path)
+    return [
+        f"{len(paths)} layer{'s' * (len(paths) > 1)}, such as {paths[0]}, are read by {owner} instead of called: their "
+        "adapters act through the merged weight, without dropout."
+        for owner, paths in by_owner.items()
+    ]
+
+
+def _expert_notes(anatomy: Anatomy, layers: Iterable[str]) -> list[str]:
+    fused = anatomy.fused
+    return [f"{len(set(fused) & set(layers))} of {len(fused)} expert tensors adapted."] if fused else []
+
+
+def _shared_head_notes(model: nn.Module, trained: Sequence[str]) -> list[str]:
+    notes = []
     for name, record in records(model).items():
         shared = [parameter for parameter in trained if parameter in record.trained]
         if shared:
             notes.append(
                 f'{shared[0]} trains with adapter "{name}" too; a model has one set of heads, so save that first.'
             )
-    return tuple(notes)
+    return notes

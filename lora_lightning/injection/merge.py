@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import nn
 
 from lora_lightning.distributed import reshard
 from lora_lightning.errors import AdapterStateError
+from lora_lightning.injection.links import detach
 from lora_lightning.injection.merge_quantized import Dequantized
-from lora_lightning.models.paths import places
-
-if TYPE_CHECKING:
-    pass
 from lora_lightning.injection.place import set_module
 from lora_lightning.injection.records import check_known, injected_root, iter_adapters, records
+from lora_lightning.models.anatomy import survey
 
 
 def merge(model: nn.Module, keep_original: bool = True) -> None:
@@ -80,11 +76,11 @@ def eject(model: nn.Module, name: str | None = None) -> None:
     root = injected_root(model)
     reshard(root)
     names = check_known(root, list(records(root)) if name is None else [name])
-    layers = dict(iter_adapters(root))
+    anatomy = survey(root)
+    layers = anatomy.adapted
     for path, layer in layers.items():
         if name is not None and not layer.can_unmerge:
             raise AdapterStateError(f"{path}: merged with keep_original=False; eject all adapters or none.")
-    where = places(root)
     for layer in layers.values():
         if layer.can_unmerge:
             layer.unmerge()
@@ -94,6 +90,7 @@ def eject(model: nn.Module, name: str | None = None) -> None:
             if adapter_name in layer.adapters:
                 layer.remove(adapter_name)
         if not layer.adapters:
-            set_module(where[id(layer)], layer.base)
+            set_module(anatomy.places[id(layer)], layer.base)
     for adapter_name in names:
+        detach(root, adapter_name, records(root)[adapter_name].linked)
         del records(root)[adapter_name]

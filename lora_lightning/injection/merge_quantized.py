@@ -1,4 +1,4 @@
-"""Merging into dequantized copies of quantized layers, and how far that is from what the layers computed before."""
+"""Merging quantized layers: plain copies take their place, and the change of their outputs is measured."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ INPUTS = 64
 
 @dataclass
 class Dequantized:
-    """Quantized layers that plain ones have taken the place of.
+    """Quantized layers in whose place plain ones stand.
 
     Each is compared with what it computed before on `INPUTS` random normal inputs, equal for every merge.
     """

@@ -3,53 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lora_lightning.adapters.adapted_layer import AdaptedLayer
-from lora_lightning.adapters.base import Adapter
+from lora_lightning.adapters.base import Adapter, trains
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.adapters.layers.kinds import ExpertStack
+from lora_lightning.adapters.linked import Linked
 from lora_lightning.adapters.precision import compute_in_float32
 from lora_lightning.errors import AdapterStateError, SettingsError
+from lora_lightning.injection.links import attach
+from lora_lightning.injection.records import AdapterRecord, add_record, records, refuse_merged
+from lora_lightning.injection.switches import activate, freeze, train_only
 from lora_lightning.methods import Method
 from lora_lightning.models import experts
-from lora_lightning.models.anatomy import other_users
-from lora_lightning.models.paths import places
+from lora_lightning.models.anatomy import Anatomy
+from lora_lightning.models.meta import values_follow
 from lora_lightning.seeds import generator
 
-if TYPE_CHECKING:
-    pass
-from lora_lightning.injection.records import (
-    AdapterRecord,
-    adapters_named,
-    add_record,
-    check_unmerged,
-    iter_adapters,
-    records,
-)
-from lora_lightning.injection.switches import set_active, set_trainable
-from lora_lightning.models.meta import values_follow
 
-
-def check_ready(model: nn.Module, name: str) -> None:
-    """Raise `AdapterStateError` unless an adapter called `name` can be put into `model` now."""
+def check_ready(anatomy: Anatomy, name: str) -> None:
+    """Raise `AdapterStateError` unless an adapter called `name` can be put into the model now."""
+    model = anatomy.model
     if name in records(model):
         raise AdapterStateError(f'the model has an adapter "{name}" already; eject it or choose another name.')
-    check_unmerged(model)
-    for path, module in model.named_modules():
-        if type(module).__module__.startswith("peft."):
-            raise AdapterStateError(
-                f"{path or 'the model'} ({type(module).__name__}) is peft's, and its adapters would be frozen. Take "
-                "its merge_and_unload() first, or save its adapter and read that with import_peft into the plain model."
-            )
-        if records(module) and module is not model:
-            raise AdapterStateError(
-                f"{path} ({type(module).__name__}) has adapters of its own; inject into that module, or eject them."
-            )
-    for parameter_name, parameter in model.named_parameters():
+    refuse_merged(anatomy.adapted)
+    for path, module in anatomy.modules.items():
+        _check_own(path, module, is_root=module is model)
+    for parameter_name, parameter in anatomy.parameters.items():
         if isinstance(parameter, DTensor):
             raise AdapterStateError(
                 "the model is sharded already; inject adapters before fully_shard, for instance in configure_model."
@@ -58,6 +42,19 @@ def check_ready(model: nn.Module, name: str) -> None:
             raise AdapterStateError(
                 f"{parameter_name} is on the meta device, without a value; load the weights before injecting."
             )
+
+
+def _check_own(path: str, module: nn.Module, is_root: bool) -> None:
+    """Raise `AdapterStateError` for a module that has adapters of peft's, or of its own."""
+    if type(module).__module__.startswith("peft."):
+        raise AdapterStateError(
+            f"{path or 'the model'} ({type(module).__name__}) is peft's, and its adapters would be frozen. Take "
+            "its merge_and_unload() first, or save its adapter and read that with import_peft into the plain model."
+        )
+    if records(module) and not is_root:
+        raise AdapterStateError(
+            f"{path} ({type(module).__name__}) has adapters of its own; inject into that module, or eject them."
+        )
 
 
 def build_adapter(method: Method, path: str, base: BaseLayer, seed: int) -> Adapter:
@@ -75,43 +72,61 @@ def build_adapter(method: Method, path: str, base: BaseLayer, seed: int) -> Adap
 
 
 def place_adapters(
-    model: nn.Module,
+    anatomy: Anatomy,
     name: str,
     adapters: Mapping[str, Adapter],
     record: AdapterRecord,
     base_layers: Mapping[str, BaseLayer],
+    linked: Mapping[str, Linked],
     trainable: bool = True,
-) -> None:
-    """Put built adapters on their layers and make them the only active ones.
+) -> dict[str, AdaptedLayer]:
+    """Put built adapters on their layers, and what they share on its owners; they become the only active ones.
 
     With `trainable` they are the only ones that train; without, they are frozen and other adapters stay as they are.
+
+    Returns:
+        Every adapted layer of the model by path, those that the survey does not know yet included.
     """
-    trained_before = _trainable_names(model)
-    where, ties = places(model), other_users(model, base_layers)
-    layers = dict(iter_adapters(model))
+    trained_before = _trainable_names(anatomy)
+    ties = anatomy.tied(base_layers)
+    layers = dict(anatomy.adapted)
     for path, adapter in adapters.items():
-        layer = layers.get(path)
-        if layer is None:
-            layer = AdaptedLayer(base_layers[path])
-            owner, _, leaf = path.rpartition(".")
-            # a stack of experts is no module yet: its parameter stands in one place
-            standing = where.get(id(layer.base)) or [(model.get_submodule(owner), leaf)]
-            layer.train(layer.base.training if id(layer.base) in where else standing[0][0].training)
-            set_module(standing, layer)
+        if path not in layers:
+            layers[path] = _put_layer(anatomy, path, base_layers[path])
+        layer = layers[path]
         layer.tied_to = ties.get(path, ())
         layer.add(name, adapter.train(layer.training))
-    compute_in_float32({model.get_submodule(parameter.rpartition(".")[0]): None for parameter in record.trained})
-    add_record(model, name, record)
-    set_active(model, [name])
-    set_trainable(model, [name] if trainable else trained_before)
+    attach(anatomy.model, name, linked)
+    freeze(anatomy.parameters.values())  # before some are replaced by copies in float32
+    compute_in_float32({anatomy.modules[parameter.rpartition(".")[0]]: None for parameter in record.trained})
+    add_record(anatomy.model, name, record)
+    activate(layers.values(), [name])
+    train_only(anatomy.model, layers.values(), [name] if trainable else trained_before)
+    return layers
 
 
-def _trainable_names(model: nn.Module) -> list[str]:
-    return [
-        name
-        for name in records(model)
-        if any(p.requires_grad for adapter in adapters_named(model, name).values() for p in adapter.parameters())
-    ]
+def _put_layer(anatomy: Anatomy, path: str, base: BaseLayer) -> AdaptedLayer:
+    """An adapted layer without adapters, in every place of the layer that it is made of."""
+    layer = AdaptedLayer(base)
+    standing = anatomy.places.get(id(layer.base))
+    if standing is None:  # a stack of experts is no module yet: its parameter stands in one place
+        owner, _, leaf = path.rpartition(".")
+        standing = [(anatomy.modules[owner], leaf)]
+        layer.train(anatomy.modules[owner].training)
+    else:
+        layer.train(layer.base.training)
+    set_module(standing, layer)
+    return layer
+
+
+def _trainable_names(anatomy: Anatomy) -> list[str]:
+    """Adapters of which a parameter trains."""
+    found = []
+    for name in records(anatomy.model):
+        own = [layer.adapter(name) for layer in anatomy.adapted.values() if name in layer.adapters]
+        if any(trains(adapter) for adapter in own):
+            found.append(name)
+    return found
 
 
 def set_module(where: Iterable[tuple[nn.Module, str]], module: nn.Module) -> None:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 from torch import nn
 
 from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.adapters.base import Adapter
+from lora_lightning.adapters.linked import Linked
 from lora_lightning.errors import AdapterStateError, did_you_mean
-from lora_lightning.methods import Method
-
-if TYPE_CHECKING:
-    pass
-
+from lora_lightning.methods import Method, Plan
 
 _RECORDS = "_lora_lightning_records"
 
@@ -28,8 +25,12 @@ class AdapterRecord:
     layers: dict[str, Method]
     """Settings by layer path, overrides applied."""
     trained: tuple[str, ...]
-    """Base parameters that train in full, by name."""
+    """Fully trained base parameters, by name."""
     seed: int
+    plan: Plan = field(default_factory=dict)
+    """What the method itself has set for some layers, by path."""
+    linked: tuple[str, ...] = ()
+    """Owners of modules above one layer, by path; each holds this adapter's at `<owner>.adapters.<name>`."""
 
 
 def records(model: nn.Module) -> dict[str, AdapterRecord]:
@@ -48,15 +49,27 @@ def injected_root(model: nn.Module) -> nn.Module:
     Raises:
         AdapterStateError: nothing was injected.
     """
-    for module in model.modules():
+    return find_root(model)[1]
+
+
+def find_root(model: nn.Module) -> tuple[str, nn.Module]:
+    """As `injected_root`, with the module's path in `model`."""
+    if records(model):
+        return "", model
+    for path, module in model.named_modules():
         if records(module):
-            return module
+            return path, module
     raise AdapterStateError(f"{type(model).__name__} has no adapters; call inject or load_adapter first.")
 
 
 def check_unmerged(model: nn.Module) -> None:
     """Raise `AdapterStateError` if an adapter is merged, and so another could not be added or replaced."""
-    for path, layer in iter_adapters(model):
+    refuse_merged(dict(iter_adapters(model)))
+
+
+def refuse_merged(layers: Mapping[str, AdaptedLayer]) -> None:
+    """As `check_unmerged`, for layers by path."""
+    for path, layer in layers.items():
         if layer.merged:
             raise AdapterStateError(f"{path}: {', '.join(layer.merged)} is merged; call unmerge first.")
 
@@ -71,6 +84,12 @@ def iter_adapters(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
 def adapters_named(model: nn.Module, name: str) -> dict[str, Adapter]:
     """Adapters of one name by layer path."""
     return {path: layer.adapter(name) for path, layer in iter_adapters(model) if name in layer.adapters}
+
+
+def linked_named(model: nn.Module, name: str) -> dict[str, Linked]:
+    """What adapters of one name share, by the path of the module that owns it."""
+    owners = records(model)[name].linked
+    return {path: cast(Linked, cast(Any, model.get_submodule(path)).adapters[name]) for path in owners}
 
 
 def trainable_adapters(model: nn.Module) -> dict[str, Adapter]:

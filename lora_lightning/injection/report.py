@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
-
-from lora_lightning.methods import Method
-
-if TYPE_CHECKING:
-    from rich.console import Group
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, cast
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+
+from lora_lightning.adapters.base import Adapter, linked_modules
+from lora_lightning.injection.records import AdapterRecord
+from lora_lightning.injection.targets import Selection
+from lora_lightning.methods import Method
+from lora_lightning.models.anatomy import Anatomy
+from lora_lightning.models.base_layers import count_numbers, kind_of
+from lora_lightning.models.paths import inside
 
 
 @dataclass(frozen=True, repr=False)
@@ -31,7 +33,7 @@ class InjectionReport:
     """Path to (kind, d_in, d_out)."""
     adapter_parameters: int
     trained: dict[str, int]
-    """Base parameters that train in full, with their sizes."""
+    """Fully trained base parameters, with their sizes."""
     total_parameters: int
     skipped: dict[str, str] = field(default_factory=dict)
     tied: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -44,16 +46,16 @@ class InjectionReport:
 
     @property
     def left_out(self) -> dict[str, str]:
-        """Skipped layers that do not train in full either, and why."""
-        return {
-            path: reason
-            for path, reason in self.skipped.items()
-            if not any(name.startswith(f"{path}.") for name in self.trained)
-        }
+        """Skipped layers that are not fully trained either, and why."""
+        owners = [name.rpartition(".")[0] for name in self.trained]
+        return {path: why for path, why in self.skipped.items() if not any(inside(owner, path) for owner in owners)}
+
+    @property
+    def trainable_fraction(self) -> float:
+        """Numbers that train, of all that the model holds."""
+        return self.trainable_parameters / max(self.total_parameters, 1)
 
     def __rich__(self) -> Group:
-        from lora_lightning.injection.report import injection_table
-
         return injection_table(self)
 
     def _repr_mimebundle_(self, include: Sequence[str] = (), exclude: Sequence[str] = (), **_: Any) -> dict[str, str]:
@@ -65,13 +67,13 @@ class InjectionReport:
         return str(self)
 
     def __str__(self) -> str:
-        share = self.trainable_parameters / max(self.total_parameters, 1)
         lines = [
             f"{type(self.method).__name__} on {len(self.layers)} layers: "
-            f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters train ({share:.2%})"
+            f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters train "
+            f"({self.trainable_fraction:.2%})"
         ]
         if self.trained:
-            lines.append(f"  in full: {', '.join(self.trained)}")
+            lines.append(f"  fully trained: {', '.join(self.trained)}")
         lines += [f"  left out: {path} ({reason})" for path, reason in self.left_out.items()]
         lines += [f"  tied: {path} shares its weight with {', '.join(others)}" for path, others in self.tied.items()]
         lines += [f"  note: {note}" for note in self.notes]
@@ -82,12 +84,46 @@ BYTES_PER_TRAINABLE = 16
 """float32 value, gradient and two moments of Adam."""
 
 
-def injection_table(report: InjectionReport, kept_share: float | None = None, base_bytes: int | None = None) -> Group:
+def report_on(
+    anatomy: Anatomy,
+    name: str,
+    record: AdapterRecord,
+    adapters: Mapping[str, Adapter],
+    selection: Selection,
+    notes: Sequence[str] = (),
+) -> InjectionReport:
+    """What was injected.
+
+    Args:
+        anatomy: of the model as it was before.
+        name: name of the adapter.
+        record: what was noted on the model.
+        adapters: the adapters by layer path; what they share counts once.
+        selection: layers that they were put on, and layers that were left out.
+        notes: what else a user should know.
+    """
+    own: dict[int, int] = {}
+    for module in (*adapters.values(), *linked_modules(adapters.values())):
+        own |= {id(parameter): parameter.numel() for parameter in module.parameters()}
+    return InjectionReport(
+        name=name,
+        method=record.method,
+        layers={path: (kind_of(base), base.d_in, base.d_out) for path, base in selection.layers.items()},
+        adapter_parameters=sum(own.values()),
+        trained={parameter: anatomy.model.get_parameter(parameter).numel() for parameter in record.trained},
+        total_parameters=count_numbers(anatomy.parameters, anatomy.quantized) + sum(own.values()),
+        skipped=selection.skipped,
+        tied=selection.tied,
+        notes=tuple(notes),
+    )
+
+
+def injection_table(report: InjectionReport, density: float | None = None, base_bytes: int | None = None) -> Group:
     """What was adapted: layers by name and shape, and what trains.
 
     Args:
         report: what `inject` returned.
-        kept_share: share of the factors' entries that a sparsity schedule leaves, or None.
+        density: fraction of the factors' entries that a sparsity schedule leaves, or None.
         base_bytes: memory of the frozen weights, or None.
     """
     table = Table(title=f"{type(report.method).__name__}: {len(report.layers)} layers adapted", title_justify="left")
@@ -96,22 +132,26 @@ def injection_table(report: InjectionReport, kept_share: float | None = None, ba
     kinds = Counter((_name(path), *shape) for path, shape in report.layers.items())
     for (name, kind, d_in, d_out), count in kinds.items():
         table.add_row(name, str(count), kind, str(d_in), str(d_out))
-    share = report.trainable_parameters / max(1, report.total_parameters)
-    settings = ", ".join(f"{field.name}={getattr(report.method, field.name)}" for field in fields(report.method))
-    lines = [f"settings    {settings}"]
-    lines += [f"trainable   {report.trainable_parameters:,} of {report.total_parameters:,} parameters ({share:.2%})"]
-    if report.trained:
-        lines.append(f"in full     {', '.join(sorted(set(map(_owner, report.trained))))}")
-    if kept_share is not None:
-        lines.append(f"kept        {kept_share:.1%} of the factors' entries at the end")
+    facts = _settings_and_counts(report)
+    if density is not None:
+        facts.append(("density", f"{density:.1%} of the factors' entries at the end"))
     if base_bytes is not None:
         training = report.trainable_parameters * BYTES_PER_TRAINABLE
         sizes = f"{base_bytes / 1e6:.0f} MB weights + {training / 1e6:.0f} MB training state"
-        lines.append(f"memory      {sizes}, activations on top")
-    lines += [f"left out    {path} ({reason})" for path, reason in report.left_out.items()]
-    lines += [f"tied        {path} shares its weight with {', '.join(to)}" for path, to in report.tied.items()]
-    lines += [f"note        {note}" for note in report.notes]
-    return Group(table, Text("\n".join(lines)))
+        facts.append(("memory", f"{sizes}, activations on top"))
+    facts += [("left out", f"{path} ({reason})") for path, reason in report.left_out.items()]
+    facts += [("tied", f"{path} shares its weight with {', '.join(to)}") for path, to in report.tied.items()]
+    facts += [("note", note) for note in report.notes]
+    return Group(table, Text("\n".join(f"{label:<15}{text}" for label, text in facts)))
+
+
+def _settings_and_counts(report: InjectionReport) -> list[tuple[str, str]]:
+    settings = ", ".join(f"{field.name}={getattr(report.method, field.name)}" for field in fields(report.method))
+    counts = f"{report.trainable_parameters:,} of {report.total_parameters:,} parameters"
+    found = [("settings", settings), ("trainable", f"{counts} ({report.trainable_fraction:.2%})")]
+    if report.trained:
+        found.append(("fully trained", ", ".join(sorted(set(map(_owner, report.trained))))))
+    return found
 
 
 def _owner(name: str) -> str:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import cast
 
 from torch import nn
 
+from lora_lightning.adapters.adapted_layer import AdaptedLayer
+from lora_lightning.adapters.base import Adapter, linked_modules
 from lora_lightning.distributed import reshard
 from lora_lightning.errors import AdapterStateError
-
-if TYPE_CHECKING:
-    pass
-from lora_lightning.injection.records import adapters_named, check_known, injected_root, iter_adapters, records
+from lora_lightning.injection.records import check_known, injected_root, iter_adapters, records
 
 
 def set_active(model: nn.Module, names: Sequence[str] | str) -> None:
@@ -24,13 +23,19 @@ def set_active(model: nn.Module, names: Sequence[str] | str) -> None:
             was active stays so.
     """
     wanted = check_known(injected_root(model), [names] if isinstance(names, str) else names)
-    layers = [(layer, tuple(n for n in wanted if n in layer.adapters)) for _, layer in iter_adapters(model)]
+    layers = [layer for _, layer in iter_adapters(model)]
     reshard(model)
-    for layer, here in layers:
+    activate(layers, wanted)
+
+
+def activate(layers: Iterable[AdaptedLayer], names: Sequence[str]) -> None:
+    """As `set_active`, for layers that are known already; every name must be."""
+    wanted = [(layer, tuple(name for name in names if name in layer.adapters)) for layer in layers]
+    for layer, here in wanted:
         if layer.merged and layer.merged != here:
             raise AdapterStateError(f"{', '.join(layer.merged)} is merged; call unmerge before another set is active.")
         layer.check_active(here)
-    for layer, here in layers:
+    for layer, here in wanted:
         layer.active = here
 
 
@@ -42,12 +47,35 @@ def set_trainable(model: nn.Module, names: Sequence[str] | str) -> None:
     """
     root = injected_root(model)
     wanted = check_known(root, [names] if isinstance(names, str) else names)
-    for parameter in root.parameters():
+    freeze(root.parameters())
+    train_only(root, [layer for _, layer in iter_adapters(root)], wanted)
+
+
+def freeze(parameters: Iterable[nn.Parameter]) -> None:
+    """Let none of them train."""
+    for parameter in parameters:
         parameter.requires_grad_(False)
-    for name in wanted:
-        for adapter in adapters_named(root, name).values():
-            for parameter in adapter.parameters():
-                parameter.requires_grad_(True)
+
+
+def _own_parameters(adapter: Adapter) -> Iterator[nn.Parameter]:
+    """Those of an adapter and of what it shares with others."""
+    for module in (adapter, *linked_modules([adapter])):
+        yield from module.parameters()
+
+
+def train_only(root: nn.Module, layers: Collection[AdaptedLayer], names: Sequence[str]) -> None:
+    """Of these layers' adapters train exactly those of these names, and what goes with them.
+
+    That is what they share with other layers, and the base parameters that their records name.
+    """
+    for layer in layers:
+        for adapter in layer.adapters.values():
+            freeze(_own_parameters(cast(Adapter, adapter)))
+    for name in names:
+        for layer in layers:
+            if name in layer.adapters:
+                for parameter in _own_parameters(layer.adapter(name)):
+                    parameter.requires_grad_(True)
         for parameter_name in records(root)[name].trained:
             root.get_parameter(parameter_name).requires_grad_(True)
 

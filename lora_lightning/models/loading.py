@@ -12,9 +12,9 @@ import transformers
 from torch import nn
 
 from lora_lightning.errors import ModelError
-from lora_lightning.models.base_layers import quantized_formats
-from lora_lightning.models.heads import head_prefixes, kept_plain, within
+from lora_lightning.models.anatomy import survey
 from lora_lightning.models.meta import expect_values
+from lora_lightning.models.paths import within
 from lora_lightning.models.pretrained import resolve
 from lora_lightning.models.quantization import Loading, quantization_config, stated
 from lora_lightning.models.random import build_random, config_of, is_random
@@ -69,7 +69,7 @@ def load_model(
     except ValueError as error:
         _refuse_class(error, pretrained, task)
         raise
-    if quantize is not None and quantized_formats(model) is None:
+    if quantize is not None and survey(model).formats is None:
         raise ModelError(
             f'model.quantization is "{quantize.format}", which has quantized no layer of {type(model).__name__}: it '
             'knows nn.Linear only. Nearest: "nf4" or "int8", which know Conv1D too.'
@@ -199,6 +199,16 @@ def _refuse_class(error: ValueError, pretrained: str, task: Task) -> None:
         ) from error
 
 
+def kept_plain(model: nn.Module, also_train: Sequence[str] = ()) -> list[str]:
+    """Paths of modules that are not to be quantized: heads, output layers, and what trains in full."""
+    anatomy = survey(model)
+    found = dict.fromkeys([*anatomy.heads, *anatomy.output_layers])
+    for name in anatomy.parameters:
+        if any(within(pattern, name) for pattern in also_train):
+            found[name.rpartition(".")[0]] = None
+    return list(found)
+
+
 @contextmanager
 def _silent() -> Iterator[None]:
     """No loading report and no bar: what is missing is judged here."""
@@ -229,7 +239,7 @@ def zero_absent(model: nn.Module, missing: Iterable[str], unused: Sequence[str])
 def _check_complete(
     model: nn.Module, info: dict[str, Any], pretrained: str, unused: Sequence[str], also_train: Sequence[str]
 ) -> None:
-    heads = tuple(f"{prefix}." for prefix in head_prefixes(model))
+    heads = tuple(f"{prefix}." for prefix in survey(model).heads)
     needed = [key for key in info["missing_keys"] if not set(unused).intersection(key.split("."))]
     frozen = [key for key in needed if not any(within(pattern, key) for pattern in also_train)]
     missing = sorted(key for key in frozen if not key.startswith(heads or ("\0",)))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,14 +122,8 @@ def extended_layers(model: nn.Module) -> dict[str, ExtendedLayer]:
     return {path: module for path, module in model.named_modules() if isinstance(module, ExtendedLayer)}
 
 
-def row_names(model: nn.Module) -> list[str]:
-    """Names of the parameters that hold new rows; shared ones once."""
-    layers = set(extended_layers(model))
-    return [name for name, _ in model.named_parameters() if name.removesuffix(".new_rows") in layers]
-
-
 def add_tokens(model: nn.Module, tokenizer: Any, tokens: Sequence[str], seed: int = 0) -> Vocabulary:
-    """Teach a tokenizer and a model new tokens; call it before `inject`, which makes their rows train.
+    """Add new tokens to a tokenizer and a model; call it before `inject`, which makes their rows train.
 
     Rows start at the mean of the known ones, with noise of a hundredth of their standard deviation to tell them apart.
 
@@ -208,7 +202,7 @@ def check_extendable(model: nn.Module, first: int, tokens: Sequence[str]) -> Non
 
 def add_rows(model: nn.Module, added: Vocabulary, seed: int = 0) -> None:
     """Give the model's embedding and output layer the rows of `added`; shared ones where they share a weight."""
-    where = places(model)
+    where = places(model.modules())
     rows: dict[int, nn.Parameter] = {}
     for path, layer in list(_token_layers(model)):
         weight = cast(nn.Parameter, layer.weight)
@@ -246,7 +240,7 @@ def _set_size(model: nn.Module, size: int) -> None:
 
 def remove_rows(model: nn.Module) -> None:
     """Take new rows off again; the model is as it was before `add_rows`."""
-    where = places(model)
+    where = places(model.modules())
     for layer in extended_layers(model).values():
         for parent, name in where[id(layer)]:
             setattr(parent, name, layer.base)
@@ -255,11 +249,17 @@ def remove_rows(model: nn.Module) -> None:
 
 
 @contextmanager
-def plain_vocabulary(model: nn.Module) -> Iterator[None]:
-    """Inside, layers with new rows are plain ones of the full size; afterwards they are as before."""
-    where, layers = places(model), extended_layers(model)
+def plain_vocabulary(
+    layers: Collection[ExtendedLayer], where: Mapping[int, Sequence[tuple[nn.Module, str]]]
+) -> Iterator[None]:
+    """Inside, layers with new rows are plain ones of the full size; afterwards they are as before.
+
+    Args:
+        layers: layers with new rows.
+        where: every (parent, name) under which each of them stands, by its id.
+    """
     weights: dict[int, nn.Parameter] = {}
-    for layer in layers.values():
+    for layer in layers:
         key = id(layer.base.weight)
         weights.setdefault(key, nn.Parameter(layer.weight.detach().clone(), requires_grad=False))
         for parent, name in where[id(layer)]:
@@ -267,7 +267,7 @@ def plain_vocabulary(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for layer in layers.values():
+        for layer in layers:
             for parent, name in where[id(layer)]:
                 setattr(parent, name, layer)
 

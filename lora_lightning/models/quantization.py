@@ -1,4 +1,4 @@
-"""Quantising a base model while it is loaded: which formats there are, what each needs, and where each works.
+"""Quantizing a base model while it is loaded: which formats there are, what each needs, and where each works.
 
 Imports neither torch nor a quantizing package before a model is loaded.
 """
@@ -16,8 +16,8 @@ Quantization = Literal["nf4", "nf4-double", "int8", "torchao-int8"]
 FORMATS: tuple[str, ...] = get_args(Quantization)
 DEVICES = ("cpu", "cuda")
 """Types of device that packages have kernels for and tests stand on."""
-_WHOLE = ("single", "auto", "ddp")
-"""Beginnings of the names of strategies that keep every weight whole."""
+_FULL_WEIGHTS = ("single", "auto", "ddp")
+"""Beginnings of the names of strategies that keep full weights on each process."""
 _HALVES = {"bf16": "bfloat16", "16": "float16"}
 
 
@@ -68,10 +68,10 @@ def check_format(
     for package in ("accelerate", "torchao" if "torchao" in format else "bitsandbytes"):
         if find_spec(package) is None:
             raise SettingsError(f'{said}; it needs {package}: pip install "lora-lightning[quant]".')
-    if not strategy.lower().startswith(_WHOLE):
+    if not strategy.lower().startswith(_FULL_WEIGHTS):
         raise SettingsError(
-            f'{said} and trainer.strategy is "{strategy}", which shards weights: those quantized stay whole. Works: '
-            'one device, or "ddp" with the base on each.'
+            f'{said} and trainer.strategy is "{strategy}", which shards weights: quantized ones stay as they are. '
+            'Works: one device, or "ddp" with the base on each.'
         )
     if precision in ("64-true", "transformer-engine", "transformer-engine-float16"):
         raise SettingsError(f'{said} and trainer.precision is "{precision}"; nearest: "bf16-mixed" or "32-true".')

@@ -18,6 +18,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
+from lora_lightning.models.paths import inside, join
+
 PARTS = ("attention", "mixer", "mlp", "experts")
 TOWERS = ("language", "vision", "audio", "projector")
 SCOPES = (*PARTS, *TOWERS)
@@ -47,25 +49,30 @@ _BETWEEN_STAGES = "downsample"
 class Scopes:
     """Parts and towers of one model.
 
+    Args:
+        pretrained: Hugging Face models by path, outermost only.
+        modules: every module by path.
+
     Attributes:
         towers: path of each tower, and which one it is; empty unless the model is of several kinds of input.
         unused: path of each block whose output nothing reads, and why; an adapter there would get no gradient.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, pretrained: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]) -> None:
         self.towers: dict[str, str] = {}
         self.unused: dict[str, str] = {}
         self._whole: list[str] = []
-        for path, hf_model in pretrained_models(model):
-            found = _towers(hf_model)
+        for path, hf_model in pretrained.items():
+            own = _below(modules, path)
+            found = _towers(hf_model, own)
             if "language" in found.values() and not {"vision", "audio"}.isdisjoint(found.values()):
                 self.towers |= {join(path, name): tower for name, tower in found.items()}
-                self.unused |= {join(path, name): why for name, why in _unused(hf_model, found).items()}
+                self.unused |= {join(path, name): why for name, why in _unused(hf_model, own, found).items()}
                 self._whole.append(path)
-        self._blocks = tuple(f"{p}." for p, module in model.named_modules() if isinstance(module, nn.ModuleList))
+        self._blocks = tuple(f"{p}." for p, module in modules.items() if isinstance(module, nn.ModuleList))
         self._mixers = {
             path
-            for path, module in model.named_modules()
+            for path, module in modules.items()
             if path.startswith(self._blocks) and any(isinstance(child, nn.Conv1d) for child in module.children())
         }
 
@@ -140,26 +147,23 @@ def is_scope(word: str) -> bool:
     return word == ALL or word in SCOPES or (tower in TOWERS and part in PARTS)
 
 
-def inside(path: str, prefix: str) -> bool:
-    """Whether `path` is `prefix` or lies below it; everything lies below ""."""
-    return not prefix or path == prefix or path.startswith(f"{prefix}.")
-
-
-def pretrained_models(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Hugging Face models inside `model`, outermost only, by path ("" is `model` itself)."""
-    found: list[tuple[str, nn.Module]] = []
-    for path, module in model.named_modules():
-        if hasattr(module, "base_model_prefix") and not any(inside(path, outer) for outer, _ in found):
-            found.append((path, module))
+def pretrained_models(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Hugging Face models among the modules of a model, outermost only, by path ("" is the model itself)."""
+    found: dict[str, nn.Module] = {}
+    for path, module in modules.items():
+        if hasattr(module, "base_model_prefix") and not any(inside(path, outer) for outer in found):
+            found[path] = module
     return found
 
 
-def join(*parts: str) -> str:
-    """Parts of a path, empty ones left out."""
-    return ".".join(part for part in parts if part)
+def _below(modules: Mapping[str, nn.Module], prefix: str) -> Mapping[str, nn.Module]:
+    """The modules at or below `prefix`, by the rest of their path."""
+    if not prefix:
+        return modules
+    return {path[len(prefix) + 1 :]: module for path, module in modules.items() if inside(path, prefix)}
 
 
-def _towers(hf_model: nn.Module) -> dict[str, str]:
+def _towers(hf_model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Towers of a Hugging Face model by path, outermost only: by name, else by the one kind of input they take.
 
     Where a language model holds its vision tower, the rest of it is the language tower.
@@ -167,7 +171,7 @@ def _towers(hf_model: nn.Module) -> dict[str, str]:
     if getattr(getattr(hf_model, "config", None), "is_encoder_decoder", False) and not _sees(hf_model):
         return {}
     outside = (hf_model, getattr(hf_model, "base_model", None))
-    models = {n: module for n, module in hf_model.named_modules() if module not in outside and not _between_towers(n)}
+    models = {n: module for n, module in modules.items() if module not in outside and not _between_towers(n)}
     found = {name: tower for name in models if (tower := _NAMES.get(name.rpartition(".")[2]))}
     named = set(found.values())
     for name, module in models.items():
@@ -199,16 +203,16 @@ def _written_by(hf_model: nn.Module, models: Mapping[str, nn.Module], found: Map
     return {"": "language"}
 
 
-def _unused(hf_model: nn.Module, towers: Mapping[str, str]) -> dict[str, str]:
+def _unused(hf_model: nn.Module, modules: Mapping[str, nn.Module], towers: Mapping[str, str]) -> dict[str, str]:
     """Last blocks of a vision tower behind the one that the projector reads, with the setting that says so."""
     layer = getattr(getattr(hf_model, "config", None), "vision_feature_layer", None)
     if layer is None:
         return {}
     found: dict[str, str] = {}
-    for tower, module in ((t, hf_model.get_submodule(t)) for t, kind in towers.items() if kind == "vision"):
-        count = getattr(getattr(module, "config", None), "num_hidden_layers", 0)
+    for tower in (path for path, kind in towers.items() if kind == "vision"):
+        count = getattr(getattr(modules[tower], "config", None), "num_hidden_layers", 0)
         read = max(one if one >= 0 else count + 1 + one for one in ([layer] if isinstance(layer, int) else layer))
-        for name, blocks in module.named_modules():
+        for name, blocks in _below(modules, tower).items():
             if isinstance(blocks, nn.ModuleList) and len(blocks) == count:
                 why = f"its output is not used: vision_feature_layer is {layer}"
                 found |= {join(tower, name, str(index)): why for index in range(read, count)}

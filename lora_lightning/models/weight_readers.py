@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -20,12 +20,17 @@ from torch import nn
 _QUESTIONS = ("dtype", "device", "shape", "size", "ndim", "dim", "is_cuda")
 
 
-def weight_read_layers(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
-    """Those of `paths` that their owner only reads, each with the owner's class name."""
+def weight_read_layers(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> dict[str, str]:
+    """Those layers at `paths` whose weight their owner reads instead of calling them, with the owner's class name.
+
+    Args:
+        modules: every module of the model by path.
+        paths: layers to look at.
+    """
     found = {}
     for path in paths:
         parent, _, name = path.rpartition(".")
-        owner: Any = type(model.get_submodule(parent))  # a class is hashable, which mypy doubts of module classes
+        owner: Any = type(modules[parent])  # a class is hashable, which mypy doubts of module classes
         if reads(owner, name):
             found[path] = owner.__name__
     return found

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lora_lightning.adapters.base import FactorPair, GroupSpec
+from lora_lightning.adapters.base import FactorPair, GroupSpec, trains
 from lora_lightning.errors import SettingsError, TrainingError
 from lora_lightning.injection.records import adapters_named, injected_root, records, trainable_adapters
 from lora_lightning.optim.wrapper import adamw
@@ -26,9 +26,7 @@ def group_specs(model: nn.Module) -> dict[str, GroupSpec]:
     specs: dict[str, GroupSpec] = {}
     heads: dict[int, nn.Parameter] = {}
     for name, record in records(root).items():
-        adapters = {
-            path: a for path, a in adapters_named(root, name).items() if any(p.requires_grad for p in a.parameters())
-        }
+        adapters = {path: adapter for path, adapter in adapters_named(root, name).items() if trains(adapter)}
         if adapters:
             prefix = "" if len(records(root)) == 1 else f"{name}."
             specs |= {f"{prefix}{group}": spec for group, spec in record.method.param_groups(adapters).items()}
@@ -73,10 +71,9 @@ def build_optimizer(model: nn.Module, factory: OptimizerFactory | None) -> Optim
         if spec.weight_decay is not None:
             group["weight_decay"] = spec.weight_decay
         groups.append(group)
-    methods = [record.method for record in records(injected_root(model)).values()]
-    own = next((made for made in (method.optimizer() for method in methods) if made is not None), None)
+    make = factory or _methods_own(model) or adamw
     try:
-        optimizer = (factory or own or adamw)(groups)
+        optimizer = make(groups)
     except SettingsError:
         raise
     except ValueError as error:
@@ -86,6 +83,15 @@ def build_optimizer(model: nn.Module, factory: OptimizerFactory | None) -> Optim
     if hasattr(optimizer, "bind_pairs"):
         optimizer.bind_pairs(factor_pairs(model))
     return optimizer
+
+
+def _methods_own(model: nn.Module) -> OptimizerFactory | None:
+    """The default of the first method that has one."""
+    for record in records(injected_root(model)).values():
+        own = record.method.optimizer()
+        if own is not None:
+            return own
+    return None
 
 
 def factor_pairs(model: nn.Module) -> tuple[FactorPair, ...]:

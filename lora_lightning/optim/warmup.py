@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -14,52 +15,62 @@ from lora_lightning.errors import check
 
 
 @dataclass(frozen=True)
-class Knots:
-    """Where stages of a run begin, for a schedule that follows them."""
+class StageEnds:
+    """Where the stages of a run end, for a schedule that follows them."""
 
     length: int
     """Optimizer steps of a stage."""
     rate: Literal["rewarm", "restart"]
-    """A short rise from a tenth of the rate after each knot, or the whole schedule anew in each stage."""
+    """A short rise from a tenth of the rate after each stage's end, or the whole schedule anew in each stage."""
     rewarm_steps: int
     """Steps of that rise."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WarmUp:
-    """Share of the base learning rate over a run."""
+    """Factor on the base learning rate over a run."""
 
-    share: float = 0.06
-    """Share of all optimizer steps over which the rate rises from near zero; 0 for none."""
+    former_fields: ClassVar[Mapping[str, str]] = {"share": "warmup_fraction"}
+
+    warmup_fraction: float = 0.06
+    """Fraction of all optimizer steps over which the rate rises from near zero; 0 for none."""
     decay: Literal["linear", "cosine", "constant"] = "linear"
     """What follows: down to zero in a line or a half cosine, or no decay."""
 
     def __post_init__(self) -> None:
-        check(0 <= self.share < 1, self, "share", "it must lie in [0, 1). Share of all steps spent warming up.")
+        rule = "it must lie in [0, 1). Fraction of all steps spent warming up."
+        check(0 <= self.warmup_fraction < 1, self, "warmup_fraction", rule)
 
-    def schedule(self, optimizer: Optimizer, total_steps: int, knots: Knots | None = None) -> LambdaLR:
+    def schedule(self, optimizer: Optimizer, total_steps: int, stage_ends: StageEnds | None = None) -> LambdaLR:
         """The scheduler for a run of `total_steps` optimizer steps, to be stepped after each.
 
         Args:
             optimizer: whose rates are scheduled.
             total_steps: optimizer steps of the run.
-            knots: stages that the schedule follows.
+            stage_ends: stages that the schedule follows.
         """
-        return LambdaLR(
-            optimizer, partial(staged_factor, total_steps=total_steps, share=self.share, decay=self.decay, knots=knots)
+        rate = partial(
+            staged_factor,
+            total_steps=total_steps,
+            warmup_fraction=self.warmup_fraction,
+            decay=self.decay,
+            stage_ends=stage_ends,
         )
+        return LambdaLR(optimizer, rate)
 
 
-def staged_factor(step: int, total_steps: int, share: float, decay: str, knots: Knots | None) -> float:
-    """`factor` over the run, or as `knots` say over its stages."""
-    if knots is None or knots.rate == "rewarm":
-        whole = factor(step, total_steps, round(share * total_steps), decay)
-        if knots is None or step < knots.length:
-            return whole
-        return whole * min(1.0, 0.1 + 0.9 * (step % knots.length) / knots.rewarm_steps)
-    begin = step - step % knots.length
-    length = max(1, min(knots.length, total_steps - begin))
-    return factor(step - begin, length, round(share * length), decay)
+def staged_factor(
+    step: int, total_steps: int, warmup_fraction: float, decay: str, stage_ends: StageEnds | None
+) -> float:
+    """`factor` over the run, or as `stage_ends` say over its stages."""
+    if stage_ends is None or stage_ends.rate == "rewarm":
+        over_run = factor(step, total_steps, round(warmup_fraction * total_steps), decay)
+        if stage_ends is None or step < stage_ends.length:
+            return over_run
+        return over_run * min(1.0, 0.1 + 0.9 * (step % stage_ends.length) / stage_ends.rewarm_steps)
+    begin = step - step % stage_ends.length
+    length = max(1, min(stage_ends.length, total_steps - begin))
+    return factor(step - begin, length, round(warmup_fraction * length), decay)
 
 
 def factor(step: int, total_steps: int, warmup_steps: int, decay: str) -> float:

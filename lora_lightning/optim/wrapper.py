@@ -10,6 +10,7 @@ import torch
 from torch.optim import AdamW, Optimizer
 
 from lora_lightning.adapters.base import FactorPair
+from lora_lightning.methods import renamed
 
 
 def adamw(params: Any) -> Optimizer:
@@ -26,6 +27,7 @@ class OptimizerWrapper(Optimizer, ABC):
 
     Class facts:
         own_copies: names of entries that are copies of a parameter's value, to be taken anew where one is missing.
+        former_fields: settings by the name that they had before, as older checkpoints and configs spell them.
 
     Args:
         inner: the optimizer that takes the steps.
@@ -33,6 +35,7 @@ class OptimizerWrapper(Optimizer, ABC):
     """
 
     own_copies: ClassVar[tuple[str, ...]] = ()
+    former_fields: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, inner: Optimizer, settings: Mapping[str, Any] | None = None) -> None:
         self.inner = inner
@@ -77,8 +80,9 @@ class OptimizerWrapper(Optimizer, ABC):
             self.inner.bind_pairs(pairs)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load into the inner optimizer, and share its new groups and state."""
-        self.inner.load_state_dict(state_dict)
+        """Load into the inner optimizer, options under the names of today; share its new groups and state."""
+        groups = [renamed(group, self.former_fields) for group in state_dict["param_groups"]]
+        self.inner.load_state_dict({**state_dict, "param_groups": groups})
         self._share()
 
 
@@ -87,3 +91,13 @@ def innermost(optimizer: Optimizer) -> Optimizer:
     while isinstance(optimizer, OptimizerWrapper):
         optimizer = optimizer.inner
     return optimizer
+
+
+def former_names(optimizer: Optimizer) -> dict[str, str]:
+    """Former names of settings, to those of today, of an optimizer and of those it is wrapped around."""
+    found: dict[str, str] = {}
+    while True:
+        found |= getattr(optimizer, "former_fields", {})
+        if not isinstance(optimizer, OptimizerWrapper):
+            return found
+        optimizer = optimizer.inner

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
 from torch import nn
 
-from lora_lightning.injection.records import (
-    AdapterRecord,
-)
+from lora_lightning.injection.records import records
 from lora_lightning.methods import plain_settings
-from lora_lightning.models.base_layers import quantized_formats
+from lora_lightning.models.anatomy import Anatomy
 from lora_lightning.models.new_tokens import vocabulary
 from lora_lightning.models.paths import plain
 from lora_lightning.plugins import registry
@@ -21,8 +20,15 @@ from lora_lightning.version import __version__
 SCHEMA = 1
 
 
-def describe_adapter(root: nn.Module, name: str, record: AdapterRecord) -> dict[str, Any]:
-    """The description of an adapter as plain data."""
+def describe_adapter(anatomy: Anatomy, name: str) -> dict[str, Any]:
+    """The description of an adapter as plain data.
+
+    Args:
+        anatomy: of the module that adapters were injected into.
+        name: which adapter.
+    """
+    root = anatomy.model
+    record = records(root)[name]
     common, added = plain_settings(record.method), vocabulary(root)
     layers = {
         plain(path): {key: value for key, value in plain_settings(method).items() if value != common[key]}
@@ -39,15 +45,23 @@ def describe_adapter(root: nn.Module, name: str, record: AdapterRecord) -> dict[
         "method": type(record.method).__name__,
         "settings": common,
         "layers": layers,
+        "plan": {plain(path): dict(fields) for path, fields in record.plan.items()},
+        "linked": [plain(path) for path in record.linked],
         "trained": [plain(parameter) for parameter in record.trained],
         "labels": _labels(root) if record.trained else None,
         "seed": record.seed,
         "vocabulary": None if added is None else {"first": added.first, "tokens": list(added.tokens)},
         "base": getattr(getattr(root, "config", None), "_name_or_path", None) or None,
-        "fingerprint": fingerprint(root, record.trained),
-        "quantization": quantized_formats(root),
+        "fingerprint": fingerprint(anatomy, record.trained),
+        "quantization": anatomy.formats,
         "versions": versions,
     }
+
+
+def described_formats(description: Mapping[str, Any]) -> str | None:
+    """Formats that base weights were stored in; 0.1 spelled the key otherwise, and older files have none."""
+    formats: str | None = description.get("quantization", description.get("quantisation"))
+    return formats
 
 
 def _labels(root: nn.Module) -> list[str] | None:

@@ -12,40 +12,41 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lora_lightning.distributed import first_entry, local
-from lora_lightning.injection.records import iter_adapters
-from lora_lightning.models.base_layers import quantized_layers
-from lora_lightning.models.new_tokens import extended_layers
+from lora_lightning.injection.records import records
+from lora_lightning.models.anatomy import Anatomy, survey
 from lora_lightning.models.paths import plain, starting_with, unwrap
 
 _SAMPLE = 64
 _KEPT = "_lora_lightning_fingerprint"
 
 
-def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> dict[str, Any]:
+def fingerprint(anatomy: Anatomy, without: Iterable[str] = ()) -> dict[str, Any]:
     """What identifies the base model: class, parameter names and shapes, and a hash of a fixed sample of weights.
 
     Sampled weights are rounded to bfloat16, so that a model loaded in half precision is recognised. A quantized layer
     has the name and shape of the plain one; `weights` is None where there is such a layer.
 
     Args:
-        model: a plain module, or one with adapters (which do not count, even when merged).
+        anatomy: of a plain module, or one with adapters (which do not count, even when merged).
         without: parameters that do not count, such as heads that train in full.
 
     Raises:
         AdapterStateError: a layer was merged with `keep_original=False`.
     """
-    kept = unwrap(model).__dict__.get(_KEPT)
+    model = unwrap(anatomy.model)
+    kept = model.__dict__.get(_KEPT)
     if kept is not None:
         return cast("dict[str, Any]", kept)
     skip = {plain(name) for name in without}
-    quantized = {plain(base.weight_name(path)): base for path, base in quantized_layers(model)}
-    found = {key: t for key, t in sorted(_base_parameters(model).items()) if key not in skip}
-    names, sampled = hashlib.sha256(), not quantized and all(t.is_floating_point() for t in found.values())
+    quantized = {plain(base.weight_name(path)): base for path, base in anatomy.quantized.items()}
+    found = {key: tensor for key, tensor in sorted(_base_parameters(anatomy).items()) if key not in skip}
+    sampled = not quantized and all(tensor.is_floating_point() for tensor in found.values())
+    names = hashlib.sha256()
     for key, parameter in found.items():
         shape = quantized[key].plain_shape if key in quantized else tuple(parameter.shape)
         names.update(f"{key}:{shape};".encode())
     return {
-        "architecture": _architecture(unwrap(model)),
+        "architecture": _architecture(model),
         "names": names.hexdigest(),
         "weights": hashlib.sha256(_sample(list(found.values()))).hexdigest() if sampled else None,
     }
@@ -53,7 +54,7 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> dict[str, Any]
 
 def keep_fingerprint(model: nn.Module, without: Iterable[str] = ()) -> None:
     """Remember the fingerprint of a model whose parameters will not be readable any more; its base stays as it is."""
-    model.__dict__[_KEPT] = fingerprint(model, without)
+    model.__dict__[_KEPT] = fingerprint(survey(model), without)
 
 
 def _sample(parameters: list[Tensor]) -> bytes:
@@ -82,14 +83,16 @@ def _at_places(parameter: Tensor) -> Tensor:
     return values
 
 
-def _base_parameters(model: nn.Module) -> dict[str, Tensor]:
+def _base_parameters(anatomy: Anatomy) -> dict[str, Tensor]:
     """Base parameters with the values and under the names they have without adapters."""
-    listed = dict(model.named_parameters())  # tied ones under their first name only
-    layers = dict(iter_adapters(model))
-    inside = starting_with((f"{path}." for path in layers), listed)
-    grown = {f"{path}.base.weight": f"{path}.weight" for path in extended_layers(model)}
-    found: dict[str, Tensor] = {plain(grown.get(name, name)): listed[name] for name in listed if name not in inside}
-    for path, layer in layers.items():
+    listed = anatomy.parameters  # tied ones under their first name only
+    above = [f"{path}." for path in anatomy.adapted]
+    for record in records(anatomy.model).values():
+        above += [f"{path}.adapters.".removeprefix(".") for path in record.linked]
+    inside = starting_with(above, listed)
+    extended = {f"{path}.base.weight": f"{path}.weight" for path in anatomy.extended}
+    found: dict[str, Tensor] = {plain(extended.get(name, name)): listed[name] for name in listed if name not in inside}
+    for path, layer in anatomy.adapted.items():
         originals = layer.originals()
         for name, parameter in layer.base.named_parameters():
             made_by_merge = name == "bias" and name not in originals

@@ -1,4 +1,4 @@
-"""What adapters have folded, in files and checkpoints: shifts have no shape before their tensors are seen."""
+"""Folded updates in files and checkpoints: they have no shape before their tensors are seen."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_lightning.injection.records import iter_adapters
 
 
 def folded_tensors(state: Mapping[str, Tensor], name: str) -> dict[str, dict[str, Tensor]]:
-    """Tensors of one adapter's shifts by layer path and their own names."""
+    """Tensors of one adapter's folded updates by layer path and their own names."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
         path, inside, tensor = key.rpartition(f".shifts.{name}.")
@@ -21,10 +21,10 @@ def folded_tensors(state: Mapping[str, Tensor], name: str) -> dict[str, dict[str
 
 
 def make_room_for_folded(model: nn.Module, name: str, state: Mapping[str, Tensor]) -> None:
-    """Give each layer an empty shift of the shape in `state`, or none, so that `state` can be loaded.
+    """Give each layer an empty folded update of the shape in `state`, or none, so that `state` can be loaded.
 
     Raises:
-        ResumeError: tensors that fit no shift of their layer.
+        ResumeError: tensors that fit no folded update of their layer.
     """
     tensors = folded_tensors(state, name)
     for path, layer in iter_adapters(model):
@@ -37,6 +37,6 @@ def make_room_for_folded(model: nn.Module, name: str, state: Mapping[str, Tensor
 
 
 def rewrite_weights(model: nn.Module) -> None:
-    """Write the base weights as shifts say; to be called when the tensors of a checkpoint have been loaded."""
+    """Write the base weights as folded updates say; to be called when the tensors of a checkpoint have been loaded."""
     for _, layer in iter_adapters(model):
         layer.rewrite()

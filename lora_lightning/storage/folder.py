@@ -23,17 +23,15 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from lora_lightning.distributed import gather, is_sharded, reshard
+from lora_lightning.distributed import gather
 from lora_lightning.errors import AdapterFileError, AdapterStateError, did_you_mean, nearest
-from lora_lightning.injection.records import (
-    injected_root,
-    records,
-)
+from lora_lightning.injection.records import injected_root, records
+from lora_lightning.models.anatomy import survey
 from lora_lightning.models.new_tokens import Vocabulary, vocabulary
 from lora_lightning.models.paths import plain
 from lora_lightning.storage.atomic import as_json, write_all
-from lora_lightning.storage.description import SCHEMA, describe_adapter
-from lora_lightning.storage.state import adapter_state
+from lora_lightning.storage.description import SCHEMA, describe_adapter, described_formats
+from lora_lightning.storage.state import surveyed_state
 
 FILE = "adapter.safetensors"
 DESCRIPTION = "adapter.json"
@@ -59,6 +57,10 @@ class Stored:
     """New tokens that its rows belong to."""
     quantization: str | None = None
     """Formats that the base weights were stored in, joined."""
+    plan: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """What the method itself had set for some layers."""
+    linked: tuple[str, ...] = ()
+    """Paths of modules that own what layers share."""
 
 
 def save_adapter(model: nn.Module, directory: str | Path, name: str = "default") -> Path:
@@ -83,13 +85,13 @@ def save_adapter(model: nn.Module, directory: str | Path, name: str = "default")
         raise AdapterStateError(
             f'no adapter "{name}".{did_you_mean(name, records(root))} Installed: {", ".join(records(root))}.'
         )
-    reshard(root)
-    state = adapter_state(root, name)
-    whole = gather(list(state.values()))
-    tensors = {plain(k): t.to("cpu", copy=True).contiguous() for k, t in zip(state, whole, strict=True)}
-    description = describe_adapter(root, name, records(root)[name])
+    anatomy = survey(root)
+    state = surveyed_state(anatomy, [name])
+    full = gather(list(state.values()))
+    tensors = {plain(k): t.to("cpu", copy=True).contiguous() for k, t in zip(state, full, strict=True)}
+    description = describe_adapter(anatomy, name)
     folder = Path(directory)
-    if is_sharded(root) and torch.distributed.get_rank() > 0:
+    if anatomy.sharded and torch.distributed.get_rank() > 0:
         return folder
     content = to_bytes(tensors, {"format": "lora_lightning", "adapter": json.dumps(description)})
     _check_readable(content, tensors)
@@ -134,15 +136,8 @@ def read_folder(directory: str | Path) -> Stored:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         content = json.loads(metadata["adapter"])
         newer = content["schema_version"] > SCHEMA
-        fields = {field.name for field in dataclasses.fields(Stored)} - {
-            "tensors",
-            "trained",
-            "vocabulary",
-            "quantization",
-        }
-        given = {} if newer else {key: content[key] for key in fields} | {"trained": tuple(content["trained"])}
+        given = {} if newer else _fields(content)
         given["vocabulary"] = _vocabulary(folder, content.get("vocabulary"))
-        given["quantization"] = content.get("quantization")  # older files have none
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise AdapterFileError(f'"{path}" is truncated or damaged: {reason}. Save the adapter again.') from error
@@ -151,6 +146,17 @@ def read_folder(directory: str | Path) -> Stored:
             f'"{path}" has schema version {content["schema_version"]}; this library reads up to {SCHEMA}. Update it.'
         )
     return Stored(**given, tensors=tensors)
+
+
+def _fields(content: dict[str, Any]) -> dict[str, Any]:
+    """What a description gives of the fields of `Stored`."""
+    given: dict[str, Any] = {}
+    for field in dataclasses.fields(Stored):
+        if field.name not in ("tensors", "vocabulary", "quantization", "plan", "linked"):
+            given[field.name] = content[field.name]
+    given["trained"], given["quantization"] = tuple(content["trained"]), described_formats(content)
+    given["plan"], given["linked"] = content.get("plan", {}), tuple(content.get("linked", ()))  # 0.1 wrote neither
+    return given
 
 
 def _vocabulary(folder: Path, content: dict[str, Any] | None) -> Vocabulary | None:

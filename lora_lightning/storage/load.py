@@ -11,23 +11,16 @@ from torch import Tensor, nn
 from lora_lightning.adapters.base import check_name
 from lora_lightning.adapters.folded import DenseUpdate, FoldedUpdate, update_like
 from lora_lightning.adapters.layers.base import BaseLayer
-from lora_lightning.distributed import put, reshard
+from lora_lightning.distributed import put
 from lora_lightning.errors import AdapterFileError, AdapterStateError, SettingsError, did_you_mean
+from lora_lightning.injection.links import link
 from lora_lightning.injection.place import build_adapter, check_ready, place_adapters
-from lora_lightning.injection.records import (
-    AdapterRecord,
-    adapters_named,
-    check_unmerged,
-    injected_root,
-    iter_adapters,
-    records,
-)
-from lora_lightning.injection.switches import set_active
+from lora_lightning.injection.records import AdapterRecord, injected_root, linked_named, records, refuse_merged
+from lora_lightning.injection.switches import activate
 from lora_lightning.methods import Method, plain_settings
-from lora_lightning.models.anatomy import all_layers, other_users
-from lora_lightning.models.base_layers import quantized_formats
+from lora_lightning.models.anatomy import Anatomy, survey
 from lora_lightning.models.new_tokens import add_rows, check_same_tokens, remove_rows, vocabulary
-from lora_lightning.models.paths import plain, starting_with, unwrap
+from lora_lightning.models.paths import join, plain, starting_with, unwrap
 from lora_lightning.plugins import registry, restore_settings
 from lora_lightning.storage.fingerprint import fingerprint, say_unsampled
 from lora_lightning.storage.folded import folded_tensors
@@ -58,83 +51,91 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default")
         UnknownMethodError: the plugin that provides the method is not installed.
     """
     check_name(name)
-    stored = read_folder(directory)
+    return load_stored(model, read_folder(directory), directory, name)
+
+
+def load_stored(model: nn.Module, stored: Stored, directory: str | Path, name: str = "default") -> Path:
+    """As `load_adapter`, from a folder that has been read already."""
     method_class = registry().method(stored.method, where=f'"{directory}"')
     root = _root_for(model)
-    present, grown = name in records(root), vocabulary(root) is not None
-    reshard(root)
-    _check_fingerprint(root, stored, directory)
-    if not present:
-        check_ready(root, name)
+    anatomy = survey(root)
+    had_rows = vocabulary(root) is not None
+    _check_fingerprint(anatomy, stored, directory)
+    if name not in records(root):
+        check_ready(anatomy, name)
     if stored.vocabulary is not None:
         check_same_tokens(root, stored.vocabulary, f'"{directory}"')
-        if not grown:
+        if not had_rows:
             add_rows(root, stored.vocabulary)
+            anatomy = survey(root)
     try:
-        return _load(root, stored, method_class, name, present, directory)
+        _load(anatomy, stored, method_class, name, directory)
     except BaseException:
-        if not grown:
+        if not had_rows:
             remove_rows(root)
         raise
+    return Path(directory)
 
 
-def _load(
-    root: nn.Module, stored: Stored, method_class: type[Method], name: str, present: bool, directory: str | Path
-) -> Path:
+def _load(anatomy: Anatomy, stored: Stored, method_class: type[Method], name: str, directory: str | Path) -> None:
     """Put the tensors of an adapter file into a model whose base fits."""
+    root = anatomy.model
+    present = name in records(root)
     _check_heads(root, stored, name, directory)
-    base_layers = _base_layers(root, stored, directory)
-    record = _record(method_class, root, base_layers, stored, directory)
+    base_layers = _base_layers(anatomy, stored, directory)
+    record = _record(method_class, anatomy, base_layers, stored, directory)
     if present:
-        check_unmerged(root)
+        refuse_merged(anatomy.adapted)
         _check_same(records(root)[name], record, name, directory)
-        adapters = adapters_named(root, name)
+        adapters = {path: layer.adapter(name) for path, layer in anatomy.adapted.items() if name in layer.adapters}
     else:
         adapters = {
             path: build_adapter(record.layers[path], path, base, stored.seed) for path, base in base_layers.items()
         }
-    _match(root, stored, adapters, directory)
-    shifts = _folded(root, stored, base_layers, directory)
+    linked = linked_named(anatomy.model, name) if present else link(record.method, anatomy.model, adapters, stored.seed)
+    modules = {plain(path): module for path, module in anatomy.modules.items()}
+    _check_tensors(stored, _targets(stored, adapters, linked, modules), directory)
+    updates = _folded(anatomy, stored, base_layers, directory)
+    layers = anatomy.adapted
     if present:
-        set_active(root, [name])
+        activate(layers.values(), [name])
     else:
-        place_adapters(root, name, adapters, record, base_layers, trainable=False)
-    with torch.no_grad():  # heads in half precision have become others
-        for target, value in _match(root, stored, adapters, directory):
-            put(target, value)
-    for path, layer in iter_adapters(root):
+        layers = place_adapters(anatomy, name, adapters, record, base_layers, linked, trainable=False)
+    with torch.no_grad():
+        for key, target in _targets(stored, adapters, linked, modules).items():  # heads may have become float32
+            put(target.data, stored.tensors[key])
+    for path, layer in layers.items():
         if name in layer.adapters:
-            layer.set_folded(name, shifts.get(path))
-    return Path(directory)
+            layer.set_folded(name, updates.get(path))
 
 
 def _folded(
-    root: nn.Module, stored: Stored, base_layers: Mapping[str, BaseLayer], directory: str | Path
+    anatomy: Anatomy, stored: Stored, base_layers: Mapping[str, BaseLayer], directory: str | Path
 ) -> dict[str, FoldedUpdate]:
     """What the adapter had folded, by path in the model."""
     found, paths = {}, {plain(path): path for path in base_layers}
-    tied = {path: others for path, others in other_users(root, base_layers).items() if others}
+    tied = anatomy.tied(base_layers)
     for path, tensors in folded_tensors(stored.tensors, stored.name).items():
-        shift = update_like(base_layers[paths[path]], tensors) if path in paths else None
-        if shift is None:
+        update = update_like(base_layers[paths[path]], tensors) if path in paths else None
+        if update is None:
             raise AdapterFileError(f'"{directory}" does not fit: nothing of that shape can be folded on {path}.')
-        if isinstance(shift, DenseUpdate) and paths[path] in tied:
+        if isinstance(update, DenseUpdate) and paths[path] in tied:
             raise AdapterFileError(
                 f'"{directory}" holds a dense update of {path}, whose weight is shared with {tied[paths[path]][0]}, '
                 "which would change too; untie it first."
             )
         for key, value in tensors.items():
-            put(shift.get_buffer(key), value)
-        found[paths[path]] = shift
+            put(update.get_buffer(key), value)
+        found[paths[path]] = update
     return found
 
 
 def _record(
-    method_class: type[Method], root: nn.Module, layers: Iterable[str], stored: Stored, directory: str | Path
+    method_class: type[Method], anatomy: Anatomy, layers: Iterable[str], stored: Stored, directory: str | Path
 ) -> AdapterRecord:
     """The record as `inject` would have made it, paths as they are in this model."""
     paths = {plain(path): path for path in layers}
-    parameters = {plain(name): name for name, _ in root.named_parameters()}
+    parameters = {plain(name): name for name in anatomy.parameters}
     try:
         method = restore_settings(method_class, "settings", stored.settings)
         layers = {
@@ -143,7 +144,11 @@ def _record(
         }
     except SettingsError as error:
         raise AdapterFileError(f'"{directory}": {error}') from error
-    return AdapterRecord(method, layers, tuple(parameters.get(name, name) for name in stored.trained), stored.seed)
+    trained = tuple(parameters.get(name, name) for name in stored.trained)
+    every = {plain(path): path for path in anatomy.modules}
+    plan = {paths.get(path, path): fields for path, fields in stored.plan.items()}
+    linked = tuple(every.get(path, path) for path in stored.linked)
+    return AdapterRecord(method, layers, trained, stored.seed, plan, linked)
 
 
 def _check_same(own: AdapterRecord, theirs: AdapterRecord, name: str, directory: str | Path) -> None:
@@ -175,8 +180,8 @@ def _root_for(model: nn.Module) -> nn.Module:
         return unwrap(model)
 
 
-def _check_fingerprint(root: nn.Module, stored: Stored, directory: str | Path) -> None:
-    own = fingerprint(root, stored.trained)
+def _check_fingerprint(anatomy: Anatomy, stored: Stored, directory: str | Path) -> None:
+    own = fingerprint(anatomy, stored.trained)
     theirs = stored.fingerprint
     if own["architecture"] != theirs["architecture"]:
         raise AdapterFileError(
@@ -192,7 +197,7 @@ def _check_fingerprint(root: nn.Module, stored: Stored, directory: str | Path) -
             f'"{directory}" was trained on other base weights than this model has (base: {stored.base or "unknown"}); '
             "load the same pretrained weights first."
         )
-    say_unsampled(own, theirs, quantized_formats(root), stored.quantization)
+    say_unsampled(own, theirs, anatomy.formats, stored.quantization)
 
 
 def _check_heads(root: nn.Module, stored: Stored, name: str, directory: str | Path) -> None:
@@ -205,8 +210,8 @@ def _check_heads(root: nn.Module, stored: Stored, name: str, directory: str | Pa
             )
 
 
-def _base_layers(root: nn.Module, stored: Stored, directory: str | Path) -> dict[str, BaseLayer]:
-    layers = {plain(path): (path, base_layer) for path, _, base_layer in all_layers(root)}
+def _base_layers(anatomy: Anatomy, stored: Stored, directory: str | Path) -> dict[str, BaseLayer]:
+    layers = {plain(path): (path, layer.base) for path, layer in anatomy.layers.items()}
     base_layers = {}
     for path in stored.layers:
         own_path, base_layer = layers.get(path, (path, None))
@@ -216,21 +221,47 @@ def _base_layers(root: nn.Module, stored: Stored, directory: str | Path) -> dict
     return base_layers
 
 
-def _match(
-    root: nn.Module, stored: Stored, adapters: Mapping[str, nn.Module], directory: str | Path
-) -> list[tuple[Tensor, Tensor]]:
-    """(target, value) for every tensor, after an exact comparison of keys and shapes."""
-    targets = {
-        f"{plain(path)}.adapters.{stored.name}.{key}": tensor
-        for path, adapter in adapters.items()
-        for key, tensor in adapter.state_dict(keep_vars=True).items()
-    }
-    state = {plain(key): tensor for key, tensor in root.state_dict(keep_vars=True).items()}
-    folded = {key for key in stored.tensors if f".shifts.{stored.name}." in key}
-    inside = starting_with((f"{path}.adapters.{stored.name}." for path in stored.layers), stored.tensors) | folded
-    targets |= {key: state[key] for key in stored.tensors if key not in inside and key in state}
+def _targets(
+    stored: Stored,
+    adapters: Mapping[str, nn.Module],
+    linked: Mapping[str, nn.Module],
+    modules: Mapping[str, nn.Module],
+) -> dict[str, Tensor]:
+    """Tensors of the model that a file replaces, by the names in the file: of adapters, what they share, and heads.
+
+    Args:
+        stored: the file.
+        adapters: by layer path.
+        linked: what adapters share, by the path of its owner.
+        modules: every module of the model by path, without wrappers.
+    """
+    found: dict[str, Tensor] = {}
+    for path, module in (*adapters.items(), *linked.items()):
+        for key, tensor in module.state_dict(keep_vars=True).items():
+            found[join(plain(path), "adapters", stored.name, key)] = tensor
+    above = [join(path, "adapters", stored.name) + "." for path in (*stored.layers, *stored.linked)]
+    for key in stored.tensors.keys() - starting_with(above, stored.tensors) - _folded_keys(stored):
+        path, _, leaf = key.rpartition(".")
+        own = _own_tensor(modules[path], leaf) if path in modules else None
+        if own is not None:
+            found[key] = own
+    return found
+
+
+def _folded_keys(stored: Stored) -> set[str]:
+    return {key for key in stored.tensors if f".shifts.{stored.name}." in key}
+
+
+def _own_tensor(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter or persistent buffer of exactly this module."""
+    buffer = None if name in module._non_persistent_buffers_set else module._buffers.get(name)
+    return module._parameters.get(name, buffer)
+
+
+def _check_tensors(stored: Stored, targets: Mapping[str, Tensor], directory: str | Path) -> None:
+    """Compare keys and shapes exactly."""
     missing = sorted((targets.keys() | set(stored.trained)) - stored.tensors.keys())
-    unexpected = sorted(stored.tensors.keys() - targets.keys() - folded)
+    unexpected = sorted(stored.tensors.keys() - targets.keys() - _folded_keys(stored))
     if missing or unexpected:
         first = (missing or unexpected)[0]
         raise AdapterFileError(
@@ -241,4 +272,3 @@ def _match(
         shape, needed = tuple(stored.tensors[key].shape), tuple(target.shape)
         if shape != needed:
             raise AdapterFileError(f'"{directory}": {key} has shape {shape}; the model needs {needed}.')
-    return [(target.data, stored.tensors[key]) for key, target in targets.items()]

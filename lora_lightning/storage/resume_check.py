@@ -7,9 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_lightning.errors import ResumeError
+from lora_lightning.errors import ResumeError, SettingsError
 from lora_lightning.injection.records import injected_root, records
-from lora_lightning.storage.description import describe_adapter
+from lora_lightning.methods import Method, plain_settings
+from lora_lightning.models.anatomy import survey
+from lora_lightning.plugins import restore_settings
+from lora_lightning.storage.description import describe_adapter, described_formats
 from lora_lightning.storage.fingerprint import say_unsampled
 from lora_lightning.storage.state import adapter_state
 
@@ -21,23 +24,49 @@ def check_same(model: nn.Module, name: str, theirs: Mapping[str, Any]) -> None:
         ResumeError: something differs, naming it and both values.
     """
     root = injected_root(model)
-    own = describe_adapter(root, name, records(root)[name])
+    own = describe_adapter(survey(root), name)
     ours, base = own["fingerprint"], theirs["fingerprint"]
     differing = [key for key in ours if None not in (ours[key], base[key]) and ours[key] != base[key]]
     if differing:
         raise ResumeError(f"the checkpoint was trained on another base model ({', '.join(differing)} differ).")
-    say_unsampled(ours, base, own["quantization"], theirs.get("quantization"))
+    say_unsampled(ours, base, own["quantization"], described_formats(theirs))
     if own["method"] != theirs["method"]:
         raise ResumeError(f"the checkpoint was trained with {theirs['method']}; the model has {own['method']}.")
+    theirs = {**theirs, **_settings_now(type(records(root)[name].method), theirs)}
     for key, value in own["settings"].items():
         if value != theirs["settings"].get(key):
             raise ResumeError(
                 f"{own['method']}.{key} is {value!r}; the checkpoint was trained with {theirs['settings'].get(key)!r}. "
                 "Give the same value, or start a new run."
             )
+    planned = theirs.get("plan", {})  # older checkpoints have none
+    if own["plan"] != planned:
+        raise ResumeError(
+            f"the checkpoint was trained with another plan of {own['method']}: {_difference(planned, own['plan'])}. It "
+            "is read before the adapter is built where trainer.ckpt_path is set before fit is called."
+        )
     for key in ("layers", "trained", "labels"):
         if own[key] != theirs[key]:
             raise ResumeError(f"the checkpoint was trained with other {key}: {_difference(theirs[key], own[key])}.")
+
+
+def _settings_now(method: type[Method], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a description, as a whole and by layer, under the names that fields have today."""
+    common = _named_now(method, theirs["settings"])
+    layers = {}
+    for path, differing in theirs["layers"].items():
+        own = _named_now(method, {**theirs["settings"], **differing})
+        layers[path] = {key: value for key, value in own.items() if value != common[key]}
+    return {"settings": common, "layers": layers}
+
+
+def _named_now(method: type[Method], settings: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return plain_settings(restore_settings(method, "the checkpoint", settings))
+    except SettingsError as error:
+        raise ResumeError(
+            f"the checkpoint's settings are not those of a {method.__name__} of today: {error}"
+        ) from error
 
 
 def _difference(theirs: Any, own: Any) -> str:

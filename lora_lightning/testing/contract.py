@@ -1,4 +1,4 @@
-"""MethodContract: the four contracts of an adapter method, joined. Public API.
+"""MethodContract: the contracts of an adapter method, joined. Public API.
 
 A plugin's test file is one class:
 
@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from lora_lightning.testing.law import LawContract
 from lora_lightning.testing.quantized import QuantizedContract
+from lora_lightning.testing.sharing import SharingContract
 from lora_lightning.testing.storage import StorageContract
 from lora_lightning.testing.training import TrainingContract
 
 
-class MethodContract(LawContract, TrainingContract, StorageContract, QuantizedContract):
+class MethodContract(LawContract, TrainingContract, StorageContract, SharingContract, QuantizedContract):
     """What every adapter method keeps to. Subclass it, name the subclass `Test...`, set `method`.
 
     It never branches on a method's name. What a method does otherwise it declares: `starts_at_base` and `mergeable` on

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lora_lightning.adapters.base import linked_modules
 from lora_lightning.injection.records import adapters_named
 from lora_lightning.optim.groups import build_optimizer
 from lora_lightning.testing.method_under_test import MethodUnderTest
@@ -25,7 +26,8 @@ class TrainingContract(MethodUnderTest):
         adapters = adapters_named(model, "default")
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         assert trainable
-        assert {id(p) for p in trainable.values()} == {id(p) for a in adapters.values() for p in a.parameters()}
+        own = (*adapters.values(), *linked_modules(adapters.values()))
+        assert {id(p) for p in trainable.values()} == {id(p) for module in own for p in module.parameters()}
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         optimizer, reached = build_optimizer(model, None), set()
         for _ in range(2):
@@ -35,7 +37,7 @@ class TrainingContract(MethodUnderTest):
         assert trainable.keys() - idle <= reached
         after = model.state_dict()
         assert trainable.keys() - idle <= {name for name in before if not torch.equal(before[name], after[name])}
-        frozen = [name for name in before if ".adapters." not in name]
+        frozen = [name for name in before if "adapters." not in name]
         assert all(torch.equal(before[name], after[name]) for name in frozen)
 
     def test_param_groups_hold_every_trainable_once(self) -> None:
@@ -43,7 +45,7 @@ class TrainingContract(MethodUnderTest):
         model, _ = self._mlp()
         adapters = adapters_named(model, "default")
         grouped = [id(p) for spec in self.method.param_groups(adapters).values() for p in spec.params]
-        assert sorted(grouped) == sorted(id(p) for adapter in adapters.values() for p in adapter.parameters())
+        assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
     def test_penalty_and_report(self) -> None:
         """The penalty is a number or none, the report plain data."""

@@ -17,9 +17,10 @@ from torch.utils.data import DistributedSampler
 
 from lora_lightning.callbacks.steps import JUDGES, outside_step, total_steps
 from lora_lightning.distributed import is_sharded, reshard
+from lora_lightning.injection.also_train import trained_parameters
 from lora_lightning.injection.records import injected_root, records
 from lora_lightning.injection.switches import disable_adapters
-from lora_lightning.injection.targets import trained_parameters
+from lora_lightning.models.anatomy import survey
 from lora_lightning.training.baseline_fit import Baseline, fit_baseline
 
 
@@ -46,7 +47,7 @@ class LinearBaseline(Callback):
         module: Any = pl_module
         root = injected_root(module.model)
         trained = {name for record in records(root).values() for name in record.trained}
-        every_head = trained_parameters(root, "heads")
+        every_head = trained_parameters(survey(root), "heads")
         heads = [name for name in every_head if name in trained]
         comparable = self.enabled and module.task.has_head and heads and heads == every_head
         if is_sharded(root):

@@ -23,10 +23,12 @@ from lora_lightning.callbacks.resume import ExactResume
 from lora_lightning.callbacks.steps import total_steps
 from lora_lightning.distributed import fail_together
 from lora_lightning.errors import DataError, LoraLightningError, ModelError, ResumeError, SettingsError
+from lora_lightning.injection.gates import recomputation
 from lora_lightning.injection.inject import ignore_adapter_buffers, inject, lower_adapters
-from lora_lightning.injection.records import adapters_named, check_unmerged, records
+from lora_lightning.injection.records import adapters_named, check_unmerged
 from lora_lightning.injection.report import InjectionReport
 from lora_lightning.methods import Method
+from lora_lightning.models.anatomy import survey
 from lora_lightning.models.loading import checkpoint_format, load_model, load_without_values
 from lora_lightning.models.new_tokens import add_rows_for
 from lora_lightning.models.quantization import Loading, Quantization, check_format, loading
@@ -41,6 +43,7 @@ from lora_lightning.storage.description import describe_adapter
 from lora_lightning.storage.folded import make_room_for_folded
 from lora_lightning.storage.resume_check import check_fits, check_same
 from lora_lightning.storage.state import adapter_keys
+from lora_lightning.training.calibration import calibration, planned
 from lora_lightning.training.linear_baseline import LinearBaseline
 from lora_lightning.training.packing_check import PackingCheck
 from lora_lightning.training.strategies.choice import check_strategy
@@ -160,8 +163,18 @@ class AdapterModule(LightningModule):
         )
         self.check_length(net)
         self._add_tokens(net, seed)
+        known = planned(self._trainer)
         self.injection = inject(
-            net, self.method, self.targets, self.exclude, self.overrides, self.also_train, name=NAME, seed=seed
+            net,
+            self.method,
+            self.targets,
+            self.exclude,
+            self.overrides,
+            self.also_train,
+            name=NAME,
+            seed=seed,
+            probe=calibration(self.method, self.task, self._trainer) if known is None else None,
+            planned=known,
         )
         if self.half_adapters:
             lower_adapters(net, NAME)
@@ -332,7 +345,7 @@ class AdapterModule(LightningModule):
         if total is None:
             return optimizer
         cascade = next((c for c in self.trainer.callbacks if isinstance(c, Cascade)), None)  # type: ignore[attr-defined]
-        scheduler = self.lr_scheduler.schedule(optimizer, total, cascade.knots(self.trainer) if cascade else None)
+        scheduler = self.lr_scheduler.schedule(optimizer, total, cascade.stage_ends(self.trainer) if cascade else None)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(
@@ -447,7 +460,7 @@ class AdapterModule(LightningModule):
         """Keep what the adapter owns."""
         own = set(adapter_keys(self, NAME))
         checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in own}
-        checkpoint["lora_lightning"] = describe_adapter(self.model, NAME, records(self.model)[NAME])
+        checkpoint["lora_lightning"] = describe_adapter(survey(self.model), NAME)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compare keys, shapes and the base model exactly.
@@ -473,7 +486,7 @@ def enable_checkpointing(net: nn.Module) -> None:
         raise ModelError(f"model.gradient_checkpointing is True; {type(net).__name__} does not support it.")
     hf_model = cast(Any, net)
     enable = getattr(hf_model, "activation_checkpointing_enable", None) or hf_model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    enable({"use_reentrant": False, "context_fn": recomputation})
     hf_model.disable_input_require_grads()
 
 

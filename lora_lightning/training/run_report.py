@@ -19,11 +19,11 @@ from lora_lightning.callbacks.best import KeepBest
 from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.schedule import ScheduleCallback
 from lora_lightning.callbacks.sparsity import SparsitySchedule
-from lora_lightning.callbacks.steps import REPORTS, order_callbacks, outside_step
+from lora_lightning.callbacks.steps import REPORTS, StepCallback, outside_step
 from lora_lightning.distributed import assembled, is_sharded, local, reshard, summed
 from lora_lightning.injection.records import adapters_named, injected_root, iter_adapters, records
 from lora_lightning.injection.report import injection_table
-from lora_lightning.models.base_layers import frozen_bytes
+from lora_lightning.models.anatomy import survey
 from lora_lightning.models.paths import plain
 from lora_lightning.models.tasks.base import evaluate
 from lora_lightning.optim.pair_optimizer import PairOptimizer
@@ -35,7 +35,7 @@ from lora_lightning.training.summary import draw, summary_table
 from lora_lightning.version import __version__
 
 
-class RunReport(Callback):
+class RunReport(StepCallback):
     """Prints and writes what a run did.
 
     Works in any Lightning project with adapters; the metrics before training and of the linear baseline are there
@@ -49,17 +49,17 @@ class RunReport(Callback):
     phase: ClassVar[int] = REPORTS
 
     def __init__(self, directory: str | Path | None = None, name: str = "default") -> None:
+        super().__init__()
         self.directory, self.name = directory, name
         self.history: list[dict[str, float]] = []
         self.summary: dict[str, Any] | None = None
         self._before = 0.0
         self._began = 0.0
-        self._seen = 0
         self._losses: list[torch.Tensor] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Record after every schedule has acted."""
-        order_callbacks(trainer)
+        super().setup(trainer, pl_module, stage)
         if self.directory is not None:  # processes that the first one did not launch do not know its run folder yet
             self.directory = trainer.strategy.broadcast(str(self.directory))
         self._began = time.monotonic()
@@ -70,26 +70,11 @@ class RunReport(Callback):
         if injection is None or not trainer.is_global_zero:
             return
         schedules = [c for c in trainer.callbacks if isinstance(c, SparsitySchedule)]  # type: ignore[attr-defined]
-        kept = 1 - schedules[0].sparsity if schedules else None
-        Console().print(injection_table(injection, kept, frozen_bytes(pl_module)))
+        density = 1 - schedules[0].sparsity if schedules else None
+        Console().print(injection_table(injection, density, survey(pl_module).frozen_bytes))
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from the step the run is at."""
-        self._seen = trainer.global_step
-
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def after_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         """Record training numbers as often as the trainer logs; the loss as its mean since the last time."""
-        step = trainer.global_step
-        if step == self._seen:
-            return
-        self._seen = step
         if "train_loss" in trainer.callback_metrics:
             self._losses.append(trainer.callback_metrics["train_loss"].detach())
         if step % trainer.log_every_n_steps == 0 or step == 1:  # type: ignore[attr-defined]
@@ -193,7 +178,7 @@ class RunReport(Callback):
             "surviving_parameters": _not_zero([*own, *_folded(root, self.name)]),
             "report": told,
             "data": facts,
-            "moved": _moved(guard.moved() if guard else {}, root, self.name),
+            "changed": _changed(guard.changed() if guard else {}, root, self.name),
             "damping_raised": _damping(trainer),
             "adapter_dir": str(adapter),
             "steps": trainer.global_step,
@@ -240,7 +225,7 @@ def _not_zero(tensors: Sequence[Tensor]) -> int:
     return rest + int(summed(counts, shards))
 
 
-def _moved(distances: dict[str, float], root: nn.Module, name: str) -> dict[str, float]:
+def _changed(distances: dict[str, float], root: nn.Module, name: str) -> dict[str, float]:
     """The guard's distances, but |change| / |weight| for a layer whose adapter has folded its own away."""
     found = dict(distances)
     for path, layer in iter_adapters(root):

@@ -34,11 +34,13 @@ def summary_table(summary: Mapping[str, Any]) -> Group:
         lines.append(
             "facts       " + ", ".join(f"{key.replace('_', ' ')} {_number(value)}" for key, value in facts.items())
         )
-    moved = summary["moved"]
-    if moved:
-        least = min(moved, key=moved.__getitem__)
-        what = "trained tensors and folded layers" if any(" (folded)" in name for name in moved) else "trained tensors"
-        lines.append(f"moved       all {len(moved)} {what}, the least by {moved[least]:.2g} ({least})")
+    changed = summary["changed"]
+    if changed:
+        least = min(changed, key=changed.__getitem__)
+        what = (
+            "trained tensors and folded layers" if any(" (folded)" in name for name in changed) else "trained tensors"
+        )
+        lines.append(f"changed     all {len(changed)} {what}, the least by {changed[least]:.2g} ({least})")
     if summary["damping_raised"]:
         lines.append(f"damping     {_raised(summary['damping_raised'])}")
     for split, counts in summary.get("data", {}).items():

@@ -62,7 +62,7 @@ class RefreshIndex(ScheduleCallback):
         if self._saved is not None:
             self._restore(self._saved, adapters)
             self._saved = None
-        elif self._seen == 0:
+        elif self.last_step == 0:
             self.refreshes, self._window, self._last, self._chosen = 0, 0, {}, set()
             for adapter in adapters.values():
                 cast(CELoRAAdapter, adapter).restore({})

@@ -8,7 +8,7 @@ Chen et al., 2025, arXiv:2502.01378: approximated matrix multiplication and Doub
     paper      here                 shape (out, in as nn.Linear stores it)
     W          weight               (d_out, d_in)    frozen
     A, B       lora_A, lora_B       (rank, d_in), (d_out, rank)
-    p          kept                 share of output channels in S
+    p          kept                 fraction of output channels in S
     r0         svd_rank             width of the split W = B0 A0 + W_s
 
 Departs from the paper: the index set is counted in optimizer steps, and chosen by gradient norms of each column, which
@@ -17,13 +17,12 @@ the released code reduces to one number; see `functional.py` for the arithmetic.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lora_lightning.errors import check
-from lora_lightning.methods import Adapters, Method, check_low_rank
+from lora_lightning.methods import Adapters, Method, ScaledLowRankFields, check_low_rank
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
@@ -34,8 +33,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CELoRA(Method):
-    """LoRA whose backward pass through frozen linear layers uses their most important channels (Chen et al., 2025)."""
+class CELoRA(ScaledLowRankFields, Method):
+    """LoRA whose backward pass through frozen linear layers uses their most important channels (Chen et al., 2025).
+
+    The authors' scripts take rank 16, alpha twice that, dropout 0.05 and the scaling rule "alpha/sqrt(r)".
+    """
 
     paper: ClassVar[str] = "2502.01378"
     bibtex: ClassVar[str] = """@article{chen2025celora,
@@ -46,16 +48,8 @@ class CELoRA(Method):
 }"""
     export: ClassVar[str] = "exact LoRA"
 
-    rank: int = 8
-    """Inner width r of the update. Memory grows linearly; the authors' scripts use 16."""
-    alpha: float = 16.0
-    """Numerator of the scaling; the authors' scripts use twice the rank."""
-    dropout: float = 0.0
-    """Probability of dropping entries of the update's input while training; the authors' scripts use 0.05."""
-    scaling_rule: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
-    """"alpha/sqrt(r)" (rsLoRA) is what the authors' scripts use; "alpha/r" makes results comparable with LoRA's."""
     kept: float = 0.65
-    """Share of output channels that enter the gradient of a layer's input; 1.0 is exact. Set it per kind of layer by
+    """Fraction of output channels that enter the gradient of a layer's input; 1.0 is exact. Set it per kind of layer by
     `overrides`: the authors keep 0.55 of v_proj and o_proj, 0.65 of up_proj and down_proj, and 1.0 of the others."""
     svd_rank: int = 7
     """Width r0 of the part of the frozen weight that stays exact for all channels; seven eighths of `rank` is usual,
@@ -73,7 +67,7 @@ class CELoRA(Method):
             0 <= self.kept <= 1,
             self,
             "kept",
-            "it must lie in [0, 1]. Share of output channels; 0.65 is common, 1 exact.",
+            "it must lie in [0, 1]. Fraction of output channels; 0.65 is common, 1 exact.",
         )
         check(self.svd_rank >= 0, self, "svd_rank", "it must be at least 0. Seven eighths of rank is common.")
         check(
@@ -83,11 +77,6 @@ class CELoRA(Method):
             "with svd_rank=0 it must be above 0, or no gradient at all would pass through the frozen weight.",
         )
         check(self.every_n_steps >= 1, self, "every_n_steps", "it must be at least 1. Optimizer steps; 200 is common.")
-
-    @property
-    def scaling(self) -> float:
-        """Factor s on the product B A."""
-        return self.alpha / (self.rank if self.scaling_rule == "alpha/r" else math.sqrt(self.rank))
 
     def build(self, base: BaseLayer) -> CELoRAAdapter | LowRankAdapter:
         """One pair of factors, and what the cheap backward pass needs; stacked experts get LoRA's.
@@ -111,7 +100,7 @@ class CELoRA(Method):
         )
 
     def callbacks(self) -> Sequence[Callback]:
-        """The schedule that chooses the channels; period and share are each layer's own."""
+        """The schedule that chooses the channels; period and fraction are each layer's own."""
         from ll_ce_lora.callback import RefreshIndex
 
         return [RefreshIndex()]

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from ll_dora import functional
-from ll_dora.analysis import weight_change
 from lora_lightning.adapters.base import Adapter, write_values
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.adapters.pair import PairAdapter
+from lora_lightning.adapters.weight_change import weight_change
 from lora_lightning.distributed import assembled
 
 _SQUARES = "ll_dora: squared row norms"

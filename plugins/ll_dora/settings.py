@@ -5,13 +5,12 @@ Liu et al., 2024, arXiv:2402.09353, section 4; the equations stand in `functiona
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lora_lightning.errors import check
-from lora_lightning.methods import Adapters, Method, check_low_rank
+from lora_lightning.methods import Adapters, Method, ScaledLowRankFields, check_low_rank
 
 if TYPE_CHECKING:
     from ll_dora.adapter import DoRAAdapter
@@ -20,8 +19,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoRA(Method):
-    """Low-rank change of direction and trained row norms of frozen weights (Liu et al., 2024)."""
+class DoRA(ScaledLowRankFields, Method):
+    """Low-rank change of direction and trained row norms of frozen weights (Liu et al., 2024).
+
+    The paper takes ranks 16 and 32, alpha twice that and dropout 0.05; half of LoRA's rank often suffices. With dropout
+    a training step multiplies with the frozen weight twice.
+    """
 
     paper: ClassVar[str] = "2402.09353"
     bibtex: ClassVar[str] = """@inproceedings{liu2024dora,
@@ -36,15 +39,6 @@ class DoRA(Method):
     peft_type: ClassVar[str] = "LORA"
     peft_options: ClassVar[Mapping[str, object]] = {"use_dora": True}
 
-    rank: int = 8
-    """Inner width r of the change of direction. The paper uses 16 and 32; half of LoRA's rank often suffices."""
-    alpha: float = 16.0
-    """Numerator of the scaling; the paper takes twice the rank."""
-    dropout: float = 0.0
-    """Probability of dropping entries of the adapted part's input while training; 0.05 in the paper's language runs.
-    Above 0 a training step multiplies with the frozen weight twice."""
-    scaling_rule: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
-    """"alpha/sqrt(r)" (rsLoRA, arXiv:2312.03732) keeps updates of equal size when rank grows; worth it above 32."""
     detach_norm: bool = True
     """Treat the row norm as a constant in backward, as section 4.3 of the paper does to save memory. False gives the
     full gradient, which has no component along a row."""
@@ -61,11 +55,6 @@ class DoRA(Method):
             "dropout",
             'it must be 0 where mode is "magnitude": there is no low-rank part whose input could be dropped.',
         )
-
-    @property
-    def scaling(self) -> float:
-        """Factor s on the product B A."""
-        return self.alpha / (self.rank if self.scaling_rule == "alpha/r" else math.sqrt(self.rank))
 
     def build(self, base: BaseLayer) -> DoRAAdapter:
         """A magnitude, and a pair of factors unless the magnitude trains alone."""

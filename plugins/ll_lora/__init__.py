@@ -10,6 +10,8 @@ from lora_lightning.methods import Method
 
 __all__ = ["LoRA"]
 
+requires_api = ">=2,<3"
+
 
 @hookimpl
 def lora_lightning_methods() -> Iterable[type[Method]]:

@@ -15,11 +15,10 @@ Departs from the paper: the paper's text starts A at a Gaussian; that is `start=
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from lora_lightning.methods import Method, check_low_rank
+from lora_lightning.methods import Method, ScaledLowRankFields
 
 if TYPE_CHECKING:
     from lora_lightning.adapters.layers.base import BaseLayer
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA(Method):
+class LoRA(ScaledLowRankFields, Method):
     """Low-rank update of frozen weights (Hu et al., 2021)."""
 
     paper: ClassVar[str] = "2106.09685"
@@ -42,14 +41,6 @@ class LoRA(Method):
     export: ClassVar[str] = "native"
     peft_type: ClassVar[str] = "LORA"
 
-    rank: int = 8
-    """Inner width r of the update. Memory grows linearly; 4 to 64 covers most published runs."""
-    alpha: float = 16.0
-    """Numerator of the scaling. The paper sets it once and leaves it when rank changes."""
-    dropout: float = 0.0
-    """Probability of dropping entries of the update's input while training; 0.05 to 0.1 on small data."""
-    scaling_rule: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
-    """"alpha/sqrt(r)" (rsLoRA, arXiv:2312.03732) keeps updates of equal size when rank grows; worth it above 32."""
     train: Literal["both", "A", "B"] = "both"
     """Which side trains. "B" freezes a random A (half the trainables, as in FFA-LoRA), "A" a random B."""
     bias: bool = False
@@ -59,14 +50,6 @@ class LoRA(Method):
     order: Literal["autograd", "flops"] = "autograd"
     """"flops" takes the cheapest order of products at each shape (RunLoRA, arXiv:2312.03415): it keeps no
     intermediate for backward, and pays off in time for large ranks only. Plain linear layers without dropout."""
-
-    def __post_init__(self) -> None:
-        check_low_rank(self)
-
-    @property
-    def scaling(self) -> float:
-        """Factor s on the product B A."""
-        return self.alpha / (self.rank if self.scaling_rule == "alpha/r" else math.sqrt(self.rank))
 
     def build(self, base: BaseLayer) -> LowRankAdapter:
         """One pair of factors."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
 
 from ll_lorasc.settings import LoRASC
 from lora_lightning import hookimpl
 from lora_lightning.methods import Method
 
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
 __all__ = ["LoRASC"]
+
+requires_api = ">=2,<3"
 
 
 @hookimpl
@@ -22,8 +20,6 @@ def lora_lightning_methods() -> Iterable[type[Method]]:
 
 
 @hookimpl
-def lora_lightning_optimizers() -> Iterable[type[Optimizer]]:
+def lora_lightning_optimizers() -> Mapping[str, str]:
     """SlowFast."""
-    from ll_lorasc.optim import SlowFast
-
-    return [SlowFast]
+    return {"SlowFast": "ll_lorasc.optim:SlowFast"}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ll_lorasc.functional import blend
+from ll_lorasc.functional import follow
 from lora_lightning.errors import SettingsError, check
 from lora_lightning.optim.wrapper import OptimizerWrapper, adamw
 
@@ -22,13 +22,14 @@ class SlowFast(OptimizerWrapper):
     Args:
         params: parameters or groups, as for any optimizer.
         inner: the optimizer that takes the steps; null for AdamW at a rate of 1e-3.
-        share: how far the slow copies follow, in (0, 1]; 1 changes nothing.
+        blend: how far the slow copies follow, in (0, 1]; 1 changes nothing.
         every_n_steps: optimizer steps between two blends.
 
     Raises:
         SettingsError: a value outside its rule; another SlowFast inside.
     """
 
+    former_fields: ClassVar[Mapping[str, str]] = {"share": "blend"}
     own_copies: ClassVar[tuple[str, ...]] = ("slow",)
     bibtex: ClassVar[str] = """@inproceedings{zhang2019lookahead,
   title = {Lookahead Optimizer: k steps forward, 1 step back},
@@ -42,16 +43,16 @@ class SlowFast(OptimizerWrapper):
         self,
         params: Any,
         inner: Callable[[Any], Optimizer] | None = None,
-        share: float = 0.5,
+        blend: float = 0.5,
         every_n_steps: int = 5,
     ) -> None:
-        self.share, self.every_n_steps = share, every_n_steps
-        check(0 < share <= 1, self, "share", "it must lie in (0, 1]. 0.5 is usual; 1 changes nothing.")
+        self.blend, self.every_n_steps = blend, every_n_steps
+        check(0 < blend <= 1, self, "blend", "it must lie in (0, 1]. 0.5 is usual; 1 changes nothing.")
         check(every_n_steps >= 1, self, "every_n_steps", "it must be at least 1; 5 is usual.")
         made = (inner or adamw)(params)
         if "slow" in getattr(made, "copies", ()):
             raise SettingsError("SlowFast.inner holds a SlowFast already; both would keep one slow copy. Use one.")
-        super().__init__(made, {"share": share, "every_n_steps": every_n_steps})
+        super().__init__(made, {"blend": blend, "every_n_steps": every_n_steps})
         for group in self.param_groups:
             group.setdefault("fast_steps", 0)
 
@@ -71,4 +72,4 @@ class SlowFast(OptimizerWrapper):
     def _blend(self, parameter: Tensor) -> None:
         slow = self.state.get(parameter, {}).get("slow")
         if slow is not None:
-            blend(slow, parameter.data, self.share)
+            follow(slow, parameter.data, self.blend)

@@ -10,7 +10,7 @@ For stages t = 1..T on a frozen W0:
     W_t  = W_t-1 + S_t
 
     paper     here                      meaning
-    alpha     share                     pace: weight of the newest update
+    alpha     blend                     pace: weight of the newest update
     lambda    noise                     strength of the noise
     T         total / stage             stages of one epoch, or of stage_steps
 
@@ -26,14 +26,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lora_lightning.errors import SettingsError, check
-from lora_lightning.methods import Adapters, Method, WrapperMethod, check_fields
+from lora_lightning.methods import (
+    Adapters,
+    CascadeFields,
+    Method,
+    WrapperMethod,
+    check_cascade,
+    check_fields,
+    field_names,
+    values_of,
+)
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRASC(WrapperMethod):
+class LoRASC(CascadeFields, WrapperMethod):
     """A chain of short trainings of another method, each folded into the weights before the next (Li et al., 2024)."""
 
     paper: ClassVar[str] = "2407.01491"
@@ -46,30 +55,16 @@ class LoRASC(WrapperMethod):
   note = {arXiv:2407.01491}
 }"""
     export: ClassVar[str] = "exact LoRA"
-    run_wide: ClassVar[tuple[str, ...]] = (
-        "share", "rule", "noise", "noise_mode", "stage_epochs", "stage_steps", "lr", "rewarm_steps",
-    )  # fmt: skip
+    run_wide: ClassVar[tuple[str, ...]] = field_names(CascadeFields)
 
-    share: float = 0.5
-    """Weight of the newest update in the blend; 1 with noise 0 is the plain cascade. Try 0.3 to 1."""
-    rule: Literal["figure_ema", "outer_step"] = "figure_ema"
-    """How updates become the slow one: a moving average that every stage adds again, or share of each update once."""
+    blend: float = 0.5
+    """Weight of the newest update in the blend, in (0, 1]; 1 with noise 0 is the plain cascade. Try 0.3 to 1."""
+    rule: Literal["outer_step", "figure_ema"] = "figure_ema"
+    """How updates become the slow one: a moving average which every stage adds, or the blend of each update once."""
     noise: float = 0.1
     """Noise on the frozen weights, relative to their standard deviation; 0 for none. Try 0 to 0.15."""
-    noise_mode: Literal["restore", "persist"] = "restore"
-    """Whether a stage's noise is taken off at its end, or folded in with the update, as NoisyTune leaves it."""
-    stage_epochs: int | None = None
-    """Epochs of a stage; null for one, unless stage_steps is given."""
-    stage_steps: int | None = None
-    """Optimizer steps of a stage, instead; instruction sets run for few epochs."""
-    lr: Literal["continue", "rewarm", "restart"] = "continue"
-    """Learning rate over stages: one schedule for the run, the same with a short rise at each stage, or one a stage."""
-    rewarm_steps: int = 20
-    """Steps of that rise; 20 to 50 are common."""
 
     def __post_init__(self) -> None:
-        from lora_lightning.adapters.folding_rules import check_cascade
-
         check_fields(self)
         check_cascade(self)
         inner = type(self.inner).__name__
@@ -91,14 +86,5 @@ class LoRASC(WrapperMethod):
         """The cascade, and what the inner method needs."""
         from lora_lightning.callbacks.cascade import Cascade
 
-        cascade = Cascade(
-            stage_epochs=self.stage_epochs,
-            stage_steps=self.stage_steps,
-            share=self.share,
-            rule=self.rule,
-            noise=self.noise,
-            noise_mode=self.noise_mode,
-            lr=self.lr,
-            rewarm_steps=self.rewarm_steps,
-        )
+        cascade = Cascade(**values_of(self, CascadeFields))
         return [*self.inner.callbacks(), cascade]

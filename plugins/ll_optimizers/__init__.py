@@ -1,22 +1,22 @@
-"""Optimizers that know factor pairs: LoRA+, LoRA-FA, LoRA-RITE and LoRA-Pro."""
+"""Optimizers that know factor pairs: LoRA+, LoRA-FA, LoRA-RITE, LoRA-Pro and the Riemannian ones."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 from lora_lightning import hookimpl
 
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
+requires_api = ">=2,<3"
 
 
 @hookimpl
-def lora_lightning_optimizers() -> Iterable[type[Optimizer]]:
-    """LoRAPlus, LoRAFA, LoRARITE, LoRAPro."""
-    from ll_optimizers.fa import LoRAFA
-    from ll_optimizers.plus import LoRAPlus
-    from ll_optimizers.pro import LoRAPro
-    from ll_optimizers.rite import LoRARITE
-
-    return [LoRAPlus, LoRAFA, LoRARITE, LoRAPro]
+def lora_lightning_optimizers() -> Mapping[str, str]:
+    """LoRAPlus, LoRAFA, LoRARITE, LoRAPro, RiemannianSGD, RiemannianAdamW."""
+    return {
+        "LoRAPlus": "ll_optimizers.plus:LoRAPlus",
+        "LoRAFA": "ll_optimizers.fa:LoRAFA",
+        "LoRARITE": "ll_optimizers.rite:LoRARITE",
+        "LoRAPro": "ll_optimizers.pro:LoRAPro",
+        "RiemannianAdamW": "ll_optimizers.riemannian:RiemannianAdamW",
+        "RiemannianSGD": "ll_optimizers.riemannian:RiemannianSGD",
+    }

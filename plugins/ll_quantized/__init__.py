@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
     from lora_lightning.adapters.layers.base import BaseLayer
 
+requires_api = ">=2,<3"
+
 
 @hookimpl
 def lora_lightning_base_layers() -> Iterable[Callable[[nn.Module], BaseLayer | None]]:

@@ -1,19 +1,16 @@
-"""MoELoRA: a mixture of low-rank experts, and Riemannian optimizers for every method with factor pairs."""
+"""MoELoRA: a mixture of low-rank experts with gate-aware gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
 
 from ll_riemannian_moe.settings import MoELoRA
 from lora_lightning import hookimpl
 from lora_lightning.methods import Method
 
-if TYPE_CHECKING:
-    from lightning.pytorch.callbacks import Callback
-    from torch.optim import Optimizer
-
 __all__ = ["MoELoRA"]
+
+requires_api = ">=2,<3"
 
 
 @hookimpl
@@ -23,16 +20,6 @@ def lora_lightning_methods() -> Iterable[type[Method]]:
 
 
 @hookimpl
-def lora_lightning_optimizers() -> Iterable[type[Optimizer]]:
-    """RiemannianSGD and RiemannianAdamW."""
-    from ll_riemannian_moe.optim import RiemannianAdamW, RiemannianSGD
-
-    return [RiemannianSGD, RiemannianAdamW]
-
-
-@hookimpl
-def lora_lightning_callbacks() -> Iterable[type[Callback]]:
+def lora_lightning_callbacks() -> Mapping[str, str]:
     """RouterStatistics."""
-    from ll_riemannian_moe.callback import RouterStatistics
-
-    return [RouterStatistics]
+    return {"RouterStatistics": "ll_riemannian_moe.callback:RouterStatistics"}

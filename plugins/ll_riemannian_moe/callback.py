@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from ll_riemannian_moe.functional import load_statistics
 from lora_lightning.adapters.base import RunningSum
-from lora_lightning.callbacks.steps import JUDGES, announce, order_callbacks
+from lora_lightning.callbacks.steps import JUDGES, StepCallback, announce
 from lora_lightning.errors import NoEffectError
 from lora_lightning.injection.records import trainable_adapters
 
-TALLY = "load"
+STATISTIC = "load"
 
 
-class RouterStatistics(Callback):
+class RouterStatistics(StepCallback):
     """Logs the load of the experts since the last optimizer step, over all micro-batches and processes.
 
     `router_max_over_mean` is 1 at balance, `router_entropy` too (entropy of the assignments over log E), `router_dead`
-    is the share of experts without a token; each is the mean over layers.
+    is the fraction of experts without a token; each is the mean over layers.
 
     Raises:
         NoEffectError: no trainable adapter counts a load.
@@ -32,40 +31,26 @@ class RouterStatistics(Callback):
     phase: ClassVar[int] = JUDGES
 
     def __init__(self) -> None:
+        super().__init__()
         self._statistics: dict[str, RunningSum] = {}
         self._experts: dict[str, int] = {}
-        self._seen = 0
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Read after every schedule has acted."""
-        order_callbacks(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the routers."""
+        super().on_train_start(trainer, pl_module)
         found = trainable_adapters(pl_module)
-        routed = {path: adapter for path, adapter in found.items() if TALLY in adapter.statistics()}
+        routed = {path: adapter for path, adapter in found.items() if STATISTIC in adapter.statistics()}
         if not routed:
             raise NoEffectError(
                 f"{type(self).__name__} found nothing to act on: it needs trainable adapters with a router "
-                f'(statistics() has "{TALLY}"); the model has {len(found)} trainable adapters, none with one.'
+                f'(statistics() has "{STATISTIC}"); the model has {len(found)} trainable adapters, none with one.'
             )
         announce(trainer, self, "acts on", "adapter", [path.rpartition(".adapters.")[0] for path in routed])
-        self._statistics = {path: adapter.statistics()[TALLY] for path, adapter in routed.items()}
+        self._statistics = {path: adapter.statistics()[STATISTIC] for path, adapter in routed.items()}
         self._experts = {path: adapter.factor_pairs()[0].lora_A.shape[0] for path, adapter in routed.items()}
-        self._seen = trainer.global_step
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def after_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         """Log after a step, and empty the statistics."""
-        if trainer.global_step == self._seen:
-            return
-        self._seen = trainer.global_step
         loads = [load for load in self._take(trainer, pl_module.device) if load.sum() > 0]
         if loads:
             pl_module.log_dict({f"router_{name}": value for name, value in _mean_statistics(loads).items()})

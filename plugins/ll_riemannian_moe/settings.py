@@ -1,7 +1,8 @@
 """MoELoRA: a mixture of low-rank experts with gate-aware Riemannian gradients.
 
 Sun et al., 2025, arXiv:2502.15828; preconditioner of each expert: Zhang and Pilanci, 2024,
-arXiv:2402.02347. The equations stand in `functional.py`, the preconditioned optimizers in `optim.py`.
+arXiv:2402.02347. The equations stand in `functional.py`; the preconditioned optimizers are those of the plugin
+`ll_optimizers`.
 
     y = W x + b + sum_i g_i(x) s B_i A_i x,   g = softmax over the k largest entries of G x
 
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_lightning.errors import check
-from lora_lightning.methods import Adapters, Method, check_low_rank
+from lora_lightning.methods import Adapters, LowRankFields, Method, check_low_rank
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
@@ -34,8 +35,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoELoRA(Method):
-    """Low-rank experts mixed token by token, trained with Riemannian gradients that allow for the gates."""
+class MoELoRA(LowRankFields, Method):
+    """Low-rank experts mixed token by token, trained with Riemannian gradients that allow for the gates.
+
+    Experts of a layer share one dropout mask; the authors use 0.05.
+    """
 
     paper: ClassVar[str] = "2502.15828"
     bibtex: ClassVar[str] = """@inproceedings{sun2025stronger,
@@ -49,16 +53,12 @@ class MoELoRA(Method):
     export: ClassVar[str] = "not expressible"
     run_wide: ClassVar[tuple[str, ...]] = ("router_lr_ratio", "router_clip")
 
+    rank: int = 4
+    """Inner width of one expert."""
     experts: int = 20
     """Experts on each layer. All are computed for every token, so cost grows with experts * rank."""
     top_k: int = 10
     """Experts that each token uses. With 1 the gate is constant and the router needs balance_loss to learn."""
-    rank: int = 4
-    """Inner width of one expert."""
-    alpha: float = 16.0
-    """Numerator of scaling = alpha / rank."""
-    dropout: float = 0.0
-    """Probability of dropping entries of the experts' input while training, one mask for all; the authors use 0.05."""
     gate_exponent: float = 0.5
     """Power q of the gate in backward: 1 is the plain gradient, 0.5 the paper's, 0 takes the gate out of it. Outputs
     are the same. Under AdamW the overall size of gradients cancels, so expect little there."""
@@ -100,11 +100,6 @@ class MoELoRA(Method):
         clip = self.router_clip
         check(clip is None or clip > 0, self, "router_clip", "it must be above 0, or null for no clipping of its own.")
 
-    @property
-    def scaling(self) -> float:
-        """Factor s on each product B_i A_i."""
-        return self.alpha / self.rank
-
     def build(self, base: BaseLayer) -> MoELoRAAdapter:
         """Stacked experts and their router."""
         from ll_riemannian_moe.adapter import MoELoRAAdapter
@@ -131,10 +126,10 @@ class MoELoRA(Method):
         return groups
 
     def optimizer(self) -> Callable[[Any], Optimizer]:
-        """RiemannianAdamW."""
-        from ll_riemannian_moe.optim import RiemannianAdamW
+        """RiemannianAdamW, which another plugin provides."""
+        from lora_lightning.plugins import optimizer_of
 
-        return RiemannianAdamW
+        return optimizer_of(type(self), "RiemannianAdamW")
 
     def callbacks(self) -> Sequence[Callback]:
         """Load statistics of the routers."""

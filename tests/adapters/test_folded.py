@@ -25,15 +25,15 @@ def factors(stages: int, rank: int = 2, d_in: int = 6, d_out: int = 5):
 
 
 @pytest.mark.parametrize("rule", ["outer_step", "figure_ema"])
-@pytest.mark.parametrize("fraction", [1.0, 0.3])
-def test_both_forms_equal_the_closed_form(rule, fraction):
+@pytest.mark.parametrize("blend", [1.0, 0.3])
+def test_both_forms_equal_the_closed_form(rule, blend):
     base = core_base_layer(nn.Linear(6, 5).double())
     log, dense, stages = FactoredUpdate(base), DenseUpdate(base), factors(4)
     for A, B in stages:
-        log.fold(A, B, fraction, rule)
-        dense.fold(B @ A, fraction, rule)
+        log.fold(A, B, blend, rule)
+        dense.fold(B @ A, blend, rule)
     n = len(stages)
-    weights = [fraction if rule == "outer_step" else 1 - (1 - fraction) ** (n - k) for k in range(n)]
+    weights = [blend if rule == "outer_step" else 1 - (1 - blend) ** (n - k) for k in range(n)]
     expected = sum(w * B @ A for w, (A, B) in zip(weights, stages, strict=True))
     weight = torch.randn(5, 6, dtype=torch.float64)
     torch.testing.assert_close(log.merged_weight(weight) - weight, expected)
@@ -44,12 +44,12 @@ def test_both_forms_equal_the_closed_form(rule, fraction):
 
 def test_the_rules_agree_for_a_fraction_of_one_and_differ_from_the_second_stage_on():
     base = core_base_layer(nn.Linear(6, 5).double())
-    for fraction, same in ((1.0, True), (0.5, False)):
+    for blend, same in ((1.0, True), (0.5, False)):
         shifts = {}
         for rule in ("outer_step", "figure_ema"):
             shifts[rule] = DenseUpdate(base)
             for A, B in factors(3):
-                shifts[rule].fold(B @ A, fraction, rule)
+                shifts[rule].fold(B @ A, blend, rule)
         one, other = shifts.values()
         assert torch.allclose(one.delta, other.delta) == same
 
@@ -70,7 +70,7 @@ def test_state_fits_a_shift_of_its_own_shape_only(cls):
     assert update_like(base, {"other": torch.zeros(1)}) is None
 
 
-def layer_with(kind: str, dtype=torch.float64, fraction: float = 1.0):
+def layer_with(kind: str, dtype=torch.float64, blend: float = 1.0):
     """A model of one layer with a moved LoRA whose update has been folded, and the input, the layer and the update."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(6, 5)).to(dtype)
@@ -79,7 +79,7 @@ def layer_with(kind: str, dtype=torch.float64, fraction: float = 1.0):
     perturb(layer.adapter("default"))
     A, B = layer.low_rank("default")
     layer.set_folded("default", {"log": FactoredUpdate, "dense": DenseUpdate}[kind](layer.base_layer))
-    layer.fold("default", fraction)
+    layer.fold("default", blend)
     layer.adapter("default").reset(torch.Generator().manual_seed(2))
     return model, layer, torch.randn(3, 6).to(dtype), B @ A
 

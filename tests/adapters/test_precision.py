@@ -9,8 +9,8 @@ from torch import nn
 from toy_runs import classification, encoder_folder, labelled_data, trainer
 
 from ll_lora import LoRA
+from ll_optimizers.riemannian import RiemannianAdamW
 from ll_riemannian_moe import MoELoRA
-from ll_riemannian_moe.optim import RiemannianAdamW
 from lora_lightning.errors import SettingsError, TrainingError
 from lora_lightning.injection.inject import inject
 from lora_lightning.injection.records import adapters_named

@@ -28,7 +28,7 @@ ALPHA = 0.4
 
 
 class Watch(Callback):
-    """Keeps, per optimizer step, the effective weight before knots act (phase 4) or after (phase 6)."""
+    """Keeps, per optimizer step, the effective weight before stages end (phase 4) or after (phase 6)."""
 
     def __init__(self, phase):
         self.phase, self.seen, self.states = phase, {}, {}
@@ -66,7 +66,7 @@ def run(tmp_path, cascade, method=None, module=None, extra=(), **options):
 
 
 def test_a_plain_cascade_does_not_jump(tmp_path):
-    """Share 1 without noise: just before and just after a knot the function is the same."""
+    """Blend 1 without noise: just before and just after the end of a stage the function is the same."""
     module, before, after = run(tmp_path, Cascade(stage_steps=3))
     for step in (3, 6):
         torch.testing.assert_close(after.seen[step], before.seen[step], rtol=0, atol=1e-12)
@@ -78,11 +78,11 @@ def test_a_plain_cascade_does_not_jump(tmp_path):
 @pytest.mark.parametrize("rule", ["outer_step", "figure_ema"])
 @pytest.mark.parametrize("dense", [False, True])
 def test_stages_follow_the_recursion(tmp_path, rule, dense):
-    """W_t = W_t-1 + S_t, with F_t read off just before each knot; rank at most t r."""
+    """W_t = W_t-1 + S_t, with F_t read off just before each stage ends; rank at most t r."""
     module = Wide()
     start = module.used.weight.detach().clone()
     method = LoRA(rank=2 if dense else 1, alpha=1.0)  # two stages of rank 2: as many numbers as the weight and more
-    cascade = Cascade(stage_steps=2, share=ALPHA, rule=rule)
+    cascade = Cascade(stage_steps=2, blend=ALPHA, rule=rule)
     module, before, after = run(tmp_path, cascade, method, module, max_steps=4)
     assert isinstance(module.used.shifts["default"], DenseUpdate if dense else FactoredUpdate)
     weight, slow = start, torch.zeros_like(start)
@@ -130,7 +130,7 @@ def test_optimizer_state_is_forgotten_and_parameters_stay_the_same_objects(tmp_p
     assert after.states[3] == [1, 1]
 
 
-def test_one_stage_of_share_one_without_noise_is_plain_training(tmp_path):
+def test_one_stage_of_blend_one_without_noise_is_plain_training(tmp_path):
     """Step for step what LoRA does alone."""
     _, cascaded, _ = run(tmp_path, Cascade(stage_steps=6))
     plain = Watch(4)
@@ -155,7 +155,7 @@ def test_noise_of_a_stage(tmp_path, mode):
             base = layer.wrapped("default").weight()
             seen[trainer.global_step] = (base.clone(), layer.clean_weight("default").clone(), layer.weight.clone())
 
-    cascade = Cascade(stage_steps=3, share=ALPHA, noise=0.2, noise_mode=mode)
+    cascade = Cascade(stage_steps=3, blend=ALPHA, noise=0.2, noise_mode=mode)
     _, _, after = run(tmp_path, cascade, module=module, extra=[Noises()], max_steps=6)
     for step in (3, 6):
         noisy, clean, trained = seen[step]
@@ -195,10 +195,10 @@ def test_noise_is_relative_to_the_deviation_of_the_weight_of_each_stage(tmp_path
 
 
 def test_one_stage_that_shrinks_its_update_is_said(tmp_path, caplog):
-    run(tmp_path, Cascade(stage_steps=6, share=0.5))
-    assert "Cascade: one stage only; share=0.5 shrinks its update by that." in caplog.text
+    run(tmp_path, Cascade(stage_steps=6, blend=0.5))
+    assert "Cascade: one stage only; blend=0.5 shrinks its update by that." in caplog.text
     caplog.clear()
-    run(tmp_path, Cascade(stage_steps=3, share=0.5))
+    run(tmp_path, Cascade(stage_steps=3, blend=0.5))
     assert "one stage only" not in caplog.text
 
 
@@ -265,7 +265,7 @@ def test_a_constant_weight_gets_no_noise(tmp_path):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"share": 0.0}, r"Cascade\.share is 0\.0; it must lie in \(0, 1\]"),
+        ({"blend": 0.0}, r"Cascade\.blend is 0\.0; it must lie in \(0, 1\]"),
         ({"stage_steps": 1}, r"stage_steps is 1; it must be at least 2"),
         ({"stage_steps": 3, "stage_epochs": 1}, r"stage_epochs is 1 too; give one of them"),
         ({"stage_epochs": 0}, r"stage_epochs is 0; it must be a whole number of at least 1"),
@@ -336,7 +336,7 @@ def test_a_project_of_its_own_resumes_in_the_middle_of_a_stage(tmp_path, mode, c
     def once(callbacks, **options):
         module = Wide(momentum=0.9)
         inject = InjectAdapters(LoRA(rank=2), ["used"], also_train=["head"], seed=3, checkpoint=checkpoint)
-        cascade = Cascade(stage_steps=5, share=ALPHA, rule="figure_ema", noise=0.2, noise_mode=mode)
+        cascade = Cascade(stage_steps=5, blend=ALPHA, rule="figure_ema", noise=0.2, noise_mode=mode)
         trained = trainer(tmp_path, [inject, cascade, ExactResume(), *callbacks], max_steps=11)
         trained.fit(module, loader(), weights_only=True, **options)
         return module

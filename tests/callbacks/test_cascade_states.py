@@ -57,7 +57,7 @@ def original():
     return Project().used.weight
 
 
-@pytest.mark.parametrize("stop", [StopAt(4), StopAt(6)], ids=["on a knot", "inside a stage"])
+@pytest.mark.parametrize("stop", [StopAt(4), StopAt(6)], ids=["at a stage end", "inside a stage"])
 def test_a_run_stopped_early_is_folded_and_without_noise(tmp_path, stop):
     module = Project()
     fit(module, tmp_path, [inject(), Cascade(stage_steps=4, noise=0.3), stop], max_steps=12)
@@ -94,7 +94,7 @@ def test_a_step_skipped_at_the_end_is_folded_all_the_same(tmp_path):
     assert module.used.base_weight.noise is None
 
 
-def test_validation_at_a_knot_sees_no_noise(tmp_path):
+def test_validation_at_a_stage_end_sees_no_noise(tmp_path):
     seen = {}
 
     class Validated(Project):
@@ -213,7 +213,7 @@ class TestStates:
 
 def test_the_projects_adapter_is_written_after_everything_else(tmp_path):
     module = Project()
-    callbacks = [inject(directory=tmp_path / "adapter"), Cascade(stage_steps=4, share=0.5, noise=0.3), StopAt(6)]
+    callbacks = [inject(directory=tmp_path / "adapter"), Cascade(stage_steps=4, blend=0.5, noise=0.3), StopAt(6)]
     fit(module, tmp_path, callbacks, max_steps=12)
     fresh = Project()
     ll.load_adapter(fresh, tmp_path / "adapter")
@@ -237,7 +237,7 @@ def test_other_stages_on_resume_are_refused(tmp_path):
 
 
 def test_two_adapters_on_a_layer_share_one_noise(tmp_path):
-    """With share 1 and noise that persists, nothing jumps at a knot, whatever the number of adapters."""
+    """With blend 1 and noise that persists, nothing jumps at the end of a stage, whatever the number of adapters."""
     module = Project().double()
     seen = {}
 
@@ -268,7 +268,7 @@ def encoder(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "extra",
-    [lambda: [NoiseInjection(0.3)], lambda: [Cascade(stage_steps=4, share=0.5), StopAt(6)]],
+    [lambda: [NoiseInjection(0.3)], lambda: [Cascade(stage_steps=4, blend=0.5), StopAt(6)]],
     ids=["noise", "cut"],
 )
 def test_the_numbers_told_are_those_of_the_state_that_is_written(encoder, tmp_path, extra):
@@ -277,10 +277,10 @@ def test_the_numbers_told_are_those_of_the_state_that_is_written(encoder, tmp_pa
     trainer(tmp_path, [report, *extra()], max_steps=8, val_check_interval=2).fit(module, datamodule=data)
     values = trainer(tmp_path, []).validate(module, datamodule=data, verbose=False)[0]
     assert report.summary["values"]["loss"] == pytest.approx(values["val_loss"], abs=1e-6)
-    assert all(distance > 0 for distance in report.summary["moved"].values())
+    assert all(distance > 0 for distance in report.summary["changed"].values())
 
 
-def test_keep_best_takes_a_state_at_a_knot(tmp_path):
+def test_keep_best_takes_a_state_at_a_stage_end(tmp_path):
     class Scored(Project):
         def validation_step(self, batch):
             self.log("score", {4: 0.9, 8: 0.5}.get(self.trainer.global_step, float("nan")))
@@ -310,8 +310,8 @@ def test_settings_that_make_no_sense(tmp_path, encoder):
         LoRASC(inner=LoRA(), stage_steps=2.5)  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match="it must be a method with its settings"):
         LoRASC(inner="LoRA")  # type: ignore[arg-type]
-    with pytest.raises(SettingsError, match=r'overrides\["used"\]: LoRASC\.share holds for the whole run'):
-        ll.inject(Project(), LoRASC(inner=LoRA()), ["used"], overrides={"used": {"share": 1.0}}, also_train=())
+    with pytest.raises(SettingsError, match=r'overrides\["used"\]: LoRASC\.blend holds for the whole run'):
+        ll.inject(Project(), LoRASC(inner=LoRA()), ["used"], overrides={"used": {"blend": 1.0}}, also_train=())
     module = classification(encoder, LoRASC(inner=LoRA(rank=1), stage_steps=4, lr="rewarm"))
     endless = trainer(tmp_path, [], max_steps=-1, max_time="00:00:10:00")
     with pytest.raises(SettingsError, match="nothing bounds the run"):
@@ -336,7 +336,7 @@ class Factors(Callback):
 
 
 def slow_fast(groups):
-    return SlowFast(groups, lambda g: torch.optim.SGD(g, lr=0.1, momentum=0.9), share=0.3, every_n_steps=3)
+    return SlowFast(groups, lambda g: torch.optim.SGD(g, lr=0.1, momentum=0.9), blend=0.3, every_n_steps=3)
 
 
 @pytest.mark.parametrize("moments", ["reset", "keep"])
@@ -352,11 +352,11 @@ def test_slow_weights_of_one_stage_never_reach_the_next(tmp_path, moments, facto
 
     factors = Factors()
     fit(Blended(), tmp_path, [inject(), Cascade(stage_steps=4, moments=moments), factors], max_steps=8)
-    for knot, before, after in zip(factors.seen[4], factors.seen[5], factors.seen[6], strict=True):
-        assert list(knot[1]) == (["momentum_buffer"] if moments == "keep" else [])
+    for end, before, after in zip(factors.seen[4], factors.seen[5], factors.seen[6], strict=True):
+        assert list(end[1]) == (["momentum_buffer"] if moments == "keep" else [])
         fast = before[0] - after[2] * after[1]["momentum_buffer"]
         assert not torch.equal(fast, before[0])
-        torch.testing.assert_close(after[0], knot[0] + 0.3 * (fast - knot[0]))
+        torch.testing.assert_close(after[0], end[0] + 0.3 * (fast - end[0]))
 
 
 def test_a_slow_fast_inside_another_is_refused():
@@ -367,5 +367,5 @@ def test_a_slow_fast_inside_another_is_refused():
 
 def test_slow_fast_tells_its_settings():
     parameter = nn.Parameter(torch.ones(1))
-    assert SlowFast([parameter], share=0.3).defaults["share"] == 0.3
+    assert SlowFast([parameter], blend=0.3).defaults["blend"] == 0.3
     assert SlowFast([parameter]).defaults["inner"] == "AdamW"

@@ -25,13 +25,13 @@ def test_all_used_layers_pass_and_the_distances_are_reported(tmp_path):
     guard = TrainingGuard()
     module = Plain()
     fit(module, tmp_path, [InjectAdapters(LoRA(rank=2), ["used"], also_train=["head"]), guard])
-    assert set(guard.moved()) == {
+    assert set(guard.changed()) == {
         "used.adapters.default.lora_A",
         "used.adapters.default.lora_B",
         "head.weight",
         "head.bias",
     }
-    assert all(distance > 0 for distance in guard.moved().values())
+    assert all(distance > 0 for distance in guard.changed().values())
 
 
 def test_a_run_at_a_rate_of_zero_trained_nothing(tmp_path):
@@ -52,7 +52,7 @@ def test_a_rate_that_warms_up_has_time_until_the_end(tmp_path):
     guard = TrainingGuard()
     parts = [InjectAdapters(LoRA(rank=2), ["used"], also_train=["head"])]
     fit(Warmed(), tmp_path, [*parts, guard], max_steps=9)
-    assert all(distance > 0 for distance in guard.moved().values())
+    assert all(distance > 0 for distance in guard.changed().values())
     with pytest.raises(TrainingError, match=r"whose rate has not come to a hundredth .*used.*lora_A \(did"):
         fit(Warmed(), tmp_path, [InjectAdapters(LoRA(rank=2), ["used"], also_train=["head"])], max_steps=5)
 
@@ -80,7 +80,7 @@ def test_rates_of_several_optimizers_warm_up(tmp_path):
     guard = TrainingGuard()
     parts = [InjectAdapters(LoRA(rank=2), ["used"], also_train=["head"]), guard]
     fit(WarmedByHand(), tmp_path, parts, max_steps=16)
-    assert all(distance > 0 for distance in guard.moved().values())
+    assert all(distance > 0 for distance in guard.changed().values())
 
 
 def test_a_short_run_is_judged_at_its_end(tmp_path):
@@ -94,7 +94,7 @@ def test_an_optimizer_that_holds_only_the_head_is_found_without_asking(tmp_path)
         def configure_optimizers(self):
             return torch.optim.SGD(self.head.parameters(), lr=0.1)
 
-    with pytest.raises(TrainingError, match=r"used.*lora_B \(did not move\)"):
+    with pytest.raises(TrainingError, match=r"used.*lora_B \(did not change\)"):
         fit(HeadOnly(), tmp_path, [InjectAdapters(LoRA(rank=2), ["used"], also_train=["head"])])
 
 
@@ -116,7 +116,7 @@ def test_no_movement_at_a_rate_stops_the_run(tmp_path):
                 for parameter, value in zip(self.parameters(), before, strict=True):
                     parameter.copy_(value)
 
-    with pytest.raises(TrainingError, match="did not move"):
+    with pytest.raises(TrainingError, match="did not change"):
         fit(Frozen(), tmp_path, [InjectAdapters(LoRA(rank=2), ["used"], also_train=["head"]), TrainingGuard()])
 
 
@@ -166,5 +166,5 @@ def test_a_resumed_run_measures_from_its_first_start(tmp_path):
         run = trainer(tmp_path, [inject_, guard, keep], enable_checkpointing=True, max_steps=12)
         run.fit(module, loader(), ckpt_path=checkpoint, weights_only=True)
         guards.append(guard)
-    assert guards[0].moved() == guards[1].moved()
+    assert guards[0].changed() == guards[1].changed()
     assert guards[1]._real == guards[0]._real

@@ -21,7 +21,7 @@ from lora_lightning.injection.records import trainable_adapters
 
 
 class Recorder(ScheduleCallback):
-    phase, asks = 1, "anything"
+    phase, requires = 1, "anything"
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ def test_gradients_are_read_unscaled(tmp_path):
 
 
 @pytest.mark.parametrize(("value", "total", "step"), [(0.1, 400, 40), (1.0, 50, 50), (7, 50, 7), (0.0, 50, 0)])
-def test_moments_as_shares_and_step_numbers(value, total, step):
+def test_moments_as_fractions_and_step_numbers(value, total, step):
     assert resolve_step(value, total, "x") == step
 
 
@@ -162,7 +162,7 @@ def test_moments_as_shares_and_step_numbers(value, total, step):
             r"from step 2 to step 2 in a run of 3 steps, so it does not fit; the smallest run that fits has 4",
         ),
         (2, 90, 50, r"S.end is step 90; the run has 50 steps, so it must be at most 50"),
-        (0.1, 0.8, None, r"S.start is 0.1, a share of all steps, but nothing bounds their number; set max_steps"),
+        (0.1, 0.8, None, r"S.start is 0.1, a fraction of all steps, but nothing bounds their number; set max_steps"),
         (0.1, 8.5, 100, r"S.end is 8.5; above 1 it is a step number and must be whole, such as 8"),
     ],
 )
@@ -225,7 +225,7 @@ def test_a_method_s_callback_is_added_once_over_two_fits(tmp_path):
             r"SparsitySchedule.keep_rule is 'flor'; it must be \"floor\" or \"ceil\" or \"official\"",
         ),
         ({"first_score": "one"}, r"SparsitySchedule.first_score is 'one'; it must be \"zero\" or \"gradient\""),
-        ({"clamp": -1.0}, r"SparsitySchedule.clamp is -1.0; it must be above 0, or None"),
+        ({"clamp": -1.0}, r"SparsitySchedule.clamp is -1.0; it must be above 0, or null"),
         ({"sparsity": 1.0}, r"SparsitySchedule.sparsity is 1.0; it must lie in \[0, 1\)"),
     ],
 )

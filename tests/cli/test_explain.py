@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import pytest
 import yaml
-from jsonargparse import set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI, OptimizerCallable
 
 from lora_lightning import plugins
-from lora_lightning.cli.explain import explain
+from lora_lightning.cli.explain import explain, refused
 from lora_lightning.cli.parser import Parser
 from lora_lightning.methods import Method
 
@@ -200,10 +200,11 @@ def library(monkeypatch):
 def test_a_short_name_of_two_packages(fail, config, library):
     for package in ("one_library", "other_library"):
         library(package, "Lion")
-    text = 'model.optimizer: "Lion" is one_library.Lion and other_library.Lion; give the full path of the one '
     given = config(model={**MODEL, "optimizer": {"class_path": "Lion", "init_args": {"lr": 0.1}}})
-    assert fail(["fit", "--config", str(given)]) == f"{text}that is meant."
-    assert fail(["fit", "--config", str(config()), "--model.optimizer", "Lion"]) == f"{text}that is meant."
+    for words in (["--config", given], ["--config", config(), "--model.optimizer", "Lion"]):
+        text = fail(["fit", *words])
+        assert text.startswith("model.optimizer: Multiple subclasses with name Lion. Give the full class path")
+        assert text.endswith("one_library.Lion, other_library.Lion.")
 
 
 def test_a_short_name_of_torchs_stays_torchs(parser, config, library):
@@ -384,13 +385,18 @@ class TestFullPaths:
 
     @pytest.mark.parametrize("path", ["collections.OrderedDict", "textwrap.dedent"])
     def test_of_something_else(self, fail, path):
-        assert fail(["fit", *WHOLE, f"--model.method={path}"]) == f"model.method: {path} is no method. {installed()}"
+        text = fail(["fit", *WHOLE, f"--model.method={path}"])
+        assert text.startswith(f"model.method: Import path {path} does not correspond to a subclass of Method.")
+        assert text.endswith(installed())
 
     def test_of_something_else_for_data_and_optimizer(self, fail):
         text = fail(["fit", *WHOLE, "--data=collections.OrderedDict"])
-        assert text.startswith("data: collections.OrderedDict is no data module. Installed: ")
+        assert text.startswith("data: OrderedDict: Import path does not correspond to a subclass of LightningDataMod")
+        assert "PlainTexts" in text.partition("Installed: ")[2]
         text = fail(["fit", *WHOLE, "--model.optimizer=collections.OrderedDict"])
-        assert text.startswith("model.optimizer: collections.OrderedDict is no optimizer. Installed: ")
+        assert text.startswith("model.optimizer: Expected 'collections.OrderedDict' to be a subclass of")
+        assert "Installed: " in text
+        assert "AdamW, " in text
 
 
 class TestUnknownKey:
@@ -468,13 +474,12 @@ class TestRequired:
         assert fail(["fit"]) == text
 
     def test_field_of_a_class(self, fail, config):
-        assert fail(["fit", *WHOLE[:2], "--data=NeedsColumn"]) == "data: NeedsColumn needs column."
+        needs = "the following arguments are required"
+        assert fail(["fit", *WHOLE[:2], "--data=NeedsColumn"]) == f"data: NeedsColumn: {needs}: column."
         value = [{"class_path": "EarlyStopping", "init_args": {"patience": 3}}]
-        assert (
-            fail(["fit", "--config", config(trainer={"callbacks": value})])
-            == "trainer.callbacks: EarlyStopping needs monitor."
-        )
-        assert fail(["fit", *WHOLE, "--model.method=Wrapping"]) == "model.method: Wrapping needs inner."
+        text = fail(["fit", "--config", config(trainer={"callbacks": value})])
+        assert text == f"trainer.callbacks: EarlyStopping: {needs}: monitor."
+        assert fail(["fit", *WHOLE, "--model.method=Wrapping"]) == f"model.method: Wrapping: {needs}: inner."
 
 
 class TestNoClassNamed:
@@ -538,12 +543,12 @@ class TestWrongValue:
 
     def test_a_word_for_a_section(self, fail, config):
         text = fail(["fit", "--config", config(trainer="fast")])
-        assert text == 'trainer is "fast"; it must be a mapping of settings, or a file with one.'
+        assert text == 'trainer: it must be a mapping of settings, or a file with one; this is "fast".'
 
     def test_nothing(self, fail):
         assert (
             fail(["fit", *WHOLE, "--trainer.max_steps"])
-            == "trainer.max_steps, or a setting in it, is given without a value."
+            == "argument --trainer.max_steps, or a setting in it: expected one argument"
         )
 
 
@@ -551,11 +556,8 @@ class TestConfigs:
     @pytest.mark.parametrize("text", ["just words", "- a\n- b"])
     def test_no_mapping(self, fail, tmp_path, text):
         (tmp_path / "list.yaml").write_text(text)
-        start = text.splitlines()[0]
-        assert (
-            fail(["fit", "--config", tmp_path / "list.yaml"])
-            == f'a config must be a mapping of settings; this one is "{start}".'
-        )
+        said = f"a config must be a mapping of settings, which this is not: {' '.join(text.split())}"
+        assert fail(["fit", "--config", tmp_path / "list.yaml"]) == said
 
     def test_no_yaml(self, fail, tmp_path):
         (tmp_path / "broken.yaml").write_text("model: [\n")
@@ -565,11 +567,39 @@ class TestConfigs:
 
 
 def test_text_that_is_not_known_stays_on_one_line(parser):
-    message = 'Parser key "model.method":\n  Something\n    quite   new'
-    assert explain(message, parser) == "model.method: Something quite new"
+    message = 'Parser key "model.method":\n  Something quite   new'
+    assert explain(message, parser) == "model.method: Something quite new."
 
 
 def test_debugging_brings_the_parsers_own_words(parser, monkeypatch):
     monkeypatch.setenv("JSONARGPARSE_DEBUG", "true")
     with pytest.raises(Exception, match="Expected a dot import path string: RosaLoRA"):
         parser.parse_args(["fit", "--model.method", "RosaLoRA"])
+
+
+class Refusing:
+    def __init__(self, cause: str):
+        raise ValueError(cause)
+
+
+@pytest.mark.parametrize(
+    ("cause", "text"), [("no  such\nthing", "Refusing: no such thing"), ("Refusing is so.", "Refusing is so.")]
+)
+@pytest.mark.parametrize("kind", [Refusing | None, Round | list[Refusing] | None])
+def test_what_a_class_says_is_found_in_what_the_parser_makes_of_it(kind, cause, text):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--shape", type=kind)
+    one = {"class_path": f"{__name__}.Refusing", "init_args": {"cause": cause}}
+    given = parser.parse_object({"shape": one if kind == Refusing | None else [one]})
+    with pytest.raises(ValueError, match="Refusing") as caught:
+        parser.instantiate(given)
+    assert refused(str(caught.value)) == text
+
+
+def test_where_the_parser_itself_refuses_no_class_has_said_anything():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--shape", type=Round | Square | None)
+    with pytest.raises(ArgumentError) as caught:
+        parser.parse_object({"shape": 3})
+    assert refused(str(caught.value)) == ""
+    assert refused("a sentence") == ""

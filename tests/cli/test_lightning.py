@@ -359,7 +359,7 @@ def test_last_ckpt_is_the_state_of_the_adapter_whatever_the_validation_interval(
 
 
 def test_a_run_without_validation_data(here, capsys):
-    flags = ["--data.validation", "null", "--data.validation_share", "0", "--trainer.val_check_interval", "1"]
+    flags = ["--data.validation", "null", "--data.validation_fraction", "0", "--trainer.val_check_interval", "1"]
     assert main(["fit", "--config", "tiny.yaml", *flags]) == 0
     assert json.loads(Path("runs/tiny/001/summary.json").read_text())["values"] == {}
     assert main(["fit", "--config", "tiny.yaml", "--trainer.limit_val_batches", "0"]) == 0

@@ -4,15 +4,20 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from streams import write_files
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+
+from lora_lightning.data import Completions
 
 WORDS = [*"abcdefgh", "good", "bad", "film", "tea", "dog", "cat", "what", "is", "the", "answer", "yes", "no", "it"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<s>", "</s>"]
+CHAT_MARKERS = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 SHARED = Path(os.environ.get("LORA_LIGHTNING_TEST_DATA", Path(__file__).parents[3] / "shared"))
 
 
@@ -78,3 +83,49 @@ def write(tmp_path: Path) -> Callable[[str, Any], str]:
         return str(tmp_path / name)
 
     return write
+
+
+@pytest.fixture
+def stream_folder(tmp_path: Path) -> Path:
+    return write_files(tmp_path / "many")
+
+
+@pytest.fixture
+def make_stream(stream_folder, causal_tokenizer):
+    def make(workers: int = 0, ranks: tuple[int, int] = (1, 0), window: int = 1, kind=Completions, **settings):
+        settings = {"train": str(stream_folder), "batch_size": 2, "shuffle_block": 4, "max_length": 16, **settings}
+        common = {"tokenizer": causal_tokenizer, "validation_fraction": 0.0, "num_workers": workers, "streaming": True}
+        data = kind(**{**common, **settings})
+        data.trainer = SimpleNamespace(
+            distributed_sampler_kwargs={"num_replicas": ranks[0], "rank": ranks[1]},
+            accumulate_grad_batches=window,
+            limit_train_batches=1.0,
+            max_steps=100,
+        )
+        data.setup("fit")
+        return data
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def letters(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """A folder with a tokenizer of one token a byte, and chat markers; `start` puts <s> before every text."""
+
+    def make(start: bool = False, markers: bool = True, template: str | None = None) -> str:
+        special = ["<s>", "</s>", *(CHAT_MARKERS if markers else [])]
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        backend = Tokenizer(models.BPE({letter: n for n, letter in enumerate([*special, *alphabet])}, []))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = decoders.ByteLevel()
+        if start:
+            backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        folder = tmp_path_factory.mktemp("letters")
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend, bos_token="<s>", eos_token="</s>", extra_special_tokens=special[2:]
+        )
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+        return str(folder)
+
+    return make

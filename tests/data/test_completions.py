@@ -4,10 +4,7 @@ import pytest
 import torch
 
 from lora_lightning.data import Completions
-from lora_lightning.data.prompt_formats import FORMATS
-from lora_lightning.data.tokens.causal import completion_example, start_ids
-from lora_lightning.data.tokens.tokenizers import load_tokenizer
-from lora_lightning.errors import DataError, SettingsError
+from lora_lightning.errors import DataError
 
 ROWS = [
     {"prompt": "what is the", "completion": "answer"},
@@ -21,7 +18,7 @@ START, END = 4, 5
 @pytest.fixture
 def make(write, causal_tokenizer):
     def make(rows=ROWS, **settings) -> Completions:
-        settings = {"tokenizer": causal_tokenizer, "validation_share": 0.0, **settings}
+        settings = {"tokenizer": causal_tokenizer, "validation_fraction": 0.0, **settings}
         return Completions(train=write("train.json", rows), **settings)
 
     return make
@@ -71,88 +68,9 @@ def test_template(make):
     assert ids == [[START, 20, 21, 22, 17, 26, 14, END], [START, 20, 21, 26, 26, 14, END]]
 
 
-def test_formats(make, write):
-    rows = [
-        {"instruction": "what is the", "input": "tea", "output": "good"},
-        {"instruction": "what is it", "input": "", "output": "bad"},
-    ]
-    data = make(rows, format="alpaca", max_length=256)
-    data.setup("fit")
-    assert (
-        FORMATS["alpaca"].fill(rows[0]).endswith("### Instruction:\nwhat is the\n\n### Input:\ntea\n\n### Response:\n")
-    )
-    assert FORMATS["alpaca"].fill(rows[1]).endswith("request.\n\n### Instruction:\nwhat is it\n\n### Response:\n")
-    for row, example in zip(rows, data.examples("train"), strict=True):
-        expected = data.tokenizer_object(FORMATS["alpaca"].fill(row))["input_ids"]
-        assert example["input_ids"][: len(expected)] == expected
-        assert example["labels"][len(expected) :] == example["input_ids"][len(expected) :]
-    ids, _ = columns(make([{"instruction": "what is it", "output": "tea"}], format="instruction"))
-    assert ids == [[START, 20, 21, 26, 17, END]]  # a table without the optional column
-    ids, _ = columns(make([{"question": "is it", "answer": "no"}], format="question", max_length=64))
-    assert ids[0][-4:] == [1, 1, 25, END]  # "Answer", ":"
-
-
-def test_real_formats(shared):
-    for name, file in (("alpaca", "commonsense/boolq/train.json"), ("instruction", "gsm8k/test.json")):
-        data = Completions(
-            train=str(shared / "data" / file),
-            format=name,
-            tokenizer=str(shared / "models/stories260k"),
-            max_length=480,
-            limit=8,
-        )
-        data.setup("fit")
-        tokenizer, row = data.tokenizer_object, data.inputs("train")[0]
-        text = tokenizer.decode(data.examples("train")["input_ids"][0], skip_special_tokens=True)
-        assert text.split() == (FORMATS[name].fill(row) + row["output"]).split()
-
-
-def test_unknown_and_doubled_formats(make):
-    with pytest.raises(
-        SettingsError, match=r'^Completions\.format is "alpacca"\. Did you mean "alpaca"\? Formats: alpaca, '
-    ):
-        make(format="alpacca")
-    with pytest.raises(SettingsError, match=r"Completions\.format is 'alpaca'; prompt_template must be null beside it"):
-        make(format="alpaca", prompt_template="{instruction}")
-    message = (
-        r'^Completions\.format "question": column question is "question"; train\.json has the columns prompt, comp'
-    )
-    fails(make(format="question"), message)
-
-
 def test_tokenizer_without_start_token(make, bare_tokenizer):
     ids, _ = columns(make(tokenizer=bare_tokenizer))
     assert ids[0] == [20, 21, 22, 23, END]
-
-
-@pytest.mark.parametrize(
-    ("fixture", "expected"), [("causal_tokenizer", [START]), ("bare_tokenizer", []), ("encoder_tokenizer", [2])]
-)
-def test_start_tokens(request, fixture, expected):
-    assert start_ids(load_tokenizer(request.getfixturevalue(fixture))) == expected
-
-
-@pytest.mark.parametrize(
-    ("max_length", "ids", "targets"),
-    [
-        (8, [1, 11, 12, 13, 14, 21, 22, 23], 3),
-        (7, [1, 12, 13, 14, 21, 22, 23], 3),  # the prompt gives way from its left, its start token stays
-        (5, [1, 14, 21, 22, 23], 3),
-        (4, [1, 21, 22, 23], 3),
-        (3, [1, 21, 22], 2),  # then the completion from its right
-        (2, [1, 21], 1),
-    ],
-)
-def test_cutting(max_length, ids, targets):
-    example = completion_example([1], [11, 12, 13, 14], [21, 22, 23], max_length)
-    assert example["input_ids"] == ids
-    assert example["labels"] == [-100] * (len(ids) - targets) + ids[len(ids) - targets :]
-    assert example["attention_mask"] == [1] * len(ids)
-
-
-def test_cutting_without_start_token_keeps_one_token_of_the_prompt():
-    assert completion_example([], [11, 12], [21, 22, 23], 3)["input_ids"] == [12, 21, 22]
-    assert completion_example([], [], [21, 22, 23], 3)["input_ids"] == [21, 22, 23]
 
 
 def test_truncated_examples_keep_a_completion(make):
@@ -165,7 +83,7 @@ def test_truncated_examples_keep_a_completion(make):
 
 def test_equal_prompts_stay_on_one_side(make):
     rows = [{"prompt": f"text {n % 30}", "completion": f"answer {n}"} for n in range(120)]
-    data = make(rows, validation_share=0.3)
+    data = make(rows, validation_fraction=0.3)
     data.setup("fit")
     train, validation = (set(data.inputs(split)["prompt"]) for split in ("train", "validation"))
     assert len(train | validation) == 30

@@ -10,9 +10,9 @@ from PIL import Image
 from resuming import SaveAt, assert_equal_runs, at_step, run
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
+from ll_demo import shapes
 from ll_lora import LoRA
 from lora_lightning.data import LabelledImages
-from lora_lightning.data.builtin import shapes
 from lora_lightning.data.inspect import show_examples
 from lora_lightning.errors import DataError, SettingsError
 from lora_lightning.training.module import AdapterModule
@@ -40,7 +40,7 @@ def folder(tmp_path):
 
 
 def data_of(source, **settings) -> LabelledImages:
-    return LabelledImages(**{"train": str(source), "validation_share": 0.0, "batch_size": 4, "size": 8, **settings})
+    return LabelledImages(**{"train": str(source), "validation_fraction": 0.0, "batch_size": 4, "size": 8, **settings})
 
 
 def test_a_folder_of_folders(folder):
@@ -78,7 +78,7 @@ def test_images_inside_a_table(folder, tmp_path):
     table = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train")
     table = table.map(lambda row: row, features=table.features)
     table.to_parquet(tmp_path / "rows.parquet")
-    data = data_of(tmp_path / "rows.parquet", validation_share=0.4)
+    data = data_of(tmp_path / "rows.parquet", validation_fraction=0.4)
     data.setup("fit")
     counts = [len(data.examples(split)) for split in ("train", "validation")]
     assert sum(counts) == 12
@@ -86,14 +86,14 @@ def test_images_inside_a_table(folder, tmp_path):
     assert data.label_names == ["dark", "light"]
 
 
-def test_the_held_out_share_does_not_depend_on_the_place(folder, tmp_path):
+def test_what_is_held_out_does_not_depend_on_the_place(folder, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     moved = folder.rename(tmp_path / "elsewhere" / "pictures")
-    data = data_of(moved, validation_share=0.3)
+    data = data_of(moved, validation_fraction=0.3)
     data.setup("fit")
     names = {value["path"].rpartition("/")[2] for value in data.examples("validation").with_format(None)["image"]}
     moved.rename(folder)
-    again = data_of(folder, validation_share=0.3)
+    again = data_of(folder, validation_fraction=0.3)
     again.setup("fit")
     found = {value["path"].rpartition("/")[2] for value in again.examples("validation").with_format(None)["image"]}
     assert names == found
@@ -117,7 +117,8 @@ def test_errors_name_file_and_row(folder, tmp_path):
         data_of(folder, size=0)
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow  # as of texts, but for the workers' images
+@pytest.mark.parametrize("workers", [0, 1])
 def test_resume(folder, tmp_path, workers):
     saved = tmp_path / "saved.ckpt"
 

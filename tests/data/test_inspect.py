@@ -14,7 +14,7 @@ def test_completions(write, causal_tokenizer):
         {"prompt": "a b c d e f g h", "completion": "no"},
         {"prompt": "x", "completion": ""},
     ]
-    data = Completions(train=write("t.json", rows), tokenizer=causal_tokenizer, max_length=8, validation_share=0.0)
+    data = Completions(train=write("t.json", rows), tokenizer=causal_tokenizer, max_length=8, validation_fraction=0.0)
     data.setup("fit")
     assert show_examples(data, 5).splitlines() == [
         "split        examples  truncated  tokens: min  median   max",
@@ -34,7 +34,7 @@ def test_completions(write, causal_tokenizer):
 def test_packing_is_told(write, causal_tokenizer):
     rows = [{"prompt": "what is it", "completion": "good tea"}, {"prompt": "a", "completion": "b c"}]
     data = Completions(
-        train=write("t.json", rows), tokenizer=causal_tokenizer, max_length=16, validation_share=0.0, packing=True
+        train=write("t.json", rows), tokenizer=causal_tokenizer, max_length=16, validation_fraction=0.0, packing=True
     )
     data.setup("fit")
     assert show_examples(data, 0).splitlines()[2] == "packing: train has 1 rows of 16 tokens, 75.0% full"
@@ -55,8 +55,8 @@ def test_labelled(write, encoder_tokenizer):
 
 def test_regression_and_plain_text(write, encoder_tokenizer, causal_tokenizer):
     source = write("t.json", [{"text": "good", "label": 0.5}])
-    scored = LabelledText(train=source, regression=True, tokenizer=encoder_tokenizer, validation_share=0.0)
-    plain = PlainText(train=source, tokenizer=causal_tokenizer, validation_share=0.0)
+    scored = LabelledText(train=source, regression=True, tokenizer=encoder_tokenizer, validation_fraction=0.0)
+    plain = PlainText(train=source, tokenizer=causal_tokenizer, validation_fraction=0.0)
     for data, expected in ((scored, "label 0.5\n[CLS] good [SEP]"), (plain, "3 tokens\n<s> good </s>")):
         data.setup("fit")
         assert show_examples(data).endswith(f"--- train example 0: {expected}")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lora_lightning.data import LabelledText
-from lora_lightning.errors import DataError, SettingsError
+from lora_lightning.errors import DataError
 
 ROWS = [
     {"text": "good film", "label": "positive"},
@@ -16,7 +16,7 @@ ROWS = [
 @pytest.fixture
 def make(write, encoder_tokenizer):
     def make(rows=ROWS, **settings) -> LabelledText:
-        settings = {"tokenizer": encoder_tokenizer, "validation_share": 0.0, **settings}
+        settings = {"tokenizer": encoder_tokenizer, "validation_fraction": 0.0, **settings}
         return LabelledText(train=write("train.json", rows), **settings)
 
     return make
@@ -82,7 +82,7 @@ def test_class_names_of_a_data_set(tmp_path, encoder_tokenizer):
     )
     rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [2, 0]}, features=features)
     rows.save_to_disk(tmp_path / "set")
-    data = LabelledText(train=str(tmp_path / "set"), tokenizer=encoder_tokenizer, validation_share=0.0)
+    data = LabelledText(train=str(tmp_path / "set"), tokenizer=encoder_tokenizer, validation_fraction=0.0)
     assert in_order(data)["labels"].tolist() == [2, 0]
     assert data.label_names == ["x", "y", "z"]
 
@@ -93,39 +93,6 @@ def test_regression(make):
     assert batch["labels"].dtype == torch.float32
     assert batch["labels"].tolist() == [1.0, 2.5]
     assert (data.num_labels, data.label_names) == (1, [])
-
-
-def test_neither_limit_nor_the_held_out_share_hides_a_class(make):
-    rows = [{"text": f"text {n}", "label": "rare" if n == 39 else "common"} for n in range(40)]
-    data = make(rows, limit=3, validation_share=0.5)
-    data.setup("fit")
-    assert data.label_names == ["common", "rare"]
-    assert len(data.examples("train")) == len(data.examples("validation")) == 3
-
-
-def test_limit_takes_rows_at_even_steps(make):
-    rows = [{"text": f"text {n}", "label": n // 5} for n in range(10)]  # sorted by class
-    assert make(rows, limit=4).inputs("train")["text"][:] == ["text 0", "text 2", "text 5", "text 7"]
-    assert len(make(rows, limit=99).inputs("train")) == 10
-
-
-def test_setup_reads_once(make, monkeypatch):
-    data = make()
-    data.setup("fit")
-    first = data.examples("train")
-    monkeypatch.setattr(LabelledText, "read", None)
-    monkeypatch.setattr(LabelledText, "encode", None)
-    data.setup("fit")
-    assert data.examples("train") is first
-
-
-def test_predict_needs_no_labels_and_tells_the_row(make, write):
-    data = make(predict=write("new.json", [{"text": "tea"}, {"text": "dog cat"}, {"text": "it"}]), batch_size=2)
-    data.setup("predict")
-    batches = list(data.predict_dataloader())
-    assert torch.cat([batch["index"] for batch in batches]).tolist() == [0, 1, 2]
-    assert set(batches[0]) == {"input_ids", "attention_mask", "token_type_ids", "index"}
-    assert data.inputs("predict")["text"][:] == ["tea", "dog cat", "it"]
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
@@ -153,20 +120,6 @@ def test_number_is_no_known_label_where_strings_were_learned(make, write):
     fails(make(validation=write("dev.json", [{"text": "a", "label": 1}])), "row 0 .* 1 is not a known label")
 
 
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        ([1, 2], r"holds the numbers 1, 2; class numbers must run from 0 to n - 1 without gaps\.$"),
-        ([0, 2], r"holds the numbers 0, 2; class numbers must run"),
-        ([0.5, 1.0], r"holds 0\.5; classes are whole numbers or strings\. .* set regression: true\.$"),
-        (["x", None], r"is missing in row 1, counted from 0\.$"),
-    ],
-)
-def test_labels_that_are_no_classes(make, labels, message):
-    rows = [{"text": "a", "label": label} for label in labels]
-    fails(make(rows), rf'^LabelledText\.label: train column "label" {message}')
-
-
 def test_regression_wants_numbers(make):
     rows = [{"text": "a", "label": "high"}]
     fails(make(rows, regression=True), r"train column \"label\", row 0 \(counted from 0\): 'high' is not a number\.$")
@@ -179,30 +132,3 @@ def test_missing_columns(make):
     )
     fails(make(text_pair="other"), r'^LabelledText\.text_pair is "other"; train\.json has')
     fails(make(label="labels"), r'^LabelledText\.label is "labels"; train\.json has .* Did you mean "label"\?$')
-
-
-def test_missing_sources(make, encoder_tokenizer, write):
-    fails(make(), r"^LabelledText\.test is null; name a file, a folder or a hub data set\.$", "test")
-    fails(make(), r"^LabelledText\.validation is null", "validate")
-    fails(make(), r"^LabelledText\.predict is null", "predict")
-    fails(LabelledText(tokenizer=encoder_tokenizer), r"^LabelledText\.train is null")
-    data = LabelledText(tokenizer=encoder_tokenizer, test=write("test.json", ROWS))
-    fails(data, r"^LabelledText\.labels is null, and so is train, .* list the names in labels\.$", "test")
-
-
-def test_missing_tokenizer(make):
-    fails(make(tokenizer=None), r"^data\.tokenizer is null; set it to the model's path or hub id")
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"max_length": 1}, r"LabelledText\.max_length is 1; it must be at least 2 tokens\."),
-        ({"batch_size": 0}, r"LabelledText\.batch_size is 0; it must be at least 1\."),
-        ({"limit": 0}, r"LabelledText\.limit is 0; it must be at least 1, or null for all examples\."),
-        ({"validation_share": 1.0}, r"LabelledText\.validation_share is 1\.0; it must lie in \[0, 1\)\."),
-    ],
-)
-def test_settings(settings, message):
-    with pytest.raises(SettingsError, match=f"^{message}$"):
-        LabelledText(**settings)

@@ -53,8 +53,8 @@ def epoch_of(data, epoch):
     return list(loader)
 
 
-def test_hidden_tokens_are_drawn_by_the_published_shares():
-    masking = Masking(share=0.15, mask_id=2, special=frozenset({0, 1, 2}), vocabulary=1000, seed=0, split="train")
+def test_hidden_tokens_are_drawn_by_the_published_fractions():
+    masking = Masking(fraction=0.15, mask_id=2, special=frozenset({0, 1, 2}), vocabulary=1000, seed=0, split="train")
     fates, chosen, total = Counter(), 0, 0
     for index in range(400):
         row = masking({"input_ids": [0, *range(100, 140), 1], "index": index}, epoch=0)
@@ -115,7 +115,7 @@ def test_inspection_marks_what_is_read(make):
     assert "[[w" in shown
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_resume_in_the_second_epoch(folder, make, tmp_path, workers):
     saved = tmp_path / "saved.ckpt"
 
@@ -146,7 +146,7 @@ def test_a_new_output_layer_must_train(folder, tmp_path):
 
 
 def test_settings_and_tokenizers_that_do_not_fit(make, encoder_tokenizer):
-    with pytest.raises(SettingsError, match=r"MaskedText.mask_share is 0; it must lie in \(0, 1\)"):
-        make(mask_share=0)
+    with pytest.raises(SettingsError, match=r"MaskedText.mask_fraction is 0; it must lie in \(0, 1\)"):
+        make(mask_fraction=0)
     with pytest.raises(DataError, match=r"it has no mask token, which masked-lm data hide"):
         make(tokenizer=encoder_tokenizer)

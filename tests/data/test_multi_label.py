@@ -13,7 +13,7 @@ LINES = 'text,labels\ngood film,"warm, long"\nbad tea,\nthe dog,long\n'
 @pytest.fixture
 def make(write, encoder_tokenizer):
     def make(content=LINES, name="train.csv", **settings) -> MultiLabelText:
-        settings = {"tokenizer": encoder_tokenizer, "validation_share": 0.0, **settings}
+        settings = {"tokenizer": encoder_tokenizer, "validation_fraction": 0.0, **settings}
         return MultiLabelText(train=write(name, content), **settings)
 
     return make
@@ -76,9 +76,3 @@ def test_rows_that_do_not_fit(make, rows, settings, text):
 def test_a_delimiter_is_needed(make):
     with pytest.raises(SettingsError, match=r"MultiLabelText.delimiter is ' '"):
         make(delimiter=" ")
-
-
-def test_without_training_data_names_must_be_listed(write, encoder_tokenizer):
-    data = MultiLabelText(validation=write("val.csv", LINES), tokenizer=encoder_tokenizer)
-    with pytest.raises(DataError, match="list the names in labels"):
-        data.setup("validate")

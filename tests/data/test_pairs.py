@@ -17,7 +17,7 @@ ROWS = [
 @pytest.fixture
 def make(write, encoder_tokenizer):
     def make(rows=ROWS, **settings) -> TextPairs:
-        settings = {"tokenizer": encoder_tokenizer, "validation_share": 0.0, "batch_size": 3, **settings}
+        settings = {"tokenizer": encoder_tokenizer, "validation_fraction": 0.0, "batch_size": 3, **settings}
         return TextPairs(train=write("train.json", rows), **settings)
 
     return make

@@ -11,7 +11,7 @@ START, END = 4, 5
 @pytest.fixture
 def make(write, causal_tokenizer):
     def make(text="a b c\nd\n\ne f g h\n", **settings) -> PlainText:
-        settings = {"tokenizer": causal_tokenizer, "validation_share": 0.0, **settings}
+        settings = {"tokenizer": causal_tokenizer, "validation_fraction": 0.0, **settings}
         data = PlainText(train=write("train.txt", text), **settings)
         data.setup("fit")
         return data
@@ -65,7 +65,7 @@ def test_rows_are_examples_without_blocks(make):
 
 def test_empty_rows_are_left_out(make, write, causal_tokenizer):
     source = write("train.json", [{"text": "a"}, {"text": ""}, {"text": "b"}])
-    data = PlainText(train=source, tokenizer=causal_tokenizer, block=False, validation_share=0.0)
+    data = PlainText(train=source, tokenizer=causal_tokenizer, block=False, validation_fraction=0.0)
     data.setup("fit")
     assert data.examples("train")["index"][:] == [0, 2]
     assert data.dropped == {"train": 1}

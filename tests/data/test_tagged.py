@@ -17,7 +17,7 @@ ROWS = [
 @pytest.fixture
 def make(write, encoder_tokenizer):
     def make(rows=ROWS, **settings) -> TaggedWords:
-        settings = {"tokenizer": encoder_tokenizer, "validation_share": 0.0, **settings}
+        settings = {"tokenizer": encoder_tokenizer, "validation_fraction": 0.0, **settings}
         return TaggedWords(train=write("train.json", rows), **settings)
 
     return make
@@ -74,18 +74,6 @@ def test_rows_that_do_not_fit(make, row, text):
     data = make([ROWS[0], row])
     with pytest.raises(DataError, match=text):
         data.setup("fit")
-
-
-def test_an_unknown_tag_is_named(make, write):
-    data = make(validation=write("val.json", [{"tokens": ["a"], "tags": ["X"]}]))
-    with pytest.raises(DataError, match=r"validation column \"tags\", row 0.*'X' is not a known label"):
-        data.setup("fit")
-
-
-def test_without_training_data_tags_must_be_listed(write, encoder_tokenizer):
-    data = TaggedWords(validation=write("val.json", ROWS), tokenizer=encoder_tokenizer)
-    with pytest.raises(DataError, match="list the names in labels"):
-        data.setup("validate")
 
 
 def test_predictions_stand_behind_their_words(make):

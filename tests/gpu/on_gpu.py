@@ -11,14 +11,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
+from small_methods import small_methods
 from torch import Tensor, nn
 
-from ll_ce_lora import CELoRA
-from ll_dora import DoRA
-from ll_lora import LoRA
-from ll_lorasc import LoRASC
-from ll_riemannian_moe import MoELoRA
-from ll_rose import RoseLoRA
 from lora_lightning.injection.inject import inject
 from lora_lightning.injection.records import adapters_named
 from lora_lightning.methods import Method
@@ -30,15 +25,8 @@ ACCELERATOR = "gpu"
 BACKEND = "nccl"
 ROOT = Path(__file__).resolve().parents[2]
 
-METHODS: dict[str, Method] = {
-    "LoRA": LoRA(rank=2),
-    "RoseLoRA": RoseLoRA(rank=2, sparsity=0.5, start=2, end=3),
-    "DoRA": DoRA(rank=2),
-    "LoRASC": LoRASC(inner=LoRA(rank=2), stage_steps=2),
-    "MoELoRA": MoELoRA(experts=3, top_k=2, rank=1, router_lr_ratio=1.0),
-    "CELoRA": CELoRA(rank=2, svd_rank=1, every_n_steps=1),
-}
-"""By name; `test_every_registered_method_is_here` compares it with what is installed."""
+METHODS: dict[str, Method] = small_methods(router_lr_ratio=1.0)
+"""Every installed method by name."""
 MERGEABLE = [name for name, method in METHODS.items() if method.mergeable]
 MODELS = {"encoder": tiny_encoder, "decoder": tiny_decoder}
 """BERT with a classification head, and Llama."""

@@ -11,7 +11,8 @@ from torch import nn
 
 import lora_lightning as ll
 from lora_lightning.injection.records import adapters_named
-from lora_lightning.models.base_layers import base_layer_of, frozen_bytes
+from lora_lightning.models.anatomy import survey
+from lora_lightning.models.base_layers import base_layer_of
 from lora_lightning.testing import perturb
 from lora_lightning.testing.toy_models import seeded
 
@@ -141,7 +142,7 @@ def test_bytes_on_the_device():
     quantized("nf4")
     before = torch.cuda.memory_allocated()
     model = nn.Sequential(*[quantized("nf4") for _ in range(8)])
-    held = frozen_bytes(model)
+    held = survey(model).frozen_bytes
     allocated = torch.cuda.memory_allocated() - before
     assert held <= allocated <= 1.1 * held + 8 * 4096
     assert held < 8 * D_IN * D_OUT * 0.6 + 8 * D_OUT * 4

@@ -1,23 +1,20 @@
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
+from adapted_models import METHOD, tiny_moe
 from torch import Tensor, nn
 
 import lora_lightning as ll
-from ll_lora import LoRA
 from lora_lightning.errors import TargetError
 from lora_lightning.injection.records import adapters_named
-from lora_lightning.injection.targets import select, trained_parameters
-from lora_lightning.models.anatomy import fused_experts
-from lora_lightning.models.heads import head_prefixes, within
+from lora_lightning.injection.targets import select
+from lora_lightning.models.anatomy import survey
 from lora_lightning.testing import TinyMLP, perturb, tiny_decoder, tiny_encoder
 from lora_lightning.testing.toy_models import seeded
 
-METHOD = LoRA(rank=2, alpha=4.0)
 BLOCK = (
     "attention.self.query",
     "attention.self.key",
@@ -26,6 +23,8 @@ BLOCK = (
     "intermediate.dense",
     "output.dense",
 )
+
+
 BERT = [f"bert.encoder.layer.{i}.{name}" for i in (0, 1) for name in BLOCK]
 
 
@@ -37,28 +36,6 @@ def tiny_gpt2() -> Any:
     )
     with seeded(0):
         return GPT2LMHeadModel(config).eval()
-
-
-def tiny_moe() -> Any:
-    """A block with a plain MLP, and one whose four experts lie in two 3-D tensors, with a router."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    config = Qwen3MoeConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        moe_intermediate_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-        max_position_embeddings=32,
-        mlp_only_layers=[0],
-    )
-    with seeded(0):
-        return Qwen3MoeForCausalLM(config).eval()
 
 
 class TheirExperts(nn.Module):
@@ -87,18 +64,15 @@ class SparseBlock(nn.Module):
         return sum(weights[..., i : i + 1] * expert(x) for i, expert in enumerate(self.experts)) + x
 
 
-# -- what is matched ---------------------------------------------------------------------------------------------------
-
-
 def test_all_linear_is_the_backbone() -> None:
-    selection = select(tiny_encoder())
+    selection = select(survey(tiny_encoder()))
     assert list(selection.layers) == BERT
     assert selection.skipped == {"bert.pooler.dense": "pooler", "classifier": "head"}
     assert {base.kind for base in selection.layers.values()} == {"linear"}
 
 
 def test_all_linear_on_gpt2_finds_transposed_layers_and_leaves_the_tied_head() -> None:
-    selection = select(tiny_gpt2())
+    selection = select(survey(tiny_gpt2()))
     names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     assert list(selection.layers) == [f"transformer.h.{i}.{name}" for i in (0, 1) for name in names]
     assert selection.skipped == {"lm_head": "head"}
@@ -107,13 +81,13 @@ def test_all_linear_on_gpt2_finds_transposed_layers_and_leaves_the_tied_head() -
 
 
 def test_all_linear_on_llama() -> None:
-    selection = select(tiny_decoder())
+    selection = select(survey(tiny_decoder()))
     assert len(selection.layers) == 14
     assert selection.skipped == {"lm_head": "head"}
 
 
 def test_all_linear_on_plain_torch_is_everything() -> None:
-    assert list(select(TinyMLP()).layers) == ["first", "second"]
+    assert list(select(survey(TinyMLP())).layers) == ["first", "second"]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +102,7 @@ def test_all_linear_on_plain_torch_is_everything() -> None:
     ],
 )
 def test_scopes(make: Any, scope: str, ends: set[str]) -> None:
-    layers = select(make(), scope).layers
+    layers = select(survey(make()), scope).layers
     assert len(layers) == 2 * len(ends)
     assert all(path.endswith(tuple(ends)) for path in layers)
     assert all(("attention" in path or "attn" in path) == (scope == "attention") for path in layers)
@@ -136,53 +110,39 @@ def test_scopes(make: Any, scope: str, ends: set[str]) -> None:
 
 def test_scope_of_unfused_experts_leaves_their_router() -> None:
     model = nn.ModuleDict({"blocks": nn.ModuleList([SparseBlock()])})
-    assert list(select(model, "experts").layers) == ["blocks.0.experts.0", "blocks.0.experts.1"]
-    everything = select(model)
+    assert list(select(survey(model), "experts").layers) == ["blocks.0.experts.0", "blocks.0.experts.1"]
+    everything = select(survey(model))
     assert list(everything.layers) == ["blocks.0.experts.0", "blocks.0.experts.1"]
     assert everything.skipped == {"blocks.0.gate": "router", "blocks.0.shared_expert_gate": "router"}
-    assert list(select(model, ["gate"]).layers) == ["blocks.0.gate"]
+    assert list(select(survey(model), ["gate"]).layers) == ["blocks.0.gate"]
 
 
 def test_suffixes_regular_expressions_and_embeddings() -> None:
     model = tiny_encoder()
-    assert list(select(model, ["query", "value"]).layers) == [p for p in BERT if p.endswith(("query", "value"))]
-    assert list(select(model, ["output.dense"]).layers) == [p for p in BERT if p.endswith("output.dense")]
-    assert list(select(model, r".*layer\.1\..*(query|key)").layers) == [
+    assert list(select(survey(model), ["query", "value"]).layers) == [p for p in BERT if p.endswith(("query", "value"))]
+    assert list(select(survey(model), ["output.dense"]).layers) == [p for p in BERT if p.endswith("output.dense")]
+    assert list(select(survey(model), r".*layer\.1\..*(query|key)").layers) == [
         p for p in BERT if "1" in p and p[-3:] in ("ery", "key")
     ]
-    embedding = select(model, ["word_embeddings"]).layers
+    embedding = select(survey(model), ["word_embeddings"]).layers
     assert [base.kind for base in embedding.values()] == ["embedding"]
 
 
 def test_a_pattern_reaches_heads_and_poolers_only_by_naming_them() -> None:
     model = tiny_encoder()
-    assert "bert.pooler.dense" not in select(model, ["dense"]).layers
-    assert select(model, ["dense"]).skipped == {"bert.pooler.dense": "pooler"}
-    assert list(select(model, ["pooler.dense"]).layers) == ["bert.pooler.dense"]
-    assert list(select(model, ["classifier"]).layers) == ["classifier"]
-    assert list(select(tiny_decoder(), ["lm_head"]).layers) == ["lm_head"]
+    assert "bert.pooler.dense" not in select(survey(model), ["dense"]).layers
+    assert select(survey(model), ["dense"]).skipped == {"bert.pooler.dense": "pooler"}
+    assert list(select(survey(model), ["pooler.dense"]).layers) == ["bert.pooler.dense"]
+    assert list(select(survey(model), ["classifier"]).layers) == ["classifier"]
+    assert list(select(survey(tiny_decoder()), ["lm_head"]).layers) == ["lm_head"]
 
 
 def test_exclude_takes_parts_of_names_and_regular_expressions() -> None:
     model = tiny_encoder()
-    selection = select(model, exclude=["layer.0", r".*value"])
+    selection = select(survey(model), exclude=["layer.0", r".*value"])
     assert list(selection.layers) == [p for p in BERT if "layer.1" in p and not p.endswith("value")]
     assert selection.skipped["bert.encoder.layer.0.output.dense"] == "excluded"
-    assert list(select(model, exclude="layer.0").layers) == [p for p in BERT if "layer.1" in p]
-
-
-@pytest.mark.parametrize(
-    ("pattern", "path", "inside"),
-    [
-        ("layer.1", "encoder.layer.1.dense", True),
-        ("layer.1", "encoder.layer.11.dense", False),
-        ("dense", "encoder.dense_2", False),
-        (r".*\.1\..*", "encoder.layer.1.dense", True),
-        ("encoder.layer.1.dense", "encoder.layer.1.dense", True),
-    ],
-)
-def test_within_is_about_whole_names(pattern: str, path: str, inside: bool) -> None:
-    assert within(pattern, path) == inside
+    assert list(select(survey(model), exclude="layer.0").layers) == [p for p in BERT if "layer.1" in p]
 
 
 def test_overrides_by_layer_the_later_wins() -> None:
@@ -200,9 +160,6 @@ def test_overrides_by_layer_the_later_wins() -> None:
         "1.attention.self.query": (4, 0.75),
         "1.attention.self.key": (4, 0.5),
     }
-
-
-# -- errors ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -286,52 +243,9 @@ def test_error_messages_and_an_untouched_model(make: Any, options: dict[str, Any
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
 
 
-# -- heads -------------------------------------------------------------------------------------------------------------
-
-
-def test_heads_are_what_a_task_model_has_outside_its_backbone_and_its_pooler() -> None:
-    assert head_prefixes(tiny_encoder()) == ["classifier", "bert.pooler"]
-    assert head_prefixes(tiny_encoder().bert) == []
-    assert head_prefixes(tiny_decoder()) == []
-    assert head_prefixes(TinyMLP()) == []
-    assert head_prefixes(nn.ModuleDict({"net": tiny_encoder()})) == ["net.classifier", "net.bert.pooler"]
-
-
-def test_also_train_takes_names() -> None:
-    model = tiny_encoder()
-    assert trained_parameters(model, "heads") == [
-        "bert.pooler.dense.weight",
-        "bert.pooler.dense.bias",
-        "classifier.weight",
-        "classifier.bias",
-    ]
-    assert trained_parameters(model, ["classifier"]) == trained_parameters(model, "classifier")
-    assert trained_parameters(model, ["classifier.bias"]) == ["classifier.bias"]
-    assert trained_parameters(model, []) == []
-
-
-def test_a_tied_parameter_trains_by_its_first_name() -> None:
-    model = nn.ModuleDict({"embed": nn.Embedding(5, 3), "head": nn.Linear(3, 5, bias=False)})
-    model["head"].weight = model["embed"].weight
-    assert trained_parameters(model, ["embed"]) == ["embed.weight"]
-    text = r'also_train: "head" matches head.weight, which is embed.weight as well; name that one to train both'
-    with pytest.raises(TargetError, match=text):
-        trained_parameters(model, ["head"])
-
-
-def test_also_train_does_not_reach_into_adapted_layers() -> None:
-    model = tiny_encoder()
-    ll.inject(model, METHOD, ["query"], also_train=())
-    with pytest.raises(TargetError, match='"query" matches no parameter outside adapted layers'):
-        trained_parameters(model, ["query"])
-
-
-# -- mixture of experts ------------------------------------------------------------------------------------------------
-
-
 def test_fused_experts_stay_frozen_where_that_is_said() -> None:
     model = tiny_moe()
-    assert fused_experts(model) == ["model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"]
+    assert survey(model).fused == ["model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"]
     ll.inject(model, METHOD, exclude=["experts"])
     paths = list(adapters_named(model, "default"))
     assert len(paths) == 2 * 4 + 3
@@ -345,108 +259,13 @@ def test_fused_experts_stay_frozen_where_that_is_said() -> None:
 def test_scopes_of_a_mixture() -> None:
     model = tiny_moe()
     tensors = ["model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"]
-    assert len(select(model, "attention").layers) == 8
-    assert list(select(model, "experts").layers) == tensors
-    assert list(select(model, "mlp").layers) == [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")]
-    assert set(tensors) <= set(select(model).layers)
-    assert select(model, ["experts.down_proj"]).layers[tensors[1]].kind == "experts"
-
-
-def test_the_report_says_how_many_expert_tensors_are_adapted() -> None:
-    assert "2 of 2 expert tensors adapted" in str(ll.inject(tiny_moe(), METHOD))
-    assert "1 of 2 expert tensors adapted" in str(ll.inject(tiny_moe(), METHOD, targets=["experts.down_proj"]))
-    assert "0 of 2 expert tensors adapted" in str(ll.inject(tiny_moe(), METHOD, targets="attention"))
-    assert "expert tensors" not in str(ll.inject(tiny_encoder(), METHOD))
-
-
-# -- layers whose owner reads the weight -------------------------------------------------------------------------------
-
-
-def transformer(seed: int = 0) -> nn.TransformerEncoder:
-    with seeded(seed):
-        block = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
-        return nn.TransformerEncoder(block, 2, enable_nested_tensor=False).eval()
-
-
-def test_attention_of_torch_is_adapted_through_the_weight_it_reads() -> None:
-    """nn.MultiheadAttention reads out_proj.weight; its fast path, taken in eval without gradients, all weights."""
-    model, x = transformer(), torch.randn(2, 5, 16)
-    report = ll.inject(model, METHOD, seed=0)
-    assert set(report.skipped) == {f"layers.{i}.self_attn.in_proj_weight" for i in (0, 1)}
-    assert any("layers.0.self_attn.out_proj, are read by MultiheadAttention" in note for note in report.notes)
-    for i, adapter in enumerate(adapters_named(model, "default").values()):
-        perturb(adapter, i)
-    merged = copy.deepcopy(model)
-    ll.merge(merged)
-    base = transformer()(x)
-    for training in (False, True):
-        for grad in (False, True):
-            model.train(training)
-            merged.train(training)
-            with torch.set_grad_enabled(grad):
-                y = model(x)
-                torch.testing.assert_close(y, merged(x), rtol=1e-4, atol=1e-5)
-            assert not torch.allclose(y, base, atol=1e-2)
-    with ll.disable_adapters(model.eval()), torch.no_grad():
-        torch.testing.assert_close(model(x), base)
-    model.train()(x).sum().backward()
-    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
-
-
-def test_the_fast_path_of_torch_is_really_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the test above would compare the slow path only."""
-    model, x, calls = transformer(), torch.randn(2, 5, 16), 0
-    fast = torch._transformer_encoder_layer_fwd
-
-    def counted(*args: Any) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return fast(*args)
-
-    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", counted)
-    ll.inject(model, METHOD)
-    with torch.no_grad():
-        model(x)
-    assert calls == 2
-    model(x)
-    assert calls == 2
-
-
-class Gated(nn.Linear):
-    """A linear layer of its own kind, which no base layer serves."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input).relu()
-
-
-def test_linear_layers_out_of_reach_are_reported() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), Gated(4, 4))
-    report = ll.inject(model, METHOD)
-    assert report.skipped == {"1": "Gated takes no adapter"}
-    assert "left out: 1 (Gated takes no adapter)" in str(report)
-
-
-# -- tied weights and shared modules -----------------------------------------------------------------------------------
-
-
-def test_one_side_of_a_tie_is_adapted_and_that_is_said() -> None:
-    model = tiny_decoder(tied=True)
-    tokens = torch.tensor([[1, 2, 3]])
-    before = model(tokens).logits
-    report = ll.inject(model, METHOD, ["lm_head"])
-    assert report.tied == {"lm_head": ("model.embed_tokens",)}
-    assert "tied: lm_head shares its weight with model.embed_tokens" in str(report)
-    assert torch.equal(model(tokens).logits, before)
-    perturb(model.lm_head.adapters)
-    hidden = model.model(tokens).last_hidden_state
-    expected = (
-        hidden
-        @ (
-            model.model.embed_tokens.weight
-            + 2 * model.lm_head.adapters.default.lora_B @ model.lm_head.adapters.default.lora_A
-        ).T
-    )
-    torch.testing.assert_close(model(tokens).logits, expected)
+    assert len(select(survey(model), "attention").layers) == 8
+    assert list(select(survey(model), "experts").layers) == tensors
+    assert list(select(survey(model), "mlp").layers) == [
+        f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")
+    ]
+    assert set(tensors) <= set(select(survey(model)).layers)
+    assert select(survey(model), ["experts.down_proj"]).layers[tensors[1]].kind == "experts"
 
 
 class Twice(nn.Module):

@@ -18,13 +18,13 @@ from ll_dora import DoRA
 from ll_lora import LoRA
 from lora_lightning.cli.main import main
 from lora_lightning.errors import AdapterFileError, AdapterStateError, ModelError, SettingsError, TargetError
+from lora_lightning.models.anatomy import survey
 from lora_lightning.models.new_tokens import (
     ExtendedLayer,
     Vocabulary,
     add_rows,
     plain_vocabulary,
     remove_rows,
-    row_names,
     vocabulary,
 )
 from lora_lightning.optim.groups import build_optimizer, group_specs
@@ -75,13 +75,14 @@ def test_it_computes_what_a_resized_model_does(kind: str) -> None:
 def test_rows_have_the_gradient_of_a_resized_matrix(kind: str) -> None:
     model, added = grown(kind)
     ll.inject(model, LoRA(rank=2), seed=0)
-    assert [p for p, _ in model.named_parameters() if p.endswith("new_rows")] == row_names(model)
-    assert len(row_names(model)) == {"tied": 1, "untied": 2}[kind]
+    assert [p for p, _ in model.named_parameters() if p.endswith("new_rows")] == survey(model).row_names
+    assert len(survey(model).row_names) == {"tied": 1, "untied": 2}[kind]
     loss = model(ids(added)).logits.square().mean()
     loss.backward()
     other = BUILDS[kind]().double()
     add_rows(other, added)
-    with plain_vocabulary(other):
+    anatomy = survey(other)
+    with plain_vocabulary(list(anatomy.extended.values()), anatomy.places):
         embedding, head = other.get_input_embeddings(), other.get_output_embeddings()
         embedding.weight.requires_grad_()
         head.weight.requires_grad_()
@@ -153,7 +154,7 @@ def taught(folder: Path, method: Any = LoRA(rank=2)) -> tuple[Any, Any]:  # noqa
     for index, (_, layer) in enumerate(ll.iter_adapters(model)):
         perturb(layer.adapters, index)
     with torch.no_grad(), seeded(3):
-        for name in row_names(model):
+        for name in survey(model).row_names:
             model.get_parameter(name).add_(torch.randn(model.get_parameter(name).shape))
     return model, tokenizer
 
@@ -236,8 +237,8 @@ def test_new_tokens_come_back_from_peft(tied: bool, tmp_path: Path) -> None:
     ids = torch.tensor([[1, first, 5, first + 1], [7, first + 1, 3, 2]])
     torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
     assert vocabulary(model) == Vocabulary(("<tool>", "<end>"), first)
-    assert set(report.trained) == set(row_names(model))
-    assert all(model.get_parameter(name).requires_grad for name in row_names(model))
+    assert set(report.trained) == set(survey(model).row_names)
+    assert all(model.get_parameter(name).requires_grad for name in survey(model).row_names)
     ll.save_adapter(model, tmp_path / "ours")
     again = base()
     ll.load_adapter(again, tmp_path / "ours")
@@ -347,7 +348,7 @@ def test_a_run_trains_its_new_tokens_and_every_verb_knows_them(
     rows.write_text("\n".join(["prompt,completion", *lines]))
     assert main(words(folder, rows)) == 0
     [made] = (tmp_path / "runs").glob("*/001")
-    assert "in full     model.embed_tokens.new_rows" in capsys.readouterr().out
+    assert "fully trained  model.embed_tokens.new_rows" in capsys.readouterr().out
     assert (made / "adapter" / "tokenizer" / "tokenizer.json").is_file()
     assert main(["validate", "--run", str(made)]) == 0
     assert main(["predict", "--run", str(made), "--output", str(tmp_path / "out.csv")]) == 0

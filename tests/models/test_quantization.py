@@ -22,7 +22,7 @@ from lora_lightning.cli.main import main
 from lora_lightning.errors import ModelError, SettingsError
 from lora_lightning.exporters.from_folder import export_folder
 from lora_lightning.injection.inject import ignore_adapter_buffers
-from lora_lightning.models.base_layers import quantized_formats, quantized_layers
+from lora_lightning.models.anatomy import survey
 from lora_lightning.models.loading import load_model
 from lora_lightning.models.quantization import FORMATS, Loading, check_format, loading
 from lora_lightning.models.tasks import find_task
@@ -179,8 +179,8 @@ def test_a_run_on_a_quantized_base(name, encoder, tmp_path, capsys):
     own = module(encoder, quantization=name)
     run = trainer(tmp_path)
     run.fit(own, batches(), batches())
-    assert quantized_formats(own.model) == name
-    paths = set(dict(quantized_layers(own.model)))
+    assert survey(own.model).formats == name
+    paths = set(survey(own.model).quantized)
     assert len(paths) == 12
     assert not any("classifier" in path or "pooler" in path for path in paths)
     assert {p.dtype for p in own.model.parameters() if p.requires_grad} == {torch.float32}
@@ -200,14 +200,14 @@ def test_a_run_on_a_quantized_base(name, encoder, tmp_path, capsys):
     assert "outputs differ from the unmerged ones by" in str(report)
     assert report.difference == 0.0
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
-    assert quantized_formats(plain) is None
+    assert survey(plain).formats is None
     assert type(plain.bert.encoder.layer[0].attention.self.query) is nn.Linear
     with torch.no_grad():
         found = plain.eval()(input_ids=ids).logits
         torch.testing.assert_close(found, expected, rtol=0, atol=0.05 if name == "int8" else 1e-5)
         assert torch.equal(own.model.eval()(input_ids=ids).logits, expected)  # nothing of the model was changed
     assert own.model.state_dict().keys() >= before.keys()
-    assert quantized_formats(own.model) == name
+    assert survey(own.model).formats == name
 
     from_folder = export_folder(tmp_path / "adapter", tmp_path / "again", "merged")
     assert "outputs differ from the unmerged ones by" in from_folder
@@ -271,14 +271,14 @@ def test_a_checkpoint_that_is_quantized_already(encoder, tmp_path):
     first.save_pretrained(tmp_path / "packed")
     own = module(str(tmp_path / "packed"))
     own.configure_model()
-    assert quantized_formats(own.model) == "nf4-double"
+    assert survey(own.model).formats == "nf4-double"
     ids = torch.randint(3, 32, (2, 6))
     with torch.no_grad():
         assert torch.equal(own.model.eval()(input_ids=ids).logits, first.eval()(input_ids=ids).logits)
     report = export(own.model, tmp_path / "merged", format="merged")
     assert "outputs differ from the unmerged ones by" in str(report)
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
-    assert quantized_formats(plain) is None
+    assert survey(plain).formats is None
     with torch.no_grad():
         torch.testing.assert_close(plain(input_ids=ids).logits, own.model(input_ids=ids).logits, rtol=0, atol=1e-5)
     with pytest.raises(SettingsError, match="is stored as nf4-double already; leave it null"):

@@ -95,5 +95,5 @@ def test_a_random_model_needs_a_tokenizer_of_its_own(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     Path("d.csv").write_text("source,target\na,b\n")
     words = ["--model.pretrained=random:t5", "--model.task=seq2seq-lm", "--model.method=LoRA", "--data=TextToText"]
-    assert main(["fit", *words, "--data.train=d.csv", "--data.validation_share=0.0", "--trainer.max_steps=2"]) == 2
+    assert main(["fit", *words, "--data.train=d.csv", "--data.validation_fraction=0.0", "--trainer.max_steps=2"]) == 2
     assert "data.tokenizer is null" in capsys.readouterr().err

@@ -12,7 +12,8 @@ import lora_lightning as ll
 from ll_lora import LoRA
 from lora_lightning.errors import TargetError
 from lora_lightning.injection.targets import select
-from lora_lightning.models.scopes import Scopes, is_scope
+from lora_lightning.models.anatomy import survey
+from lora_lightning.models.scopes import is_scope
 
 METHOD = LoRA(rank=2)
 LANGUAGE = "model.language_model"
@@ -46,7 +47,7 @@ def blocks(found: dict[str, Any]) -> set[str]:
     ],
 )
 def test_towers_by_name(name: str, towers: dict[str, str]) -> None:
-    assert Scopes(model(name)).towers == towers
+    assert survey(model(name)).scopes.towers == towers
 
 
 def tiny(kind: str, **settings: Any) -> Any:
@@ -65,14 +66,14 @@ def test_towers_by_what_they_take() -> None:
 
     parts = ViTConfig(**SMALL, image_size=16, patch_size=8), BertConfig(**SMALL, is_decoder=True)
     config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(*parts)
-    scopes = Scopes(
+    scopes = survey(
         tiny("VisionEncoderDecoderModel", encoder=config.encoder.to_dict(), decoder=config.decoder.to_dict())
-    )
+    ).scopes
     assert scopes.towers == {"encoder": "vision", "decoder": "language"}
 
 
 def test_a_language_model_around_its_vision_tower() -> None:
-    scopes = Scopes(tiny("GitForCausalLM", **SMALL, vocab_size=32, vision_config={**SMALL, "image_size": 16}))
+    scopes = survey(tiny("GitForCausalLM", **SMALL, vocab_size=32, vision_config={**SMALL, "image_size": 16})).scopes
     assert scopes.towers == {"git.image_encoder": "vision", "": "language"}
     assert scopes.tower("git.image_encoder.vision_model.encoder.layers.0.mlp.fc1") == "vision"
     assert scopes.tower("git.encoder.layer.0.output.dense") == "language"
@@ -87,11 +88,11 @@ def test_what_lies_between_towers_is_the_projector() -> None:
         qformer_config={**SMALL, "encoder_hidden_size": 16, "vocab_size": 32},
         text_config=text,
     )
-    scopes = Scopes(blip)
+    scopes = survey(blip).scopes
     assert scopes.towers == {"vision_model": "vision", "language_model": "language"}
     assert scopes.tower("qformer.encoder.layer.0.attention.attention.query") == "projector"
-    assert blocks(select(blip, "projector").layers) == {"qformer.encoder", "language_projection"}
-    assert scopes.left_out(select(blip, "projector").layers) == {
+    assert blocks(select(survey(blip), "projector").layers) == {"qformer.encoder", "language_projection"}
+    assert scopes.left_out(select(survey(blip), "projector").layers) == {
         "qformer": 'projector, 10 linear layers; the scope "projector" adapts them',
         "language_projection": 'projector, 1 linear layer; the scope "projector" adapts it',
     }
@@ -99,10 +100,10 @@ def test_what_lies_between_towers_is_the_projector() -> None:
 
 def test_paths_of_a_project_around_the_model() -> None:
     project = nn.ModuleDict({"net": model("LLaVA"), "own": nn.Linear(4, 4)})
-    scopes = Scopes(project)
+    scopes = survey(project).scopes
     assert scopes.towers[f"net.{VISION}"] == "vision"
     assert scopes.tower("own") is None
-    found = select(project).layers
+    found = select(survey(project)).layers
     assert "own" in found
     assert blocks(found) == {"net.model", "own"}
     assert all(f".{VISION}." not in path for path in found)
@@ -113,7 +114,7 @@ def test_paths_of_a_project_around_the_model() -> None:
 
 @pytest.mark.parametrize("targets", ["all-linear", "attention", "mlp", ["q_proj", "v_proj"], r".*\.(q|v)_proj"])
 def test_what_is_said_without_a_tower_is_said_of_the_language_tower(targets: Any) -> None:
-    selection = select(model("LLaVA"), targets)
+    selection = select(survey(model("LLaVA")), targets)
     assert blocks(selection.layers) == {LANGUAGE}
     assert selection.skipped[VISION] == 'vision tower, 6 linear layers; the scope "vision" adapts them'
     assert selection.skipped[PROJECTOR] == 'projector, 2 linear layers; the scope "projector" adapts them'
@@ -137,24 +138,24 @@ def test_what_is_said_without_a_tower_is_said_of_the_language_tower(targets: Any
     ],
 )
 def test_a_tower_is_reached_by_naming_it(targets: Any, expected: set[str]) -> None:
-    selection = select(model("LLaVA"), targets)
+    selection = select(survey(model("LLaVA")), targets)
     assert blocks(selection.layers) == expected
     assert not any(inside in selection.skipped for inside in expected)
 
 
 def test_parts_of_towers() -> None:
-    found = select(model("LLaVA"), ["vision.attention", "language.mlp"]).layers
+    found = select(survey(model("LLaVA")), ["vision.attention", "language.mlp"]).layers
     assert {path.split(".")[1] for path in found if "self_attn" in path} == {"vision_tower"}
     assert {path.split(".")[1] for path in found if ".mlp." in path} == {"language_model"}
 
 
 def test_exclude_takes_scopes_and_names() -> None:
     both = ["language", "vision"]
-    assert blocks(select(model("LLaVA"), both, exclude=["vision"]).layers) == {LANGUAGE}
-    assert blocks(select(model("LLaVA"), both, exclude=["language_model"]).layers) == {VISION}
-    found = select(model("LLaVA"), both, exclude=["vision.mlp", "language.attention"]).layers
+    assert blocks(select(survey(model("LLaVA")), both, exclude=["vision"]).layers) == {LANGUAGE}
+    assert blocks(select(survey(model("LLaVA")), both, exclude=["language_model"]).layers) == {VISION}
+    found = select(survey(model("LLaVA")), both, exclude=["vision.mlp", "language.attention"]).layers
     assert {tuple(path.split(".")[1:-1:3]) for path in found} == {("vision_tower", "0"), ("language_model", "mlp")}
-    assert len(select(model("Llama"), exclude=["attention"]).layers) == 6
+    assert len(select(survey(model("Llama")), exclude=["attention"]).layers) == 6
 
 
 def test_the_report_says_what_was_left_out() -> None:
@@ -167,7 +168,7 @@ def test_the_report_says_what_was_left_out() -> None:
 
 def test_a_layer_may_be_called_like_a_scope() -> None:
     both = nn.ModuleDict({"projector": nn.Linear(4, 4), "rest": nn.Linear(4, 4)})
-    assert list(select(both, ["projector"]).layers) == ["projector"]
+    assert list(select(survey(both), ["projector"]).layers) == ["projector"]
 
 
 @pytest.mark.parametrize("word", ["all-linear", "attention", "mixer", "vision", "vision.mlp", "projector.attention"])
@@ -185,12 +186,12 @@ def test_no_words(word: str) -> None:
 
 def test_blocks_behind_the_features_that_are_read_get_no_adapter() -> None:
     """LLaVA reads the output of the last block but one."""
-    selection = select(model("LLaVA"), "vision")
+    selection = select(survey(model("LLaVA")), "vision")
     why = "its output is not used: vision_feature_layer is -2"
     assert {path.split(".")[4] for path in selection.layers} == {"0"}
     assert selection.skipped[f"{VISION}.encoder.layers.1.mlp.fc1"] == why
     with pytest.raises(TargetError, match=rf"leaves no layer to adapt; left out: .* \({why}\)"):
-        select(model("LLaVA"), ["vision_tower.encoder.layers.1.mlp.fc1"])
+        select(survey(model("LLaVA")), ["vision_tower.encoder.layers.1.mlp.fc1"])
 
 
 @pytest.mark.parametrize(("layer", "unused"), [(-1, 0), (-2, 1), (1, 1), ([0, 2], 0), ([-3, -2], 1)])
@@ -200,7 +201,7 @@ def test_how_many_blocks_are_unused(layer: Any, unused: int) -> None:
 
     llava = ARCHITECTURES["LLaVA"]
     net = LlavaForConditionalGeneration(LlavaConfig(**{**llava.settings, "vision_feature_layer": layer}))
-    assert len(Scopes(net).unused) == unused
+    assert len(survey(net).scopes.unused) == unused
     net(**llava.batch()).loss.backward()
     idle = [block.mlp.fc1.weight.grad is None for block in net.model.vision_tower.encoder.layers]
     assert sum(idle) == unused
@@ -211,10 +212,10 @@ def test_the_pooling_head_of_a_vision_tower_must_be_named() -> None:
 
     config = {"vision_config": {**SMALL, "image_size": 16, "patch_size": 8}, "text_config": {**SMALL, "vocab_size": 32}}
     siglip = SiglipModel(SiglipModel.config_class(**config))
-    selection = select(siglip, "vision")
+    selection = select(survey(siglip), "vision")
     assert all(".head." not in path for path in selection.layers)
     assert selection.skipped["vision_model.head.mlp.fc1"] == "pooler"
-    assert list(select(siglip, ["head.mlp.fc1"]).layers) == ["vision_model.head.mlp.fc1"]
+    assert list(select(survey(siglip), ["head.mlp.fc1"]).layers) == ["vision_model.head.mlp.fc1"]
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
@@ -239,7 +240,7 @@ def test_the_pooling_head_of_a_vision_tower_must_be_named() -> None:
 )
 def test_a_scope_that_a_model_has_not(name: str, targets: Any, message: str) -> None:
     with pytest.raises(TargetError, match=message):
-        select(model(name), targets)
+        select(survey(model(name)), targets)
 
 
 def test_a_bare_projector_trains_in_full_where_it_is_named() -> None:

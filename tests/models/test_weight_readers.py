@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
+from adapted_models import METHOD
 from architectures import ARCHITECTURES
 from torch import Tensor, nn
 
@@ -10,8 +14,10 @@ from ll_dora import DoRA
 from ll_lora import LoRA
 from ll_riemannian_moe import MoELoRA
 from lora_lightning.errors import AdapterStateError, TargetError
-from lora_lightning.models.weight_readers import weight_read_layers
+from lora_lightning.injection.records import adapters_named
+from lora_lightning.models.anatomy import survey
 from lora_lightning.testing import perturb
+from lora_lightning.testing.toy_models import seeded
 
 ROUTED = MoELoRA(experts=3, top_k=2, rank=1)
 
@@ -35,20 +41,20 @@ class Heir(Owner):
 
 def test_what_an_owner_only_reads() -> None:
     for owner in (Owner, Heir):
-        assert weight_read_layers(owner(), ["called", "read", "both", "asked"]) == {"read": owner.__name__}
+        assert survey(owner()).weight_read(["called", "read", "both", "asked"]) == {"read": owner.__name__}
 
 
 def test_owners_of_transformers() -> None:
     mamba, attention = ARCHITECTURES["Mamba"].build(), nn.MultiheadAttention(4, 2)
     layers = [path for path, module in mamba.named_modules() if isinstance(module, nn.Linear)]
     mixers = [f"backbone.layers.{index}.mixer.dt_proj" for index in (0, 1)]
-    assert weight_read_layers(mamba, layers) == dict.fromkeys(mixers, "MambaMixer")
+    assert survey(mamba).weight_read(layers) == dict.fromkeys(mixers, "MambaMixer")
     jamba = ARCHITECTURES["Jamba"].build()  # calls it where the model is quantized
     layers = [path for path, module in jamba.named_modules() if isinstance(module, nn.Linear)]
-    assert weight_read_layers(jamba, layers) == {"model.layers.0.mamba.dt_proj": "JambaMambaMixer"}
-    assert weight_read_layers(attention, ["out_proj"]) == {"out_proj": "MultiheadAttention"}
+    assert survey(jamba).weight_read(layers) == {"model.layers.0.mamba.dt_proj": "JambaMambaMixer"}
+    assert survey(attention).weight_read(["out_proj"]) == {"out_proj": "MultiheadAttention"}
     t5 = ARCHITECTURES["T5"].build()
-    assert weight_read_layers(t5, [path for path, module in t5.named_modules() if isinstance(module, nn.Linear)]) == {}
+    assert survey(t5).weight_read([path for path, module in t5.named_modules() if isinstance(module, nn.Linear)]) == {}
 
 
 @pytest.mark.parametrize("method", [LoRA(rank=2), DoRA(rank=2)])
@@ -93,3 +99,53 @@ def test_a_routed_adapter_answers_what_its_weight_is_like() -> None:
         torch.ones(1, 24) @ layer.weight.T
     with pytest.raises(AdapterStateError, match="no single weight"):
         layer.weight.to(torch.float64)
+
+
+def transformer(seed: int = 0) -> nn.TransformerEncoder:
+    with seeded(seed):
+        block = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
+        return nn.TransformerEncoder(block, 2, enable_nested_tensor=False).eval()
+
+
+def test_attention_of_torch_is_adapted_through_the_weight_it_reads() -> None:
+    """nn.MultiheadAttention reads out_proj.weight; its fast path, taken in eval without gradients, all weights."""
+    model, x = transformer(), torch.randn(2, 5, 16)
+    report = ll.inject(model, METHOD, seed=0)
+    assert set(report.skipped) == {f"layers.{i}.self_attn.in_proj_weight" for i in (0, 1)}
+    assert any("layers.0.self_attn.out_proj, are read by MultiheadAttention" in note for note in report.notes)
+    for i, adapter in enumerate(adapters_named(model, "default").values()):
+        perturb(adapter, i)
+    merged = copy.deepcopy(model)
+    ll.merge(merged)
+    base = transformer()(x)
+    for training in (False, True):
+        for grad in (False, True):
+            model.train(training)
+            merged.train(training)
+            with torch.set_grad_enabled(grad):
+                y = model(x)
+                torch.testing.assert_close(y, merged(x), rtol=1e-4, atol=1e-5)
+            assert not torch.allclose(y, base, atol=1e-2)
+    with ll.disable_adapters(model.eval()), torch.no_grad():
+        torch.testing.assert_close(model(x), base)
+    model.train()(x).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_the_fast_path_of_torch_is_really_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the test above would compare the slow path only."""
+    model, x, calls = transformer(), torch.randn(2, 5, 16), 0
+    fast = torch._transformer_encoder_layer_fwd
+
+    def counted(*args: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return fast(*args)
+
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", counted)
+    ll.inject(model, METHOD)
+    with torch.no_grad():
+        model(x)
+    assert calls == 2
+    model(x)
+    assert calls == 2

@@ -627,8 +627,8 @@ def test_an_adapter_that_was_started_again_chooses_after_its_next_step():
         loop.step()
     before = loop.index("c")
     loop.adapters["b.adapters.default"].reset(torch.Generator().manual_seed(1))
-    loop.schedule._adapters, loop.schedule._seen = loop.adapters, 3
-    state = loop.schedule.state_dict()  # saved where it has no channels, as at a knot
+    loop.schedule._adapters, loop.schedule.last_step = loop.adapters, 3
+    state = loop.schedule.state_dict()  # saved where it has no channels, as at the end of a stage
     resumed.model.load_state_dict(loop.model.state_dict())
     resumed.schedule.load_state_dict(state)
     resumed.schedule.on_start(None, resumed.adapters)
@@ -645,7 +645,7 @@ def test_an_adapter_that_was_started_again_chooses_after_its_next_step():
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_each_stage_of_a_cascade_approximates_from_its_second_step(tmp_path, noise):
-    """The weight is another one after a knot, and so are the channels."""
+    """The weight is another one after a stage end, and so are the channels."""
     chosen = []
 
     class Chosen(Callback):

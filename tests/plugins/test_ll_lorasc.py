@@ -23,7 +23,7 @@ from lora_lightning.cli.main import main
 from lora_lightning.errors import ExportError, SettingsError
 from lora_lightning.injection.records import adapters_named, iter_adapters
 from lora_lightning.methods import Method, plain_settings, replace
-from lora_lightning.optim.warmup import Knots, WarmUp, factor
+from lora_lightning.optim.warmup import StageEnds, WarmUp, factor
 from lora_lightning.plugins import registry, restore_settings
 from lora_lightning.storage.folder import read_folder
 from lora_lightning.testing import MethodContract, TinyMLP, tiny_encoder
@@ -38,7 +38,7 @@ class TestLoRASCOfLoRA(MethodContract):
 
 @pytest.mark.slow  # DoRA's adapters, as TestDoRA has them
 class TestLoRASCOfDoRA(MethodContract):
-    method = LoRASC(inner=DoRA(rank=2, alpha=4.0), share=1.0, noise=0.0)
+    method = LoRASC(inner=DoRA(rank=2, alpha=4.0), blend=1.0, noise=0.0)
 
 
 def test_provided_by_its_plugin():
@@ -83,17 +83,17 @@ def test_settings_inside_settings_travel_as_plain_data():
 def test_what_cannot_be_folded_is_refused():
     with pytest.raises(SettingsError, match=r"LoRASC\.inner is MoELoRA, whose update depends on the input"):
         LoRASC(inner=MoELoRA())
-    with pytest.raises(SettingsError, match=r"share is 1\.5; it must lie in \(0, 1\]"):
-        LoRASC(inner=LoRA(), share=1.5)
+    with pytest.raises(SettingsError, match=r"blend is 1\.5; it must lie in \(0, 1\]"):
+        LoRASC(inner=LoRA(), blend=1.5)
     with pytest.raises(SettingsError, match='rule is "ema"'):
         LoRASC(inner=LoRA(), rule="ema")  # type: ignore[arg-type]
 
 
 def test_its_callback_is_a_cascade_with_its_settings():
-    method = LoRASC(inner=LoRA(), share=0.3, rule="outer_step", noise=0.2, stage_steps=7, lr="rewarm", rewarm_steps=3)
+    method = LoRASC(inner=LoRA(), blend=0.3, rule="outer_step", noise=0.2, stage_steps=7, lr="rewarm", rewarm_steps=3)
     [cascade] = method.callbacks()
     assert isinstance(cascade, Cascade)
-    for field in ("share", "rule", "noise", "noise_mode", "stage_steps", "stage_epochs", "lr", "rewarm_steps"):
+    for field in ("blend", "rule", "noise", "noise_mode", "stage_steps", "stage_epochs", "lr", "rewarm_steps"):
         assert getattr(cascade, field) == getattr(method, field)
 
 
@@ -106,7 +106,7 @@ def encoder(tmp_path_factory):
 
 
 METHODS = {
-    "LoRA, factors": lambda: LoRASC(inner=LoRA(rank=1), noise=0.0, stage_steps=4, share=0.5),
+    "LoRA, factors": lambda: LoRASC(inner=LoRA(rank=1), noise=0.0, stage_steps=4, blend=0.5),
     "LoRA, noise": lambda: LoRASC(inner=LoRA(rank=1), noise=0.2, stage_steps=4),
     "LoRA, noise stays": lambda: LoRASC(inner=LoRA(rank=1), noise=0.2, noise_mode="persist", stage_steps=4),
     "DoRA": lambda: LoRASC(inner=DoRA(rank=2), noise=0.1, stage_steps=4, rule="outer_step"),
@@ -114,7 +114,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize(("name", "step"), [*((name, 6) for name in METHODS), ("LoRA, noise", 4), ("DoRA", 8)])
-def test_resume_in_the_middle_of_a_stage_and_at_a_knot(encoder, tmp_path, name, step):
+def test_resume_in_the_middle_of_a_stage_and_at_a_stage_end(encoder, tmp_path, name, step):
     """Stages of 4 steps: every tensor, base weights included, equals the uninterrupted run."""
     saved, make = tmp_path / "saved.ckpt", METHODS[name]
     data = labelled_data(encoder)
@@ -152,7 +152,7 @@ def test_the_rate_over_stages(encoder, tmp_path, lr):
             rates.append(optimizer.param_groups[0]["lr"])
 
     method = LoRASC(inner=LoRA(rank=1), noise=0.0, stage_steps=4, lr=lr, rewarm_steps=2)
-    module = classification(encoder, method, lr_scheduler=WarmUp(share=0.25, decay="linear"))
+    module = classification(encoder, method, lr_scheduler=WarmUp(warmup_fraction=0.25, decay="linear"))
     run(module, labelled_data(encoder), tmp_path, [Rates(tmp_path / "no", lambda *_: False)], max_steps=12)
     whole = [factor(step, 12, 3, "linear") for step in range(12)]
     expected = {
@@ -164,9 +164,9 @@ def test_the_rate_over_stages(encoder, tmp_path, lr):
 
 
 def test_a_short_last_stage_restarts_over_its_own_length():
-    knots = Knots(4, "restart", 1)
+    stage_ends = StageEnds(4, "restart", 1)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = WarmUp(share=0.0).schedule(optimizer, 6, knots)
+    scheduler = WarmUp(warmup_fraction=0.0).schedule(optimizer, 6, stage_ends)
     rates = []
     for _ in range(6):
         rates.append(scheduler.get_last_lr()[0])
@@ -257,7 +257,7 @@ model:
   optimizer:
     class_path: SlowFast
     init_args:
-      share: 0.3
+      blend: 0.3
       every_n_steps: 2
       inner: {{class_path: LoRAPlus, init_args: {{ratio: 4, inner: {{class_path: AdamW, init_args: {{lr: 1.0e-3}}}}}}}}
 data:
@@ -275,7 +275,7 @@ trainer:
 @pytest.mark.parametrize(
     ("method", "callback", "options"),
     [
-        ("DoRA", "Cascade", {"stage_steps": 3, "share": 0.5, "rule": "figure_ema", "noise": 0.1}),
+        ("DoRA", "Cascade", {"stage_steps": 3, "blend": 0.5, "rule": "figure_ema", "noise": 0.1}),
         ("LoRA", "NoiseInjection", {"strength": 0.1, "mode": "persist"}),
     ],
 )
@@ -313,23 +313,23 @@ def gradients(steps):
 
 @pytest.mark.parametrize("inner", INNER)
 def test_slow_fast_equals_a_loop_written_out(inner):
-    share, every = 0.3, 2
+    pace, every = 0.3, 2
     p, q = (torch.nn.Parameter(torch.ones(3, 2, dtype=torch.float64)) for _ in range(2))
-    wrapped, plain = SlowFast([p], INNER[inner], share, every), INNER[inner]([q])
+    wrapped, plain = SlowFast([p], INNER[inner], pace, every), INNER[inner]([q])
     slow = q.detach().clone()
     for step, gradient in enumerate(gradients(7), 1):
         p.grad, q.grad = gradient.clone(), gradient.clone()
         wrapped.step()
         plain.step()
         if step % every == 0:
-            slow = slow + share * (q.detach() - slow)
+            slow = slow + pace * (q.detach() - slow)
             q.data.copy_(slow)
         torch.testing.assert_close(p, q, rtol=0, atol=1e-14)
 
 
-def test_a_share_of_one_changes_nothing():
+def test_a_blend_of_one_changes_nothing():
     p, q = (torch.nn.Parameter(torch.ones(3, 2, dtype=torch.float64)) for _ in range(2))
-    wrapped, plain = SlowFast([p], torch.optim.AdamW, share=1.0, every_n_steps=1), torch.optim.AdamW([q])
+    wrapped, plain = SlowFast([p], torch.optim.AdamW, blend=1.0, every_n_steps=1), torch.optim.AdamW([q])
     for gradient in gradients(5):
         p.grad, q.grad = gradient.clone(), gradient.clone()
         wrapped.step()
@@ -391,7 +391,7 @@ def test_a_parameter_without_a_gradient_is_left_alone():
 
 def test_slow_fast_refuses_values_outside_its_rules():
     p = torch.nn.Parameter(torch.ones(1))
-    with pytest.raises(SettingsError, match=r"SlowFast\.share is 0; it must lie in \(0, 1\]"):
-        SlowFast([p], share=0)
+    with pytest.raises(SettingsError, match=r"SlowFast\.blend is 0; it must lie in \(0, 1\]"):
+        SlowFast([p], blend=0)
     with pytest.raises(SettingsError, match=r"SlowFast\.every_n_steps is 0; it must be at least 1"):
         SlowFast([p], every_n_steps=0)

@@ -119,7 +119,7 @@ def test_plus_first_sgd_step_from_zero_moves_B_by_the_ratio_and_A_not():
 def test_plus_schedule_keeps_the_ratio_at_every_step():
     net = small()
     optimizer = plus(net, 16.0, lambda groups: torch.optim.SGD(groups, lr=0.5))
-    schedule = WarmUp(share=0.3, decay="cosine").schedule(optimizer, 10)
+    schedule = WarmUp(warmup_fraction=0.3, decay="cosine").schedule(optimizer, 10)
     for _ in range(10):
         rates = {g["name"]: g["lr"] for g in optimizer.param_groups}
         assert rates["B"] == pytest.approx(16 * rates["A"], rel=1e-12)

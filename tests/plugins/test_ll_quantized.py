@@ -14,7 +14,8 @@ from lora_lightning.adapters.folded import DenseUpdate, FactoredUpdate
 from lora_lightning.adapters.layers.quantized import QuantizedBase
 from lora_lightning.adapters.noise import Noise
 from lora_lightning.errors import AdapterStateError, TargetError
-from lora_lightning.models.base_layers import base_layer_of, frozen_bytes, quantized_formats
+from lora_lightning.models.anatomy import survey
+from lora_lightning.models.base_layers import base_layer_of
 from lora_lightning.storage.fingerprint import fingerprint
 from lora_lightning.testing import TinyMLP, perturb
 from lora_lightning.testing.toy_models import QUANTIZED, seeded
@@ -169,7 +170,7 @@ def test_what_would_train_in_few_bits_is_refused(kind):
 def test_bytes_that_frozen_weights_hold(kind, held):
     model = nn.Sequential(quantized(kind, d_in=64, d_out=32), nn.LayerNorm(32).requires_grad_(False))
     ll.inject(model, LoRA(rank=2), ["0"], also_train=())
-    assert frozen_bytes(model) == held + (32 + 2 * 32) * 4
+    assert survey(model).frozen_bytes == held + (32 + 2 * 32) * 4
 
 
 def test_a_format_without_backward_must_be_adapted(monkeypatch):
@@ -186,13 +187,13 @@ def test_fingerprint_has_plain_names_and_shapes(kind):
     with seeded(1):
         plain = nn.Sequential(nn.Linear(16, 8))
     few_bits = nn.Sequential(quantized(kind))
-    assert quantized_formats(few_bits) == kind
-    one, other = fingerprint(plain), fingerprint(few_bits)
+    assert survey(few_bits).formats == kind
+    one, other = fingerprint(survey(plain)), fingerprint(survey(few_bits))
     assert one["names"] == other["names"]
     assert other["weights"] is None
     ll.inject(few_bits, LoRA(rank=2), ["0"], also_train=())
     ll.merge(few_bits)
-    assert fingerprint(few_bits) == other
+    assert fingerprint(survey(few_bits)) == other
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)

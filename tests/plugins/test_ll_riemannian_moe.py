@@ -742,7 +742,7 @@ def test_a_real_run_trains_router_and_experts_under_the_guard(tmp_path):
     run = trainer(tmp_path, max_steps=5, accumulate_grad_batches=2, gradient_clip_val=1.0)
     run.fit(module, labelled_data(folder))
     guard = next(callback for callback in run.callbacks if isinstance(callback, TrainingGuard))
-    moved = {name: size for name, size in guard.moved().items() if ".adapters." in name}
+    moved = {name: size for name, size in guard.changed().items() if ".adapters." in name}
     assert len(moved) == 3 * 4
     assert all(size > 0 for size in moved.values())
     assert 0 < float(run.callback_metrics["penalty"]) < 1

@@ -15,7 +15,7 @@ from torch import nn
 from ll_rose import RoseLoRA
 from ll_rose.functional import density, density_bound, survey
 from lora_lightning.callbacks import SparsitySchedule
-from lora_lightning.callbacks.pruning import keep_count, keep_top, kept_share
+from lora_lightning.callbacks.pruning import keep_count, keep_top, kept_density
 from lora_lightning.errors import SettingsError
 from lora_lightning.injection.inject import inject
 from lora_lightning.injection.merge import merge, unmerge
@@ -151,12 +151,12 @@ def test_output_at_the_start_is_the_base_models():
 
 
 def test_ramp_ends_and_midpoint():
-    shares = [kept_share(t, 4, 24, 0.2) for t in range(1, 31)]
+    shares = [kept_density(t, 4, 24, 0.2) for t in range(1, 31)]
     assert shares[:4] == [1.0] * 4
     assert shares[23:] == [0.2] * 7
     assert all(later <= earlier for earlier, later in itertools.pairwise(shares))
-    assert kept_share(14, 4, 24, 0.2) == pytest.approx(0.2 + 0.8 / 8, abs=1e-15)
-    wide = [kept_share(4 + k, 4, 4 + 100_000, 0.2) for k in (0, 1, 99_999, 100_000)]
+    assert kept_density(14, 4, 24, 0.2) == pytest.approx(0.2 + 0.8 / 8, abs=1e-15)
+    wide = [kept_density(4 + k, 4, 4 + 100_000, 0.2) for k in (0, 1, 99_999, 100_000)]
     assert wide[0] - wide[1] < 1e-4
     assert wide[2] - wide[3] < 1e-4
 

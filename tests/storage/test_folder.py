@@ -2,74 +2,26 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from limits import small_files
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from adapter_files import TOKENS, X, adapted, refused, rewrite
+from safetensors.torch import save_file
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import lora_lightning as ll
-from ll_lora import LoRA
-from lora_lightning.errors import AdapterFileError, AdapterStateError, LoraLightningError, UnknownMethodError
+from lora_lightning.errors import AdapterFileError, AdapterStateError, LoraLightningError
 from lora_lightning.injection.records import adapters_named, records
-from lora_lightning.models.paths import plain
-from lora_lightning.storage import atomic as files
 from lora_lightning.storage import folder as checkpoint
-from lora_lightning.storage.fingerprint import fingerprint
 from lora_lightning.storage.folder import DESCRIPTION, FILE, read_folder
 from lora_lightning.storage.state import adapter_keys
-from lora_lightning.testing import TinyMLP, perturb, tiny_decoder, tiny_encoder
-
-METHOD = LoRA(rank=2, alpha=4.0)
-TOKENS = torch.tensor([[1, 5, 7, 2], [1, 9, 2, 0]])
-X = torch.linspace(-1, 1, 18).view(3, 6)
-
-
-def adapted(model: Any = None, method: LoRA = METHOD, name: str = "default", **options: Any) -> Any:
-    model = TinyMLP() if model is None else model
-    ll.inject(model, method, name=name, seed=0, **options)
-    for i, adapter in enumerate(adapters_named(model, name).values()):
-        perturb(adapter, i)
-    return model
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """An adapter of a TinyMLP."""
-    return ll.save_adapter(adapted(), tmp_path / "adapter")
-
-
-def rewrite(folder: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], None]) -> None:
-    """Change description or tensors of an adapter folder as another program might."""
-    tensors = load_file(folder / FILE)
-    description = json.loads((folder / DESCRIPTION).read_text())
-    change(description, tensors)
-    save_file(tensors, folder / FILE, {"format": "lora_lightning", "adapter": json.dumps(description)})
-
-
-def refused(
-    model: nn.Module, folder: Path, message: str, name: str = "default", error: type[Exception] = AdapterFileError
-) -> None:
-    """Loading raises, and the model is what it was: structure, tensors and what trains."""
-    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    trains = {key for key, p in model.named_parameters() if p.requires_grad}
-    with pytest.raises(error, match=message):
-        ll.load_adapter(model, folder, name)
-    after = model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[key], before[key]) for key in before)
-    assert {key for key, p in model.named_parameters() if p.requires_grad} == trains
-
-
-# -- save and load -----------------------------------------------------------------------------------------------------
+from lora_lightning.testing import TinyMLP, perturb, tiny_encoder
 
 
 def test_round_trip_with_overrides(tmp_path: Path) -> None:
@@ -106,131 +58,6 @@ def test_trained_heads_are_saved_with_the_adapter(tmp_path: Path) -> None:
     ll.load_adapter(fresh, tmp_path)
     assert torch.equal(fresh(TOKENS).logits, model(TOKENS).logits)
     assert torch.equal(fresh.classifier.weight, model.classifier.weight)
-
-
-class WithStatistics(nn.Module):
-    """A head with running statistics, which are part of what was trained."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = TinyMLP()
-        self.head = nn.BatchNorm1d(4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x))
-
-
-def test_buffers_of_trained_heads_are_saved(tmp_path: Path) -> None:
-    model = adapted(WithStatistics(), also_train=["head"])
-    model.train()(X)
-    ll.save_adapter(model, tmp_path)
-    fresh = WithStatistics()
-    ll.load_adapter(fresh, tmp_path)
-    assert torch.equal(fresh.eval()(X), model.eval()(X))
-
-
-def test_frozen_sides_and_masks_are_saved(tmp_path: Path) -> None:
-    model = adapted(method=LoRA(rank=3, train="B"))
-    model.first.adapters.default.rank_mask[1] = False
-    ll.save_adapter(model, tmp_path)
-    fresh = TinyMLP()
-    ll.load_adapter(fresh, tmp_path)
-    assert torch.equal(fresh(X), model(X))
-    assert fresh.first.adapters.default.rank_mask.tolist() == [True, False, True]
-    assert "lora_A" not in dict(fresh.first.adapters.default.named_parameters())
-
-
-def test_a_loaded_adapter_is_active_and_frozen_and_leaves_others_alone(folder: Path) -> None:
-    model = adapted(method=LoRA(rank=1), name="mine", targets=["first"])
-    trains = {name for name, p in model.named_parameters() if p.requires_grad}
-    ll.load_adapter(model, folder, "theirs")
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == trains
-    assert model.first.active == model.second.active == ("theirs",)
-    assert torch.equal(model(X), adapted()(X))
-    ll.set_trainable(model, "theirs")
-    assert all(".adapters.theirs." in name for name, p in model.named_parameters() if p.requires_grad)
-
-
-def test_an_adapter_travels_under_another_name(tmp_path: Path) -> None:
-    model = adapted(name="a")
-    ll.save_adapter(model, tmp_path, "a")
-    fresh = TinyMLP()
-    ll.load_adapter(fresh, tmp_path, "b")
-    assert list(records(fresh)) == ["b"]
-    assert torch.equal(fresh(X), model(X))
-
-
-def test_each_adapter_is_saved_alone(tmp_path: Path) -> None:
-    model = adapted(adapted(), LoRA(rank=1), "second")
-    ll.save_adapter(model, tmp_path, "second")
-    assert all(".adapters.second." in key for key in read_folder(tmp_path).tensors)
-    both = {*adapter_keys(model, "default"), *adapter_keys(model, "second")}
-    assert set(adapter_keys(model)) == both
-    assert len(adapter_keys(model)) == len(both)
-    with pytest.raises(
-        AdapterStateError, match=r'no adapter "secnd". Did you mean "second"\? Installed: default, second'
-    ):
-        ll.save_adapter(model, tmp_path, "secnd")
-
-
-def test_loading_onto_an_existing_name_replaces_tensors_and_never_wraps_twice(folder: Path) -> None:
-    model = TinyMLP()
-    ll.inject(model, METHOD, seed=9)
-    adapter, trains = model.first.adapters.default, {n for n, p in model.named_parameters() if p.requires_grad}
-    for _ in range(2):
-        ll.load_adapter(model, folder)
-    assert model.first.adapters.default is adapter
-    assert isinstance(model.first.base, nn.Linear)
-    assert torch.equal(model(X), adapted()(X))
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == trains
-
-
-@pytest.mark.parametrize(
-    ("method", "options", "message"),
-    [
-        (LoRA(rank=2, alpha=8.0), {}, r'has alpha=4.0 on first; adapter "default" has 8.0; load it under another name'),
-        (METHOD, {"overrides": {"second": {"dropout": 0.1}}}, r'has dropout=0.0 on second; adapter "default" has 0.1'),
-        (METHOD, {"targets": ["first"]}, r'adapts other layers than adapter "default", such as second'),
-        (METHOD, {"targets": ["first"], "also_train": ["second"]}, r"adapts other layers|other names"),
-    ],
-)
-def test_an_existing_adapter_takes_only_its_own_kind(folder: Path, method: LoRA, options: Any, message: str) -> None:
-    model = TinyMLP()
-    ll.inject(model, method, **options)
-    refused(model, folder, message)
-
-
-def test_an_existing_adapter_of_another_method_is_refused(folder: Path) -> None:
-    model = TinyMLP()
-    ll.inject(model, ll.method("RoseLoRA")(rank=2, alpha=4.0))
-    refused(model, folder, r"holds LoRA; adapter 'default' is RoseLoRA; load it under another name, or eject first")
-
-
-def test_an_existing_adapter_with_other_heads_is_refused(tmp_path: Path) -> None:
-    ll.save_adapter(adapted(tiny_encoder(), also_train=["classifier"]), tmp_path)
-    model = adapted(tiny_encoder(), also_train=["classifier.weight"])
-    refused(model, tmp_path, r'trains other heads than adapter "default", such as classifier.bias')
-
-
-def test_two_adapters_with_the_same_head_are_refused(tmp_path: Path) -> None:
-    ll.save_adapter(adapted(tiny_encoder()), tmp_path)
-    model = adapted(tiny_encoder(), name="mine")
-    refused(
-        model,
-        tmp_path,
-        r'carries the head bert.pooler.dense.bias, which adapter "mine" of the model has trained',
-        "new",
-    )
-
-
-def test_a_merged_model_takes_no_adapter(folder: Path) -> None:
-    model = adapted()
-    ll.merge(model)
-    for name in ("other", "default"):
-        refused(model, folder, "first: default is merged; call unmerge first", name, AdapterStateError)
-
-
-# -- what is no adapter, or not for this model -------------------------------------------------------------------------
 
 
 def test_missing_folders_say_what_is_near(folder: Path) -> None:
@@ -276,140 +103,6 @@ def test_a_newer_schema(folder: Path) -> None:
     refused(TinyMLP(), folder, "has schema version 99; this library reads up to 1. Update it")
 
 
-def test_a_method_whose_plugin_is_missing(folder: Path) -> None:
-    rewrite(folder, lambda description, tensors: description.update(method="LoRAX"))
-    refused(
-        TinyMLP(), folder, r'adapter": no method "LoRAX". Did you mean "LoRA"\? Installed: ', error=UnknownMethodError
-    )
-
-
-def test_settings_of_a_newer_plugin(folder: Path) -> None:
-    rewrite(folder, lambda description, tensors: description["settings"].update(magic=1))
-    refused(TinyMLP(), folder, r'adapter": settings: LoRA has no "magic"')
-    rewrite(folder, lambda description, tensors: description["settings"].update(rank=0))
-    refused(TinyMLP(), folder, r'adapter": LoRA.rank is 0; it must be at least 1')
-
-
-def test_another_architecture(folder: Path) -> None:
-    refused(tiny_encoder(), folder, "was trained on TinyMLP; this model is BertForSequenceClassification")
-
-
-def test_other_names_or_shapes(folder: Path) -> None:
-    model = TinyMLP()
-    model.second = nn.Linear(8, 5)
-    refused(model, folder, "was trained on a TinyMLP whose parameters have other names or shapes")
-
-
-def test_other_base_weights(folder: Path) -> None:
-    refused(
-        TinyMLP(seed=1), folder, "was trained on other base weights than this model has .*; load the same pretrained"
-    )
-
-
-def test_heads_of_another_size(tmp_path: Path) -> None:
-    ll.save_adapter(adapted(tiny_encoder(num_labels=3)), tmp_path)
-    refused(tiny_encoder(num_labels=4), tmp_path, r"classifier.(weight|bias) has shape \(3.*; the model needs \(4")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t.pop("first.adapters.default.lora_A"), r"1 tensors missing, 0 unexpected, such as first.adapters"),
-        (
-            lambda t: t.update({"first.adapters.default.lora_C": torch.zeros(1)}),
-            r"0 tensors missing, 1 unexpected, .*lora_C",
-        ),
-        (
-            lambda t: t.update({"third.weight": torch.zeros(1)}),
-            r"0 tensors missing, 1 unexpected, such as third.weight",
-        ),
-        (
-            lambda t: t.update({"first.adapters.default.lora_A": torch.zeros(3, 6)}),
-            r"first.adapters.default.lora_A has shape \(3, 6\); the model needs \(2, 6\)",
-        ),
-    ],
-)
-@pytest.mark.parametrize("present", [False, True])
-def test_keys_are_compared_exactly(folder: Path, change: Callable[[Any], None], message: str, present: bool) -> None:
-    rewrite(folder, lambda description, tensors: change(tensors))
-    refused(adapted() if present else TinyMLP(), folder, message)
-
-
-def test_a_layer_the_model_lacks(folder: Path) -> None:
-    rewrite(folder, lambda description, tensors: description["layers"].update(thrid={}))
-    refused(TinyMLP(), folder, "adapts thrid, which this model lacks")
-
-
-def test_a_missing_head(tmp_path: Path) -> None:
-    ll.save_adapter(adapted(tiny_encoder()), tmp_path)
-    rewrite(tmp_path, lambda description, tensors: tensors.pop("classifier.bias"))
-    refused(tiny_encoder(), tmp_path, "1 tensors missing, 0 unexpected, such as classifier.bias")
-
-
-# -- writing -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [100, 1400])
-def test_a_full_disk_leaves_the_old_adapter(folder: Path, size: int) -> None:
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert len(before[FILE]) > 1400
-    model = adapted(name="default")
-    perturb(model, 3)
-    refusal = pytest.raises(AdapterFileError, match=r'cannot write the adapter to ".*": File too large. What was there')
-    with refusal, small_files(size):
-        ll.save_adapter(model, folder)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    with pytest.raises(AdapterFileError, match="File too large"), small_files(size):
-        ll.save_adapter(model, folder.parent / "new" / "deep")
-    assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
-
-
-def test_the_description_that_cannot_be_written_keeps_the_old_adapter(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The tensors come first; when the second file fails, the first must not have been replaced."""
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    calls, flush = 0, os.fsync
-
-    def full(handle: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            raise OSError(28, "No space left on device")
-        flush(handle)
-
-    monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(AdapterFileError, match=r"No space left on device\. What was there before is intact"):
-        ll.save_adapter(adapted(method=LoRA(rank=1)), folder)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-
-
-def test_an_interrupt_leaves_the_old_adapter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-
-    def interrupt(handle: int) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(files.os, "fsync", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        ll.save_adapter(adapted(method=LoRA(rank=1)), folder)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-
-
-def test_leftovers_of_a_killed_process_are_overwritten(folder: Path) -> None:
-    (folder / f".{FILE}.writing").write_bytes(b"half")
-    ll.save_adapter(adapted(), folder)
-    assert sorted(path.name for path in folder.iterdir()) == [DESCRIPTION, FILE]
-
-
-def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    for place in (tmp_path / "file", tmp_path / "file" / "adapter"):
-        with pytest.raises(AdapterFileError, match=r"cannot write the adapter to .*(exists|Not a directory)"):
-            ll.save_adapter(adapted(), place)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
 def test_what_does_not_read_back_is_not_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (folder / FILE).read_bytes()
     whole = checkpoint.to_bytes
@@ -447,85 +140,12 @@ def test_nothing_is_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ll.load_adapter(TinyMLP(), tmp_path)
 
 
-# -- the base model's fingerprint --------------------------------------------------------------------------------------
-
-
-def test_adapters_do_not_count_even_merged(tmp_path: Path) -> None:
-    bare = fingerprint(TinyMLP())
-    model = adapted(method=LoRA(rank=2, bias=True))
-    assert fingerprint(model) == bare
-    ll.merge(model)
-    assert fingerprint(model) == bare
-    ll.save_adapter(model, tmp_path)
-    ll.unmerge(model)
-    fresh = TinyMLP()
-    ll.load_adapter(fresh, tmp_path)
-    assert torch.equal(fresh(X), model(X))
-    ll.eject(model)
-    assert fingerprint(model) == bare
-
-
-def test_a_bias_that_a_merge_made_does_not_count() -> None:
-    model = nn.Sequential(nn.Linear(6, 4, bias=False))
-    bare = fingerprint(model)
-    adapted(model, LoRA(rank=2, bias=True))
-    ll.merge(model)
-    assert fingerprint(model) == bare
-
-
 def test_merged_for_good_cannot_be_saved(tmp_path: Path) -> None:
     model = adapted()
     ll.merge(model, keep_original=False)
     with pytest.raises(AdapterStateError, match="keep_original=False; the original weight is gone"):
         ll.save_adapter(model, tmp_path / "x")
     assert not (tmp_path / "x").exists()
-
-
-def test_tied_weights_count_once(tmp_path: Path) -> None:
-    bare = fingerprint(tiny_decoder(tied=True))
-    for target in ("lm_head", "embed_tokens"):
-        model = adapted(tiny_decoder(tied=True), targets=[target])
-        assert fingerprint(model) == bare
-        ll.save_adapter(model, tmp_path / target)
-        fresh = tiny_decoder(tied=True)
-        ll.load_adapter(fresh, tmp_path / target)
-        assert torch.equal(fresh(TOKENS).logits, model(TOKENS).logits)
-
-
-def test_a_base_in_half_precision_is_recognised(folder: Path) -> None:
-    half = TinyMLP().to(torch.bfloat16)
-    assert fingerprint(half) == fingerprint(TinyMLP())
-    ll.load_adapter(half, folder)
-    torch.testing.assert_close(half(X.bfloat16()).float(), adapted()(X), rtol=0.1, atol=0.1)
-
-
-def test_large_weights_are_sampled_within_their_bounds() -> None:
-    """Beyond 2^24 entries positions are not exact in float32: the last one, 2^24 + 3, would round past the end."""
-    model = nn.Sequential(nn.Embedding.from_pretrained(torch.zeros(2**24 + 4, 1, dtype=torch.bfloat16)))
-    before = fingerprint(model)
-    with torch.no_grad():
-        model[0].weight[-1] = 1
-    assert fingerprint(model)["weights"] != before["weights"]
-
-
-def test_packed_weights_leave_the_hash_out() -> None:
-    model = TinyMLP()
-    model.third = nn.Linear(2, 2)
-    model.third.weight = nn.Parameter(torch.zeros(2, 1, dtype=torch.uint8), requires_grad=False)
-    assert fingerprint(model)["weights"] is None
-    model.third = nn.Module()
-    model.third.empty = nn.Parameter(torch.zeros(0, 3))
-    assert fingerprint(model)["weights"] is not None
-
-
-# -- wrappers ----------------------------------------------------------------------------------------------------------
-
-
-def test_names_without_wrappers() -> None:
-    assert plain("_orig_mod.layers.0.weight") == "layers.0.weight"
-    assert plain("layers._orig_mod.0._fsdp_wrapped_module._checkpoint_wrapped_module.q.weight") == "layers.0.q.weight"
-    assert plain("layers.my_orig_mod.weight") == "layers.my_orig_mod.weight"
-    assert plain("layers.0._orig_mod") == "layers.0"
 
 
 def test_a_compiled_model_and_compiled_blocks_share_files_with_plain_ones(tmp_path: Path) -> None:
@@ -542,27 +162,6 @@ def test_a_compiled_model_and_compiled_blocks_share_files_with_plain_ones(tmp_pa
     fresh[1].load_state_dict(plain_model[1].base.state_dict())
     ll.load_adapter(torch.compile(fresh, backend="eager"), tmp_path / "blocks")
     assert torch.equal(fresh(X), plain_model(X))
-
-
-def test_keys_of_a_containing_module_carry_its_prefix() -> None:
-    whole = nn.ModuleDict({"net": adapted()})
-    assert adapter_keys(whole) == [f"net.{key}" for key in adapter_keys(whole["net"])]
-    assert set(adapter_keys(whole)) <= set(whole.state_dict())
-
-
-class OwnAdapters(nn.Module):
-    """A base model with modules of its own called as ours are."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.adapters = nn.ModuleDict({"default": nn.Linear(6, 6)})
-        self.body = TinyMLP()
-
-
-def test_a_base_models_own_adapters_are_base() -> None:
-    model = nn.ModuleDict({"x": OwnAdapters()})
-    ll.inject(model, METHOD, ["first"])
-    assert all(key.startswith("x.body.first.adapters.default.") for key in adapter_keys(model))
 
 
 @pytest.fixture

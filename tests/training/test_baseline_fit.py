@@ -12,7 +12,8 @@ from torch import nn
 from toy_runs import classification, completion_data, decoder_folder, encoder_folder, labelled_data, trainer
 
 from ll_lora import LoRA
-from lora_lightning.injection.targets import trained_parameters
+from lora_lightning.injection.also_train import trained_parameters
+from lora_lightning.models.anatomy import survey
 from lora_lightning.models.loading import load_model
 from lora_lightning.models.tasks import find_task
 from lora_lightning.optim.warmup import WarmUp
@@ -20,7 +21,7 @@ from lora_lightning.training.baseline_fit import RATES, fit_baseline
 from lora_lightning.training.linear_baseline import LinearBaseline
 from lora_lightning.training.module import AdapterModule
 
-SCHEDULE = WarmUp(share=0.0, decay="constant")
+SCHEDULE = WarmUp(warmup_fraction=0.0, decay="constant")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def test_equals_the_head_trained_by_hand_on_precomputed_features(encoder):
     task = find_task("sequence-classification")
     model = load_model(str(encoder), task, 3).train()
     train, validation = batches(encoder)
-    heads = trained_parameters(model, "heads")
+    heads = trained_parameters(survey(model), "heads")
     result = fit_baseline(model, heads, task, [[b] for b in train], lambda: validation, len(train), SCHEDULE)
 
     def accuracy(pooler, classifier):
@@ -82,7 +83,13 @@ def test_leaves_parameters_modes_and_forwards_as_they_were(encoder):
     state = copy.deepcopy(model.state_dict())
     train, validation = batches(encoder)
     fit_baseline(
-        model, trained_parameters(model, "heads"), task, [train[:2], train[2:4]], lambda: validation, 2, SCHEDULE
+        model,
+        trained_parameters(survey(model), "heads"),
+        task,
+        [train[:2], train[2:4]],
+        lambda: validation,
+        2,
+        SCHEDULE,
     )
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

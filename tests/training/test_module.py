@@ -66,7 +66,9 @@ def test_the_whole_model_is_in_train_mode_during_fit_and_back_after_validation(e
 def causal(decoder, **options):
     torch.manual_seed(0)
     settings = {"task": "causal-lm", "seed": 1, "optimizer": lambda params: torch.optim.SGD(params, lr=0.5), **options}
-    return AdapterModule(str(decoder), LoRA(rank=2), lr_scheduler=WarmUp(share=0.0, decay="constant"), **settings)
+    return AdapterModule(
+        str(decoder), LoRA(rank=2), lr_scheduler=WarmUp(warmup_fraction=0.0, decay="constant"), **settings
+    )
 
 
 def test_accumulated_loss_is_the_mean_over_the_windows_tokens(decoder, tmp_path):
@@ -130,7 +132,7 @@ def test_groups_have_names_ratios_and_decay_of_their_own(encoder, tmp_path, monk
         encoder,
         LoRA(rank=2),
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1),
-        lr_scheduler=WarmUp(share=0.0, decay="constant"),
+        lr_scheduler=WarmUp(warmup_fraction=0.0, decay="constant"),
     )
     run = trainer(tmp_path, [Look()], max_steps=3, gradient_clip_val=0.05)
     run.fit(module, datamodule=labelled_data(encoder))

@@ -60,7 +60,7 @@ def test_injection_table_counts_what_trains():
     total = 2 * (6 * 4 + 4) + 4 * 6 + 6 + trainable - 4
     assert f"{trainable} of {total} parameters ({trainable / total:.2%})" in shown
     assert "LoRA: 2 layers adapted" in shown
-    assert "settings    rank=2, alpha=16.0" in shown
+    assert "settings       rank=2, alpha=16.0" in shown
     assert "20.0% of the factors' entries" in shown
     assert "4 MB weights" in shown
 
@@ -84,7 +84,7 @@ def test_a_run_in_any_project_is_reported(tmp_path):
     assert summary == json.loads(json.dumps(report.summary))
     assert summary["trainable_parameters"] == 2 * 8 + 10
     assert summary["steps"] == 6
-    assert set(summary["moved"]) == {
+    assert set(summary["changed"]) == {
         "head.weight",
         "head.bias",
         "used.adapters.default.lora_A",

@@ -23,7 +23,7 @@ from lora_lightning.training.trainer_checkpoints import AtomicCheckpoints
 KILLED = """
 import itertools, sys, torch
 from pathlib import Path
-from lora_lightning.saving import AtomicCheckpoints
+from lora_lightning.training.trainer_checkpoints import AtomicCheckpoints
 for n in itertools.count(1):
     AtomicCheckpoints().save_checkpoint({"n": torch.full((200_000,), n)}, Path(sys.argv[1]) / "last.ckpt")
     print(n, flush=True)

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 from lora_lightning import hookimpl
 
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningDataModule
-
-requires_api = ">=1,<2"
+requires_api = ">=2,<3"
 
 
 @hookimpl
-def lora_lightning_datamodules() -> Iterable[type[LightningDataModule]]:
+def lora_lightning_datamodules() -> Mapping[str, str]:
     """FewShotText."""
-    from ll_other_parts.data import FewShotText
-
-    return [FewShotText]
+    return {"FewShotText": "ll_other_parts.data:FewShotText"}
 
 
 @hookimpl

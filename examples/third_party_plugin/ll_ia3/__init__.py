@@ -10,7 +10,7 @@ from lora_lightning.methods import Method
 
 __all__ = ["IA3"]
 
-requires_api = ">=1,<2"
+requires_api = ">=2,<3"
 
 
 @hookimpl

@@ -1,6 +1,6 @@
-"""Every problem of a config at once, before any weights are loaded.
+"""Config check: every problem of a config that can be parsed, before any weights are loaded.
 
-parse       settings that cannot be parsed are noted and taken away, until the rest can
+parse       the first thing that the parser refuses, and what can be known without it (`unparsed`)
 build       each class by itself: method, optimizer, schedule, data, strategy, callbacks; wrong values give way
 files       model folder and weights, tokenizer, data files and columns; what lies on the hub is left for `fit`
 together    the trainer here; task and data, quantization, precision and strategy, schedules and the run's length
@@ -9,13 +9,12 @@ model       without values: targets, exclusions, overrides, settings of layers, 
 
 from __future__ import annotations
 
+import argparse
 import copy
 import math
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
@@ -25,14 +24,16 @@ from lightning.pytorch.callbacks import Callback
 
 from lora_lightning.callbacks.schedule import ScheduleCallback
 from lora_lightning.cli import words as argv
+from lora_lightning.cli.explain import explain
 from lora_lightning.cli.lightning import Description, silence_warnings
-from lora_lightning.cli.preflight.parse_all import parse_all
+from lora_lightning.cli.preflight import unparsed
 from lora_lightning.cli.preflight.trace import without_values
-from lora_lightning.data.sources.tables import HUB_ID
-from lora_lightning.errors import LoraLightningError, SettingsError, wrapped_error
+from lora_lightning.errors import LoraLightningError, PluginError, SettingsError, wrapped_error
+from lora_lightning.injection.also_train import trained_parameters
 from lora_lightning.injection.inject import inject, settings_by_layer
 from lora_lightning.injection.records import adapters_named
-from lora_lightning.injection.targets import select, trained_parameters
+from lora_lightning.injection.targets import select
+from lora_lightning.models.anatomy import survey
 from lora_lightning.models.loading import load_skeleton
 from lora_lightning.models.pretrained import check_weights, resolve
 from lora_lightning.models.random import is_random
@@ -44,7 +45,6 @@ _USER_ERRORS = (MisconfigurationException, ValueError, TypeError, ImportError, R
 """What libraries raise for a setting that cannot be."""
 _PARTS = ("strategy", "callbacks", "logger", "plugins", "profiler")
 """Settings of the trainer that are objects."""
-_SPLITS = ("train", "validation", "test", "predict")
 
 
 @dataclass
@@ -73,31 +73,32 @@ class Findings:
         return False
 
 
-def examine(words: Sequence[str]) -> Findings:
+def check_config(words: Sequence[str]) -> Findings:
     """Everything that is wrong with a command line of `fit`, without its verb."""
     silence_warnings()
     findings = Findings()
-    with tempfile.TemporaryDirectory() as folder:
-        _Examination(argv.read(words), findings, Path(folder))
+    _ConfigCheck(argv.read(words), findings)
     return findings
 
 
-class _Examination(Description):
+class _ConfigCheck(Description):
     """A command line that goes on after each problem."""
 
-    def __init__(self, line: argv.Line, findings: Findings, folder: Path) -> None:
-        self.findings, self._copies = findings, folder
+    def __init__(self, line: argv.Line, findings: Findings) -> None:
+        self.findings = findings
         super().__init__(line)
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
-        """Parse what can be parsed."""
-        found = parse_all(parser, args, self._copies)
-        self._gone = found.gone
-        for text in found.lines:
-            self.findings.problem(text)
-        if found.settings is None:
-            self.findings.notes.append("the rest of the config was not checked")
-        self.config = found.settings or Namespace(seed_everything=0)  # type: ignore[no-untyped-call]
+        """Parse; of a line that cannot be parsed, say why, and what it shows even so."""
+        parser.exit_on_error = False
+        try:
+            self.config = parser.parse_args(args)
+        except (argparse.ArgumentError, PluginError) as error:
+            self.findings.problem(error if isinstance(error, PluginError) else explain(str(error), parser))
+            for text in unparsed.problems(args, parser):
+                self.findings.problem(text)
+            self.findings.notes.append("the rest of the config is checked once this can be parsed")
+            self.config = Namespace(seed_everything=0)  # type: ignore[no-untyped-call]
 
     def before_instantiate_classes(self) -> None:
         """Files of the model, which its tokenizer or processor are taken from."""
@@ -194,10 +195,9 @@ class _Examination(Description):
             self.findings.attempt(lambda: data.tokenizer_object, "data.tokenizer")
         rows: dict[str, Any] = {}
         sources = getattr(data, "sources", None)
-        for split in _SPLITS if hasattr(data, "read") else ():
-            given = getattr(sources, split, None)
-            named = [given] if isinstance(given, str) else list(given or ())
-            if remote := [name for name in named if _on_hub(name)]:
+        for split in unparsed.SPLITS if hasattr(data, "read") else ():
+            named = unparsed.sources(getattr(sources, split, None))
+            if remote := [name for name in named if unparsed.on_hub(name)]:
                 self.findings.notes.append(f'data.{split} "{remote[0]}" lies on the hub and was not read')
             elif named or not hasattr(data, split):
                 self.findings.attempt(partial(_keep, rows, split, data.read), f"data.{split}")
@@ -230,8 +230,6 @@ class _Examination(Description):
 
     def _length(self, trainer: Trainer, data: Any, rows: int | None) -> tuple[bool, int | None]:
         """Whether the number of optimizer steps is known, and the number; None for a run that nothing bounds."""
-        if {"trainer.max_steps", "trainer.max_epochs"}.intersection(self._gone):
-            return False, None
         bound = trainer.max_steps if trainer.max_steps is not None and trainer.max_steps > 0 else None
         epochs, size = trainer.max_epochs, getattr(data, "batch_size", None)
         if epochs is None or epochs < 0:
@@ -263,14 +261,15 @@ class _Examination(Description):
             from lora_lightning.models.new_tokens import Vocabulary, add_rows
 
             add_rows(net, Vocabulary(tuple(tokens), len(net.get_input_embeddings().weight)))  # type: ignore[operator]
-        targets = self._fitting(module.targets, "all-linear", lambda some: select(net, some))
-        exclude = self._fitting(module.exclude, [], lambda some: select(net, targets, some))
-        also_train = self._fitting(module.also_train, "heads", lambda some: trained_parameters(net, some))
+        anatomy = survey(net)
+        targets = self._fitting(module.targets, "all-linear", lambda some: select(anatomy, some))
+        exclude = self._fitting(module.exclude, [], lambda some: select(anatomy, targets, some))
+        also_train = self._fitting(module.also_train, "heads", lambda some: trained_parameters(anatomy, some))
         if module.gradient_checkpointing:
             self.findings.attempt(lambda: enable_checkpointing(net))
         if module.method is None:
             return
-        layers = select(net, targets, exclude).layers
+        layers = select(anatomy, targets, exclude).layers
         overrides = {
             pattern: fields
             for pattern, fields in module.overrides.items()
@@ -323,11 +322,6 @@ def _refused(settings: Mapping[str, Any]) -> str | None:
 
 def _keep(rows: dict[str, Any], split: str, read: Callable[[str], Any]) -> None:
     rows[split] = read(split)
-
-
-def _on_hub(source: str) -> bool:
-    name = source.partition(":")[0]
-    return bool(HUB_ID.fullmatch(name)) and not Path(name).exists() and not Path(name).parent.is_dir()
 
 
 def _safely(read: Callable[[], Any]) -> Any:

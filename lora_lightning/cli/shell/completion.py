@@ -1,4 +1,8 @@
-"""What can stand at the end of a command line, for shells. Imports neither torch nor Lightning: sources are read."""
+"""What can stand at the end of a command line, for shells.
+
+Imports neither torch nor Lightning, but for the settings of an optimizer, a callback, a data module or a strategy: then
+the module of that class.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +17,31 @@ import yaml
 
 from lora_lightning.cli import configs
 from lora_lightning.cli.cards import fields_of
+from lora_lightning.cli.classes import parameters_of
 from lora_lightning.cli.configs import find_config
-from lora_lightning.cli.shell.sources import known_names, parameters
 from lora_lightning.errors import LoraLightningError
 from lora_lightning.plugins import registry
-from lora_lightning.registry import LIGHT_VERBS, TRAINING_VERBS
+from lora_lightning.registry import LIGHT_VERBS, SETTINGS, TRAINING_VERBS, Component
 
 _OWN = {"fit": ("--resume",), "validate": ("--run",), "test": ("--run",), "predict": ("--run", "--output")}
 _OF_CONFIGS = ("targets", "inspect-data", "estimate", "doctor", "cite")
-_FIXED = {"model": ("lora_lightning.training.module", "AdapterModule"), "trainer": ("lightning.pytorch", "Trainer")}
-"""Module and class of what --KEY.SETTING sets."""
-_CHOSEN = {
-    "data": "datamodules",
-    "model.optimizer": "optimizers",
-    "trainer.callbacks": "callbacks",
-    "trainer.strategy": "strategies",
-}
+_MODEL = (
+    "pretrained method task targets exclude overrides also_train optimizer lr_scheduler num_labels dtype "
+    "half_adapters gradient_checkpointing linear_baseline max_new_tokens seed task_settings random_config "
+    "quantization"
+)
+_TRAINER = (
+    "accelerator strategy devices num_nodes precision logger callbacks fast_dev_run max_epochs min_epochs "
+    "max_steps min_steps max_time limit_train_batches limit_val_batches limit_test_batches limit_predict_batches "
+    "overfit_batches val_check_interval check_val_every_n_epoch num_sanity_val_steps log_every_n_steps "
+    "enable_checkpointing enable_progress_bar enable_model_summary accumulate_grad_batches gradient_clip_val "
+    "gradient_clip_algorithm deterministic benchmark inference_mode use_distributed_sampler profiler "
+    "detect_anomaly barebones plugins sync_batchnorm reload_dataloaders_every_n_epochs default_root_dir "
+    "enable_autolog_hparams model_registry"
+)
+"""What --model.SETTING and --trainer.SETTING set; tests compare it with the signatures."""
+_CHOSEN = {setting: kind for kind, setting in SETTINGS.items()}
 """Kind of the classes that a setting names."""
-_OTHERS = ("ResumableLoader", "Optimizer", "Callback", "ScheduleCallback", "Strategy", "ParallelStrategy")
-"""What stands beside such classes: their bases, and a loader."""
 _STRATEGIES = ("auto", "ddp")
 """Values of trainer.strategy that are no class."""
 
@@ -45,10 +55,10 @@ def candidates(words: Sequence[str]) -> list[str]:
     *before, current = words or [""]
     last = before[-1] if before else ""
     verb = next((word for word in before if word in (*TRAINING_VERBS, *LIGHT_VERBS)), None)
-    return sorted({word for word in _all(before, last, verb) if word.startswith(current)})
+    return sorted({word for word in _all(before, last, verb, current) if word.startswith(current)})
 
 
-def _all(before: Sequence[str], last: str, verb: str | None) -> Iterable[str]:
+def _all(before: Sequence[str], last: str, verb: str | None, current: str) -> Iterable[str]:
     known = registry()
     if last in ("--config", "-c"):
         return configs.config_names()
@@ -59,17 +69,17 @@ def _all(before: Sequence[str], last: str, verb: str | None) -> Iterable[str]:
     if last == "--model.method":
         return known.methods
     if (key := last.removeprefix("--").removesuffix("+")) in _CHOSEN and last.startswith("--"):
-        return [*_classes(_CHOSEN[key]), *(_STRATEGIES if key == "trainer.strategy" else ())]
+        return [*known.component_names(_CHOSEN[key]), *(_STRATEGIES if key == "trainer.strategy" else ())]
     if verb is None:
         return [*TRAINING_VERBS, *LIGHT_VERBS, *known.commands]
     if verb == "show":
-        return [*known.methods, *known.announced]
+        return [*known.methods, *known.components]
     flags = ["--config", "-p"]
     if verb in TRAINING_VERBS:
-        return [*flags, *_OWN[verb], *_settings(before)]
+        return [*flags, *_OWN[verb], *_settings(before, current)]
     if verb not in _OF_CONFIGS:
         return [*_flags(verb), "-p"]
-    return [*_flags(verb), *configs.config_names(), *flags, *_settings(before)]
+    return [*_flags(verb), *configs.config_names(), *flags, *_settings(before, current)]
 
 
 def _flags(verb: str) -> list[str]:
@@ -78,31 +88,27 @@ def _flags(verb: str) -> list[str]:
     return [flag for action in parser._actions for flag in action.option_strings]
 
 
-def _classes(kind: str) -> list[str]:
-    """Short names of torch's, Lightning's, core's and the plugins' classes."""
-    announced = [name for name, (_, hook) in registry().announced.items() if hook.endswith(kind)]
-    return [*(name for name in known_names(kind) if name not in _OTHERS), *announced]
-
-
-def _settings(words: Sequence[str]) -> Iterator[str]:
-    """Flags of settings: of model and trainer, and of the classes that flags or configs name."""
+def _settings(words: Sequence[str], current: str) -> Iterator[str]:
+    """Flags of settings: of model and trainer, of the method, and of the class whose settings `current` begins."""
     yield from ("--data", "--seed_everything")
-    for key, source in _FIXED.items():
-        yield from (f"--{key}.{name}" for name in parameters(*source))
+    yield from (f"--model.{name}" for name in _MODEL.split())
+    yield from (f"--trainer.{name}" for name in _TRAINER.split())
     method = registry().methods.get(_named(words, "model.method").rpartition(".")[2])
     if method is not None:
         yield from (f"--model.method.{card.name}" for card in fields_of(method))
-    for key, kind in _CHOSEN.items():
-        home, _, name = _named(words, key).rpartition(".")
-        home = home or known_names(kind).get(name, "") or _plugin_of(name)
-        yield from (f"--{key}.{setting}" for setting in parameters(home, name) if home and setting != "params")
+    for key in _CHOSEN:
+        if current.startswith(f"--{key}."):
+            yield from (f"--{key}.{setting}" for setting in _settings_of(_named(words, key)))
 
 
-def _plugin_of(name: str) -> str:
-    """Import path of the plugin that brings a class."""
-    known = registry()
-    plugin, _ = known.announced.get(name, ("", ""))
-    return str(getattr(known.manager.get_plugin(plugin), "__name__", ""))
+def _settings_of(class_path: str) -> list[str]:
+    """What a class takes that a setting names by its short name or its path; nothing where it cannot be imported."""
+    module, _, name = class_path.rpartition(".")
+    component = Component(name, "", f"{module}:{name}") if module else registry().component(name)
+    try:
+        return parameters_of(component.load()) if component is not None else []
+    except Exception:
+        return []
 
 
 def _named(words: Sequence[str], key: str) -> str:

@@ -44,9 +44,8 @@ def run(args: argparse.Namespace) -> int:
 
 def classes_in(config: str) -> Iterator[type[Any]]:
     """Optimizers of plugins that a config names; torch is imported only where there is one."""
-    names = [name for name in _names(_read(config)) if name in registry().announced]
-    hook = "lora_lightning_optimizers"
-    names = [name for name in names if registry().announced[name][1] == hook]
+    brought, hook = registry().components, "lora_lightning_optimizers"
+    names = [name for name in _names(_read(config)) if name in brought and brought[name].kind == "optimizer"]
     if names:
         from torch.optim import Optimizer
 

@@ -23,10 +23,10 @@ def run(args: argparse.Namespace) -> int:
     settings = [word for word in args.flags if not word.startswith("-p=")]
     notes: list[str] = []
     if settings:
-        from lora_lightning.cli.preflight.config import examine
+        from lora_lightning.cli.preflight.config import check_config
 
         print("\nlooking at the config ...", flush=True)
-        found = examine(args.flags)
+        found = check_config(args.flags)
         problems, notes = [*problems, *found.problems], found.notes
     print()
     for note in notes:
@@ -41,29 +41,29 @@ def run(args: argparse.Namespace) -> int:
 
 def environment() -> list[str]:
     """Print what this machine and installation offer; returns what is wrong with them."""
-    from lora_lightning.cli.components import parts
-    from lora_lightning.cli.preflight import machine as diagnosis
+    from lora_lightning.cli.classes import load_components
+    from lora_lightning.cli.preflight import machine
 
-    print_table(("Here", ""), [*diagnosis.machine().items(), *diagnosis.devices().items()])
-    versions = diagnosis.versions()
+    print_table(("Here", ""), [*machine.machine().items(), *machine.devices().items()])
+    versions = machine.versions()
     print_table(
         ("Package", "Installed", "Needed", "Tested", "For"),
         [(v.name, v.installed or "-", v.allowed, v.tested or "-", v.extra or "all") for v in versions],
     )
     known = registry()
-    parts()  # asks every hook, so that what fails is known
+    load_components()  # so that what fails is known
     base_layer_kinds(known)
     by_plugin = {plugin: [n for n, p in known.providers.items() if p.plugin == plugin] for plugin in _plugins()}
     print_table(
         ("Plugin", "State", "Methods"),
         [
             *((name, "loaded", ", ".join(sorted(methods)) or "-") for name, methods in by_plugin.items()),
-            *((name, "blocked", ", ".join(methods) or "-") for name, methods in known.blocked.items()),
+            *((name, "blocked", "-") for name in known.blocked),
             *((name, "failed", one_line(cause)) for name, cause in known.failed.items()),
         ],
     )
-    print_table(("Strategy", "Works here", "Why not"), _verdicts(diagnosis.strategies().items()))
-    formats = [(f"{name} on {device}", why) for (name, device), why in diagnosis.quantizations().items()]
+    print_table(("Strategy", "Works here", "Why not"), _verdicts(machine.strategies().items()))
+    formats = [(f"{name} on {device}", why) for (name, device), why in machine.quantizations().items()]
     print_table(("Quantization", "Works here", "Why not"), _verdicts(formats))
     return [
         *(problem for version in versions if (problem := version.problem)),

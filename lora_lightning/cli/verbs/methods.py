@@ -10,6 +10,8 @@ from lora_lightning.plugins import registry
 from lora_lightning.registry import FORMATS, Registry, one_line
 
 COLUMNS = ("Method", "Paper", "Package", "Version", "Mergeable", "Starts at base", "Export")
+KINDS = {"optimizer": "optimizers", "callback": "callbacks", "data module": "datamodules"}
+"""What is listed beside methods, and under which word."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,17 +26,16 @@ def run(args: argparse.Namespace) -> int:
         print(markdown_table(known), end="")
         return 0
     print_table(COLUMNS, [_row(known, name) for name in sorted(known.methods)])
-    for kind in ("optimizers", "callbacks", "datamodules"):
-        found = [
-            f"{name} ({plugin})" for name, (plugin, hook) in sorted(known.announced.items()) if hook.endswith(kind)
-        ]
+    for kind, label in KINDS.items():
+        found = sorted(f"{name} ({part.plugin})" for name, part in known.components.items() if part.kind == kind)
         if found:
-            print(f"{kind}: {', '.join(found)}")
+            print(f"{label}: {', '.join(found)}")
+    if known.tables:
+        print(f"tables: {', '.join(f'builtin:{name}' for name in known.tables)}")
     if formats := [name for name in known.formats if name not in FORMATS]:
         print(f"formats: {', '.join(formats)}")
-    for plugin, names in known.blocked.items():
-        provides = f" ({', '.join(names)})" if names else ""
-        print(f"blocked: {plugin}{provides} by -p no:{plugin}")
+    for plugin in known.blocked:
+        print(f"blocked: {plugin} by -p no:{plugin}")
     for error in known.duplicates.values():
         print(f"refused: {error}")
     for plugin, cause in known.failed.items():

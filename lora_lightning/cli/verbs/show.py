@@ -5,19 +5,13 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Sequence
-from difflib import get_close_matches
-from typing import TYPE_CHECKING
 
 from lora_lightning.cli.cards import FieldCard, arguments_of, description_of, fields_of, page_of, readme_of
+from lora_lightning.cli.classes import provider_of
 from lora_lightning.cli.console import console, print_table
-from lora_lightning.errors import SettingsError, nearest
+from lora_lightning.errors import PluginError, SettingsError, nearest
 from lora_lightning.plugins import registry
-
-if TYPE_CHECKING:
-    from lora_lightning.cli.components import Part
-
-_SURELY = 0.85
-"""Likeness from which on a name is a misspelt method, so that nothing needs to be imported to say so."""
+from lora_lightning.registry import SETTINGS, Component, one_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,23 +30,26 @@ def run(args: argparse.Namespace) -> int:
         SettingsError: nothing of that name, where the nearest is no method.
     """
     known = registry()
-    misspelt = args.name not in known.announced and get_close_matches(args.name, known.methods, cutoff=_SURELY)
-    if args.name in known.methods or args.name in known.duplicates or misspelt:
+    component = known.component(args.name)
+    if args.name in known.methods or args.name in known.duplicates:
         _show_method(args.name, args.card)
-        return 0
-    from lora_lightning.cli.components import parts
-
-    others = parts()
-    if args.name in others:
-        _show_part(args.name, others[args.name])
-        return 0
-    close = nearest(args.name, [*known.methods, *others], n=1)
-    if close and close[0] in others and not known.failed:  # else it may be a failed plugin's, which is named below
-        raise SettingsError(
-            f'show: no method, optimizer, callback, data module or strategy "{args.name}". Did you mean "{close[0]}"?'
-        )
-    known.method(args.name, where="show")
+    elif component is not None:
+        _show_component(component)
+    else:
+        _refuse(args.name)
     return 0
+
+
+def _refuse(name: str) -> None:
+    """Say what is nearest to a name that nothing has."""
+    known = registry()
+    components = [other for kind in SETTINGS for other in known.component_names(kind)]
+    close = nearest(name, [*known.methods, *components], n=1)
+    if close and close[0] in components and not known.failed:  # else it may be a failed plugin's, which is named below
+        raise SettingsError(
+            f'show: no method, optimizer, callback, data module or strategy "{name}". Did you mean "{close[0]}"?'
+        )
+    known.method(name, where="show")
 
 
 def _show_method(name: str, whole: bool) -> None:
@@ -76,14 +73,18 @@ def _show_method(name: str, whole: bool) -> None:
         print(f"\nshow {name} --card adds: {', '.join(left)}.")
 
 
-def _show_part(name: str, part: Part) -> None:
-    print(f"{name}: {description_of(part.cls)}\n")
-    print(f"kind       {part.kind}, named in {part.setting}")
-    print(f"package    {part.provider}")
-    if getattr(part.cls, "bibtex", ""):
+def _show_component(component: Component) -> None:
+    try:
+        cls = component.load()
+    except Exception as error:
+        raise PluginError(f"show: {component.kind} {component.name} cannot be imported: {one_line(error)}.") from error
+    print(f"{component.name}: {description_of(cls)}\n")
+    print(f"kind       {component.kind}, named in {SETTINGS[component.kind]}")
+    print(f"package    {provider_of(component)}")
+    if getattr(cls, "bibtex", ""):
         print("paper      cite CONFIG prints its BibTeX entry")
     print()
-    _print_settings(arguments_of(part.cls))
+    _print_settings(arguments_of(cls))
 
 
 def _print_settings(cards: Sequence[FieldCard]) -> None:

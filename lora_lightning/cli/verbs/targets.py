@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING, cast
 
 from lora_lightning.cli.console import print_table
 from lora_lightning.errors import AdapterStateError
+
+if TYPE_CHECKING:
+    from lora_lightning.adapters.adapted_layer import AdaptedLayer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Load the model, inject, and print what happened; nothing is trained or written."""
     from lora_lightning.cli.lightning import build
-    from lora_lightning.injection.records import adapters_named, injected_root, records
+    from lora_lightning.injection.records import records
 
     module, datamodule = build(args.flags)
     if module.num_labels is None:
@@ -26,9 +30,8 @@ def run(args: argparse.Namespace) -> int:
     report = module.injection
     if report is None:
         raise AdapterStateError("configure_model injected nothing.")
-    root = injected_root(module)
-    adapters = adapters_named(root, report.name)
-    settings = records(root)[report.name].layers
+    layers = {path: cast("AdaptedLayer", module.model.get_submodule(path)) for path in report.layers}
+    settings = records(module.model)[report.name].layers
     print_table(
         ("Layer", "Kind", "d_in x d_out", "Rank", "Parameters"),
         [
@@ -37,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
                 kind,
                 f"{d_in} x {d_out}",
                 str(getattr(settings[path], "rank", "-")),
-                f"{sum(parameter.numel() for parameter in adapters[path].parameters()):,}",
+                f"{sum(parameter.numel() for parameter in layers[path].adapter(report.name).parameters()):,}",
             )
             for path, (kind, d_in, d_out) in report.layers.items()
         ],

@@ -16,7 +16,7 @@ POOL = 16
 class LengthGroupedSampler(DistributedSampler[Any]):
     """DistributedSampler whose order is sorted by length inside pools of batches; the batches are shuffled again.
 
-    The order is a function of (seed, epoch). Without shuffling, the whole share of a process is sorted.
+    The order is a function of (seed, epoch). Without shuffling, all rows of a process are sorted.
 
     Args:
         lengths: Tokens of each row.

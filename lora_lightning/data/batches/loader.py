@@ -37,7 +37,7 @@ class ResumableLoader(DataLoader[Any]):
         dataset: Rows.
         window: Batches per optimizer step, or a function that tells them at the start of an epoch.
         count: Number to sum over a window; None attaches nothing and looks nothing ahead.
-        limit: Batches of an epoch that are used, as the trainer's `limit_train_batches`: a number or a share.
+        limit: Batches of an epoch that are used, as the trainer's `limit_train_batches`: a number or a fraction.
         kwargs: As for DataLoader. The sampler must be seeded by epoch, as DistributedSampler is.
     """
 

@@ -83,8 +83,9 @@ class Packs(Dataset[dict[str, list[int]]]):
 
 def packed(examples: Sequence[Mapping[str, list[int]]]) -> dict[str, list[int]]:
     """One row of several examples."""
-    return {
-        "input_ids": [token for example in examples for token in example["input_ids"]],
-        "labels": [label for example in examples for label in [NO_LOSS, *example["labels"][1:]]],
-        "position_ids": [position for example in examples for position in range(len(example["input_ids"]))],
-    }
+    row: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
+    for example in examples:
+        row["input_ids"] += example["input_ids"]
+        row["labels"] += [NO_LOSS, *example["labels"][1:]]
+        row["position_ids"] += range(len(example["input_ids"]))
+    return row

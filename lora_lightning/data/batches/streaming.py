@@ -22,7 +22,7 @@ from lora_lightning.seeds import generator
 
 Encoder = Callable[[dict[str, list[Any]], list[int]], Mapping[str, list[Any]]]
 Example = dict[str, list[int]]
-Fill = Literal["examples", "packs", "pieces"]
+Fill = Literal["examples", "packs", "chunks"]
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Position:
     start: dict[str, Any] | None = None
     """State of the stream where the block begins; None at its beginning."""
     used: int = 0
-    """Tokens of the next example that have been taken, where examples are cut into pieces."""
+    """Tokens of the next example that have been taken, where examples are cut into chunks."""
     counts: dict[str, int] = field(default_factory=dict)
     """What became of the rows of the first turn: examples, truncated, dropped, skipped."""
 
@@ -96,7 +96,7 @@ class StreamBatches(IterableDataset[tuple[int, Batch, Position]]):
         batch_size: Examples, or packed rows, of a batch.
         max_length: Most tokens of an example, or of a packed row.
         fill: How examples become rows: each is one ("examples"), whole ones share a row until the next does not fit
-            ("packs"), or all are laid end to end and cut into full rows ("pieces").
+            ("packs"), or all are laid end to end and cut into full rows ("chunks").
         block: Rows that are shuffled together.
         seed: Seed of their order.
         positions: Where workers go on, by number.
@@ -121,7 +121,7 @@ class StreamBatches(IterableDataset[tuple[int, Batch, Position]]):
         examples = self._examples(worker, stream)
         rows = examples
         if self.fill != "examples":
-            rows = self._packs(examples) if self.fill == "packs" else self._pieces(examples, worker)
+            rows = self._packs(examples) if self.fill == "packs" else self._chunks(examples, worker)
         while True:
             batch = list(islice(rows, self.batch_size))
             yield worker, self.collate([example for _, example in batch]), batch[-1][0]
@@ -138,7 +138,7 @@ class StreamBatches(IterableDataset[tuple[int, Batch, Position]]):
             made = {} if unreadable else self.encode({name: [value] for name, value in row.items()}, [0])
             lost = not made.get("input_ids") or any(made.get("lost", ()))
             whole = [] if lost else list(made["input_ids"][0])
-            ids = whole if self.fill == "pieces" else whole[: self.max_length]
+            ids = whole if self.fill == "chunks" else whole[: self.max_length]
             if not after.turn:
                 kind = "skipped" if unreadable else "dropped" if lost else "examples"
                 counts.update({kind: 1, "truncated": int(len(ids) < len(whole) or any(made.get("truncated", ())))})
@@ -160,10 +160,10 @@ class StreamBatches(IterableDataset[tuple[int, Batch, Position]]):
             held.append(example)
             tokens, behind = tokens + len(example["input_ids"]), after
 
-    def _pieces(self, examples: Iterator[tuple[Position, Example]], worker: int) -> Iterator[tuple[Position, Example]]:
+    def _chunks(self, examples: Iterator[tuple[Position, Example]], worker: int) -> Iterator[tuple[Position, Example]]:
         """Full rows of all tokens end to end; each example is learned whole, and may begin in one and end in another.
 
-        The position behind a piece that ends inside an example is before that example, with how much of it is used.
+        The position behind a chunk that ends inside an example is before that example, with how much of it is used.
         """
         held: list[int] = []
         before = self.positions.get(worker, Position())
@@ -172,10 +172,10 @@ class StreamBatches(IterableDataset[tuple[int, Batch, Position]]):
             ids, first = example["input_ids"][first:], 0
             while len(held) + len(ids) >= self.max_length:
                 room = self.max_length - len(held)
-                piece, ids, held = [*held, *ids[:room]], ids[room:], []
+                chunk, ids, held = [*held, *ids[:room]], ids[room:], []
                 used = len(example["input_ids"]) - len(ids)
                 behind = replace(before, used=used) if ids else after
-                yield behind, {"input_ids": piece, "attention_mask": [1] * len(piece), "labels": piece}
+                yield behind, {"input_ids": chunk, "attention_mask": [1] * len(chunk), "labels": chunk}
             held += ids
             before = after
 

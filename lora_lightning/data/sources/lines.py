@@ -1,4 +1,8 @@
-"""Lines of a text file that hold no row, by number, and a copy of the file without them."""
+"""Lines of a text file that hold no row, by number, and a copy of the file without them.
+
+`datasets`, pandas and pyarrow skip rows of CSV alone. They number records where fields hold several lines, and none
+tells the line of a byte that is no UTF-8.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,12 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -35,16 +40,24 @@ def bad_lines(path: Path, columns: Sequence[str] | None = None) -> list[BadLines
     """
     if has_lines(path):
         return [row for row in rows_of(path, columns) if isinstance(row, BadLines)]
-    return list(_bad_document(path)) if path.suffix.lower() == ".json" else []
+    if path.suffix.lower() == ".json":
+        try:
+            json.loads(path.read_bytes())
+        except json.JSONDecodeError as error:
+            return [BadLines(error.lineno, error.lineno, str(error))]
+    return []
 
 
 def has_lines(path: Path) -> bool:
     """Whether `path` is a file of rows that are lines, so that one of them can be left out."""
     suffix = path.suffix.lower()
-    return suffix in READERS and not (suffix == ".json" and _is_document(path))
+    if suffix == ".json":  # rows line by line, or one list of them
+        with path.open("rb") as file:
+            return file.read(1000).lstrip()[:1] != b"["
+    return suffix in DIALECTS or suffix in PARSERS
 
 
-def rows_of(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any] | BadLines]:
+def rows_of(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row | BadLines]:
     """The rows of a file that has lines, read one by one, and in the place of each that cannot be read its lines.
 
     Values of CSV and TSV are texts.
@@ -53,12 +66,17 @@ def rows_of(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[s
         path: The file.
         columns: Names of the columns of a CSV or TSV file that has no header line.
     """
-    return READERS[path.suffix.lower()](path, columns)
+    suffix = path.suffix.lower()
+    if suffix in DIALECTS:
+        return _records(path, columns, DIALECTS[suffix])
+    return _line_by_line(path, PARSERS[suffix])
 
 
 def copy_without(path: Path, bad: Sequence[BadLines]) -> Path:
     """A copy of `path` without those lines, beside the tables that `datasets` caches; one for one content."""
-    out = {number for lines in bad for number in range(lines.first, lines.last + 1)}
+    out: set[int] = set()
+    for lines in bad:
+        out |= set(range(lines.first, lines.last + 1))
     with path.open("rb") as file:
         kept = b"".join(line for number, line in enumerate(file, 1) if number not in out)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "lora_lightning" / "readable"
@@ -73,63 +91,47 @@ def copy_without(path: Path, bad: Sequence[BadLines]) -> Path:
 
 def first_bad_line(sources: Sequence[str]) -> str:
     """The first line that cannot be read in the files, or files of folders, among `sources`; "" where there is none."""
-    paths = [Path(source).expanduser() for source in sources]
-    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*.*")))]
-    found = ((file, bad) for file in files for bad in bad_lines(file))
-    return next((f"{file}, line {bad.first}: {bad.reason}" for file, bad in found), "")
+    for source in sources:
+        path = Path(source).expanduser()
+        for file in [path] if path.is_file() else sorted(path.rglob("*.*")):
+            for bad in bad_lines(file):
+                return f"{file}, line {bad.first}: {bad.reason}"
+    return ""
 
 
-def _texts(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any] | BadLines]:  # noqa: ARG001 - one column
+def _line_by_line(path: Path, parse: Callable[[bytes], Row | None]) -> Iterator[Row | BadLines]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                text = line.decode().rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                yield BadLines(number, number, str(error))
-            else:
-                if text.strip():
-                    yield {"text": text}
-
-
-def _objects(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any] | BadLines]:  # noqa: ARG001 - each names its own
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
+                row = parse(line)
             except ValueError as error:  # no JSON, or no UTF-8
                 yield BadLines(number, number, str(error))
             else:
-                is_row = isinstance(value, dict)
-                yield (
-                    value if is_row else BadLines(number, number, f"a {type(value).__name__}, not an object of columns")
-                )
+                if row is not None:
+                    yield row
 
 
-def _is_document(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(1000).lstrip()[:1] == b"["
+def _text(line: bytes) -> Row | None:
+    text = line.decode().rstrip("\r\n")
+    return {"text": text} if text.strip() else None
 
 
-def _bad_document(path: Path) -> Iterator[BadLines]:
-    try:
-        json.loads(path.read_bytes())
-    except json.JSONDecodeError as error:
-        yield BadLines(error.lineno, error.lineno, str(error))
+def _object(line: bytes) -> Row | None:
+    if not line.strip():
+        return None
+    value = json.loads(line)
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__}, not an object of columns")
+    return value
 
 
-def _records(path: Path, columns: Sequence[str] | None = None, **dialect: Any) -> Iterator[dict[str, Any] | BadLines]:
+def _records(path: Path, columns: Sequence[str] | None, dialect: dict[str, Any]) -> Iterator[Row | BadLines]:
+    # bytes that are no UTF-8 are read as surrogates, so that the reader gets past them
     with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-        reader, end = csv.reader(file, **dialect), 0
-        names, width = columns, len(columns) if columns is not None else None
+        reader, end, names = csv.reader(file, **dialect), 0, columns
         for record in reader:
             first, end = end + 1, reader.line_num
-            width = len(record) if width is None else width
-            reason = _undecodable(record)
-            if not reason and len(record) > width:
-                reason = f"{len(record)} fields where there are {width} columns"
-            if reason:
+            if reason := _problem(record, len(record) if names is None else len(names)):
                 yield BadLines(first, end, reason)
             elif names is None:
                 names = record
@@ -137,20 +139,16 @@ def _records(path: Path, columns: Sequence[str] | None = None, **dialect: Any) -
                 yield dict(zip(names, record, strict=False))
 
 
-def _undecodable(fields: Sequence[str]) -> str:
-    """Why a field that was read byte by byte is no UTF-8."""
+def _problem(record: Sequence[str], width: int) -> str:
+    """Why a record is no row of `width` columns; "" for one that is."""
     try:
-        "".join(fields).encode("utf-8", "surrogateescape").decode()
+        "".join(record).encode("utf-8", "surrogateescape").decode()
     except UnicodeDecodeError as error:
         return str(error)
-    return ""
+    return f"{len(record)} fields where there are {width} columns" if len(record) > width else ""
 
 
-READERS: dict[str, Callable[..., Iterator[dict[str, Any] | BadLines]]] = {
-    ".csv": _records,
-    ".tsv": partial(_records, delimiter="\t", quoting=csv.QUOTE_NONE),
-    ".txt": _texts,
-    ".jsonl": _objects,
-    ".json": _objects,
-}
-"""What reads the lines of a file, by suffix."""
+DIALECTS: dict[str, dict[str, Any]] = {".csv": {}, ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE}}
+"""How fields are written, by suffix."""
+PARSERS = {".txt": _text, ".jsonl": _object, ".json": _object}
+"""What makes a row of a line, by suffix; None for an empty line."""

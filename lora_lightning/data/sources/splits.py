@@ -1,4 +1,4 @@
-"""Which source a split comes from, and how a validation share is held out of the training data."""
+"""Sources of each split, and the fraction of the training data that is held out for validation."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def folded(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def in_share(text: str, share: float) -> bool:
-    """Whether `text` falls into the given share of all texts; depends on the folded text alone, on every machine.
+def in_fraction(text: str, fraction: float) -> bool:
+    """Whether `text` falls into the given fraction of all texts; depends on the folded text alone, on every machine.
 
     Example:
-        >>> sum(in_share(f"text {n}", 0.2) for n in range(1000))
+        >>> sum(in_fraction(f"text {n}", 0.2) for n in range(1000))
         168
     """
     digest = hashlib.sha256(folded(text).encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
 Source = str | dict[str, float] | list[str]
@@ -66,7 +66,7 @@ class Sources:
     test: Source | None = None
     predict: Source | None = None
     columns: Sequence[str] | None = None
-    validation_share: float = 0.0
+    validation_fraction: float = 0.0
     on_error: OnError = "raise"
     streaming: bool = False
     """Whether the training data are read while training."""
@@ -119,12 +119,12 @@ class Sources:
         for source, table in tables.items():
             require_columns(table, source, columns)
             require_text(table, source, texts)
-        if field == "train" and self.validation is None and self.validation_share:
+        if field == "train" and self.validation is None and self.validation_fraction:
             rows = sum(map(len, tables.values()))
             tables = {name: self._part(table, split, hold_out_by) for name, table in tables.items()}
             if not sum(map(len, tables.values())):
                 raise DataError(
-                    f"{self.owner}.validation_share is {self.validation_share}; of the {rows} training rows it"
+                    f"{self.owner}.validation_fraction is {self.validation_fraction}; of the {rows} training rows it"
                     f" leaves none for {split}. Name validation data, or set it to 0 to train without."
                 )
         weights = getattr(self, field)
@@ -170,7 +170,7 @@ class Sources:
             stream.map(StreamedRow(source, tuple(texts))).select_columns([*names, UNREADABLE])
             for source, stream in streams.items()
         ]
-        if self.validation is None and self.validation_share:
+        if self.validation is None and self.validation_fraction:
             side = HeldOut(self, tuple(hold_out_by), held=split != "train")
             rows = [stream.filter(side) for stream in rows]
         if len(rows) == 1:
@@ -178,16 +178,16 @@ class Sources:
         if split != "train" or not isinstance(self.train, dict):
             return datasets.concatenate_datasets(rows)
         total = sum(self.train.values())
-        shares = [self.train[source] / total for source in streams]
-        return datasets.interleave_datasets(rows, shares, seed=0, stopping_strategy="all_exhausted")
+        probabilities = [self.train[source] / total for source in streams]
+        return datasets.interleave_datasets(rows, probabilities, seed=0, stopping_strategy="all_exhausted")
 
     def _first_rows(self, stream: datasets.IterableDataset, split: str) -> datasets.Dataset:
         """The first rows of what is held out of a stream, as a table."""
         rows = [{k: v for k, v in row.items() if k != UNREADABLE} for row in stream.take(self.held_out_rows)]
         if not rows:
             raise DataError(
-                f"{self.owner}.validation_share is {self.validation_share}; of the streamed rows it leaves none for"
-                f" {split}. Name validation data, or set it to 0 to train without."
+                f"{self.owner}.validation_fraction is {self.validation_fraction}; of the streamed rows it leaves none"
+                f" for {split}. Name validation data, or set it to 0 to train without."
             )
         return datasets.Dataset.from_list(rows)
 
@@ -208,14 +208,14 @@ class Sources:
             if weights is None:
                 return datasets.concatenate_datasets(rows)
             total = sum(weights[name] for name in parts)
-            shares = [weights[name] / total for name in parts]
-            return datasets.interleave_datasets(rows, shares, seed=0, stopping_strategy="all_exhausted")
+            probabilities = [weights[name] / total for name in parts]
+            return datasets.interleave_datasets(rows, probabilities, seed=0, stopping_strategy="all_exhausted")
         except ValueError as error:
             reason = str(error).strip().splitlines()[0]
             raise DataError(f"{self.owner}.{field}: its sources do not fit together: {reason}") from error
 
     def _is_held_out(self, texts: Sequence[object]) -> bool:
-        return in_share(" ".join(map(identity, texts)), self.validation_share)
+        return in_fraction(" ".join(map(identity, texts)), self.validation_fraction)
 
     def folder(self, split: str) -> Path | None:
         """Where the one file lies that the rows of a split are read from; paths in it are relative to that."""
@@ -226,7 +226,7 @@ class Sources:
 
     def _field(self, split: str) -> str | None:
         """The setting that names the source of `split`: its own, or for validation and predict the next best."""
-        held_out = "train" if self.validation_share else None
+        held_out = "train" if self.validation_fraction else None
         validation = "validation" if self.validation else held_out
         if split == "validation":
             return validation

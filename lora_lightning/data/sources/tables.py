@@ -1,4 +1,4 @@
-"""One table of examples from a file, a folder or the hub, and what is asked of it."""
+"""Read one table of examples from a file, a folder or the hub, and check its columns and texts."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any, Literal, cast
 
 import datasets
 
-from lora_lightning.data.builtin import PREFIX, builtin_table
+from lora_lightning.data.sources.builtin import PREFIX, builtin_table
 from lora_lightning.data.sources.lines import BadLines, bad_lines, copy_without, first_bad_line, has_lines, rows_of
-from lora_lightning.data.sources.quiet import silence_warnings
+from lora_lightning.data.sources.silence_warnings import silence_warnings
 from lora_lightning.errors import DataError, did_you_mean, nearest
 
 log = logging.getLogger(__name__)
@@ -133,12 +133,20 @@ def _line_stream(
             f"{what}, streamed with data.on_error: skip, which reads CSV, TSV, JSONL and TXT files by line{which}."
             " Set data.on_error to raise."
         )
-    rows = (row for file in files for row in rows_of(file, columns) if not isinstance(row, BadLines))
-    names = tuple(next(rows, {}))
+    names = _first_columns(files, columns)
     if not names:
         raise DataError(f"{what}; it holds no examples.")
     settings = {"files": [str(file) for file in files], "names": names, "columns": columns and tuple(columns)}
     return cast(datasets.IterableDataset, datasets.IterableDataset.from_generator(_marked_rows, gen_kwargs=settings))
+
+
+def _first_columns(files: Sequence[Path], columns: Sequence[str] | None) -> tuple[str, ...]:
+    """Columns of the first row that can be read."""
+    for file in files:
+        for row in rows_of(file, columns):
+            if not isinstance(row, BadLines):
+                return tuple(row)
+    return ()
 
 
 def _marked_rows(files: Sequence[str], names: Sequence[str], columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:

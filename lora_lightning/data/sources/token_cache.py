@@ -1,4 +1,8 @@
-"""Tokenised rows on the disk, found again by everything that they depend on."""
+"""Tokenised rows on the disk, found again by everything that they depend on.
+
+The fingerprint of `Dataset.map` depends on less and on more: on the name of a function, not on what it calls, and on
+the path of a file, not only on what it holds.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from typing import Any
 
 import datasets
 
-from lora_lightning.data.sources.quiet import silence_warnings
+from lora_lightning.data.sources.silence_warnings import silence_warnings
 
 log = logging.getLogger(__name__)
 
@@ -65,9 +69,9 @@ def store(key: str, examples: datasets.Dataset, dropped: int) -> None:
 
 def drop_oldest(parent: Path, most: int, keep: Path) -> None:
     """Remove folders in `parent` that were not used for longest until they hold at most `most` bytes; never `keep`."""
-    used = {folder: folder.stat().st_mtime for folder in parent.iterdir() if folder.is_dir() and "." not in folder.name}
-    sizes = {folder: sum(file.stat().st_size for file in folder.rglob("*")) for folder in used}
-    for folder in sorted(used, key=lambda folder: used[folder]):
+    folders = [path for path in parent.iterdir() if path.is_dir() and "." not in path.name]  # others are being written
+    sizes = {folder: sum(file.stat().st_size for file in folder.rglob("*")) for folder in folders}
+    for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime):
         if sum(sizes.values()) <= most:
             return
         if folder != keep:
@@ -81,7 +85,7 @@ def _folder() -> Path:
 
 @cache
 def _code() -> str:
-    """The sources of this package, and the versions of what it calls."""
+    """The sources of `lora_lightning.data`, and the versions of what it calls."""
     digest = hashlib.sha256(repr([version(name) for name in LIBRARIES]).encode())
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(file.read_bytes())

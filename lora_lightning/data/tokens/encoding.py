@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 from tqdm import tqdm
 
-from lora_lightning.data.sources.quiet import silence_warnings
+from lora_lightning.data.sources.silence_warnings import silence_warnings
 
 SILENT = 3.0
 """Seconds of work without a bar."""

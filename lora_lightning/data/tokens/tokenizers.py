@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from lora_lightning.data.builtin import PREFIX, builtin_table
+from lora_lightning.data.sources.builtin import PREFIX, builtin_table
 from lora_lightning.errors import DataError
 from lora_lightning.models.pretrained import resolve
 

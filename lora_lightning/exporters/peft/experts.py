@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor, nn
 
 from lora_lightning.adapters.layers.kinds import ExpertStack
-from lora_lightning.models.anatomy import all_layers
+from lora_lightning.models.anatomy import Layer
 from lora_lightning.models.experts import stands_for_parameter
 from lora_lightning.models.paths import plain
 
@@ -22,10 +22,10 @@ Stacks = Mapping[str, Sequence[tuple[str, int]]]
 """Expert parameters with their number of experts, in the owner's order, by the owner's path."""
 
 
-def find_stacks(model: nn.Module) -> Stacks:
-    """Every expert parameter of a model that can be adapted, adapted or not."""
+def find_stacks(layers: Mapping[str, Layer]) -> Stacks:
+    """Every expert parameter among the layers of a model that can be adapted, adapted or not."""
     found: dict[str, list[tuple[int, str, int]]] = {}
-    for path, module, _ in all_layers(model):
+    for path, (module, _) in layers.items():
         if isinstance(module, ExpertStack) and stands_for_parameter(module):
             owner, _, name = plain(path).rpartition(".")
             place = module.siblings.index(name), plain(path), module.weight.shape[0]

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.adapters.base import Adapter
@@ -33,7 +33,7 @@ class Factors:
     bias: Tensor | None
     """Whole, its scaling included."""
     discarded: float = 0.0
-    """Share of the update's energy that a truncation left out."""
+    """Fraction of the update's energy that a truncation left out."""
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors beside the factors, (d_out,), by their names in the format."""
 
@@ -43,21 +43,18 @@ class Factors:
         return self.A.shape[-2]
 
 
-def find_factors(
-    source: Source, rank: int | None, modules: Mapping[str, nn.Module]
-) -> tuple[dict[str, Factors], Mapping[str, object]]:
+def find_factors(source: Source, rank: int | None) -> tuple[dict[str, Factors], Mapping[str, object]]:
     """Factors by layer, and the options of the method's own that they need.
 
     Args:
         source: the adapter.
         rank: largest rank; an update that has none so small is truncated to it. None asks for the exact form.
-        modules: every module of the plain model by path.
 
     Raises:
         ExportError: the update has no such form, or peft's layer would compute something else.
     """
     for path in source.layers:
-        _check_layer(source, path, modules)
+        _check_layer(source, path)
     found = {path: _own_factors(source, path) for path in source.layers}
     own = {path: factors for path, factors in found.items() if isinstance(factors, Factors)}
     if len(own) == len(found) and all(rank is None or factors.rank <= rank for factors in own.values()):
@@ -66,8 +63,8 @@ def find_factors(
     return {path: _low_rank_factors(source, path, rank, obstacles) for path in source.layers}, {}
 
 
-def _check_layer(source: Source, path: str, modules: Mapping[str, nn.Module]) -> None:
-    reason = peft_rules.unlike(path, modules, source.layers[path].base)
+def _check_layer(source: Source, path: str) -> None:
+    reason = peft_rules.unlike(path, source.modules, source.layers[path].base)
     if reason:
         raise ExportError(f'{path} cannot travel in peft\'s format: {reason}. Use format="merged" instead.')
     source.check_fixed(path)
@@ -101,7 +98,7 @@ def _low_rank_factors(source: Source, path: str, rank: int | None, obstacles: di
         path = path if path in obstacles else min(obstacles)  # options hold for all layers: another one hinders them
         raise ExportError(
             f"{source.method} on {path} has no exact low-rank form: {obstacles[path]}. Give rank=N for a truncated SVD "
-            'with the discarded share reported, or use format="merged" or "delta".'
+            'with the discarded fraction reported, or use format="merged" or "delta".'
         )
     if exact is None or (rank is not None and exact[0].shape[-2] > rank):
         A, B, discarded = _truncate(delta(layer, source.name)[0], rank or 0)
@@ -146,7 +143,7 @@ def original(layer: AdaptedLayer) -> Tensor:
 
 
 def _truncate(update: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Best (A (*lead, rank, d_in), B (*lead, d_out, rank)) for `update`, and the share of its energy left out."""
+    """Best (A (*lead, rank, d_in), B (*lead, d_out, rank)) for `update`, and the fraction of its energy left out."""
     U, S, Vh = torch.linalg.svd(update, full_matrices=False)
     root = S[..., :rank].sqrt()
     energy = S.square()

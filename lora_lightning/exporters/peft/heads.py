@@ -1,7 +1,8 @@
-"""What trained in full, as peft keeps it: whole modules, which it replaces by copies from the file."""
+"""Fully trained parameters, as peft keeps them: whole modules, which it replaces by copies from the file."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from lora_lightning.errors import ExportError
 from lora_lightning.exporters.peft import rules as peft_rules
 from lora_lightning.exporters.source import Source, users
+from lora_lightning.models.paths import plain
 
 _NO_COPY = (nn.ModuleList, nn.ModuleDict)
 """Containers that peft cannot save whole."""
@@ -27,17 +29,14 @@ class Heads:
     notes: list[str] = field(default_factory=list)
 
 
-def find_heads(source: Source, modules: dict[str, nn.Module]) -> Heads:
+def find_heads(source: Source) -> Heads:
     """Modules to save whole, with the task if peft's own additions for it do no harm.
-
-    Args:
-        source: the adapter.
-        modules: every module of the plain model by path.
 
     Raises:
         ExportError: a parameter that trains without the rest of its module, or an adapted layer inside a copied one.
     """
-    own = _whole_modules(source, modules)
+    modules = source.modules
+    own = _whole_modules(source)
     for task in dict.fromkeys((peft_rules.task_type(source.host), None)):
         heads = Heads(task, own)
         saved = [*own, *peft_rules.task_heads(task)]
@@ -59,20 +58,23 @@ def find_heads(source: Source, modules: dict[str, nn.Module]) -> Heads:
     return heads
 
 
-def _whole_modules(source: Source, modules: dict[str, nn.Module]) -> list[str]:
-    """The largest modules of which every parameter trains in full.
+def _whole_modules(source: Source) -> list[str]:
+    """The largest modules that are fully trained.
 
     Raises:
         ExportError: a parameter that trains without the rest of its module.
     """
+    modules = source.modules
     owned = [name.rpartition(".") for name in source.heads]
     trained = {id(modules[path]._parameters[leaf]) for path, _, leaf in owned}
+    partly = _partly_frozen(source, trained)
 
     def whole(path: str) -> bool:
-        return all(id(parameter) in trained for parameter in modules[path].parameters())
+        return path not in partly
 
+    by_parameter = users(modules, source.here(source.anatomy.adapted))
     found: dict[str, None] = {}
-    for name in [n for key, names in users(source.host).items() if key in trained for n in names]:
+    for name in [n for key, names in by_parameter.items() if key in trained for n in names]:
         path, _, leaf = name.rpartition(".")
         if not path or not whole(path) or isinstance(modules[path], _NO_COPY):
             raise ExportError(
@@ -84,3 +86,16 @@ def _whole_modules(source: Source, modules: dict[str, nn.Module]) -> list[str]:
             path, parent = parent, parent.rpartition(".")[0]
         found[path] = None
     return list(found)
+
+
+def _partly_frozen(source: Source, trained: Collection[int]) -> set[str]:
+    """Paths of modules that hold a parameter that is not one of `trained`, or an adapted layer, at any depth."""
+    own = {plain(path) for path in source.here(source.anatomy.adapted)}
+    for path, module in source.modules.items():
+        if any(id(parameter) not in trained for parameter in module.parameters(recurse=False)):
+            own.add(path)
+    found = set(own)
+    for path in own:
+        while path := path.rpartition(".")[0]:
+            found.add(path)
+    return found

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.adapters.base import Adapter, check_name, write_values
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.errors import AdapterFileError, PluginError, did_you_mean
@@ -22,10 +21,11 @@ from lora_lightning.exporters.peft.tokens import fill_rows, new_tokens, room_for
 from lora_lightning.exporters.source import plain_modules, users
 from lora_lightning.injection.place import build_adapter, check_ready, place_adapters
 from lora_lightning.injection.records import AdapterRecord, records
-from lora_lightning.injection.report import InjectionReport
+from lora_lightning.injection.report import InjectionReport, report_on
+from lora_lightning.injection.targets import Selection
 from lora_lightning.methods import Method, replace
-from lora_lightning.models.anatomy import all_layers
-from lora_lightning.models.base_layers import count_numbers, kind_of, quantized_layers
+from lora_lightning.models.anatomy import Anatomy, survey
+from lora_lightning.models.paths import join
 from lora_lightning.plugins import registry
 
 _READ = frozenset({"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout"})
@@ -53,45 +53,34 @@ _STARTS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal"
 def import_folder(model: nn.Module, directory: str | Path, name: str) -> InjectionReport:
     """Inject the adapter of a peft folder; see `lora_lightning.exporters.export.import_peft`."""
     check_name(name)
-    check_ready(model, name)
-    folder = peft_file.read(directory, find_stacks(model))
+    anatomy = survey(model)
+    check_ready(anatomy, name)
+    folder = peft_file.read(directory, find_stacks(anatomy.layers))
     _refuse_variants(folder.config, directory)
-    with room_for(model, new_tokens(folder, directory), directory):
-        return _import(model, folder, directory, name)
+    with room_for(model, new_tokens(folder, directory), directory) as added_rows:
+        return _import(survey(model) if added_rows else anatomy, folder, directory, name)
 
 
-def _import(model: nn.Module, folder: PeftFolder, directory: str | Path, name: str) -> InjectionReport:
+def _import(anatomy: Anatomy, folder: PeftFolder, directory: str | Path, name: str) -> InjectionReport:
     reader = _reader(folder.config)
-    modules = plain_modules(model)
-    layers = {path: (module, base_layer) for path, module, base_layer in all_layers(model)}
-    base_layers = {
-        path: _base_layer(model, layers, modules, path, layer, directory) for path, layer in folder.layers.items()
-    }
-    targets = _heads(model, modules, folder, directory)
+    modules = plain_modules(anatomy.model)
+    base_layers = {}
+    for path, layer in folder.layers.items():
+        base_layers[path] = _base_layer(anatomy, modules, path, layer, directory)
+    targets = _heads(anatomy, modules, folder, directory)
     method, settings = _settings(reader, folder, base_layers)
-    adapters = {
-        path: build_adapter(settings[path], path, base, torch.initial_seed()) for path, base in base_layers.items()
-    }
-    rows = {row: cast(Tensor, model.get_parameter(row)) for row in fill_rows(model, folder, directory)}
-    trained = [key for key, value in targets.items() if isinstance(value, nn.Parameter)] + list(rows)
-    place_adapters(
-        model, name, adapters, AdapterRecord(method, settings, tuple(trained), torch.initial_seed()), base_layers
-    )
+    seed = torch.initial_seed()
+    adapters = {path: build_adapter(settings[path], path, base, seed) for path, base in base_layers.items()}
+    rows = fill_rows(anatomy, folder, directory)
+    trained = [key for key, value in targets.items() if isinstance(value, nn.Parameter)] + rows
+    record = AdapterRecord(method, settings, tuple(trained), seed)
+    layers = place_adapters(anatomy, name, adapters, record, base_layers, linked={})
     for path, adapter in adapters.items():
         _fill(adapter, folder.layers[path])
     for key, target in targets.items():
         write_values(target, folder.heads[key])
-    placed = {path: cast(AdaptedLayer, model.get_submodule(path)) for path in adapters}
-    return InjectionReport(
-        name=name,
-        method=method,
-        layers={path: (kind_of(base), base.d_in, base.d_out) for path, base in base_layers.items()},
-        adapter_parameters=sum(p.numel() for adapter in adapters.values() for p in adapter.parameters()),
-        trained={key: {**targets, **rows}[key].numel() for key in trained},
-        total_parameters=count_numbers(model, dict(quantized_layers(model))),
-        tied={path: layer.tied_to for path, layer in placed.items() if layer.tied_to},
-        notes=_unmatched(folder),
-    )
+    tied = {path: layers[path].tied_to for path in adapters if layers[path].tied_to}
+    return report_on(anatomy, name, record, adapters, Selection(base_layers, tied=tied), _unmatched(folder))
 
 
 def _refuse_variants(config: Mapping[str, Any], directory: str | Path) -> None:
@@ -143,19 +132,15 @@ def _reader(config: Mapping[str, Any]) -> type[Method]:
 
 
 def _base_layer(
-    model: nn.Module,
-    layers: Mapping[str, tuple[nn.Module, BaseLayer | None]],
-    modules: Mapping[str, nn.Module],
-    path: str,
-    layer: PeftLayer,
-    directory: str | Path,
+    anatomy: Anatomy, modules: Mapping[str, nn.Module], path: str, layer: PeftLayer, directory: str | Path
 ) -> BaseLayer:
     """The layer at `path`, after its shapes were compared."""
-    if path not in layers:
+    if path not in anatomy.layers:
         raise AdapterFileError(
-            f'"{directory}" adapts {path}, which {type(model).__name__} lacks.{did_you_mean(path, layers)}'
+            f'"{directory}" adapts {path}, which {type(anatomy.model).__name__} lacks.'
+            f"{did_you_mean(path, anatomy.layers)}"
         )
-    there, base_layer = layers[path]
+    there, base_layer = anatomy.layers[path]
     if base_layer is None:
         raise AdapterFileError(f'"{directory}" adapts {path}, a {type(there).__name__}, which takes no adapter here.')
     reason = peft_rules.unlike(path, modules, there)
@@ -183,22 +168,15 @@ def _same(value: Tensor, own: Tensor) -> bool:
 
 
 def _heads(
-    model: nn.Module, modules: Mapping[str, nn.Module], folder: PeftFolder, directory: str | Path
+    anatomy: Anatomy, modules: Mapping[str, nn.Module], folder: PeftFolder, directory: str | Path
 ) -> dict[str, Tensor]:
     """Tensors of the model that the file replaces, by name: those of modules that were saved whole."""
-    state = {f"{path}.{key}".lstrip("."): tensor for path, m in modules.items() for key, tensor in _own_tensors(m)}
+    state = {join(path, key): tensor for path, module in modules.items() for key, tensor in _own_tensors(module)}
     saved = [*(folder.config.get("modules_to_save") or ()), *peft_rules.task_heads(folder.config.get("task_type"))]
     whole = peft_rules.wrapped(saved, modules)
     found = {}
     for key, value in folder.heads.items():
-        if key not in state:
-            raise AdapterFileError(
-                f'"{directory}" carries {key}, which {type(model).__name__} lacks.{did_you_mean(key, state)}'
-            )
-        if value.shape != state[key].shape:
-            raise AdapterFileError(
-                f'"{directory}": {key} has shape {tuple(value.shape)}; the model needs {tuple(state[key].shape)}.'
-            )
+        _check_head(anatomy.model, state, key, value, directory)
         if any(key.startswith(f"{path}.") for path in whole):
             found[key] = state[key]
         elif not _same(value, state[key]):
@@ -206,18 +184,50 @@ def _heads(
                 f'"{directory}" carries {key}, which differs from the model\'s own and is in no module that '
                 "modules_to_save names; load the same pretrained weights first."
             )
+    _check_saved(state, modules, folder, directory)
+    taken = {name: other for other, record in records(anatomy.model).items() for name in record.trained}
+    _refuse_shared(users(modules, anatomy.adapted), taken, found, folder.layers, directory)
+    return found
+
+
+def _check_saved(
+    state: Iterable[str], modules: Mapping[str, nn.Module], folder: PeftFolder, directory: str | Path
+) -> None:
+    """Raise `AdapterFileError` where the file lacks a tensor of a module that `modules_to_save` names."""
     for path in peft_rules.wrapped(folder.config.get("modules_to_save") or (), modules):
         missing = [key for key in state if key.startswith(f"{path}.") and key not in folder.heads]
         if missing:
             raise AdapterFileError(f'"{directory}": modules_to_save names {path}, but the file lacks {missing[0]}.')
-    _refuse_shared(model, found, folder.layers, directory)
-    return found
 
 
-def _refuse_shared(model: nn.Module, heads: Mapping[str, Tensor], layers: Iterable[str], directory: str | Path) -> None:
-    """Raise `AdapterFileError` if a head is adapted, another adapter's too, or tied to a parameter that is no head."""
-    taken = {parameter: other for other, record in records(model).items() for parameter in record.trained}
-    by_id = users(model)
+def _check_head(model: nn.Module, state: Mapping[str, Tensor], key: str, value: Tensor, directory: str | Path) -> None:
+    """Raise `AdapterFileError` unless the model has a tensor of that name and shape."""
+    if key not in state:
+        raise AdapterFileError(
+            f'"{directory}" carries {key}, which {type(model).__name__} lacks.{did_you_mean(key, state)}'
+        )
+    if value.shape != state[key].shape:
+        raise AdapterFileError(
+            f'"{directory}": {key} has shape {tuple(value.shape)}; the model needs {tuple(state[key].shape)}.'
+        )
+
+
+def _refuse_shared(
+    by_id: Mapping[int, Sequence[str]],
+    taken: Mapping[str, str],
+    heads: Mapping[str, Tensor],
+    layers: Iterable[str],
+    directory: str | Path,
+) -> None:
+    """Raise `AdapterFileError` if a head is adapted, another adapter's too, or tied to a parameter that is no head.
+
+    Args:
+        by_id: names under which each parameter is used, by its id.
+        taken: names of parameters that train with another adapter, and which.
+        heads: tensors that the file replaces, by name.
+        layers: paths of the layers that the file adapts.
+        directory: the folder, for messages.
+    """
     for key, tensor in heads.items():
         if key in taken:
             raise AdapterFileError(

@@ -1,7 +1,7 @@
 """How peft reads its own configuration: which modules a list, a pattern or a task selects.
 
-Those of peft 0.21.2; tests/test_peft_interop.py compares them with its behaviour. An export is checked against them,
-because a name that selects one module too many would load without a word and compute another model.
+Those of peft 0.21.2; tests/exporters/peft/test_rules.py compares them with its behaviour. An export is checked against
+them, because a name that selects one module too many would load without a word and compute another model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch import nn
 from lora_lightning.adapters.layers.kinds import ExpertStack
 from lora_lightning.errors import ExportError
 from lora_lightning.exporters.peft import experts as peft_experts
-from lora_lightning.models.anatomy import fused_experts
 from lora_lightning.models.weight_readers import reads
 
 TYPE = "LORA"
@@ -63,10 +62,10 @@ def task_heads(task: str | None) -> tuple[str, ...]:
     return _TASK_HEADS.get(task or "", ())
 
 
-def renames_experts(model: nn.Module) -> bool:
-    """Whether peft takes names of linear layers in this model for its fused experts, as before transformers 5."""
+def renames_experts(model: nn.Module, fused: Collection[str]) -> bool:
+    """Whether peft takes names of linear layers in this model for its `fused` experts, as before transformers 5."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind is None or not fused_experts(model):
+    if kind is None or not fused:
         return False
     from transformers import conversion_mapping
 
@@ -161,13 +160,8 @@ def unlike(path: str, modules: Mapping[str, nn.Module], layer: nn.Module) -> str
     again = next((other for other, module in modules.items() if module is layer and other != path), None)
     if again:
         return f"it stands at {again} too, where peft puts no factors"
-    if isinstance(layer, nn.Conv1d | nn.Conv2d):
-        if layer.groups > 1:
-            return f"groups={layer.groups}, and peft lets its factors see all input channels"
-        if set(layer.dilation) != {1}:
-            return f"dilation={layer.dilation}, which peft drops for its factors"
-        if layer.padding_mode != "zeros":
-            return f'padding_mode="{layer.padding_mode}", while peft pads with zeros'
+    if isinstance(layer, nn.Conv1d | nn.Conv2d) and (reason := _unlike_conv(layer)):
+        return reason
     own = isinstance(layer, nn.Embedding) and type(layer).forward is not nn.Embedding.forward
     if own and not hasattr(layer, "embed_scale"):
         return f"{type(layer).__name__} has a look-up of its own, while peft looks its factors up plainly"
@@ -177,4 +171,14 @@ def unlike(path: str, modules: Mapping[str, nn.Module], layer: nn.Module) -> str
     kind = getattr(getattr(modules[""], "config", None), "model_type", None)
     if kind in _STATE_SPACE and path.rpartition(".")[2] in _REFUSED_THERE:
         return f"peft refuses {' and '.join(_REFUSED_THERE)} in models of type {kind}"
+    return None
+
+
+def _unlike_conv(layer: nn.Conv1d | nn.Conv2d) -> str | None:
+    if layer.groups > 1:
+        return f"groups={layer.groups}, and peft lets its factors see all input channels"
+    if set(layer.dilation) != {1}:
+        return f"dilation={layer.dilation}, which peft drops for its factors"
+    if layer.padding_mode != "zeros":
+        return f'padding_mode="{layer.padding_mode}", while peft pads with zeros'
     return None

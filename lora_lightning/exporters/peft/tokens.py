@@ -11,14 +11,13 @@ from torch import nn
 from lora_lightning.adapters.base import write_values
 from lora_lightning.errors import AdapterFileError, did_you_mean
 from lora_lightning.exporters.peft.file import PeftFolder
+from lora_lightning.models.anatomy import Anatomy
 from lora_lightning.models.new_tokens import (
     Vocabulary,
     add_rows,
     check_extendable,
     check_same_tokens,
-    extended_layers,
     remove_rows,
-    row_names,
     tokenizer_files,
     vocabulary,
 )
@@ -59,10 +58,10 @@ def new_tokens(folder: PeftFolder, directory: str | Path) -> Vocabulary | None:
 
 
 @contextmanager
-def room_for(model: nn.Module, added: Vocabulary | None, directory: str | Path) -> Iterator[None]:
-    """Give the model the rows of `added`, unless it has them; they are taken off again on an error."""
+def room_for(model: nn.Module, added: Vocabulary | None, directory: str | Path) -> Iterator[bool]:
+    """Give the model the rows of `added`, unless it has them; says so, and takes them off again on an error."""
     if added is None:
-        yield
+        yield False
         return
     check_same_tokens(model, added, f'"{directory}"')
     fresh = vocabulary(model) is None
@@ -70,20 +69,20 @@ def room_for(model: nn.Module, added: Vocabulary | None, directory: str | Path) 
         check_extendable(model, added.first, added.tokens)
         add_rows(model, added)
     try:
-        yield
+        yield fresh
     except BaseException:
         if fresh:
             remove_rows(model)
         raise
 
 
-def fill_rows(model: nn.Module, folder: PeftFolder, directory: str | Path) -> list[str]:
+def fill_rows(anatomy: Anatomy, folder: PeftFolder, directory: str | Path) -> list[str]:
     """Write the folder's rows into the model; the names of the parameters that hold them.
 
     Raises:
         AdapterFileError: rows of a layer that has none, of another shape, or missing for one that has.
     """
-    layers = extended_layers(model)
+    layers = anatomy.extended
     if not folder.rows and not folder.config.get(SETTING):
         return []
     filled = set()
@@ -102,4 +101,4 @@ def fill_rows(model: nn.Module, folder: PeftFolder, directory: str | Path) -> li
     bare = [path for path, layer in layers.items() if id(layer.new_rows) not in filled]
     if bare:
         raise AdapterFileError(f'"{directory}" has no rows of new tokens for {bare[0]}, which does not share others.')
-    return row_names(model)
+    return anatomy.row_names

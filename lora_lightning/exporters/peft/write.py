@@ -1,4 +1,4 @@
-"""Writing an adapter in peft's LORA format; `peft_factors` says as what.
+"""Writing an adapter in peft's LORA format; `factors` says as what.
 
 lora_alpha = scaling * r; `use_rslora` is never needed.
 """
@@ -6,13 +6,12 @@ lora_alpha = scaling * r; `use_rslora` is never needed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.adapters.base import Adapter
@@ -22,12 +21,13 @@ from lora_lightning.errors import ExportError
 from lora_lightning.exporters.peft import experts as peft_experts
 from lora_lightning.exporters.peft import file as peft_file
 from lora_lightning.exporters.peft import rules as peft_rules
+from lora_lightning.exporters.peft.experts import Stacks
 from lora_lightning.exporters.peft.factors import Factors, delta, find_factors, original
 from lora_lightning.exporters.peft.file import ROWS, PeftLayer
 from lora_lightning.exporters.peft.heads import Heads, find_heads
 from lora_lightning.exporters.peft.rules import CONFIG, PREFIX, TENSORS, TYPE
 from lora_lightning.exporters.report import Written
-from lora_lightning.exporters.source import Source, check_finite, plain_modules, write_files
+from lora_lightning.exporters.source import Source, check_finite, write_files
 from lora_lightning.storage.atomic import write_json
 
 TAKES_RANK = True
@@ -46,22 +46,24 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     Raises:
         ExportError: the update has no such form, or peft's format cannot say it.
     """
-    modules = plain_modules(source.host)
-    factors, options = find_factors(source, rank, modules)
-    heads = find_heads(source, modules)
+    factors, options = find_factors(source, rank)
+    heads = find_heads(source)
+    stacks = peft_experts.find_stacks(source.here(source.anatomy.layers))
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in heads.tensors.items()}
     with_bias = any(f.bias is not None for f in factors.values())
-    in_file = _paths_in_file(source)
+    in_file = _paths_in_file(source, stacks)
     for path, layer in source.layers.items():
         found = _layer_tensors(path, layer, factors[path], with_bias)
         tensors |= {f"{PREFIX}{in_file[path]}{end}": tensor for end, tensor in found}
-    rows = {path: layer.new_rows.detach().cpu().clone() for path, layer in source.grown.items()}
+    rows = {path: layer.new_rows.detach().cpu().clone() for path, layer in source.extended.items()}
     tensors |= {f"{PREFIX}{path}{ROWS}": values for path, values in rows.items()}
     check_finite("the adapter", tensors.values())
     write_files(source.tokenizer, folder)
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / TENSORS, {"format": "pt"})
-    write_json(folder / CONFIG, {**_config(source, factors, heads, with_bias, modules), **options})
-    difference = _verified(source, folder, factors, heads, modules) if verify else None
+    # copies, since layers may share a factor, which the file has for each of them
+    own = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+    save_file(own, folder / TENSORS, {"format": "pt"})
+    write_json(folder / CONFIG, {**_config(source, factors, heads, with_bias), **options})
+    difference = _verified(source, folder, factors, heads, stacks) if verify else None
     discarded = {path: f.discarded for path, f in factors.items() if f.discarded}
     method = type(source.record.method)
     exact = "native" if method.peft_type == TYPE and method.peft_options == options else "exact LoRA"
@@ -77,9 +79,9 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
 # -- tensors -----------------------------------------------------------------------------------------------------------
 
 
-def _paths_in_file(source: Source) -> dict[str, str]:
+def _paths_in_file(source: Source, stacks: Stacks) -> dict[str, str]:
     """Where the file has each layer's factors: under the layer's path, or an owner's for its expert parameters."""
-    named = peft_experts.named_in_file(peft_experts.find_stacks(source.host), _expert_parameters(source))
+    named = peft_experts.named_in_file(stacks, _expert_parameters(source))
     return {path: path for path in source.layers} | {path: key for key, (path, _) in named.items()}
 
 
@@ -115,9 +117,7 @@ def _layer_tensors(path: str, layer: AdaptedLayer, factors: Factors, with_bias: 
 # -- configuration -----------------------------------------------------------------------------------------------------
 
 
-def _config(
-    source: Source, factors: dict[str, Factors], heads: Heads, with_bias: bool, modules: Collection[str]
-) -> dict[str, Any]:
+def _config(source: Source, factors: dict[str, Factors], heads: Heads, with_bias: bool) -> dict[str, Any]:
     """What differs from peft's defaults, and what is always needed."""
     ranks = {path: f.rank for path, f in factors.items()}
     alphas = {path: _number(f.scaling * f.rank) for path, f in factors.items()}
@@ -125,7 +125,7 @@ def _config(
     saved = [*heads.modules, *peft_rules.task_heads(heads.task)]
     parameters = _expert_parameters(source)
     layers = [path for path in factors if path not in parameters]
-    experts = peft_rules.renames_experts(source.host)
+    experts = peft_rules.renames_experts(source.host, source.here(dict.fromkeys(source.anatomy.fused)))
     transposed = any(isinstance(layer.base_layer, TransposedBase) for layer in source.layers.values())
     optional = {
         "task_type": heads.task,
@@ -142,7 +142,7 @@ def _config(
         "peft_type": TYPE,
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": peft_rules.targets_for(layers, saved, modules, experts) if layers else [],
+        "target_modules": peft_rules.targets_for(layers, saved, source.modules, experts) if layers else [],
         **{key: value for key, value in optional.items() if value},
     }
 
@@ -158,35 +158,33 @@ def _bias_notes(source: Source, with_bias: bool) -> list[str]:
 
 def _token_indices(source: Source) -> dict[str, list[int]] | list[int]:
     """Ids of new tokens, by the layer that holds their rows; where layers share them, peft finds the other."""
-    ids = {path: list(range(layer.first, layer.first + len(layer.new_rows))) for path, layer in source.grown.items()}
+    ids = {path: list(range(layer.first, layer.first + len(layer.new_rows))) for path, layer in source.extended.items()}
     return ids if len(ids) > 1 else next(iter(ids.values()), [])
 
 
 def _token_notes(source: Source) -> list[str]:
-    size = max((layer.num_embeddings for layer in source.grown.values()), default=0)
+    size = max((layer.num_embeddings for layer in source.extended.values()), default=0)
     return [f"before peft loads it, the model needs room: resize_token_embeddings({size})"] if size else []
 
 
 # -- verification ------------------------------------------------------------------------------------------------------
 
 
-def _verified(
-    source: Source, folder: Path, factors: dict[str, Factors], heads: Heads, modules: dict[str, nn.Module]
-) -> float:
+def _verified(source: Source, folder: Path, factors: dict[str, Factors], heads: Heads, stacks: Stacks) -> float:
     """Largest difference between what the files say and what the adapter does, over all layers.
 
     Raises:
         ExportError: it is more than rounding, or a head or base weight differs in any bit.
     """
-    written = peft_file.read(folder, peft_experts.find_stacks(source.host))
+    written = peft_file.read(folder, stacks)
     if written.layers.keys() != factors.keys() or written.heads.keys() != heads.tensors.keys():
         raise ExportError("the files do not read back: they list other layers or heads than were written.")
-    for path, layer in source.grown.items():
+    for path, layer in source.extended.items():
         if not torch.equal(written.rows.get(path, torch.empty(0)), layer.new_rows.detach().cpu()):
             raise ExportError(f"the new tokens' rows of {path} do not read back bit for bit.")
     for name, value in written.heads.items():
         path = next(path for path in heads.copied if name.startswith(f"{path}."))
-        if not torch.equal(value, modules[path].state_dict()[name.removeprefix(f"{path}.")].cpu()):
+        if not torch.equal(value, source.modules[path].state_dict()[name.removeprefix(f"{path}.")].cpu()):
             raise ExportError(f"{name} does not read back bit for bit.")
     return max(_layer_difference(source, path, layer, factors[path]) for path, layer in written.layers.items())
 

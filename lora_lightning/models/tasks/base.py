@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
 Batch = Mapping[str, Tensor]
+IGNORED = -100
+"""Label of a token without loss."""
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "pixel_values")
 
 
@@ -54,8 +56,8 @@ class Task(ABC):
     unused: ClassVar[tuple[str, ...]] = ()
 
     def model_options(self, num_labels: int | None) -> dict[str, Any]:
-        """Extra arguments of `from_pretrained`."""
-        return {} if num_labels is None else {"num_labels": num_labels}
+        """Extra arguments of `from_pretrained`; none where no head is trained."""
+        return {"num_labels": num_labels} if self.has_head and num_labels is not None else {}
 
     def logits(self, model: Callable[..., Any], batch: Batch) -> Tensor:
         """The model's logits for a batch."""
@@ -86,13 +88,13 @@ class Task(ABC):
         """Fresh metrics by name; `loss` is always measured as well."""
 
     @abstractmethod
-    def update(self, metrics: Mapping[str, Metric], logits: Tensor, batch: Batch) -> None:
+    def update_metrics(self, metrics: Mapping[str, Metric], logits: Tensor, batch: Batch) -> None:
         """Add a batch to the metrics."""
 
-    def write(  # noqa: B027 - a task that writes no texts has nothing to add
+    def update_text_metrics(  # noqa: B027 - a task that generates no texts has nothing to add
         self, metrics: Mapping[str, Metric], model: Any, batch: Batch, context: PredictContext
     ) -> None:
-        """Add texts that the model writes for a batch, where the task has metrics of them; nothing by default."""
+        """Add texts that the model generates for a batch, where the task has metrics of them; nothing by default."""
 
     @abstractmethod
     def predict(self, model: Any, batch: Batch, context: PredictContext) -> list[dict[str, Any]]:
@@ -106,17 +108,17 @@ def metrics(task: Task, model: nn.Module) -> MetricCollection:
 
 
 def update_metrics(task: Task, collection: MetricCollection, logits: Tensor, batch: Batch) -> None:
-    """Add a batch to metrics made by `metrics`, but for texts that the model has to write."""
+    """Add a batch to metrics made by `metrics`, but for texts that the model has to generate."""
     loss = task.loss(logits, batch)
     collection["loss"].update(loss.total / loss.count.clamp_min(1), weight=loss.count)
-    task.update(_own(collection), logits, batch)
+    task.update_metrics(_own(collection), logits, batch)
 
 
 def update_text_metrics(
     task: Task, collection: MetricCollection, model: nn.Module, batch: Batch, context: PredictContext
 ) -> None:
-    """Add texts that the model writes for a batch."""
-    task.write(_own(collection), model, batch, context)
+    """Add texts that the model generates for a batch."""
+    task.update_text_metrics(_own(collection), model, batch, context)
 
 
 @torch.no_grad()

@@ -13,10 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torchmetrics import MeanMetric, Metric
 
 from lora_lightning.errors import DataError, check
-from lora_lightning.models.tasks.base import Batch, Loss, PredictContext, Task
-from lora_lightning.models.tasks.written import add_texts, due, label_texts, text_metrics
-
-IGNORED = -100
+from lora_lightning.models.tasks.base import IGNORED, Batch, Loss, PredictContext, Task
+from lora_lightning.models.tasks.generated import add_texts, label_texts, should_generate, text_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +22,7 @@ class CausalLM(Task):
     """Cross-entropy over the tokens that carry a label; averaged over tokens, never over batches."""
 
     generate_batches: int = 0
-    """Batches of each validation whose completions are generated, for BLEU, chrF and the share that is right as a
+    """Batches of each validation whose completions are generated, for BLEU, chrF and the fraction that is right as a
     whole; it takes about as long as predict. Of a conversation the first answer counts."""
 
     name: ClassVar[str] = "causal-lm"
@@ -36,10 +34,6 @@ class CausalLM(Task):
 
     def __post_init__(self) -> None:
         check(self.generate_batches >= 0, self, "generate_batches", "it must be at least 0, which generates none.")
-
-    def model_options(self, num_labels: int | None) -> dict[str, Any]:  # noqa: ARG002 - a language model has no labels
-        """None."""
-        return {}
 
     def loss(self, logits: Tensor, batch: Batch) -> Loss:
         """Cross-entropy of each labelled token given those before it, summed."""
@@ -53,16 +47,18 @@ class CausalLM(Task):
         """None beside the loss, unless texts are generated."""
         return {**text_metrics(), "exact_match": MeanMetric()} if self.generate_batches else {}
 
-    def update(self, metrics: Mapping[str, Metric], logits: Tensor, batch: Batch) -> None:
+    def update_metrics(self, metrics: Mapping[str, Metric], logits: Tensor, batch: Batch) -> None:
         """Nothing beside the loss."""
 
-    def write(self, metrics: Mapping[str, Metric], model: Any, batch: Batch, context: PredictContext) -> None:
-        """Add the completion written for each prompt.
+    def update_text_metrics(
+        self, metrics: Mapping[str, Metric], model: Any, batch: Batch, context: PredictContext
+    ) -> None:
+        """Add the completion generated for each prompt.
 
         Raises:
             DataError: the data have no prompts.
         """
-        if not due(metrics, self.generate_batches):
+        if not should_generate(metrics, self.generate_batches):
             return
         labels = batch["labels"]
         prompts = [self._prompt(batch, row) for row in range(len(labels))]
@@ -71,10 +67,10 @@ class CausalLM(Task):
                 f"model.task_settings.generate_batches is {self.generate_batches}, but the data have no prompts to go "
                 "on from. Set it to 0, or use Completions or Chat."
             )
-        wanted = label_texts(map(_first_answer, labels), context.tokenizer)
-        made = [text.strip() for text in _continue(model, prompts, context)]
-        add_texts(metrics, made, wanted)
-        right = [a == b for a, b in zip(made, wanted, strict=True)]
+        expected = label_texts(map(_first_answer, labels), context.tokenizer)
+        generated = [text.strip() for text in _continue(model, prompts, context)]
+        add_texts(metrics, generated, expected)
+        right = [a == b for a, b in zip(generated, expected, strict=True)]
         metrics["exact_match"].update(torch.tensor(right, dtype=torch.float32, device=labels.device))
 
     def predict(self, model: Any, batch: Batch, context: PredictContext) -> list[dict[str, Any]]:
@@ -113,7 +109,7 @@ def _continue(model: Any, prompts: list[Tensor], context: PredictContext) -> lis
     tokenizer = context.tokenizer
     ids = pad_sequence(prompts, batch_first=True, padding_value=tokenizer.pad_token_id, padding_side="left")
     mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left")
-    made = model.generate(
+    generated = model.generate(
         input_ids=ids,
         attention_mask=mask,
         max_new_tokens=context.max_new_tokens,
@@ -121,5 +117,5 @@ def _continue(model: Any, prompts: list[Tensor], context: PredictContext) -> lis
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    texts: list[str] = tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
+    texts: list[str] = tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
     return texts

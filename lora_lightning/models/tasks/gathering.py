@@ -9,7 +9,7 @@ from torch import Tensor, distributed
 
 
 class _Gather(torch.autograd.Function):
-    """All processes' tensors, stacked; each is handed the sum of what all of them say about its own."""
+    """All processes' tensors, stacked. Backward, each process gets the sum of all gradients of its own tensor."""
 
     @staticmethod
     def forward(ctx: Any, mine: Tensor) -> Tensor:  # noqa: ARG004 - nothing to keep
@@ -27,8 +27,8 @@ class _Gather(torch.autograd.Function):
 def gather(mine: Tensor) -> tuple[Tensor, int]:
     """Tensors of all processes, (processes, *shape), and which of them is this one's; all have one shape.
 
-    A mean over processes of losses that each computes from all tensors has the gradients of the joint loss, since each
-    process is handed back the sum of the gradients of its own part.
+    Each process gets back the sum of all gradients of its own tensor. Where every process computes a loss from all
+    tensors, the mean over processes therefore has the gradients of the joint loss.
     """
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return mine.unsqueeze(0), 0

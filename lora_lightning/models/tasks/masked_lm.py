@@ -12,9 +12,7 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.text import Perplexity
 
 from lora_lightning.errors import check
-from lora_lightning.models.tasks.base import Batch, Loss, PredictContext, Task
-
-IGNORED = -100
+from lora_lightning.models.tasks.base import IGNORED, Batch, Loss, PredictContext, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,20 +32,16 @@ class MaskedLM(Task):
     def __post_init__(self) -> None:
         check(self.top >= 1, self, "top", "it must be at least 1.")
 
-    def model_options(self, num_labels: int | None) -> dict[str, Any]:  # noqa: ARG002 - a language model has no labels
-        """None."""
-        return {}
-
     def loss(self, logits: Tensor, batch: Batch) -> Loss:
         """Cross-entropy summed over hidden tokens."""
         hidden = batch["labels"] != IGNORED
         return Loss(F.cross_entropy(logits[hidden].float(), batch["labels"][hidden], reduction="sum"), hidden.sum())
 
     def metrics(self, num_labels: int) -> dict[str, Metric]:  # noqa: ARG002 - a language model has no labels
-        """Share of hidden tokens found at first guess, and perplexity over them."""
+        """Fraction of hidden tokens found at first guess, and perplexity over them."""
         return {"accuracy": MeanMetric(), "perplexity": Perplexity()}
 
-    def update(self, metrics: Mapping[str, Metric], logits: Tensor, batch: Batch) -> None:
+    def update_metrics(self, metrics: Mapping[str, Metric], logits: Tensor, batch: Batch) -> None:
         """Add the hidden tokens."""
         hidden = batch["labels"] != IGNORED
         scores, wanted = logits[hidden].float(), batch["labels"][hidden]
@@ -67,8 +61,8 @@ class MaskedLM(Task):
         sought = hidden | (ids == tokenizer.mask_token_id)
         likely = scores[sought].softmax(-1).topk(self.top)
         fillings = [
-            ", ".join(f"{tokenizer.decode([token])} {p:.3f}" for token, p in zip(tokens, shares, strict=True))
-            for tokens, shares in zip(likely.indices.tolist(), likely.values.tolist(), strict=True)
+            ", ".join(f"{tokenizer.decode([token])} {p:.3f}" for token, p in zip(tokens, probabilities, strict=True))
+            for tokens, probabilities in zip(likely.indices.tolist(), likely.values.tolist(), strict=True)
         ]
         filled = ids.masked_scatter(sought, likely.indices[:, 0])
         loss = float(F.cross_entropy(scores[hidden], labels[hidden])) if hidden.any() else None

@@ -46,7 +46,7 @@ class MultiLabelClassification(Task):
         return Loss(total, torch.tensor(labels.numel()))
 
     def metrics(self, num_labels: int) -> dict[str, Metric]:
-        """F1 averaged over labels and over all decisions, share of examples wholly right, ranking precision."""
+        """F1 averaged over labels and over all decisions, fraction of examples wholly right, ranking precision."""
         return {
             "f1": MultilabelF1Score(num_labels, average="macro", threshold=self.threshold),
             "f1_micro": MultilabelF1Score(num_labels, average="micro", threshold=self.threshold),
@@ -54,7 +54,7 @@ class MultiLabelClassification(Task):
             "ranking": MultilabelRankingAveragePrecision(num_labels),
         }
 
-    def update(self, metrics: Mapping[str, Metric], logits: Tensor, batch: Batch) -> None:
+    def update_metrics(self, metrics: Mapping[str, Metric], logits: Tensor, batch: Batch) -> None:
         """Add predicted probabilities."""
         probabilities = logits.float().sigmoid()
         for metric in metrics.values():

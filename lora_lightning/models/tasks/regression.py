@@ -39,7 +39,7 @@ class Regression(Task):
             spearman = SpearmanCorrCoef()
         return {"pearson": PearsonCorrCoef(), "spearman": spearman, "mse": MeanSquaredError()}
 
-    def update(self, metrics: Mapping[str, Metric], logits: Tensor, batch: Batch) -> None:
+    def update_metrics(self, metrics: Mapping[str, Metric], logits: Tensor, batch: Batch) -> None:
         """Add predicted numbers."""
         for metric in metrics.values():
             metric.update(logits.float().squeeze(-1), batch["labels"].float())

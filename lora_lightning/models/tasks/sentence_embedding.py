@@ -42,10 +42,6 @@ class SentenceEmbedding(Task):
         check(self.temperature > 0, self, "temperature", "it must be positive.")
         check(self.pooling in POOLINGS, self, "pooling", 'it must be "mean" or "first".')
 
-    def model_options(self, num_labels: int | None) -> dict[str, Any]:  # noqa: ARG002 - vectors have no labels
-        """None."""
-        return {}
-
     def example(self, config: Any, size: int, length: int) -> dict[str, Tensor]:  # noqa: ARG002
         """Pairs of texts."""
         return example_pairs(size, length)
@@ -63,10 +59,10 @@ class SentenceEmbedding(Task):
         return Loss((there + back) / 2, torch.tensor(len(right)))
 
     def metrics(self, num_labels: int) -> dict[str, Metric]:  # noqa: ARG002 - vectors have no labels
-        """Share of anchors whose nearest text of the batch is their own, and the mean reciprocal rank of it."""
+        """Fraction of anchors whose nearest text of the batch is their own, and the mean reciprocal rank of it."""
         return {"accuracy": MeanMetric(), "mrr": MeanMetric()}
 
-    def update(self, metrics: Mapping[str, Metric], logits: Tensor, batch: Batch) -> None:  # noqa: ARG002
+    def update_metrics(self, metrics: Mapping[str, Metric], logits: Tensor, batch: Batch) -> None:  # noqa: ARG002
         """Add the rank of each positive; a text that is as near counts as nearer."""
         every, mine = gather(logits)
         cosines = logits[0] @ _candidates(every).T

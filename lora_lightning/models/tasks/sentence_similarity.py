@@ -35,10 +35,6 @@ class SentenceSimilarity(Task):
     def __post_init__(self) -> None:
         check(self.pooling in POOLINGS, self, "pooling", 'it must be "mean" or "first".')
 
-    def model_options(self, num_labels: int | None) -> dict[str, Any]:  # noqa: ARG002 - vectors have no labels
-        """None."""
-        return {}
-
     def example(self, config: Any, size: int, length: int) -> dict[str, Tensor]:  # noqa: ARG002
         """Pairs of texts."""
         return example_pairs(size, length)
@@ -59,7 +55,7 @@ class SentenceSimilarity(Task):
             spearman = SpearmanCorrCoef()
         return {"spearman": spearman, "pearson": PearsonCorrCoef(), "mse": MeanSquaredError()}
 
-    def update(self, metrics: Mapping[str, Metric], logits: Tensor, batch: Batch) -> None:
+    def update_metrics(self, metrics: Mapping[str, Metric], logits: Tensor, batch: Batch) -> None:
         """Add cosines."""
         for metric in metrics.values():
             metric.update(logits, batch["labels"].float())

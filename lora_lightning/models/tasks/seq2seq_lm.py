@@ -12,10 +12,8 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 from torchmetrics import MeanMetric, Metric
 
 from lora_lightning.errors import check
-from lora_lightning.models.tasks.base import MODEL_INPUTS, Batch, Loss, PredictContext, Task
-from lora_lightning.models.tasks.written import add_texts, due, label_texts, text_metrics
-
-IGNORED = -100
+from lora_lightning.models.tasks.base import IGNORED, MODEL_INPUTS, Batch, Loss, PredictContext, Task
+from lora_lightning.models.tasks.generated import add_texts, label_texts, should_generate, text_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +33,6 @@ class Seq2SeqLM(Task):
     def __post_init__(self) -> None:
         check(self.generate_batches >= 0, self, "generate_batches", "it must be at least 0, which generates none.")
 
-    def model_options(self, num_labels: int | None) -> dict[str, Any]:  # noqa: ARG002 - a language model has no labels
-        """None."""
-        return {}
-
     def logits(self, model: Callable[..., Any], batch: Batch) -> Tensor:
         """Scores of each target token given the source and the target before it."""
         inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
@@ -52,29 +46,31 @@ class Seq2SeqLM(Task):
         return Loss(total, (labels != IGNORED).sum())
 
     def metrics(self, num_labels: int) -> dict[str, Metric]:  # noqa: ARG002 - a language model has no labels
-        """Share of target tokens that are right given those before, and of targets with every token right.
+        """Fraction of target tokens that are right given those before, and of targets with every token right.
 
-        The second is exactly the share that greedy decoding writes out right. With `generate_batches`, BLEU and chrF.
+        The second is exactly the fraction that greedy decoding gets right. With `generate_batches`, BLEU and chrF.
         """
         texts = text_metrics() if self.generate_batches else {}
         return {"accuracy": MeanMetric(), "exact_match": MeanMetric(), **texts}
 
-    def update(self, metrics: Mapping[str, Metric], logits: Tensor, batch: Batch) -> None:
+    def update_metrics(self, metrics: Mapping[str, Metric], logits: Tensor, batch: Batch) -> None:
         """Add the target tokens."""
         labels = batch["labels"]
         counts, right = labels != IGNORED, logits.argmax(-1) == labels
         metrics["accuracy"].update(right[counts].float())
         metrics["exact_match"].update((right | ~counts).all(-1).float())
 
-    def write(self, metrics: Mapping[str, Metric], model: Any, batch: Batch, context: PredictContext) -> None:
-        """Add the text written for each source."""
-        if due(metrics, self.generate_batches):
-            wanted = label_texts(batch["labels"], context.tokenizer)
-            add_texts(metrics, _written(model, batch, context), wanted)
+    def update_text_metrics(
+        self, metrics: Mapping[str, Metric], model: Any, batch: Batch, context: PredictContext
+    ) -> None:
+        """Add the text generated for each source."""
+        if should_generate(metrics, self.generate_batches):
+            expected = label_texts(batch["labels"], context.tokenizer)
+            add_texts(metrics, _generated(model, batch, context), expected)
 
     def predict(self, model: Any, batch: Batch, context: PredictContext) -> list[dict[str, Any]]:
         """The greedy continuation of each source, and the mean loss of its target's tokens where it has one."""
-        rows: list[dict[str, Any]] = [{"prediction": text} for text in _written(model, batch, context)]
+        rows: list[dict[str, Any]] = [{"prediction": text} for text in _generated(model, batch, context)]
         if "labels" in batch:
             labels = batch["labels"]
             with torch.no_grad():
@@ -85,12 +81,12 @@ class Seq2SeqLM(Task):
         return rows
 
 
-def _written(model: Any, batch: Batch, context: PredictContext) -> list[str]:
-    made = model.generate(
+def _generated(model: Any, batch: Batch, context: PredictContext) -> list[str]:
+    generated = model.generate(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
         max_new_tokens=context.max_new_tokens,
         do_sample=False,
         num_beams=1,
     )
-    return [text.strip() for text in context.tokenizer.batch_decode(made, skip_special_tokens=True)]
+    return [text.strip() for text in context.tokenizer.batch_decode(generated, skip_special_tokens=True)]

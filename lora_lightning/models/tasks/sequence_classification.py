@@ -28,7 +28,7 @@ class SequenceClassification(Task):
         """Accuracy over examples, F1 averaged over classes, Matthews correlation."""
         return class_metrics(num_labels)
 
-    def update(self, metrics: Mapping[str, Metric], logits: Tensor, batch: Batch) -> None:
+    def update_metrics(self, metrics: Mapping[str, Metric], logits: Tensor, batch: Batch) -> None:
         """Add predicted classes."""
         count_classes(metrics, logits, batch["labels"])
 

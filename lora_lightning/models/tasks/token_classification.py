@@ -10,9 +10,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from lora_lightning.models.tasks.base import Batch, Loss, PredictContext, Task
-
-IGNORED = -100
+from lora_lightning.models.tasks.base import IGNORED, Batch, Loss, PredictContext, Task
 
 
 class TokenClassification(Task):
@@ -37,7 +35,7 @@ class TokenClassification(Task):
             "f1": MulticlassF1Score(num_labels, average="macro", ignore_index=IGNORED),
         }
 
-    def update(self, metrics: Mapping[str, Metric], logits: Tensor, batch: Batch) -> None:
+    def update_metrics(self, metrics: Mapping[str, Metric], logits: Tensor, batch: Batch) -> None:
         """Add predicted classes."""
         predicted = logits.argmax(-1).flatten()
         for metric in metrics.values():

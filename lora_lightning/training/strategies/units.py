@@ -95,8 +95,9 @@ def _cut(
 
 def _entered_adapters(model: nn.Module) -> set[int]:
     """Adapters with parameters that are called; those of layers that are read stay in their block's unit."""
-    named = [(path, module) for path, module in model.named_modules() if isinstance(module, AdaptedLayer)]
-    read = set(weight_read_layers(model, [path for path, _ in named]))
+    modules = dict(model.named_modules())
+    named = [(path, module) for path, module in modules.items() if isinstance(module, AdaptedLayer)]
+    read = set(weight_read_layers(modules, [path for path, _ in named]))
     return {
         id(adapter)
         for path, layer in named
@@ -111,14 +112,17 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
     A list counts where it repeats one class, and is not inside a block or around one.
     """
+    modules = dict(model.named_modules())
     whole_classes = {
-        name for _, part in pretrained_models(model) for name in (getattr(part, "_no_split_modules", None) or ())
+        name
+        for part in pretrained_models(modules).values()
+        for name in (getattr(part, "_no_split_modules", None) or ())
     }
     found: dict[str, nn.Module] = {}
-    for path, module in model.named_modules():
+    for path, module in modules.items():
         if type(module).__name__ in whole_classes and not _inside(path, found):
             found[path] = module
-    for path, module in model.named_modules():
+    for path, module in modules.items():
         if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(m) for m in module}) == 1:
             inside = any(key.startswith(f"{path}.") for key in found)
             if not inside and not _inside(path, found):

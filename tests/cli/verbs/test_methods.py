@@ -41,7 +41,7 @@ def registry(monkeypatch):
             "Anonymous": Provider("ll_anonymous", "other-package", "0.2"),
         },
         failed={"ll_broken": ImportError("no module\nat all")},
-        blocked={"ll_away": ("Away", "Afar"), "ll_dark": ()},
+        blocked={"ll_away": "away", "ll_dark": "dark.inner"},
     )
     monkeypatch.setattr(plugins, "load", lambda blocked=(): known)
     monkeypatch.setattr(plugins, "_current", known)
@@ -55,7 +55,7 @@ def test_the_table_and_what_is_not_in_it(registry, capsys):
     assert lines[2:] == [
         "Anonymous - other-package 0.2 yes yes merged only",
         "Routed arXiv:1234.56789 routed-package 3.1 no no not expressible",
-        "blocked: ll_away (Away, Afar) by -p no:ll_away",
+        "blocked: ll_away by -p no:ll_away",
         "blocked: ll_dark by -p no:ll_dark",
         "failed: ll_broken: ImportError: no module at all",
     ]

@@ -1,11 +1,13 @@
 import inspect
+import subprocess
+import sys
 
 import pytest
 
 from lora_lightning import plugins
 from lora_lightning.cli.cards import arguments_of, fields_of, page_of
-from lora_lightning.cli.components import parts
 from lora_lightning.cli.main import main
+from lora_lightning.registry import KNOWN
 
 
 @pytest.mark.parametrize("name", sorted(plugins.load().methods))
@@ -61,12 +63,12 @@ def test_an_unknown_method(capsys):
 
 
 CARDS = {
-    "RiemannianAdamW": ("optimizer, named in model.optimizer", "ll_riemannian_moe, from lora-lightning ", "lr float"),
+    "RiemannianAdamW": ("optimizer, named in model.optimizer", "ll_optimizers, from lora-lightning ", "lr float"),
     "AdamW": ("optimizer, named in model.optimizer", "torch ", "lr "),
     "SparsitySchedule": ("callback, named in trainer.callbacks", "lora-lightning ", "sparsity float 0.8 "),
     "WeightDecomposition": (
         "callback, named in trainer.callbacks",
-        "ll_dora, from lora-lightning ",
+        "ll_weight_change, from lora-lightning ",
         "at Sequence[float] ",
     ),
     "LabelledText": ("data module, named in data", "lora-lightning ", "batch_size int 16 Examples of a batch"),
@@ -75,7 +77,7 @@ CARDS = {
 
 
 @pytest.mark.parametrize("name", CARDS)
-def test_other_parts_have_cards(name, capsys):
+def test_other_components_have_cards(name, capsys):
     kind, package, setting = CARDS[name]
     assert main(["show", name]) == 0
     out = capsys.readouterr().out
@@ -88,24 +90,33 @@ def test_other_parts_have_cards(name, capsys):
     assert "Args:" not in out
 
 
-def test_every_setting_of_our_parts_has_a_meaning():
+def test_every_setting_of_our_components_has_a_meaning():
+    ours = [component for component in KNOWN.values() if component.path.startswith("lora_lightning.")]
     bare = [
-        f"{name}.{card.name}"
-        for name, part in parts().items()
-        if part.cls.__module__.partition(".")[0] == "lora_lightning" or part.plugin
-        for card in arguments_of(part.cls)
+        f"{component.name}.{card.name}"
+        for component in (*ours, *plugins.registry().components.values())
+        for card in arguments_of(component.load())
         if not card.text
     ]
     assert bare == []
 
 
-def test_a_part_of_a_blocked_plugin_has_no_card(capsys):
-    assert main(["show", "WeightDecomposition", "-p", "no:ll_dora"]) == 2
+def test_a_misspelt_name_imports_nothing():
+    script = (
+        "import sys; from lora_lightning.cli.main import main; assert main(['show', 'AdamWW']) == 2\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stderr.endswith('"AdamWW". Did you mean "AdamW"?\n')
+
+
+def test_a_component_of_a_blocked_plugin_has_no_card(capsys):
+    assert main(["show", "WeightDecomposition", "-p", "no:ll_weight_change"]) == 2
     assert capsys.readouterr().err.startswith("error: show: no ")
     plugins.load()
 
 
-def test_the_nearest_of_all_parts_is_named(capsys):
+def test_the_nearest_of_all_components_is_named(capsys):
     assert main(["show", "SparsitySchedul"]) == 2
     err = capsys.readouterr().err
     assert err.endswith('"SparsitySchedul". Did you mean "SparsitySchedule"?\n')

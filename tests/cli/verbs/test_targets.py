@@ -23,9 +23,9 @@ class Module(nn.Module):
     injection = None
 
     def configure_model(self):
-        self.net = Net(self.num_labels)
+        self.model = Net(self.num_labels)
         method = plugins.method("LoRA")(rank=2)
-        self.injection = inject(self.net, method, targets=["first", "last"], overrides={"last": {"rank": 3}})
+        self.injection = inject(self.model, method, targets=["first", "last"], overrides={"last": {"rank": 3}})
 
 
 @pytest.fixture

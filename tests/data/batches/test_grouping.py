@@ -55,17 +55,17 @@ def test_unshuffled_is_sorted():
 
 
 def test_two_processes_share_the_rows():
-    shares = [set(sampler(rank=rank, ranks=2)) for rank in range(2)]
-    assert not shares[0] & shares[1]
-    assert shares[0] | shares[1] == set(range(200))
+    rows = [set(sampler(rank=rank, ranks=2)) for rank in range(2)]
+    assert not rows[0] & rows[1]
+    assert rows[0] | rows[1] == set(range(200))
 
 
 def test_processes_have_as_many_batches_when_the_rows_do_not_divide():
     lengths = LENGTHS[:197]
-    shares = [list(LengthGroupedSampler(lengths, 8, num_replicas=2, rank=rank)) for rank in range(2)]
-    assert len(shares[0]) == len(shares[1])
-    assert set(shares[0] + shares[1]) == set(range(197))
-    assert len(shares[0] + shares[1]) == 198  # one row twice
+    rows = [list(LengthGroupedSampler(lengths, 8, num_replicas=2, rank=rank)) for rank in range(2)]
+    assert len(rows[0]) == len(rows[1])
+    assert set(rows[0] + rows[1]) == set(range(197))
+    assert len(rows[0] + rows[1]) == 198  # one row twice
 
 
 def test_resume_goes_on_as_if_never_stopped():

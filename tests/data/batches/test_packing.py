@@ -52,12 +52,10 @@ def test_order_is_a_function_of_seed_and_epoch_and_every_epoch_is_as_long():
 
 
 def test_processes_have_as_many_rows_and_all_examples():
-    shares = [list(sampler(3, rank, 2)) for rank in range(2)]
-    assert len(shares[0]) == len(shares[1])
+    rows = [list(sampler(3, rank, 2)) for rank in range(2)]
+    assert len(rows[0]) == len(rows[1])
     whole = list(sampler(3))
-    assert [row for pair in zip(*shares, strict=True) for row in pair][
-        : len(whole)
-    ] == whole  # an odd number: one twice
+    assert [row for pair in zip(*rows, strict=True) for row in pair][: len(whole)] == whole  # an odd number: one twice
 
 
 def test_unshuffled_order_is_the_same_in_every_epoch():
@@ -79,7 +77,7 @@ def make(write, causal_tokenizer):
     rows = [{"prompt": words(1 + n % 7, n), "completion": words(1 + n % 4, n + 100)} for n in range(24)]
 
     def make(**settings) -> Completions:
-        settings = {"max_length": 24, "batch_size": 4, "packing": True, "validation_share": 0.0, **settings}
+        settings = {"max_length": 24, "batch_size": 4, "packing": True, "validation_fraction": 0.0, **settings}
         data = Completions(train=write("train.json", rows), tokenizer=causal_tokenizer, **settings)
         data.setup("fit")
         return data
@@ -203,8 +201,10 @@ def loss_and_gradients(net, batches) -> tuple[float, dict[str, torch.Tensor]]:
     return float(total.detach()), {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", MODELS)
+EAGER = [pytest.param(name, "eager", marks=() if name == "llama" else pytest.mark.slow) for name in MODELS]
+
+
+@pytest.mark.parametrize(("name", "attention"), [*((name, "sdpa") for name in MODELS), *EAGER])
 def test_losses_and_gradients_are_those_of_unpacked_examples(make, name, attention):
     net = model(name, attention)
     packed, gradients = loss_and_gradients(net, make().train_dataloader())

@@ -6,7 +6,7 @@ import hashlib
 import pytest
 
 from lora_lightning.data.sources import splits
-from lora_lightning.data.sources.splits import Sources, folded, in_share
+from lora_lightning.data.sources.splits import Sources, folded, in_fraction
 from lora_lightning.errors import DataError, SettingsError
 
 
@@ -23,28 +23,28 @@ def test_folding():
     assert folded("  The\n  QUICK\tfox ") == folded("the quick Fox") == "the quick fox"
 
 
-def test_share_depends_on_the_folded_text_alone():
-    assert in_share("A  text", 0.5) == in_share("a text", 0.5)
+def test_fraction_depends_on_the_folded_text_alone():
+    assert in_fraction("A  text", 0.5) == in_fraction("a text", 0.5)
     for n in range(50):
         digest = hashlib.sha256(f"text {n}".encode()).hexdigest()
-        assert in_share(f"text {n}", 0.2) == (int(digest[:16], 16) / 2**64 < 0.2)
+        assert in_fraction(f"text {n}", 0.2) == (int(digest[:16], 16) / 2**64 < 0.2)
 
 
-def test_held_out_share_is_stable_disjoint_and_complete(numbered):
-    sources = Sources(owner="X", train=numbered, validation_share=0.2)
+def test_held_out_fraction_is_stable_disjoint_and_complete(numbered):
+    sources = Sources(owner="X", train=numbered, validation_fraction=0.2)
     train, validation = read(sources, "train")["text"][:], read(sources, "validation")["text"][:]
-    assert validation == [text for text in (f"text {n}" for n in range(300)) if in_share(text, 0.2)]
+    assert validation == [text for text in (f"text {n}" for n in range(300)) if in_fraction(text, 0.2)]
     assert 40 < len(validation) < 80
     assert sorted(train + validation) == sorted(f"text {n}" for n in range(300))
 
 
 def test_nothing_is_held_out_beside_validation_data(numbered, write):
-    sources = Sources(owner="X", train=numbered, validation=write("dev.csv", "text\nx\n"), validation_share=0.2)
+    sources = Sources(owner="X", train=numbered, validation=write("dev.csv", "text\nx\n"), validation_fraction=0.2)
     assert len(read(sources, "train")) == 300
     assert len(read(sources, "validation")) == 1
 
 
-def test_share_of_zero(numbered):
+def test_fraction_of_zero(numbered):
     sources = Sources(owner="X", train=numbered)
     assert len(read(sources, "train")) == 300
     assert read(sources, "validation") is None
@@ -55,16 +55,16 @@ def test_predict_falls_back_to_test_then_validation(numbered, write):
     assert read(Sources(owner="X", predict=one, test=two, validation=three), "predict")["text"][:] == ["one"]
     assert read(Sources(owner="X", test=two, validation=three), "predict")["text"][:] == ["two"]
     assert read(Sources(owner="X", validation=three), "predict")["text"][:] == ["three"]
-    held_out = Sources(owner="X", train=numbered, validation_share=0.2)
+    held_out = Sources(owner="X", train=numbered, validation_fraction=0.2)
     assert read(held_out, "predict")["text"][:] == read(held_out, "validation")["text"][:]
     assert read(Sources(owner="X", train=numbered), "predict") is None
 
 
-def test_share_that_leaves_nothing(write):
-    sources = Sources(owner="X", train=write("x.csv", "text\none\n"), validation_share=1e-9)
+def test_fraction_that_leaves_nothing(write):
+    sources = Sources(owner="X", train=write("x.csv", "text\none\n"), validation_fraction=1e-9)
     assert len(read(sources, "train")) == 1
     with pytest.raises(
-        DataError, match=r"^X\.validation_share is 1e-09; of the 1 training rows it leaves none for valid"
+        DataError, match=r"^X\.validation_fraction is 1e-09; of the 1 training rows it leaves none for valid"
     ):
         read(sources, "validation")
 
@@ -84,16 +84,16 @@ def two(write) -> tuple[str, str]:
     return write("a.jsonl", rows("a", 1200)), write("b.jsonl", rows("b", 300, ', "more": 1'))
 
 
-def test_weights_are_shares_of_the_rows(two):
+def test_weights_are_fractions_of_the_rows(two):
     a, b = two
     texts = read(Sources(owner="X", train={a: 2.0, b: 1.0}), "train")["text"][:]
-    share, n = 2 / 3, len(texts)
-    deviation = (share * (1 - share) / n) ** 0.5
-    assert abs(sum(text[0] == "a" for text in texts) / n - share) < 3 * deviation
+    fraction, n = 2 / 3, len(texts)
+    deviation = (fraction * (1 - fraction) / n) ** 0.5
+    assert abs(sum(text[0] == "a" for text in texts) / n - fraction) < 3 * deviation
     assert set(texts) == {f"a{n}" for n in range(1200)} | {f"b{n}" for n in range(300)}
     assert len([text for text in texts if text[0] == "a"]) == 1200  # the last to end comes once, the other again
     half = texts[: n // 2]
-    assert abs(sum(text[0] == "a" for text in half) / len(half) - share) < 3 * deviation * 2**0.5
+    assert abs(sum(text[0] == "a" for text in half) / len(half) - fraction) < 3 * deviation * 2**0.5
     assert read(Sources(owner="X", train={a: 2.0, b: 1.0}), "train")["text"][:] == texts
 
 
@@ -105,7 +105,7 @@ def test_sources_without_weights_follow_one_another(two):
 
 
 def test_what_is_held_out_of_a_mixture_comes_once_and_is_not_trained(two):
-    sources = Sources(owner="X", train=dict.fromkeys(two, 1.0), validation_share=0.2)
+    sources = Sources(owner="X", train=dict.fromkeys(two, 1.0), validation_fraction=0.2)
     train, validation = read(sources, "train")["text"][:], read(sources, "validation")["text"][:]
     assert len(set(validation)) == len(validation)
     assert not set(train) & set(validation)

@@ -6,12 +6,10 @@ import json
 import os
 from pathlib import Path
 
-import datasets
 import pytest
 
 from lora_lightning.data import Chat, Completions, LabelledText, text
 from lora_lightning.data.sources import token_cache
-from lora_lightning.data.tokens import encoding
 
 ROWS = [
     {"prompt": "what is", "completion": "tea"},
@@ -31,7 +29,7 @@ def folder(monkeypatch, tmp_path) -> Path:
 def make(write, causal_tokenizer):
     def make(rows=ROWS, name: str = "train.json", **settings) -> tuple[Completions, bool]:
         """The data, and whether anything had to be tokenised."""
-        settings = {"tokenizer": causal_tokenizer, "validation_share": 0.0, **settings}
+        settings = {"tokenizer": causal_tokenizer, "validation_fraction": 0.0, **settings}
         data = Completions(train=write(name, rows), **settings)
         encoded: list[str] = []
         encode = data.encode
@@ -82,7 +80,7 @@ def test_a_template_in_a_file_counts_by_its_text(write, causal_tokenizer, tmp_pa
             train=write("c.jsonl", json.dumps({"messages": turns})),
             tokenizer=causal_tokenizer,
             chat_template=str(tmp_path / "mine.jinja"),
-            validation_share=0.0,
+            validation_fraction=0.0,
         )
         data.setup("fit")
         examples.append(data.examples("train")["input_ids"][:])
@@ -127,12 +125,3 @@ def test_what_was_not_used_for_longest_goes_first(make, folder, monkeypatch):
     assert make(max_length=6)[1]
     assert kept() == 1  # the one that was just made
     assert not make(max_length=6)[1]
-
-
-def test_long_work_shows_a_bar(make, monkeypatch, capsys):
-    make(cache=False)
-    assert "tokenising" not in capsys.readouterr().err
-    monkeypatch.setattr(encoding, "SILENT", 0.0)
-    make(cache=False)
-    assert "tokenising" in capsys.readouterr().err
-    assert not datasets.are_progress_bars_disabled()

@@ -21,6 +21,7 @@ from lora_lightning.errors import AdapterFileError, ExportError
 from lora_lightning.exporters.peft import rules as peft_rules
 from lora_lightning.exporters.peft.experts import find_stacks, named_in_file, unlike
 from lora_lightning.injection.records import adapters_named
+from lora_lightning.models.anatomy import survey
 from lora_lightning.models.experts import stack
 from lora_lightning.testing import perturb
 from lora_lightning.testing.toy_models import seeded
@@ -183,7 +184,7 @@ def test_layouts_that_peft_reads_otherwise() -> None:
 def test_wrappers_nest_in_the_owners_order() -> None:
     model = adapted(gpt_oss, LoRA(rank=2), targets=["down_proj"])
     owner = "model.layers.0.mlp.experts"
-    assert find_stacks(model) == {owner: [(f"{owner}.gate_up_proj", 4), (f"{owner}.down_proj", 4)]}
-    named = named_in_file(find_stacks(model), EXPERTS)
+    assert find_stacks(survey(model).layers) == {owner: [(f"{owner}.gate_up_proj", 4), (f"{owner}.down_proj", 4)]}
+    named = named_in_file(find_stacks(survey(model).layers), EXPERTS)
     assert named == {owner: (f"{owner}.down_proj", 4), f"{owner}.base_layer": (f"{owner}.gate_up_proj", 4)}
-    assert named_in_file(find_stacks(model), EXPERTS[:1]) == {owner: (f"{owner}.gate_up_proj", 4)}
+    assert named_in_file(find_stacks(survey(model).layers), EXPERTS[:1]) == {owner: (f"{owner}.gate_up_proj", 4)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,10 @@ import pytest
 import torch
 import transformers
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
+from peft_models import Build, DoRA, LoRA, RoseLoRA, from_peft, llama, randomise, seeded
 from torch import Tensor, nn
 
 import lora_lightning as ll
-from lora_lightning import plugins
-from lora_lightning.errors import AdapterFileError, AdapterStateError, PluginError, SettingsError
 from lora_lightning.exporters.peft import rules as peft_rules
 from lora_lightning.injection.records import adapters_named
 
@@ -28,22 +25,6 @@ pytestmark = pytest.mark.filterwarnings(
     # peft takes its own one-dimensional lora_B.bias for a sharded factor
     "ignore:Adapter 'default'. .*LoRA tensor.s. have invalid shape. .*lora_B.bias:peft.utils.warning.PeftWarning",
 )
-
-LoRA, RoseLoRA, DoRA = (ll.method(name) for name in ("LoRA", "RoseLoRA", "DoRA"))
-Build = Callable[[], nn.Module]
-
-
-def seeded(build: Build) -> nn.Module:
-    torch.manual_seed(0)
-    return build().eval()
-
-
-def llama(**options: Any) -> nn.Module:
-    config = transformers.LlamaConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32, **options,
-    )  # fmt: skip
-    return seeded(lambda: transformers.LlamaForCausalLM(config))
 
 
 def bert_config() -> Any:
@@ -105,15 +86,6 @@ def output(model: nn.Module) -> Tensor:
         return model(torch.randn(2, 3, 8, 8))
     ids = torch.randint(3, 40, (2, 7))
     return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-
-
-def randomise(model: nn.Module) -> None:
-    """Values such as training would leave; a start of zero would hide every mistake."""
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.2)
 
 
 def drop_ranks(model: nn.Module) -> None:
@@ -283,14 +255,6 @@ def test_dora_round_trip_keeps_all_tensors_bit_for_bit(tmp_path: Path) -> None:
     assert torch.equal(output(model), output(again.eval()))
 
 
-def test_peft_divides_by_the_length_of_a_row() -> None:
-    """Why a row of zeros is refused; when this fails, the refusal in peft_factors can go."""
-    layer = nn.Linear(4, 3)
-    nn.init.zeros_(layer.weight[1])
-    theirs = peft.get_peft_model(nn.Sequential(layer), peft.LoraConfig(target_modules=["0"], use_dora=True))
-    assert theirs(torch.ones(1, 4)).isnan().tolist() == [[False, True, False]]
-
-
 def test_round_trip_keeps_factors_bit_for_bit(tmp_path: Path) -> None:
     model = llama()
     ll.inject(model, LoRA(rank=4, alpha=8), overrides={"layers.0.mlp": {"rank": 2, "alpha": 3.0}})
@@ -306,8 +270,6 @@ def test_round_trip_keeps_factors_bit_for_bit(tmp_path: Path) -> None:
         assert ours.scaling == back.scaling
     assert torch.equal(output(model), output(again.eval()))
 
-
-# -- theirs to ours ----------------------------------------------------------------------------------------------------
 
 THEIRS = {
     "llama": (llama, {"target_modules": ["q_proj", "down_proj"]}),
@@ -339,18 +301,9 @@ THEIRS = {
     ),
     "dora convolutions": (convolutions, {"target_modules": ["image", "point", "line"], "use_dora": True}),
 }
+
+
 SAVES_EMBEDDING = "ignore:Setting `save_embedding_layers` to `True`:UserWarning"
-
-
-def from_peft(build: Build, folder: Path, **options: Any) -> Any:
-    """A peft model with values that training would leave, saved to `folder`."""
-    model = build()
-    torch.manual_seed(4)
-    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "init_lora_weights": False, **options})
-    theirs = peft.get_peft_model(model, config)
-    randomise(theirs)
-    theirs.eval().save_pretrained(folder)
-    return theirs
 
 
 @pytest.mark.filterwarnings(SAVES_EMBEDDING)
@@ -395,185 +348,3 @@ def state_in_peft_names(model: nn.Module) -> dict[str, nn.Parameter]:
         name = name.replace(".adapters.default.magnitude", ".lora_magnitude_vector.weight")
         names[name.replace(".adapters.default.bias_delta", ".lora_B.bias")] = parameter
     return names
-
-
-# -- refusals ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    from_peft(llama, tmp_path, target_modules=["q_proj", "v_proj"])
-    return tmp_path
-
-
-def change_config(folder: Path, **values: Any) -> None:
-    path = folder / peft_rules.CONFIG
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-
-def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
-    tensors = load_file(folder / peft_rules.TENSORS)
-    change(tensors)
-    save_file(tensors, folder / peft_rules.TENSORS, {"format": "pt"})
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"peft_type": "LOHA"}, "peft_type 'LOHA'; only \"LORA\" is read"),
-        ({"use_dora": True}, "q_proj: the file has no lora_magnitude_vector, while .* has use_dora=True; they belong"),
-        ({"trainable_token_indices": [1, 3]}, r"has trainable_token_indices \[1, 3\]; only new tokens are read"),
-        ({"trainable_token_indices": [1]}, r"has trainable_token_indices \[1\], but no tokenizer that says which"),
-        ({"layer_replication": [[0, 1]]}, "uses layer_replication"),
-        ({"some_later_option": {"a": 1}}, "uses some_later_option"),
-        ({"bias": "lora_only"}, "bias='lora_only', with which the biases of the base model were trained"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', with which peft changes the base"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
-        ({"r": 5}, r"do not fit rank 5"),
-        ({"alpha_pattern": {"(": 1}}, "cannot be read"),
-    ],
-)
-def test_refused_settings(saved: Path, values: dict[str, Any], message: str) -> None:
-    change_config(saved, **values)
-    model = llama()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(AdapterFileError, match=message):
-        ll.import_peft(model, saved)
-    assert before.keys() == model.state_dict().keys()
-
-
-def rename(old: str, new: str) -> Callable[[dict[str, Tensor]], None]:
-    def change(tensors: dict[str, Tensor]) -> None:
-        for key in [key for key in tensors if old in key]:
-            tensors[key.replace(old, new)] = tensors.pop(key)
-
-    return change
-
-
-TOP = "base_model.model"
-Q = "base_model.model.model.layers.0.self_attn.q_proj"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (rename("base_model.model.", "model."), 'does not start with "base_model.model."'),
-        (rename("1.self_attn.q_proj", "1.self_attn.q_porj"), 'Did you mean "model.layers.1.self_attn.q_proj"'),
-        (rename("self_attn.q_proj", "self_attn"), "a LlamaAttention, which takes no adapter"),
-        (lambda t: t.pop(f"{Q}.lora_B.weight"), "holds A only, no pair"),
-        (lambda t: t.update({f"{Q}.lora_B.weight": torch.zeros(8, 4)}), r"the layer needs \(\(4, 16\), \(16, 4\)\)"),
-        (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.zeros(16)}), "has a lora_magnitude_vector, while"),
-        (lambda t: t.update({f"{Q}.lora_ga_scale": torch.zeros(16)}), "belongs to a variant"),
-        (lambda t: t.update({f"{Q}.base_layer.weight": torch.zeros(16, 16)}), "differs from the model's own"),
-        (lambda t: t.update({f"{TOP}.lm_hed.weight": torch.zeros(40, 16)}), 'Did you mean "lm_head.weight"'),
-        (lambda t: t.update({f"{TOP}.lm_head.weight": torch.zeros(40, 16)}), "in no module that modules_to_save"),
-        (lambda t: t.update({f"{TOP}.lm_head.weight": torch.zeros(1, 16)}), "the model needs"),
-        (lambda t: t.clear(), "holds no factor pair"),
-    ],
-)
-def test_refused_tensors(saved: Path, change: Callable[[dict[str, Tensor]], Any], message: str) -> None:
-    change_tensors(saved, change)
-    model = llama()
-    with pytest.raises(AdapterFileError, match=message):
-        ll.import_peft(model, saved)
-    assert not list(ll.iter_adapters(model))
-
-
-def test_a_target_without_tensors_is_reported(saved: Path) -> None:
-    change_config(saved, target_modules=["q_proj", "v_proj", "k_porj"])
-    report = ll.import_peft(llama(), saved)
-    assert 'target_modules names "k_porj"' in str(report)
-
-
-def test_a_head_without_tensors_is_refused(saved: Path) -> None:
-    change_config(saved, modules_to_save=["lm_head"])
-    with pytest.raises(AdapterFileError, match=r"modules_to_save names lm_head, but the file lacks lm_head\.weight"):
-        ll.import_peft(llama(), saved)
-
-
-def test_a_tied_head_is_refused(tmp_path: Path) -> None:
-    from_peft(llama, tmp_path, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    with pytest.raises(AdapterFileError, match=r"shares its weight with model\.embed_tokens\.weight"):
-        ll.import_peft(llama(tie_word_embeddings=True), tmp_path)
-    ll.import_peft(llama(), tmp_path)
-
-
-def test_no_pickle_is_opened(tmp_path: Path) -> None:
-    from_peft(llama, tmp_path, target_modules=["q_proj"])
-    (tmp_path / peft_rules.TENSORS).rename(tmp_path / "adapter_model.bin")
-    with pytest.raises(AdapterFileError, match="a pickle, which can run any code and is not opened"):
-        ll.import_peft(llama(), tmp_path)
-
-
-def test_missing_and_damaged_folders(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(AdapterFileError, match=r"holds no adapter_config\.json"):
-        ll.import_peft(llama(), tmp_path / "elsewhere")
-    (saved / peft_rules.TENSORS).write_bytes((saved / peft_rules.TENSORS).read_bytes()[:-20])
-    with pytest.raises(AdapterFileError, match="truncated or damaged"):
-        ll.import_peft(llama(), saved)
-    (saved / peft_rules.CONFIG).write_text("{")
-    with pytest.raises(AdapterFileError, match="is damaged"):
-        ll.import_peft(llama(), saved)
-
-
-def test_the_name_must_be_free_and_the_rank_possible(saved: Path, tmp_path: Path) -> None:
-    model = llama()
-    ll.import_peft(model, saved)
-    with pytest.raises(AdapterStateError, match='has an adapter "default" already'):
-        ll.import_peft(model, saved)
-    from_peft(llama, tmp_path / "wide", target_modules=["k_proj"], r=9)
-    with pytest.raises(SettingsError, match=r"rank is 9; a layer of 16 inputs and 8 outputs takes at most 8"):
-        ll.import_peft(llama(), tmp_path / "wide")
-
-
-def test_a_second_import_under_another_name(saved: Path) -> None:
-    model = llama()
-    ll.import_peft(model, saved, name="first")
-    ll.import_peft(model, saved, name="second")
-    ll.set_active(model, "first")
-    assert all(layer.active == ("first",) for _, layer in ll.iter_adapters(model))
-
-
-@pytest.mark.parametrize("size", [15, 17])
-def test_a_magnitude_of_another_size_is_refused(size: int, tmp_path: Path) -> None:
-    from_peft(llama, tmp_path, target_modules=["q_proj"], use_dora=True)
-    change_tensors(tmp_path, lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(size)}))
-    with pytest.raises(AdapterFileError, match=f"lora_magnitude_vector of .* has {size} numbers; the layer needs 16"):
-        ll.import_peft(llama(), tmp_path)
-
-
-def test_an_option_that_no_method_reads(tmp_path: Path) -> None:
-    from_peft(llama, tmp_path, target_modules=["q_proj"], use_dora=True)
-    model = llama()
-    try:
-        plugins.load(blocked=["ll_dora"])
-        with pytest.raises(AdapterFileError, match="uses use_dora, which no installed method reads"):
-            ll.import_peft(model, tmp_path)
-    finally:
-        plugins.load()
-    assert not list(ll.iter_adapters(model))
-
-
-def test_an_option_that_two_methods_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from_peft(llama, tmp_path, target_modules=["q_proj"], use_dora=True)
-
-    @dataclass(frozen=True, kw_only=True)
-    class Another(DoRA):
-        pass
-
-    monkeypatch.setitem(plugins.registry().methods, "Another", Another)
-    with pytest.raises(
-        PluginError, match=r"2 installed methods read .* with use_dora=True: (DoRA, Another|Another, DoRA)"
-    ):
-        ll.import_peft(llama(), tmp_path)
-
-
-def test_without_the_method_that_reads_the_format(saved: Path) -> None:
-    model = llama()
-    try:
-        plugins.load(blocked=["ll_lora"])
-        with pytest.raises(PluginError, match=r"0 installed methods read peft's LORA format"):
-            ll.import_peft(model, saved)
-    finally:
-        plugins.load()
-    assert not list(ll.iter_adapters(model))

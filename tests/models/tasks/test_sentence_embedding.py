@@ -6,6 +6,7 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from resuming import SaveAt, assert_equal_runs, at_step, run
@@ -19,7 +20,7 @@ from lora_lightning.data import TextPairs
 from lora_lightning.exporters.from_folder import export_folder
 from lora_lightning.models.loading import load_model
 from lora_lightning.models.tasks import find_task
-from lora_lightning.models.tasks.base import metrics, update_metrics
+from lora_lightning.models.tasks.base import PredictContext
 from lora_lightning.training.module import AdapterModule
 
 
@@ -50,7 +51,7 @@ def test_train_predict_and_export(tmp_path, monkeypatch):
     words = [
         *("--model.pretrained=encoder", "--model.task=sentence-embedding", "--model.method=LoRA"),
         *("--model.optimizer=AdamW", "--model.optimizer.lr=0.01", "--data=TextPairs", f"--data.train={pairs}"),
-        *("--data.validation_share=0.25", "--data.batch_size=6", "--data.max_length=16", "--trainer.max_steps=10"),
+        *("--data.validation_fraction=0.25", "--data.batch_size=6", "--data.max_length=16", "--trainer.max_steps=10"),
     ]
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
     assert main(["fit", *words, *quiet, "--trainer.num_sanity_val_steps=0"]) == 0
@@ -84,6 +85,7 @@ def test_a_model_without_pooler_weights_will_do(tmp_path):
     assert torch.equal(merged.embeddings.word_embeddings.weight, model.embeddings.word_embeddings.weight)
 
 
+@pytest.mark.slow  # as of any other texts
 def test_resume_of_pairs(tmp_path):
     folder, saved = encoder_folder(tmp_path), tmp_path / "saved.ckpt"
     pairs = pair_file(tmp_path / "pairs.csv")
@@ -114,55 +116,37 @@ def test_the_shipped_encoder_embeds_as_in_sentence_transformers():
     assert torch.allclose(ours, theirs, atol=1e-6)
 
 
-def _part_of_a_batch(rank: int, folder: str, results) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    weight, sides, task = _problem()
-    gradient, loss, metrics = _step(task, weight, sides[:, 3 * rank : 3 * rank + 3])
-    torch.distributed.all_reduce(gradient)
-    torch.distributed.all_reduce(loss)
-    results.put((rank, gradient.div(2).tolist(), loss.div(2).item(), metrics))
-    torch.distributed.destroy_process_group()
+def test_sentence_embedding(measured, two_sides):
+    task = find_task("sentence-embedding", {"temperature": 0.1})
+    net, batch, hidden = two_sides
+    sides = task.logits(net, batch)
+    means = [hidden[i, : int(batch["attention_mask"][i].sum())].double().mean(0) for i in range(6)]
+    unit = torch.stack([mean / mean.norm() for mean in means])
+    cosines = unit[:3] @ unit[3:].T
+    losses = [-(c / 0.1).log_softmax(dim)[range(3), range(3)] for dim, c in ((1, cosines), (0, cosines))]
+    ranks = [1 + sum(float(cosines[i, j]) > float(cosines[i, i]) for j in range(3)) for i in range(3)]
+    assert measured(task, [(sides, batch)]) == pytest.approx(
+        {
+            "loss": float(torch.stack(losses).mean()),
+            "accuracy": np.mean([rank == 1 for rank in ranks]),
+            "mrr": np.mean([1 / rank for rank in ranks]),
+        },
+        abs=1e-6,
+    )
+    shown = task.predict(net, batch, PredictContext())
+    assert [row["similarity"] for row in shown] == pytest.approx(cosines.diagonal().tolist(), abs=2e-6)
+    [first, *_] = task.predict(net, {**batch, "sides": torch.tensor(1)}, PredictContext())
+    assert first["embedding"] == pytest.approx(unit[0].tolist(), abs=2e-6)
+    assert torch.equal(
+        find_task("sentence-embedding", {"pooling": "first"}).logits(net, batch)[0, 1],
+        torch.nn.functional.normalize(hidden[1, 0], dim=-1),
+    )
 
 
-def _problem():
-    generator = torch.Generator().manual_seed(5)
-    weight = torch.randn(4, 7, generator=generator, dtype=torch.float64)
-    sides = torch.randn(3, 6, 7, generator=generator, dtype=torch.float64)
-    return weight, sides, find_task("sentence-embedding", {"temperature": 0.3})
-
-
-def _step(task, weight, sides):
-    """Gradient and mean loss of the vectors W x, as a process sees them, and metrics of all processes."""
-    weight = weight.clone().requires_grad_()
-    vectors = torch.nn.functional.normalize(sides @ weight.T, dim=-1)
-    loss = task.loss(vectors, {})
-    mean = loss.total / loss.count
-    mean.backward()
-    collection = metrics(task, torch.nn.Module())
-    update_metrics(task, collection, vectors.detach(), {})
-    return weight.grad, mean.detach(), {name: float(value) for name, value in collection.compute().items()}
-
-
-@pytest.mark.multi
-@pytest.mark.timeout(120)
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
-def test_two_processes_have_the_loss_gradient_and_metrics_of_the_joint_batch(tmp_path):
-    context = torch.multiprocessing.get_context("fork")
-    results = context.Queue()
-    processes = [context.Process(target=_part_of_a_batch, args=(rank, str(tmp_path), results)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    try:
-        found = [results.get(timeout=100) for _ in processes]
-    finally:
-        for process in processes:
-            process.join(10)
-            process.kill()
-    weight, sides, task = _problem()
-    gradient, loss, metrics = _step(task, weight, sides)
-    for _, theirs, mean, measured in found:
-        torch.testing.assert_close(torch.tensor(theirs, dtype=torch.float64), gradient, rtol=0, atol=1e-10)
-        assert mean == pytest.approx(float(loss), abs=1e-10)
-        assert measured == pytest.approx(metrics, abs=1e-6)
-    alone = _step(task, weight, sides[:, :3])[0]
-    assert float((alone - gradient).abs().max()) > 1e-3
+def test_negatives_of_their_own_are_further_candidates():
+    task = find_task("sentence-embedding", {"temperature": 1.0})
+    sides = torch.nn.functional.normalize(torch.randn(3, 4, 5), dim=-1)
+    there = torch.cat([sides[0] @ sides[1].T, sides[0] @ sides[2].T], 1).double().log_softmax(1)
+    back = (sides[1] @ sides[0].T).double().log_softmax(1)
+    expected = -(there[range(4), range(4)].sum() + back[range(4), range(4)].sum()) / 2
+    assert float(task.loss(sides, {}).total) == pytest.approx(float(expected), rel=1e-6)

@@ -15,8 +15,6 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForCo
 from ll_lora import LoRA
 from lora_lightning.cli.main import main
 from lora_lightning.data import TextToText
-from lora_lightning.data.inspect import show_examples
-from lora_lightning.errors import DataError, SettingsError
 from lora_lightning.models.tasks import find_task
 from lora_lightning.models.tasks.base import metrics, update_metrics
 from lora_lightning.training.module import AdapterModule
@@ -74,27 +72,6 @@ def test_metrics_are_those_of_greedy_decoding():
     assert found["loss"] == pytest.approx(float(theirs), rel=1e-5)
 
 
-def test_data(folder):
-    data = data_of(folder, prefix="w39 ", max_length=4, max_target_length=2)
-    data.setup("fit")
-    tokenizer = data.tokenizer_object
-    row = data.examples("train")[0]
-    assert tokenizer.decode(row["input_ids"]) == "w39 w0 w0 w0"
-    assert tokenizer.decode(row["labels"]) == "w0 w0"
-    assert row["truncated"]
-    for batch in data.train_dataloader():
-        assert int(batch["window_tokens"]) == int((batch["labels"] != -100).sum()) == 8
-    assert show_examples(data, 1).splitlines()[-3:] == [
-        "--- train example 0: 4 tokens to 2",
-        "source  w39 w0 w0 w0",
-        "target  w0 w0",
-    ]
-    with pytest.raises(SettingsError, match=r"TextToText.max_target_length is 1; it must be at least 2"):
-        data_of(folder, max_target_length=1)
-    with pytest.raises(DataError, match=r'TextToText.target is "goal"; rows.csv has the columns source, target'):
-        data_of(folder, target="goal").setup("fit")
-
-
 def test_resume(folder, tmp_path):
     saved = tmp_path / "saved.ckpt"
 
@@ -114,7 +91,7 @@ def test_train_predict_and_export_from_random_numbers(folder, monkeypatch, capsy
     words = [
         *("--model.pretrained=random:t5", "--model.task=seq2seq-lm", f"--model.random_config={SIZES}"),
         *("--model.method=LoRA", "--model.also_train=[shared]", "--model.max_new_tokens=4", "--data=TextToText"),
-        *("--data.train=rows.csv", "--data.tokenizer=.", "--data.validation_share=0.3", "--data.batch_size=4"),
+        *("--data.train=rows.csv", "--data.tokenizer=.", "--data.validation_fraction=0.3", "--data.batch_size=4"),
         *("--trainer.max_steps=6", "--trainer.num_sanity_val_steps=0"),
     ]
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]

@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from ll_lora import LoRA
 from ll_optimizers.pro import LoRAPro
+from ll_optimizers.riemannian import RiemannianAdamW
 from ll_optimizers.rite import LoRARITE
-from ll_riemannian_moe.optim import RiemannianAdamW
 from ll_rose import RoseLoRA
 from lora_lightning import inject, iter_adapters
 from lora_lightning.distributed import assembled, local

@@ -1,0 +1,131 @@
+"""Names that settings and classes had in earlier versions: configs and flags that hold them are read as today's.
+
+A class states the former names of its settings in `former_fields`, or they stand in `FIELDS`. The parser reads all YAML
+through `load`, so that a config stays the file that it is, for its messages and for paths beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import yaml
+from jsonargparse import get_loader, set_loader
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import Callback
+from torch.optim import Optimizer
+
+from lora_lightning import plugins
+from lora_lightning.cli.classes import imported_class, named_classes
+from lora_lightning.cli.given import given_settings, setting_of
+from lora_lightning.methods import renamed
+from lora_lightning.optim.warmup import WarmUp
+from lora_lightning.registry import TRAINING_VERBS, arguments
+from lora_lightning.training.module import AdapterModule
+
+FIELDS: dict[str, dict[str, str]] = {
+    "AdapterModule": {"quantisation": "quantization"},
+    "TableData": {"validation_share": "validation_fraction"},
+    "MaskedText": {"mask_share": "mask_fraction"},
+}
+"""Today's name by the former one, for a class of core and those below it."""
+PLACES: dict[str, type[Any]] = {"model": AdapterModule, "model.lr_scheduler": WarmUp}
+"""Classes that no config names."""
+MODE = "lora_lightning"
+"""What jsonargparse knows `load` as."""
+
+_places: ContextVar[Mapping[str, type[Any]] | None] = ContextVar("places", default=None)
+
+
+@contextmanager
+def understood(words: Sequence[str]) -> Iterator[list[str]]:
+    """Gives `words` with the flags of today; inside, `load` knows which class they and their configs name for what.
+
+    A config that changes one field of a class need not name the class, if another one does.
+    """
+    if _places.get() is not None:  # the parser of a class, which is told by the outermost
+        yield list(words)
+        return
+    places = PLACES | _classes_in(words)
+    token = _places.set(places)
+    try:
+        yield [_current_flag(word, places) for word in words]
+    finally:
+        _places.reset(token)
+
+
+def load(text: str) -> Any:
+    """What YAML holds, under today's names."""
+    return current(get_loader("yaml")(text), _places.get() or PLACES)
+
+
+def current(node: Any, places: Mapping[str, type[Any]], place: str = "") -> Any:
+    """`node` of a config under today's names.
+
+    Args:
+        node: settings.
+        places: classes by the dotted place that their settings have in a whole config.
+        place: where `node` stands.
+    """
+    if isinstance(node, list):
+        return [current(one, {}) for one in node]  # each names its class
+    if not isinstance(node, dict):
+        return node
+    path, owner = node.get("class_path"), places.get(place)
+    if isinstance(path, str):
+        path = plugins.registry().current_class_path(path)
+        node, owner = {**node, "class_path": path}, _class(path)
+    if owner is not None:
+        node = renamed(node, former_fields(owner))
+        if isinstance(node.get("init_args"), dict):
+            node = {**node, "init_args": renamed(node["init_args"], former_fields(owner))}
+    found: dict[str, Any] = {}
+    for name, value in node.items():
+        inside = name == "init_args" or (not place and name in TRAINING_VERBS)
+        found[name] = current(value, places, place if inside else f"{place}.{name}".lstrip("."))
+    return found
+
+
+def former_fields(owner: type[Any]) -> dict[str, str]:
+    """Today's name of a class's settings by their former ones; a name that the class still takes is none."""
+    found: dict[str, str] = {}
+    for base in reversed(owner.__mro__):
+        found |= FIELDS.get(base.__name__, {}) | vars(base).get("former_fields", {})
+    return {old: new for old, new in found.items() if old not in arguments(owner)}
+
+
+def _classes_in(words: Sequence[str]) -> dict[str, type[Any]]:
+    found: dict[str, type[Any]] = {}
+    for place, given in given_settings(words, get_loader("yaml")).items():
+        last = given[-1] if isinstance(given, list) and given else given  # flags go to the last of a list
+        path = last.get("class_path") if isinstance(last, dict) else last
+        owner = _class(plugins.registry().current_class_path(path)) if isinstance(path, str) else None
+        if owner is not None:
+            found[place] = owner
+    return found
+
+
+def _class(path: str) -> type[Any] | None:
+    """The class that a full path or a short name means, where it is imported."""
+    if "." in path:
+        return imported_class(path)
+    if path in plugins.registry().methods:
+        return plugins.registry().methods[path]
+    for base in (Callback, LightningDataModule, Optimizer):
+        if path in (known := named_classes(base)):
+            return known[path]
+    return None
+
+
+def _current_flag(word: str, places: Mapping[str, type[Any]]) -> str:
+    flag, equals, value = word.partition("=")
+    place, _, name = setting_of(flag).rpartition(".")
+    if not word.startswith("--") or place not in places:
+        return word
+    new = former_fields(places[place]).get(name)
+    return word if new is None else f"{flag.rpartition('.')[0]}.{new}{equals}{value}"
+
+
+set_loader(MODE, load, exceptions=(yaml.YAMLError,))

@@ -1,0 +1,59 @@
+"""Settings as a command line gives them, before any parser has seen them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def given_settings(words: Sequence[str], load: Callable[[str], Any]) -> dict[str, Any]:
+    """Values by dotted key, `init_args` left out, of all configs and flags; later ones win.
+
+    A class path stands under the key of the class. What cannot be read gives nothing.
+
+    Args:
+        words: a command line.
+        load: reads YAML.
+    """
+    found: dict[str, Any] = {}
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        flag, equals, value = word.partition("=")
+        value = value if equals else following
+        if flag == "--config":
+            found |= _flat(_loaded(_text(value), load))
+        elif flag.startswith("--"):
+            found[setting_of(flag)] = _loaded(value, load)
+    return found
+
+
+def setting_of(flag: str) -> str:
+    """The key that a flag sets: `--trainer.callbacks+` adds to `trainer.callbacks`."""
+    return flag.lstrip("-").replace(".init_args", "").removesuffix("+")
+
+
+def _text(config: str) -> str:
+    """What a config holds: a file, or YAML itself."""
+    try:
+        return Path(config).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return config
+
+
+def _loaded(text: str, load: Callable[[str], Any]) -> Any:
+    try:
+        return load(text)
+    except yaml.YAMLError:
+        return None
+
+
+def _flat(node: Any, key: str = "") -> dict[str, Any]:
+    if not isinstance(node, Mapping):
+        return {key: node} if key else {}
+    found: dict[str, Any] = {}
+    for name, value in node.items():
+        inside = key if name in ("class_path", "init_args") else f"{key}.{name}".lstrip(".").removesuffix("+")
+        found |= _flat(value, inside)
+    return found

@@ -1,0 +1,43 @@
+"""Texts that a model generates, compared with those that were expected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.text import CHRFScore, SacreBLEUScore
+
+from lora_lightning.errors import DataError
+
+
+def text_metrics() -> dict[str, Metric]:
+    """BLEU with sacreBLEU's 13a words (arXiv:1804.08771), and chrF2 of up to six characters; from 0 to 1 each.
+
+    BLEU is 0 where no text has four words, and chrF stays below 1 where none has six characters.
+    """
+    return {"bleu": SacreBLEUScore(), "chrf": CHRFScore(n_word_order=0)}
+
+
+def should_generate(metrics: Mapping[str, Metric], batches: int) -> bool:
+    """Whether texts of one more batch are to be generated, of `batches` in all."""
+    return bool(batches) and metrics["bleu"].update_count < batches
+
+
+def add_texts(metrics: Mapping[str, Metric], generated: Sequence[str], expected: Sequence[str]) -> None:
+    """Add generated texts to the metrics of `text_metrics`, each with the one expected text."""
+    for name in ("bleu", "chrf"):
+        metrics[name].update(generated, [[text] for text in expected])
+
+
+def label_texts(labels: Iterable[Tensor], tokenizer: Any) -> list[str]:
+    """The texts of rows of labels. Places without a label and special tokens are left out.
+
+    Raises:
+        DataError: there is no tokenizer.
+    """
+    if tokenizer is None:
+        raise DataError("model.task_settings.generate_batches needs data with a tokenizer, such as TextToText.")
+    rows = [row[row >= 0] for row in labels]
+    return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]

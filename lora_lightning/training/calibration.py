@@ -1,0 +1,64 @@
+"""What a method is told before its adapters are built: batches of the training data, or the plan of the run it goes on.
+
+A method that asks for calibration batches gets the first ones of a training loader of its own, whose order and position
+no other loader shares. A run that is resumed asks nothing again: its plan stands in the checkpoint, which is read here
+where `trainer.ckpt_path` is set before `fit`, as the command line does. A path that is given to `fit` itself is hidden
+until the adapter is built; then the plan is asked for again, and compared when the checkpoint is loaded.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor, nn
+
+from lora_lightning.errors import DataError
+from lora_lightning.injection.probe import Probe
+from lora_lightning.methods import Method, Plan
+from lora_lightning.models.tasks.base import Batch, Task
+
+SECTION = "lora_lightning"
+
+
+def calibration(method: Method, task: Task, trainer: Trainer | None) -> Probe | None:
+    """A probe on the first training batches, on the device that trains; None where the method needs none.
+
+    Raises:
+        DataError: the method needs batches, and there is no data module that has them.
+    """
+    count = method.probe_batches()
+    if not count:
+        return None
+    data = getattr(trainer, "datamodule", None)
+    if trainer is None or data is None:
+        raise DataError(
+            f"{type(method).__name__} reads {count} batches of training data before it is built, and there is no data "
+            "module; give one to the trainer, or inject in Python with a Probe."
+        )
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        summed = task.loss(task.logits(model, batch), batch)
+        return summed.total / summed.count.clamp_min(1)
+
+    # a model that is to be sharded may be too large for one device, so it is read where it is
+    fits = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+    with torch.random.fork_rng(devices=()):  # a loader's iterator draws a number
+        batches = list(itertools.islice(data.train_dataloader(), count))
+    return Probe(batches, loss, trainer.strategy.root_device if fits else None)
+
+
+def planned(trainer: Trainer | None) -> Plan | None:
+    """The plan in the checkpoint that the trainer goes on from; None where it starts anew, or the path is hidden."""
+    path = None if trainer is None else trainer.ckpt_path
+    if path is None or not Path(path).is_file():
+        return None
+    checkpoint: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    description: Mapping[str, Any] = checkpoint.get(SECTION, {})
+    plan: Plan = description.get("plan", {})
+    return plan

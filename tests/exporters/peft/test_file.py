@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft_models import Q, change_tensors, from_peft, llama
+from torch import Tensor, nn
+
+import lora_lightning as ll
+from lora_lightning.errors import AdapterFileError
+from lora_lightning.exporters.peft import rules as peft_rules
+
+pytestmark = pytest.mark.filterwarnings(
+    # peft 0.21.2 reads a name that transformers 5.23 has renamed
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+    # peft takes its own one-dimensional lora_B.bias for a sharded factor
+    "ignore:Adapter 'default'. .*LoRA tensor.s. have invalid shape. .*lora_B.bias:peft.utils.warning.PeftWarning",
+)
+
+
+def test_peft_divides_by_the_length_of_a_row() -> None:
+    """Why a row of zeros is refused; when this fails, the refusal in peft_factors can go."""
+    layer = nn.Linear(4, 3)
+    nn.init.zeros_(layer.weight[1])
+    theirs = peft.get_peft_model(nn.Sequential(layer), peft.LoraConfig(target_modules=["0"], use_dora=True))
+    assert theirs(torch.ones(1, 4)).isnan().tolist() == [[False, True, False]]
+
+
+def rename(old: str, new: str) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        for key in [key for key in tensors if old in key]:
+            tensors[key.replace(old, new)] = tensors.pop(key)
+
+    return change
+
+
+TOP = "base_model.model"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (rename("base_model.model.", "model."), 'does not start with "base_model.model."'),
+        (rename("1.self_attn.q_proj", "1.self_attn.q_porj"), 'Did you mean "model.layers.1.self_attn.q_proj"'),
+        (rename("self_attn.q_proj", "self_attn"), "a LlamaAttention, which takes no adapter"),
+        (lambda t: t.pop(f"{Q}.lora_B.weight"), "holds A only, no pair"),
+        (lambda t: t.update({f"{Q}.lora_B.weight": torch.zeros(8, 4)}), r"the layer needs \(\(4, 16\), \(16, 4\)\)"),
+        (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.zeros(16)}), "has a lora_magnitude_vector, while"),
+        (lambda t: t.update({f"{Q}.lora_ga_scale": torch.zeros(16)}), "belongs to a variant"),
+        (lambda t: t.update({f"{Q}.base_layer.weight": torch.zeros(16, 16)}), "differs from the model's own"),
+        (lambda t: t.update({f"{TOP}.lm_hed.weight": torch.zeros(40, 16)}), 'Did you mean "lm_head.weight"'),
+        (lambda t: t.update({f"{TOP}.lm_head.weight": torch.zeros(40, 16)}), "in no module that modules_to_save"),
+        (lambda t: t.update({f"{TOP}.lm_head.weight": torch.zeros(1, 16)}), "the model needs"),
+        (lambda t: t.clear(), "holds no factor pair"),
+    ],
+)
+def test_refused_tensors(saved: Path, change: Callable[[dict[str, Tensor]], Any], message: str) -> None:
+    change_tensors(saved, change)
+    model = llama()
+    with pytest.raises(AdapterFileError, match=message):
+        ll.import_peft(model, saved)
+    assert not list(ll.iter_adapters(model))
+
+
+def test_no_pickle_is_opened(tmp_path: Path) -> None:
+    from_peft(llama, tmp_path, target_modules=["q_proj"])
+    (tmp_path / peft_rules.TENSORS).rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(AdapterFileError, match="a pickle, which can run any code and is not opened"):
+        ll.import_peft(llama(), tmp_path)
+
+
+def test_missing_and_damaged_folders(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(AdapterFileError, match=r"holds no adapter_config\.json"):
+        ll.import_peft(llama(), tmp_path / "elsewhere")
+    (saved / peft_rules.TENSORS).write_bytes((saved / peft_rules.TENSORS).read_bytes()[:-20])
+    with pytest.raises(AdapterFileError, match="truncated or damaged"):
+        ll.import_peft(llama(), saved)
+    (saved / peft_rules.CONFIG).write_text("{")
+    with pytest.raises(AdapterFileError, match="is damaged"):
+        ll.import_peft(llama(), saved)

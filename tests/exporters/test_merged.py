@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exported_models import Gain, LoRA, adapted, assert_untouched, bert, llama, logits, randomise, state_of
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lora_lightning as ll
+from lora_lightning.errors import ExportError
+from lora_lightning.methods import Method
+
+
+@pytest.mark.parametrize(
+    ("build", "method"),
+    [(llama, LoRA(rank=4)), (bert, LoRA(rank=2, bias=True)), (bert, Gain())],
+    ids=["llama", "bias and heads", "no low-rank form"],
+)
+def test_a_merged_model_is_plain_and_ours_is_untouched(
+    build: Callable[[], nn.Module], method: Method, tmp_path: Path
+) -> None:
+    model = adapted(build(), method).eval()
+    before, expected = state_of(model), logits(model)
+    config = model.config.to_dict()
+    report = ll.export(model, tmp_path / "out", format="merged")
+    assert_untouched(model, before)
+    assert model.config.to_dict() == config
+    assert torch.equal(logits(model), expected)
+    assert (report.kind, report.difference) == ("merged", 0.0)
+    plain = build()
+    plain.save_pretrained(tmp_path / "plain")
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("plain", "out")]
+    assert files[0].keys() == files[1].keys()
+    loaded = type(model).from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_was_merged_and_active_stays_so(tmp_path: Path) -> None:
+    model = adapted(targets=["q_proj"], name="first")
+    ll.inject(model, LoRA(rank=2), targets=["q_proj", "v_proj"], name="second")
+    randomise(model)
+    ll.set_active(model, ["first", "second"])
+    states = []
+    for prepare in (lambda: None, lambda: ll.merge(model)):
+        prepare()
+        before = state_of(model)
+        ll.export(model, tmp_path / "out", format="merged", name="second")
+        assert_untouched(model, before)
+        states.append([(layer.active, layer.merged) for _, layer in ll.iter_adapters(model)])
+    assert states[0][0] == (("first", "second"), ())
+    assert states[1][0] == (("first", "second"), ("first", "second"))
+    alone = llama()
+    ll.inject(alone, LoRA(rank=2), targets=["q_proj", "v_proj"])
+    for path, layer in ll.iter_adapters(alone):
+        layer.adapter("default").load_state_dict(model.get_submodule(path).adapter("second").state_dict())
+    ll.merge(alone)
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    for path, layer in ll.iter_adapters(alone):
+        assert torch.equal(saved[f"{path}.weight"], layer.base.weight)
+
+
+def test_the_model_is_untouched_when_saving_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(bert(), LoRA(rank=2, bias=True))
+    before = state_of(model)
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(model), "save_pretrained", fail)
+    with pytest.raises(ExportError, match=r"No space left on device\. What was there before is intact"):
+        ll.export(model, tmp_path / "out", format="merged")
+    assert_untouched(model, before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_merged_model_that_loads_otherwise_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted()
+    real = type(model).save_pretrained
+
+    def damaged(self: nn.Module, where: Path) -> None:
+        real(self, where)
+        tensors = load_file(where / "model.safetensors")
+        tensors["model.norm.weight"][0] += 1e-6
+        save_file(tensors, where / "model.safetensors", {"format": "pt"})
+
+    monkeypatch.setattr(type(model), "save_pretrained", damaged)
+    with pytest.raises(ExportError, match=r"does not load again as it was: model\.norm\.weight differs"):
+        ll.export(model, tmp_path / "out", format="merged")
+    assert not list(tmp_path.iterdir())
+
+
+def test_mixed_dtypes_are_compared_and_said(tmp_path: Path) -> None:
+    model = bert()
+    model.bert.encoder.to(torch.bfloat16)
+    adapted(model, targets=["query"])
+    report = ll.export(model, tmp_path / "out", format="merged")
+    assert "several dtypes" in str(report)
+
+
+def test_merged_needs_a_hugging_face_model(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    ll.inject(model, LoRA(rank=2), targets=["0"])
+    with pytest.raises(ExportError, match=r"Sequential is no PreTrainedModel .* merge\(model, keep_original=False\)"):
+        ll.export(model, tmp_path / "out", format="merged")
+
+
+def test_merged_refuses_tied_weights_and_new_biases(tmp_path: Path) -> None:
+    tied = adapted(llama(tie_word_embeddings=True), targets=["embed_tokens"])
+    with pytest.raises(ExportError, match=r"embed_tokens shares its weight with lm_head"):
+        ll.export(tied, tmp_path / "out", format="merged")
+    with pytest.raises(ExportError, match="q_proj has no bias in LlamaForCausalLM"):
+        ll.export(adapted(method=LoRA(rank=2, bias=True), targets=["q_proj"]), tmp_path / "out", format="merged")
