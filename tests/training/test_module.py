@@ -322,7 +322,7 @@ def test_a_schedule_that_does_not_fit_the_training(encoder, tmp_path):
 
 
 def test_gradient_checkpointing_of_a_model_without_it(encoder):
-    from lora_lightning.training.module import enable_checkpointing
+    from lora_lightning.training.assembly import enable_checkpointing
 
     with pytest.raises(ModelError, match=r"model.gradient_checkpointing is True; Linear does not support it"):
         enable_checkpointing(nn.Linear(2, 2))
