@@ -30,7 +30,15 @@ _CHOSEN = {
     "trainer.strategy": "strategies",
 }
 """Kind of the classes that a setting names."""
-_OTHERS = ("ResumableLoader", "Optimizer", "Callback", "ScheduleCallback", "Strategy", "ParallelStrategy")
+_OTHERS = (
+    "ResumableLoader",
+    "Optimizer",
+    "Callback",
+    "StepCallback",
+    "ScheduleCallback",
+    "Strategy",
+    "ParallelStrategy",
+)
 """What stands beside such classes: their bases, and a loader."""
 _STRATEGIES = ("auto", "ddp")
 """Values of trainer.strategy that are no class."""

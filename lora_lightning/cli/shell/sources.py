@@ -96,4 +96,17 @@ def parameters(module: str, name: str) -> list[str]:
             found += [argument.arg for argument in (*init.args.args[1:], *init.args.kwonlyargs)]
             if init.args.kwarg is None:
                 break
+        elif any(ast.unparse(decorator).startswith("dataclass") for decorator in node.decorator_list):
+            found += _fields(node)
     return list(dict.fromkeys(found))
+
+
+def _fields(node: ast.ClassDef) -> list[str]:
+    """Fields that a dataclass declares."""
+    return [
+        statement.target.id
+        for statement in node.body
+        if isinstance(statement, ast.AnnAssign)
+        and isinstance(statement.target, ast.Name)
+        and not ast.unparse(statement.annotation).startswith("ClassVar")
+    ]
