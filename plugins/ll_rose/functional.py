@@ -1,6 +1,6 @@
 """Counting RoseLoRA: surviving entries, the density of B A, and proposition 1's bound on it.
 
-Wang et al., 2024, arXiv:2406.10777, proposition 1. With s(v) the share of zeros of v,
+Wang et al., 2024, arXiv:2406.10777, proposition 1. With s(v) the fraction of zeros of v,
 
     s(BA) >= max(0, 1 - sum_i (1 - s(A_i*)) (1 - s(B_*i)))
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 def density_bound(A: Tensor, B: Tensor) -> float:
-    """Largest share of non-zeros B A can have, from the supports of A (r, d_in) and B (d_out, r)."""
+    """Largest fraction of non-zeros B A can have, from the supports of A (r, d_in) and B (d_out, r)."""
     kept_A = (A != 0).double().mean(dim=1)
     kept_B = (B != 0).double().mean(dim=0)
     return min(1.0, float(kept_A @ kept_B))
 
 
 def density(A: Tensor, B: Tensor) -> float:
-    """Share of entries of B A (d_out, d_in) that some rank component touches."""
+    """Fraction of entries of B A (d_out, d_in) that some rank component touches."""
     touched = (B != 0).float() @ (A != 0).float()
     return float((touched > 0).double().mean())
 

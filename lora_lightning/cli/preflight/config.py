@@ -39,7 +39,8 @@ from lora_lightning.models.pretrained import check_weights, resolve
 from lora_lightning.models.random import is_random
 from lora_lightning.optim.groups import build_optimizer
 from lora_lightning.registry import one_line
-from lora_lightning.training.module import NAME, AdapterModule, enable_checkpointing
+from lora_lightning.training.assembly import NAME, enable_checkpointing
+from lora_lightning.training.module import AdapterModule
 
 _USER_ERRORS = (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError, OSError)
 """What libraries raise for a setting that cannot be."""
@@ -255,8 +256,8 @@ class _ConfigCheck(Description):
     def _check_skeleton(self, module: AdapterModule, data: Any, callbacks: Sequence[Callback]) -> None:
         names = _safely(lambda: list(data.label_names)) or []
         labels = module.num_labels or _safely(lambda: data.num_labels)
-        net = load_skeleton(module.source(0), module.task, labels, label_names=names)
-        self.findings.attempt(lambda: module.check_length(net))
+        net = load_skeleton(module.assembly().source(0), module.task, labels, label_names=names)
+        self.findings.attempt(lambda: module.assembly().check_length(net))
         if tokens := getattr(data, "new_tokens", ()):
             from lora_lightning.models.new_tokens import Vocabulary, add_rows
 
