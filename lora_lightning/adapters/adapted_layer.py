@@ -254,7 +254,8 @@ class AdaptedLayer(nn.Module):
         """
         self.merging.check_unmerged()
         self.base_weight.fold(name, self.adapter(name), fraction, rule, keep_noise)
-        self.rewrite()
+        if isinstance(self.folded(name), DenseUpdate):  # factors are no part of the weight
+            self.rewrite()
 
     # -- what the base weight holds ------------------------------------------------------------------------------------
 

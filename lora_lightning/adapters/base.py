@@ -105,7 +105,7 @@ class Adapter(nn.Module, ABC):
     """One method's module on one layer. Holds the trained tensors; the layer itself is handed in at each call.
 
     Where parameters are sharded on several processes, callbacks ask questions about their values inside
-    `shards.assembled`, so that an answer is computed from whole tensors and is the same on all of them.
+    `distributed.assembled`, so that an answer is computed from full tensors and is the same on all of them.
     """
 
     additive: bool = False
@@ -133,7 +133,7 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def reset(self, generator: torch.Generator) -> None:
-        """Write start values in place; numbers are drawn whole, on the CPU, in float32."""
+        """Write start values in place; numbers are drawn for the full tensor, on the CPU, in float32."""
 
     def merged_bias(self, bias: Tensor | None) -> Tensor | None:
         """Bias of the plain layer that computes the same, (d_out,)."""
@@ -182,7 +182,7 @@ def check_name(name: str) -> None:
 
 
 def write_values(target: Tensor, values: Tensor) -> None:
-    """Copy `values`, whole and equal on all processes, into a parameter or buffer, in its dtype."""
+    """Copy `values`, a full tensor that is equal on all processes, into a parameter or buffer, in its dtype."""
     put(target, values.to(target.dtype))
 
 

@@ -177,7 +177,7 @@ class BaseWeight:
 
     @torch.no_grad()
     def write_merged(self, weight: Tensor, bias: Tensor | None, keep_original: bool) -> None:
-        """Write a weight (d_out, d_in) and a bias given whole, rounded once."""
+        """Write a full weight (d_out, d_in) and bias, rounded once."""
         if keep_original:
             self.keep()
         else:

@@ -87,7 +87,7 @@ class DenseUpdate(nn.Module):
         self.register_buffer("delta", base.zeros_like_weight())
 
     def fold(self, update: Tensor, fraction: float, rule: Rule) -> None:
-        """Add an update F, whole, (d_out, d_in)."""
+        """Add an update F, a full tensor (d_out, d_in)."""
         delta, own = local(self.delta), own_rows(update, self.delta)
         if rule == "outer_step":
             delta.add_(own, alpha=fraction)
@@ -97,7 +97,7 @@ class DenseUpdate(nn.Module):
         delta.add_(local(self.slow).mul_(1 - fraction).add_(own, alpha=fraction))
 
     def merged_weight(self, weight: Tensor) -> Tensor:
-        """W + D, whole."""
+        """W + D, a full tensor."""
         return weight + full_tensor(self.delta).to(weight.dtype)
 
 
@@ -148,7 +148,7 @@ def fold(
         wrapped: the base that the adapter sees.
         fraction: of the update, in (0, 1].
         rule: how earlier updates go on.
-        noise: what of the noise on the weight is folded with it, whole; only a dense update can hold it.
+        noise: what is folded with it of the noise on the weight; only a dense update can hold it.
 
     Raises:
         AdapterStateError: `folded` cannot hold the update or the noise, or the adapter changes the bias.

@@ -30,7 +30,7 @@ class Noise:
         return torch.rand(tuple(shape), generator=drawn, device=drawn.device).sub_(0.5)
 
     def draw(self, like: Tensor, dtype: torch.dtype | None = None, values: Tensor | None = None) -> Tensor:
-        """The noise for what this process holds of `like`, drawn whole, so that an entry's is the same anywhere.
+        """The noise for what this process holds of `like`; drawn for the full tensor, so that an entry's is the same.
 
         Args:
             like: the weight, (d_out, d_in).

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from abc import abstractmethod
 from pathlib import Path
 
 import pytest
@@ -20,15 +19,12 @@ from lora_lightning.optim.groups import build_optimizer
 from lora_lightning.storage.folder import FILE, save_adapter
 from lora_lightning.storage.load import load_adapter
 from lora_lightning.storage.state import adapter_keys
+from lora_lightning.testing.method_under_test import MethodUnderTest
 from lora_lightning.testing.toy_models import TinyMLP, perturb
 
 
-class SharingContract:
+class SharingContract(MethodUnderTest):
     """Part of `MethodContract`: tests of `Method.link`. A method that links nothing skips them."""
-
-    @abstractmethod
-    def _mlp(self, dtype: torch.dtype = torch.float64, moved: bool = True, seed: int = 0) -> tuple[TinyMLP, Tensor]:
-        """An adapted TinyMLP in eval mode, and an input."""
 
     def _linked_mlp(self) -> tuple[TinyMLP, Tensor]:
         """As `_mlp`, linked modules changed as well; skips where there are none."""

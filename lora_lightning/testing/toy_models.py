@@ -140,7 +140,7 @@ def _torchao(layer: nn.Linear, bits: int) -> nn.Module:
     ao = importlib.import_module("torchao.quantization")
     if bits == 8:
         config = ao.Int8WeightOnlyConfig()
-    else:  # in whole bytes: the packed four-bit format has kernels for CUDA only
+    else:  # in whole bytes: torchao's own four-bit layout has kernels for CUDA only
         groups = importlib.import_module("torchao.quantization.granularity").PerGroup(8)
         config = ao.IntxWeightOnlyConfig(cast(Any, torch).int4, groups)
     model = nn.Sequential(layer.requires_grad_(False))

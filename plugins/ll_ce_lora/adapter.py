@@ -58,7 +58,7 @@ class CELoRAAdapter(PairAdapter):
         rank: inner width of the update, at most the smaller side of the weight.
         scaling: s.
         dropout: probability of dropping entries of the update's input while training.
-        kept: share of output channels that the backward pass uses.
+        kept: fraction of output channels that the backward pass uses.
         svd_rank: width of the split, at most the smaller side of the weight.
         every_n_steps: optimizer steps between two choices.
         selection: how channels are chosen.

@@ -127,7 +127,7 @@ class MoELoRAAdapter(PairAdapter):
             self.pending.values += losses
             return self._seen_in_backward
         # a traced backward may change nothing outside itself: the load of a recomputed forward counts twice, which
-        # shares do not show, and only the latest call of a layer gives a loss
+        # fractions do not show, and only the latest call of a layer gives a loss
         self.pending.values = losses
         self._count(g)
         return None
@@ -178,7 +178,7 @@ class MoELoRAAdapter(PairAdapter):
         return weight + (self.scaling / experts) * product
 
     def statistics(self) -> Mapping[str, RunningSum]:
-        """Share of tokens that each expert received."""
+        """Fraction of tokens that each expert received."""
         return {"load": self.load}
 
     def idle(self) -> frozenset[str]:

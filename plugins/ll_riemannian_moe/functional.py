@@ -18,7 +18,7 @@ Sun et al., 2025, arXiv:2502.15828. For one token x, with d the gradient at y,
     s            scaling         a number
 
 Departs from the paper: q is free. The paper wants gradients weighted by 1/g, which is q = 0, and realises sqrt(g) in
-backward, q = 1/2: a preconditioned step then moves expert i's share of the output by g_i^(3/2) rather than g_i. Experts
+backward, q = 1/2: a preconditioned step then moves expert i's part of the output by g_i^(3/2) rather than g_i. Experts
 share one dropout mask. The two auxiliary losses belong to other papers and are off by default.
 """
 
@@ -180,7 +180,7 @@ def gated_experts(
         A: (E, r, d_in).
         B: (E, d_out, r).
         g: (N, E), gates of the tokens in their order.
-        scaling: s; the caller divides it by the kept share where there is a mask.
+        scaling: s; the caller divides it by 1 - dropout where there is a mask.
         exponent: q.
         mask: bytes like x, 1 where an entry is kept; one mask for all experts.
         watcher: told the gates in backward, which recomputed forwards run only once.
@@ -195,14 +195,14 @@ def selected(g: Tensor) -> Tensor:
 
 
 def balance_loss(logits: Tensor, g: Tensor) -> Tensor:
-    """E sum_i f_i mean_t p_i: f_i the share of assignments that expert i received, p the softmax over all experts.
+    """E sum_i f_i mean_t p_i: f_i the fraction of assignments that expert i received, p the softmax over all experts.
 
     1 where either is uniform, E / k where one set of k experts has it all; 0 without tokens. f is a constant. Fedus et
     al., 2022, arXiv:2101.03961, section 2.2, for k choices.
     """
     load = selected(g)
-    share = load / load.sum().clamp_min(1)
-    return logits.shape[1] * (share * logits.softmax(-1).sum(0)).sum() / max(logits.shape[0], 1)
+    fraction = load / load.sum().clamp_min(1)
+    return logits.shape[1] * (fraction * logits.softmax(-1).sum(0)).sum() / max(logits.shape[0], 1)
 
 
 def z_loss(logits: Tensor) -> Tensor:
@@ -211,17 +211,17 @@ def z_loss(logits: Tensor) -> Tensor:
 
 
 def load_statistics(load: Tensor) -> dict[str, Tensor]:
-    """How evenly experts are used, from the share of tokens each received, (..., E).
+    """How evenly experts are used, from the fraction of tokens each received, (..., E).
 
     Returns:
         `max_over_mean` (1 at balance, E / k at worst), `entropy` of the assignments over log E (1 at balance), and
-        `dead`, the share of experts that received nothing.
+        `dead`, the fraction of experts that received nothing.
     """
     experts = load.shape[-1]
-    share = load / load.sum(-1, keepdim=True)
-    entropy = torch.special.entr(share).sum(-1)
+    fraction = load / load.sum(-1, keepdim=True)
+    entropy = torch.special.entr(fraction).sum(-1)
     return {
-        "max_over_mean": experts * share.amax(-1),
+        "max_over_mean": experts * fraction.amax(-1),
         "entropy": entropy / torch.tensor(float(max(experts, 2)), device=load.device).log(),
         "dead": (load == 0).to(load.dtype).mean(-1),
     }

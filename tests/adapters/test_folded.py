@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import lora_lightning as ll
+from ll_dora import DoRA
 from ll_lora import LoRA
-from lora_lightning.adapters.folded import DenseUpdate, FactoredUpdate, update_like
+from lora_lightning.adapters.folded import DenseUpdate, FactoredUpdate, factors_with, fits, fold, update_like
 from lora_lightning.adapters.layers.kinds import core_base_layer
 from lora_lightning.adapters.noise import Noise
 from lora_lightning.errors import AdapterStateError
@@ -24,15 +25,15 @@ def factors(stages: int, rank: int = 2, d_in: int = 6, d_out: int = 5):
 
 
 @pytest.mark.parametrize("rule", ["outer_step", "figure_ema"])
-@pytest.mark.parametrize("share", [1.0, 0.3])
-def test_both_forms_equal_the_closed_form(rule, share):
+@pytest.mark.parametrize("fraction", [1.0, 0.3])
+def test_both_forms_equal_the_closed_form(rule, fraction):
     base = core_base_layer(nn.Linear(6, 5).double())
     log, dense, stages = FactoredUpdate(base), DenseUpdate(base), factors(4)
     for A, B in stages:
-        log.fold(A, B, share, rule)
-        dense.fold(B @ A, share, rule)
+        log.fold(A, B, fraction, rule)
+        dense.fold(B @ A, fraction, rule)
     n = len(stages)
-    weights = [share if rule == "outer_step" else 1 - (1 - share) ** (n - k) for k in range(n)]
+    weights = [fraction if rule == "outer_step" else 1 - (1 - fraction) ** (n - k) for k in range(n)]
     expected = sum(w * B @ A for w, (A, B) in zip(weights, stages, strict=True))
     weight = torch.randn(5, 6, dtype=torch.float64)
     torch.testing.assert_close(log.merged_weight(weight) - weight, expected)
@@ -41,14 +42,14 @@ def test_both_forms_equal_the_closed_form(rule, share):
     torch.testing.assert_close(B @ A, expected)
 
 
-def test_the_rules_agree_for_a_share_of_one_and_differ_from_the_second_stage_on():
+def test_the_rules_agree_for_a_fraction_of_one_and_differ_from_the_second_stage_on():
     base = core_base_layer(nn.Linear(6, 5).double())
-    for share, same in ((1.0, True), (0.5, False)):
+    for fraction, same in ((1.0, True), (0.5, False)):
         shifts = {}
         for rule in ("outer_step", "figure_ema"):
             shifts[rule] = DenseUpdate(base)
             for A, B in factors(3):
-                shifts[rule].fold(B @ A, share, rule)
+                shifts[rule].fold(B @ A, fraction, rule)
         one, other = shifts.values()
         assert torch.allclose(one.delta, other.delta) == same
 
@@ -69,17 +70,7 @@ def test_state_fits_a_shift_of_its_own_shape_only(cls):
     assert update_like(base, {"other": torch.zeros(1)}) is None
 
 
-def test_noise_is_bounded_centred_and_a_function_of_its_key():
-    noise = Noise(3, 1, "layer", 0.5)
-    values = noise.draw(torch.zeros(400, 250))
-    assert values.abs().max() <= 0.25
-    assert abs(float(values.mean())) < 0.002
-    assert float(values.std()) == pytest.approx(0.5 / 12**0.5, rel=0.01)
-    assert torch.equal(values, Noise(3, 1, "layer", 0.5).draw(values))
-    assert not torch.equal(values, Noise(3, 2, "layer", 0.5).draw(values))
-
-
-def layer_with(kind: str, dtype=torch.float64, share: float = 1.0):
+def layer_with(kind: str, dtype=torch.float64, fraction: float = 1.0):
     """A model of one layer with a moved LoRA whose update has been folded, and the input, the layer and the update."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(6, 5)).to(dtype)
@@ -88,7 +79,7 @@ def layer_with(kind: str, dtype=torch.float64, share: float = 1.0):
     perturb(layer.adapter("default"))
     A, B = layer.low_rank("default")
     layer.set_folded("default", {"log": FactoredUpdate, "dense": DenseUpdate}[kind](layer.base_layer))
-    layer.fold("default", share)
+    layer.fold("default", fraction)
     layer.adapter("default").reset(torch.Generator().manual_seed(2))
     return model, layer, torch.randn(3, 6).to(dtype), B @ A
 
@@ -166,23 +157,43 @@ def test_bfloat16_accumulates_in_float32():
     ll.eject(model)
 
 
-def test_noise_comes_off_bit_for_bit():
-    model, layer, x, _ = layer_with("log", torch.bfloat16)
-    before, outputs = layer.base_layer.stored.clone(), model(x)
-    layer.set_noise(Noise(0, 0, "0", 0.1))
-    assert not torch.equal(layer.base_layer.stored, before)
-    with ll.disable_adapters(model):
-        assert torch.equal(layer.base_layer.stored, before)
-    layer.set_noise(None)
-    assert torch.equal(layer.base_layer.stored, before)
-    assert torch.equal(model(x), outputs)
+@pytest.mark.parametrize("cls", [FactoredUpdate, DenseUpdate])
+def test_tensors_fit_by_name_and_shape(cls):
+    update = cls(core_base_layer(nn.Linear(6, 5)))
+    state = update.state_dict()
+    assert fits(update, state)
+    assert fits(None, {})
+    assert not fits(update, {})
+    assert not fits(None, state)
+    name = next(iter(state))
+    assert not fits(update, state | {name: torch.zeros(3)})
+    assert not fits(update, {"other": state[name]})
 
 
-def test_a_shared_weight_is_not_rewritten():
+def test_factors_join_those_that_were_folded():
+    folded = FactoredUpdate(core_base_layer(nn.Linear(6, 5).double()))
+    (A, B), own = factors(2)
+    folded.fold(A, B, 0.5, "outer_step")
+    joined_A, joined_B = factors_with(own, folded)
+    torch.testing.assert_close(joined_B @ joined_A, own[1] @ own[0] + 0.5 * B @ A)
+    started = factors_with((own[0], torch.zeros_like(own[1])), folded)  # a new stage adds no columns of zeros
+    assert [tensor.shape for tensor in started] == [A.shape, B.shape]
+    assert factors_with(own, None) is own
+    assert factors_with(None, folded) is None
+    assert factors_with(own, DenseUpdate(core_base_layer(nn.Linear(6, 5).double()))) is None
+
+
+def test_what_cannot_be_folded_says_why():
     _, layer, _, _ = layer_with("log")
-    layer.tied_to = ("head",)
-    with pytest.raises(AdapterStateError, match="the weight is shared with head"):
-        layer.set_noise(Noise(0, 0, "0", 0.1))
-    with pytest.raises(AdapterStateError, match="untie it first"):
-        layer.set_folded("default", DenseUpdate(layer.base_layer))
-    assert isinstance(layer.shifts["default"], FactoredUpdate)
+    base = layer.base_layer
+    biased = LoRA(rank=2, bias=True).build(base)
+    perturb(biased)
+    with pytest.raises(AdapterStateError, match="LowRankAdapter changes the bias, which no folded update holds"):
+        fold(biased, DenseUpdate(base), base, 1.0, "outer_step", None)
+    scaled = DoRA(rank=2).build(base)
+    scaled.reset(torch.Generator().manual_seed(0))
+    with pytest.raises(AdapterStateError, match="the update of DoRAAdapter has no factors to fold; give it a Dense"):
+        fold(scaled, FactoredUpdate(base), base, 1.0, "outer_step", None)
+    layer.set_noise(Noise(0, 0, "0", 0.1))
+    with pytest.raises(AdapterStateError, match='adapter "default": noise has no factors to fold'):
+        layer.fold("default", keep_noise=True)

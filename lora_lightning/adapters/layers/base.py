@@ -114,7 +114,7 @@ class BaseLayer(ABC):
         return self.weight(dtype) if self.read_pretrained is None else self.read_pretrained(dtype)
 
     def write(self, weight: Tensor) -> None:
-        """Write a weight given whole, as (d_out, d_in), in place, rounded once to the stored dtype."""
+        """Write a full weight, as (d_out, d_in), in place, rounded once to the stored dtype."""
         self.check_writable()
         put(self.stored, self._store(weight))
 
@@ -131,13 +131,13 @@ class BaseLayer(ABC):
         """Changes whenever the weight is written or replaced."""
         if self.sharded is None:
             return self.stored._version, self.stored.data_ptr()
-        # not of what is gathered, which moves no version; writes to a sharded parameter move one of two counts
+        # not of what is gathered, which changes no version; writes to a sharded parameter change one of two counts
         with torch.no_grad():
             shard = local(self.sharded)
         return self.sharded._version, shard._version, shard.data_ptr()
 
     def cached(self, key: Hashable, fn: Callable[[Tensor], Tensor]) -> Tensor:
-        """`fn(weight())`, computed again only when `version` has moved; never written to any file."""
+        """`fn(weight())`, computed again only when `version` has changed; never written to any file."""
         version, value = self._cache.get(key, (None, None))
         if value is None or version != self.version:
             value = fn(self.weight()).detach()

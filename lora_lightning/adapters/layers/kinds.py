@@ -211,9 +211,9 @@ class ExpertsBase(BaseLayer):
 
 
 def core_base_layer(module: nn.Module) -> BaseLayer | None:
-    """The base_layer for a module, or None where no kind serves it.
+    """The base layer for a module, or None where no kind serves it.
 
-    The weight must be a floating-point parameter of the module itself (not packed to few bits, not computed by a
+    The weight must be a floating-point parameter of the module itself (not quantized, not computed by a
     parametrization). A subclass with a forward of its own is served only where a trial shows that its output is what
     the plain layer gives (linear), or linear in the weight (embedding); else a product of factors would not be the
     layer's update.

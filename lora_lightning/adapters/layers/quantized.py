@@ -143,7 +143,7 @@ class QuantizedBase(BaseLayer):
         """Product x W^T + bias with another weight (d_out, d_in)."""
         return F.linear(x, weight, bias)
 
-    def _read(self, stored: Tensor) -> Tensor:  # noqa: ARG002 - the packed numbers alone say too little
+    def _read(self, stored: Tensor) -> Tensor:  # noqa: ARG002 - the quantized numbers alone say too little
         return self.weight()
 
     def _store(self, weight: Tensor) -> Tensor:

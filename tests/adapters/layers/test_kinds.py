@@ -1,28 +1,20 @@
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
+from one_layer import base_of
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 from transformers.pytorch_utils import Conv1D
 
-from lora_lightning.adapters.layers.base import BaseLayer, StackedBase
+from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.adapters.layers.kinds import core_base_layer
 from lora_lightning.adapters.low_rank import LowRankAdapter, add_low_rank
 from lora_lightning.testing import BASE_KINDS, perturb
-from lora_lightning.testing.toy_models import LAYERS
-
-
-def base_of(kind: str, dtype: torch.dtype = torch.float64) -> tuple[BaseLayer, Tensor]:
-    make_layer, make_input = LAYERS[kind]
-    base, x = core_base_layer(make_layer().to(dtype)), make_input()
-    assert base is not None
-    return base, x.to(dtype) if x.is_floating_point() else x
 
 
 def dense(base: BaseLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -129,34 +121,6 @@ def test_convolutions_keep_padding_and_groups(module: nn.Module, batched: bool) 
     torch.testing.assert_close(adapter(x, base), expected)
 
 
-def test_cached_is_computed_again_only_after_a_write() -> None:
-    base, _ = base_of("Linear")
-    calls = 0
-
-    def norms(weight: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return weight.norm(dim=1)
-
-    first = base.cached("norms", norms)
-    assert base.cached("norms", norms) is first
-    base.write(2 * base.weight())
-    assert torch.allclose(base.cached("norms", norms), 2 * first)
-    base.stored.data = base.stored.data.clone()
-    base.cached("norms", norms)
-    assert calls == 3
-    assert not base.cached("norms", norms).requires_grad
-
-
-def test_a_base_layer_reads_the_module_not_a_parameter_kept_from_before() -> None:
-    base, _ = base_of("Linear")
-    module: Any = base.module
-    module.weight = nn.Parameter(torch.zeros(5, 6, dtype=torch.float64))
-    assert not base.weight().any()
-    twin = copy.deepcopy(base)
-    assert twin.module is not base.module
-
-
 class OwnForward(nn.Linear):
     """Another way to write the same layer, as Falcon does."""
 
@@ -251,21 +215,3 @@ def test_conv1d_without_bias_term() -> None:
     assert base is not None
     x = torch.randn(2, 6)
     torch.testing.assert_close(base.apply(x, base.weight()), x @ base.weight().T)
-
-
-@pytest.mark.parametrize("kind", BASE_KINDS)
-def test_a_layer_with_an_adapter_is_a_base_for_the_next(kind: str) -> None:
-    base, x = base_of(kind)
-    first, second = LowRankAdapter(base, rank=2, scaling=1.0), LowRankAdapter(base, rank=3, scaling=0.5)
-    perturb(first, 1)
-    perturb(second, 2)
-    stacked = StackedBase(base, first)
-    assert not stacked.dense
-    weight = second.merged_weight(stacked.weight())
-    torch.testing.assert_close(
-        weight, base.weight() + first.lora_B @ first.lora_A + 0.5 * second.lora_B @ second.lora_A
-    )
-    torch.testing.assert_close(second(x, stacked), stacked.apply(x, weight, stacked.bias))
-    norms = stacked.cached("norms", lambda weight: weight.norm())
-    perturb(first, 3)
-    assert stacked.cached("norms", lambda weight: weight.norm()) != norms
