@@ -117,6 +117,8 @@ class Registry:
 
     def current_class_path(self, path: str) -> str:
         """Where the class is now that a config of 0.1 calls `path`; `path` itself for every other."""
+        for former in ("strategies", "zero"):
+            path = path.replace(f"lora_lightning.{former}.", "lora_lightning.training.strategies.")
         return path
 
 
