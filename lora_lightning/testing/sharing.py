@@ -74,7 +74,7 @@ class SharingContract(MethodUnderTest):
         starts = []
         for draws in (0, 7):
             torch.rand(draws)
-            model, _ = self._mlp(moved=False, seed=1)
+            model, _ = self._mlp(changed=False, seed=1)
             starts.append(
                 [tensor for m in linked_named(model, "default").values() for tensor in m.state_dict().values()]
             )

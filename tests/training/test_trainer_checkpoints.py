@@ -10,6 +10,7 @@ import pytest
 import torch
 from limits import small_files
 
+from lora_lightning.errors import RunFolderError
 from lora_lightning.storage.atomic import write_atomically
 from lora_lightning.training.trainer_checkpoints import AtomicCheckpoints
 
