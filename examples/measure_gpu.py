@@ -36,7 +36,7 @@ from torch import Tensor, nn
 import lora_lightning as ll
 from lora_lightning.injection.records import adapters_named
 from lora_lightning.testing import perturb
-from lora_lightning.training.module import enable_checkpointing
+from lora_lightning.training.assembly import enable_checkpointing
 
 RANK, ALPHA = 16, 32
 SHAPES: dict[str, dict[str, Any]] = {

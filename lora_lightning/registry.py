@@ -269,7 +269,7 @@ FORMER_MODULES: Mapping[str, str] = {
     "adapters.sparsity": "callbacks.pruning",
     "adapters.weights": "adapters.layers.base adapters.layers.kinds",
     "base_layers": "models.base_layers",
-    "baseline": "training.baseline_fit",
+    "baseline": "training.linear_baseline",
     "callbacks.baseline": "training.linear_baseline",
     "callbacks.packing": "training.packing_check",
     "callbacks.predictions": "training.predictions",

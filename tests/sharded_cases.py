@@ -58,7 +58,7 @@ from lora_lightning.errors import AdapterStateError, SettingsError
 from lora_lightning.methods import Method
 from lora_lightning.storage.folder import save_adapter
 from lora_lightning.testing.toy_models import seeded
-from lora_lightning.training import module as modules
+from lora_lightning.training import assembly
 from lora_lightning.training.module import AdapterModule
 from lora_lightning.training.run_report import RunReport
 from lora_lightning.training.strategies.fsdp1 import FSDP1
@@ -323,7 +323,7 @@ def main(strategy: str, base: Path, names: list[str]) -> None:
     """Every case on this process, straight and resumed."""
     warnings.simplefilter("ignore")
     if strategy == "fsdp2" and os.environ["RANK"] != "0":
-        modules.load_model = never
+        assembly.load_model = never
     for name in names or CASES:
         case, out = CASES[name], base / strategy / name
         for kind in ("straight", "resumed"):

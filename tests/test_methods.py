@@ -6,14 +6,26 @@ import doctest
 
 import pytest
 
+from ll_dora import DoRA
 from ll_lora import LoRA
 from ll_lorasc import LoRASC
 from ll_rose import RoseLoRA
 from lora_lightning import methods
+from lora_lightning.callbacks import Cascade, SparsitySchedule
 from lora_lightning.errors import SettingsError, UnknownMethodError
 from lora_lightning.injection.inject import inject
 from lora_lightning.injection.records import adapters_named
-from lora_lightning.methods import plain_settings, replace
+from lora_lightning.methods import (
+    CascadeFields,
+    LowRankFields,
+    ScaledLowRankFields,
+    SparsityFields,
+    field_names,
+    plain_settings,
+    renamed,
+    replace,
+    values_of,
+)
 from lora_lightning.plugins import registry, restore_settings
 from lora_lightning.testing import TinyMLP
 
@@ -64,3 +76,57 @@ def test_layers_differ_in_fields_of_a_method_inside_but_not_in_what_holds_for_th
     ):
         with pytest.raises(SettingsError, match=message):
             inject(TinyMLP(), LoRASC(inner=RoseLoRA()), overrides={"second": fields}, also_train=())
+
+
+# -- field groups ------------------------------------------------------------------------------------------------------
+
+
+def test_a_setting_of_a_group_is_spelled_once():
+    """No method and no callback states a group's field again with the same default."""
+    for group in (LowRankFields, ScaledLowRankFields, SparsityFields, CascadeFields):
+        for owner in (LoRA, DoRA, RoseLoRA, LoRASC, SparsitySchedule, Cascade):
+            if not issubclass(owner, group):
+                continue
+            own = vars(owner).get("__annotations__", {})
+            again = [name for name in own if name in field_names(group)]
+            for name in again:
+                assert getattr(owner, name) != getattr(group, name), f"{owner.__name__}.{name}"
+
+
+def test_a_method_hands_its_group_to_its_callback():
+    method = LoRASC(inner=LoRA(), blend=0.3, rule="outer_step", noise=0.0, stage_steps=7, lr="rewarm", rewarm_steps=3)
+    (cascade,) = method.callbacks()
+    assert values_of(cascade, CascadeFields) == values_of(method, CascadeFields)
+    assert (cascade.moments, cascade.seed) == ("reset", None)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 16])
+def test_scaling_follows_the_rank(rank):
+    assert LowRankFields(rank=rank, alpha=8.0).scaling == 8.0 / rank
+    assert ScaledLowRankFields(rank=rank, alpha=8.0).scaling == 8.0 / rank
+    assert ScaledLowRankFields(rank=rank, alpha=8.0, scaling_rule="alpha/sqrt(r)").scaling == 8.0 / rank**0.5
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LowRankFields(rank=0), r"LowRankFields\.rank is 0; it must be at least 1"),
+        (lambda: SparsityFields(end=0.05), r"SparsityFields\.end is 0\.05; it must come after start, which is 0\.1"),
+        (
+            lambda: CascadeFields(rule="ema"),
+            r"CascadeFields\.rule is 'ema'; it must be \"outer_step\" or \"figure_ema\"",
+        ),
+        (lambda: CascadeFields(blend=0.0), r"CascadeFields\.blend is 0\.0; it must lie in \(0, 1\]"),
+        (lambda: Cascade(moments="lose"), r"Cascade\.moments is 'lose'; it must be \"reset\" or \"keep\""),
+    ],
+)
+def test_a_group_checks_its_own_rules(make, message):
+    with pytest.raises(SettingsError, match=message):
+        make()
+
+
+def test_former_names_become_those_of_today():
+    assert renamed({"share": 0.3, "noise": 0.0}, LoRASC.former_fields) == {"blend": 0.3, "noise": 0.0}
+    assert renamed({"blend": 0.3}, LoRASC.former_fields) == {"blend": 0.3}
+    assert set(LoRASC.former_fields.values()) <= set(field_names(LoRASC))
+    assert LoRA.former_fields == {}

@@ -69,7 +69,7 @@ class InjectAdapters(Callback):
             means the language tower.
         exclude: names of layers to leave out.
         overrides: other settings for some layers.
-        also_train: base parameters that train in full: "heads" of a Hugging Face model inside, or names.
+        also_train: base parameters that are fully trained: "heads" of a Hugging Face model inside, or names.
         seed: seed of the start values.
         directory: folder the adapter is written to when the fit ends; None writes none.
         checkpoint: "full" keeps the project's own contents beside the adapter; "adapter" drops everything frozen.

@@ -164,10 +164,10 @@ class NoiseInjection(ScheduleCallback):
         """Move the noise from the weight into the adapter."""
         if name in layer.shifts:
             raise AdapterStateError(f"{path}: it has folded something already, so no noise can persist on it.")
-        shift = DenseUpdate(layer.base_layer)
-        put(shift.delta, layer.wrapped(name).weight(shift.delta.dtype) - layer.clean_weight(name))
+        update = DenseUpdate(layer.base_layer)
+        put(update.delta, layer.wrapped(name).weight(update.delta.dtype) - layer.clean_weight(name))
         layer.set_noise(None)
-        layer.set_folded(name, shift)
+        layer.set_folded(name, update)
 
     def on_stepped(self, step: int, adapters: Mapping[str, Adapter]) -> None:
         """Nothing: the noise stays as it is."""

@@ -2,7 +2,7 @@
 
 An optimizer step has two moments:
 
-    gradients   on_before_optimizer_step: complete, reduced over processes, unscaled, unclipped; weights not yet moved
+    gradients   on_before_optimizer_step: complete, reduced over processes, unscaled, unclipped; weights not yet stepped
     stepped     on_train_batch_end, only when `global_step` has changed; before any Checkpoint callback saves
 
 Steps are counted from 1 and include attempts that a gradient scaler skipped; after such an attempt nothing acts.

@@ -42,7 +42,8 @@ from lora_lightning.methods import Method
 from lora_lightning.models.pretrained import resolve
 from lora_lightning.models.random import is_random
 from lora_lightning.registry import TRAINING_VERBS
-from lora_lightning.training.module import NAME, AdapterModule
+from lora_lightning.training.assembly import NAME
+from lora_lightning.training.module import AdapterModule
 from lora_lightning.training.predictions import WritePredictions
 from lora_lightning.training.run_report import RunReport
 from lora_lightning.training.trainer_checkpoints import AtomicCheckpoints, LastCheckpoint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace, set_parsing_settings
@@ -52,7 +52,7 @@ class Parser(LightningArgumentParser):
         with plugins.names_kept(_NAMED), former_names.understood(words) as current:
             config = super().parse_args(current, *others, **options)
         try:
-            for key, class_path in _class_paths(config.as_dict()):
+            for key, class_path in class_paths(config.as_dict()):
                 plugins.registry().refuse_blocked(class_path, key)
         except PluginError as error:
             if not self.exit_on_error:
@@ -62,22 +62,29 @@ class Parser(LightningArgumentParser):
         return config
 
 
-def _class_paths(node: object, key: str = "") -> Iterator[tuple[str, str]]:
-    """Keys and class paths in parsed settings."""
+def class_paths(node: object, key: str = "") -> Iterator[tuple[str, str]]:
+    """Keys and class paths in parsed settings, outer classes before those inside."""
     if isinstance(node, dict):
         if isinstance(node.get("class_path"), str):
             yield key, node["class_path"]
         for name, value in node.items():
-            yield from _class_paths(value, ".".join(filter(None, (key, name))))
+            yield from class_paths(value, ".".join(filter(None, (key, name))))
     elif isinstance(node, list):
         for value in node:
-            yield from _class_paths(value, key)
+            yield from class_paths(value, key)
+
+
+def parser_of(settings: Mapping[str, Any]) -> Parser:
+    """A parser of some settings, given by their types, that raises what another would print."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True, subclasses_enabled=[Method])
+    parser = Parser(exit_on_error=False)
+    for name, kind in settings.items():
+        parser.add_argument(f"--{name}", type=kind)
+    return parser
 
 
 def method_from_yaml(text: str) -> Method:
     """The method that `text`, YAML with the key `method`, means to the command line."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True, subclasses_enabled=[Method])
-    parser = Parser(exit_on_error=False)
-    parser.add_argument("--method", type=Method)
+    parser = parser_of({"method": Method})
     method: Method = parser.instantiate(parser.parse_string(text)).method
     return method

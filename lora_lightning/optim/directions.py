@@ -11,7 +11,7 @@ Adam is Kingma and Ba, 2014, arXiv:1412.6980, with the decoupled decay of Loshch
     m, v   exp_avg(_sq) like its parameter, in its state
     t      step         a number in its state
 
-Of a parameter that is sharded on several processes each moves its own, and its moments lie like it.
+Of a parameter that is sharded on several processes each steps its own, and its moments lie like it.
 
 Departs from the papers: nothing known.
 """
@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from lora_lightning.distributed import as_shard_of, local
 
 Directions = Mapping[Tensor, Tensor]
-"""What to move each parameter along, like the parameter or like this process's shard of it, by parameter."""
+"""What to step each parameter along, like the parameter or like this process's shard of it, by parameter."""
 
 
 def adam(optimizer: Optimizer, gradients: Directions, bias_correction: bool = True) -> dict[Tensor, Tensor]:
@@ -42,13 +42,13 @@ def adam(optimizer: Optimizer, gradients: Directions, bias_correction: bool = Tr
         params = [p for p in group["params"] if p in gradients]
         if params:
             shards = [local(gradients[p]) for p in params]
-            states = [_begun(optimizer.state[p], p, shard) for p, shard in zip(params, shards, strict=True)]
-            moved = _adam(shards, states, group["betas"], group["eps"], bias_correction)
-            found |= dict(zip(params, moved, strict=True))
+            states = [_started(optimizer.state[p], p, shard) for p, shard in zip(params, shards, strict=True)]
+            steps = _adam(shards, states, group["betas"], group["eps"], bias_correction)
+            found |= dict(zip(params, steps, strict=True))
     return found
 
 
-def _begun(state: dict[str, Any], parameter: Tensor, shard: Tensor) -> dict[str, Any]:
+def _started(state: dict[str, Any], parameter: Tensor, shard: Tensor) -> dict[str, Any]:
     if "step" not in state:
         moments = {name: as_shard_of(torch.zeros_like(shard), parameter) for name in ("exp_avg", "exp_avg_sq")}
         state |= {"step": 0, **moments}

@@ -17,7 +17,7 @@ OptimizerFactory = Callable[[Any], Optimizer]
 
 
 def group_specs(model: nn.Module) -> dict[str, GroupSpec]:
-    """Groups of everything that trains: what each method declares, and "head" for base parameters trained in full.
+    """Groups of everything that trains: what each method declares, and "head" for fully trained base parameters.
 
     Raises:
         TrainingError: nothing trains, or a method forgets a parameter or names it twice.

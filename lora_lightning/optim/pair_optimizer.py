@@ -36,7 +36,7 @@ class PairOptimizer(Optimizer, ABC):
     The pairs are handed over by `bind_pairs`, which `build_optimizer` calls; a step without them is an error. What a
     subclass keeps between steps lies in the parameters' state, as tensors shaped by the factors and plain numbers.
 
-    Parameters may be sharded on several processes: `stack_pairs` gives whole factors and gradients, or as little as
+    Parameters may be sharded on several processes: `stack_pairs` gives full factors and gradients, or as little as
     Grams take; `Stack.own` and the functions of `directions` go back to shards. State shaped like a parameter lies like
     it (`as_shard_of`).
 

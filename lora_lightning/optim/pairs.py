@@ -10,11 +10,11 @@
 Everything here is float64, whatever the factors are: a Gram squares the condition number, and TF32 and autocast leave
 float64 alone. Only r x r matrices are factorised, so the price is small beside a forward pass.
 
-Factors that are sharded on several processes are gathered with their gradients, in one packed collective for all
-pairs, and are whole until the stacks are dropped at the end of a step. Every process then computes the same, and keeps
+Factors that are sharded on several processes are gathered with their gradients, in one collective for all
+pairs, and are full until the stacks are dropped at the end of a step. Every process then computes the same, and keeps
 of each result the rows that it holds of the factor. A rule that needs no more of a factor than its Gram asks for
 `sharded`: then only what is cut along its rank is gathered, as rows of A are; of the others, rows of B and experts,
-the Grams are summed over the processes, in one packed all-reduce of r x r matrices, and steps are those of the shard.
+the Grams are summed over the processes, in one all-reduce of r x r matrices, and steps are those of the shard.
 """
 
 from __future__ import annotations
@@ -80,21 +80,21 @@ class Stack:
         return self.join([self.gathered.get(id(t), local(t)) for t in _read(self.pairs, part)])
 
     def gram(self, side: Side) -> Tensor:
-        """A A^T or B^T B, (n, r, r); where `is_share`, the part that this process adds to it."""
+        """A A^T or B^T B, (n, r, r); where `is_partial`, the part that this process adds to it."""
         found = gram_A(self.A) if side == "A" else gram_B(self.B)
         if len(found) == sum(self.counts):
             return found
-        whole = found.new_zeros(sum(self.counts), *found.shape[1:])
-        whole[self.held(side)] = found
-        return whole
+        full = found.new_zeros(sum(self.counts), *found.shape[1:])
+        full[self.held(side)] = found
+        return full
 
-    def is_share(self, side: Side) -> bool:
-        """Whether each process computes a share of the Grams of this side, all of which sum up to them."""
+    def is_partial(self, side: Side) -> bool:
+        """Whether each process computes a part of the Grams of this side, all of which sum up to them."""
         return self.sharded and _sums_up(self.factors(side)[0], side)
 
     def held(self, side: Side) -> Tensor | slice:
         """Which entries of the leading axis this process has of the factors of `side`: all, unless experts are cut."""
-        if not self.is_share(side) or _cut(self.factors(side)[0]) in (-1, -2):
+        if not self.is_partial(side) or _cut(self.factors(side)[0]) in (-1, -2):
             return slice(None)
         numbers = torch.arange(sum(self.counts), device=self.pairs[0].lora_A.device)
         parts = zip(self.factors(side), numbers.split(self.counts), strict=True)
@@ -124,13 +124,13 @@ class Stack:
     def own(self, stacked: Tensor, side: Side) -> dict[Tensor, Tensor]:
         """(n, ...) shaped by the factors of `side` as this process's shard of each, by factor."""
         factors = self.factors(side)
-        if self.is_share(side):
+        if self.is_partial(side):
             return dict(zip(factors, self.split(stacked, [local(f) for f in factors]), strict=True))
         return {f: own_rows(part, f) for f, part in zip(factors, self.split(stacked, factors), strict=True)}
 
 
 def _read(pairs: Iterable[FactorPair], part: Part) -> list[Tensor]:
-    """One part of every pair as it lies; a missing gradient is zero, and whole."""
+    """One part of every pair as it lies; a missing gradient is zero, and full."""
     factors = [pair.lora_A if _FACTOR[part] == "A" else pair.lora_B for pair in pairs]
     if not part.startswith("grad"):
         return factors
@@ -138,7 +138,7 @@ def _read(pairs: Iterable[FactorPair], part: Part) -> list[Tensor]:
 
 
 def _cut(factor: Tensor) -> int | None:
-    """The axis along which processes hold shards of a factor, counted from the last as -1; None where all is whole."""
+    """The axis along which processes hold shards of a factor, counted from the last as -1; None where all are full."""
     if not isinstance(factor, DTensor) or len(factor.placements) != 1 or not isinstance(factor.placements[0], Shard):
         return None
     return factor.placements[0].dim - factor.dim()
@@ -174,11 +174,11 @@ def stack_pairs(pairs: Sequence[FactorPair], read: Collection[Part] = PARTS, sha
 def grams(sides: Sequence[tuple[Stack, Side]]) -> list[Tensor]:
     """The Gram of one side of each stack, (n, r, r); what is sharded is summed over the processes in one go."""
     found = [stack.gram(side) for stack, side in sides]
-    shares = [i for i, (stack, side) in enumerate(sides) if stack.is_share(side)]
-    if shares:
-        factors = [sides[i][0].factors(sides[i][1])[0] for i in shares]
-        packed = summed(torch.cat([found[i].reshape(-1) for i in shares]), factors)
-        for i, part in zip(shares, packed.split([found[i].numel() for i in shares]), strict=True):
+    partial = [i for i, (stack, side) in enumerate(sides) if stack.is_partial(side)]
+    if partial:
+        factors = [sides[i][0].factors(sides[i][1])[0] for i in partial]
+        joined = summed(torch.cat([found[i].reshape(-1) for i in partial]), factors)
+        for i, part in zip(partial, joined.split([found[i].numel() for i in partial]), strict=True):
             found[i] = part.view_as(found[i])
     return found
 
@@ -209,8 +209,8 @@ class Factorised:
     def solve(self, X: Tensor) -> Tensor:
         """(G + d I)^-1 X.   X: (n, r, k)."""
         half = torch.linalg.solve_triangular(self.L, X, upper=False)
-        whole: Tensor = torch.linalg.solve_triangular(self.L.mT, half, upper=True)
-        return whole
+        solved: Tensor = torch.linalg.solve_triangular(self.L.mT, half, upper=True)
+        return solved
 
     def solve_right(self, X: Tensor) -> Tensor:
         """X (G + d I)^-1.   X: (n, k, r)."""

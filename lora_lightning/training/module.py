@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, Literal, Self, cast
 
-import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
@@ -23,16 +21,13 @@ from lora_lightning.callbacks.resume import ExactResume
 from lora_lightning.callbacks.steps import total_steps
 from lora_lightning.distributed import fail_together
 from lora_lightning.errors import DataError, LoraLightningError, ModelError, ResumeError, SettingsError
-from lora_lightning.injection.gates import recomputation
-from lora_lightning.injection.inject import ignore_adapter_buffers, inject, lower_adapters
+from lora_lightning.injection.inject import ignore_adapter_buffers
 from lora_lightning.injection.records import adapters_named, check_unmerged
 from lora_lightning.injection.report import InjectionReport
 from lora_lightning.methods import Method
 from lora_lightning.models.anatomy import survey
-from lora_lightning.models.loading import checkpoint_format, load_model, load_without_values
-from lora_lightning.models.new_tokens import add_rows_for
-from lora_lightning.models.quantization import Loading, Quantization, check_format, loading
-from lora_lightning.models.random import full_name, is_random, tokenizer_settings
+from lora_lightning.models.quantization import Quantization
+from lora_lightning.models.random import is_random
 from lora_lightning.models.tasks import find_task
 from lora_lightning.models.tasks.base import Batch, PredictContext, metrics, update_metrics, update_text_metrics
 from lora_lightning.optim.groups import build_optimizer
@@ -43,12 +38,9 @@ from lora_lightning.storage.description import describe_adapter
 from lora_lightning.storage.folded import make_room_for_folded
 from lora_lightning.storage.resume_check import check_fits, check_same
 from lora_lightning.storage.state import adapter_keys
-from lora_lightning.training.calibration import calibration, planned
+from lora_lightning.training.assembly import NAME, Assembly
 from lora_lightning.training.linear_baseline import LinearBaseline
 from lora_lightning.training.packing_check import PackingCheck
-from lora_lightning.training.strategies.choice import check_strategy
-
-NAME = "default"
 
 
 class AdapterModule(LightningModule):
@@ -66,7 +58,7 @@ class AdapterModule(LightningModule):
             means the language tower.
         exclude: names of layers to leave out.
         overrides: other settings for some layers, such as `{layer.0: {rank: 4}}`.
-        also_train: base parameters that train in full: "heads", or names. What it names need not be in the files of
+        also_train: base parameters that are fully trained: "heads", or names. What it names need not be in the files of
             `pretrained`; it then starts at random.
         optimizer: the optimizer; null takes the method's own, else AdamW at a rate of 1e-3.
         lr_scheduler: warm-up and decay of the rate.
@@ -126,7 +118,7 @@ class AdapterModule(LightningModule):
             )
         self.net: nn.Module | None = None
         self.injection: InjectionReport | None = None
-        self.meters: dict[str, MetricCollection] = {}
+        self.stage_metrics: dict[str, MetricCollection] = {}
 
     # -- building ------------------------------------------------------------------------------------------------------
 
@@ -138,176 +130,43 @@ class AdapterModule(LightningModule):
             TargetError: the targets do not fit the model.
         """
         if self.net is None:
-            self.assemble(load_model if self._reads_values() else load_without_values)
+            self.assemble(self.assembly().loader())
+
+    def assembly(self) -> Assembly:
+        """What decides the model, as it stands now."""
+        return Assembly(
+            pretrained=self.pretrained,
+            method=self.method,
+            task=self.task,
+            targets=self.targets,
+            exclude=self.exclude,
+            overrides=self.overrides,
+            also_train=self.also_train,
+            num_labels=self.num_labels,
+            dtype=self.dtype_name,
+            half_adapters=self.half_adapters,
+            gradient_checkpointing=self.gradient_checkpointing,
+            random_config=self.random_config,
+            quantization=self.quantization,
+            trainer=self._trainer,
+        )
 
     def assemble(self, load: Callable[..., nn.Module]) -> None:
         """Inject into the model that `load`, called as `load_model` is, gives; raises as `configure_model`."""
         seed = common_seed() if self.seed is None else self.seed
         with fail_together():
-            self.net = self._assembled(load, seed)
+            self.net, self.injection = self.assembly().build(load, seed)
         ignore_adapter_buffers(self)
-
-    def _assembled(self, load: Callable[..., nn.Module], seed: int) -> nn.Module:
-        self._check_data()
-        quantize = self._quantizing()
-        self._check_trainer()
-        pretrained = self.source(seed)
-        net = load(
-            pretrained,
-            self.task,
-            self._labels(),
-            dtype=self._frozen_dtype(),
-            label_names=self._label_names(),
-            also_train=() if self.also_train == "heads" else self.also_train,
-            **({"quantize": quantize} if quantize else {}),
-        )
-        self.check_length(net)
-        self._add_tokens(net, seed)
-        known = planned(self._trainer)
-        self.injection = inject(
-            net,
-            self.method,
-            self.targets,
-            self.exclude,
-            self.overrides,
-            self.also_train,
-            name=NAME,
-            seed=seed,
-            probe=calibration(self.method, self.task, self._trainer) if known is None else None,
-            planned=known,
-        )
-        if self.half_adapters:
-            lower_adapters(net, NAME)
-        if is_random(pretrained):
-            note = f"nothing is pretrained: what is frozen stays as it was drawn ({pretrained})"
-            self.injection = replace(self.injection, notes=(*self.injection.notes, note))
-        if self.gradient_checkpointing:
-            enable_checkpointing(net)
-        return net
 
     def refusals(self) -> list[LoraLightningError]:
         """Everything that `configure_model` would refuse before it loads the model."""
-        found: list[LoraLightningError] = []
-        for check_one in (self._check_data, self._quantizing, self._check_trainer, self._labels, self._frozen_dtype):
-            try:
-                check_one()
-            except LoraLightningError as error:
-                found.append(error)
-        return found
-
-    def _reads_values(self) -> bool:
-        """Whether this process reads the model's files; under some strategies the first one sends what it has read."""
-        strategy = self._trainer.strategy if self._trainer is not None else None
-        return not getattr(strategy, "reads_on_first_rank", False) or self.global_rank == 0
-
-    def _quantizing(self) -> Loading | None:
-        """How the base is quantized, after everything that could not work has been refused."""
-        own = checkpoint_format(self.pretrained)
-        given, where = self.quantization, "model.quantization"
-        if given and is_random(self.pretrained):
-            raise SettingsError(
-                f'{where} is "{given}", but "{self.pretrained}" has no weights to quantize; leave it null.'
-            )
-        if given and own:
-            raise SettingsError(
-                f'{where} is "{given}", but "{self.pretrained}" is stored as {own} already; leave it null.'
-            )
-        kind = given or own
-        if kind is None:
-            return None
-        trainer = self._trainer
-        strategy = type(trainer.strategy).__name__ if trainer else "auto"
-        precision = str(trainer.precision) if trainer else "32-true"
-        device = trainer.strategy.root_device if trainer else torch.device("cpu")
-        check_format(kind, strategy, precision, device.type, where if given else f'the checkpoint "{self.pretrained}"')
-        for callback in trainer.callbacks if trainer else ():  # type: ignore[attr-defined]
-            refuses = getattr(callback, "refuses_quantized", None)
-            if refuses is not None and (reason := refuses(self.method)):
-                raise SettingsError(f"the base is stored as {kind}, and {type(callback).__name__} {reason}")
-        return loading(kind, precision, str(device))
-
-    def source(self, seed: int) -> str:
-        """Where the model comes from: `pretrained`, or all that decides a random model."""
-        if not is_random(self.pretrained):
-            return self.pretrained
-        tokenizer = getattr(self._datamodule(), "tokenizer_object", None)
-        found = tokenizer_settings(self.pretrained, tokenizer, self.random_config) if tokenizer else {}
-        return full_name(self.pretrained, {**found, **self.random_config}, seed)
-
-    def _datamodule(self) -> Any:
-        return getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
-
-    def _check_data(self) -> None:
-        kinds = getattr(self._datamodule(), "task_kinds", None)
-        if kinds is not None and self.task.name not in kinds:
-            raise DataError(
-                f'model.task is "{self.task.name}", but the data ({type(self._datamodule()).__name__}) serve '
-                f"{' and '.join(kinds)}."
-            )
-
-    def _check_trainer(self) -> None:
-        if self._trainer is None:
-            return
-        check_strategy(self.trainer.strategy)
-        if self.trainer.accumulate_grad_batches < 1:
-            raise SettingsError(
-                f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}; it must be at least 1."
-            )
-
-    def _frozen_dtype(self) -> torch.dtype | Literal["auto"]:
-        """Dtype of frozen weights: the setting's, else what the trainer's precision means by "true"."""
-        precision = str(self.trainer.precision) if self._trainer is not None else "32-true"
-        if precision == "16-true":
-            raise SettingsError(
-                'trainer.precision is "16-true", under which gradients underflow; take "bf16-true", or "16-mixed", '
-                "which scales the loss."
-            )
-        if precision == "bf16-true" and self.dtype_name not in (None, "auto", "bfloat16"):
-            raise SettingsError(
-                f'model.dtype is "{self.dtype_name}", but trainer.precision "bf16-true" casts frozen weights to '
-                'bfloat16; leave dtype null, or take precision "bf16-mixed".'
-            )
-        if precision == "bf16-true":
-            return torch.bfloat16
-        return "auto" if self.dtype_name == "auto" else getattr(torch, self.dtype_name or "float32")
+        return self.assembly().refusals()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts, of which those to half precision are not for what trains."""
         adapters = {id(p) for m in self.modules() if isinstance(m, Adapter) for p in m.parameters()}
         trained = {id(p) for p in self.parameters() if p.requires_grad} - adapters
         return cast(Self, super()._apply(kept(fn, lambda tensor: id(tensor) in trained), recurse))  # type: ignore[no-untyped-call]
-
-    def check_length(self, net: nn.Module) -> None:
-        """Raise `SettingsError` where the data's texts are longer than a model can take."""
-        longest = getattr(getattr(net, "config", None), "max_position_embeddings", None)
-        length = getattr(self._datamodule(), "max_length", None)
-        if longest and length and length > longest:
-            raise SettingsError(
-                f"data.max_length is {length}; {type(net).__name__} has {longest} positions, so at most that."
-            )
-
-    def _add_tokens(self, net: nn.Module, seed: int) -> None:
-        """Rows for the tokens that the data module has added to its tokenizer."""
-        data = self._datamodule()
-        tokens = getattr(data, "new_tokens", ())
-        if tokens:
-            add_rows_for(net, data.tokenizer_object, tokens, seed)
-
-    def _label_names(self) -> list[str]:
-        return list(getattr(self._datamodule(), "label_names", ())) if self.task.has_head else []
-
-    def _labels(self) -> int | None:
-        if not self.task.has_head:
-            return None
-        labels = self.num_labels if self.num_labels is not None else getattr(self._datamodule(), "num_labels", None)
-        classes = len(self._label_names())
-        if labels is not None and labels < classes:
-            raise SettingsError(f"model.num_labels is {labels}; the data have {classes} classes, so at least that.")
-        if labels is None and self.task.model_options(None) == {}:
-            raise SettingsError(
-                "model.num_labels is null, and the data module does not say; set it to the class count."
-            )
-        return labels
 
     @property
     def model(self) -> nn.Module:
@@ -408,25 +267,25 @@ class AdapterModule(LightningModule):
             tokens = cast(Tensor, self.trainer.strategy.reduce(tokens.clone(), reduce_op="sum"))
         return batches * processes / tokens.clamp_min(1)
 
-    def _meters(self, stage: str) -> MetricCollection:
-        if stage not in self.meters:
-            self.meters[stage] = metrics(self.task, self.model).to(self.device)
-        return self.meters[stage]
+    def _metrics(self, stage: str) -> MetricCollection:
+        if stage not in self.stage_metrics:
+            self.stage_metrics[stage] = metrics(self.task, self.model).to(self.device)
+        return self.stage_metrics[stage]
 
-    def _measure(self, stage: str, batch: Batch) -> None:
+    def _update_metrics(self, stage: str, batch: Batch) -> None:
         logits = self.task.logits(self.model, batch)
-        update_metrics(self.task, self._meters(stage), logits, batch)
-        update_text_metrics(self.task, self._meters(stage), self.model, batch, self.predict_context())
+        update_metrics(self.task, self._metrics(stage), logits, batch)
+        update_text_metrics(self.task, self._metrics(stage), self.model, batch, self.predict_context())
 
     def _log_metrics(self, stage: str) -> None:
-        metrics = self._meters(stage)
+        metrics = self._metrics(stage)
         for name, value in metrics.compute().items():
             self.log(f"{stage}_{name}", value, prog_bar=name == self.task.metric)
         metrics.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the validation metrics."""
-        self._measure("val", batch)
+        self._update_metrics("val", batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics."""
@@ -434,7 +293,7 @@ class AdapterModule(LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the test metrics."""
-        self._measure("test", batch)
+        self._update_metrics("test", batch)
 
     def on_test_epoch_end(self) -> None:
         """Log the test metrics."""
@@ -444,7 +303,7 @@ class AdapterModule(LightningModule):
         """What predictions, and texts that are measured, need beside the model."""
         return PredictContext(
             label_names=list(getattr(cast(Any, self.model).config, "id2label", {}).values()),
-            tokenizer=getattr(self._datamodule(), "tokenizer_object", None),
+            tokenizer=getattr(getattr(self._trainer, "datamodule", None), "tokenizer_object", None),
             max_new_tokens=self.max_new_tokens,
         )
 
@@ -474,20 +333,6 @@ class AdapterModule(LightningModule):
         check_same(self, NAME, checkpoint["lora_lightning"])
         make_room_for_folded(self, NAME, checkpoint["state_dict"])
         check_fits(self, NAME, checkpoint["state_dict"])
-
-
-def enable_checkpointing(net: nn.Module) -> None:
-    """Non-reentrant activation checkpointing, without making the inputs require gradients (they need not here).
-
-    Raises:
-        ModelError: the model has none.
-    """
-    if not getattr(net, "supports_gradient_checkpointing", False):
-        raise ModelError(f"model.gradient_checkpointing is True; {type(net).__name__} does not support it.")
-    hf_model = cast(Any, net)
-    enable = getattr(hf_model, "activation_checkpointing_enable", None) or hf_model.gradient_checkpointing_enable
-    enable({"use_reentrant": False, "context_fn": recomputation})
-    hf_model.disable_input_require_grads()
 
 
 def _say_difference(callback: Callback, given: Sequence[Callback]) -> None:

@@ -20,13 +20,13 @@ TOLERANCE = {4: 1e-2, 2: 0.1}
 
 
 class PackingCheck(Callback):
-    """Compares, on the first packed batch, the model's outputs for rows of two packed shards with those for the shards.
+    """Compares, on the first packed batch, the model's outputs for two examples packed into a row with those for each.
 
     Packed batches carry `position_ids` that start again and no `attention_mask`, which is how transformers is told.
     Models that ignore them (ALiBi, recurrent and state-space ones, and some others) give other outputs.
 
     Raises:
-        ModelError: the model mixes the shards.
+        ModelError: the model mixes the examples.
     """
 
     phase: ClassVar[int] = JUDGES
@@ -75,7 +75,7 @@ def packing_difference(model: Callable[..., Any], rows: Tensor) -> float:
     if not difference <= TOLERANCE.get(packed.element_size(), 1e-2):
         raise ModelError(
             f"data.packing is True; {name} lets packed examples see one another, or counts positions through them: two "
-            f"shards of text in one row give other outputs than alone, by {difference:.2g} standard deviations. "
+            f"examples in one row give other outputs than alone, by {difference:.2g} standard deviations. "
             "Models that take no positions (ALiBi, recurrent, state-space) do so, and attention kernels that find "
             "packed examples in a batch of one row only. Set data.packing to false; data.group_by_length saves padding"
             " too."

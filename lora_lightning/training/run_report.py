@@ -218,7 +218,7 @@ def _folded(root: nn.Module, name: str) -> list[torch.Tensor]:
 
 
 def _not_zero(tensors: Sequence[Tensor]) -> int:
-    """Entries that are not zero; a shard counts where it lies, a whole tensor once."""
+    """Entries that are not zero; a shard counts where it lies, a full tensor once."""
     shards = [t for t in tensors if isinstance(t, DTensor)]
     counts = torch.tensor([float(sum(int(torch.count_nonzero(local(t))) for t in shards))], dtype=torch.float64)
     rest = sum(int(torch.count_nonzero(t)) for t in tensors if not isinstance(t, DTensor))

@@ -5,7 +5,7 @@ Chen et al., 2025, arXiv:2502.01378. For a layer of d_in inputs and d_out output
     forward       2 d_in d_out + 2 r (d_in + d_out)              unchanged; twice where activations are recomputed
     dx, LoRA      2 d_in d_out
     dx, CE-LoRA   2 K d_in + 2 r0 (d_in + d_out)                 K kept channels
-    adapter       4 r (d_in + d_out)                             dA, dB and its share of dx, always exact
+    adapter       4 r (d_in + d_out)                             dA, dB and its part of dx, always exact
 
     paper   here        meaning
     r       rank        width of the update

@@ -11,7 +11,7 @@ Zhang et al., 2023, arXiv:2308.03303; the correction as in the later LoRA-FA opt
     s      scaling  a number of each pair
     d      damping  a number
 
-s h_B A is then the gradient of the whole weight projected on the rows of A. A never changes, so the factorised Gram is
+s h_B A is then the gradient of the full weight projected on the rows of A. A never changes, so the factorised Gram is
 kept until A is written to.
 
 Departs from the reference code: float32 and better throughout, where it multiplies in bfloat16; eps comes after the
@@ -37,7 +37,7 @@ class LoRAFA(PairOptimizer):
         lr: learning rate, as for plain LoRA.
         betas: memory of Adam's first and second moment.
         eps: added to the root of the second moment.
-        weight_decay: share lr * weight_decay by which parameters shrink at each step.
+        weight_decay: fraction lr * weight_decay by which parameters shrink at each step.
         damping: added to the diagonal of A A^T.
     """
 

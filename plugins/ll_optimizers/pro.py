@@ -99,7 +99,7 @@ class LoRAPro(PairOptimizer):
         rule: "adamw" builds Adam's moments from the steps, "sgd" takes them as they are.
         betas: memory of Adam's first and second moment.
         eps: added to the root of the second moment.
-        weight_decay: share lr * weight_decay by which parameters shrink at each step.
+        weight_decay: fraction lr * weight_decay by which parameters shrink at each step.
         balance: how the overlap of both steps is shared, which leaves the step of the weight as it is: "closest" to the
             raw gradients, "symmetric" in halves, or "zero", all of it to A.
         damping: added to the diagonals of both Grams.

@@ -53,7 +53,7 @@ class RiemannianSGD(PairOptimizer):
         damping: added to the diagonal of each Gram. A gradient grows at most 1 / (2 sqrt(damping)) fold, just after B
             has left zero; the published values lie between 1e-7 and 100, so it is worth tuning.
         order: "jacobi" steps both sides from the factors before the step, "gauss_seidel" steps B from the new A.
-        weight_decay: share lr * weight_decay by which parameters shrink at each step.
+        weight_decay: fraction lr * weight_decay by which parameters shrink at each step.
         divide_by_scaling_sq: divide by (alpha / r)^2, so that one rate serves layers of different scaling.
     """
 
@@ -85,7 +85,7 @@ class RiemannianAdamW(PairOptimizer):
         lr: learning rate. The published runs on language models use 1e-5 to 5e-5 (2e-4 for GPT-2).
         betas: memory of Adam's first and second moment.
         eps: added to the root of the second moment.
-        weight_decay: share lr * weight_decay by which parameters shrink at each step.
+        weight_decay: fraction lr * weight_decay by which parameters shrink at each step.
         damping: added to the diagonal of each Gram; the published values lie between 1e-7 and 100.
         order: "jacobi" steps both sides from the factors before the step, "gauss_seidel" steps B from the new A.
         bias_correction: divide the moments by 1 - beta^t; False reproduces the released language-model code.
@@ -121,12 +121,12 @@ class RiemannianAdamW(PairOptimizer):
         _step(self, lambda directions: descend(self, adam(self, directions, corrected)))
 
 
-def _step(optimizer: PairOptimizer, move: Callable[[Directions], None]) -> None:
-    """Move both sides at once, or B after A; then the parameters in no pair."""
+def _step(optimizer: PairOptimizer, step: Callable[[Directions], None]) -> None:
+    """Step both sides at once, or B after A; then the parameters in no pair."""
     orders: dict[str, tuple[tuple[Side, ...], ...]] = {"jacobi": (("A", "B"),), "gauss_seidel": (("A",), ("B",))}
     for sides in orders[optimizer.defaults["order"]]:
-        move(_preconditioned(optimizer, sides))
-    move(optimizer.plain_gradients())
+        step(_preconditioned(optimizer, sides))
+    step(optimizer.plain_gradients())
 
 
 def _preconditioned(optimizer: PairOptimizer, sides: tuple[Side, ...]) -> dict[Tensor, Tensor]:

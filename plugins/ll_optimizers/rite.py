@@ -42,7 +42,7 @@ from lora_lightning.optim.pair_optimizer import PairOptimizer, check_settings
 from lora_lightning.optim.pairs import Side, Stack, stack_pairs
 
 States = Mapping[Tensor, dict[str, Any]]
-"""State by factor, every tensor in it whole. `second` may have the shape of a factor; then a resumed one lies like it
+"""State by factor, every tensor in it full. `second` may have the shape of a factor; then a resumed one lies like it
 until the first step, and is gathered with the others."""
 
 CUT_OFF = torch.finfo(torch.float32).eps
@@ -145,7 +145,7 @@ class LoRARITE(PairOptimizer):
         lr: learning rate; each row of an update has a root mean square of about lr times the partner's inverse size.
         betas: memory of the first and second moment.
         eps: added to the root of the second moment.
-        weight_decay: share lr * weight_decay by which parameters shrink at each step.
+        weight_decay: fraction lr * weight_decay by which parameters shrink at each step.
         skip_rms: a factor's gradient counts as zero at a step where, freed of the partner's size, its root mean square
             is above this; null never skips.
         clip_norm: largest norm of those gradients over all layers, and apart from it of the gradients of parameters in
@@ -184,8 +184,8 @@ class LoRARITE(PairOptimizer):
         settings = {**bounds, "floor": floor, "escaped_mass": escaped_mass}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, settings)
         positive = (lambda v: v is None or v > 0, "it must be above 0, or null for none.")
-        share = (lambda v: 0 <= v < 1, "it must lie in [0, 1). A ratio of eigenvalues; 1e-7 is usual.")
-        check_settings(self, {**dict.fromkeys(bounds, positive), "floor": share})
+        fraction = (lambda v: 0 <= v < 1, "it must lie in [0, 1). A ratio of eigenvalues; 1e-7 is usual.")
+        check_settings(self, {**dict.fromkeys(bounds, positive), "floor": fraction})
 
     def take_step(self) -> None:
         """Both sides from the factors before the step; a missing gradient beside a present one counts as zero."""
@@ -193,8 +193,8 @@ class LoRARITE(PairOptimizer):
         halves = [half for stack in stack_pairs(self.with_gradient("A", "B")) for half in self._halves(stack)]
         scale = self._scale([half.h for half in halves])
         states = self._states(halves)
-        moved = [self._advance(half, scale, states) for half in halves]
-        for half, moments in zip(halves, moved, strict=True):
+        advanced = [self._advance(half, scale, states) for half in halves]
+        for half, moments in zip(halves, advanced, strict=True):
             self._keep(half, moments)
             step = _shard_like(self._capped(moments.momentum) @ half.partner.root_inverse, half.side)
             found |= half.stack.own(step, half.side)
@@ -243,7 +243,7 @@ class LoRARITE(PairOptimizer):
         return advance(half.h * scale, turned, before, torch.tensor(t).to(turned), self._options)
 
     def _states(self, halves: Sequence[_Half]) -> States:
-        """Whole states of all factors from the step before, in one packed collective where they are sharded."""
+        """Full states of all factors from the step before, in one collective where they are sharded."""
         states = {factor: self._state(factor, h.side) for h in halves for factor in h.stack.factors(h.side)}
         return dict(zip(states, gather_nested(list(states.values())), strict=True))
 

@@ -1,4 +1,4 @@
-"""The analysis of how training moves magnitudes and directions of weights."""
+"""The analysis of how training changes magnitudes and directions of weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draw how training moved magnitudes and directions of weights, from files that WeightDecomposition wrote."""
+"""Draw how training changed magnitudes and directions of weights, from files that WeightDecomposition wrote."""
 
 from __future__ import annotations
 

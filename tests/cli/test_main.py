@@ -88,7 +88,7 @@ def test_help_names_every_verb_with_its_line_and_the_configs(capsys, monkeypatch
     assert capsys.readouterr().out == text
     assert program.main(["-p", "no:ll_rose", "-h"]) == 0
     assert capsys.readouterr().out == text
-    assert program.main(["-p", "no:ll_dora", "-h"]) == 0
+    assert program.main(["-p", "no:ll_weight_change", "-h"]) == 0
     assert "analyse" not in capsys.readouterr().out
 
 

@@ -4,8 +4,7 @@ import pytest
 
 from lora_lightning.cli import configs
 from lora_lightning.cli import words as command_line
-from lora_lightning.cli.configs import config_names, find_config
-from lora_lightning.errors import LoraLightningError, PluginError, RunFolderError, SettingsError
+from lora_lightning.errors import LoraLightningError, PluginError, RunFolderError
 
 
 @pytest.fixture
@@ -100,48 +99,6 @@ def test_a_name_is_looked_up_in_the_package(here, carried):
     line = command_line.read(["fit", "--config", "dora", "--config=strategies/ddp"])
     assert line.configs == (str(carried / "dora.yaml"), str(carried / "strategies" / "ddp.yaml"))
     assert line.stem == "dora"
-
-
-def test_a_file_in_the_working_folder_wins_over_a_name(here, carried):
-    Path("dora").touch()
-    assert find_config("dora") == "dora"
-
-
-def test_the_checkout_is_searched_only_beside_a_pyproject(tmp_path, monkeypatch):
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "own.yaml").touch()
-    (tmp_path / "package").mkdir()
-    monkeypatch.setattr(configs, "_PACKAGE", tmp_path / "package")
-    assert config_names() == []
-    (tmp_path / "pyproject.toml").touch()
-    assert config_names() == ["own"]
-    assert find_config("own") == str(tmp_path / "configs" / "own.yaml")
-
-
-def test_names_list_plain_configs_first(carried):
-    assert config_names() == ["dora", "recipes/long", "strategies/ddp"]
-
-
-def test_an_unknown_name_lists_the_configs(here, carried):
-    text = (
-        'config "strategies/dpp": no file and no config of that name. Did you mean "strategies/ddp"? '
-        "Configs: dora, recipes/long, strategies/ddp."
-    )
-    with pytest.raises(SettingsError) as caught:
-        command_line.read(["fit", "--config", "strategies/dpp"])
-    assert str(caught.value) == text
-
-
-def test_an_unknown_path_names_the_nearest_file(here):
-    with pytest.raises(SettingsError, match=r'config "mien.yaml": no file .* Did you mean "mine.yaml"\?'):
-        command_line.read(["fit", "-c", "mien.yaml"])
-
-
-def test_a_run_folder_is_no_config(here):
-    with pytest.raises(
-        SettingsError, match=r'"runs/rose/001" is a run folder; give runs/rose/001/config.yaml, --run or'
-    ):
-        command_line.read(["fit", "-c", "runs/rose/001"])
 
 
 @pytest.mark.parametrize("words", [["fit", "--config"], ["fit", "--config", "--a"], ["fit", "--config="]])

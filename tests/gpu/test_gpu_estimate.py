@@ -13,7 +13,7 @@ from lora_lightning.cli.preflight.trace import trace_step, units, without_values
 from lora_lightning.injection.inject import inject
 from lora_lightning.models.tasks import find_task
 from lora_lightning.optim.groups import build_optimizer
-from lora_lightning.training.module import enable_checkpointing
+from lora_lightning.training.assembly import enable_checkpointing
 
 pytestmark = pytest.mark.gpu
 

@@ -20,7 +20,8 @@ from lora_lightning.injection.switches import disable_adapters
 from lora_lightning.plugins import registry
 from lora_lightning.storage.folder import save_adapter
 from lora_lightning.storage.load import load_adapter
-from lora_lightning.training.module import AdapterModule, enable_checkpointing
+from lora_lightning.training.assembly import enable_checkpointing
+from lora_lightning.training.module import AdapterModule
 
 pytestmark = pytest.mark.gpu
 

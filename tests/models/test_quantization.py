@@ -142,7 +142,7 @@ def trainer(path, **settings):
     ],
 )
 def test_a_run_is_refused_before_anything_is_loaded(settings, callbacks, text, encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr("lora_lightning.training.module.load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr("lora_lightning.training.assembly.load_model", lambda *_, **__: pytest.fail("it was loaded"))
     with pytest.raises(SettingsError, match=text):
         trainer(tmp_path, callbacks=callbacks).fit(module(encoder, **settings), batches(), batches())
 

@@ -25,13 +25,14 @@ from ll_riemannian_moe.functional import (
     router_logits,
     z_loss,
 )
+from lora_lightning import plugins
 from lora_lightning.adapters.base import RunningSum
 from lora_lightning.adapters.layers.kinds import core_base_layer
 from lora_lightning.callbacks import InjectAdapters, TrainingGuard
-from lora_lightning.errors import AdapterStateError, NoEffectError, SettingsError
+from lora_lightning.errors import AdapterStateError, NoEffectError, PluginError, SettingsError
 from lora_lightning.injection.inject import inject
 from lora_lightning.injection.records import adapters_named, trainable_adapters
-from lora_lightning.optim.groups import group_specs
+from lora_lightning.optim.groups import build_optimizer, group_specs
 from lora_lightning.testing import MethodContract, perturb
 
 EXPONENTS = (1.0, 0.5, 0.0)
@@ -788,3 +789,16 @@ def test_printing_a_model_shows_the_sizes():
     adapter = settings().build(core_base_layer(nn.Linear(6, 5)))
     assert isinstance(adapter, MoELoRAAdapter)
     assert repr(adapter) == "MoELoRAAdapter(experts=4, top_k=2, rank=2, gate_exponent=0.5)"
+
+
+def test_the_default_optimizer_is_another_plugins_and_is_missed_by_name():
+    model = nn.Sequential(nn.Linear(6, 5))
+    inject(model, MoELoRA(experts=2, top_k=2, rank=1), ["0"], also_train=(), seed=0)
+    assert type(build_optimizer(model, None)).__name__ == "RiemannianAdamW"
+    plugins.load(blocked=["ll_optimizers"])
+    try:
+        with pytest.raises(PluginError, match=r"MoELoRA trains with RiemannianAdamW .*no:ll_optimizers"):
+            build_optimizer(model, None)
+        assert isinstance(build_optimizer(model, torch.optim.SGD), torch.optim.SGD)  # a given one needs no default
+    finally:
+        plugins.load()

@@ -21,7 +21,6 @@ from toy_runs import (
     labelled_file,
     trainer,
 )
-from transformers import AutoModel, BertConfig, BertModel
 
 from ll_ce_lora import CELoRA
 from ll_ce_lora.adapter import CELoRAAdapter
@@ -31,10 +30,8 @@ from lora_lightning.adapters.base import GroupSpec
 from lora_lightning.adapters.folded import DenseUpdate, FactoredUpdate
 from lora_lightning.callbacks import SparsitySchedule, TrainingGuard
 from lora_lightning.data import LabelledText
-from lora_lightning.errors import DataError, ModelError, SettingsError, TargetError
+from lora_lightning.errors import DataError, SettingsError
 from lora_lightning.injection.records import iter_adapters
-from lora_lightning.models.loading import load_model
-from lora_lightning.models.tasks import find_task
 from lora_lightning.optim.warmup import WarmUp
 from lora_lightning.training.module import AdapterModule
 
@@ -246,86 +243,11 @@ def test_causal_predictions_are_greedy_continuations(decoder, tmp_path):
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 
-def load(source, task="sequence-classification", **options):
-    return load_model(str(source), find_task(task), 3, **options)
-
-
-def test_a_missing_model_folder(tmp_path):
-    with pytest.raises(ModelError, match=r'model.pretrained is ".*modle"'):
-        load(tmp_path / "modle")
-
-
-def test_a_folder_without_weights(encoder, tmp_path):
-    AutoModel.from_pretrained(encoder).config.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r'model.pretrained is ".*": .*(no file|safetensors)'):
-        load(tmp_path)
-
-
-def test_weights_that_lack_a_part_of_the_backbone(tmp_path):
-    config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
-    model = BertModel(config)
-    state = {name: value for name, value in model.state_dict().items() if "layer.0.output.dense" not in name}
-    model.save_pretrained(tmp_path, state_dict=state)
-    with pytest.raises(
-        ModelError, match=r"lacks 2 weights of BertForSequenceClassification, such as bert.*would stay random"
-    ):
-        load(tmp_path)
-
-
-def test_a_task_the_model_has_no_class_for(tmp_path):
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    config = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
-    )
-    CLIPVisionModel(config).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r'model.task is "causal-lm", but ".*" has no AutoModelForCausalLM'):
-        load(tmp_path, "causal-lm")
-
-
-def test_an_unknown_task():
-    with pytest.raises(
-        SettingsError, match=r'model.task is "sequence-clasification". Did you mean "sequence-classification"'
-    ):
-        find_task("sequence-clasification")
-
-
-def test_data_of_another_task(decoder, encoder, tmp_path):
-    with pytest.raises(
-        DataError, match=r'model.task is "causal-lm", but the data \(LabelledText\) serve sequence-class'
-    ):
-        trainer(tmp_path).fit(causal(decoder), datamodule=labelled_data(encoder))
-
-
-def test_an_unknown_number_of_labels(encoder):
-    with pytest.raises(SettingsError, match=r"model.num_labels is null, and the data module does not say"):
-        classification(encoder, LoRA()).configure_model()
-
-
-def test_a_rank_above_the_layers_size_names_the_layer(encoder):
-    with pytest.raises(
-        SettingsError, match=r"LoRA on bert.*query: rank is 17; a layer of 16 inputs and 16 outputs takes"
-    ):
-        classification(encoder, LoRA(rank=17), num_labels=3).configure_model()
-
-
-def test_a_target_that_matches_nothing(encoder):
-    with pytest.raises(TargetError, match=r'targets=\["qury"\] matched none of the .* Nearest: "query"'):
-        classification(encoder, LoRA(rank=2), targets=["qury"], num_labels=3).configure_model()
-
-
 def test_a_schedule_that_does_not_fit_the_training(encoder, tmp_path):
     with pytest.raises(
         SettingsError, match=r"in a run of 3 steps, so it does not fit; the smallest run that fits has 4"
     ):
         trainer(tmp_path, max_steps=3).fit(classification(encoder, RoseLoRA(rank=2)), datamodule=labelled_data(encoder))
-
-
-def test_gradient_checkpointing_of_a_model_without_it(encoder):
-    from lora_lightning.training.module import enable_checkpointing
-
-    with pytest.raises(ModelError, match=r"model.gradient_checkpointing is True; Linear does not support it"):
-        enable_checkpointing(nn.Linear(2, 2))
 
 
 def test_regression_trains_on_numbers(encoder, tmp_path):

@@ -6,19 +6,16 @@ import io
 import json
 
 import pytest
-import torch
-from matplotlib.image import imread
 from projects import Plain, loader
 from rich.console import Console
 from toy_runs import classification, encoder_folder, labelled_data, trainer
 
 from ll_lora import LoRA
 from ll_rose import RoseLoRA
-from lora_lightning import inject, load_adapter, merge, unmerge
+from lora_lightning import load_adapter
 from lora_lightning.callbacks import InjectAdapters, TrainingGuard
-from lora_lightning.injection.report import injection_table
 from lora_lightning.training.run_report import RunReport
-from lora_lightning.training.summary import draw, summary_table
+from lora_lightning.training.summary import summary_table
 
 
 def text(renderable) -> str:
@@ -30,48 +27,6 @@ def text(renderable) -> str:
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     return encoder_folder(tmp_path_factory.mktemp("encoder"))
-
-
-def test_reports_and_adapted_models_are_short_in_terminals_and_notebooks():
-    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 2))
-    report = inject(model, LoRA(rank=2), ["0"], also_train=["1"], seed=0)
-    assert len(repr(report).splitlines()) == len(str(report).splitlines()) == 2
-    assert "LoRA: 1 layers adapted" in text(report)
-    assert "│ 0 " in text(report)
-    shown = report._repr_mimebundle_()
-    assert "<pre" in shown["text/html"]
-    assert "1 layers adapted" in shown["text/plain"]
-    base = "Linear(in_features=4, out_features=6, bias=True)"
-    assert repr(model[0]) == f"AdaptedLayer({base}, default=LowRankAdapter(rank=2, scaling=8, active))"
-    merge(model)
-    merged = "default=LowRankAdapter(rank=2, scaling=8, active, merged)"
-    assert repr(model[0]) == f"AdaptedLayer({base}, {merged})"
-    unmerge(model)
-    inject(model, LoRA(rank=2), ["0"], also_train=["1"], name="second", seed=0)
-    assert "default=LowRankAdapter(rank=2, scaling=8, frozen), second=LowRankAdapter(" in repr(model[0])
-    assert len(repr(model).splitlines()) == 4
-
-
-def test_injection_table_counts_what_trains():
-    model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 6), torch.nn.Linear(6, 4))
-    report = inject(model, LoRA(rank=2), targets=["0", "1"], also_train=["2.bias"])
-    shown = text(injection_table(report, 0.2, 4_000_000))
-    trainable = 2 * (2 * 6 + 2 * 4) + 4
-    total = 2 * (6 * 4 + 4) + 4 * 6 + 6 + trainable - 4
-    assert f"{trainable} of {total} parameters ({trainable / total:.2%})" in shown
-    assert "LoRA: 2 layers adapted" in shown
-    assert "settings       rank=2, alpha=16.0" in shown
-    assert "20.0% of the factors' entries" in shown
-    assert "4 MB weights" in shown
-
-
-@pytest.mark.parametrize("names", [("sparsity",), ("sparsity", "rank"), ()])
-def test_picture_has_a_panel_for_each_curve(tmp_path, names):
-    history = [{"step": s, "train_loss": 1 / s, **dict.fromkeys(names, 0.1 * s)} for s in range(1, 6)]
-    history.append({"step": 5, "val_loss": 0.3, "val_accuracy": 0.7})
-    draw(tmp_path / "report.png", history, "accuracy", {"linear baseline": 0.5})
-    height, width, _ = imread(tmp_path / "report.png").shape
-    assert width / height == pytest.approx((2 + len(names)) * 4.2 / 3.2, rel=0.02)
 
 
 def test_a_run_in_any_project_is_reported(tmp_path):

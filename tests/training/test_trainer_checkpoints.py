@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from limits import small_files
 
-from lora_lightning.cli import run_folder
-from lora_lightning.errors import RunFolderError, SettingsError
+from lora_lightning.errors import RunFolderError
 from lora_lightning.storage.atomic import write_atomically
-from lora_lightning.training.predictions import WritePredictions, write_rows
 from lora_lightning.training.trainer_checkpoints import AtomicCheckpoints
 
 KILLED = """
@@ -72,78 +66,3 @@ def test_write_atomically_replaces_only_when_whole(tmp_path):
     write_atomically(path, lambda file: file.write(b"new"))
     assert path.read_text() == "new"
     assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_folders_are_numbered_and_told_to_children(tmp_path, monkeypatch):
-    monkeypatch.delenv(run_folder.VARIABLE, raising=False)
-    first = run_folder.new_folder("rose", tmp_path)
-    assert first == tmp_path / "rose" / "001"
-    assert os.environ[run_folder.VARIABLE] == str(first)
-    assert run_folder.new_folder("rose", tmp_path) == first
-    run_folder.forget()
-    (tmp_path / "rose" / "007").mkdir()
-    assert run_folder.new_folder("rose", tmp_path).name == "008"
-    run_folder.forget()
-
-
-def test_an_unwritable_place_for_runs(tmp_path, monkeypatch):
-    monkeypatch.delenv(run_folder.VARIABLE, raising=False)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RunFolderError, match=r'cannot make the run folder ".*file/rose/001": Not a directory'):
-        run_folder.new_folder("rose", tmp_path / "file")
-
-
-def test_metrics_are_kept_on_every_resume(tmp_path):
-    for n in (1, 2):
-        (tmp_path / "metrics.csv").write_text(str(n))
-        run_folder.keep_metrics(tmp_path)
-    assert [(tmp_path / f"metrics.{n}.csv").read_text() for n in (1, 2)] == ["1", "2"]
-    run_folder.keep_metrics(tmp_path)
-
-
-@pytest.mark.parametrize("ending", [".csv", ".jsonl"])
-def test_predictions_of_difficult_text_read_back(tmp_path, ending):
-    rows = [
-        {"index": 0, "text": 'a "quoted", text\nof two lines', "prediction": "ü"},
-        {"index": 1, "text": "", "prediction": "b"},
-    ]
-    path = tmp_path / f"out{ending}"
-    write_rows(path, rows)
-    if ending == ".csv":
-        with path.open(newline="") as file:
-            read = [{**row, "index": int(row["index"])} for row in csv.DictReader(file)]
-    else:
-        import json
-
-        read = [json.loads(line) for line in path.read_text().splitlines()]
-    assert read == rows
-
-
-def test_predictions_that_cannot_be_written(tmp_path):
-    with pytest.raises(SettingsError, match=r'--output is "x.parquet"; it must end in .csv or .jsonl'):
-        WritePredictions("x.parquet")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RunFolderError, match="cannot write"):
-        write_rows(Path(tmp_path / "file" / "out.csv"), [{"a": 1}])
-
-
-def test_class_numbers_are_written_as_names(tmp_path):
-    class Data:
-        label_names = ("first", "second")
-
-        def inputs(self, split):
-            return [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
-
-    writer = WritePredictions(tmp_path / "out.csv")
-    for rows in (
-        [{"index": 1, "prediction": "first"}],
-        [{"index": 0, "prediction": "second"}],
-        [{"index": 1, "prediction": "first"}],
-    ):
-        writer.on_predict_batch_end(None, None, rows, None, 0)
-    writer.on_predict_end(SimpleNamespace(datamodule=Data(), is_global_zero=True), None)
-    with (tmp_path / "out.csv").open() as file:
-        assert [(row["text"], row["label"], row["prediction"]) for row in csv.DictReader(file)] == [
-            ("a", "second", "second"),
-            ("b", "first", "first"),
-        ]

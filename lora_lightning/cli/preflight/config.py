@@ -39,7 +39,8 @@ from lora_lightning.models.pretrained import check_weights, resolve
 from lora_lightning.models.random import is_random
 from lora_lightning.optim.groups import build_optimizer
 from lora_lightning.registry import one_line
-from lora_lightning.training.module import NAME, AdapterModule, enable_checkpointing
+from lora_lightning.training.assembly import NAME, enable_checkpointing
+from lora_lightning.training.module import AdapterModule
 
 _USER_ERRORS = (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError, OSError)
 """What libraries raise for a setting that cannot be."""
@@ -124,9 +125,9 @@ class _ConfigCheck(Description):
             module.trainer = trainer
             trainer.datamodule = data  # type: ignore[attr-defined]
         callbacks = list(trainer.callbacks) if trainer is not None else []  # type: ignore[attr-defined]
-        if module.method is not None:
-            own = module.method.callbacks()
-            callbacks += [one for one in own if not any(isinstance(other, type(one)) for other in callbacks)]
+        for one in module.method.callbacks() if module.method is not None else ():
+            if not any(isinstance(other, type(one)) for other in callbacks):
+                callbacks.append(one)
         if trainer is not None:
             trainer.callbacks = callbacks  # type: ignore[attr-defined]
             if self._source is not None:
@@ -156,12 +157,15 @@ class _ConfigCheck(Description):
                     return None
 
     def _module(self, data: Any) -> AdapterModule | None:
+        """The module here; settings that are refused are noted, and one after the other gives way to a default."""
         settings = {name: self._built(f"model.{name}") for name in self.config.model.as_dict()}
         settings["pretrained"] = self._source or ""
         kinds: tuple[str, ...] = getattr(data, "task_kinds", ())  # the data know which task is meant
-        given: dict[str, Any]
-        for given in ({}, {"task": kinds[0]} if kinds else {}, {"task_settings": None}, {"random_config": None}):
-            settings |= given
+        defaults: list[dict[str, Any]] = [{}, {"task_settings": None}, {"random_config": None}]
+        if kinds:
+            defaults.insert(1, {"task": kinds[0]})
+        for default in defaults:
+            settings |= default
             try:
                 return AdapterModule(**settings)
             except LoraLightningError as error:
@@ -170,22 +174,18 @@ class _ConfigCheck(Description):
 
     def _trainer(self) -> Trainer | None:
         """The trainer here; settings that it refuses are noted and left out."""
-        settings = self.config.trainer.as_dict()
-        parts = {name: self._built(f"trainer.{name}") for name in _PARTS if settings.get(name) is not None}
-        settings |= parts | {"logger": False, "enable_checkpointing": False}
-        settings = {name: value for name, value in settings.items() if value is not None}
-        while True:
-            message = _refused(settings)
-            if message is None:
-                return Trainer(**settings)
+        settings: dict[str, Any] = {"enable_checkpointing": False}
+        for name, value in self.config.trainer.as_dict().items():
+            if value is not None:
+                settings[name] = self._built(f"trainer.{name}") if name in _PARTS else value
+        settings["logger"] = False
+        while (message := _refused(settings)) is not None:
             self.findings.problem(f"trainer: {message}")
-            without = (
-                {k: v for k, v in settings.items() if k != name} for name in ("precision", "strategy", *settings)
-            )
-            mended = next((rest for rest in without if _refused(rest) != message), None)
-            if mended is None or len(mended) == len(settings):
+            refused = _refused_setting(settings, message)
+            if refused is None:
                 return None
-            settings = mended
+            del settings[refused]
+        return Trainer(**settings)
 
     # -- together ------------------------------------------------------------------------------------------------------
 
@@ -255,8 +255,8 @@ class _ConfigCheck(Description):
     def _check_skeleton(self, module: AdapterModule, data: Any, callbacks: Sequence[Callback]) -> None:
         names = _safely(lambda: list(data.label_names)) or []
         labels = module.num_labels or _safely(lambda: data.num_labels)
-        net = load_skeleton(module.source(0), module.task, labels, label_names=names)
-        self.findings.attempt(lambda: module.check_length(net))
+        net = load_skeleton(module.assembly().source(0), module.task, labels, label_names=names)
+        self.findings.attempt(lambda: module.assembly().check_length(net))
         if tokens := getattr(data, "new_tokens", ()):
             from lora_lightning.models.new_tokens import Vocabulary, add_rows
 
@@ -270,11 +270,11 @@ class _ConfigCheck(Description):
         if module.method is None:
             return
         layers = select(anatomy, targets, exclude).layers
-        overrides = {
-            pattern: fields
-            for pattern, fields in module.overrides.items()
-            if self.findings.attempt(partial(settings_by_layer, module.method, layers, {pattern: fields}))
-        }
+        overrides: dict[str, Any] = {}
+        for pattern, fields in module.overrides.items():
+            fits = self.findings.attempt(partial(settings_by_layer, module.method, layers, {pattern: fields}))
+            if fits:
+                overrides[pattern] = fields
         inject(net, module.method, targets, exclude, overrides, also_train, name=NAME, seed=0)
         self.findings.attempt(lambda: build_optimizer(net, module.optimizer_factory), "model.optimizer")
         adapters = adapters_named(net, NAME)
@@ -301,17 +301,25 @@ def _drop(part: Namespace | list[Any], setting: tuple[str, str]) -> bool:
     owner, name = setting
     found = False
     for value in list(vars(part).values()) if isinstance(part, Namespace) else part:
-        if isinstance(value, Namespace):
-            path, fields = value.get("class_path"), value.get("init_args")
-            if isinstance(path, str) and path.rpartition(".")[2] == owner and fields is not None and name in fields:
-                fields.pop(name)
-                found = True
+        if isinstance(value, Namespace) and str(value.get("class_path")).rpartition(".")[2] == owner:
+            fields = value.get("init_args") or {}
+            found |= fields.pop(name, None) is not None
         if isinstance(value, Namespace | list):
             found |= _drop(value, setting)
     return found
 
 
+def _refused_setting(settings: Mapping[str, Any], message: str) -> str | None:
+    """The setting without which the trainer does not say `message`, if it is a single one."""
+    for name in dict.fromkeys(("precision", "strategy", *settings)):
+        others = {other: value for other, value in settings.items() if other != name}
+        if name in settings and _refused(others) != message:
+            return name
+    return None
+
+
 def _refused(settings: Mapping[str, Any]) -> str | None:
+    """What the trainer says that cannot be made of these settings."""
     try:
         # a strategy keeps the devices of the first trainer it is given to, and refuses a second
         Trainer(**{**settings, "strategy": copy.deepcopy(settings.get("strategy", "auto"))})

@@ -79,6 +79,7 @@ class Meter(TorchDispatchMode):
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], answer: bool) -> Any:
+    """The operation without values; where it depends on one, its result for `answer`, or for true everywhere."""
     if func is torch.ops.aten._grouped_mm.default:  # whose rules for meta tensors take bfloat16 alone
         return _grouped(*args, **kwargs)
     try:
@@ -243,18 +244,20 @@ def _run_step(
 
 def _equal_blocks(model: nn.Module) -> nn.ModuleList | None:
     """The list of the model's blocks, where there is one with at least four that are all alike."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
     every = set(map(id, find_blocks(model).values()))
-    found = [m for m in lists if every.intersection(map(id, m))]
-    if len(found) != 1 or len(found[0]) < 4 or every != set(map(id, found[0])):
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
+    stacks = [modules for modules in lists if every.intersection(map(id, modules))]
+    if len(stacks) != 1 or len(stacks[0]) < 4 or every != set(map(id, stacks[0])):
         return None
-    kinds = {
-        (repr(block), tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters()))
-        for block in found[0]
-    }
-    config = getattr(model, "config", None)
-    layers = set(getattr(config, "layer_types", None) or ())
-    return found[0] if len(kinds) == 1 and len(layers) < 2 else None
+    kinds = {_kind(block) for block in stacks[0]}
+    attentions = set(getattr(getattr(model, "config", None), "layer_types", None) or ())  # which no repr shows
+    return stacks[0] if len(kinds) == 1 and len(attentions) < 2 else None
+
+
+def _kind(block: nn.Module) -> tuple[Any, ...]:
+    """Equal for blocks that hold and compute the same."""
+    parameters = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters())
+    return repr(block), parameters
 
 
 def _step(meter: Meter, optimizer: Optimizer) -> None:
@@ -271,8 +274,12 @@ def _step(meter: Meter, optimizer: Optimizer) -> None:
 
 def size(values: list[Any]) -> int:
     """Bytes of the tensors among `values`; those that share a storage once."""
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in values if isinstance(t, Tensor)}
-    return sum(storages.values())
+    bytes_of: dict[int, int] = {}
+    for value in values:
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            bytes_of[storage._cdata] = storage.nbytes()
+    return sum(bytes_of.values())
 
 
 def units(model: nn.Module, quantized: str | None = None) -> tuple[tuple[Unit, ...], Unit]:
@@ -283,23 +290,31 @@ def units(model: nn.Module, quantized: str | None = None) -> tuple[tuple[Unit, .
         quantized: format in which frozen linear weights inside blocks would lie (`estimate.PACKED`); None as they are.
     """
     seen: set[int] = set()
-    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} if quantized else set()
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
 
-    def bytes_of(parameter: Tensor) -> int:
-        return (
-            quantized_size(parameter.shape, quantized) if quantized and id(parameter) in linear else size([parameter])
-        )
+    def unit(module: nn.Module, frozen_format: str | None) -> Unit:
+        frozen = trained = 0
+        for parameter in module.parameters():
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if parameter.requires_grad:
+                trained += size([parameter])
+            elif frozen_format and id(parameter) in linear:
+                frozen += quantized_size(parameter.shape, frozen_format)
+            else:
+                frozen += size([parameter])
+        return Unit(frozen, trained)
 
-    def unit(module: nn.Module, of: Callable[[Tensor], int]) -> Unit:
-        new = [p for p in module.parameters() if id(p) not in seen]
-        seen.update(map(id, new))
-        return Unit(sum(of(p) for p in new if not p.requires_grad), size([p for p in new if p.requires_grad]))
-
-    found = tuple(unit(block, bytes_of) for block in find_blocks(model).values())
-    return found, unit(model, lambda parameter: size([parameter]))
+    found = tuple(unit(block, quantized) for block in find_blocks(model).values())
+    return found, unit(model, None)
 
 
 def largest_linear(model: nn.Module) -> int:
     """Bytes of the largest linear weight inside blocks."""
-    inside = (m for block in find_blocks(model).values() for m in block.modules() if isinstance(m, nn.Linear))
-    return max((size([m.weight]) for m in inside), default=0)
+    largest = 0
+    for block in find_blocks(model).values():
+        for module in block.modules():
+            if isinstance(module, nn.Linear):
+                largest = max(largest, size([module.weight]))
+    return largest

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_lightning.cli.console import print_table
@@ -45,43 +46,79 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(flags=[])
 
 
+@dataclass(frozen=True)
+class Request:
+    """What is laid out, and where: a verb's own flags, else what the config says."""
+
+    strategies: Sequence[str]
+    gpus: Sequence[int]
+    batch_size: int
+    """Examples of a batch on each GPU."""
+    length: int
+    """Tokens of each example; 1 where examples are no texts."""
+    batches: int
+    """Batches of an optimizer step."""
+    precision: str
+    quantized: str | None
+    """Format of the frozen linear weights."""
+
+
 def run(args: argparse.Namespace) -> int:
     """Count a training step without values, lay it out, print."""
     from lora_lightning.cli.lightning import build_with_settings
-    from lora_lightning.cli.preflight.memory import check_positive, estimate, find_strategy, quantized_size, verdict
-    from lora_lightning.models.loading import checkpoint_format
+    from lora_lightning.cli.preflight.memory import estimate, verdict
 
     module, datamodule, trainer = build_with_settings(args.flags)
-    gpus = args.gpus or [_devices(trainer)]
-    names = args.strategy or [_strategy(trainer)]
-    for name in names:
+    asked = requested(args, module, datamodule, trainer)
+    module.quantization = None  # nothing is loaded, so nothing can be quantized; sizes are counted
+    parts = count(module, datamodule, asked.batch_size, asked.length, asked.precision, asked.quantized)
+    found: list[Estimate] = []
+    for gpus in asked.gpus:
+        names = asked.strategies if gpus > 1 else asked.strategies[:1]  # on one GPU they are all the same
+        found += [estimate(parts, name, gpus, asked.batches) for name in names]
+    rows = [_row(each) for each in found]
+    if args.markdown:
+        for row in [_columns(), ["---"] * len(_columns()), *rows]:
+            print(f"| {' | '.join(row)} |")
+        print()
+    else:
+        print_table(_columns(), rows)
+    print(_assumptions(module, asked))
+    if args.memory:
+        print(verdict(found, parts, args.memory * GIB, asked.batches))
+    return 0
+
+
+def requested(args: argparse.Namespace, module: AdapterModule, datamodule: Any, trainer: Mapping[str, Any]) -> Request:
+    """What a command line asks for.
+
+    Raises:
+        SettingsError: an unknown strategy or format, a number below 1, or no size of a batch.
+    """
+    from lora_lightning.cli.preflight.memory import check_positive, find_strategy, quantized_size
+    from lora_lightning.models.loading import checkpoint_format
+
+    batch_size = getattr(datamodule, "batch_size", None) if args.batch_size is None else args.batch_size
+    if batch_size is None:
+        raise SettingsError("the data module does not state its batch_size; give --batch-size N.")
+    asked = Request(
+        strategies=args.strategy or [strategy_of(trainer)],
+        gpus=args.gpus or [devices_of(trainer)],
+        batch_size=batch_size,
+        length=(getattr(datamodule, "max_length", None) or 1) if args.length is None else args.length,
+        batches=trainer.get("accumulate_grad_batches", 1),
+        precision=args.precision or str(trainer.get("precision") or "32-true"),
+        quantized=args.quantized or module.quantization or checkpoint_format(module.pretrained),
+    )
+    for name in asked.strategies:
         find_strategy(name)
     if args.quantized:
         quantized_size((1, 1), args.quantized)
-    batches = trainer.get("accumulate_grad_batches", 1)
-    batch_size = getattr(datamodule, "batch_size", None) if args.batch_size is None else args.batch_size
-    length = (getattr(datamodule, "max_length", None) or 1) if args.length is None else args.length
-    if batch_size is None:
-        raise SettingsError("the data module does not state its batch_size; give --batch-size N.")
-    for n in gpus:
-        check_positive(gpus=n, batch_size=batch_size, length=length, accumulate_grad_batches=batches)
+    for n in asked.gpus:
+        check_positive(gpus=n, batch_size=batch_size, length=asked.length, accumulate_grad_batches=asked.batches)
     if args.memory is not None and not args.memory > 0:
         raise SettingsError(f"memory is {args.memory:g}; it must be more than 0.")
-    precision = args.precision or str(trainer.get("precision") or "32-true")
-    packed = args.quantized or module.quantization or checkpoint_format(module.pretrained)
-    module.quantization = None  # nothing is loaded, so nothing can be quantized; sizes are counted
-    parts = count(module, datamodule, batch_size, length, precision, packed)
-    found = [estimate(parts, name, n, batches) for n in gpus for name in (names if n > 1 else names[:1])]
-    rows = [_row(each) for each in found]
-    if args.markdown:
-        lines = [f"| {' | '.join(row)} |" for row in [_columns(), ["---"] * len(_columns()), *rows]]
-        print("\n".join(lines), end="\n\n")
-    else:
-        print_table(_columns(), rows)
-    print(_assumptions(module, batch_size, length, precision, packed, batches))
-    if args.memory:
-        print(verdict(found, parts, args.memory * GIB, batches))
-    return 0
+    return asked
 
 
 def count(
@@ -148,7 +185,7 @@ def _autocast(precision: str) -> torch.dtype | None:
     return known[precision]
 
 
-def _devices(trainer: dict[str, Any]) -> int:
+def devices_of(trainer: Mapping[str, Any]) -> int:
     """Processes of the trainer: devices of a node, where their number is said, times nodes."""
     devices = trainer.get("devices")
     listed = str(len(devices) if isinstance(devices, list) else devices)
@@ -156,7 +193,8 @@ def _devices(trainer: dict[str, Any]) -> int:
     return one * int(trainer.get("num_nodes") or 1)
 
 
-def _strategy(trainer: dict[str, Any]) -> str:
+def strategy_of(trainer: Mapping[str, Any]) -> str:
+    """The strategy that the trainer names."""
     given = trainer.get("strategy") or "auto"
     return str(given["class_path"] if isinstance(given, dict) else given)
 
@@ -176,17 +214,15 @@ def _size(value: float) -> str:
     return f"{value / unit:.3g} {name}" if value < 1000 * unit else f"{value / unit:.0f} {name}"
 
 
-def _assumptions(
-    module: AdapterModule, batch_size: int, length: int, precision: str, quantized: str | None, batches: int
-) -> str:
+def _assumptions(module: AdapterModule, asked: Request) -> str:
     model = type(module.model).__name__
     dtype = next(p.dtype for p in module.model.parameters() if not p.requires_grad)
-    frozen = quantized or str(dtype).removeprefix("torch.")
+    frozen = asked.quantized or str(dtype).removeprefix("torch.")
     again = "recomputed in backward" if module.gradient_checkpointing else "kept for backward"
-    steps = f"{batches} batch{'es' * (batches > 1)} a step"
-    examples = f"{batch_size} x {length} tokens" if length > 1 else f"{batch_size} examples"
+    steps = f"{asked.batches} batch{'es' * (asked.batches > 1)} a step"
+    examples = f"{asked.batch_size} x {asked.length} tokens" if asked.length > 1 else f"{asked.batch_size} examples"
     return (
         f"{model} with {type(module.method).__name__}: batches of {examples}, {steps}, "
-        f"{precision}, frozen weights in {frozen}, activations {again}. "
+        f"{asked.precision}, frozen weights in {frozen}, activations {again}. "
         "The CUDA context and the allocator's gaps come on top."
     )

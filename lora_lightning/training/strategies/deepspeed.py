@@ -1,4 +1,4 @@
-"""ZeRO stage 2 by DeepSpeed, for models with adapters: in float32, with checkpoints that hold the adapter alone."""
+"""DeepSpeed: ZeRO stage 2, what trains in float32, with checkpoints that hold the adapter alone."""
 
 from __future__ import annotations
 
@@ -118,10 +118,10 @@ class DeepSpeed(DeepSpeedStrategy):
         trainer = self.lightning_module.trainer
         batches, window = trainer.num_training_batches, trainer.accumulate_grad_batches
         if window > 1 and batches % window:
-            whole = f"limit_train_batches {int(batches - batches % window)}" if batches > window else "fewer batches"
+            nearest = f"limit_train_batches {int(batches - batches % window)}" if batches > window else "fewer batches"
             raise SettingsError(
                 f"trainer.strategy is DeepSpeed and accumulate_grad_batches {window}, which does not divide the "
-                f"{batches} batches of an epoch: the rest would join the next one's. Nearest: {whole}, or FSDP2."
+                f"{batches} batches of an epoch: the rest would join the next one's. Nearest: {nearest}, or FSDP2."
             )
 
     def _setup_model_and_optimizer(

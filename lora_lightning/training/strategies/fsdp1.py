@@ -1,4 +1,4 @@
-"""FSDP1: frozen weights in shards, what trains whole on each process."""
+"""FSDP1: frozen weights are sharded; what trains is full on each process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lora_lightning.training.trainer_checkpoints import read_by_all
 
 
 class FSDP1(FSDPStrategy):
-    """Fully sharded data parallelism of torch's first kind: frozen weights sharded, what trains whole everywhere.
+    """Fully sharded data parallelism of torch's first kind: frozen weights sharded, full tensors of what trains.
 
     Frozen blocks are its units. Adapters and trained heads stay apart from them, and their gradients are averaged after
     each backward. So every method, optimizer and schedule acts as under DDP, but for what reads or writes frozen
@@ -106,9 +106,9 @@ class FSDP1(FSDPStrategy):
         """Average the gradients of what trains over processes; what has none anywhere keeps none."""
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._apart]
         there = torch.tensor([float(p.grad is not None) for p in self._apart], device=self.root_device)
-        quantized = torch.cat([there, *(grad.reshape(-1) for grad in grads)])
-        torch.distributed.all_reduce(quantized)
-        there, *sums = quantized.split([len(grads), *(grad.numel() for grad in grads)])
+        joined = torch.cat([there, *(grad.reshape(-1) for grad in grads)])
+        torch.distributed.all_reduce(joined)
+        there, *sums = joined.split([len(grads), *(grad.numel() for grad in grads)])
         for parameter, total, count in zip(self._apart, sums, there.tolist(), strict=True):
             if count:
                 parameter.grad = total.div_(self.world_size).view_as(parameter).to(parameter.dtype)
@@ -136,7 +136,7 @@ class FSDP1(FSDPStrategy):
             tensor.copy_(checkpoint["state_dict"][key])
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The state, which is whole."""
+        """The state; its tensors are full."""
         return optimizer_state(optimizer)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

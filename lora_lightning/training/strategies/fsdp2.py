@@ -1,4 +1,4 @@
-"""FSDP2: frozen weights, adapters and optimizer states in shards."""
+"""FSDP2: frozen weights, adapters and optimizer states are sharded."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class FSDP2(ModelParallelStrategy):
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole tensors: of the adapters alone where the module's files hold no more, else of everything."""
+        """Full tensors: of the adapters alone where the module's files hold no more, else of everything."""
         assert self.model is not None
         state = self.model.state_dict() if self._files_are_complete() else adapter_state(self.model)
         return dict(zip(state, (t.cpu() for t in gather(list(state.values()))), strict=True))
@@ -145,7 +145,7 @@ class FSDP2(ModelParallelStrategy):
         self.lightning_module.load_state_dict(state, strict=strict)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The state with whole tensors, by number of the parameter."""
+        """The state with full tensors, by number of the parameter."""
         return optimizer_state(optimizer)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""Sharded training: FSDP2 and FSDP1 for models with adapters, with checkpoints that hold the adapter alone.
+"""What FSDP2 and FSDP1 share: the start of a run, and checkpoints that hold the adapter alone.
 
     configure_model     the model is loaded by the first process and injected on all; elsewhere it has no values yet
-    setup               each block is sent and cut (`sharding.shard`), then optimizers are made
+    setup               each block is sent and cut (`units.shard`), then optimizers are made
     save                shards of adapters and optimizer states are gathered; the file is what one process would write
     load                each process takes its shards from that file
 
@@ -53,7 +53,7 @@ def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def load_optimizers(strategy: FSDP2 | FSDP1, checkpoint: Mapping[str, Any]) -> None:
-    """Load whole states; those shaped like their parameter are cut where it is."""
+    """Load states of full tensors; those shaped like their parameter are cut where it is."""
     for optimizer, saved in zip(strategy.optimizers, checkpoint["optimizer_states"], strict=True):
         params = [p for group in optimizer.param_groups for p in group["params"]]
         state = {

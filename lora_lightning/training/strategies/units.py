@@ -1,4 +1,4 @@
-"""Models whose parameters are sharded on several processes (FSDP2): cutting them up, and reading them whole again.
+"""Units of FSDP2: which parts of a model are sharded together, and how they are cut and sent.
 
 A unit is gathered for its forward and given back. Each block of a model is one, and so are the adapters of a block
 (float32 whatever the block is, and gathered until backward); what lies outside blocks belongs to the root's unit.
@@ -7,7 +7,7 @@ A unit is gathered for its forward and given back. Each block of a model is one,
     its adapters    trained factors, float32                  gathered from forward to backward
     root            embeddings, output layer, trained heads
 
-What a shard is, and how tensors are read and written, says `shards`.
+What a shard is, and how tensors are read and written, stands in `lora_lightning.distributed`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ from lora_lightning.models import experts
 from lora_lightning.models.scopes import pretrained_models
 from lora_lightning.models.weight_readers import weight_read_layers
 
-# -- cutting up --------------------------------------------------------------------------------------------------------
-
 
 def shard(
     model: nn.Module,
@@ -43,7 +41,7 @@ def shard(
 ) -> list[str]:
     """Cut a model with its adapters into units over the processes of `mesh`, the first of which says the values.
 
-    Values are sent unit by unit, so that no other process ever holds more than one unit whole. Elsewhere parameters may
+    Values are sent unit by unit, so that no other process ever holds more than one full unit. Elsewhere parameters may
     be on the meta device.
 
     Args:
@@ -113,14 +111,14 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     A list counts where it repeats one class, and is not inside a block or around one.
     """
     modules = dict(model.named_modules())
-    whole_classes = {
+    unsplit = {
         name
         for part in pretrained_models(modules).values()
         for name in (getattr(part, "_no_split_modules", None) or ())
     }
     found: dict[str, nn.Module] = {}
     for path, module in modules.items():
-        if type(module).__name__ in whole_classes and not _inside(path, found):
+        if type(module).__name__ in unsplit and not _inside(path, found):
             found[path] = module
     for path, module in modules.items():
         if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(m) for m in module}) == 1:

@@ -22,7 +22,7 @@ from lora_lightning.cli.preflight.trace import (
 from lora_lightning.models.tasks import find_task
 from lora_lightning.optim.groups import build_optimizer
 from lora_lightning.testing import tiny_decoder, tiny_encoder
-from lora_lightning.training.module import enable_checkpointing
+from lora_lightning.training.assembly import enable_checkpointing
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 5, "num_attention_heads": 2, "intermediate_size": 24}
 SMALL = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512}

@@ -72,8 +72,6 @@ def entry(name):
         "model: {method: ll_lora.LoRA}",
         "model: {method: {class_path: LoRA}}",
         "model: {method: {class_path: ll_lora.settings.LoRA, init_args: {rank: 4}}}",
-        "fit: {model: {method: LoRA}}",
-        "model: {class_path: MyModule, init_args: {method: LoRA}}",
         "trainer: {callbacks: [{class_path: lora_lightning.callbacks.InjectAdapters, init_args: {method: LoRA}}]}",
         "trainer: {callbacks: {class_path: InjectAdapters, init_args: {method: {class_path: LoRA}}}}",
     ],
@@ -93,9 +91,11 @@ def test_wrapped_methods_follow_in_order_and_each_is_printed_once(cite):
     assert cite(text, "model: {method: LoRA}") == (0, expected + "\n", "")
 
 
-def test_a_wrapped_method_in_a_file_that_changes_only_that(cite):
-    assert cite("model: {method: {inner: LoRA}}") == (0, entry("LoRA") + "\n", "")
-    assert cite("model: {method: {init_args: {inner: {class_path: LoRA}}}}") == (0, entry("LoRA") + "\n", "")
+@pytest.mark.parametrize("given", ["{inner: LoRA}", "{init_args: {inner: {class_path: LoRA}}}", "{rank: 4}"])
+def test_a_file_that_only_changes_the_method_of_another(cite, given):
+    code, out, err = cite(f"model: {{method: {given}}}")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: config0.yaml: model.method: no method is named. Write model.method: NAME or")
 
 
 def test_several_files(cite):
@@ -114,7 +114,6 @@ def test_a_method_without_an_entry_is_said(cite):
     [
         "",
         "data: {method: mean, class_path: LoRAData}",
-        "model: {method: {rank: 4}}",
         "model: {method: null}",
         "model: x",
     ],
@@ -127,15 +126,21 @@ def test_nothing_to_cite(cite, text):
     ("text", "where"),
     [
         ("model: {method: RosaLoRA}", "model.method"),
-        ("model: {method: {class_path: ll_rose.RosaLoRA}}", "model.method"),
         ("model: {method: {class_path: Cascaded, init_args: {inner: RosaLoRA}}}", "model.method.inner"),
-        ("model: {method: {class_path: Cascaded, init_args: {others: [LoRA, RosaLoRA]}}}", "model.method.others[1]"),
+        ("model: {method: {class_path: Cascaded, init_args: {others: [LoRA, RosaLoRA]}}}", "model.method.others"),
     ],
 )
 def test_an_unknown_method(cite, text, where):
     code, out, err = cite(text)
     assert (code, out) == (2, "")
     assert err.startswith(f'error: config0.yaml: {where}: no method "RosaLoRA". Did you mean "RoseLoRA"? Installed: ')
+
+
+def test_a_class_that_cannot_be_imported(cite):
+    code, out, err = cite("model: {method: {class_path: ll_rose.RosaLoRA}}")
+    assert (code, out) == (2, "")
+    said = "model.method: cannot import ll_rose.RosaLoRA: module 'll_rose' has no attribute 'RosaLoRA'."
+    assert err.startswith(f'error: config0.yaml: {said} Did you mean "RoseLoRA"? Installed: ')
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from lora_lightning import plugins
 from lora_lightning.cli.configs import config_names, find_config
 from lora_lightning.cli.main import main
 from lora_lightning.cli.preflight.memory import find_strategy
-from lora_lightning.cli.verbs.estimate import _devices, _strategy
+from lora_lightning.cli.verbs.estimate import devices_of, strategy_of
 from lora_lightning.injection.inject import inject
 from lora_lightning.models.loading import load_skeleton
 from lora_lightning.models.random import full_name
@@ -138,16 +138,16 @@ def test_what_cannot_be_estimated(words, message, capsys, monkeypatch):
 
 
 def test_what_the_trainer_says():
-    assert (_devices({}), _devices({"devices": "auto"}), _devices({"devices": -1})) == (1, 1, 1)
-    assert (_devices({"devices": 4, "num_nodes": 2}), _devices({"devices": [0, 1]})) == (8, 2)
-    assert _strategy({"strategy": {"class_path": "x.DDPStrategy"}}) == "x.DDPStrategy"
-    assert _strategy({}) == "auto"
+    assert (devices_of({}), devices_of({"devices": "auto"}), devices_of({"devices": -1})) == (1, 1, 1)
+    assert (devices_of({"devices": 4, "num_nodes": 2}), devices_of({"devices": [0, 1]})) == (8, 2)
+    assert strategy_of({"strategy": {"class_path": "x.DDPStrategy"}}) == "x.DDPStrategy"
+    assert strategy_of({}) == "auto"
 
 
 @pytest.mark.parametrize("name", [name for name in config_names() if name.startswith("strategies/")])
 def test_each_config_of_a_strategy_has_its_layout(name):
     trainer = yaml.safe_load(Path(find_config(name)).read_text(encoding="utf-8"))["trainer"]
-    assert f"strategies/{find_strategy(_strategy(trainer))}" == name
+    assert f"strategies/{find_strategy(strategy_of(trainer))}" == name
 
 
 @pytest.mark.parametrize("task", all_tasks().values(), ids=all_tasks())

@@ -1,143 +1,63 @@
-"""Which strategies may carry an adapter."""
+"""What FSDP2 and FSDP1 share: states of optimizers as one process has them, and callbacks that read frozen weights."""
 
 from __future__ import annotations
 
-import logging
-import sys
 from types import SimpleNamespace
 
-import lightning.pytorch.strategies.deepspeed
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
-from lightning.pytorch.callbacks import Callback, EarlyStopping
-from lightning.pytorch.plugins.precision import DeepSpeedPrecision
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+import torch.distributed as dist
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from lora_lightning import AdapterModule, plugins
-from lora_lightning.callbacks import Cascade, NoiseInjection, RankPruning, SparsitySchedule
-from lora_lightning.cli.main import main
+from lora_lightning.callbacks import Cascade, SparsitySchedule
 from lora_lightning.errors import SettingsError
-from lora_lightning.training.strategies import DeepSpeed
-from lora_lightning.training.strategies import deepspeed as zero
-from lora_lightning.training.strategies.choice import check_strategy
-from lora_lightning.training.strategies.fsdp1 import FSDP1
-from lora_lightning.training.strategies.fsdp2 import FSDP2
+from lora_lightning.training.strategies.sharded import check_base_unread, load_optimizers, optimizer_state
 
 
-@pytest.mark.parametrize(
-    ("theirs", "message"),
-    [
-        (FSDPStrategy, r"strategy is FSDPStrategy, .*; nearest: FSDP1 \(--config strategies/fsdp\)"),
-        (ModelParallelStrategy, r"strategy is ModelParallelStrategy, .*; nearest: FSDP2 \(--config strategies/fsdp2\)"),
-        (DeepSpeedStrategy, r"strategy is DeepSpeedStrategy, .*; nearest: DeepSpeed \(--config strategies/deepspeed\)"),
-    ],
-)
-def test_lightnings_own_sharded_strategies_are_refused(theirs, message):
-    with pytest.raises(SettingsError, match=message):
-        check_strategy(theirs.__new__(theirs))  # some cannot be made without a GPU or a package
+@pytest.fixture(scope="module")
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("ours", [FSDP1, FSDP2, DeepSpeed, DDPStrategy])
-def test_ours_are_not(ours):
-    check_strategy(ours.__new__(ours))
+def optimizer_over(value):
+    parameter = nn.Parameter(value)
+    return parameter, torch.optim.AdamW([parameter], lr=0.1)
 
 
-def test_deepspeed_that_is_not_there_and_devices_it_does_not_know(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(zero, "find_spec", lambda name: None)
-    with pytest.raises(SettingsError, match=r"not installed \(pip install deepspeed\); nearest: FSDP2"):
-        DeepSpeed()
-    config = tmp_path / "config.yaml"
-    config.write_text("trainer: {strategy: {class_path: DeepSpeed}}")
-    assert main(["fit", "--config", "rose", "--config", str(config)]) == 2
-    assert "(pip install deepspeed)" in capsys.readouterr().err.splitlines()[0]
-    there = DeepSpeed.__new__(DeepSpeed)
-    there.accelerator = CPUAccelerator()
-    with pytest.raises(SettingsError, match="CPUAccelerator, and DeepSpeed works on GPUs alone; nearest: FSDP2"):
-        there.setup_environment()
+def stepped(value, grad):
+    parameter, optimizer = optimizer_over(value)
+    parameter.grad = grad
+    optimizer.step()
+    return parameter, optimizer
 
 
-@pytest.fixture
-def deepspeed(monkeypatch):
-    """Ours, as it is where DeepSpeed is installed and the trainer has a GPU; nothing is started."""
-    package = SimpleNamespace(utils=SimpleNamespace(logging=SimpleNamespace(logger=logging.getLogger("deepspeed"))))
-    monkeypatch.setitem(sys.modules, "deepspeed", package)
-    monkeypatch.setattr(zero, "find_spec", lambda name: name)
-    monkeypatch.setattr(lightning.pytorch.strategies.deepspeed, "_DEEPSPEED_AVAILABLE", True)
-    monkeypatch.setattr(lightning.pytorch.strategies.deepspeed, "_DEEPSPEED_GREATER_EQUAL_0_16", True)
-    monkeypatch.setattr(DeepSpeedStrategy, "setup_environment", lambda self: None)
-    strategy = DeepSpeed()
-    strategy.accelerator = CUDAAccelerator.__new__(CUDAAccelerator)
-    return strategy
+def test_a_sharded_state_is_gathered_and_cut_again(mesh):
+    value, grad = torch.randn(4, 3), torch.randn(4, 3)
+    cut = lambda tensor: distribute_tensor(tensor, mesh, [Shard(0)])  # noqa: E731
+    _, sharded = stepped(cut(value.clone()), cut(grad))
+    _, plain = stepped(value.clone(), grad)
+    saved = optimizer_state(LightningOptimizer(sharded))
+    expected = plain.state_dict()
+    assert saved["param_groups"] == expected["param_groups"]
+    for name, tensor in expected["state"][0].items():
+        assert not isinstance(saved["state"][0][name], DTensor)
+        torch.testing.assert_close(saved["state"][0][name], tensor)
+
+    parameter, again = optimizer_over(cut(value.clone()))
+    strategy = SimpleNamespace(optimizers=[again], root_device=torch.device("cpu"))
+    load_optimizers(strategy, {"optimizer_states": [saved]})
+    state = again.state[parameter]
+    assert isinstance(state["exp_avg"], DTensor)
+    assert not isinstance(state["step"], DTensor)
+    torch.testing.assert_close(state["exp_avg"].to_local(), expected["state"][0]["exp_avg"])
 
 
-def test_deepspeed_leaves_dtypes_to_autocast(deepspeed):
-    assert not deepspeed.config["bf16"]["enabled"]
-    assert not deepspeed.config["fp16"]["enabled"]
-    x, weight = torch.ones(2, 2), torch.ones(2, 2)
-    for precision, computed, given in (
-        ("32-true", torch.float32, torch.float32),
-        ("bf16-mixed", torch.bfloat16, torch.float32),
-        ("bf16-true", torch.float32, torch.bfloat16),
-    ):
-        deepspeed.precision_plugin = DeepSpeedPrecision(precision)
-        deepspeed.setup_environment()
-        with deepspeed.precision_plugin.train_step_context():
-            assert (x @ weight).dtype == computed, precision
-        assert deepspeed.precision_plugin.convert_input(x).dtype == given, precision
-    deepspeed.precision_plugin = DeepSpeedPrecision("16-mixed")
-    with pytest.raises(SettingsError, match='"16-mixed", which would keep adapters in float16; nearest: "bf16-mixed"'):
-        deepspeed.setup_environment()
-
-
-def test_deepspeed_divides_a_loss_no_further(deepspeed):
-    """Lightning has divided it by the batches of a window."""
-    deepspeed.precision_plugin = DeepSpeedPrecision("32-true")
-    deepspeed.setup_environment()
-    calls = []
-    module = LightningModule()
-    module._trainer = SimpleNamespace(model=SimpleNamespace(backward=lambda loss, **how: calls.append((loss, how))))
-    deepspeed.precision_plugin.backward(torch.ones(()), module, None)
-    assert calls == [(torch.ones(()), {"scale_wrt_gas": False})]
-
-
-@pytest.mark.parametrize(("batches", "window", "nearest"), [(7, 2, "limit_train_batches 6"), (2, 3, "fewer batches")])
-def test_deepspeed_needs_whole_windows(deepspeed, batches, window, nearest):
-    trainer = SimpleNamespace(num_training_batches=batches, accumulate_grad_batches=window)
-    deepspeed._lightning_module = SimpleNamespace(trainer=trainer)
-    with pytest.raises(
-        SettingsError, match=f"{window}, which does not divide the {batches} batches .* {nearest}, or FSDP2"
-    ):
-        deepspeed.on_train_start()
-    trainer.num_training_batches = 2 * window
-    deepspeed.on_train_start()
-
-
-@pytest.mark.parametrize(
-    ("callback", "what"),
-    [
-        (SparsitySchedule(sparsity=0.5), "SparsitySchedule reads gradients, which"),
-        (Cascade(stage_steps=2), "Cascade writes what trains between steps, whose copies"),
-        (NoiseInjection(0.1), "NoiseInjection writes what trains between steps, whose copies"),
-        (RankPruning(final_rank=1), None),
-        (EarlyStopping("loss"), None),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, Callback) else "",
-)
-def test_callbacks_under_deepspeed(callback, what):
-    strategy = DeepSpeed.__new__(DeepSpeed)
-    if what is None:
-        strategy.refuse([callback])
-        return
-    with pytest.raises(SettingsError, match=f"{what} DeepSpeed keeps to itself. Take FSDP2, or ddp"):
-        strategy.refuse([callback])
-
-
-def test_the_module_refuses_before_it_loads(tmp_path):
-    module = AdapterModule(pretrained="nowhere", task="causal-lm", method=plugins.method("LoRA")())
-    trainer = Trainer(strategy=ModelParallelStrategy(), accelerator="cpu", devices=1, default_root_dir=tmp_path)
-    module.trainer = trainer
-    assert [str(error) for error in module.refusals() if "nearest: FSDP2" in str(error)]
-    with pytest.raises(SettingsError, match="nearest: FSDP2"):
-        module.configure_model()
+def test_callbacks_that_read_frozen_weights_are_refused():
+    check_base_unread([SparsitySchedule()], "FSDP1", "FSDP1 keeps.")
+    with pytest.raises(SettingsError, match=r"strategy is FSDP1, but Cascade reads or writes .*, which it keeps"):
+        check_base_unread([SparsitySchedule(), Cascade(stage_steps=2)], "FSDP1", "it keeps.")

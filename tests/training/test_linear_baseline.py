@@ -17,8 +17,7 @@ from lora_lightning.models.anatomy import survey
 from lora_lightning.models.loading import load_model
 from lora_lightning.models.tasks import find_task
 from lora_lightning.optim.warmup import WarmUp
-from lora_lightning.training.baseline_fit import RATES, fit_baseline
-from lora_lightning.training.linear_baseline import LinearBaseline
+from lora_lightning.training.linear_baseline import RATES, LinearBaseline, fit_baseline
 from lora_lightning.training.module import AdapterModule
 
 SCHEDULE = WarmUp(warmup_fraction=0.0, decay="constant")
@@ -123,7 +122,7 @@ def test_a_language_model_has_no_baseline_but_a_loss_before_training(tmp_path):
 
 def test_a_resumed_run_keeps_the_result():
     first, second = LinearBaseline(), LinearBaseline()
-    from lora_lightning.training.baseline_fit import Baseline
+    from lora_lightning.training.linear_baseline import Baseline
 
     first.result = Baseline({"loss": 1.0}, {"loss": 0.5}, 1e-3, {1e-3: 0.5})
     second.load_state_dict(first.state_dict())

@@ -1,0 +1,247 @@
+"""Assembly: from the settings of AdapterModule to a model with adapters, after what cannot work has been refused.
+
+refusals     everything that is wrong, before anything is loaded
+loader       who reads values: every process, or the first one for all
+build        load, check against the data, add tokens, inject, lower, recompute
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch import Trainer
+from torch import nn
+
+from lora_lightning.errors import DataError, LoraLightningError, ModelError, SettingsError
+from lora_lightning.injection.gates import recomputation
+from lora_lightning.injection.inject import inject, lower_adapters
+from lora_lightning.injection.report import InjectionReport
+from lora_lightning.methods import Method
+from lora_lightning.models.loading import checkpoint_format, load_model, load_without_values
+from lora_lightning.models.new_tokens import add_rows_for
+from lora_lightning.models.quantization import Loading, Quantization, check_format, loading
+from lora_lightning.models.random import full_name, is_random, tokenizer_settings
+from lora_lightning.models.tasks.base import Task
+from lora_lightning.training.calibration import calibration, planned
+from lora_lightning.training.strategies.choice import check_strategy
+
+NAME = "default"
+"""The adapter of a run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembly:
+    """Settings of AdapterModule that decide its model, with the trainer that is to run it, where there is one.
+
+    Fields are those of AdapterModule, which says what they mean.
+    """
+
+    pretrained: str
+    method: Method
+    task: Task
+    targets: str | list[str]
+    exclude: list[str]
+    overrides: dict[str, dict[str, Any]]
+    also_train: Literal["heads"] | list[str]
+    num_labels: int | None
+    dtype: str | None
+    half_adapters: bool
+    gradient_checkpointing: bool
+    random_config: dict[str, Any]
+    quantization: Quantization | None
+    trainer: Trainer | None
+
+    def loader(self) -> Callable[..., nn.Module]:
+        """What loads the model here; under some strategies the first process alone reads values, and sends them."""
+        on_first = getattr(self._strategy, "reads_on_first_rank", False)
+        reads = not on_first or self.trainer is None or self.trainer.global_rank == 0
+        return load_model if reads else load_without_values
+
+    def build(self, load: Callable[..., nn.Module], seed: int) -> tuple[nn.Module, InjectionReport]:
+        """Inject into the model that `load`, called as `load_model` is, gives.
+
+        Raises:
+            ModelError: the model cannot be loaded for the task.
+            TargetError: the targets do not fit the model.
+            SettingsError: a setting that does not fit the data, the trainer or the model.
+        """
+        self.check_data()
+        quantize = self.quantizing()
+        self.check_trainer()
+        pretrained = self.source(seed)
+        net = load(
+            pretrained,
+            self.task,
+            self.labels(),
+            dtype=self.frozen_dtype(),
+            label_names=self._label_names(),
+            also_train=() if self.also_train == "heads" else self.also_train,
+            **({"quantize": quantize} if quantize else {}),
+        )
+        self.check_length(net)
+        self._add_tokens(net, seed)
+        known = planned(self.trainer)
+        report = inject(
+            net,
+            self.method,
+            self.targets,
+            self.exclude,
+            self.overrides,
+            self.also_train,
+            name=NAME,
+            seed=seed,
+            probe=calibration(self.method, self.task, self.trainer) if known is None else None,
+            planned=known,
+        )
+        if self.half_adapters:
+            lower_adapters(net, NAME)
+        if is_random(pretrained):
+            note = f"nothing is pretrained: what is frozen stays as it was drawn ({pretrained})"
+            report = replace(report, notes=(*report.notes, note))
+        if self.gradient_checkpointing:
+            enable_checkpointing(net)
+        return net, report
+
+    def refusals(self) -> list[LoraLightningError]:
+        """Everything that `build` would refuse before it loads the model."""
+        found: list[LoraLightningError] = []
+        for check_one in (self.check_data, self.quantizing, self.check_trainer, self.labels, self.frozen_dtype):
+            try:
+                check_one()
+            except LoraLightningError as error:
+                found.append(error)
+        return found
+
+    @property
+    def _strategy(self) -> Any:
+        return self.trainer.strategy if self.trainer is not None else None
+
+    @property
+    def _data(self) -> Any:
+        """The data module of the run; None where there is none."""
+        return getattr(self.trainer, "datamodule", None)
+
+    def source(self, seed: int) -> str:
+        """Where the model comes from: `pretrained`, or all that decides a random model."""
+        if not is_random(self.pretrained):
+            return self.pretrained
+        tokenizer = getattr(self._data, "tokenizer_object", None)
+        found = tokenizer_settings(self.pretrained, tokenizer, self.random_config) if tokenizer else {}
+        return full_name(self.pretrained, {**found, **self.random_config}, seed)
+
+    # -- what is refused -----------------------------------------------------------------------------------------------
+
+    def check_data(self) -> None:
+        """Raise `DataError` where the data serve other tasks."""
+        kinds = getattr(self._data, "task_kinds", None)
+        if kinds is not None and self.task.name not in kinds:
+            raise DataError(
+                f'model.task is "{self.task.name}", but the data ({type(self._data).__name__}) serve '
+                f"{' and '.join(kinds)}."
+            )
+
+    def check_trainer(self) -> None:
+        """Raise `SettingsError` for a strategy that knows nothing of adapters, or no whole window."""
+        if self.trainer is None:
+            return
+        check_strategy(self.trainer.strategy)
+        if self.trainer.accumulate_grad_batches < 1:
+            raise SettingsError(
+                f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}; it must be at least 1."
+            )
+
+    def quantizing(self) -> Loading | None:
+        """How the base is quantized, after everything that could not work has been refused."""
+        own = checkpoint_format(self.pretrained)
+        given, where = self.quantization, "model.quantization"
+        if given and is_random(self.pretrained):
+            raise SettingsError(
+                f'{where} is "{given}", but "{self.pretrained}" has no weights to quantize; leave it null.'
+            )
+        if given and own:
+            raise SettingsError(
+                f'{where} is "{given}", but "{self.pretrained}" is stored as {own} already; leave it null.'
+            )
+        kind = given or own
+        if kind is None:
+            return None
+        strategy = type(self._strategy).__name__ if self.trainer else "auto"
+        precision = str(self.trainer.precision) if self.trainer else "32-true"
+        device = self._strategy.root_device if self.trainer else torch.device("cpu")
+        check_format(kind, strategy, precision, device.type, where if given else f'the checkpoint "{self.pretrained}"')
+        self._check_callbacks(kind)
+        return loading(kind, precision, str(device))
+
+    def _check_callbacks(self, kind: str) -> None:
+        """Refuse callbacks that cannot act on a quantized base."""
+        for callback in self.trainer.callbacks if self.trainer else ():  # type: ignore[attr-defined]
+            refuses = getattr(callback, "refuses_quantized", None)
+            reason = refuses(self.method) if refuses is not None else ""
+            if reason:
+                raise SettingsError(f"the base is stored as {kind}, and {type(callback).__name__} {reason}")
+
+    def frozen_dtype(self) -> torch.dtype | Literal["auto"]:
+        """Dtype of frozen weights: the setting's, else what the trainer's precision means by "true"."""
+        precision = str(self.trainer.precision) if self.trainer is not None else "32-true"
+        if precision == "16-true":
+            raise SettingsError(
+                'trainer.precision is "16-true", under which gradients underflow; take "bf16-true", or "16-mixed", '
+                "which scales the loss."
+            )
+        if precision == "bf16-true" and self.dtype not in (None, "auto", "bfloat16"):
+            raise SettingsError(
+                f'model.dtype is "{self.dtype}", but trainer.precision "bf16-true" casts frozen weights to '
+                'bfloat16; leave dtype null, or take precision "bf16-mixed".'
+            )
+        if precision == "bf16-true":
+            return torch.bfloat16
+        return "auto" if self.dtype == "auto" else getattr(torch, self.dtype or "float32")
+
+    def labels(self) -> int | None:
+        """Classes of the head: the setting's, else the data's; None for a task without a head."""
+        if not self.task.has_head:
+            return None
+        labels = self.num_labels if self.num_labels is not None else getattr(self._data, "num_labels", None)
+        classes = len(self._label_names())
+        if labels is not None and labels < classes:
+            raise SettingsError(f"model.num_labels is {labels}; the data have {classes} classes, so at least that.")
+        if labels is None and self.task.model_options(None) == {}:
+            raise SettingsError(
+                "model.num_labels is null, and the data module does not say; set it to the class count."
+            )
+        return labels
+
+    def _label_names(self) -> list[str]:
+        return list(getattr(self._data, "label_names", ())) if self.task.has_head else []
+
+    def check_length(self, net: nn.Module) -> None:
+        """Raise `SettingsError` where the data's texts are longer than a model can take."""
+        longest = getattr(getattr(net, "config", None), "max_position_embeddings", None)
+        length = getattr(self._data, "max_length", None)
+        if longest and length and length > longest:
+            raise SettingsError(
+                f"data.max_length is {length}; {type(net).__name__} has {longest} positions, so at most that."
+            )
+
+    def _add_tokens(self, net: nn.Module, seed: int) -> None:
+        """Rows for the tokens that the data module has added to its tokenizer."""
+        tokens = getattr(self._data, "new_tokens", ())
+        if tokens:
+            add_rows_for(net, self._data.tokenizer_object, tokens, seed)
+
+
+def enable_checkpointing(net: nn.Module) -> None:
+    """Non-reentrant activation checkpointing, without making the inputs require gradients (they need not here).
+
+    Raises:
+        ModelError: the model has none.
+    """
+    if not getattr(net, "supports_gradient_checkpointing", False):
+        raise ModelError(f"model.gradient_checkpointing is True; {type(net).__name__} does not support it.")
+    hf_model = cast(Any, net)
+    enable = getattr(hf_model, "activation_checkpointing_enable", None) or hf_model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "context_fn": recomputation})
+    hf_model.disable_input_require_grads()

@@ -1,0 +1,67 @@
+"""The closing summary and the picture of a run."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from matplotlib.image import imread
+from rich.console import Console
+
+from lora_lightning.training.summary import draw, summary_table
+
+
+def text(renderable) -> str:
+    console = Console(width=120, file=io.StringIO())
+    console.print(renderable)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("names", [("sparsity",), ("sparsity", "rank"), ()])
+def test_picture_has_a_panel_for_each_curve(tmp_path, names):
+    history = [{"step": s, "train_loss": 1 / s, **dict.fromkeys(names, 0.1 * s)} for s in range(1, 6)]
+    history.append({"step": 5, "val_loss": 0.3, "val_accuracy": 0.7})
+    draw(tmp_path / "report.png", history, "accuracy", {"linear baseline": 0.5})
+    height, width, _ = imread(tmp_path / "report.png").shape
+    assert width / height == pytest.approx((2 + len(names)) * 4.2 / 3.2, rel=0.02)
+
+
+def summary(**more):
+    return {
+        "metric": "accuracy",
+        "has_head": True,
+        "untrained": {"accuracy": 0.5},
+        "linear_baseline": {"accuracy": 0.625},
+        "method": "LoRA",
+        "values": {"accuracy": 0.75},
+        "trainable_parameters": 1234,
+        "surviving_parameters": 1000,
+        "report": {"density": 0.25, "layers": {"a": 1}},
+        "changed": {"a": 0.5, "b": 0.125},
+        "damping_raised": {},
+        "seconds": 12.3,
+        "adapter_dir": "runs/001/adapter",
+        **more,
+    }
+
+
+def test_the_summary_tells_every_number():
+    lines = text(summary_table(summary(data={"train": {"dropped": 3, "skipped": 0}}))).splitlines()
+    rows = [" ".join(line.strip("│┃ ").replace("│", " ").split()) for line in lines]
+    for expected in ("untrained head 0.5000", "linear baseline, as many steps 0.6250", "LoRA 0.7500"):
+        assert expected in rows
+    assert "trained 1,234 parameters; 1,000 adapter entries are not zero" in rows
+    assert "facts density 0.2500" in rows
+    assert "changed all 2 trained tensors, the least by 0.12 (b)" in rows
+    assert "data 3 train examples had nothing to learn and were left out" in rows
+    assert not any("rows could not be read" in row or row.startswith("damping") for row in rows)
+
+
+def test_the_summary_of_a_folded_layer_and_raised_damping():
+    changed = {"head": 0.5, "layer (folded)": 0.25}
+    raised = {"a": 1, "b": 2, "c": 3, "d": 4}
+    shown = text(summary_table(summary(changed=changed, damping_raised=raised, linear_baseline=None, has_head=False)))
+    assert "all 2 trained tensors and folded layers, the least by 0.25 (layer (folded))" in shown
+    assert "was raised at 1 step for a, 2 steps for b, 3 steps for c, and for 1 pair more" in shown
+    assert "before training" in shown
+    assert "linear baseline" not in shown
