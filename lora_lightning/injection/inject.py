@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -115,7 +115,7 @@ def lower_adapters(model: nn.Module, name: str) -> None:
     for _, layer in iter_adapters(model):
         if name in layer.adapters:
             for module in (layer.adapter(name), *layer.adapter(name).linked.values()):
-                module.in_half = True
+                cast(Adapter | Linked, module).in_half = True
                 module.to(layer.base_layer.dtype)
 
 

@@ -76,9 +76,9 @@ def attach(model: nn.Module, name: str, linked: Mapping[str, Linked]) -> None:
     """Register linked modules at their owners, under an adapter's name."""
     for path, module in linked.items():
         owner = model.get_submodule(path)
-        if not isinstance(getattr(owner, "adapters", None), LinkedAdapters):
-            owner.adapters = LinkedAdapters()
-        holder = owner.adapters
+        holder = getattr(owner, "adapters", None)
+        if not isinstance(holder, LinkedAdapters):
+            holder = owner.adapters = LinkedAdapters()
         holder[name] = module.train(owner.training)
         if isinstance(module, Gate):
             add_gate_hooks(model, owner)

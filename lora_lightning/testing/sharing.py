@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,8 @@ class SharingContract:
         self._check_one_thing(model)
         state = {key: value.clone() for key, value in model.state_dict().items()}
         before = model(x)
-        for move in (nn.Module.float, nn.Module.double, lambda m: m.to("cpu"), lambda m: m.to(torch.float64)):
+        moves: list[Callable[[nn.Module], nn.Module]] = [nn.Module.float, nn.Module.double, lambda m: m.to("cpu")]
+        for move in moves:
             move(model)
             self._check_one_thing(model)
         model.load_state_dict(state)
