@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from lora_lightning.exporters.export import export, import_peft
     from lora_lightning.injection.inject import inject
     from lora_lightning.injection.merge import eject, merge, unmerge
+    from lora_lightning.injection.probe import Probe
     from lora_lightning.injection.records import iter_adapters
     from lora_lightning.injection.switches import disable_adapters, set_active, set_trainable
     from lora_lightning.methods import Method
     from lora_lightning.models.new_tokens import add_tokens
     from lora_lightning.plugins import method
+    from lora_lightning.storage.compose import compose
     from lora_lightning.storage.folder import save_adapter
     from lora_lightning.storage.load import load_adapter
     from lora_lightning.training.module import AdapterModule
@@ -31,7 +33,9 @@ _HOME = {
     "AdapterModule": "training.module",
     "InjectAdapters": "callbacks.inject",
     "Method": "methods",
+    "Probe": "injection.probe",
     "add_tokens": "models.new_tokens",
+    "compose": "storage.compose",
     "disable_adapters": "injection.switches",
     "eject": "injection.merge",
     "export": "exporters.export",
@@ -51,7 +55,9 @@ __all__ = [
     "AdapterModule",
     "InjectAdapters",
     "Method",
+    "Probe",
     "add_tokens",
+    "compose",
     "disable_adapters",
     "eject",
     "export",

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,7 @@ Hook = Callable[[str, Tensor, Tensor], Tensor | None]
 
 def loss_of_output(model: nn.Module, batch: Any) -> Tensor:
     """The loss that a Hugging Face model gives when it is called with a batch that has labels."""
-    loss: Tensor = model(**batch).loss
-    return loss
+    return cast(Tensor, model(**batch).loss)
 
 
 class Probe:
@@ -59,6 +58,7 @@ class Probe:
         self.batches, self.loss, self.device = list(batches), loss, device
         self.passes = 0
         self._watching = True
+        self._mask: Tensor | None = None
         self.model: nn.Module = nn.Identity()
         self.layers: Mapping[str, BaseLayer] = {}
 
@@ -137,9 +137,8 @@ class Probe:
             leaf.register_hook(partial(add, path, base, x))
             return leaf.clone()  # which, unlike a leaf, may be changed in place
 
-        wanted = self._paths(paths)
-        self._run(wanted, watch, backward=True)
-        for path in wanted:
+        self._run(self._paths(paths), watch, backward=True)
+        for path in self._paths(paths):
             if path not in sums:
                 raise SettingsError(f"the probe's loss does not depend on {path}, so its weight has no gradient.")
         return {path: total / len(self.batches) for path, total in sums.items()}
@@ -158,7 +157,7 @@ class Probe:
             )
         self.passes += 1
         reached: set[str] = set()
-        losses = []
+        losses: list[float] = []
         with self._untouched():
             handles = [self._module(path).register_forward_hook(self._at(path, hook, reached)) for path in paths]
             try:

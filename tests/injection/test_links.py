@@ -19,6 +19,7 @@ from lora_lightning.injection.records import adapters_named, linked_named
 from lora_lightning.models.anatomy import survey
 from lora_lightning.storage.fingerprint import fingerprint
 from lora_lightning.testing import TinyMLP, perturb, tiny_decoder
+from lora_lightning.training.strategies.units import roots
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -92,6 +93,13 @@ def test_a_failed_save_names_no_shared_tensor_twice(tmp_path):
     model = TinyMLP()
     inject(model, VeRA(), ["first", "second"], also_train=())
     assert save_adapter(model, tmp_path / "a") == tmp_path / "a"
+
+
+def test_sharding_refuses_what_no_unit_would_gather():
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    inject(model, TiedLoRA(), ["a", "b"], also_train=())
+    with pytest.raises(AdapterStateError, match="share tensors above several modules of ModuleDict"):
+        roots(model)
 
 
 @dataclass(frozen=True, kw_only=True)

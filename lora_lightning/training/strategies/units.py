@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.adapters.base import Adapter
+from lora_lightning.adapters.linked import LinkedAdapters
 from lora_lightning.distributed import is_sharded
 from lora_lightning.errors import AdapterStateError
 from lora_lightning.models import experts
@@ -205,6 +206,11 @@ def roots(module: nn.Module) -> dict[str, nn.Module]:
     for name, child in module.named_children():
         if next(child.parameters(), None) is None:
             continue
+        if isinstance(child, LinkedAdapters):
+            raise AdapterStateError(
+                f"adapted layers share tensors above several modules of {type(module).__name__}, which no unit would "
+                "gather; put these modules into one submodule with a forward, or train with DDP."
+            )
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
             found |= {f"{name}.{path}": inner for path, inner in roots(child).items()}
         else:
