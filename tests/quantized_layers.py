@@ -24,9 +24,16 @@ class Steps(nn.Module):
 
 
 class StepsBase(QuantizedBase):
-    def __init__(self, layer: nn.Linear, differentiable: bool = True) -> None:
-        super().__init__(Steps(layer), "steps", layer.in_features, layer.out_features, torch.float32)
+    def __init__(self, layer: nn.Linear | Steps, differentiable: bool = True) -> None:
+        steps = layer if isinstance(layer, Steps) else Steps(layer)
+        d_out, d_in = steps.weight.shape
+        super().__init__(steps, "steps", d_in, d_out, torch.float32)
         self.differentiable = differentiable
 
     def dequantize(self) -> Tensor:
         return self.stored.float() * STEP
+
+
+def serve(module: nn.Module) -> StepsBase | None:
+    """What a plugin would answer for a base layer."""
+    return StepsBase(module) if isinstance(module, Steps) else None

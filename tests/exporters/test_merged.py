@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from exported_models import Gain, LoRA, adapted, assert_untouched, bert, llama, logits, randomise, state_of
+from quantized_layers import Steps, serve
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -115,3 +117,27 @@ def test_merged_refuses_tied_weights_and_new_biases(tmp_path: Path) -> None:
         ll.export(tied, tmp_path / "out", format="merged")
     with pytest.raises(ExportError, match="q_proj has no bias in LlamaForCausalLM"):
         ll.export(adapted(method=LoRA(rank=2, bias=True), targets=["q_proj"]), tmp_path / "out", format="merged")
+
+
+def test_quantized_layers_are_plain_in_the_file_whatever_is_on_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One has the adapter, one another adapter, and one none."""
+    monkeypatch.setattr("lora_lightning.models.base_layers.base_layer_kinds", lambda _: [("ll_steps", serve)])
+    model: Any = bert()
+    blocks = model.bert.encoder.layer
+    for block in blocks:
+        block.attention.self.query = Steps(block.attention.self.query)
+    blocks[0].attention.self.key = Steps(blocks[0].attention.self.key)
+    ll.inject(model, LoRA(rank=1), ["layer.1.attention.self.query"], name="other", also_train=[])
+    ll.inject(model, LoRA(rank=2), ["layer.0.attention.self.query"], also_train=[])
+    randomise(model)
+    before, expected = state_of(model), logits(model)
+    modules = {name: id(module) for name, module in model.named_modules()}
+    report = ll.export(model, tmp_path / "merged", "merged")
+    assert_untouched(model, before)
+    assert {name: id(module) for name, module in model.named_modules()} == modules
+    assert report.difference == 0
+    plain = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    assert not any(isinstance(module, Steps) for module in plain.modules())
+    assert torch.allclose(logits(plain), expected, atol=1e-5)
