@@ -2,7 +2,8 @@
 
 refusals     everything that is wrong, before anything is loaded
 loader       who reads values: every process, or the first one for all
-build        load, check against the data, add tokens, inject, lower, recompute
+load         load, check against the data, add tokens
+adapt        plan, inject, lower, recompute
 """
 
 from __future__ import annotations
@@ -60,20 +61,18 @@ class Assembly:
         reads = not on_first or self.trainer is None or self.trainer.global_rank == 0
         return load_model if reads else load_without_values
 
-    def build(self, load: Callable[..., nn.Module], seed: int) -> tuple[nn.Module, InjectionReport]:
-        """Inject into the model that `load`, called as `load_model` is, gives.
+    def load(self, load: Callable[..., nn.Module], seed: int) -> nn.Module:
+        """The plain model that `load`, called as `load_model` is, gives, with rows for new tokens.
 
         Raises:
             ModelError: the model cannot be loaded for the task.
-            TargetError: the targets do not fit the model.
             SettingsError: a setting that does not fit the data, the trainer or the model.
         """
         self.check_data()
         quantize = self.quantizing()
         self.check_trainer()
-        pretrained = self.source(seed)
         net = load(
-            pretrained,
+            self.source(seed),
             self.task,
             self.labels(),
             dtype=self.frozen_dtype(),
@@ -83,6 +82,15 @@ class Assembly:
         )
         self.check_length(net)
         self._add_tokens(net, seed)
+        return net
+
+    def adapt(self, net: nn.Module, seed: int) -> InjectionReport:
+        """Put the adapter on the model, in place.
+
+        Raises:
+            TargetError: the targets do not fit the model.
+            SettingsError: a setting that a layer cannot have.
+        """
         known = planned(self.trainer)
         report = inject(
             net,
@@ -98,15 +106,15 @@ class Assembly:
         )
         if self.half_adapters:
             lower_adapters(net, NAME)
-        if is_random(pretrained):
-            note = f"nothing is pretrained: what is frozen stays as it was drawn ({pretrained})"
+        if is_random(self.pretrained):
+            note = f"nothing is pretrained: what is frozen stays as it was drawn ({self.source(seed)})"
             report = replace(report, notes=(*report.notes, note))
         if self.gradient_checkpointing:
             enable_checkpointing(net)
-        return net, report
+        return report
 
     def refusals(self) -> list[LoraLightningError]:
-        """Everything that `build` would refuse before it loads the model."""
+        """Everything that `load` would refuse before it loads the model."""
         found: list[LoraLightningError] = []
         for check_one in (self.check_data, self.quantizing, self.check_trainer, self.labels, self.frozen_dtype):
             try:

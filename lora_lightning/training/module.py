@@ -154,8 +154,12 @@ class AdapterModule(LightningModule):
     def assemble(self, load: Callable[..., nn.Module]) -> None:
         """Inject into the model that `load`, called as `load_model` is, gives; raises as `configure_model`."""
         seed = common_seed() if self.seed is None else self.seed
+        assembly = self.assembly()
         with fail_together():
-            self.net, self.injection = self.assembly().build(load, seed)
+            net = assembly.load(load, seed)
+        with fail_together():  # a plan is asked of the first process, so all must have come this far
+            self.injection = assembly.adapt(net, seed)
+        self.net = net
         ignore_adapter_buffers(self)
 
     def refusals(self) -> list[LoraLightningError]:

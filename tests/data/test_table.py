@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-from lora_lightning.data import Completions, LabelledText, PyDocs
+from ll_demo.pydocs import PyDocs
+from lora_lightning.data import Completions, LabelledText
 from lora_lightning.errors import DataError, SettingsError
 
 ROWS = [{"prompt": "a b c"[: 1 + 2 * (n % 3)], "completion": "d e f g"[: 1 + 2 * (n % 4)]} for n in range(22)]

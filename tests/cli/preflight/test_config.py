@@ -28,7 +28,7 @@ CASES = {
             "model.method.init_args": {"rank": 4, "sparsity": 1.2, "beta": 3},
             "model.optimizer.init_args.lr": -1.0,
             "data.init_args.batch_size": 0,
-            "data.init_args.validation_share": 2.0,
+            "data.init_args.validation_fraction": 2.0,
             "trainer.val_check_interval": -3,
         },
         [
@@ -36,7 +36,7 @@ CASES = {
             "RoseLoRA.beta is 3.0; it must lie in",
             "optimizer: Invalid learning rate: -1.0",
             "LabelledText.batch_size is 0; it must be at least 1",
-            "LabelledText.validation_share is 2.0; it must lie in",
+            "LabelledText.validation_fraction is 2.0; it must lie in",
             "val_check_interval",
         ],
     ),
