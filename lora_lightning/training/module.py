@@ -143,10 +143,13 @@ class AdapterModule(LightningModule):
         """Inject into the model that `load`, called as `load_model` is, gives; raises as `configure_model`."""
         seed = common_seed() if self.seed is None else self.seed
         with fail_together():
-            self.net = self._assembled(load, seed)
+            net = self._loaded(load, seed)
+        with fail_together():  # a plan is asked of the first process, so all must have come this far
+            self.net = self._adapted(net, seed)
         ignore_adapter_buffers(self)
 
-    def _assembled(self, load: Callable[..., nn.Module], seed: int) -> nn.Module:
+    def _loaded(self, load: Callable[..., nn.Module], seed: int) -> nn.Module:
+        """The plain model, with rows for new tokens."""
         self._check_data()
         quantize = self._quantizing()
         self._check_trainer()
@@ -162,6 +165,10 @@ class AdapterModule(LightningModule):
         )
         self.check_length(net)
         self._add_tokens(net, seed)
+        return net
+
+    def _adapted(self, net: nn.Module, seed: int) -> nn.Module:
+        """The model with its adapter."""
         known = planned(self._trainer)
         self.injection = inject(
             net,
@@ -177,7 +184,8 @@ class AdapterModule(LightningModule):
         )
         if self.half_adapters:
             lower_adapters(net, NAME)
-        if is_random(pretrained):
+        if is_random(self.pretrained):
+            pretrained = self.source(seed)
             note = f"nothing is pretrained: what is frozen stays as it was drawn ({pretrained})"
             self.injection = replace(self.injection, notes=(*self.injection.notes, note))
         if self.gradient_checkpointing:
