@@ -542,7 +542,7 @@ class Refusal:
 
 REFUSALS: tuple[Refusal, ...] = (
     Refusal("routed adapters", ("Mamba", "Jamba"), routed),
-    Refusal("projector", ("Gemma 3, vision",), lambda architecture: select(architecture.build(), "projector")),
+    Refusal("projector", ("Gemma 3, vision",), lambda architecture: select(survey(architecture.build()), "projector")),
 )
 
 

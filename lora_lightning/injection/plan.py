@@ -15,7 +15,8 @@ from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.distributed import from_first, full_tensor, put
 from lora_lightning.errors import PluginError, TargetError, did_you_mean
 from lora_lightning.injection.probe import Probe
-from lora_lightning.methods import Method, Plan, check_overridable, replace
+from lora_lightning.methods import Method, Plan, WrapperMethod, check_overridable, replace
+from lora_lightning.models.meta import values_follow
 from lora_lightning.models.paths import within
 
 SKIPPED = "rank 0 in the method's plan"
@@ -27,9 +28,15 @@ def ask_plan(method: Method, model: nn.Module, layers: Mapping[str, BaseLayer], 
     Raises:
         PluginError: it names a layer that is not matched.
     """
-    if type(method).plan is Method.plan:
+    if type(_innermost(method, "plan")).plan is Method.plan:
         return {}
-    plan: Plan = from_first(lambda: {path: dict(fields) for path, fields in method.plan(model, layers, probe).items()})
+
+    def make() -> Plan:
+        if values_follow(model):  # nothing to read: a model that is only measured
+            return {}
+        return {path: dict(fields) for path, fields in method.plan(model, layers, probe).items()}
+
+    plan = from_first(make)
     for path in plan:
         if path not in layers:
             raise PluginError(
@@ -63,17 +70,28 @@ def planned_settings(
 
 def ask_start(method: Method, adapters: Mapping[str, Adapter], probe: Probe) -> None:
     """Let the method write start values from weights or data; the first process's on all."""
-    if type(method).initialize is Method.initialize:
+    if type(_innermost(method, "initialize")).initialize is Method.initialize:
         return
 
+    modules = [*adapters.values(), *linked_modules(adapters.values())]
+
     def start() -> list[dict[str, Any]]:
+        if values_follow(probe.model):
+            return [{} for _ in modules]
         method.initialize(adapters, probe)
         return [{key: full_tensor(t).cpu() for key, t in module.state_dict().items()} for module in modules]
 
-    modules = [*adapters.values(), *linked_modules(adapters.values())]
     for module, values in zip(modules, from_first(start), strict=True):
-        for key, target in module.state_dict(keep_vars=True).items():
-            put(target, values[key])
+        own = module.state_dict(keep_vars=True)
+        for key, value in values.items():
+            put(own[key], value)
+
+
+def _innermost(method: Method, question: str) -> Method:
+    """The method that answers a question: wrappers hand it on to the one inside, unless they have an answer."""
+    while isinstance(method, WrapperMethod) and getattr(type(method), question) is getattr(WrapperMethod, question):
+        method = method.inner
+    return method
 
 
 def _rank_is_zero(fields: Mapping[str, Any]) -> bool:

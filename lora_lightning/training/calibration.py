@@ -27,16 +27,16 @@ SECTION = "lora_lightning"
 
 
 def calibration(method: Method, task: Task, trainer: Trainer | None) -> Probe | None:
-    """A probe on the first training batches, on the device that trains; None where the method needs none.
+    """A probe on the first training batches, on the device that trains; None without a run, or where none is needed.
 
     Raises:
         DataError: the method needs batches, and there is no data module that has them.
     """
     count = method.probe_batches()
-    if not count:
+    if not count or trainer is None:
         return None
     data = getattr(trainer, "datamodule", None)
-    if trainer is None or data is None:
+    if data is None:
         raise DataError(
             f"{type(method).__name__} reads {count} batches of training data before it is built, and there is no data "
             "module; give one to the trainer, or inject in Python with a Probe."

@@ -236,8 +236,8 @@ class TestUnknownMethod:
         plugins.load(["ll_rose"])
         message = 'Parser key "model.method":\n  Expected a dot import path string: RoseLoRA'
         assert explain(message, parser) == (
-            'model.method: method "RoseLoRA" comes from plugin ll_rose, which is blocked by -p no:ll_rose. '
-            + installed()
+            f'model.method: no method "RoseLoRA". Did you mean "MoELoRA"? {installed()} '
+            "Plugin ll_rose is blocked by -p no:ll_rose."
         )
 
     @pytest.mark.parametrize("name", ["RoseLoRA", "ll_rose.RoseLoRA", "ll_rose.settings.RoseLoRA"])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lora_lightning.errors import SettingsError
 from lora_lightning.injection.probe import Probe
 from lora_lightning.injection.targets import select
+from lora_lightning.models.anatomy import survey
 from lora_lightning.testing import TinyMLP, tiny_encoder
 
 
@@ -47,7 +48,7 @@ def mlp_case() -> tuple[nn.Module, list[Any]]:
 
 
 def layers(model: nn.Module, *names: str):
-    return select(model, list(names), ()).layers
+    return select(survey(model), list(names), ()).layers
 
 
 def by_autograd(model: nn.Module, batches: list[Any], loss: Any, path: str) -> Tensor:

@@ -51,7 +51,7 @@ def test_injection_table_counts_what_trains():
     assert f"{trainable} of {total} parameters ({trainable / total:.2%})" in shown
     assert "LoRA: 2 layers adapted" in shown
     assert "settings       rank=2, alpha=16.0" in shown
-    assert "density     20 % of the factors' entries" in shown
+    assert "density        20.0% of the factors' entries" in shown
     assert "4 MB weights" in shown
 
 

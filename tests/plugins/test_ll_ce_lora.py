@@ -988,7 +988,7 @@ def test_stacked_experts_train_as_loras_and_are_counted_as_exact(kind):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kept": 1.5}, r"CELoRA.kept is 1.5; it must lie in \[0, 1\]. Share of output channels"),
+        ({"kept": 1.5}, r"CELoRA.kept is 1.5; it must lie in \[0, 1\]. Fraction of output channels"),
         ({"kept": 0.0, "svd_rank": 0}, r"CELoRA.kept is 0.0; with svd_rank=0 it must be above 0"),
         ({"svd_rank": -1}, r"CELoRA.svd_rank is -1; it must be at least 0"),
         ({"svd_rank": 1.5}, r"CELoRA.svd_rank is 1.5; it must be a whole number"),

@@ -21,6 +21,7 @@ from lora_lightning.adapters.folded import DenseUpdate, FactoredUpdate
 from lora_lightning.callbacks import Cascade
 from lora_lightning.cli.main import main
 from lora_lightning.errors import ExportError, SettingsError
+from lora_lightning.injection.probe import Probe
 from lora_lightning.injection.records import adapters_named, iter_adapters
 from lora_lightning.methods import Method, plain_settings, replace
 from lora_lightning.optim.warmup import StageEnds, WarmUp, factor
@@ -65,8 +66,14 @@ def test_every_question_goes_to_the_method_inside():
     adapters = adapters_named(model, "default")
     for name in set(questions) - {"report"}:  # answered by itself
         asked.clear()
-        arguments = {"build": [next(iter_adapters(model))[1].base_layer]}.get(name, [adapters])
-        getattr(method, name)(*([] if name in ("optimizer", "callbacks") else arguments))
+        arguments = {
+            "build": [next(iter_adapters(model))[1].base_layer],
+            "plan": [model, {}, Probe()],
+            "initialize": [adapters, Probe()],
+            "link": [model, adapters],
+            **{question: [] for question in ("optimizer", "callbacks", "probe_batches")},
+        }.get(name, [adapters])
+        getattr(method, name)(*arguments)
         assert name in asked, name
 
 

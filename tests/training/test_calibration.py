@@ -13,9 +13,10 @@ from resuming import SaveAt, assert_equal_runs, at_step, run
 from toy_runs import classification, encoder_folder, labelled_data, trainer
 
 from ll_lora import LoRA
-from lora_lightning.errors import DataError, ResumeError
+from lora_lightning.errors import DataError, ResumeError, SettingsError
 from lora_lightning.injection.probe import Probe
 from lora_lightning.injection.records import records
+from lora_lightning.models.loading import load_without_values
 from lora_lightning.training.calibration import calibration, planned
 from lora_lightning.training.trainer_checkpoints import AtomicCheckpoints
 
@@ -111,6 +112,15 @@ def test_batches_are_the_first_of_a_loader_of_their_own(folder):
 
 def test_without_data_the_error_says_so(folder):
     own = classification(folder, EVA(), num_labels=3)
-    with pytest.raises(DataError, match=r"EVA reads 2 batches of training data .* inject in Python with a Probe"):
+    with pytest.raises(SettingsError, match=r"asks for calibration data, .* probe=Probe\(batches\)"):
         own.configure_model()
+    with pytest.raises(DataError, match=r"EVA reads 2 batches of training data .* inject in Python with a Probe"):
+        calibration(own.method, own.task, trainer(folder, []))
     assert planned(None) is None
+
+
+def test_a_model_that_is_only_measured_asks_nothing(folder, asked):
+    own = classification(folder, EVA(), num_labels=3)
+    own.assemble(load_without_values)
+    assert not asked
+    assert records(own.model)["default"].plan == {}
