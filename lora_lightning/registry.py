@@ -257,8 +257,9 @@ FORMER_PATHS = {
     "lora_lightning.callbacks.LinearBaseline": "lora_lightning.training.linear_baseline.LinearBaseline",
     "lora_lightning.callbacks.PackingCheck": "lora_lightning.training.packing_check.PackingCheck",
     "lora_lightning.callbacks.RunReport": "lora_lightning.training.run_report.RunReport",
+    "lora_lightning.optim.warmup.Knots": "lora_lightning.optim.warmup.StageEnds",
 }
-"""Classes that a room of 0.1 handed on and hands on no more: the path then, the path now."""
+"""Classes that have another name now, or that a room of 0.1 handed on and another does: path then, path now."""
 
 FORMER_MODULES: Mapping[str, str] = {
     "adapters.experts": "models.experts",

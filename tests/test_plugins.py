@@ -506,7 +506,7 @@ def test_hook_lora_lightning_base_layers(install):
 def test_a_kind_that_makes_something_else(install):
     install("ll_wrong", answering("lora_lightning_base_layers", "return [lambda module: 3]"))
     plugins.load()
-    with pytest.raises(PluginError, match="ll_wrong: lora_lightning_base_layers made 3 of a Linear"):
+    with pytest.raises(PluginError, match="ll_wrong: lora_lightning_base_layers made 3 of a Sequential"):
         inject(torch.nn.Sequential(torch.nn.Linear(6, 5)), plugins.method("LoRA")(rank=2), ["0"])
 
 

@@ -58,12 +58,11 @@ def run_python(*words, **options):
 
 
 def test_light_verbs_import_nothing_heavy(tmp_path):
-    (tmp_path / "run.yaml").write_text("model: {method: LoRA}\n")
     script = f"""
 import sys
 from lora_lightning.__main__ import main
 for words in ([], ["--help"], ["--version"], ["methods"], ["methods", "-p", "no:ll_rose"], ["show", "LoRA"],
-              ["cite", "run.yaml"], ["targets", "--help"], ["export", "--help"], ["inspect-data", "--help"]):
+              ["targets", "--help"], ["export", "--help"], ["inspect-data", "--help"]):
     assert main(words) == 0, words
 for words in (["fti"], ["show", "LoRAA"], ["cite", "nothing"]):
     assert main(words) == 2, words
