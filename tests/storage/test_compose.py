@@ -137,7 +137,7 @@ def test_what_has_been_folded_is_in_the_sum(tmp_path):
     layer = model.first
     perturb(layer.adapter("default"))
     layer.set_folded("default", FactoredUpdate(layer.base_layer))
-    layer.fold("default", share=0.5)
+    layer.fold("default", blend=0.5)
     perturb(layer.adapter("default"), seed=4)
     save_adapter(model, tmp_path / "staged")
     compose([tmp_path / "staged"], tmp_path / "plain")

@@ -70,10 +70,11 @@ def _settings(config: str) -> dict[str, Any]:
     """What a config gives for the settings that are cited."""
     import yaml
 
+    path = Path(find_config(config))  # first: a name that is none is said before anything is imported
     from lora_lightning.cli.former_names import load
 
     try:
-        tree = load(Path(find_config(config)).read_text(encoding="utf-8")) or {}
+        tree = load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise SettingsError(f"{config}: not valid YAML: {' '.join(str(error).split())}") from error
     except (OSError, UnicodeDecodeError) as error:
