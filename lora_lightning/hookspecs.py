@@ -29,7 +29,7 @@ One run, from the command line to the export; `*` marks a hook of ours, `o` a ho
       |  o optimizer.step
       |  o on_train_batch_end        schedules act, guard judges, then Checkpoint callbacks save
       v
-    adapter folder written (checkpoint.py), summary and report (report.py)
+    adapter folder written (storage), summary and report (training.run_report)
       |
       v
     validate | test | predict | export, or ll.load_adapter / ll.merge in Python

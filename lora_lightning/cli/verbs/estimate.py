@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", metavar="NAME", help="32-true, bf16-true, bf16-mixed, 16-mixed; the trainer's")
     parser.add_argument("--quantized", metavar="FORMAT", help="frozen linear quantized weights: nf4, int8, ...")
     parser.add_argument("--memory", type=float, metavar="GIB", help="of one GPU; adds what fits")
-    parser.add_argument("--markdown", action="store_true", help="the table as in README.md")
+    parser.add_argument("--markdown", action="store_true", help="the table as the documentation has it")
     parser.set_defaults(flags=[])
 
 

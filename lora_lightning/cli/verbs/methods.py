@@ -16,7 +16,7 @@ KINDS = {"optimizer": "optimizers", "callback": "callbacks", "data module": "dat
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Whether to print for a terminal or for a README."""
-    parser.add_argument("--markdown", action="store_true", help="the table as in README.md")
+    parser.add_argument("--markdown", action="store_true", help="the table as the documentation has it")
 
 
 def run(args: argparse.Namespace) -> int:
