@@ -19,7 +19,7 @@ One run, from the command line to the export; `*` marks a hook of ours, `o` a ho
       |  o configure_callbacks       guard, resume, report, and method.callbacks()
       |  o setup                     callbacks sorted by phase, Checkpoint callbacks last
       |    * lora_lightning_base_layers       asked for each layer, by inject and by whatever reads a weight
-      |  o configure_model           load model -> inject: method.build(base), adapter.reset(generator) -> freeze
+      |  o configure_model           load model -> inject: method.plan, build(base), reset, link, initialize -> freeze
       |  o configure_optimizers      method.param_groups(adapters); the user's, the method's or AdamW
       |  o on_train_start            totals of schedules resolved once, linear baseline
       v
