@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from lora_lightning.adapters.adapted_layer import AdaptedLayer
 
-
-def keep_originals_in_state(layer: AdaptedLayer) -> None:
-    """Have `layer.state_dict()` give the originals, and `load_state_dict` take them."""
-    layer.register_state_dict_post_hook(_emit_originals)  # type: ignore[no-untyped-call]
-    layer.register_load_state_dict_pre_hook(_expect_originals)  # type: ignore[no-untyped-call]
-    layer.register_load_state_dict_post_hook(_write_after_loading)  # type: ignore[no-untyped-call]
+def keep_originals_in_state(layer: nn.Module) -> None:
+    """Have `state_dict()` of an `AdaptedLayer` give the originals, and `load_state_dict` take them."""
+    layer.register_state_dict_post_hook(_emit_originals)
+    layer.register_load_state_dict_pre_hook(_expect_originals)
+    layer.register_load_state_dict_post_hook(_write_after_loading)
 
 
 def _emit_originals(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: object) -> None:
-    layer = cast("AdaptedLayer", module)
+    layer: Any = module  # an AdaptedLayer, whose module imports this one
     if layer.merging.stand_in is not None:  # a plain layer in the place of a quantized one
         for key in [key for key in state if key.startswith(f"{prefix}base.")]:
             del state[key]
@@ -30,7 +27,7 @@ def _emit_originals(module: nn.Module, state: dict[str, Any], prefix: str, _meta
 
 def _expect_originals(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
     """Make room for what `state` holds: folded updates of its shapes, and a weight that is an original."""
-    layer = cast("AdaptedLayer", module)
+    layer: Any = module  # an AdaptedLayer, whose module imports this one
     own = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
     if own:
         layer.merging.check_unmerged()
@@ -44,4 +41,5 @@ def _expect_originals(module: nn.Module, state: dict[str, Any], prefix: str, *_:
 
 
 def _write_after_loading(module: nn.Module, _keys: object) -> None:
-    cast("AdaptedLayer", module).rewrite()
+    layer: Any = module
+    layer.rewrite()

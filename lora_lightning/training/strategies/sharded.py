@@ -11,12 +11,13 @@ So a checkpoint does not know how many processes wrote it, or under which strate
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -24,12 +25,8 @@ from torch.optim import Optimizer
 from lora_lightning.distributed import gather_nested, shard_like
 from lora_lightning.errors import SettingsError
 
-if TYPE_CHECKING:
-    from lora_lightning.training.strategies.fsdp1 import FSDP1
-    from lora_lightning.training.strategies.fsdp2 import FSDP2
 
-
-def set_up(strategy: FSDP2 | FSDP1, trainer: Trainer, cut: Callable[[nn.Module], nn.Module]) -> None:
+def set_up(strategy: ParallelStrategy, trainer: Trainer, cut: Callable[[nn.Module], nn.Module]) -> None:
     """What strategies do at the start of a run; `cut` gives the module as it is called in steps."""
     assert strategy.model is not None
     assert strategy.accelerator is not None
@@ -52,7 +49,7 @@ def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
     return cast("dict[str, Any]", gather_nested(inner.state_dict()))
 
 
-def load_optimizers(strategy: FSDP2 | FSDP1, checkpoint: Mapping[str, Any]) -> None:
+def load_optimizers(strategy: ParallelStrategy, checkpoint: Mapping[str, Any]) -> None:
     """Load states of full tensors; those shaped like their parameter are cut where it is."""
     for optimizer, saved in zip(strategy.optimizers, checkpoint["optimizer_states"], strict=True):
         params = [p for group in optimizer.param_groups for p in group["params"]]
