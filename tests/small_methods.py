@@ -18,6 +18,7 @@ SMALL: dict[str, Any] = {
     "end": 3,
     "experts": 3,
     "top_k": 2,
+    "router_lr_ratio": 1.0,  # at its default, float32 routers of toy models stay as they are
     "svd_rank": 1,
     "every_n_steps": 1,
     "stage_steps": 2,
