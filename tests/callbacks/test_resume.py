@@ -19,7 +19,7 @@ RUNS = Path(__file__).parents[1] / "old_files/runs"
 
 
 def old(run):
-    return torch.load(RUNS / run / "last.ckpt", weights_only=False)
+    return torch.load(RUNS / run / "last.ckpt", weights_only=True)
 
 
 def a_run(optimizer, schedule):

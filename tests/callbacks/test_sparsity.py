@@ -68,7 +68,7 @@ def test_two_schedules_of_equal_settings_are_two():
 
 
 def test_the_state_of_a_run_of_an_older_version_is_read():
-    saved = torch.load(OLD / "runs/rose/002/last.ckpt", weights_only=False)["callbacks"]["SparsitySchedule"]
+    saved = torch.load(OLD / "runs/rose/002/last.ckpt", weights_only=True)["callbacks"]["SparsitySchedule"]
     schedule = SparsitySchedule(sparsity=0.5)
     schedule.load_state_dict(saved)
     assert schedule._saved_total == 8

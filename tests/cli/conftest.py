@@ -1,14 +1,16 @@
-"""A tiny config, and the config check."""
+"""A tiny config, and the config check; folders with configs and runs, empty but for their names."""
 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import yaml
 from toy_runs import encoder_folder, labelled_file
 
 from lora_lightning import plugins
+from lora_lightning.cli import configs
 
 
 @pytest.fixture(scope="session")
@@ -60,3 +62,27 @@ def checked(sound_config, tmp_path, monkeypatch):
         return check_config(["--config", str(path), *flags])
 
     return check
+
+
+@pytest.fixture
+def config_folder(tmp_path, monkeypatch):
+    """A working folder with two configs, a finished run (001) and an empty one (002)."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine.yaml", "other.yaml"):
+        Path(name).touch()
+    for number in ("001", "002"):
+        Path("runs/rose", number).mkdir(parents=True)
+    for name in ("config.yaml", "last.ckpt"):
+        Path("runs/rose/001", name).touch()
+    return tmp_path
+
+
+@pytest.fixture
+def carried(tmp_path, monkeypatch):
+    """A package with configs of its own, as in a wheel; not in a checkout."""
+    for name in ("dora", "strategies/ddp", "recipes/long"):
+        path = tmp_path / "site" / "package" / "configs" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    monkeypatch.setattr(configs, "_PACKAGE", tmp_path / "site" / "package")
+    return tmp_path / "site" / "package" / "configs"

@@ -7,31 +7,7 @@ from lora_lightning.cli.configs import config_names, config_roots, find_config, 
 from lora_lightning.errors import SettingsError
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A working folder with two configs, a finished run (001) and an empty one (002)."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("mine.yaml", "other.yaml"):
-        Path(name).touch()
-    for number in ("001", "002"):
-        Path("runs/rose", number).mkdir(parents=True)
-    for name in ("config.yaml", "last.ckpt"):
-        Path("runs/rose/001", name).touch()
-    return tmp_path
-
-
-@pytest.fixture
-def carried(tmp_path, monkeypatch):
-    """A package with configs of its own, as in a wheel; not in a checkout."""
-    for name in ("dora", "strategies/ddp", "recipes/long"):
-        path = tmp_path / "site" / "package" / "configs" / f"{name}.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    monkeypatch.setattr(configs, "_PACKAGE", tmp_path / "site" / "package")
-    return tmp_path / "site" / "package" / "configs"
-
-
-def test_a_file_in_the_working_folder_wins_over_a_name(here, carried):
+def test_a_file_in_the_working_folder_wins_over_a_name(config_folder, carried):
     Path("dora").touch()
     assert find_config("dora") == "dora"
 
@@ -51,7 +27,7 @@ def test_names_list_plain_configs_first(carried):
     assert config_names() == ["dora", "recipes/long", "strategies/ddp"]
 
 
-def test_an_unknown_name_lists_the_configs(here, carried):
+def test_an_unknown_name_lists_the_configs(config_folder, carried):
     text = (
         'config "strategies/dpp": no file and no config of that name. Did you mean "strategies/ddp"? '
         "Configs: dora, recipes/long, strategies/ddp."
@@ -61,12 +37,12 @@ def test_an_unknown_name_lists_the_configs(here, carried):
     assert str(caught.value) == text
 
 
-def test_an_unknown_path_names_the_nearest_file(here):
+def test_an_unknown_path_names_the_nearest_file(config_folder):
     with pytest.raises(SettingsError, match=r'config "mien.yaml": no file .* Did you mean "mine.yaml"\?'):
         find_config("mien.yaml")
 
 
-def test_a_run_folder_is_no_config(here):
+def test_a_run_folder_is_no_config(config_folder):
     with pytest.raises(
         SettingsError, match=r'"runs/rose/001" is a run folder; give runs/rose/001/config.yaml, --run or'
     ):

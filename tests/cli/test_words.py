@@ -2,33 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_lightning.cli import configs
 from lora_lightning.cli import words as command_line
 from lora_lightning.errors import LoraLightningError, PluginError, RunFolderError
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A working folder with two configs, a finished run (001) and an empty one (002)."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("mine.yaml", "other.yaml"):
-        Path(name).touch()
-    for number in ("001", "002"):
-        Path("runs/rose", number).mkdir(parents=True)
-    for name in ("config.yaml", "last.ckpt"):
-        Path("runs/rose/001", name).touch()
-    return tmp_path
-
-
-@pytest.fixture
-def carried(tmp_path, monkeypatch):
-    """A package with configs of its own, as in a wheel; not in a checkout."""
-    for name in ("dora", "strategies/ddp", "recipes/long"):
-        path = tmp_path / "site" / "package" / "configs" / f"{name}.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    monkeypatch.setattr(configs, "_PACKAGE", tmp_path / "site" / "package")
-    return tmp_path / "site" / "package" / "configs"
 
 
 def test_an_empty_line_has_no_verb():
@@ -62,7 +37,7 @@ def test_only_no_name_is_understood(value):
         command_line.read(["fit", "-p", value])
 
 
-def test_argv_itself_is_not_changed(here):
+def test_argv_itself_is_not_changed(config_folder):
     words = ["-p", "no:one", "fit", "-c", "mine.yaml"]
     command_line.read(words)
     assert words == ["-p", "no:one", "fit", "-c", "mine.yaml"]
@@ -71,31 +46,31 @@ def test_argv_itself_is_not_changed(here):
 @pytest.mark.parametrize(
     "flag", [["--config", "mine.yaml"], ["-c", "mine.yaml"], ["--config=mine.yaml"], ["-c=mine.yaml"]]
 )
-def test_every_spelling_of_config(here, flag):
+def test_every_spelling_of_config(config_folder, flag):
     line = command_line.read(["fit", *flag, "--seed_everything", "1"])
     assert line.rest == ("fit", "--config", "mine.yaml", "--seed_everything", "1")
     assert line.configs == ("mine.yaml",)
 
 
-def test_configs_may_precede_the_verb_and_keep_their_order(here):
+def test_configs_may_precede_the_verb_and_keep_their_order(config_folder):
     line = command_line.read(["--config", "other.yaml", "fit", "--a", "1", "--config", "mine.yaml"])
     assert line.rest == ("fit", "--config", "other.yaml", "--a", "1", "--config", "mine.yaml")
     assert line.verb == "fit"
 
 
-def test_a_config_named_like_a_verb_is_not_the_verb(here):
+def test_a_config_named_like_a_verb_is_not_the_verb(config_folder):
     Path("fit").touch()
     line = command_line.read(["--config", "fit", "validate"])
     assert line.rest == ("validate", "--config", "fit")
 
 
-def test_the_first_config_names_the_run(here):
+def test_the_first_config_names_the_run(config_folder):
     assert command_line.read(["fit", "-c", "other.yaml", "-c", "mine.yaml"]).stem == "other"
     assert command_line.read(["fit"]).stem == "run"
     assert command_line.read(["fit", "--config", "{model: {}}"]).stem == "run"
 
 
-def test_a_name_is_looked_up_in_the_package(here, carried):
+def test_a_name_is_looked_up_in_the_package(config_folder, carried):
     line = command_line.read(["fit", "--config", "dora", "--config=strategies/ddp"])
     assert line.configs == (str(carried / "dora.yaml"), str(carried / "strategies" / "ddp.yaml"))
     assert line.stem == "dora"
@@ -108,7 +83,7 @@ def test_a_config_needs_a_value(words):
 
 
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
-def test_run_puts_the_folders_config_first(here, verb):
+def test_run_puts_the_folders_config_first(config_folder, verb):
     line = command_line.read([verb, "--config", "mine.yaml", "--run", "runs/rose/001", "--a=1"])
     assert line.rest == (verb, "--config", "runs/rose/001/config.yaml", "--config", "mine.yaml", "--a=1")
     assert line.configs == ("runs/rose/001/config.yaml", "mine.yaml")
@@ -117,14 +92,14 @@ def test_run_puts_the_folders_config_first(here, verb):
     assert not line.resume
 
 
-def test_resume_keeps_the_folder_and_its_name(here):
+def test_resume_keeps_the_folder_and_its_name(config_folder):
     line = command_line.read(["fit", "--resume=runs/rose/001"])
     assert line.rest == ("fit", "--config", "runs/rose/001/config.yaml")
     assert line.resume
     assert line.stem == "rose"
 
 
-def test_a_checkpoint_that_is_given_wins(here):
+def test_a_checkpoint_that_is_given_wins(config_folder):
     Path("runs/rose/001/last.ckpt").unlink()
     assert command_line.read(["test", "--run", "runs/rose/001", "--ckpt_path", "best.ckpt"]).checkpoint is None
     assert command_line.read(["test", "--run", "runs/rose/001", "--ckpt_path=best.ckpt"]).checkpoint is None
@@ -149,12 +124,12 @@ def test_a_checkpoint_that_is_given_wins(here):
         (["test", "--run", "a", "--run", "b"], r"--run a and --run b: only one run folder can be given"),
     ],
 )
-def test_a_wrong_run_folder_names_the_nearest(here, words, text):
+def test_a_wrong_run_folder_names_the_nearest(config_folder, words, text):
     with pytest.raises(RunFolderError, match=text):
         command_line.read(words)
 
 
-def test_a_run_without_a_checkpoint_says_how_to_start_it_again(here):
+def test_a_run_without_a_checkpoint_says_how_to_start_it_again(config_folder):
     Path("runs/rose/001/last.ckpt").unlink()
     with pytest.raises(RunFolderError, match=r"no last.ckpt in it; .* fit --config runs/rose/001/config.yaml\.$"):
         command_line.read(["fit", "--resume", "runs/rose/001"])
