@@ -34,12 +34,6 @@ def named_classes(base: type) -> dict[str, type]:
     return {cls.__name__: cls for cls in found}
 
 
-def namesakes(bases: Sequence[type], name: str) -> list[str]:
-    """Full paths of the imported classes that a short name could mean."""
-    found = {cls for base in bases for cls in plugins.subclasses(base) if cls.__name__ == name and _can_be_named(cls)}
-    return sorted(f"{cls.__module__}.{cls.__qualname__}" for cls in found)
-
-
 def takes_method(bases: Sequence[type]) -> bool:
     """Whether a setting of these classes is a method."""
     return any(issubclass(base, Method) for base in bases)

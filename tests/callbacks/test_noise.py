@@ -7,8 +7,7 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import Callback
-from projects import Plain, fit
+from projects import Watch, Wide, fit
 from torch import nn
 
 import lora_lightning as ll
@@ -18,36 +17,6 @@ from lora_lightning.callbacks.noise import StageNoise, ahead
 from lora_lightning.errors import AdapterStateError, NoEffectError, SettingsError
 from lora_lightning.injection.records import iter_adapters
 from lora_lightning.seeds import generator
-
-
-class Watch(Callback):
-    """Keeps, per optimizer step, the effective weight before stages end (phase 4) or after (phase 6)."""
-
-    def __init__(self, phase):
-        self.phase, self.seen, self.states = phase, {}, {}
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        layer = pl_module.used
-        self.seen[trainer.global_step] = layer.weight.detach().clone()
-        adapter = layer.adapter("default")
-        self.states[trainer.global_step] = [len(trainer.optimizers[0].state.get(p, {})) for p in adapter.parameters()]
-
-
-class Wide(Plain):
-    """Layers large enough that two stages of rank 1 are fewer numbers than the weight."""
-
-    def __init__(self, lr=0.1, momentum=0.0, dtype=torch.float64):
-        super().__init__(lr)
-        torch.manual_seed(5)
-        self.used, self.unused, self.head = nn.Linear(4, 12), nn.Linear(4, 4), nn.Linear(12, 2)
-        self.momentum = momentum
-        self.to(dtype)
-
-    def training_step(self, batch):
-        return super().training_step([batch[0].to(self.head.weight.dtype), batch[1]])
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=self.momentum)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
