@@ -18,11 +18,15 @@ BROKEN_PIPE = 128 + 13
 def program() -> int:
     """`main`, which ends without a word where the reader of its output has left, as `| head` does.
 
+    A process group is left before the interpreter ends: its threads need the interpreter.
+
     Raises:
         BrokenPipeError: of another pipe.
     """
     try:
         code = main()
+        if distributed := sys.modules.get("lora_lightning.distributed"):  # light verbs never import torch
+            distributed.leave_process_group()
         sys.stdout.flush()
     except BrokenPipeError:
         try:

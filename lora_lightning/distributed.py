@@ -6,6 +6,7 @@ view of such a tensor is cut along another axis, in the same way.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -253,6 +254,17 @@ def from_first(make: Callable[[], T]) -> T:
             answer = [make()]
     dist.broadcast_object_list(answer)
     return cast(T, answer[0])
+
+
+def leave_process_group() -> None:
+    """End this process's part in its process group, if it has one; for the end of a program.
+
+    The group's threads may want the interpreter's lock when they end. DDP's reducer holds that lock while it waits for
+    them, so it goes first; and after the end of the interpreter such a thread aborts the process.
+    """
+    if dist.is_available() and dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def reshard(model: nn.Module) -> None:

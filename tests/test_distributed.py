@@ -23,6 +23,7 @@ from lora_lightning.distributed import (
     gather_nested,
     gather_objects,
     is_sharded,
+    leave_process_group,
     local,
     own_rows,
     put,
@@ -121,3 +122,25 @@ def test_one_process_agrees_with_itself() -> None:
         pass
     with pytest.raises(KeyError, match="own"), fail_together():
         raise KeyError("own")
+
+
+class Kept:
+    """What holds the group in a circle of references, as DDP's reducer may."""
+
+    def __init__(self, group: object, seen: list[bool]) -> None:
+        self.own = self
+        self.group = group
+        self.seen = seen
+
+    def __del__(self) -> None:
+        self.seen.append(dist.is_initialized())
+
+
+def test_a_process_group_is_left_after_what_holds_it() -> None:
+    leave_process_group()  # nothing to leave
+    seen: list[bool] = []
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    Kept(dist.group.WORLD, seen)
+    leave_process_group()
+    assert seen == [True]
+    assert not dist.is_initialized()

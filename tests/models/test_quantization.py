@@ -19,6 +19,7 @@ from lora_lightning import AdapterModule, export, plugins
 from lora_lightning.adapters.folded import FactoredUpdate
 from lora_lightning.callbacks import NoiseInjection
 from lora_lightning.cli.main import main
+from lora_lightning.distributed import leave_process_group
 from lora_lightning.errors import ModelError, SettingsError
 from lora_lightning.exporters.from_folder import export_folder
 from lora_lightning.injection.inject import ignore_adapter_buffers
@@ -234,28 +235,32 @@ def test_a_cascade_of_factors_runs(encoder, tmp_path):
 
 
 def _train(rank, folder):
-    """Two SGD steps on half of each batch; the adapter must be the one that a process of its own trains on all."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     for name in ("nf4", "torchao-int8"):
-        with seeded(1):
-            model = nn.Sequential(nn.Linear(16, 16), QUANTIZED[name][1](nn.Linear(16, 8))).train()
-            data = torch.randn(2, 8, 16)
-        ll.inject(model, LoRA(rank=2), ["1"], also_train=(), seed=0)
-        alone = copy.deepcopy(model)
-        ignore_adapter_buffers(model)
-        joined = nn.parallel.DistributedDataParallel(model)
-        for net, mine in ((alone, slice(None)), (joined, slice(4 * rank, 4 * rank + 4))):
-            optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
-            for batch in data:
-                optimizer.zero_grad()
-                net(batch[mine]).square().mean().backward()
-                optimizer.step()
-        found, expected = model[1].adapter("default").state_dict(), alone[1].adapter("default").state_dict()
-        for key, value in expected.items():
-            torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6)
-        assert bool(expected["lora_B"].any())
-    torch.distributed.destroy_process_group()
+        _train_format(name, rank)
+    leave_process_group()
+
+
+def _train_format(name, rank):
+    """Two SGD steps on half of each batch; the adapter must be the one that a process of its own trains on all."""
+    with seeded(1):
+        model = nn.Sequential(nn.Linear(16, 16), QUANTIZED[name][1](nn.Linear(16, 8))).train()
+        data = torch.randn(2, 8, 16)
+    ll.inject(model, LoRA(rank=2), ["1"], also_train=(), seed=0)
+    alone = copy.deepcopy(model)
+    ignore_adapter_buffers(model)
+    joined = nn.parallel.DistributedDataParallel(model)
+    for net, mine in ((alone, slice(None)), (joined, slice(4 * rank, 4 * rank + 4))):
+        optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
+        for batch in data:
+            optimizer.zero_grad()
+            net(batch[mine]).square().mean().backward()
+            optimizer.step()
+    found, expected = model[1].adapter("default").state_dict(), alone[1].adapter("default").state_dict()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6)
+    assert bool(expected["lora_B"].any())
 
 
 @loads
