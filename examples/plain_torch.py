@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import lora_lightning as ll
 from ll_optimizers.riemannian import RiemannianAdamW
 from lora_lightning.adapters.folded import FactoredUpdate
-from lora_lightning.callbacks.pruning import keep_count, keep_top, kept_density, sensitivity
+from lora_lightning.callbacks.keep_masks import keep_count, keep_top, kept_density, sensitivity
 from lora_lightning.injection.records import trainable_adapters
 from lora_lightning.optim.groups import build_optimizer
 from lora_lightning.optim.state import clear

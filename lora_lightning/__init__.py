@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lora_lightning.callbacks.inject import InjectAdapters
     from lora_lightning.exporters.export import export, import_peft
     from lora_lightning.injection.inject import inject
-    from lora_lightning.injection.merge import eject, merge, unmerge
+    from lora_lightning.injection.merge_model import eject, merge, unmerge
     from lora_lightning.injection.probe import Probe
     from lora_lightning.injection.records import iter_adapters
     from lora_lightning.injection.switches import disable_adapters, set_active, set_trainable
@@ -37,18 +37,18 @@ _HOME = {
     "add_tokens": "models.new_tokens",
     "compose": "storage.compose",
     "disable_adapters": "injection.switches",
-    "eject": "injection.merge",
+    "eject": "injection.merge_model",
     "export": "exporters.export",
     "import_peft": "exporters.export",
     "inject": "injection.inject",
     "iter_adapters": "injection.records",
     "load_adapter": "storage.load",
-    "merge": "injection.merge",
+    "merge": "injection.merge_model",
     "method": "plugins",
     "save_adapter": "storage.folder",
     "set_active": "injection.switches",
     "set_trainable": "injection.switches",
-    "unmerge": "injection.merge",
+    "unmerge": "injection.merge_model",
 }
 
 __all__ = [

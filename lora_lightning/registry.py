@@ -246,11 +246,15 @@ class Registry:
         module, _, name = path.rpartition(".")
         if homes := former_homes(module):
             return f"{homes[0]}.{name}"
-        component = self.components.get(name)
-        if component is None or path == component.class_path:
+        if name in self.methods and module.endswith(".settings"):  # where plugins of 0.1 had their method
+            today = f"{self.methods[name].__module__}.{name}"
+        elif name in self.components:
+            today = self.components[name].class_path
+        else:
             return path
         roots = {"lora_lightning", *(str(plugin.__name__) for plugin in self.manager.get_plugins())}
-        return component.class_path if module.partition(".")[0] in roots and not _is_there(module, name) else path
+        moved = path != today and module.partition(".")[0] in roots and not _is_there(module, name)
+        return today if moved else path
 
 
 FORMER_PATHS = {
@@ -267,7 +271,7 @@ FORMER_MODULES: Mapping[str, str] = {
     "adapters.packed": "adapters.layers.quantized",
     "adapters.seeds": "seeds",
     "adapters.shift": "adapters.folded adapters.noise",
-    "adapters.sparsity": "callbacks.pruning",
+    "adapters.sparsity": "callbacks.keep_masks",
     "adapters.weights": "adapters.layers.base adapters.layers.kinds",
     "base_layers": "models.base_layers",
     "baseline": "training.linear_baseline",
@@ -300,7 +304,7 @@ FORMER_MODULES: Mapping[str, str] = {
     "module": "training.module",
     "paths": "models.paths",
     "pretrained": "models.pretrained",
-    "quantisation": "models.quantization",
+    "quantisation": "models.quantized_loading",
     "scopes": "models.scopes",
     "strategies": "training.strategies",
     "targets": "injection.targets",

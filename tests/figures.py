@@ -8,6 +8,8 @@ from __future__ import annotations
 import ast
 import io
 import json
+import keyword
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +30,10 @@ FOLDER = 150
 """Code lines of a method's folder."""
 REPEATED, ELSEWHERE = 0.10, 3
 """Fraction of a folder's lines that may stand in so many other folders."""
+FORMS = ("import ", "from ", "@", "def ", "class ", "requires_api")
+FORM_WORDS = {*keyword.kwlist, "self", "super", "__init__", "Tensor", "TYPE_CHECKING"}
+WORDS = re.compile(r"[^\W\d]\w*")
+"""A line that begins as a form does, or has no other words than these, is no line that repeats."""
 
 
 # -- files and functions -----------------------------------------------------------------------------------------------
@@ -117,7 +123,8 @@ def table_of_folders() -> str:
 def repeated() -> dict[str, float]:
     """Fraction of each folder's lines that stand in at least `ELSEWHERE` other plugin folders.
 
-    Imports, and lines without a letter such as a bracket, are left out: they repeat in any code.
+    Left out is what repeats in any code and can stand nowhere else: imports, decorators, the heads of functions and
+    classes that the interface asks for, and lines of keywords and brackets alone.
     """
     lines = {folder.name: _own_lines(folder) for folder in folders()}
     stand_in = Counter(line for found in lines.values() for line in set(found))
@@ -128,7 +135,7 @@ def repeated() -> dict[str, float]:
 
 def _own_lines(folder: Path) -> list[str]:
     found = [line for lines in folder_lines(folder).values() for line in lines]
-    return [line for line in found if any(map(str.isalpha, line)) and not line.startswith(("import ", "from "))]
+    return [line for line in found if not line.startswith(FORMS) and set(WORDS.findall(line)) - FORM_WORDS]
 
 
 # -- imports and tests -------------------------------------------------------------------------------------------------

@@ -234,14 +234,14 @@ def test_a_plugin_imports_no_other_plugin(path: Path) -> None:
     assert not [i for i in imports(path) if root_of(i.module).startswith("ll_") and root_of(i.module) != own]
 
 
-@pytest.mark.parametrize("path", [p for p in PLUGINS if p.name in ("settings.py", "__init__.py")], ids=name_of)
+@pytest.mark.parametrize("path", [p for p in PLUGINS if p.name in ("method.py", "__init__.py")], ids=name_of)
 def test_settings_import_neither_torch_nor_lightning(path: Path) -> None:
     heavy = {"torch", "lightning", "pytorch_lightning", "transformers"}
     assert not [i for i in imports(path) if i.top_level and not i.typing_only and root_of(i.module) in heavy]
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in PLUGINS if p.name in ("settings.py", "functional.py", "adapter.py")], ids=name_of
+    "path", [p for p in PLUGINS if p.name in ("method.py", "functional.py", "adapter.py")], ids=name_of
 )
 def test_methods_of_a_plugin_work_without_lightning(path: Path) -> None:
     assert not [

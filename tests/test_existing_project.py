@@ -26,7 +26,7 @@ from ll_optimizers.riemannian import RiemannianAdamW
 from ll_rose import RoseLoRA
 from lora_lightning import InjectAdapters, iter_adapters, load_adapter, save_adapter
 from lora_lightning.callbacks import Cascade, NoiseInjection, RankPruning, SparsitySchedule
-from lora_lightning.callbacks.pruning import keep_count, keep_top, kept_density, sensitivity
+from lora_lightning.callbacks.keep_masks import keep_count, keep_top, kept_density, sensitivity
 from lora_lightning.errors import AdapterStateError, NoEffectError, SettingsError, TrainingError
 from lora_lightning.injection.records import trainable_adapters
 from lora_lightning.optim.groups import build_optimizer, factor_pairs

@@ -32,6 +32,12 @@ def test_every_room_has_a_level():
     assert level["errors"] < level["adapters"] < level["injection"] < level["cli"]
 
 
+def test_plugins_do_not_repeat_one_another():
+    found = figures.repeated()
+    assert len(found) >= 8
+    assert {name: fraction for name, fraction in found.items() if fraction > figures.REPEATED} == {}
+
+
 # -- what counts -------------------------------------------------------------------------------------------------------
 
 SOURCE = '''"""A docstring

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import lora_lightning as ll
 from lora_lightning import plugins
-from lora_lightning.cli import words
+from lora_lightning.cli import command_line
 from lora_lightning.cli.lightning import CLI
 from lora_lightning.cli.main import main
 from lora_lightning.testing import perturb, tiny_decoder, tiny_encoder
@@ -45,7 +45,7 @@ class Parsing(CLI):
 
 def parsed(*line):
     with pytest.raises(ParsedError) as caught:
-        Parsing(words.read(line))
+        Parsing(command_line.read(line))
     return caught.value.args[0]["fit"]
 
 

@@ -71,7 +71,7 @@ def test_the_example_of_a_plugin_is_a_short_package_of_its_own():
     assert (folder / "README.md").is_file()
     project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
     assert project["name"] == "lora-lightning-ia3"
-    [paper] = re.findall(r'paper: ClassVar\[.*?\] = "(.*?)"', (folder / "ll_ia3" / "settings.py").read_text())
+    [paper] = re.findall(r'paper: ClassVar\[.*?\] = "(.*?)"', (folder / "ll_ia3" / "method.py").read_text())
     assert paper not in {method.paper for method in plugins.registry().methods.values()}
 
 

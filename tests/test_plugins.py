@@ -20,7 +20,7 @@ from lora_lightning.cli.classes import imported_class, named_classes, short_name
 from lora_lightning.errors import DuplicateMethodError, ExportError, PluginError, UnknownMethodError
 from lora_lightning.exporters.export import export
 from lora_lightning.injection.inject import inject
-from lora_lightning.injection.merge import merge
+from lora_lightning.injection.merge_model import merge
 from lora_lightning.methods import Method
 from lora_lightning.registry import Component, Provider, one_line
 from lora_lightning.testing import perturb

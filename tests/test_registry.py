@@ -130,8 +130,8 @@ def test_a_class_that_moved_to_another_plugin_is_found_by_its_name(monkeypatch):
     known = plugins.load()
     assert known.current_class_path("ll_lora.optim.LoRAPlus") == "ll_optimizers.plus.LoRAPlus"
     assert known.current_class_path("lora_lightning.data.PyDocs") != "lora_lightning.data.PyDocs"
-    monkeypatch.setattr("ll_lora.settings.LoRAPlus", object, raising=False)
-    assert known.current_class_path("ll_lora.settings.LoRAPlus") == "ll_lora.settings.LoRAPlus"
+    monkeypatch.setattr("ll_lora.method.LoRAPlus", object, raising=False)
+    assert known.current_class_path("ll_lora.method.LoRAPlus") == "ll_lora.method.LoRAPlus"
 
 
 def test_former_tables_name_modules_that_are_gone_and_modules_that_are_there():

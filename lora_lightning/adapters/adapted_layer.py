@@ -16,7 +16,7 @@ from lora_lightning.adapters.base_weight import BaseWeight
 from lora_lightning.adapters.folded import DenseUpdate, FoldedUpdate, Rule, factors_with, fits, update_like
 from lora_lightning.adapters.layer_state import keep_originals_in_state
 from lora_lightning.adapters.layers.base import BaseLayer, StackedBase
-from lora_lightning.adapters.merging import Applied, Merging
+from lora_lightning.adapters.merge_weight import Applied, Merging
 from lora_lightning.adapters.noise import Noise
 from lora_lightning.adapters.weight_placeholder import weight_placeholder
 from lora_lightning.distributed import assembled

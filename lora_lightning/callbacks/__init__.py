@@ -17,7 +17,7 @@ from lora_lightning.callbacks.rank_pruning import RankPruning
 from lora_lightning.callbacks.resume import ExactResume
 from lora_lightning.callbacks.schedule import ScheduleCallback
 from lora_lightning.callbacks.sparsity import SparsitySchedule
-from lora_lightning.callbacks.steps import StepCallback
+from lora_lightning.callbacks.step_counting import StepCallback
 
 __all__ = [
     "Cascade",

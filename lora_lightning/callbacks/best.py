@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lora_lightning.callbacks.schedule import ScheduleCallback
-from lora_lightning.callbacks.steps import JUDGES, announce, order_callbacks
+from lora_lightning.callbacks.step_counting import JUDGES, announce, order_callbacks
 from lora_lightning.distributed import gather_nested, shard_like
 from lora_lightning.errors import NoEffectError, check
 from lora_lightning.injection.records import injected_root, records

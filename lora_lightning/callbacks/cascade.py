@@ -19,7 +19,7 @@ from lora_lightning.adapters.layers.kinds import core_base_layer
 from lora_lightning.adapters.layers.quantized import QuantizedBase
 from lora_lightning.callbacks.noise import WRITES_NOISE, NoiseInjection, StageNoise, is_zero
 from lora_lightning.callbacks.schedule import ScheduleCallback
-from lora_lightning.callbacks.steps import MASKS, STAGE_ENDS, adapted_layer, injected_path
+from lora_lightning.callbacks.step_counting import MASKS, STAGE_ENDS, adapted_layer, injected_path
 from lora_lightning.errors import SettingsError, check
 from lora_lightning.methods import CascadeFields, Method, check_cascade, check_choices
 from lora_lightning.optim.state import clear, clear_copies

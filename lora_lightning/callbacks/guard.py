@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lora_lightning.callbacks.steps import JUDGES, StepCallback, announce, gradients_finite, inside_window
+from lora_lightning.callbacks.step_counting import JUDGES, StepCallback, announce, gradients_finite, inside_window
 from lora_lightning.distributed import gather_nested, local, shard_like, summed
 from lora_lightning.errors import TrainingError
 from lora_lightning.injection.records import iter_adapters, trainable_adapters

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lora_lightning.callbacks.guard import TrainingGuard
-from lora_lightning.callbacks.steps import REPORTS, order_callbacks
+from lora_lightning.callbacks.step_counting import REPORTS, order_callbacks
 from lora_lightning.distributed import is_sharded, put, shard_like
 from lora_lightning.errors import AdapterStateError, ResumeError, TrainingError
 from lora_lightning.injection.inject import ignore_adapter_buffers, inject

@@ -17,7 +17,7 @@ from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.folded import DenseUpdate
 from lora_lightning.adapters.noise import Noise, NoiseMode
 from lora_lightning.callbacks.schedule import ScheduleCallback
-from lora_lightning.callbacks.steps import STAGE_ENDS, adapted_layer, injected_path
+from lora_lightning.callbacks.step_counting import STAGE_ENDS, adapted_layer, injected_path
 from lora_lightning.distributed import assembled, put
 from lora_lightning.errors import AdapterStateError, check
 from lora_lightning.methods import Method

@@ -9,9 +9,9 @@ from typing import ClassVar
 from lightning.pytorch.callbacks import Callback
 
 from lora_lightning.adapters.base import Adapter
-from lora_lightning.callbacks.pruning import keep_top, kept_density
+from lora_lightning.callbacks.keep_masks import keep_top, kept_density
 from lora_lightning.callbacks.schedule import ScheduleCallback
-from lora_lightning.callbacks.steps import MASKS, resolve_ramp
+from lora_lightning.callbacks.step_counting import MASKS, resolve_ramp
 from lora_lightning.distributed import assembled
 from lora_lightning.errors import SettingsError, check
 

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lora_lightning.callbacks.steps import JUDGES, order_callbacks, total_steps
+from lora_lightning.callbacks.step_counting import JUDGES, order_callbacks, total_steps
 from lora_lightning.distributed import as_shard_of, gather_objects, local
 from lora_lightning.errors import ResumeError
 from lora_lightning.methods import renamed

@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 
 from lora_lightning.adapters.base import Adapter
-from lora_lightning.callbacks.steps import StepCallback, announce, gradients_finite, total_steps
+from lora_lightning.callbacks.step_counting import StepCallback, announce, gradients_finite, total_steps
 from lora_lightning.errors import NoEffectError, ResumeError
 from lora_lightning.injection.records import trainable_adapters
 from lora_lightning.methods import renamed

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lora_lightning.adapters.base import Adapter, EntryMask
-from lora_lightning.callbacks.pruning import keep_count, keep_top, kept_density, sensitivity
+from lora_lightning.callbacks.keep_masks import keep_count, keep_top, kept_density, sensitivity
 from lora_lightning.callbacks.schedule import ScheduleCallback
-from lora_lightning.callbacks.steps import MASKS, resolve_ramp
+from lora_lightning.callbacks.step_counting import MASKS, resolve_ramp
 from lora_lightning.distributed import as_shard_of, gather, gather_nested, local, own_rows, shard_like
 from lora_lightning.errors import ResumeError
 from lora_lightning.methods import SparsityFields, check_sparsity

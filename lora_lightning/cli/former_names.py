@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from lora_lightning import plugins
 from lora_lightning.cli.classes import imported_class, named_classes
-from lora_lightning.cli.given import given_settings, setting_of
+from lora_lightning.cli.given_settings import given_settings, setting_of
 from lora_lightning.methods import renamed
 from lora_lightning.optim.warmup import WarmUp
 from lora_lightning.registry import TRAINING_VERBS, arguments

@@ -1,6 +1,6 @@
 """The command line: LightningCLI, configured for adapters, runs in numbered folders, and short names.
 
-argv -> argv.read -> plugins.load -> LightningCLI(AdapterModule, any data module) -> fit | validate | test | predict
+command_line.read -> plugins.load -> LightningCLI(AdapterModule, any data module) -> fit | validate | test | predict
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ from torch.optim import Optimizer
 import lora_lightning.data
 import lora_lightning.training.strategies.sharded  # noqa: F401 - and of our strategies
 from lora_lightning import plugins
-from lora_lightning.cli import run_folder
-from lora_lightning.cli import words as command_line
-from lora_lightning.cli.explain import refused
+from lora_lightning.cli import command_line, run_folder
 from lora_lightning.cli.parser import Parser
+from lora_lightning.cli.parser_errors import refused
 from lora_lightning.errors import (
     LoraLightningError,
     RunFolderError,

@@ -10,8 +10,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from lora_lightning import plugins
-from lora_lightning.cli import configs
-from lora_lightning.cli import words as argv
+from lora_lightning.cli import command_line, configs
 from lora_lightning.errors import LoraLightningError, did_you_mean
 from lora_lightning.registry import LIGHT_VERBS, one_line
 from lora_lightning.version import __version__
@@ -57,7 +56,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run(words: Sequence[str]) -> int:
-    line = argv.read(words)
+    line = command_line.read(words)
     if not line.rest or (line.verb is None and {"-h", "--help"} & set(line.rest)):
         plugins.load(line.blocked)
         print(help_text())
@@ -100,7 +99,7 @@ def _verb(name: str) -> ModuleType:
     return importlib.import_module(f"lora_lightning.cli.verbs.{name.replace('-', '_')}")
 
 
-def _parse(line: argv.Line, verb: ModuleType) -> argparse.Namespace:
+def _parse(line: command_line.Line, verb: ModuleType) -> argparse.Namespace:
     """A verb's arguments. A verb with `flags` passes on what it does not know, a config's name first; else an error."""
     description = (verb.__doc__ or "").strip()
     parser = VerbParser(f"python -m lora_lightning {line.verb}", description=description, allow_abbrev=False)

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lora_lightning import plugins
 from lora_lightning.cli import former_names
-from lora_lightning.cli.explain import explain
+from lora_lightning.cli.parser_errors import explain
 from lora_lightning.errors import PluginError
 from lora_lightning.methods import Method
 

@@ -12,7 +12,7 @@ from lora_lightning.errors import AdapterFileError, ExportError, ModelError
 from lora_lightning.exporters.export import export, find_writer
 from lora_lightning.exporters.folder import check_free
 from lora_lightning.models.pretrained import resolve
-from lora_lightning.models.quantization import Loading, check_format
+from lora_lightning.models.quantized_loading import Loading, check_format
 from lora_lightning.models.random import build_random, config_of, is_random
 from lora_lightning.storage.folder import Stored, read_folder
 from lora_lightning.storage.load import load_stored

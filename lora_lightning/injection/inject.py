@@ -1,4 +1,4 @@
-"""Putting adapters into a model and taking them out: `inject`, `eject`, and the switches between."""
+"""Putting adapters into a model: `inject`."""
 
 from __future__ import annotations
 

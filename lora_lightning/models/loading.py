@@ -16,7 +16,7 @@ from lora_lightning.models.anatomy import survey
 from lora_lightning.models.meta import expect_values
 from lora_lightning.models.paths import within
 from lora_lightning.models.pretrained import resolve
-from lora_lightning.models.quantization import Loading, quantization_config, stated
+from lora_lightning.models.quantized_loading import Loading, quantization_config, stated
 from lora_lightning.models.random import build_random, config_of, is_random
 from lora_lightning.models.tasks.base import Task
 

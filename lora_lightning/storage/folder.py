@@ -1,4 +1,4 @@
-"""The adapter folder: `save_adapter`, `load_adapter`, and what counts as an adapter's own state.
+"""The adapter folder: `save_adapter`, and what is read of a folder without a model (`load.py` loads it).
 
     adapter.safetensors    tensors of adapters and fully trained heads; description in its metadata; the commit point
     adapter.json           the description again, for people

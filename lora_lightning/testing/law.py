@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_lightning.errors import AdapterStateError, SettingsError
 from lora_lightning.injection.inject import inject
-from lora_lightning.injection.merge import eject, merge, unmerge
+from lora_lightning.injection.merge_model import eject, merge, unmerge
 from lora_lightning.injection.records import iter_adapters
 from lora_lightning.injection.switches import disable_adapters, set_active
 from lora_lightning.testing.method_under_test import MODES, MethodUnderTest

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.injection.inject import inject
-from lora_lightning.injection.merge import eject, merge, unmerge
+from lora_lightning.injection.merge_model import eject, merge, unmerge
 from lora_lightning.injection.switches import disable_adapters
 from lora_lightning.storage.folder import save_adapter
 from lora_lightning.storage.load import load_adapter

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.base import linked_modules
 from lora_lightning.adapters.linked import Linked
-from lora_lightning.injection.merge import eject
+from lora_lightning.injection.merge_model import eject
 from lora_lightning.injection.records import adapters_named, linked_named
 from lora_lightning.injection.switches import set_trainable
 from lora_lightning.optim.groups import build_optimizer

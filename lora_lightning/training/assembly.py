@@ -23,7 +23,7 @@ from lora_lightning.injection.report import InjectionReport
 from lora_lightning.methods import Method
 from lora_lightning.models.loading import checkpoint_format, load_model, load_without_values
 from lora_lightning.models.new_tokens import add_rows_for
-from lora_lightning.models.quantization import Loading, Quantization, check_format, loading
+from lora_lightning.models.quantized_loading import Loading, Quantization, check_format, loading
 from lora_lightning.models.random import full_name, is_random, tokenizer_settings
 from lora_lightning.models.tasks.base import Task
 from lora_lightning.training.calibration import calibration, planned

@@ -24,7 +24,7 @@ from torch.func import functional_call
 from torch.optim import AdamW
 from torch.utils.data import DistributedSampler
 
-from lora_lightning.callbacks.steps import JUDGES, outside_step, total_steps
+from lora_lightning.callbacks.step_counting import JUDGES, outside_step, total_steps
 from lora_lightning.distributed import is_sharded, reshard
 from lora_lightning.injection.also_train import trained_parameters
 from lora_lightning.injection.records import injected_root, records

@@ -18,7 +18,7 @@ from lora_lightning.adapters.precision import kept
 from lora_lightning.callbacks.cascade import Cascade
 from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.resume import ExactResume
-from lora_lightning.callbacks.steps import total_steps
+from lora_lightning.callbacks.step_counting import total_steps
 from lora_lightning.distributed import fail_together
 from lora_lightning.errors import DataError, LoraLightningError, ModelError, ResumeError, SettingsError
 from lora_lightning.injection.inject import ignore_adapter_buffers
@@ -26,7 +26,7 @@ from lora_lightning.injection.records import adapters_named, check_unmerged
 from lora_lightning.injection.report import InjectionReport
 from lora_lightning.methods import Method
 from lora_lightning.models.anatomy import survey
-from lora_lightning.models.quantization import Quantization
+from lora_lightning.models.quantized_loading import Quantization
 from lora_lightning.models.random import is_random
 from lora_lightning.models.tasks import find_task
 from lora_lightning.models.tasks.base import Batch, PredictContext, metrics, update_metrics, update_text_metrics

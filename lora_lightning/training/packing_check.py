@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lora_lightning.callbacks.steps import JUDGES, outside_step
+from lora_lightning.callbacks.step_counting import JUDGES, outside_step
 from lora_lightning.distributed import reshard
 from lora_lightning.errors import ModelError
 from lora_lightning.injection.records import injected_root

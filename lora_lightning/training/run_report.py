@@ -19,7 +19,7 @@ from lora_lightning.callbacks.best import KeepBest
 from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.schedule import ScheduleCallback
 from lora_lightning.callbacks.sparsity import SparsitySchedule
-from lora_lightning.callbacks.steps import REPORTS, StepCallback, outside_step
+from lora_lightning.callbacks.step_counting import REPORTS, StepCallback, outside_step
 from lora_lightning.distributed import assembled, is_sharded, local, reshard, summed
 from lora_lightning.injection.records import adapters_named, injected_root, iter_adapters, records
 from lora_lightning.injection.report import injection_table

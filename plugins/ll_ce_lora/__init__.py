@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ll_ce_lora.settings import CELoRA
+from ll_ce_lora.method import CELoRA
 from lora_lightning import hookimpl
 from lora_lightning.methods import Method
 

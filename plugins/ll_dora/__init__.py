@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ll_dora.settings import DoRA
+from ll_dora.method import DoRA
 from lora_lightning import hookimpl
 from lora_lightning.methods import Method
 

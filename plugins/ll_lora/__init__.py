@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ll_lora.settings import LoRA
+from ll_lora.method import LoRA
 from lora_lightning import hookimpl
 from lora_lightning.methods import Method
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from ll_lorasc.settings import LoRASC
+from ll_lorasc.method import LoRASC
 from lora_lightning import hookimpl
 from lora_lightning.methods import Method
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from ll_riemannian_moe.settings import MoELoRA
+from ll_riemannian_moe.method import MoELoRA
 from lora_lightning import hookimpl
 from lora_lightning.methods import Method
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ll_riemannian_moe.functional import load_statistics
 from lora_lightning.adapters.base import RunningSum
-from lora_lightning.callbacks.steps import JUDGES, StepCallback, announce
+from lora_lightning.callbacks.step_counting import JUDGES, StepCallback, announce
 from lora_lightning.errors import NoEffectError
 from lora_lightning.injection.records import trainable_adapters
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ll_rose.settings import RoseLoRA
+from ll_rose.method import RoseLoRA
 from lora_lightning import hookimpl
 from lora_lightning.methods import Method
 

@@ -18,7 +18,7 @@ from ll_weight_change.records import FILENAME, FORMAT
 from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.adapters.weight_change import Axis, weight_change
-from lora_lightning.callbacks.steps import REPORTS, StepCallback, announce, resolve_step, total_steps
+from lora_lightning.callbacks.step_counting import REPORTS, StepCallback, announce, resolve_step, total_steps
 from lora_lightning.errors import NoEffectError, ResumeError, SettingsError, TrainingError, check
 from lora_lightning.injection.records import iter_adapters, records
 from lora_lightning.models.base_layers import base_layer_of

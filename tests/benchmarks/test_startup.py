@@ -23,7 +23,7 @@ VERBS = (["--help"], ["methods"], ["show", "LoRA"])
 
 PLUGIN = """
 from lora_lightning import hookimpl
-from {name}.settings import Method{number}
+from {name}.method import Method{number}
 
 requires_api = ">=2,<3"
 
@@ -82,7 +82,7 @@ def write_plugin(folder: Path, number: int) -> None:
     package.mkdir()
     info.mkdir()
     (package / "__init__.py").write_text(PLUGIN.format(name=name, number=number))
-    (package / "settings.py").write_text(SETTINGS.format(number=number))
+    (package / "method.py").write_text(SETTINGS.format(number=number))
     for module, text in MODULES.items():
         (package / f"{module}.py").write_text(text.format(number=number))
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
@@ -131,7 +131,7 @@ def test_no_light_verb_imports_what_the_plugins_would(forty, words):
     script = (
         "import sys; from lora_lightning.cli.main import main; assert main(sys.argv[1:]) == 0\n"
         "heavy = {'torch', 'lightning', 'jsonargparse', 'numpy', 'll_many_0.optim', 'll_many_0.callback'}\n"
-        "assert 'll_many_0.settings' in sys.modules\n"
+        "assert 'll_many_0.method' in sys.modules\n"
         "sys.exit(' '.join(heavy & set(sys.modules)) or None)"
     )
     done = subprocess.run(

@@ -13,7 +13,7 @@ from ll_lora import LoRA
 from lora_lightning.callbacks import InjectAdapters, TrainingGuard
 from lora_lightning.errors import TrainingError
 from lora_lightning.injection.inject import inject
-from lora_lightning.injection.merge import merge
+from lora_lightning.injection.merge_model import merge
 
 
 def test_a_layer_outside_the_loss_stops_the_run_with_its_name(tmp_path):

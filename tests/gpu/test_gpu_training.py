@@ -14,7 +14,7 @@ from toy_runs import classification, completion_data, decoder_folder, encoder_fo
 
 from ll_lora import LoRA
 from ll_rose import RoseLoRA
-from lora_lightning.injection.merge import merge, unmerge
+from lora_lightning.injection.merge_model import merge, unmerge
 from lora_lightning.injection.records import adapters_named
 from lora_lightning.injection.switches import disable_adapters
 from lora_lightning.plugins import registry

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from lora_lightning.errors import ModelError
 from lora_lightning.models.loading import kept_plain, load_model, load_skeleton, load_without_values, zero_absent
 from lora_lightning.models.meta import values_follow
-from lora_lightning.models.quantization import Loading
+from lora_lightning.models.quantized_loading import Loading
 from lora_lightning.models.tasks import find_task
 from lora_lightning.testing import tiny_decoder, tiny_encoder
 

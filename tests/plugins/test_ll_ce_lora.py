@@ -39,7 +39,7 @@ from ll_lorasc import LoRASC
 from lora_lightning.callbacks import InjectAdapters
 from lora_lightning.errors import AdapterStateError, NoEffectError, ResumeError, SettingsError
 from lora_lightning.injection.inject import inject
-from lora_lightning.injection.merge import eject, merge, unmerge
+from lora_lightning.injection.merge_model import eject, merge, unmerge
 from lora_lightning.injection.records import adapters_named, iter_adapters, trainable_adapters
 from lora_lightning.injection.switches import set_active
 from lora_lightning.storage.folder import save_adapter

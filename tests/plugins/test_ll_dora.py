@@ -18,9 +18,9 @@ from ll_dora import DoRA, functional
 from lora_lightning.adapters.folded import DenseUpdate
 from lora_lightning.adapters.layers.kinds import core_base_layer
 from lora_lightning.errors import ExportError, SettingsError
-from lora_lightning.exporters.peft import file as peft_file
+from lora_lightning.exporters.peft import folder as peft_file
 from lora_lightning.injection.inject import inject
-from lora_lightning.injection.merge import merge, unmerge
+from lora_lightning.injection.merge_model import merge, unmerge
 from lora_lightning.injection.records import adapters_named
 from lora_lightning.optim.groups import build_optimizer
 from lora_lightning.testing import DROPPING_KINDS, MethodContract, perturb, tiny_encoder

@@ -14,10 +14,10 @@ from torch import nn
 from ll_rose import RoseLoRA
 from ll_rose.functional import density, density_bound, survey
 from lora_lightning.callbacks import SparsitySchedule
-from lora_lightning.callbacks.pruning import keep_count
+from lora_lightning.callbacks.keep_masks import keep_count
 from lora_lightning.errors import SettingsError
 from lora_lightning.injection.inject import inject
-from lora_lightning.injection.merge import merge, unmerge
+from lora_lightning.injection.merge_model import merge, unmerge
 from lora_lightning.injection.records import adapters_named, trainable_adapters
 from lora_lightning.testing import MethodContract
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ll_ia3.settings import IA3
+from ll_ia3.method import IA3
 from lora_lightning import hookimpl
 from lora_lightning.methods import Method
 

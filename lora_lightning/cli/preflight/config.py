@@ -23,9 +23,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from lora_lightning.callbacks.schedule import ScheduleCallback
-from lora_lightning.cli import words as argv
-from lora_lightning.cli.explain import explain
+from lora_lightning.cli import command_line as argv
 from lora_lightning.cli.lightning import Description, silence_warnings
+from lora_lightning.cli.parser_errors import explain
 from lora_lightning.cli.preflight import unparsed
 from lora_lightning.cli.preflight.trace import without_values
 from lora_lightning.errors import LoraLightningError, PluginError, SettingsError, wrapped_error

@@ -21,7 +21,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from lora_lightning.cli import configs
 from lora_lightning.cli.configs import find_config
 from lora_lightning.errors import LoraLightningError
-from lora_lightning.models import quantization as quantization
+from lora_lightning.models import quantized_loading as quantization
 
 PACKAGE = "lora-lightning"
 GIB = 2**30

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lora_lightning.errors import SettingsError, did_you_mean
-from lora_lightning.models.quantization import Quantization
+from lora_lightning.models.quantized_loading import Quantization
 
 STRATEGIES: dict[str, tuple[str, ...]] = {
     "ddp": ("auto", "ddp_find_unused_parameters_true", "DDPStrategy", "SingleDeviceStrategy"),

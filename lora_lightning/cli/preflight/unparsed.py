@@ -11,8 +11,8 @@ from typing import Any
 
 from lora_lightning.cli import former_names
 from lora_lightning.cli.classes import bases_of, short_names
-from lora_lightning.cli.explain import unknown_class, unknown_key
-from lora_lightning.cli.given import given_settings
+from lora_lightning.cli.given_settings import given_settings
+from lora_lightning.cli.parser_errors import unknown_class, unknown_key
 from lora_lightning.data.sources.tables import HUB_ID, read_table
 from lora_lightning.errors import LoraLightningError
 from lora_lightning.models.pretrained import check_weights, resolve

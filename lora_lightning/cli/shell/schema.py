@@ -17,7 +17,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback
 
 from lora_lightning import plugins
-from lora_lightning.cli import words as argv
+from lora_lightning.cli import command_line as argv
 from lora_lightning.cli.cards import arguments_of, description_of
 from lora_lightning.cli.classes import named_classes
 from lora_lightning.cli.lightning import CLI, silence_warnings

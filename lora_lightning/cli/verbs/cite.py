@@ -45,8 +45,8 @@ def classes_in(config: str) -> Iterator[type[Any]]:
     from torch.optim import Optimizer
 
     from lora_lightning.cli.classes import imported_class
-    from lora_lightning.cli.explain import explain
     from lora_lightning.cli.parser import class_paths, parser_of
+    from lora_lightning.cli.parser_errors import explain
 
     bases = {"optimizers": Optimizer, "callbacks": Callback, "datamodules": LightningDataModule}
     load_classes(registry(), {f"lora_lightning_{hook}": base for hook, base in bases.items()})

@@ -20,7 +20,7 @@ FILES = {
     "pyproject.toml": "pyproject.toml",
     "README.md": "$package/README.md",
     "__init__.py": "$package/__init__.py",
-    "settings.py": "$package/settings.py",
+    "method.py": "$package/method.py",
     "adapter.py": "$package/adapter.py",
     "callback.py": "$package/callback.py",
     "test.py": "tests/test_$package.py",

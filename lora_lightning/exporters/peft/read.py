@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from lora_lightning.adapters.base import Adapter, check_name, write_values
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.errors import AdapterFileError, PluginError, did_you_mean
-from lora_lightning.exporters.peft import file as peft_file
+from lora_lightning.exporters.peft import folder as peft_file
 from lora_lightning.exporters.peft import rules as peft_rules
 from lora_lightning.exporters.peft.experts import find_stacks
-from lora_lightning.exporters.peft.file import PeftFolder, PeftLayer
+from lora_lightning.exporters.peft.folder import PeftFolder, PeftLayer
 from lora_lightning.exporters.peft.rules import TYPE
 from lora_lightning.exporters.peft.tokens import fill_rows, new_tokens, room_for
 from lora_lightning.exporters.source import plain_modules, users

@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_lightning.adapters.base import write_values
 from lora_lightning.errors import AdapterFileError, did_you_mean
-from lora_lightning.exporters.peft.file import PeftFolder
+from lora_lightning.exporters.peft.folder import PeftFolder
 from lora_lightning.models.anatomy import Anatomy
 from lora_lightning.models.new_tokens import (
     Vocabulary,

@@ -19,11 +19,11 @@ from lora_lightning.adapters.layers.kinds import TransposedBase
 from lora_lightning.adapters.low_rank import NO_BIAS
 from lora_lightning.errors import ExportError
 from lora_lightning.exporters.peft import experts as peft_experts
-from lora_lightning.exporters.peft import file as peft_file
+from lora_lightning.exporters.peft import folder as peft_file
 from lora_lightning.exporters.peft import rules as peft_rules
 from lora_lightning.exporters.peft.experts import Stacks
 from lora_lightning.exporters.peft.factors import Factors, delta, find_factors, original
-from lora_lightning.exporters.peft.file import ROWS, PeftLayer
+from lora_lightning.exporters.peft.folder import ROWS, PeftLayer
 from lora_lightning.exporters.peft.heads import Heads, find_heads
 from lora_lightning.exporters.peft.rules import CONFIG, PREFIX, TENSORS, TYPE
 from lora_lightning.exporters.report import Written

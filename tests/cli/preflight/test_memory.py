@@ -17,7 +17,7 @@ from lora_lightning.cli.preflight.memory import (
     verdict,
 )
 from lora_lightning.errors import SettingsError
-from lora_lightning.models.quantization import FORMATS
+from lora_lightning.models.quantized_loading import FORMATS
 
 # two blocks of 100 frozen and 8 trained bytes, one of 60 and 4, outside them 40 and 4
 PARTS = Parts((Unit(100, 8), Unit(60, 4), Unit(100, 8)), Unit(40, 4), optimizer=48, kept=6, activations=1000)

@@ -71,7 +71,7 @@ def entry(name):
         "model: {method: LoRA}",
         "model: {method: ll_lora.LoRA}",
         "model: {method: {class_path: LoRA}}",
-        "model: {method: {class_path: ll_lora.settings.LoRA, init_args: {rank: 4}}}",
+        "model: {method: {class_path: ll_lora.method.LoRA, init_args: {rank: 4}}}",
         "trainer: {callbacks: [{class_path: lora_lightning.callbacks.InjectAdapters, init_args: {method: LoRA}}]}",
         "trainer: {callbacks: {class_path: InjectAdapters, init_args: {method: {class_path: LoRA}}}}",
     ],

@@ -89,7 +89,7 @@ def test_weights_that_are_drawn_until_they_lie_in_bounds(capsys):
 
 
 def test_a_checkpoint_that_is_quantized_is_counted_so(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("lora_lightning.models.quantization.find_spec", lambda name: object())
+    monkeypatch.setattr("lora_lightning.models.quantized_loading.find_spec", lambda name: object())
     config, found = tiny_decoder().config, []
     for stated in (None, {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}):
         if stated:

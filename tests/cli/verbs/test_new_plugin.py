@@ -31,7 +31,7 @@ def test_it_writes_a_whole_package(capsys):
         "ll_rosetune/__init__.py",
         "ll_rosetune/adapter.py",
         "ll_rosetune/callback.py",
-        "ll_rosetune/settings.py",
+        "ll_rosetune/method.py",
         "pyproject.toml",
         "tests/test_ll_rosetune.py",
     ]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lora_lightning.errors import AdapterFileError
-from lora_lightning.exporters.peft.file import PeftFolder
+from lora_lightning.exporters.peft.folder import PeftFolder
 from lora_lightning.exporters.peft.tokens import SETTING, fill_rows, new_tokens, room_for
 from lora_lightning.models.anatomy import survey
 from lora_lightning.models.new_tokens import Vocabulary, vocabulary

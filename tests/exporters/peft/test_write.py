@@ -13,7 +13,7 @@ import lora_lightning as ll
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.errors import ExportError
-from lora_lightning.exporters.peft import file as peft_file
+from lora_lightning.exporters.peft import folder as peft_file
 from lora_lightning.exporters.peft import write as peft_export
 from lora_lightning.methods import Method
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from lora_lightning.callbacks.pruning import keep_count, keep_top, kept_density
+from lora_lightning.callbacks.keep_masks import keep_count, keep_top, kept_density
 
 
 def test_ramp_ends_and_midpoint():

@@ -25,7 +25,7 @@ from lora_lightning.exporters.from_folder import export_folder
 from lora_lightning.injection.inject import ignore_adapter_buffers
 from lora_lightning.models.anatomy import survey
 from lora_lightning.models.loading import load_model
-from lora_lightning.models.quantization import FORMATS, Loading, check_format, loading
+from lora_lightning.models.quantized_loading import FORMATS, Loading, check_format, loading
 from lora_lightning.models.tasks import find_task
 from lora_lightning.testing import perturb, tiny_decoder, tiny_encoder
 from lora_lightning.testing.toy_models import QUANTIZED, seeded
@@ -37,7 +37,7 @@ TASK = "sequence-classification"
 @pytest.fixture(autouse=True)
 def _installed(monkeypatch):
     """Rules are tested without the packages."""
-    monkeypatch.setattr("lora_lightning.models.quantization.find_spec", lambda name: object())
+    monkeypatch.setattr("lora_lightning.models.quantized_loading.find_spec", lambda name: object())
 
 
 loads = pytest.mark.usefixtures("_packages")
@@ -45,7 +45,7 @@ loads = pytest.mark.usefixtures("_packages")
 
 @pytest.fixture
 def _packages(monkeypatch):
-    monkeypatch.setattr("lora_lightning.models.quantization.find_spec", importlib.util.find_spec)
+    monkeypatch.setattr("lora_lightning.models.quantized_loading.find_spec", importlib.util.find_spec)
     for package in ("accelerate", "bitsandbytes", "torchao"):
         pytest.importorskip(package, reason=f'needs {package}: pip install "lora-lightning[quant]"')
 
@@ -83,7 +83,7 @@ def test_what_works(name, strategy):
 @pytest.mark.parametrize(("name", "package"), [("nf4", "bitsandbytes"), ("torchao-int8", "torchao")])
 def test_a_missing_package_is_named_with_its_extra(name, package, monkeypatch):
     monkeypatch.setattr(
-        "lora_lightning.models.quantization.find_spec", lambda wanted: None if wanted == package else object()
+        "lora_lightning.models.quantized_loading.find_spec", lambda wanted: None if wanted == package else object()
     )
     with pytest.raises(SettingsError, match=rf'needs {package}: pip install "lora-lightning\[quant\]"'):
         check_format(name)
@@ -157,7 +157,7 @@ def test_the_command_line_trains_on_a_quantized_base(tmp_path, monkeypatch, caps
     """Through the kinds of layer that a plugin brings; without the plugin there is nothing to adapt."""
     for package in ("accelerate", "torchao"):
         pytest.importorskip(package, reason=f'needs {package}: pip install "lora-lightning[quant]"')
-    monkeypatch.setattr("lora_lightning.models.quantization.find_spec", importlib.util.find_spec)
+    monkeypatch.setattr("lora_lightning.models.quantized_loading.find_spec", importlib.util.find_spec)
     monkeypatch.chdir(tmp_path)
     labelled_file(encoder_folder(tmp_path / "model") / "train.csv", rows=24)
     words = ["--model.pretrained=model", "--model.method=LoRA", "--model.targets=[query, value]"]

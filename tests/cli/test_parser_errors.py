@@ -14,8 +14,8 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI, OptimizerCallable
 
 from lora_lightning import plugins
-from lora_lightning.cli.explain import explain, refused
 from lora_lightning.cli.parser import Parser
+from lora_lightning.cli.parser_errors import explain, refused
 from lora_lightning.methods import Method
 
 
@@ -240,7 +240,7 @@ class TestUnknownMethod:
             "Plugin ll_rose is blocked by -p no:ll_rose."
         )
 
-    @pytest.mark.parametrize("name", ["RoseLoRA", "ll_rose.RoseLoRA", "ll_rose.settings.RoseLoRA"])
+    @pytest.mark.parametrize("name", ["RoseLoRA", "ll_rose.RoseLoRA", "ll_rose.method.RoseLoRA"])
     def test_of_a_blocked_plugin_that_is_imported_already(self, fail, name):
         plugins.load(["ll_rose"])
         text = fail(["fit", "--model.pretrained=here", f"--model.method={name}", "--data=PlainTexts"])

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_lightning.cli import words as command_line
+from lora_lightning.cli import command_line as command_line
 from lora_lightning.errors import LoraLightningError, PluginError, RunFolderError
 
 

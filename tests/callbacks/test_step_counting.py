@@ -10,7 +10,7 @@ from projects import Plain, fit, loader
 from toy_runs import trainer
 
 from lora_lightning.callbacks import StepCallback
-from lora_lightning.callbacks.steps import announce, resolve_ramp, resolve_step
+from lora_lightning.callbacks.step_counting import announce, resolve_ramp, resolve_step
 from lora_lightning.errors import SettingsError
 
 

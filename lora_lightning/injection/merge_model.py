@@ -1,4 +1,4 @@
-"""Writing adapters into base weights and back, and taking them off the model."""
+"""All layers at once: adapters into base weights and back, or off the model (`adapters/merge_weight.py`: one layer)."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 base_model.model.<path>.lora_A.weight          (r, d_in)            convolutions (r, in, *kernel)
 base_model.model.<path>.lora_B.weight          (d_out, r)           convolutions (d_out, r, 1, ...)
 base_model.model.<path>.lora_B.bias            (d_out,)             times the scaling
-                                               fused experts: see `peft_experts`
+                                               fused experts: see `experts.py`
 base_model.model.<path>.lora_embedding_A       (r, vocabulary)      lora_embedding_B (width, r)
 base_model.model.<path>.lora_magnitude_vector  (d_out,)             convolutions (1, d_out, 1, ...)
 base_model.model.<path>.token_adapter.trainable_tokens_delta   rows of new tokens (n, width)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from lora_lightning.cli.given import given_settings, setting_of
+from lora_lightning.cli.given_settings import given_settings, setting_of
 
 
 def given(*words):

@@ -8,7 +8,7 @@ from one_layer import adapted
 from toy_quantized import RowScaledBase, RowScaledLinear
 
 from ll_lora import LoRA
-from lora_lightning.adapters.merging import Merging
+from lora_lightning.adapters.merge_weight import Merging
 from lora_lightning.errors import AdapterStateError
 
 
