@@ -316,7 +316,7 @@ class SparsityFields:
     beta: float = 0.8
     """Memory of the averaged sensitivity; results are not sensitive to it."""
     start: float = 0.1
-    """When pruning starts: up to 1 a fraction of the run's optimizer steps, from 2 on a step number."""
+    """When pruning starts: up to 1 a fraction of the run's optimizer steps, from 2 on a step number (see `clock`)."""
     end: float = 0.8
     """When the final sparsity is reached, in the same unit; the rest of the run trains the survivors."""
     keep_rule: Literal["floor", "ceil", "official"] = "floor"
@@ -325,6 +325,9 @@ class SparsityFields:
     """Start of the average: zero, or the first sensitivity, as in the released code."""
     clamp: float | None = None
     """Largest magnitude of any entry once pruning has begun, null for none; the released editing code uses 0.003."""
+    clock: Literal["steps", "passes"] = "steps"
+    """What `start` and `end` count: optimizer steps, or passes over the training data (from 1), as the released editing
+    code does. In a pass the sparsity stays as it is."""
 
     def __post_init__(self) -> None:
         check_sparsity(self)

@@ -20,6 +20,7 @@ from lora_lightning.methods import renamed
 from lora_lightning.models.paths import plain
 from lora_lightning.optim.warmup import WarmUp
 from lora_lightning.optim.wrapper import former_names
+from lora_lightning.registry import arguments
 from lora_lightning.storage.folded import rewrite_weights
 
 _SECTION = "lora_lightning_resume"
@@ -155,14 +156,22 @@ def _run_facts(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
 
 
 def _renamed_facts(saved: Mapping[str, Any], trainer: Trainer) -> dict[str, Any]:
-    """What a checkpoint says of its run, with settings under the names of today."""
+    """What a checkpoint says of its run, with settings under the names of today.
+
+    A setting that an optimizer has got since then has the value that stood for its absence: the default.
+    """
     facts = dict(saved)
     schedule = "learning-rate schedule"
     if facts.get(schedule) is not None:
         facts[schedule] = renamed(facts[schedule], WarmUp.former_fields)
     for number, optimizer in enumerate(trainer.optimizers):
         name = f"optimizer {number}"
-        facts[name] = renamed(facts[name], former_names(optimizer))
+        facts[name] = renamed(saved[name], former_names(optimizer))
+        if facts[name].get("class") == type(optimizer).__name__:
+            defaults = {
+                key: p.default for key, p in arguments(type(optimizer)).items() if isinstance(p.default, _PLAIN)
+            }
+            facts[name] = {key: defaults[key] for key in optimizer.defaults if key in defaults} | facts[name]
     return facts
 
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from lora_lightning.adapters.base import Adapter, EntryMask
 from lora_lightning.callbacks.keep_masks import keep_count, keep_top, kept_density, sensitivity
 from lora_lightning.callbacks.schedule import ScheduleCallback
-from lora_lightning.callbacks.step_counting import MASKS, resolve_ramp
+from lora_lightning.callbacks.step_counting import MASKS, resolve_ramp, total_passes
 from lora_lightning.distributed import as_shard_of, gather, gather_nested, local, own_rows, shard_like
 from lora_lightning.errors import ResumeError
 from lora_lightning.methods import SparsityFields, check_sparsity
@@ -68,7 +68,8 @@ class SparsitySchedule(SparsityFields, ScheduleCallback):
         check_sparsity(self)
         self._stacks: list[_Stack] = []
         self._saved: dict[str, Tensor] = {}
-        self.start_step = self.end_step = 0
+        self.start_step = self.end_step = 0  # in units of the clock
+        self._now = 0
         self._current = 0.0
 
     def accepts(self, adapter: Adapter) -> bool:
@@ -76,12 +77,15 @@ class SparsitySchedule(SparsityFields, ScheduleCallback):
         return bool(adapter.masks())
 
     def check_run(self, total: int | None, others: Sequence[Callback]) -> None:
-        """Refuse a ramp that does not fit."""
-        resolve_ramp(self.start, self.end, total, type(self).__name__)
+        """Refuse a ramp that does not fit; one of passes is resolved when training starts."""
+        if self.clock == "steps":
+            resolve_ramp(self.start, self.end, total, type(self).__name__)
 
     def on_start(self, total: int | None, adapters: Mapping[str, Adapter]) -> None:
         """Resolve the ramp and stack masks of equal shape."""
-        self.start_step, self.end_step = resolve_ramp(self.start, self.end, total, type(self).__name__)
+        if self.clock == "passes":
+            total, self._now = total_passes(self.trainer), self.trainer.current_epoch
+        self.start_step, self.end_step = resolve_ramp(self.start, self.end, total, type(self).__name__, self.clock)
         stacks: dict[tuple[object, ...], _Stack] = {}
         for path, adapter in adapters.items():
             names = {id(parameter): name for name, parameter in adapter.named_parameters()}
@@ -128,7 +132,8 @@ class SparsitySchedule(SparsityFields, ScheduleCallback):
 
     def on_stepped(self, step: int, adapters: Mapping[str, Adapter]) -> None:
         """Remove what the ramp removes at this step."""
-        density = kept_density(step, self.start_step, self.end_step, 1 - self.sparsity)
+        self._now = self.trainer.current_epoch + 1 if self.clock == "passes" else step
+        density = kept_density(self._now, self.start_step, self.end_step, 1 - self.sparsity)
         kept = entries = 0
         shrinking: list[tuple[_Stack, int]] = []
         for stack in self._stacks:
@@ -165,7 +170,7 @@ class SparsitySchedule(SparsityFields, ScheduleCallback):
 
     def finished(self, step: int) -> bool:
         """Whether the ramp is over."""
-        return step >= self.end_step
+        return (self._now if self.clock == "passes" else step) >= self.end_step
 
     def metrics(self) -> Mapping[str, float]:
         """Fraction of entries removed."""

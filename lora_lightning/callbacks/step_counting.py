@@ -89,6 +89,17 @@ def total_steps(trainer: Trainer) -> int | None:
     return int(total) if math.isfinite(total) and total > 0 else None
 
 
+def total_passes(trainer: Trainer) -> int | None:
+    """Passes over the training data that the fit begins; None where nothing bounds them or their length is unknown."""
+    bounds = []
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        bounds.append(trainer.max_epochs)
+    batches, steps = trainer.num_training_batches, total_steps(trainer)
+    if math.isfinite(batches) and batches > 0 and steps is not None:
+        bounds.append(math.ceil(steps / math.ceil(batches / trainer.accumulate_grad_batches)))
+    return min(bounds, default=None)
+
+
 def inside_window(trainer: Trainer) -> bool:
     """Whether a strategy that accumulates gradients itself, and is called for each batch, will not step with this."""
     return trainer.strategy.handles_gradient_accumulation and trainer.fit_loop.epoch_loop._should_accumulate()
@@ -153,29 +164,31 @@ def resolve_step(value: float, total: int | None, what: str) -> int:
     return round(value * total)
 
 
-def resolve_ramp(start: float, end: float, total: int | None, what: str) -> tuple[int, int]:
+def resolve_ramp(start: float, end: float, total: int | None, what: str, clock: str = "steps") -> tuple[int, int]:
     """First and last step of a ramp; it never starts before step 2, since nothing is known at step 1.
 
     Args:
         start: moment before which nothing happens.
         end: moment from which on nothing changes.
-        total: optimizer steps of the run.
+        total: optimizer steps of the run, or what the schedule counts in their place.
         what: name of the schedule, for errors.
+        clock: what is counted, in the plural, for errors.
 
     Raises:
         SettingsError: the ramp ends before it starts, or does not fit the run; names the smallest run that does.
     """
+    unit = {"steps": "step", "passes": "pass"}[clock]
     first, last = max(2, resolve_step(start, total, f"{what}.start")), resolve_step(end, total, f"{what}.end")
     if total is not None and last > total:
-        raise SettingsError(f"{what}.end is step {last}; the run has {total} steps, so it must be at most {total}.")
+        raise SettingsError(f"{what}.end is {unit} {last}; the run has {total} {clock}, so it must be at most {total}.")
     if first < last:
         return first, last
     if start >= end and (start > 1) == (end > 1):
         raise SettingsError(f"{what}.start is {start} and end is {end}; the schedule must start before it ends.")
     fits = next((n for n in range(1, 10_000) if max(2, _at(start, n)) < min(_at(end, n), n)), None)
-    hint = f"; the smallest run that fits has {fits} optimizer steps" if fits else ""
+    hint = f"; the smallest run that fits has {fits} {'optimizer steps' if clock == 'steps' else clock}" if fits else ""
     raise SettingsError(
-        f"{what} would go from step {first} to step {last} in a run of {total} steps, so it does not fit{hint}."
+        f"{what} would go from {unit} {first} to {unit} {last} in a run of {total} {clock}, so it does not fit{hint}."
     )
 
 

@@ -6,6 +6,11 @@ Adam is Kingma and Ba, 2014, arXiv:1412.6980, with the decoupled decay of Loshch
     u = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
     p = p (1 - lr wd) - lr u
 
+Adam of transformers, which several authors' code is built on, adds eps before the correction and decays after the step:
+
+    u = (m / (1 - b1^t)) / ((sqrt(v) + eps) / sqrt(1 - b2^t))
+    p = (p - lr u) (1 - lr wd)
+
     paper  here         shape
     d      gradients    like its parameter; a raw or a preconditioned gradient
     m, v   exp_avg(_sq) like its parameter, in its state
@@ -20,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,11 +33,16 @@ from torch.optim import Optimizer
 
 from lora_lightning.distributed import as_shard_of, local
 
+AdamForm = Literal["torch", "transformers"]
+"""Where eps is added and when parameters decay: after the correction and before the step, or the other way round."""
+
 Directions = Mapping[Tensor, Tensor]
 """What to step each parameter along, like the parameter or like this process's shard of it, by parameter."""
 
 
-def adam(optimizer: Optimizer, gradients: Directions, bias_correction: bool = True) -> dict[Tensor, Tensor]:
+def adam(
+    optimizer: Optimizer, gradients: Directions, bias_correction: bool = True, form: AdamForm = "torch"
+) -> dict[Tensor, Tensor]:
     """u for this process's shard of every parameter in `gradients`; advances its moments.
 
     `betas` and `eps` are its group's.
@@ -43,7 +53,7 @@ def adam(optimizer: Optimizer, gradients: Directions, bias_correction: bool = Tr
         if params:
             shards = [local(gradients[p]) for p in params]
             states = [_started(optimizer.state[p], p, shard) for p, shard in zip(params, shards, strict=True)]
-            steps = _adam(shards, states, group["betas"], group["eps"], bias_correction)
+            steps = _adam(shards, states, group["betas"], group["eps"], bias_correction, form)
             found |= dict(zip(params, steps, strict=True))
     return found
 
@@ -56,7 +66,12 @@ def _started(state: dict[str, Any], parameter: Tensor, shard: Tensor) -> dict[st
 
 
 def _adam(
-    d: list[Tensor], states: list[dict[str, Any]], betas: tuple[float, float], eps: float, bias_correction: bool
+    d: list[Tensor],
+    states: list[dict[str, Any]],
+    betas: tuple[float, float],
+    eps: float,
+    bias_correction: bool,
+    form: AdamForm,
 ) -> list[Tensor]:
     b1, b2 = betas
     for state in states:
@@ -67,19 +82,26 @@ def _adam(
     torch._foreach_addcmul_(v, d, d, 1 - b2)
     c1 = [1 - b1 ** state["step"] if bias_correction else 1.0 for state in states]
     c2 = [math.sqrt(1 - b2 ** state["step"]) if bias_correction else 1.0 for state in states]
-    below = torch._foreach_div(torch._foreach_sqrt(v), c2)
-    torch._foreach_add_(below, eps)
+    below = list(torch._foreach_sqrt(v))
+    if form == "transformers":
+        torch._foreach_add_(below, eps)
+    torch._foreach_div_(below, c2)
+    if form == "torch":
+        torch._foreach_add_(below, eps)
     u = torch._foreach_div(m, below)
     torch._foreach_div_(u, c1)
     return list(u)
 
 
-def descend(optimizer: Optimizer, directions: Directions) -> None:
+def descend(optimizer: Optimizer, directions: Directions, form: AdamForm = "torch") -> None:
     """p (1 - lr wd) - lr d for every parameter in `directions`; `lr` and `weight_decay` are its group's."""
     for group in optimizer.param_groups:
         params = [p for p in group["params"] if p in directions]
         if params:
             shards = [local(p) for p in params]
-            if group["weight_decay"]:
-                torch._foreach_mul_(shards, 1 - group["lr"] * group["weight_decay"])
+            kept = 1 - group["lr"] * group["weight_decay"]
+            if form == "torch":
+                torch._foreach_mul_(shards, kept)
             torch._foreach_add_(shards, [local(directions[p]) for p in params], alpha=-group["lr"])
+            if form == "transformers":
+                torch._foreach_mul_(shards, kept)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lora_lightning.adapters.base import FactorPair
 from lora_lightning.errors import SettingsError, TrainingError
+from lora_lightning.optim.directions import AdamForm
 from lora_lightning.optim.pairs import Factorised, Side, Stack
 
 Rule = tuple[Callable[[Any], bool], str]
@@ -25,6 +26,7 @@ RULES: Mapping[str, Rule] = {
         "both must lie in [0, 1); (0.9, 0.999) is usual.",
     ),
     "eps": (lambda v: v > 0, "it must be above 0; 1e-8 to 1e-6 is usual."),
+    "adam_form": (lambda v: v in get_args(AdamForm), f"it takes {', '.join(get_args(AdamForm))}."),
     "damping": (lambda v: v >= 0, "it must be at least 0. Added to the diagonals of the r x r matrices."),
 }
 """What must hold for settings that several optimizers share, and what to say otherwise."""

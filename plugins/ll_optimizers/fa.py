@@ -14,8 +14,8 @@ Zhang et al., 2023, arXiv:2308.03303; the correction as in the later LoRA-FA opt
 s h_B A is then the gradient of the full weight projected on the rows of A. A never changes, so the factorised Gram is
 kept until A is written to.
 
-Departs from the reference code: float32 and better throughout, where it multiplies in bfloat16; eps comes after the
-bias correction and the decay before the step, as in torch.
+Departs from the reference code: float32 and better throughout, where it multiplies in bfloat16. eps comes after the
+bias correction and the decay before the step, as in torch; `adam_form="transformers"` is the reference code's order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from lora_lightning.optim.directions import adam, descend
+from lora_lightning.optim.directions import AdamForm, adam, descend
 from lora_lightning.optim.pair_optimizer import PairOptimizer, check_settings
 from lora_lightning.optim.pairs import Factorised, Stack, factorise, grams, stack_pairs
 
@@ -39,6 +39,8 @@ class LoRAFA(PairOptimizer):
         eps: added to the root of the second moment.
         weight_decay: fraction lr * weight_decay by which parameters shrink at each step.
         damping: added to the diagonal of A A^T.
+        adam_form: "torch" adds eps after the bias correction and decays before the step; "transformers" adds it before
+            and decays after, as the reference code does.
     """
 
     bibtex: ClassVar[str] = """@article{zhang2023lorafa,
@@ -58,9 +60,10 @@ class LoRAFA(PairOptimizer):
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         damping: float = 1e-8,
+        adam_form: AdamForm = "torch",
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults, {"damping": damping})
+        super().__init__(params, defaults, {"damping": damping, "adam_form": adam_form})
         check_settings(self)
         self._kept: tuple[object, list[Factorised]] = (None, [])
 
@@ -71,7 +74,8 @@ class LoRAFA(PairOptimizer):
         for stack, gram in zip(stacks, self._grams(stacks), strict=True):
             held = stack.held("B")
             found |= stack.own(gram.at(held).solve_right(stack.grad_B) / stack.scaling[held] ** 2, "B")
-        descend(self, adam(self, found))
+        form = self.defaults["adam_form"]
+        descend(self, adam(self, found, form=form), form)
 
     def _grams(self, stacks: list[Stack]) -> list[Factorised]:
         """Factorised A A^T, kept while no A is written to."""

@@ -11,8 +11,9 @@ on the columns of B and the rows of A: the same rate goes s^2 times as far at an
 `divide_by_scaling_sq` is on.
 
 Departs from the papers: both sides are preconditioned with the factors before the step, as in the equations and the
-released SGD; the released AdamW sees the new A, which is `order="gauss_seidel"`. Adam's bias correction is on; the
-released code has it off. Parameters in no pair (heads, magnitudes, routers) take plain SGD or AdamW.
+released SGD; the released AdamW sees the new A, which is `order="gauss_seidel"`. Adam's bias correction is on, eps
+comes after it and the decay before the step; the released code has it off, and the other order
+(`adam_form="transformers"`). Parameters in no pair (heads, magnitudes, routers) take plain SGD or AdamW.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from ll_optimizers.preconditioner import direction
-from lora_lightning.optim.directions import Directions, adam, descend
+from lora_lightning.optim.directions import AdamForm, Directions, adam, descend
 from lora_lightning.optim.pair_optimizer import PairOptimizer, check_settings, one_of
 from lora_lightning.optim.pairs import Part, Side, factorise, grams, stack_pairs
 
@@ -90,6 +91,8 @@ class RiemannianAdamW(PairOptimizer):
         order: "jacobi" steps both sides from the factors before the step, "gauss_seidel" steps B from the new A.
         bias_correction: divide the moments by 1 - beta^t; False reproduces the released language-model code.
         divide_by_scaling_sq: divide the preconditioned gradients by (alpha / r)^2, which matters to Adam through eps.
+        adam_form: "torch" adds eps after the bias correction and decays before the step; "transformers" adds it before
+            and decays after, as the released code does.
     """
 
     bibtex: ClassVar[str] = BIBTEX
@@ -105,20 +108,22 @@ class RiemannianAdamW(PairOptimizer):
         order: Order = "jacobi",
         bias_correction: bool = True,
         divide_by_scaling_sq: bool = False,
+        adam_form: AdamForm = "torch",
     ) -> None:
         settings = {
             "damping": damping,
             "order": order,
             "bias_correction": bias_correction,
             "divide_by_scaling_sq": divide_by_scaling_sq,
+            "adam_form": adam_form,
         }
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, settings)
         check_settings(self, _RULES)
 
     def take_step(self) -> None:
         """AdamW on preconditioned gradients."""
-        corrected = self.defaults["bias_correction"]
-        _step(self, lambda directions: descend(self, adam(self, directions, corrected)))
+        corrected, form = self.defaults["bias_correction"], self.defaults["adam_form"]
+        _step(self, lambda directions: descend(self, adam(self, directions, corrected, form), form))
 
 
 def _step(optimizer: PairOptimizer, step: Callable[[Directions], None]) -> None:

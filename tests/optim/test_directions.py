@@ -35,6 +35,21 @@ class Recorder(PairOptimizer):
         descend(self, adam(self, {**found, **self.plain_gradients()}))
 
 
+def test_the_form_of_transformers_equals_its_formula_by_hand():
+    """peft's LoRA-FA and transformers' AdamW: eps before the correction, decay after the step."""
+    p = nn.Parameter(torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64))
+    expected, m, v = p.detach().clone(), torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    optimizer = Recorder([p])  # betas (0.8, 0.95), eps 1e-3, rate and decay 0.1
+    for t in range(1, 4):
+        g = torch.tensor([0.3, -0.01, 2.0], dtype=torch.float64) * t
+        with torch.no_grad():
+            descend(optimizer, adam(optimizer, {p: g}, form="transformers"), "transformers")
+        m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g * g
+        expected -= 0.1 * (1 - 0.95**t) ** 0.5 / (1 - 0.8**t) * m / (v.sqrt() + 1e-3)
+        expected *= 1 - 0.1 * 0.1
+        torch.testing.assert_close(p.detach(), expected, rtol=0, atol=1e-14)
+
+
 def test_adam_and_descent_equal_torch_adamw():
     torch.manual_seed(0)
     shapes = [(3, 2), (4,)]

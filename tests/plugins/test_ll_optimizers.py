@@ -228,7 +228,7 @@ def test_fa_equals_a_dense_adamw_on_the_corrected_gradient():
 
 def corrected_gradient(problem, monkeypatch) -> torch.Tensor:
     """h_B, seen by taking Adam away."""
-    monkeypatch.setattr("ll_optimizers.fa.adam", lambda optimizer, found: found)
+    monkeypatch.setattr("ll_optimizers.fa.adam", lambda optimizer, found, form: found)
     before = problem.B.detach().clone()
     problem.backward()
     bound_fa(problem, lr=1.0, damping=0.0).step()
@@ -251,7 +251,7 @@ def test_fa_orthonormal_rows_and_unit_scaling_leave_the_gradient(monkeypatch):
 
 
 def test_fa_a_scaled_A_leaves_the_sgd_path_of_the_product(monkeypatch):
-    monkeypatch.setattr("ll_optimizers.fa.adam", lambda optimizer, found: found)
+    monkeypatch.setattr("ll_optimizers.fa.adam", lambda optimizer, found, form: found)
     one, other = frozen_A(zero_B=True), frozen_A(zero_B=True)
     other.A.data.mul_(7.0)
     for problem in (one, other):
@@ -273,6 +273,23 @@ def test_fa_cached_inverse_is_kept_and_dropped_when_A_is_written():
     run(optimizer, 1, problem)
     (fresh,) = optimizer._kept[1]
     torch.testing.assert_close(fresh.L, 2 * kept.L, rtol=0, atol=1e-13)
+
+
+def test_fa_in_the_form_of_transformers_equals_the_optimizer_of_peft():
+    lorafa = pytest.importorskip("peft.optimizers.lorafa")
+    ours, theirs = frozen_A(), frozen_A()
+    settings = {"lr": 0.05, "eps": 1e-3, "weight_decay": 0.2}
+    optimizer = bound_fa(ours, **settings, adam_form="transformers")
+    group = {"params": [theirs.A, theirs.B], "names": ["lora_A", "lora_B"], "scaling_factors": [theirs.scaling] * 2}
+    reference = lorafa.LoraFAOptimizer([group], **settings)
+    for _ in range(4):
+        run(optimizer, 1, ours)
+        theirs.backward()
+        reference.step()
+        torch.testing.assert_close(ours.B.detach(), theirs.B.detach(), rtol=0, atol=1e-12)
+    other = frozen_A()
+    run(bound_fa(other, **settings), 4, other)
+    assert float((other.B - theirs.B).detach().abs().max()) > 1e-4
 
 
 def test_fa_trains_B_of_lora_and_leaves_A_bit_identical():
@@ -404,21 +421,73 @@ def test_pro_a_factor_near_zero_is_not_inverted():
     torch.testing.assert_close(h_A, torch.linalg.inv(B.T @ B) @ turned.A.grad / s**2, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("rule", ["sgd", "adamw"])
-def test_pro_training_equals_a_dense_reference(rule):
+def dense_steps(A, B, gA, gB, s, damping):
+    """h_A and h_B as the released code computes them: damped inverses, an undamped Sylvester equation."""
+    I_r = torch.eye(3, dtype=A.dtype)
+    of_A, of_B = torch.linalg.inv(A @ A.T + damping * I_r), torch.linalg.inv(B.T @ B + damping * I_r)
+    right = -(of_B @ gA @ A.T / s**2).T.reshape(-1)  # vec of the Sylvester equation, columns first
+    kron = torch.kron(I_r, B.T @ B) + torch.kron(A @ A.T, I_r)
+    X = torch.linalg.solve(kron, right).reshape(3, 3).T
+    return [of_B @ gA / s**2 + X @ A, (gB - B @ of_B @ B.T @ gB) @ of_A / s**2 - B @ X]
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-2])
+def test_pro_with_moments_of_the_weight_equals_a_dense_reference(damping):
+    """Adam's moments are those of the full step, formed here, and its quotient stands for the full gradient."""
     problem, lr, wd = Problem(), 0.01, 0.2
     dense = copy.deepcopy(problem)
-    optimizer = bound(LoRAPro, problem, lr=lr, rule=rule, weight_decay=wd, damping=0.0)
-    m, v = {0: 0.0, 1: 0.0}, {0: 0.0, 1: 0.0}
+    optimizer = bound(LoRAPro, problem, lr=lr, weight_decay=wd, damping=damping, moments="weight")
+    m = v = torch.zeros(5, 7, dtype=torch.float64)
     for t in range(1, 5):
         run(optimizer, 1, problem)
         dense.backward()
         A, B, gA, gB, s = *(x.detach() for x in dense.params), dense.A.grad, dense.B.grad, dense.scaling
-        of_A, of_B, I_B = torch.linalg.inv(A @ A.T), torch.linalg.inv(B.T @ B), torch.eye(3, dtype=A.dtype)
-        right = -(of_B @ gA @ A.T / s**2).T.reshape(-1)  # vec of the Sylvester equation, columns first
-        kron = torch.kron(I_B, B.T @ B) + torch.kron(A @ A.T, I_B)
-        X = torch.linalg.solve(kron, right).reshape(3, 3).T
-        steps = [of_B @ gA / s**2 + X @ A, (gB - B @ of_B @ B.T @ gB) @ of_A / s**2 - B @ X]
+        of_A, of_B = (torch.linalg.inv(gram + damping * torch.eye(3)) for gram in (A @ A.T, B.T @ B))
+        full = s * B @ (of_B @ gA / s**2) + s * (gB - B @ of_B @ B.T @ gB) @ of_A / s**2 @ A
+        m, v = 0.9 * m + 0.1 * full, 0.999 * v + 0.001 * full * full
+        u = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        for param, h in zip(dense.params, dense_steps(A, B, s * B.T @ u, s * u @ A.T, s, damping), strict=True):
+            param.data.mul_(1 - lr * wd).sub_(lr * h)
+        torch.testing.assert_close(problem.A.detach(), dense.A.detach(), rtol=0, atol=1e-10)
+        torch.testing.assert_close(problem.B.detach(), dense.B.detach(), rtol=0, atol=1e-10)
+
+
+def test_pro_at_full_rank_moments_of_the_weight_are_those_of_full_fine_tuning():
+    """The weight moves by lr u to first order, with u Adam's of the full gradient."""
+    problem, lr = Problem(r=5), 1e-6
+    before, G = problem.weight().detach(), problem.G()
+    run(bound(LoRAPro, problem, lr=lr, damping=0.0, moments="weight"), 1, problem)
+    torch.testing.assert_close((before - problem.weight().detach()) / lr, G.sign(), rtol=0, atol=1e-4)
+
+
+def test_pro_moments_of_the_weight_resume_exactly():
+    whole, first = Problem(), Problem()
+    run(bound(LoRAPro, whole, lr=0.01, moments="weight"), 5, whole)
+    optimizer = bound(LoRAPro, first, lr=0.01, moments="weight")
+    run(optimizer, 2, first)
+    second = bound(LoRAPro, first, lr=0.01, moments="weight")
+    second.load_state_dict(saved(optimizer))
+    run(second, 3, first)
+    assert torch.equal(whole.A, first.A)
+    assert torch.equal(whole.B, first.B)
+
+
+def test_pro_moments_of_the_weight_need_adam():
+    with pytest.raises(SettingsError, match=r'LoRAPro.moments is \'weight\'; it takes "factors", or "weight" where'):
+        bound(LoRAPro, Problem(), rule="sgd", moments="weight")
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-2])
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+def test_pro_training_equals_a_dense_reference(rule, damping):
+    problem, lr, wd = Problem(), 0.01, 0.2
+    dense = copy.deepcopy(problem)
+    optimizer = bound(LoRAPro, problem, lr=lr, rule=rule, weight_decay=wd, damping=damping)
+    m, v = {0: 0.0, 1: 0.0}, {0: 0.0, 1: 0.0}
+    for t in range(1, 5):
+        run(optimizer, 1, problem)
+        dense.backward()
+        steps = dense_steps(*(x.detach() for x in dense.params), dense.A.grad, dense.B.grad, dense.scaling, damping)
         for i, (param, h) in enumerate(zip(dense.params, steps, strict=True)):
             if rule == "adamw":
                 m[i], v[i] = 0.9 * m[i] + 0.1 * h, 0.999 * v[i] + 0.001 * h * h
