@@ -47,6 +47,7 @@ class Method(ABC):
         peft_options: entries of adapter_config.json with which that format means this method, such as `use_dora`; what
             its adapters own beside the pair they then state in `Adapter.peft_tensors`.
         run_wide: fields that hold for a whole run (of a schedule, an optimizer), so that no layer can have its own.
+        ranks: fields that are ranks of a layer; `inject` takes at most the layer's narrow side.
         former_fields: fields by the name that they had before, as older files and configs spell them.
     """
 
@@ -57,6 +58,7 @@ class Method(ABC):
     export: ClassVar[str] = "merged only"
     peft_type: ClassVar[str] = ""
     run_wide: ClassVar[tuple[str, ...]] = ()
+    ranks: ClassVar[tuple[str, ...]] = ("rank",)
     peft_options: ClassVar[Mapping[str, object]] = {}
     former_fields: ClassVar[Mapping[str, str]] = {}
 

@@ -18,7 +18,6 @@ from lora_lightning.adapters.base import (
     Adapter,
     FactorPair,
     check_dropout,
-    check_rank,
     write_uniform,
     write_values,
     write_zeros,
@@ -61,7 +60,7 @@ class PairAdapter(Adapter):
 
         Args:
             base: the layer.
-            rank: inner width of the update, at most the smaller side of the weight; 0 for no factors.
+            rank: inner width of the update; 0 for no factors.
             scaling: s.
             dropout: probability of dropping entries of the update's input while training.
             train: which side trains; the other is a buffer. The side that starts at zero is a trained one.
@@ -69,9 +68,8 @@ class PairAdapter(Adapter):
             lead: leading axes of the factors, beside those of the layer.
 
         Raises:
-            SettingsError: rank above the layer's size; dropout where no input passes through the adapter.
+            SettingsError: dropout where no input passes through the adapter.
         """
-        check_rank(base, rank)
         check_dropout(base, dropout)
         self.rank, self.scaling, self.dropout, self.start = rank, scaling, dropout, start
         self.shown = f"rank={rank}, scaling={scaling:g}"

@@ -17,6 +17,7 @@ from lora_lightning.injection.links import link
 from lora_lightning.injection.place import build_adapter, check_ready, place_adapters
 from lora_lightning.injection.plan import SKIPPED, ask_plan, ask_start, planned_settings
 from lora_lightning.injection.probe import Probe
+from lora_lightning.injection.ranks import fit_ranks
 from lora_lightning.injection.records import AdapterRecord, iter_adapters, records
 from lora_lightning.injection.report import InjectionReport, report_on
 from lora_lightning.injection.targets import Targets, select
@@ -79,6 +80,7 @@ def inject(
         plan = ask_plan(method, model, bound.layers, bound) if planned is None else planned
         settings = settings_by_layer(method, selection.layers, overrides or {}, plan)
         selection.skip([path for path in selection.layers if path not in settings], SKIPPED)
+        settings, cut = fit_ranks(settings, selection.layers)
         adapters = {
             path: build_adapter(settings[path], path, base, run_seed) for path, base in selection.layers.items()
         }
@@ -86,7 +88,7 @@ def inject(
         if planned is None:
             ask_start(method, adapters, bound)
     _check_mergeable(anatomy, method, adapters)
-    notes = _notes(anatomy, selection.layers, trained, also_train)
+    notes = [*_notes(anatomy, selection.layers, trained, also_train), *cut]
     record = AdapterRecord(method, settings, tuple(trained), run_seed, plan, tuple(linked))
     place_adapters(anatomy, name, adapters, record, selection.layers, linked)
     return report_on(anatomy, name, record, adapters, selection, notes)

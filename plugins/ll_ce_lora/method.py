@@ -47,6 +47,7 @@ class CELoRA(ScaledLowRankFields, Method):
   year = {2025}
 }"""
     export: ClassVar[str] = "exact LoRA"
+    ranks: ClassVar[tuple[str, ...]] = ("rank", "svd_rank")
 
     kept: float = 0.65
     """Fraction of output channels that enter the gradient of a layer's input; 1.0 is exact. Set it per kind of layer by

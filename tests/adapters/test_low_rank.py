@@ -286,7 +286,6 @@ def test_entry_masks_are_of_the_trained_sides_rows_and_columns() -> None:
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (linear, {"rank": 11}, "rank is 11; a layer of 12 inputs and 10 outputs takes at most 10"),
         (embedding, {"rank": 2, "dropout": 0.1}, "dropout is 0.1; an embedding has token ids as input"),
         (embedding, {"rank": 2, "bias": True}, "bias is True; an embedding has no bias to add to"),
     ],

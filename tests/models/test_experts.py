@@ -258,7 +258,6 @@ def test_the_path_is_the_parameters(tmp_path: Any) -> None:
     [
         (LoRA(rank=2, dropout=0.1), r"LoRA on experts.up_proj: dropout is 0.1; stacked experts .* give overrides"),
         (LoRA(rank=2, bias=True), "bias is True; a stack of experts has no bias to add to"),
-        (LoRA(rank=5), "rank is 5; a layer of 4 inputs and 6 outputs takes at most 4"),
     ],
 )
 def test_refusals(method: ll.Method, message: str) -> None:

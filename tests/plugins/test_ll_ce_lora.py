@@ -1008,8 +1008,6 @@ def test_settings_outside_their_rules(settings, message):
     [
         ("Conv2d", {}, r"CELoRA on 0: the layer is a convolution; only linear layers .* Exclude it"),
         ("Embedding", {}, r"CELoRA on 0: the layer is an embedding; only linear layers"),
-        ("Linear", {"rank": 6}, r"rank is 6; a layer of 6 inputs and 5 outputs takes at most 5"),
-        ("Linear", {"svd_rank": 7}, r"svd_rank is 7; a layer of 6 inputs and 5 outputs takes at most 5"),
     ],
 )
 def test_layers_that_cannot_have_it(kind, settings, message):

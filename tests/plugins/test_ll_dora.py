@@ -16,7 +16,6 @@ from transformers.pytorch_utils import Conv1D
 import lora_lightning as ll
 from ll_dora import DoRA, functional
 from lora_lightning.adapters.folded import DenseUpdate
-from lora_lightning.adapters.layers.kinds import core_base_layer
 from lora_lightning.errors import ExportError, SettingsError
 from lora_lightning.exporters.peft import folder as peft_file
 from lora_lightning.injection.inject import inject
@@ -561,11 +560,6 @@ def test_scaling_rules():
 def test_settings_outside_their_rules(settings, message):
     with pytest.raises(SettingsError, match=message):
         DoRA(**settings)
-
-
-def test_rank_above_the_layer_is_refused():
-    with pytest.raises(SettingsError, match="rank is 7; a layer of 8 inputs and 6 outputs takes at most 6"):
-        DoRA(rank=7).build(core_base_layer(nn.Linear(8, 6)))
 
 
 # -- export ------------------------------------------------------------------------------------------------------------

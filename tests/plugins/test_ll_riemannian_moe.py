@@ -781,8 +781,6 @@ def test_layers_without_one_vector_a_token_are_refused():
     for layer, kind in ((nn.Embedding(9, 4), "embedding"), (nn.Conv1d(4, 4, 3), "conv")):
         with pytest.raises(SettingsError, match=f"which a {kind} layer does not have .* takes linear layers"):
             settings().build(core_base_layer(layer))
-    with pytest.raises(SettingsError, match="rank is 3; a layer of 6 inputs and 2 outputs takes at most 2"):
-        settings(rank=3).build(core_base_layer(nn.Linear(6, 2)))
 
 
 def test_printing_a_model_shows_the_sizes():
