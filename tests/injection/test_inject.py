@@ -78,7 +78,7 @@ def test_a_refused_injection_leaves_the_model_as_it_was() -> None:
     for options, error in (
         ({"name": "default"}, AdapterStateError),
         ({"name": "b", "targets": ["frist"]}, TargetError),
-        ({"name": "b", "overrides": {"second": {"rank": 99}}}, SettingsError),
+        ({"name": "b", "overrides": {"second": {"rank": 0}}}, SettingsError),
         ({"name": "a.b"}, SettingsError),
     ):
         with pytest.raises(error):
