@@ -16,6 +16,7 @@ from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.step_counting import REPORTS, order_callbacks
 from lora_lightning.distributed import is_sharded, put, shard_like
 from lora_lightning.errors import AdapterStateError, ResumeError, TrainingError
+from lora_lightning.injection.heads import heads_of, waiting_heads
 from lora_lightning.injection.inject import ignore_adapter_buffers, inject
 from lora_lightning.injection.records import adapters_named, check_unmerged, injected_root, iter_adapters, records
 from lora_lightning.injection.report import InjectionReport
@@ -190,14 +191,15 @@ class InjectAdapters(Callback):
         """Base weights under the project's own names, the adapter in its section."""
         state = checkpoint["state_dict"]
         own = {key: state.pop(key) for key in adapter_keys(pl_module, self.name) if key in state}
-        trained = set(records(injected_root(pl_module))[self.name].trained)
+        own |= waiting_heads(pl_module, self.name)
+        root = injected_root(pl_module)
+        trained = set(records(root)[self.name].trained)
         if self.checkpoint == "full":
             layers = [path for path, _ in iter_adapters(pl_module)]
             checkpoint["state_dict"] = {_project_name(key, layers): value for key, value in state.items()}
             checkpoint["state_dict"] |= {key: value for key, value in own.items() if key in trained}
         else:
             checkpoint["state_dict"] = {}
-        root = injected_root(pl_module)
         description = describe_adapter(survey(root), self.name)
         checkpoint[_SECTION] = {"description": description, "tensors": own}
 
@@ -229,8 +231,9 @@ class InjectAdapters(Callback):
         make_room_for_folded(pl_module, self.name, tensors)
         check_fits(pl_module, self.name, tensors)
         state = pl_module.state_dict()
-        for key, value in tensors.items():
-            put(state[key], value)
+        with heads_of(injected_root(pl_module), [self.name]):
+            for key, value in tensors.items():
+                put(state[key], value)
         rewrite_weights(pl_module)
 
 

@@ -24,6 +24,7 @@ from lora_lightning.exporters.folder import SIDE_FILE, check_free, check_only_ou
 from lora_lightning.exporters.peft import read as peft_import
 from lora_lightning.exporters.report import ExportReport, Written
 from lora_lightning.exporters.source import Source, find
+from lora_lightning.injection.heads import heads_of
 from lora_lightning.injection.report import InjectionReport
 from lora_lightning.plugins import registry
 from lora_lightning.registry import FORMATS, one_line
@@ -68,7 +69,8 @@ def export(
     check_only_ours(folder, _files_of_earlier(folder))
 
     def fill(beside: Path) -> tuple[Written, tuple[str, ...]]:
-        written = writer.write(source, beside, rank, verify)
+        with heads_of(source.anatomy.model, [name]):
+            written = writer.write(source, beside, rank, verify)
         if not isinstance(written, Written):
             raise PluginError(f'format "{format}": {writer.__name__}.write returned {written!r}, which is no Written.')
         files = tuple(sorted(path.name for path in beside.iterdir()))

@@ -185,7 +185,6 @@ def _notes(anatomy: Anatomy, layers: Iterable[str], trained: Sequence[str], also
         *_head_notes(anatomy, trained, also_train),
         *_read_notes(anatomy, layers),
         *_expert_notes(anatomy, layers),
-        *_shared_head_notes(anatomy.model, trained),
     ]
 
 
@@ -216,14 +215,3 @@ def _read_notes(anatomy: Anatomy, layers: Iterable[str]) -> list[str]:
 def _expert_notes(anatomy: Anatomy, layers: Iterable[str]) -> list[str]:
     fused = anatomy.fused
     return [f"{len(set(fused) & set(layers))} of {len(fused)} expert tensors adapted."] if fused else []
-
-
-def _shared_head_notes(model: nn.Module, trained: Sequence[str]) -> list[str]:
-    notes = []
-    for name, record in records(model).items():
-        shared = [parameter for parameter in trained if parameter in record.trained]
-        if shared:
-            notes.append(
-                f'{shared[0]} trains with adapter "{name}" too; a model has one set of heads, so save that first.'
-            )
-    return notes

@@ -6,6 +6,7 @@ from torch import nn
 
 from lora_lightning.distributed import reshard
 from lora_lightning.errors import AdapterStateError
+from lora_lightning.injection.heads import forget_heads, show_heads
 from lora_lightning.injection.links import detach
 from lora_lightning.injection.merge_quantized import Dequantized
 from lora_lightning.injection.place import set_module
@@ -67,8 +68,8 @@ def eject(model: nn.Module, name: str | None = None) -> None:
     """Take one adapter, or all of them, off the model.
 
     With the last adapter the plain layers come back: with their original weights, or, where they were merged with
-    `keep_original=False`, with the merged ones. Heads that trained in full keep their values; nothing is unfrozen, and
-    no other adapter becomes active.
+    `keep_original=False`, with the merged ones. So do the heads: the base model's own, or, after such a merge, the ones
+    that were trained. Nothing is unfrozen, and no other adapter becomes active.
 
     Raises:
         AdapterStateError: no such adapter, or one of several that were merged with `keep_original=False`.
@@ -81,6 +82,9 @@ def eject(model: nn.Module, name: str | None = None) -> None:
     for path, layer in layers.items():
         if name is not None and not layer.can_unmerge:
             raise AdapterStateError(f"{path}: merged with keep_original=False; eject all adapters or none.")
+    if all(layer.can_unmerge for layer in layers.values()):
+        active = dict.fromkeys(other for layer in layers.values() for other in layer.active)
+        show_heads(root, [other for other in active if other not in names])
     for layer in layers.values():
         if layer.can_unmerge:
             layer.unmerge()
@@ -93,4 +97,5 @@ def eject(model: nn.Module, name: str | None = None) -> None:
             set_module(anatomy.places[id(layer)], layer.base)
     for adapter_name in names:
         detach(root, adapter_name, records(root)[adapter_name].linked)
+        forget_heads(root, adapter_name)
         del records(root)[adapter_name]

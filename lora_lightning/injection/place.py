@@ -15,6 +15,7 @@ from lora_lightning.adapters.layers.kinds import ExpertStack
 from lora_lightning.adapters.linked import Linked
 from lora_lightning.adapters.precision import compute_in_float32
 from lora_lightning.errors import AdapterStateError, SettingsError
+from lora_lightning.injection.heads import keep_base_heads, show_heads
 from lora_lightning.injection.links import attach
 from lora_lightning.injection.records import AdapterRecord, add_record, records, refuse_merged
 from lora_lightning.injection.switches import activate, freeze, train_only
@@ -101,6 +102,8 @@ def place_adapters(
     compute_in_float32({anatomy.modules[parameter.rpartition(".")[0]]: None for parameter in record.trained})
     add_record(anatomy.model, name, record)
     activate(layers.values(), [name])
+    keep_base_heads(anatomy.model, record.trained)
+    show_heads(anatomy.model, [name])
     train_only(anatomy.model, layers.values(), [name] if trainable else trained_before)
     return layers
 

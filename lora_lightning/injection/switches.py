@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import cast
 
 from torch import nn
@@ -12,6 +12,7 @@ from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.adapters.base import Adapter, linked_modules
 from lora_lightning.distributed import reshard
 from lora_lightning.errors import AdapterStateError
+from lora_lightning.injection.heads import heads_of, show_heads, trainable_heads
 from lora_lightning.injection.records import check_known, injected_root, iter_adapters, records
 
 
@@ -26,6 +27,7 @@ def set_active(model: nn.Module, names: Sequence[str] | str) -> None:
     layers = [layer for _, layer in iter_adapters(model)]
     reshard(model)
     activate(layers, wanted)
+    show_heads(injected_root(model), wanted)
 
 
 def activate(layers: Iterable[AdaptedLayer], names: Sequence[str]) -> None:
@@ -42,13 +44,28 @@ def activate(layers: Iterable[AdaptedLayer], names: Sequence[str]) -> None:
 def set_trainable(model: nn.Module, names: Sequence[str] | str) -> None:
     """Train exactly these adapters and the base parameters that go with them; freeze everything else.
 
+    An adapter's head trains while the adapter is active.
+
     Raises:
-        AdapterStateError: an unknown name.
+        AdapterStateError: an unknown name, or two adapters that have the same head.
     """
     root = injected_root(model)
     wanted = check_known(root, [names] if isinstance(names, str) else names)
+    _check_one_head(root, wanted)
     freeze(root.parameters())
     train_only(root, [layer for _, layer in iter_adapters(root)], wanted)
+
+
+def _check_one_head(root: nn.Module, names: Sequence[str]) -> None:
+    owner: dict[str, str] = {}
+    for name in names:
+        for parameter in records(root)[name].trained:
+            if parameter in owner:
+                raise AdapterStateError(
+                    f'adapters "{owner[parameter]}" and "{name}" have a {parameter} each, which the model has once: '
+                    "train one of them at a time."
+                )
+            owner[parameter] = name
 
 
 def freeze(parameters: Iterable[nn.Parameter]) -> None:
@@ -76,13 +93,13 @@ def train_only(root: nn.Module, layers: Collection[AdaptedLayer], names: Sequenc
             if name in layer.adapters:
                 for parameter in _own_parameters(layer.adapter(name)):
                     parameter.requires_grad_(True)
-        for parameter_name in records(root)[name].trained:
-            root.get_parameter(parameter_name).requires_grad_(True)
+        for parameter in trainable_heads(root, name):
+            parameter.requires_grad_(True)
 
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """The base model's function inside the `with` block; heads that train in full keep their values.
+    """The base model's function inside the `with` block, with its own heads.
 
     Merged adapters are taken out for the time of the block.
 
@@ -101,7 +118,8 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     for layer in layers:
         layer.disabled = True
     try:
-        yield
+        with heads_of(injected_root(model), []) if layers else nullcontext():
+            yield
     finally:
         reshard(model)
         for layer, was in zip(layers, before, strict=True):

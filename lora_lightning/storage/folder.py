@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from lora_lightning.distributed import gather
 from lora_lightning.errors import AdapterFileError, AdapterStateError, did_you_mean, nearest
+from lora_lightning.injection.heads import heads_of
 from lora_lightning.injection.records import injected_root, records
 from lora_lightning.models.anatomy import survey
 from lora_lightning.models.new_tokens import Vocabulary, vocabulary
@@ -86,10 +87,11 @@ def save_adapter(model: nn.Module, directory: str | Path, name: str = "default")
             f'no adapter "{name}".{did_you_mean(name, records(root))} Installed: {", ".join(records(root))}.'
         )
     anatomy = survey(root)
-    state = surveyed_state(anatomy, [name])
-    full = gather(list(state.values()))
-    tensors = {plain(k): t.to("cpu", copy=True).contiguous() for k, t in zip(state, full, strict=True)}
-    description = describe_adapter(anatomy, name)
+    with heads_of(root, [name]):
+        state = surveyed_state(anatomy, [name])
+        full = gather(list(state.values()))
+        tensors = {plain(k): t.to("cpu", copy=True).contiguous() for k, t in zip(state, full, strict=True)}
+        description = describe_adapter(anatomy, name)
     folder = Path(directory)
     if anatomy.sharded and torch.distributed.get_rank() > 0:
         return folder

@@ -13,6 +13,7 @@ from lora_lightning.adapters.folded import DenseUpdate, FoldedUpdate, update_lik
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.distributed import put
 from lora_lightning.errors import AdapterFileError, AdapterStateError, SettingsError, did_you_mean
+from lora_lightning.injection.heads import heads_of, show_heads
 from lora_lightning.injection.links import link
 from lora_lightning.injection.place import build_adapter, check_ready, place_adapters
 from lora_lightning.injection.records import AdapterRecord, injected_root, linked_named, records, refuse_merged
@@ -60,7 +61,8 @@ def load_stored(model: nn.Module, stored: Stored, directory: str | Path, name: s
     root = _root_for(model)
     anatomy = survey(root)
     had_rows = vocabulary(root) is not None
-    _check_fingerprint(anatomy, stored, directory)
+    with heads_of(root, []):
+        _check_fingerprint(anatomy, stored, directory)
     if name not in records(root):
         check_ready(anatomy, name)
     if stored.vocabulary is not None:
@@ -81,7 +83,6 @@ def _load(anatomy: Anatomy, stored: Stored, method_class: type[Method], name: st
     """Put the tensors of an adapter file into a model whose base fits."""
     root = anatomy.model
     present = name in records(root)
-    _check_heads(root, stored, name, directory)
     base_layers = _base_layers(anatomy, stored, directory)
     record = _record(method_class, anatomy, base_layers, stored, directory)
     if present:
@@ -99,6 +100,7 @@ def _load(anatomy: Anatomy, stored: Stored, method_class: type[Method], name: st
     layers = anatomy.adapted
     if present:
         activate(layers.values(), [name])
+        show_heads(root, [name])
     else:
         layers = place_adapters(anatomy, name, adapters, record, base_layers, linked, trainable=False)
     with torch.no_grad():
@@ -198,16 +200,6 @@ def _check_fingerprint(anatomy: Anatomy, stored: Stored, directory: str | Path) 
             "load the same pretrained weights first."
         )
     say_unsampled(own, theirs, anatomy.formats, stored.quantization)
-
-
-def _check_heads(root: nn.Module, stored: Stored, name: str, directory: str | Path) -> None:
-    for other, record in records(root).items():
-        shared = {plain(parameter) for parameter in record.trained} & set(stored.trained)
-        if other != name and shared:
-            raise AdapterFileError(
-                f'"{directory}" carries the head {sorted(shared)[0]}, which adapter "{other}" of the model has trained '
-                "too; a model has one set of heads, so load it into a model of its own."
-            )
 
 
 def _base_layers(anatomy: Anatomy, stored: Stored, directory: str | Path) -> dict[str, BaseLayer]:

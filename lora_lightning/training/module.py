@@ -21,6 +21,7 @@ from lora_lightning.callbacks.resume import ExactResume
 from lora_lightning.callbacks.step_counting import total_steps
 from lora_lightning.distributed import fail_together
 from lora_lightning.errors import DataError, LoraLightningError, ModelError, ResumeError, SettingsError
+from lora_lightning.injection.heads import waiting_heads
 from lora_lightning.injection.inject import ignore_adapter_buffers
 from lora_lightning.injection.records import adapters_named, check_unmerged
 from lora_lightning.injection.report import InjectionReport
@@ -322,7 +323,8 @@ class AdapterModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the adapter owns."""
         own = set(adapter_keys(self, NAME))
-        checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in own}
+        state = {key: value for key, value in checkpoint["state_dict"].items() if key in own}
+        checkpoint["state_dict"] = state | waiting_heads(self, NAME)
         checkpoint["lora_lightning"] = describe_adapter(survey(self.model), NAME)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from toy_runs import trainer
 
 from ll_lora import LoRA
 from ll_rose import RoseLoRA
-from lora_lightning import iter_adapters, load_adapter
+from lora_lightning import iter_adapters, load_adapter, set_active
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.callbacks import InjectAdapters, SparsitySchedule, TrainingGuard
 from lora_lightning.errors import ResumeError
@@ -118,6 +118,17 @@ def test_resume_is_exact_with_either_kind_of_checkpoint(tmp_path, contents):
     assert all(torch.equal(value, resumed[name]) for name, value in straight.items())
     saved = torch.load(tmp_path / "step=8.ckpt", weights_only=True)
     assert bool(saved["state_dict"]) == (contents == "full")
+
+
+def test_a_checkpoint_keeps_the_head_of_an_adapter_that_is_not_active(tmp_path):
+    module = Plain()
+    run = fit(module, tmp_path, [injecting()])
+    trained = module.head.weight.detach().clone()
+    set_active(module, [])
+    assert not torch.equal(module.head.weight, trained)
+    run.save_checkpoint(tmp_path / "kept.ckpt")
+    tensors = torch.load(tmp_path / "kept.ckpt", weights_only=True)["lora_lightning"]["tensors"]
+    assert torch.equal(tensors["head.weight"], trained)
 
 
 def test_a_checkpoint_without_an_adapter_is_refused(tmp_path):

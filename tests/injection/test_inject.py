@@ -96,13 +96,6 @@ def test_a_layer_that_trains_in_full_takes_no_adapter() -> None:
         ll.inject(model, METHOD, ["second"], also_train=(), name="b")
 
 
-def test_two_adapters_that_train_one_head_are_told_so() -> None:
-    model = tiny_encoder()
-    assert ll.inject(model, METHOD, ["query"]).notes == ()
-    report = ll.inject(model, METHOD, ["key"], name="b")
-    assert any('trains with adapter "default" too; a model has one set of heads' in note for note in report.notes)
-
-
 @pytest.mark.timeout(30)
 def test_a_thousand_layers() -> None:
     """In time linear in their number, or it would be far above the limit."""

@@ -116,13 +116,16 @@ def test_eject_of_what_is_merged() -> None:
     assert isinstance(model.first, nn.Linear)
 
 
-def test_eject_keeps_trained_heads_and_restores_the_structure() -> None:
+@pytest.mark.parametrize("merged", [False, True])
+def test_eject_restores_the_structure_and_the_head_unless_it_was_merged_for_good(merged) -> None:
     model = tiny_encoder()
-    names = set(model.state_dict())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     ll.inject(model, METHOD)
     perturb(model.classifier)
-    head = model.classifier.weight.clone()
+    trained = model.classifier.weight.clone()
+    if merged:
+        ll.merge(model, keep_original=False)
     ll.eject(model)
-    assert set(model.state_dict()) == names
-    assert torch.equal(model.classifier.weight, head)
+    assert set(model.state_dict()) == set(before)
+    assert torch.equal(model.classifier.weight, trained if merged else before["classifier.weight"])
     ll.inject(model, METHOD)

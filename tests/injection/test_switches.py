@@ -51,6 +51,8 @@ def test_heads_train_with_their_adapter() -> None:
     ll.inject(model, METHOD, ["query"], name="b", also_train=())
     assert not model.classifier.weight.requires_grad
     ll.set_trainable(model, "a")
+    assert not model.classifier.weight.requires_grad  # "b" is active, and the model shows the base model's head
+    ll.set_active(model, "a")
     assert model.classifier.weight.requires_grad
     assert not model.bert.embeddings.word_embeddings.weight.requires_grad
 

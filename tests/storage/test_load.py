@@ -78,17 +78,6 @@ def test_an_existing_adapter_with_other_heads_is_refused(tmp_path: Path) -> None
     refused(model, tmp_path, r'trains other heads than adapter "default", such as classifier.bias')
 
 
-def test_two_adapters_with_the_same_head_are_refused(tmp_path: Path) -> None:
-    ll.save_adapter(adapted(tiny_encoder()), tmp_path)
-    model = adapted(tiny_encoder(), name="mine")
-    refused(
-        model,
-        tmp_path,
-        r'carries the head bert.pooler.dense.bias, which adapter "mine" of the model has trained',
-        "new",
-    )
-
-
 def test_a_merged_model_takes_no_adapter(folder: Path) -> None:
     model = adapted()
     ll.merge(model)

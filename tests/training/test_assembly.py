@@ -90,11 +90,9 @@ def test_an_unknown_number_of_labels(encoder):
         classification(encoder, LoRA()).configure_model()
 
 
-def test_a_rank_above_the_layers_size_names_the_layer(encoder):
-    with pytest.raises(
-        SettingsError, match=r"LoRA on bert.*query: rank is 17; a layer of 16 inputs and 16 outputs takes"
-    ):
-        classification(encoder, LoRA(rank=17), num_labels=3).configure_model()
+def test_a_setting_that_a_layer_cannot_have_names_the_layer(encoder):
+    with pytest.raises(SettingsError, match=r"LoRA on bert.embeddings.word_embeddings: dropout is 0.1; an embedding"):
+        classification(encoder, LoRA(rank=2, dropout=0.1), targets=["word_embeddings"], num_labels=3).configure_model()
 
 
 def test_a_target_that_matches_nothing(encoder):
