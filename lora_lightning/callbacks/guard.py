@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lora_lightning.callbacks.injected import check_injected, refuse_thawed
 from lora_lightning.callbacks.step_counting import JUDGES, StepCallback, announce, gradients_finite, inside_window
 from lora_lightning.distributed import gather_nested, local, shard_like, summed
 from lora_lightning.errors import TrainingError
@@ -18,6 +19,11 @@ from lora_lightning.models.paths import plain
 
 SLOW = 0.01
 """Fraction of the full rate below which a tensor need not train yet."""
+DIVERGED = 10.0
+"""How many times its first value a loss is when it is said to diverge."""
+
+
+_MEND = " Freeze them, exclude their layers, or mend the forward pass."
 
 
 class TrainingGuard(StepCallback):
@@ -26,13 +32,17 @@ class TrainingGuard(StepCallback):
     After `patience_steps` of them a tensor must have had a non-zero gradient and have changed, or the run stops with
     the list. A tensor that its adapter calls idle has more time, and so has one whose rate a schedule is still warming
     up from below a hundredth of the full one: that may be too little to change a number. A loss that is no number stops
-    the run at once, unless a gradient scaler is at work, which skips such steps. Works in any Lightning project.
+    the run at once, unless a gradient scaler is at work, which skips such steps.
+
+    What `inject` let train must still train when training starts, and lie in an optimizer; the weights under adapters
+    must stay frozen. A fine-tuning callback may have changed either. Works in any Lightning project.
 
     Args:
         patience_steps: real steps a tensor has to get a gradient and change.
 
     Raises:
-        TrainingError: nothing trains; adapters are merged; tensors that stay untrained; a loss that is not finite.
+        TrainingError: nothing trains; adapters are merged, frozen since they were injected, or in no optimizer; base
+            weights train; tensors that stay untrained; a loss or a parameter that is not finite.
     """
 
     phase: ClassVar[int] = JUDGES
@@ -46,7 +56,10 @@ class TrainingGuard(StepCallback):
         self._had_gradient: set[str] = set()
         self._changed: set[str] = set()
         self._slow: set[str] = set()
+        self._base: dict[int, str] = {}
         self._loss: Tensor | None = None
+        self._first_loss: Tensor | None = None
+        self._rate = 0.0
         self._restored: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -58,6 +71,7 @@ class TrainingGuard(StepCallback):
         self._watched = {plain(name): p for name, p in pl_module.named_parameters() if p.requires_grad}
         if not self._watched:
             raise TrainingError("nothing trains: every parameter is frozen. Call set_trainable, or inject an adapter.")
+        self._base = check_injected(trainer, pl_module)
         self._start = {name: p.detach().clone() for name, p in self._watched.items()}
         if self._restored is None:
             self._real, self._had_gradient, self._changed = dict.fromkeys(self._watched, 0), set(), set()
@@ -78,6 +92,8 @@ class TrainingGuard(StepCallback):
                 raise TrainingError(self._not_finite(trainer.global_step + 1))
             return
         rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+        self._rate = max(rates.values(), default=0.0)
+        refuse_thawed(trainer, [optimizer], self._base)
         elsewhere = {id(p) for other in trainer.optimizers for group in other.param_groups for p in group["params"]}
         warming = [group for group in optimizer.param_groups if group["lr"] < SLOW * group.get("initial_lr", 0.0)]
         slow = {id(p) for group in warming for p in group["params"]}
@@ -118,8 +134,15 @@ class TrainingGuard(StepCallback):
         where = f"{len(bad)} tensors, {bad[0]} first" if bad else "the gradient norm overflows"
         return (
             f"the loss or its gradient is not a number at optimizer step {step}: {where}."
-            f"{loss} Lower the learning rate, clip gradients, or look at the data of this step."
+            f"{loss}{self._diverged()} Lower the learning rate, clip gradients, or look at the data of this step."
         )
+
+    def _diverged(self) -> str:
+        """What to say of a loss that has grown many times over, with the rate; empty where it has not."""
+        first, last = (None if loss is None else float(loss) for loss in (self._first_loss, self._loss))
+        if first is None or last is None or last <= DIVERGED * abs(first):
+            return ""
+        return f" The loss has gone from {first:g} to {last:g} at a learning rate of {self._rate:g}: it diverges."
 
     def on_train_batch_end(
         self,
@@ -131,6 +154,8 @@ class TrainingGuard(StepCallback):
     ) -> None:
         """Keep the loss of the batch, for the message should the next one be no number."""
         self._loss = outputs["loss"].detach() if isinstance(outputs, dict) and "loss" in outputs else None
+        if self._first_loss is None:
+            self._first_loss = self._loss
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def after_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
@@ -150,6 +175,13 @@ class TrainingGuard(StepCallback):
         short = [name for name, steps in self._real.items() if 2 <= steps < self.patience_steps or name in slow]
         never = [name for name, steps in self._real.items() if steps == 0]
         self._note_changes(never)
+        broken = [name for name, p in self._watched.items() if not torch.isfinite(local(p.detach())).all()]
+        if trainer.strategy.reduce_boolean_decision(bool(broken), all=False):
+            raise TrainingError(
+                f"{(broken or ['a tensor of another process'])[0]} has been trained to values that are not finite, "
+                f"{len(broken)} tensors in all.{self._diverged()} Lower the learning rate, or go on from an earlier "
+                "checkpoint."
+            )
         still = [name for name in never if name not in self._changed and name not in slow]
         self._judge(short + still, self._idle(pl_module))
 
@@ -170,7 +202,7 @@ class TrainingGuard(StepCallback):
             raise TrainingError(
                 f"{len(untrained)} of {len(self._watched)} trainable tensors are not training {steps}: "
                 f"{', '.join(untrained[:8])}"
-                f"{', ...' if len(untrained) > 8 else ''}. Freeze them, exclude their layers, or mend the forward pass."
+                f"{', ...' if len(untrained) > 8 else ''}.{self._diverged() or _MEND}"
             )
 
     @staticmethod

@@ -15,6 +15,7 @@ from lora_lightning.errors import AdapterStateError, did_you_mean
 from lora_lightning.methods import Method, Plan
 
 _RECORDS = "_lora_lightning_records"
+_TRAINED = "_lora_lightning_trained"
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,16 @@ def records(model: nn.Module) -> dict[str, AdapterRecord]:
     return cast("dict[str, AdapterRecord]", model.__dict__.get(_RECORDS, {}))
 
 
+def note_trained(model: nn.Module, names: Sequence[str]) -> None:
+    """Note on `model` which adapters are meant to train."""
+    model.__dict__[_TRAINED] = tuple(names)
+
+
+def meant_to_train(model: nn.Module) -> tuple[str, ...]:
+    """Adapters of exactly this module that `inject` or `set_trainable` has let train, whoever froze them since."""
+    return tuple(name for name in model.__dict__.get(_TRAINED, ()) if name in records(model))
+
+
 def add_record(model: nn.Module, name: str, record: AdapterRecord) -> None:
     """Note on `model` what was injected under `name`."""
     model.__dict__.setdefault(_RECORDS, {})[name] = record
@@ -50,6 +61,11 @@ def injected_root(model: nn.Module) -> nn.Module:
         AdapterStateError: nothing was injected.
     """
     return find_root(model)[1]
+
+
+def injected_roots(module: nn.Module) -> list[nn.Module]:
+    """Every module inside, or itself, that `inject` or `load_adapter` was called with."""
+    return [part for part in module.modules() if records(part)]
 
 
 def find_root(model: nn.Module) -> tuple[str, nn.Module]:

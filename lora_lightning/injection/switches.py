@@ -13,7 +13,15 @@ from lora_lightning.adapters.base import Adapter, linked_modules
 from lora_lightning.distributed import reshard
 from lora_lightning.errors import AdapterStateError
 from lora_lightning.injection.heads import heads_of, show_heads, trainable_heads
-from lora_lightning.injection.records import check_known, injected_root, iter_adapters, records
+from lora_lightning.injection.records import (
+    adapters_named,
+    check_known,
+    injected_root,
+    iter_adapters,
+    meant_to_train,
+    note_trained,
+    records,
+)
 
 
 def set_active(model: nn.Module, names: Sequence[str] | str) -> None:
@@ -80,11 +88,22 @@ def _own_parameters(adapter: Adapter) -> Iterator[nn.Parameter]:
         yield from module.parameters()
 
 
+def meant_parameters(root: nn.Module) -> list[list[nn.Parameter]]:
+    """What `inject` or `set_trainable` has let train, though it may be frozen since: of each adapter, and of heads."""
+    found: list[list[nn.Parameter]] = []
+    for name in meant_to_train(root):
+        adapters = [list(_own_parameters(adapter)) for adapter in adapters_named(root, name).values()]
+        found += [own for own in adapters if own]
+        found += [[parameter] for parameter in trainable_heads(root, name)]
+    return found
+
+
 def train_only(root: nn.Module, layers: Collection[AdaptedLayer], names: Sequence[str]) -> None:
     """Of these layers' adapters train exactly those of these names, and what goes with them.
 
     That is what they share with other layers, and the base parameters that their records name.
     """
+    note_trained(root, names)
     for layer in layers:
         for adapter in layer.adapters.values():
             freeze(_own_parameters(cast(Adapter, adapter)))

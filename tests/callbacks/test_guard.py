@@ -94,8 +94,27 @@ def test_an_optimizer_that_holds_only_the_head_is_found_without_asking(tmp_path)
         def configure_optimizers(self):
             return torch.optim.SGD(self.head.parameters(), lr=0.1)
 
-    with pytest.raises(TrainingError, match=r"used.*lora_B \(did not change\)"):
+    with pytest.raises(TrainingError, match=r"used.*lora_A is in no optimizer \(2 injected tensors in all\)"):
         fit(HeadOnly(), tmp_path, [InjectAdapters(LoRA(rank=2), ["used"], also_train=["head"])])
+
+
+def test_a_parameter_that_breaks_after_the_last_gradient_is_found_at_the_end(tmp_path):
+    class Breaks(Plain):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if self.trainer.global_step == 6:
+                self.used.adapters["default"].lora_B.data[0, 0] = float("nan")
+
+    with pytest.raises(TrainingError, match=r"used.*lora_B has been trained to values that are not finite, 1 tensors"):
+        fit(Breaks(), tmp_path, [InjectAdapters(LoRA(rank=2), ["used"], also_train=["head"])])
+
+
+def test_a_loss_that_diverges_is_named_as_the_cause_with_the_rate(tmp_path):
+    class Squares(Plain):
+        def training_step(self, batch):
+            return self.head(self.used(batch[0])).square().sum()
+
+    with pytest.raises(TrainingError, match=r"The loss has gone from [\d.e+]+ to .* at a learning rate of 1000: it"):
+        fit(Squares(lr=1000.0), tmp_path, [InjectAdapters(LoRA(rank=2), ["used"], also_train=["head"])], max_steps=20)
 
 
 def test_a_norm_that_overflows_is_no_number_either(tmp_path):
