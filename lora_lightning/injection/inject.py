@@ -182,6 +182,7 @@ def settings_by_layer(
 def _notes(anatomy: Anatomy, layers: Iterable[str], trained: Sequence[str], also_train: Heads) -> list[str]:
     """What a user would ask about the injection."""
     return [
+        *_statistics_notes(anatomy, trained),
         *_head_notes(anatomy, trained, also_train),
         *_read_notes(anatomy, layers),
         *_expert_notes(anatomy, layers),
@@ -209,6 +210,17 @@ def _read_notes(anatomy: Anatomy, layers: Iterable[str]) -> list[str]:
         f"{len(paths)} layer{'s' * (len(paths) > 1)}, such as {paths[0]}, are read by {owner} instead of called: their "
         "adapters act through the merged weight, without dropout."
         for owner, paths in by_owner.items()
+    ]
+
+
+def _statistics_notes(anatomy: Anatomy, trained: Sequence[str]) -> list[str]:
+    owners = {name.rpartition(".")[0] for name in trained}
+    still = [p for p, m in anatomy.modules.items() if m._buffers.get("running_mean") is not None and p not in owners]
+    if not still:
+        return []
+    return [
+        f"{len(still)} layer{'s' * (len(still) > 1)} with running statistics, such as {still[0]}, keep them, as in "
+        "evaluation; also_train lets a layer and its statistics train."
     ]
 
 

@@ -11,6 +11,7 @@ from lora_lightning.injection.links import detach
 from lora_lightning.injection.merge_quantized import Dequantized
 from lora_lightning.injection.place import set_module
 from lora_lightning.injection.records import check_known, injected_root, iter_adapters, records
+from lora_lightning.injection.statistics import release_statistics
 from lora_lightning.models.anatomy import survey
 
 
@@ -99,3 +100,5 @@ def eject(model: nn.Module, name: str | None = None) -> None:
         detach(root, adapter_name, records(root)[adapter_name].linked)
         forget_heads(root, adapter_name)
         del records(root)[adapter_name]
+    if not records(root):
+        release_statistics(anatomy)

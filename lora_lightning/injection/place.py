@@ -18,6 +18,7 @@ from lora_lightning.errors import AdapterStateError, SettingsError
 from lora_lightning.injection.heads import keep_base_heads, show_heads
 from lora_lightning.injection.links import attach
 from lora_lightning.injection.records import AdapterRecord, add_record, records, refuse_merged
+from lora_lightning.injection.statistics import hold_statistics
 from lora_lightning.injection.switches import activate, freeze, train_only
 from lora_lightning.methods import Method
 from lora_lightning.models import experts
@@ -98,6 +99,7 @@ def place_adapters(
         layer.tied_to = ties.get(path, ())
         layer.add(name, adapter.train(layer.training))
     attach(anatomy.model, name, linked)
+    hold_statistics(anatomy)
     freeze(anatomy.parameters.values())  # before some are replaced by copies in float32
     compute_in_float32({anatomy.modules[parameter.rpartition(".")[0]]: None for parameter in record.trained})
     add_record(anatomy.model, name, record)

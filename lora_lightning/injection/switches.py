@@ -112,8 +112,9 @@ def train_only(root: nn.Module, layers: Collection[AdaptedLayer], names: Sequenc
             if name in layer.adapters:
                 for parameter in _own_parameters(layer.adapter(name)):
                     parameter.requires_grad_(True)
+    for name in records(root):
         for parameter in trainable_heads(root, name):
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(name in names)
 
 
 @contextmanager
