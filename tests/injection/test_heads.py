@@ -106,6 +106,15 @@ def test_an_adapter_that_is_not_active_is_saved_with_its_own_head(expected, tmp_
         assert torch.equal(logits(alone), expected[name])
 
 
+def test_a_loaded_head_is_frozen_as_its_adapter_is(tmp_path) -> None:
+    ll.save_adapter(trained("a", 0.1), tmp_path, "a")
+    model = tiny_encoder()
+    ll.load_adapter(model, tmp_path)
+    assert not any(p.requires_grad for p in model.parameters())
+    ll.set_trainable(model, "default")
+    assert model.classifier.weight.requires_grad
+
+
 def test_two_folders_with_a_head_each_are_loaded_into_one_model(expected, tmp_path) -> None:
     for name, size in (("a", 0.1), ("b", 0.3)):
         ll.save_adapter(trained(name, size), tmp_path / name, name)
