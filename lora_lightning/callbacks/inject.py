@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lora_lightning.callbacks.guard import TrainingGuard
+from lora_lightning.callbacks.project_checkpoint import (
+    SaveUnderProjectNames,
+    accept_project_names,
+    check_averages,
+    load_section,
+)
 from lora_lightning.callbacks.step_counting import REPORTS, order_callbacks
-from lora_lightning.distributed import is_sharded, put, shard_like
-from lora_lightning.errors import AdapterStateError, ResumeError, TrainingError
-from lora_lightning.injection.heads import heads_of, waiting_heads
+from lora_lightning.distributed import is_sharded
+from lora_lightning.errors import AdapterStateError, TrainingError
 from lora_lightning.injection.inject import ignore_adapter_buffers, inject
-from lora_lightning.injection.records import adapters_named, check_unmerged, injected_root, iter_adapters, records
+from lora_lightning.injection.records import adapters_named, injected_root, iter_adapters, records
 from lora_lightning.injection.report import InjectionReport
 from lora_lightning.injection.targets import Targets
 from lora_lightning.methods import Method
-from lora_lightning.models.anatomy import Heads, survey
+from lora_lightning.models.anatomy import Heads
 from lora_lightning.optim.groups import factor_pairs
 from lora_lightning.optim.pair_optimizer import PairOptimizer
 from lora_lightning.optim.wrapper import innermost
-from lora_lightning.storage.description import describe_adapter
-from lora_lightning.storage.folded import make_room_for_folded, rewrite_weights
 from lora_lightning.storage.folder import save_adapter
-from lora_lightning.storage.resume_check import check_fits, check_same
-from lora_lightning.storage.state import adapter_keys
-
-_SECTION = "lora_lightning"
 
 
 class WriteAdapter(Callback):
@@ -93,7 +91,12 @@ class InjectAdapters(Callback):
         self.report: InjectionReport | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Inject now, or right after a lazy module has built itself, and add the method's callbacks."""
+        """Inject now, or right after a lazy module has built itself, and add the method's callbacks.
+
+        Raises:
+            SettingsError: a callback that averages weights stands before this one, or averages masks.
+        """
+        check_averages(trainer.callbacks, self)  # type: ignore[attr-defined]
         if next(pl_module.parameters(), None) is not None:
             self._inject(pl_module)
         else:
@@ -155,6 +158,7 @@ class InjectAdapters(Callback):
     def _add_callbacks(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         given: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         wanted: list[Callback] = [*self.method.callbacks(), TrainingGuard()]
+        wanted.append(SaveUnderProjectNames(self.name, self.checkpoint))
         if self.directory is not None:
             wanted.append(WriteAdapter(self.directory, self.name))
         ours = [c for c in wanted if not any(isinstance(other, type(c)) for other in given)]
@@ -185,37 +189,19 @@ class InjectAdapters(Callback):
             if isinstance(core, PairOptimizer) and not core.pairs:
                 core.bind_pairs(factor_pairs(pl_module))
 
+    def _accept_project_names(self, module: LightningModule, state_dict: dict[str, Any], *_: Any) -> None:
+        accept_project_names(module, self.name, state_dict)
+
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Base weights under the project's own names, the adapter in its section."""
-        state = checkpoint["state_dict"]
-        own = {key: state.pop(key) for key in adapter_keys(pl_module, self.name) if key in state}
-        own |= waiting_heads(pl_module, self.name)
-        root = injected_root(pl_module)
-        trained = set(records(root)[self.name].trained)
-        if self.checkpoint == "full":
-            layers = [path for path, _ in iter_adapters(pl_module)]
-            checkpoint["state_dict"] = {_project_name(key, layers): value for key, value in state.items()}
-            checkpoint["state_dict"] |= {key: value for key, value in own.items() if key in trained}
-        else:
-            checkpoint["state_dict"] = {}
-        description = describe_adapter(survey(root), self.name)
-        checkpoint[_SECTION] = {"description": description, "tensors": own}
+    @property
+    def state_key(self) -> str:
+        """What Lightning names in its warning where a run that reads the checkpoint lacks this callback."""
+        return "InjectAdapters (without it the adapter in this file is not loaded)"
 
-    def _accept_project_names(self, module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
-        """Before loading: the project's names become ours, and adapter tensors keep their values until the section."""
-        for path, _layer in iter_adapters(module):
-            for key in [k for k in state_dict if k.startswith(f"{path}.")]:
-                rest = key.removeprefix(f"{path}.")
-                if not rest.startswith(("base.", "adapters.", "shifts.")):
-                    state_dict[f"{path}.base.{rest}"] = state_dict.pop(key)
-        current = module.state_dict()
-        for key, own in current.items():
-            if key in state_dict and isinstance(own, DTensor):
-                state_dict[key] = shard_like(state_dict[key], own)
-        for key in adapter_keys(module, self.name):
-            state_dict.setdefault(key, current[key])
+    def state_dict(self) -> dict[str, Any]:
+        """The adapter's name: a callback without a state is not missed."""
+        return {"adapter": self.name}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Load the adapter's section, exactly.
@@ -223,22 +209,4 @@ class InjectAdapters(Callback):
         Raises:
             ResumeError: the checkpoint has no adapter, or another one.
         """
-        if _SECTION not in checkpoint:
-            raise ResumeError("the checkpoint has no adapter section: it was written without InjectAdapters.")
-        check_unmerged(pl_module)
-        check_same(pl_module, self.name, checkpoint[_SECTION]["description"])
-        tensors: dict[str, Tensor] = checkpoint[_SECTION]["tensors"]
-        make_room_for_folded(pl_module, self.name, tensors)
-        check_fits(pl_module, self.name, tensors)
-        state = pl_module.state_dict()
-        with heads_of(injected_root(pl_module), [self.name]):
-            for key, value in tensors.items():
-                put(state[key], value)
-        rewrite_weights(pl_module)
-
-
-def _project_name(key: str, layers: Iterable[str]) -> str:
-    for path in layers:
-        if key.startswith(f"{path}.base."):
-            return f"{path}.{key.removeprefix(f'{path}.base.')}"
-    return key
+        load_section(pl_module, self.name, checkpoint)
