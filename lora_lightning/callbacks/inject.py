@@ -10,7 +10,9 @@ from typing import Any, ClassVar, Literal, cast
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from lora_lightning.callbacks.group_settings import apply_group_settings, clip_groups
 from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.project_checkpoint import (
     SaveUnderProjectNames,
@@ -170,8 +172,10 @@ class InjectAdapters(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take frozen parameters out of optimizers that were given `self.parameters()`; hand over factor pairs.
 
+        Groups that the method declares get their rates, decay and clipping.
+
         Raises:
-            TrainingError: an optimizer has nothing left to train.
+            TrainingError: an optimizer has nothing left to train; a group cannot have its settings.
         """
         for optimizer in trainer.optimizers:
             given = [p for group in optimizer.param_groups for p in group["params"]]
@@ -188,6 +192,11 @@ class InjectAdapters(Callback):
             core = innermost(optimizer)
             if isinstance(core, PairOptimizer) and not core.pairs:
                 core.bind_pairs(factor_pairs(pl_module))
+        apply_group_settings(trainer, pl_module)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Clip what a method wants clipped by itself."""
+        clip_groups(trainer, optimizer)
 
     def _accept_project_names(self, module: LightningModule, state_dict: dict[str, Any], *_: Any) -> None:
         accept_project_names(module, self.name, state_dict)
