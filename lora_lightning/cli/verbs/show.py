@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import sys
 from collections.abc import Sequence
 
 from lora_lightning.cli.cards import FieldCard, arguments_of, description_of, fields_of, page_of, readme_of
@@ -61,6 +62,7 @@ def _show_method(name: str, whole: bool) -> None:
     if method.paper:
         print(f"paper      https://arxiv.org/abs/{method.paper}")
     print(f"plugin     {provider.plugin}, from {provider.package} {provider.version}")
+    print(f"elsewhere  class_path: {_shortest(method, name)}, in a LightningCLI of your own")
     print(f"mergeable  {'yes' if method.mergeable else 'no'}")
     print(f"start      {'the base model' if method.starts_at_base else 'not the base model'}")
     print(f"export     {method.export}\n")
@@ -73,6 +75,16 @@ def _show_method(name: str, whole: bool) -> None:
         print(f"\nshow {name} --card adds: {', '.join(left)}.")
 
 
+def _shortest(cls: type, name: str) -> str:
+    """The shortest path by which a class can be imported: of the packages it lies in, the first that hands it on."""
+    parts = cls.__module__.split(".")
+    for end in range(1, len(parts)):
+        package = ".".join(parts[:end])
+        if getattr(sys.modules.get(package), name, None) is cls:
+            return f"{package}.{name}"
+    return f"{cls.__module__}.{name}"
+
+
 def _show_component(component: Component) -> None:
     try:
         cls = component.load()
@@ -81,6 +93,7 @@ def _show_component(component: Component) -> None:
     print(f"{component.name}: {description_of(cls)}\n")
     print(f"kind       {component.kind}, named in {SETTINGS[component.kind]}")
     print(f"package    {provider_of(component)}")
+    print(f"elsewhere  class_path: {component.class_path}, in a LightningCLI of your own")
     if getattr(cls, "bibtex", ""):
         print("paper      cite CONFIG prints its BibTeX entry")
     print()

@@ -1,3 +1,4 @@
+import importlib
 import inspect
 import subprocess
 import sys
@@ -120,3 +121,16 @@ def test_the_nearest_of_all_components_is_named(capsys):
     assert main(["show", "SparsitySchedul"]) == 2
     err = capsys.readouterr().err
     assert err.endswith('"SparsitySchedul". Did you mean "SparsitySchedule"?\n')
+
+
+@pytest.mark.parametrize(
+    "name", [*sorted(plugins.load().methods), "SparsitySchedule", "LoRAPlus", "TextPairs", "FSDP2"]
+)
+def test_the_class_path_for_a_command_line_of_somebody_elses(name, capsys):
+    assert main(["show", name]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("elsewhere ")]
+    path = line.split()[2].removesuffix(",")
+    module, _, attribute = path.rpartition(".")
+    found = getattr(importlib.import_module(module), attribute)
+    component = plugins.registry().component(name)
+    assert found is (component.load() if component else plugins.method(name))
