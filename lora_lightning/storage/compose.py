@@ -32,6 +32,7 @@ from lora_lightning.errors import AdapterFileError, SettingsError
 from lora_lightning.methods import Method, plain_settings
 from lora_lightning.plugins import registry, restore_settings
 from lora_lightning.storage.atomic import as_json, write_all
+from lora_lightning.storage.fingerprint import differences
 from lora_lightning.storage.folded import folded_tensors
 from lora_lightning.storage.folder import DESCRIPTION, FILE, Stored, read_folder
 
@@ -173,11 +174,10 @@ def _folded(base: BaseLayer, tensors: Mapping[str, Tensor], where: str) -> Updat
 def _check_fit(stored: Sequence[Stored], folders: Sequence[str | Path], heads: str) -> None:
     """One base model, no rows of new tokens, and heads only where it is said what becomes of them."""
     for one, folder in zip(stored, folders, strict=True):
-        for part, own in one.fingerprint.items():
-            first = stored[0].fingerprint[part]
-            # heads that train in full are not in the names, so other ones may have trained
-            same_heads = set(one.trained) == set(stored[0].trained)
-            if None not in (own, first) and own != first and (same_heads or part == "architecture"):
+        # heads that train in full are not in the names, so other ones may have trained
+        same_heads = set(one.trained) == set(stored[0].trained)
+        for part in differences(one.fingerprint, stored[0].fingerprint):
+            if same_heads or part == "architecture":
                 raise AdapterFileError(f'"{folder}" was trained on another base model than "{folders[0]}" ({part}).')
         if one.vocabulary is not None:
             raise AdapterFileError(f'"{folder}" has rows of new tokens, which do not add up.')

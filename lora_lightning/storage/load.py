@@ -22,7 +22,7 @@ from lora_lightning.models.anatomy import Anatomy, survey
 from lora_lightning.models.new_tokens import add_rows, check_same_tokens, remove_rows, vocabulary
 from lora_lightning.models.paths import join, plain, starting_with, unwrap
 from lora_lightning.plugins import registry, restore_settings
-from lora_lightning.storage.fingerprint import fingerprint, say_unsampled
+from lora_lightning.storage.fingerprint import differences, fingerprint, say_how_compared
 from lora_lightning.storage.folded import folded_tensors
 from lora_lightning.storage.folder import Stored, read_folder
 
@@ -181,23 +181,16 @@ def _root_for(model: nn.Module) -> nn.Module:
 
 
 def _check_fingerprint(anatomy: Anatomy, stored: Stored, directory: str | Path) -> None:
-    own = fingerprint(anatomy, stored.trained)
-    theirs = stored.fingerprint
-    if own["architecture"] != theirs["architecture"]:
-        raise AdapterFileError(
-            f'"{directory}" was trained on {theirs["architecture"]}; this model is {own["architecture"]}.'
-        )
-    if own["names"] != theirs["names"]:
-        raise AdapterFileError(
-            f'"{directory}" was trained on a {theirs["architecture"]} whose parameters have other names or shapes '
-            f"(base: {stored.base or 'unknown'})."
-        )
-    if None not in (own["weights"], theirs["weights"]) and own["weights"] != theirs["weights"]:
-        raise AdapterFileError(
-            f'"{directory}" was trained on other base weights than this model has (base: {stored.base or "unknown"}); '
-            "load the same pretrained weights first."
-        )
-    say_unsampled(own, theirs, anatomy.formats, stored.quantization)
+    own, theirs = fingerprint(anatomy, stored.trained), stored.fingerprint
+    base = f"(base: {stored.base or 'unknown'})"
+    reasons = {
+        "architecture": f"{theirs['architecture']}; this model is {own['architecture']}.",
+        "names": f"a {theirs['architecture']} whose parameters have other names or shapes {base}.",
+        "weights": f"other base weights than this model has {base}; load the same pretrained weights first.",
+    }
+    for part in differences(own, theirs):
+        raise AdapterFileError(f'"{directory}" was trained on {reasons[part]}')
+    say_how_compared(own, theirs, anatomy.formats, stored.quantization)
 
 
 def _check_heads(root: nn.Module, stored: Stored, name: str, directory: str | Path) -> None:
