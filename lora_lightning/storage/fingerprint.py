@@ -17,6 +17,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -32,6 +33,8 @@ _SAMPLE = 64
 _KEPT = "_lora_lightning_fingerprint"
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers by their size in bytes."""
+_CACHED = 2**20
+"""Bytes that are summed at once on the CPU."""
 
 
 def fingerprint(anatomy: Anatomy, without: Iterable[str] = ()) -> dict[str, Any]:
@@ -158,11 +161,26 @@ def _row_and_column_sums(parameter: Tensor) -> Tensor:
     """
     rows = parameter.shape[0] if parameter.dim() else 1
     words, first = _as_words(local(parameter).detach(), parameter), first_entry(parameter)
-    sums = words.new_zeros(rows, dtype=torch.int64)
-    if words.numel():
-        start = first * rows // parameter.numel()
-        sums[start : start + len(words)] = words.sum(1, dtype=torch.int64)
-    return torch.cat([sums, words.sum(0, dtype=torch.int64)])
+    of_rows, of_columns = _summed_both_ways(words)
+    sums = of_rows.new_zeros(rows)
+    start = first * rows // max(parameter.numel(), 1)
+    sums[start : start + len(of_rows)] = of_rows
+    return torch.cat([sums, of_columns])
+
+
+def _summed_both_ways(words: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of each row and of each column of a matrix of integers."""
+    if words.device.type != "cpu":
+        return words.sum(1, dtype=torch.int64), words.sum(0, dtype=torch.int64)
+    held = words.numpy()  # rows that fit into a cache are read from memory once; torch's sum of columns is slower
+    of_rows = np.empty(held.shape[0], np.int64)
+    of_columns = np.zeros(held.shape[1], np.int64)
+    step = max(1, _CACHED // max(held.shape[1] * held.itemsize, 1))
+    for start in range(0, len(held), step):
+        some = held[start : start + step]
+        of_rows[start : start + step] = some.sum(1, dtype=np.int64)
+        of_columns += some.sum(0, dtype=np.int64)
+    return torch.from_numpy(of_rows), torch.from_numpy(of_columns)
 
 
 def _as_words(held: Tensor, parameter: Tensor) -> Tensor:
