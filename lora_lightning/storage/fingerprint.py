@@ -52,7 +52,8 @@ def fingerprint(anatomy: Anatomy, without: Iterable[str] = ()) -> dict[str, Any]
     kept = unwrap(anatomy.model).__dict__.get(_KEPT)
     if kept is not None:
         return cast("dict[str, Any]", kept)
-    found, readable = _counted(anatomy, without)
+    found = counted(anatomy, without)
+    readable = not anatomy.quantized and all(tensor.is_floating_point() for tensor in found.values())
     for key, parameter in found.items():
         if parameter.is_meta:
             raise AdapterStateError(
@@ -73,7 +74,7 @@ def outline(anatomy: Anatomy, without: Iterable[str] = ()) -> dict[str, str]:
     """The part of a fingerprint that needs no values: class, and a hash of names and shapes."""
     quantized = {plain(base.weight_name(path)): base for path, base in anatomy.quantized.items()}
     names = hashlib.sha256()
-    for key, parameter in _counted(anatomy, without)[0].items():
+    for key, parameter in counted(anatomy, without).items():
         shape = quantized[key].plain_shape if key in quantized else tuple(parameter.shape)
         names.update(f"{key}:{shape};".encode())
     return {"architecture": _architecture(unwrap(anatomy.model)), "names": names.hexdigest()}
@@ -93,19 +94,24 @@ def _exact(own: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
     return own.get("sums") is not None and theirs.get("sums") is not None and own["dtypes"] == theirs["dtypes"]
 
 
-def _counted(anatomy: Anatomy, without: Iterable[str]) -> tuple[dict[str, Tensor], bool]:
-    """Parameters that count, by name, and whether their values can be compared."""
+def counted(anatomy: Anatomy, without: Iterable[str]) -> dict[str, Tensor]:
+    """Parameters that count in a fingerprint, by name."""
     found = dict(sorted(_base_parameters(anatomy).items()))
     for name in without:
         key = plain(name)
         owner, _, leaf = key.rpartition(".")
         found.pop(key if key in found else f"{owner.removesuffix('.base')}.{leaf}", None)  # rows of new tokens on it
-    return found, not anatomy.quantized and all(tensor.is_floating_point() for tensor in found.values())
+    return found
 
 
 def keep_fingerprint(model: nn.Module, without: Iterable[str] = ()) -> None:
     """Remember the fingerprint of a model whose parameters will not be readable any more; its base stays as it is."""
     model.__dict__[_KEPT] = fingerprint(survey(model), without)
+
+
+def has_kept_fingerprint(model: nn.Module) -> bool:
+    """Whether `keep_fingerprint` has been called for a model."""
+    return _KEPT in unwrap(model).__dict__
 
 
 def _sample(parameters: list[Tensor]) -> bytes:

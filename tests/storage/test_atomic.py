@@ -11,7 +11,7 @@ import lora_lightning as ll
 from ll_lora import LoRA
 from lora_lightning.errors import AdapterFileError
 from lora_lightning.storage import atomic as files
-from lora_lightning.storage.folder import DESCRIPTION, FILE
+from lora_lightning.storage.stored import FILE
 from lora_lightning.testing import perturb
 
 
@@ -60,12 +60,6 @@ def test_an_interrupt_leaves_the_old_adapter(folder: Path, monkeypatch: pytest.M
     with pytest.raises(KeyboardInterrupt):
         ll.save_adapter(adapted(method=LoRA(rank=1)), folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-
-
-def test_leftovers_of_a_killed_process_are_overwritten(folder: Path) -> None:
-    (folder / f".{FILE}.writing").write_bytes(b"half")
-    ll.save_adapter(adapted(), folder)
-    assert sorted(path.name for path in folder.iterdir()) == [DESCRIPTION, FILE]
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ import lora_lightning as ll
 from ll_lora import LoRA
 from lora_lightning.errors import AdapterStateError, UnknownMethodError
 from lora_lightning.injection.records import records
-from lora_lightning.storage.folder import FILE
+from lora_lightning.methods import plain_settings
+from lora_lightning.storage.stored import FILE
 from lora_lightning.testing import TinyMLP, tiny_encoder
 
 
@@ -106,7 +107,7 @@ def test_a_method_whose_plugin_is_missing(folder: Path) -> None:
 def test_settings_of_a_newer_plugin(folder: Path) -> None:
     rewrite(folder, lambda description, tensors: description["settings"].update(magic=1))
     refused(TinyMLP(), folder, r'adapter": settings: LoRA has no "magic"')
-    rewrite(folder, lambda description, tensors: description["settings"].update(rank=0))
+    rewrite(folder, lambda description, tensors: description.update(settings={**plain_settings(METHOD), "rank": 0}))
     refused(TinyMLP(), folder, r'adapter": LoRA.rank is 0; it must be at least 1')
 
 
