@@ -128,10 +128,11 @@ def _make_staged(beside: Path) -> int:
     """The new folder, with an open handle that holds its lock."""
     while True:
         beside.mkdir()
-        handle = os.open(beside, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        if claimed(handle, beside):
-            return handle
-        os.close(handle)
+        with suppress(FileNotFoundError):  # before its lock is held another process may take it for a leftover
+            handle = os.open(beside, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            if claimed(handle, beside):
+                return handle
+            os.close(handle)
         with suppress(FileNotFoundError):
             beside.rmdir()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from lora_lightning.adapters.folded import DenseUpdate, FoldedUpdate, update_lik
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.adapters.linked import Linked
 from lora_lightning.distributed import local, own_rows, put
-from lora_lightning.errors import AdapterFileError, AdapterStateError, SettingsError, did_you_mean
+from lora_lightning.errors import AdapterFileError, AdapterStateError, LoraLightningError, SettingsError, did_you_mean
 from lora_lightning.injection.links import link
 from lora_lightning.injection.place import build_adapter, check_ready, place_adapters
 from lora_lightning.injection.records import AdapterRecord, injected_root, linked_named, records, refuse_merged
@@ -25,6 +26,7 @@ from lora_lightning.models.anatomy import Anatomy, survey
 from lora_lightning.models.new_tokens import add_rows, check_same_tokens, remove_rows, vocabulary
 from lora_lightning.models.paths import join, plain, starting_with, unwrap
 from lora_lightning.plugins import registry, restore_settings
+from lora_lightning.registry import one_line
 from lora_lightning.storage.fingerprint import (
     counted,
     differences,
@@ -76,8 +78,9 @@ def load_stored(model: nn.Module, stored: Stored, directory: str | Path, name: s
     if name not in records(root):
         check_ready(anatomy, name)
     try:
-        anatomy = _with_rows(anatomy, stored, directory)
-        plan = _plan(anatomy, stored, method_class, name, directory, stored.seed)
+        with _blaming(directory):
+            anatomy = _with_rows(anatomy, stored, directory)
+            plan = _plan(anatomy, stored, method_class, name, directory, stored.seed)
         _place(plan, stored, name)
     except BaseException:
         if not had_rows:
@@ -110,7 +113,19 @@ def check_loads(anatomy: Anatomy, stored: Stored, directory: str | Path) -> None
     plain_one = survey(skeleton(anatomy))
     _refuse_other_base(outline(plain_one, stored.trained), stored, directory, ("architecture", "names"))
     method_class = registry().method(stored.method, where=f'"{directory}"')
-    _plan(_with_rows(plain_one, stored, directory), stored, method_class, stored.name, directory, None)
+    with _blaming(directory):
+        _plan(_with_rows(plain_one, stored, directory), stored, method_class, stored.name, directory, None)
+
+
+@contextmanager
+def _blaming(directory: str | Path) -> Iterator[None]:
+    """An error that no one has raised on purpose, while a model is made ready for what a file states, is the file's."""
+    try:
+        yield
+    except LoraLightningError:
+        raise
+    except Exception as error:
+        raise AdapterFileError(f'"{directory}" states what cannot be built: {one_line(error)}.') from error
 
 
 def _with_rows(anatomy: Anatomy, stored: Stored, directory: str | Path) -> Anatomy:
@@ -161,6 +176,11 @@ def _plan(
     else:
         adapters = {path: build_adapter(record.layers[path], path, base, seed) for path, base in base_layers.items()}
     linked = linked_named(root, name) if present else link(record.method, root, adapters, stored.seed)
+    if "linked" in stored.description and set(map(plain, linked)) != set(stored.linked):  # 0.1 did not state it
+        raise AdapterFileError(
+            f'"{directory}" states that layers share what lies at {sorted(stored.linked)}; {stored.method} has it at '
+            f"{sorted(map(plain, linked))} in this model."
+        )
     _check_tensors(stored, _targets(anatomy, stored, adapters, linked), directory)
     return _Plan(anatomy, record, base_layers, adapters, linked, _folded(anatomy, stored, base_layers, directory))
 

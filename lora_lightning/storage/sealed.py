@@ -120,7 +120,7 @@ def _check_digests(digests: dict[str, Any], text: str, tensors: Mapping[str, Ten
     stated = digests["tensors"]
     for key in sorted(stated.keys() ^ tensors.keys()):
         raise ValueError(f"tensor {key} {'is missing' if key in stated else 'was not saved with the others'}")
-    for key, tensor in tensors.items():
+    for key, tensor in sorted(tensors.items()):
         if stated[key] != tensor_digest(tensor):
             raise ValueError(f"tensor {key} is not what was saved")
     return {str(name): str(value) for name, value in digests["files"].items()}
