@@ -161,6 +161,47 @@ def locked(handle: int, how: int) -> bool:
 
 
 @contextmanager
+def new_folder(path: Path, ending: str) -> Iterator[Path]:
+    """A new folder beside `path`, under a name of its own and locked inside, so that nobody takes it for a leftover."""
+    handle = None
+    while handle is None:
+        beside = named_beside(path, ending)
+        beside.mkdir()
+        handle = _claim(beside)
+    try:
+        yield beside
+    finally:
+        os.close(handle)
+
+
+def _claim(folder: Path) -> int | None:
+    """An open handle that holds the lock of a new folder; None where another process has taken it for a leftover."""
+    with suppress(FileNotFoundError):
+        handle = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        if claimed(handle, folder):
+            return handle
+        os.close(handle)
+    with suppress(OSError):
+        folder.rmdir()
+    return None
+
+
+@contextmanager
+def lock_folder(folder: Path, shared: bool = False) -> Iterator[None]:
+    """Hold a lock on a folder; none where there is no such folder, or where its file system has no locks."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        yield
+        return
+    try:
+        locked(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
 def if_abandoned(path: Path) -> Iterator[bool]:
     """Whether the process that made `path` is gone; inside, no other process takes it for a leftover.
 

@@ -11,7 +11,6 @@ reads holds a shared one; a version that is being written is locked by its write
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -23,12 +22,11 @@ from pathlib import Path, PurePosixPath
 from lora_lightning.errors import AdapterFileError
 from lora_lightning.storage.atomic import (
     as_json,
-    claimed,
     flush,
     if_abandoned,
-    locked,
+    lock_folder,
     make_folder,
-    named_beside,
+    new_folder,
     read_regular,
     standing_beside,
     undone_on_error,
@@ -86,31 +84,27 @@ def replace_files(
     with undone_on_error() as made:
         make_folder(folder, made)
         _settle(folder, layout)
-        beside = named_beside(folder / layout.commits, _SAVING)
-        handle = _make_staged(beside)
-        try:
-            for name, content in files.items():
-                _write_new(beside / name, content)
-            check(beside)
-            with _lock(folder, fcntl.LOCK_EX):
-                _finish_abandoned(folder, layout)
-                _refuse_what_is_in_the_way(folder, layout, files)
-                outdated = sorted(set(belongs(folder)) - files.keys())
-                plan = {
-                    "commit": digest(files[layout.commits]),
-                    "move": [name for name in files if name != layout.commits],
-                    "remove": outdated,
-                }
-                _write_new(beside / _PLAN, as_json(plan))
-                flush(beside)
-                (beside / layout.commits).replace(folder / layout.commits)
-                _finish_committed(folder, layout, beside)
-        except BaseException:
-            if not _has_committed(folder, layout, beside):
-                shutil.rmtree(beside, ignore_errors=True)
-            raise
-        finally:
-            os.close(handle)
+        with new_folder(folder / layout.commits, _SAVING) as beside:
+            try:
+                for name, content in files.items():
+                    _write_new(beside / name, content)
+                check(beside)
+                with lock_folder(folder):
+                    _finish_abandoned(folder, layout)
+                    _refuse_what_is_in_the_way(folder, layout, files)
+                    plan = {
+                        "commit": digest(files[layout.commits]),
+                        "move": [name for name in files if name != layout.commits],
+                        "remove": sorted(set(belongs(folder)) - files.keys()),
+                    }
+                    _write_new(beside / _PLAN, as_json(plan))
+                    flush(beside)
+                    (beside / layout.commits).replace(folder / layout.commits)
+                    _finish_committed(folder, layout, beside)
+            except BaseException:
+                if not _has_committed(folder, layout, beside):
+                    shutil.rmtree(beside, ignore_errors=True)
+                raise
 
 
 def _finish_committed(folder: Path, layout: Layout, beside: Path) -> None:
@@ -122,19 +116,6 @@ def _finish_committed(folder: Path, layout: Layout, beside: Path) -> None:
             f'"{folder}": the new adapter counts, but {error.strerror or error} before all of its files were in their '
             "places; the next call that reads or writes the folder moves the others."
         ) from error
-
-
-def _make_staged(beside: Path) -> int:
-    """The new folder, with an open handle that holds its lock."""
-    while True:
-        beside.mkdir()
-        with suppress(FileNotFoundError):  # before its lock is held another process may take it for a leftover
-            handle = os.open(beside, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            if claimed(handle, beside):
-                return handle
-            os.close(handle)
-        with suppress(FileNotFoundError):
-            beside.rmdir()
 
 
 def _write_new(path: Path, content: bytes) -> None:
@@ -166,17 +147,17 @@ def settled(folder: Path, layout: Layout) -> Iterator[None]:
     Raises:
         AdapterFileError: something has to be completed, and the folder cannot be written.
     """
-    with _lock(folder, fcntl.LOCK_SH):
+    with lock_folder(folder, shared=True):
         abandoned = any(map(_is_abandoned, standing_beside(folder / layout.commits, _SAVING)))
     if abandoned:
         _settle(folder, layout)
-    with _lock(folder, fcntl.LOCK_SH):
+    with lock_folder(folder, shared=True):
         yield
 
 
 def _settle(folder: Path, layout: Layout) -> None:
     if standing_beside(folder / layout.commits, _SAVING):
-        with _lock(folder, fcntl.LOCK_EX):
+        with lock_folder(folder):
             _finish_abandoned(folder, layout)
 
 
@@ -234,18 +215,3 @@ def _follow(folder: Path, layout: Layout, beside: Path) -> None:
         if path.is_dir():
             flush(path)
     shutil.rmtree(beside)
-
-
-@contextmanager
-def _lock(folder: Path, how: int) -> Iterator[None]:
-    """Hold a lock on a folder; without one where there is no such folder, or its file system has none."""
-    try:
-        handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        yield
-        return
-    try:
-        locked(handle, how)
-        yield
-    finally:
-        os.close(handle)
