@@ -29,7 +29,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
     Args:
         path: the file; its folder is made if need be.
-        write: receives the open binary file.
+        write: receives the binary file, open for writing and reading.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.
@@ -63,7 +63,7 @@ def _write(files: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
                 make_folder(path.parent, made)
                 _remove_leftovers(path)
                 beside[path], handle = locks.enter_context(_new_file(path))
-                with os.fdopen(os.dup(handle), "wb") as file:
+                with os.fdopen(os.dup(handle), "w+b") as file:
                     write(file)
                     file.flush()
                     os.fsync(handle)
