@@ -94,7 +94,7 @@ def check_loads(anatomy: Anatomy, stored: Stored, directory: str | Path) -> None
     """Try an adapter on a second skeleton of the model it is on: whether a plain model could load it.
 
     Everything is compared that needs no values. Their fingerprint is that of `stored`, and it is made sure that nothing
-    counts in it that trains.
+    counts in it that trains. Where no skeleton can be made, that is said, and nothing is compared.
 
     Args:
         anatomy: of the model with the adapter.
@@ -110,7 +110,11 @@ def check_loads(anatomy: Anatomy, stored: Stored, directory: str | Path) -> None
     for key, parameter in counted(anatomy, stored.trained).items():
         if id(parameter) in trains:
             raise AdapterFileError(f'"{directory}": {key} trains, and is counted as a weight of the base model.')
-    plain_one = survey(skeleton(anatomy))
+    try:
+        plain_one = survey(skeleton(anatomy))
+    except Exception as error:  # whatever the modules of a project do when they are copied
+        print(f'note: "{directory}" reads back from the disk, but no second model could be made to try it on: {error}')
+        return
     _refuse_other_base(outline(plain_one, stored.trained), stored, directory, ("architecture", "names"))
     method_class = registry().method(stored.method, where=f'"{directory}"')
     with _blaming(directory):

@@ -63,15 +63,17 @@ class _Copies:
     def _copy(self, module: nn.Module) -> nn.Module:
         cls = type(module)
         made: nn.Module = object.__new__(cls.__mro__[2] if FSDPModule in cls.__bases__ else cls)
-        made.__dict__.update({key: value for key, value in module.__dict__.items() if not key.startswith(_OURS)})
+        for key, value in module.__dict__.items():
+            if not key.startswith(_OURS):
+                made.__dict__[key] = value.copy() if key.endswith("_hooks") and isinstance(value, dict) else value
         made.__dict__["_parameters"] = {key: self.tensor(value) for key, value in module._parameters.items()}
         made.__dict__["_buffers"] = {key: self.tensor(value) for key, value in module._buffers.items()}
         made.__dict__["_modules"] = children = {}
         for key, child in module._modules.items():
             if isinstance(child, AdaptedLayer) and stands_for_parameter(child):
-                siblings = child.base.siblings
-                made._parameters[key] = self.tensor(child.base.weight)
-                made.__dict__["_parameters"] = {name: made._parameters[name] for name in siblings}
+                own = {**made._parameters, key: self.tensor(child.base.weight)}
+                order = child.base.siblings
+                made.__dict__["_parameters"] = dict(sorted(own.items(), key=lambda item: order.index(item[0])))
             elif not isinstance(child, LinkedAdapters):
                 children[key] = None if child is None else self.module(child)
         return made
