@@ -373,14 +373,14 @@ def _targets(
     owners = [f"{parameter.rpartition('.')[0]}." for parameter in stored.trained if "." in parameter]
     for key in stored.tensors.keys() - found.keys():
         path, _, leaf = key.rpartition(".")
-        module = modules.get(path)
-        if module is None:
+        owner = modules.get(path)
+        if owner is None:
             continue
+        own: Tensor | None = None
         if key in stored.trained:
-            own = module._parameters.get(leaf)
-        else:
-            inside = bool(starting_with(owners, [key])) and leaf not in module._non_persistent_buffers_set
-            own = module._buffers.get(leaf) if inside else None
+            own = owner._parameters.get(leaf)
+        elif starting_with(owners, [key]) and leaf not in owner._non_persistent_buffers_set:
+            own = owner._buffers.get(leaf)
         if own is not None:
             found[key] = own
     return found

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import deserialize
 from safetensors.torch import load as tensors_of
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
@@ -48,7 +47,7 @@ def tensor_digest(tensor: Tensor) -> str:
     """The sha256 of a tensor's type, shape and bytes."""
     held = tensor.detach().to("cpu").contiguous()
     found = hashlib.sha256(f"{str(held.dtype).removeprefix('torch.')}{list(held.shape)}".encode())
-    found.update(memoryview(held.reshape(-1).view(torch.uint8).numpy()))
+    found.update(held.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
@@ -92,7 +91,7 @@ def unseal(content: bytes) -> Sealed:
         AdapterFileError: another program's file; or what is damaged, naming the tensor.
         Exception: of any kind, where the content is no such file at all.
     """
-    deserialize(content)  # refuses what is cut off, too long or overlapping, before anything else is read
+    tensors = tensors_of(content)  # refuses what is cut off, too long or overlapping
     metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
     if metadata.get("format") != FORMAT:
         raise AdapterFileError("was not written by this library: its metadata lacks the format.")
@@ -105,7 +104,6 @@ def unseal(content: bytes) -> Sealed:
         raise ValueError(f"schema_version is {schema!r}")
     if schema > SCHEMA:
         raise AdapterFileError(f"has schema version {schema}; this library reads up to {SCHEMA}. Update it.")
-    tensors = tensors_of(content)
     files = None
     if schema > 1 or "digests" in metadata:
         files = _check_digests(json.loads(metadata["digests"]), metadata["adapter"], tensors)

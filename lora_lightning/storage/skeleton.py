@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lora_lightning.adapters.adapted_layer import AdaptedLayer
-from lora_lightning.adapters.layers.kinds import core_base_layer
+from lora_lightning.adapters.layers.kinds import ExpertStack, core_base_layer
 from lora_lightning.adapters.linked import LinkedAdapters
 from lora_lightning.models.anatomy import Anatomy
 from lora_lightning.models.experts import stands_for_parameter
@@ -25,11 +25,10 @@ def skeleton(anatomy: Anatomy) -> nn.Module:
     Modules are new objects, and so is the model's configuration; what else they refer to is shared. A layer that only
     shows by its values that it can take an adapter (quantized, or with a forward of its own) is the model's own.
     """
-    copies = _Copies(anatomy)
-    found = copies.module(anatomy.model)
+    found = _Copies(anatomy).module(anatomy.model)
     config = getattr(found, "config", None)
     if hasattr(config, "get_text_config"):
-        found.config = copy.deepcopy(config)  # rows of new tokens are counted there
+        found.__dict__["config"] = copy.deepcopy(config)  # the number of tokens is written there
     return found
 
 
@@ -71,8 +70,8 @@ class _Copies:
         made.__dict__["_modules"] = children = {}
         for key, child in module._modules.items():
             if isinstance(child, AdaptedLayer) and stands_for_parameter(child):
-                own = {**made._parameters, key: self.tensor(child.base.weight)}
-                order = child.base.siblings
+                own = {**made._parameters, key: self.tensor(cast(ExpertStack, child.base).weight)}
+                order: tuple[str, ...] = cast(ExpertStack, child.base).siblings
                 made.__dict__["_parameters"] = dict(sorted(own.items(), key=lambda item: order.index(item[0])))
             elif not isinstance(child, LinkedAdapters):
                 children[key] = None if child is None else self.module(child)
