@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lora_lightning as ll
 from ll_lora import LoRA
 from lora_lightning.errors import AdapterFileError
 from lora_lightning.injection.records import adapters_named
-from lora_lightning.storage.folder import DESCRIPTION, FILE
+from lora_lightning.storage.atomic import as_json
+from lora_lightning.storage.sealed import seal
+from lora_lightning.storage.stored import DESCRIPTION, FILE
 from lora_lightning.testing import TinyMLP, perturb
 
 METHOD = LoRA(rank=2, alpha=4.0)
@@ -37,11 +39,13 @@ def adapted(model: Any = None, method: LoRA = METHOD, name: str = "default", **o
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], None]) -> None:
-    """Change description or tensors of an adapter folder as another program might."""
+    """Change description or tensors of an adapter folder as another version might have written them."""
     tensors = load_file(folder / FILE)
     description = json.loads((folder / DESCRIPTION).read_text())
     change(description, tensors)
-    save_file(tensors, folder / FILE, {"format": "lora_lightning", "adapter": json.dumps(description)})
+    files = {f"tokenizer/{path.name}": path.read_bytes() for path in (folder / "tokenizer").glob("*")}
+    (folder / FILE).write_bytes(seal(tensors, description, files))
+    (folder / DESCRIPTION).write_bytes(as_json(description))
 
 
 def refused(

@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from lora_lightning.adapters.base import GroupSpec
 from lora_lightning.callbacks.step_counting import inside_window
 from lora_lightning.errors import TrainingError
-from lora_lightning.optim.groups import group_specs
+from lora_lightning.injection.records import injected_root
+from lora_lightning.optim.groups import adapter_groups
 
 
 def apply_group_settings(trainer: Trainer, module: LightningModule) -> None:
@@ -27,7 +28,7 @@ def apply_group_settings(trainer: Trainer, module: LightningModule) -> None:
     Raises:
         TrainingError: a group would have to be divided, and a scheduler of learning rates knows it already.
     """
-    for name, spec in group_specs(module).items():
+    for name, spec in adapter_groups(injected_root(module)).items():
         wanted = {id(p) for p in spec.params}
         for optimizer in trainer.optimizers:
             for group in list(optimizer.param_groups):

@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from lora_lightning.errors import ExportError, PluginError, did_you_mean
-from lora_lightning.exporters.folder import SIDE_FILE, check_free, check_only_ours, write_folder
+from lora_lightning.exporters.folder import SIDE_FILE, check_free, check_only_ours, finish_interrupted, write_folder
 from lora_lightning.exporters.peft import read as peft_import
 from lora_lightning.exporters.report import ExportReport, Written
 from lora_lightning.exporters.source import Source, find
@@ -65,6 +65,7 @@ def export(
     """
     writer = find_writer(format, rank)
     source = find(model, name)
+    finish_interrupted(Path(directory).expanduser().resolve())
     folder = check_free(directory)
     check_only_ours(folder, _files_of_earlier(folder))
 
@@ -137,4 +138,5 @@ def import_peft(model: nn.Module, directory: str | Path, name: str = "default") 
         AdapterStateError: the name is taken.
         PluginError: no installed method, or more than one, reads the format with these options.
     """
+    finish_interrupted(Path(directory).expanduser().resolve())
     return peft_import.import_folder(model, directory, name)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 from safetensors import SafetensorError
 
 from lora_lightning.errors import ExportError
-from lora_lightning.storage.atomic import flush
+from lora_lightning.storage.atomic import flush, if_abandoned, lock_folder, new_folder, standing_beside
 
 SIDE_FILE = "lora_lightning.json"
 """Our own description; a folder that holds it is an earlier export, which a new one may replace."""
+
+_WRITING = ".writing"
+_REPLACED = ".replaced"
 
 T = TypeVar("T")
 
@@ -52,29 +56,28 @@ def write_folder(folder: Path, fill: Callable[[Path], T]) -> T:
     Raises:
         ExportError: the disk is full or the place is not writable; what was there is intact, nothing is left over.
     """
-    beside = folder.with_name(f".{folder.name}.writing")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if beside.exists():
-            shutil.rmtree(beside)
-        beside.mkdir()
-        result = fill(beside)
-        for path in [*beside.rglob("*"), beside]:
-            flush(path)
-        _exchange(beside, folder)
+        finish_interrupted(folder)
+        with new_folder(folder, _WRITING) as beside:
+            try:
+                result = fill(beside)
+                for path in [*beside.rglob("*"), beside]:
+                    flush(path)
+                with lock_folder(folder.parent):
+                    _exchange(beside, folder)
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ExportError(f'cannot write "{folder}": {reason}. What was there before is intact.') from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return result
 
 
 def _exchange(beside: Path, folder: Path) -> None:
     """Rename `beside` to `folder`; an earlier folder is kept until the new one is there."""
-    old = folder.with_name(f".{folder.name}.replaced")
+    old = beside.with_name(beside.name.removesuffix(_WRITING) + _REPLACED)
     if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     try:
         beside.rename(folder)
@@ -84,3 +87,49 @@ def _exchange(beside: Path, folder: Path) -> None:
         raise
     flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def finish_interrupted(folder: Path) -> None:
+    """Undo what an interrupted export to `folder` has left beside it, in words; to be called before it is read, too.
+
+    While a folder is being replaced, there is a moment in which the earlier one only stands beside its place. After a
+    kill in that moment it is put back.
+
+    Raises:
+        ExportError: it cannot be put back.
+    """
+    if not (_beside(folder, _REPLACED) or _beside(folder, _WRITING)):
+        return
+    with lock_folder(folder.parent):  # a folder that is being replaced right now is so under this lock
+        for old in _beside(folder, _REPLACED):
+            _put_back(old, folder)
+        for beside in _beside(folder, _WRITING):
+            with if_abandoned(beside) as abandoned:
+                if abandoned:
+                    _remove(beside, folder)
+
+
+def _put_back(old: Path, folder: Path) -> None:
+    if folder.exists():
+        _remove(old, folder)
+        return
+    try:
+        old.rename(folder)
+    except OSError as error:
+        raise ExportError(
+            f'"{folder}": an export was interrupted, and what was there before stands as "{old}". Putting it back '
+            f"fails: {error.strerror or error}."
+        ) from error
+    print(f'note: "{folder}": an export that was interrupted is undone; the one from before is there')
+
+
+def _remove(leftover: Path, folder: Path) -> None:
+    with suppress(OSError):  # in a folder that cannot be written it does no harm
+        shutil.rmtree(leftover)
+        print(f'note: "{folder}": what an interrupted export had left beside it is removed')
+
+
+def _beside(folder: Path, ending: str) -> list[Path]:
+    """Folders of exports of ours that stand beside `folder`, those of version 0.1 too."""
+    of_0_1 = folder.with_name(f".{folder.name}{ending}")
+    return [*standing_beside(folder, ending), *([of_0_1] if of_0_1.is_dir() and not of_0_1.is_symlink() else [])]

@@ -14,8 +14,8 @@ from lora_lightning.exporters.folder import check_free
 from lora_lightning.models.pretrained import resolve
 from lora_lightning.models.quantized_loading import Loading, check_format
 from lora_lightning.models.random import build_random, config_of, is_random
-from lora_lightning.storage.folder import Stored, read_folder
 from lora_lightning.storage.load import load_stored
+from lora_lightning.storage.stored import Stored, read_folder
 
 
 def export_folder(

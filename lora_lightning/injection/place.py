@@ -59,8 +59,8 @@ def _check_own(path: str, module: nn.Module, is_root: bool) -> None:
         )
 
 
-def build_adapter(method: Method, path: str, base: BaseLayer, seed: int) -> Adapter:
-    """The adapter for the layer at `path`, with its start values.
+def build_adapter(method: Method, path: str, base: BaseLayer, seed: int | None) -> Adapter:
+    """The adapter for the layer at `path`, with its start values; without a seed, with none.
 
     Raises:
         SettingsError: the layer cannot have these settings, naming the layer.
@@ -69,7 +69,8 @@ def build_adapter(method: Method, path: str, base: BaseLayer, seed: int) -> Adap
         adapter = method.build(base)
     except SettingsError as error:
         raise SettingsError(f"{type(method).__name__} on {path}: {error}") from error
-    adapter.reset(generator(seed, "init", 0, path))
+    if seed is not None:
+        adapter.reset(generator(seed, "init", 0, path))
     return adapter
 
 

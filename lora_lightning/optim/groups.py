@@ -23,18 +23,25 @@ def group_specs(model: nn.Module) -> dict[str, GroupSpec]:
         TrainingError: nothing trains, or a method forgets a parameter or names it twice.
     """
     root = injected_root(model)
-    specs: dict[str, GroupSpec] = {}
+    specs = adapter_groups(root)
     heads: dict[int, nn.Parameter] = {}
-    for name, record in records(root).items():
-        adapters = {path: adapter for path, adapter in adapters_named(root, name).items() if trains(adapter)}
-        if adapters:
-            prefix = "" if len(records(root)) == 1 else f"{name}."
-            specs |= {f"{prefix}{group}": spec for group, spec in record.method.param_groups(adapters).items()}
+    for record in records(root).values():
         trained = [root.get_parameter(parameter) for parameter in record.trained]
         heads |= {id(parameter): parameter for parameter in trained if parameter.requires_grad}
     if heads:
         specs["head"] = GroupSpec(params=list(heads.values()))
     _check_complete(root, specs)
+    return specs
+
+
+def adapter_groups(root: nn.Module) -> dict[str, GroupSpec]:
+    """Groups of the adapters that train, as their methods declare them; of several adapters by `<adapter>.<group>`."""
+    specs: dict[str, GroupSpec] = {}
+    for name, record in records(root).items():
+        adapters = {path: adapter for path, adapter in adapters_named(root, name).items() if trains(adapter)}
+        if adapters:
+            prefix = "" if len(records(root)) == 1 else f"{name}."
+            specs |= {f"{prefix}{group}": spec for group, spec in record.method.param_groups(adapters).items()}
     return specs
 
 

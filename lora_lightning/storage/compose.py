@@ -13,15 +13,12 @@ adapter whose tensors have the stored shapes.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter
@@ -31,9 +28,11 @@ from lora_lightning.adapters.layers.kinds import core_base_layer
 from lora_lightning.errors import AdapterFileError, SettingsError
 from lora_lightning.methods import Method, plain_settings
 from lora_lightning.plugins import registry, restore_settings
-from lora_lightning.storage.atomic import as_json, write_all
+from lora_lightning.storage.fingerprint import differences
 from lora_lightning.storage.folded import folded_tensors
-from lora_lightning.storage.folder import DESCRIPTION, FILE, Stored, read_folder
+from lora_lightning.storage.folder import write_adapter
+from lora_lightning.storage.sealed import SCHEMA
+from lora_lightning.storage.stored import Stored, read_folder
 
 Update = tuple[Tensor, Tensor]
 """A (R, d_in) and B (d_out, R) in float64; the update is B A."""
@@ -86,9 +85,8 @@ def compose(
         largest = min(A.shape[1], B.shape[0])  # a wider pair has no more to say
         sums[path], discarded[path] = truncated(A, B, min(largest, rank or largest))
     source = {str(Path(folder)): float(weight) for folder, weight in zip(folders, given, strict=True)}
-    written = _write(Path(directory), Path(folders[0]), stored[0], sums, source)
-    _check_reads_back(written, sums)
-    return Composed(written, {path: len(A) for path, (A, _) in sums.items()}, discarded)
+    _write(Path(directory), stored[0], sums, source)
+    return Composed(Path(directory), {path: len(A) for path, (A, _) in sums.items()}, discarded)
 
 
 def weighted_sum(parts: Sequence[tuple[Update, float]]) -> Update:
@@ -173,11 +171,10 @@ def _folded(base: BaseLayer, tensors: Mapping[str, Tensor], where: str) -> Updat
 def _check_fit(stored: Sequence[Stored], folders: Sequence[str | Path], heads: str) -> None:
     """One base model, no rows of new tokens, and heads only where it is said what becomes of them."""
     for one, folder in zip(stored, folders, strict=True):
-        for part, own in one.fingerprint.items():
-            first = stored[0].fingerprint[part]
-            # heads that train in full are not in the names, so other ones may have trained
-            same_heads = set(one.trained) == set(stored[0].trained)
-            if None not in (own, first) and own != first and (same_heads or part == "architecture"):
+        # heads that train in full are not in the names, so other ones may have trained
+        same_heads = set(one.trained) == set(stored[0].trained)
+        for part in differences(one.fingerprint, stored[0].fingerprint):
+            if same_heads or part == "architecture":
                 raise AdapterFileError(f'"{folder}" was trained on another base model than "{folders[0]}" ({part}).')
         if one.vocabulary is not None:
             raise AdapterFileError(f'"{folder}" has rows of new tokens, which do not add up.')
@@ -196,7 +193,7 @@ def _plain_method() -> type[Method]:
     raise AdapterFileError("no installed method is a plain pair of factors, which the sum would be written as.")
 
 
-def _write(folder: Path, first: Path, stored: Stored, sums: Mapping[str, Update], source: Mapping[str, float]) -> Path:
+def _write(folder: Path, stored: Stored, sums: Mapping[str, Update], source: Mapping[str, float]) -> None:
     plain = _plain_method()
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in stored.tensors.values()) else torch.float32
     method = restore_settings(plain, "settings", {"rank": 1, "alpha": 1.0})
@@ -212,21 +209,27 @@ def _write(folder: Path, first: Path, stored: Stored, sums: Mapping[str, Update]
         pair.lora_A.data.copy_(A)
         pair.lora_B.data.copy_(B / pair.scaling)
         tensors |= {f"{path}.adapters.{NAME}.{key}": value.detach() for key, value in adapter.state_dict().items()}
-    with safe_open(first / FILE, framework="pt") as file:
-        description = json.loads(file.metadata()["adapter"])
-    description |= {"name": NAME, "method": plain.__name__, "settings": plain_settings(method), "layers": layers}
-    description |= {"plan": {}, "linked": [], "composed": dict(source)}
-    content = to_bytes(tensors, {"format": "lora_lightning", "adapter": json.dumps(description)})
-    write_all({folder / FILE: content, folder / DESCRIPTION: as_json(description)})
-    return folder
+    description = {
+        **stored.description,
+        "schema_version": SCHEMA,
+        "name": NAME,
+        "method": plain.__name__,
+        "settings": plain_settings(method),
+        "layers": layers,
+        "plan": {},
+        "linked": [],
+        "composed": dict(source),
+    }
+    tensors = {key: value.contiguous() for key, value in tensors.items()}
+    write_adapter(folder, tensors, description, {}, lambda found: _check_reads_back(found, folder, sums))
 
 
 def _is_adapters(key: str, name: str) -> bool:
     return f".adapters.{name}." in key or f".shifts.{name}." in key
 
 
-def _check_reads_back(folder: Path, sums: Mapping[str, Update]) -> None:
-    found = updates(read_folder(folder), folder)
+def _check_reads_back(written: Stored, folder: Path, sums: Mapping[str, Update]) -> None:
+    found = updates(written, folder)
     for path, (A, B) in sums.items():
         off = _size(*weighted_sum([(found[path], 1.0), ((A, B), -1.0)]))
         if not off <= 1e-5 * _size(A, B) + 1e-30:

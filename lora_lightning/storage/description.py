@@ -15,9 +15,8 @@ from lora_lightning.models.new_tokens import vocabulary
 from lora_lightning.models.paths import plain
 from lora_lightning.plugins import registry
 from lora_lightning.storage.fingerprint import fingerprint
+from lora_lightning.storage.sealed import SCHEMA
 from lora_lightning.version import __version__
-
-SCHEMA = 1
 
 
 def describe_adapter(anatomy: Anatomy, name: str) -> dict[str, Any]:

@@ -1,71 +1,42 @@
-"""The adapter folder: `save_adapter`, and what is read of a folder without a model (`load.py` loads it).
+"""Writing an adapter folder: `save_adapter`.
 
-    adapter.safetensors    tensors of adapters and fully trained heads; description in its metadata; the commit point
+    adapter.safetensors    tensors of adapters and fully trained heads, the description, digests of everything; commits
     adapter.json           the description again, for people
     tokenizer/             where new tokens were added: the tokenizer that knows them
 
 Tensor names are those of the model: `<path>.adapters.<name>.<tensor>`, heads under their own names, without what
 torch.compile, FSDP1 or activation checkpointing put into a path.
+
+`stored.py` reads the folder, `load.py` loads it, and `commit.py` replaces it.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as from_bytes
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from lora_lightning.distributed import gather
-from lora_lightning.errors import AdapterFileError, AdapterStateError, did_you_mean, nearest
+from lora_lightning.errors import AdapterFileError, AdapterStateError, did_you_mean
 from lora_lightning.injection.heads import heads_of
 from lora_lightning.injection.records import injected_root, records
 from lora_lightning.models.anatomy import survey
-from lora_lightning.models.new_tokens import Vocabulary, vocabulary
+from lora_lightning.models.new_tokens import vocabulary
 from lora_lightning.models.paths import plain
-from lora_lightning.storage.atomic import as_json, write_all
-from lora_lightning.storage.description import SCHEMA, describe_adapter, described_formats
+from lora_lightning.storage.atomic import as_json
+from lora_lightning.storage.commit import replace_files
+from lora_lightning.storage.description import describe_adapter
+from lora_lightning.storage.load import check_loads
+from lora_lightning.storage.sealed import seal
 from lora_lightning.storage.state import surveyed_state
-
-FILE = "adapter.safetensors"
-DESCRIPTION = "adapter.json"
-TOKENIZER = "tokenizer"
-
-
-@dataclass(frozen=True)
-class Stored:
-    """An adapter folder, read."""
-
-    name: str
-    method: str
-    settings: dict[str, Any]
-    layers: dict[str, dict[str, Any]]
-    """Layer path to the settings in which it differs."""
-    trained: tuple[str, ...]
-    seed: int
-    fingerprint: dict[str, Any]
-    versions: dict[str, str]
-    base: str | None
-    tensors: dict[str, Tensor]
-    vocabulary: Vocabulary | None = None
-    """New tokens that its rows belong to."""
-    quantization: str | None = None
-    """Formats that the base weights were stored in, joined."""
-    plan: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    """What the method itself had set for some layers."""
-    linked: tuple[str, ...] = ()
-    """Paths of modules that own what layers share."""
+from lora_lightning.storage.stored import DESCRIPTION, FILE, LAYOUT, TOKENIZER, Stored, belonging, read_settled
 
 
 def save_adapter(model: nn.Module, directory: str | Path, name: str = "default") -> Path:
-    """Write one adapter as a folder, atomically, after a check that it reads back as it is.
+    """Write one adapter as a folder, all or nothing, after it has been read back from the disk.
 
     Of a sharded model every process calls this, and the first one writes.
 
@@ -79,7 +50,8 @@ def save_adapter(model: nn.Module, directory: str | Path, name: str = "default")
 
     Raises:
         AdapterStateError: there is no such adapter, or it was merged with `keep_original=False`.
-        AdapterFileError: the folder cannot be written; what was there is intact.
+        AdapterFileError: a value is NaN or infinite, what was written does not read back, or the folder cannot be
+            written; what was there is intact.
     """
     root = injected_root(model)
     if name not in records(root):
@@ -95,85 +67,57 @@ def save_adapter(model: nn.Module, directory: str | Path, name: str = "default")
     folder = Path(directory)
     if anatomy.sharded and torch.distributed.get_rank() > 0:
         return folder
-    content = to_bytes(tensors, {"format": "lora_lightning", "adapter": json.dumps(description)})
-    _check_readable(content, tensors)
-
     added = vocabulary(root)
-    tokenizer = {folder / TOKENIZER / file: own for file, own in (added.files if added else {}).items()}
+    tokenizer = added.files if added else {}
+    write_adapter(folder, tensors, description, tokenizer, lambda stored: check_loads(anatomy, stored, folder))
+    return folder
+
+
+def write_adapter(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    description: Mapping[str, Any],
+    tokenizer: Mapping[str, bytes],
+    check: Callable[[Stored], object],
+) -> None:
+    """Write an adapter folder, read it back from the disk, and put it in the place of what is there.
+
+    Args:
+        folder: the folder.
+        tensors: contiguous, on the CPU.
+        description: as `describe_adapter` gives it.
+        tokenizer: files of the tokenizer that knows new tokens, by name.
+        check: is given what was read back, and raises where it is not good.
+
+    Raises:
+        AdapterFileError: see `save_adapter`.
+    """
+    beside = {f"{TOKENIZER}/{name}": content for name, content in tokenizer.items()}
+
+    def read_back(staged: Path) -> None:
+        try:
+            stored = read_settled(staged)
+            for key in sorted(tensors.keys() | stored.tensors.keys()):
+                if key not in stored.tensors or not torch.equal(_bits(stored.tensors[key]), _bits(tensors[key])):
+                    raise AdapterFileError(f"{key} is another one there.")
+            check(stored)
+        except AdapterFileError as error:
+            why = str(error).replace(str(staged), str(folder))
+            raise AdapterFileError(f"the adapter does not read back as it is; nothing was written. {why}") from error
+
     try:
-        write_all({**tokenizer, folder / FILE: content, folder / DESCRIPTION: as_json(description)})
+        content = seal(tensors, description, beside)
+    except AdapterFileError as error:
+        raise AdapterFileError(f'cannot write the adapter to "{folder}": it {error} Nothing was written.') from error
+    try:
+        replace_files(
+            folder, LAYOUT, {**beside, FILE: content, DESCRIPTION: as_json(description)}, read_back, belonging
+        )
     except OSError as error:
         raise AdapterFileError(
             f'cannot write the adapter to "{folder}": {error.strerror or error}. What was there before is intact.'
         ) from error
-    return folder
-
-
-def _check_readable(content: bytes, tensors: Mapping[str, Tensor]) -> None:
-    written = from_bytes(content)
-    for key, tensor in tensors.items():
-        if key not in written or not torch.equal(_bits(written[key]), _bits(tensor)):
-            raise AdapterFileError(f"the adapter does not read back as it is ({key}); nothing was written.")
 
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
-
-
-def read_folder(directory: str | Path) -> Stored:
-    """Read an adapter folder without a model.
-
-    Raises:
-        AdapterFileError: missing, truncated, or not an adapter of this library.
-    """
-    folder = Path(directory)
-    path = folder / FILE
-    if not path.is_file():
-        raise AdapterFileError(_missing(folder))
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != "lora_lightning":
-                raise AdapterFileError(f'"{path}" was not written by this library: its metadata lacks the format.')
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        content = json.loads(metadata["adapter"])
-        newer = content["schema_version"] > SCHEMA
-        given = {} if newer else _fields(content)
-        given["vocabulary"] = _vocabulary(folder, content.get("vocabulary"))
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise AdapterFileError(f'"{path}" is truncated or damaged: {reason}. Save the adapter again.') from error
-    if newer:
-        raise AdapterFileError(
-            f'"{path}" has schema version {content["schema_version"]}; this library reads up to {SCHEMA}. Update it.'
-        )
-    return Stored(**given, tensors=tensors)
-
-
-def _fields(content: dict[str, Any]) -> dict[str, Any]:
-    """What a description gives of the fields of `Stored`."""
-    given: dict[str, Any] = {}
-    for field in dataclasses.fields(Stored):
-        if field.name not in ("tensors", "vocabulary", "quantization", "plan", "linked"):
-            given[field.name] = content[field.name]
-    given["trained"], given["quantization"] = tuple(content["trained"]), described_formats(content)
-    given["plan"], given["linked"] = content.get("plan", {}), tuple(content.get("linked", ()))  # 0.1 wrote neither
-    return given
-
-
-def _vocabulary(folder: Path, content: dict[str, Any] | None) -> Vocabulary | None:
-    if content is None:
-        return None
-    files = {path.name: path.read_bytes() for path in sorted((folder / TOKENIZER).glob("*")) if path.is_file()}
-    return Vocabulary(tuple(content["tokens"]), content["first"], files)
-
-
-def _missing(folder: Path) -> str:
-    if (folder / "adapter_config.json").is_file():
-        return f'"{folder}" holds an adapter in peft\'s format; read it with import_peft.'
-    if (folder / "adapter" / FILE).is_file():
-        return f'"{folder}" is a run folder; its adapter is "{folder / "adapter"}".'
-    parent = folder.parent
-    close = nearest(folder.name, [p.parent.name for p in parent.glob(f"*/{FILE}")]) if parent.is_dir() else []
-    hint = f" Nearest: {', '.join(close)}." if close else ""
-    return f'"{folder}" holds no {FILE}.{hint}'

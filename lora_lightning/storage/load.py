@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import check_name
+from lora_lightning.adapters.base import Adapter, check_name
 from lora_lightning.adapters.folded import DenseUpdate, FoldedUpdate, update_like
 from lora_lightning.adapters.layers.base import BaseLayer
-from lora_lightning.distributed import put
-from lora_lightning.errors import AdapterFileError, AdapterStateError, SettingsError, did_you_mean
+from lora_lightning.adapters.linked import Linked
+from lora_lightning.distributed import local, own_rows, put
+from lora_lightning.errors import AdapterFileError, AdapterStateError, LoraLightningError, SettingsError, did_you_mean
 from lora_lightning.injection.heads import heads_of, show_heads
 from lora_lightning.injection.links import link
 from lora_lightning.injection.place import build_adapter, check_ready, place_adapters
@@ -23,9 +27,19 @@ from lora_lightning.models.anatomy import Anatomy, survey
 from lora_lightning.models.new_tokens import add_rows, check_same_tokens, remove_rows, vocabulary
 from lora_lightning.models.paths import join, plain, starting_with, unwrap
 from lora_lightning.plugins import registry, restore_settings
-from lora_lightning.storage.fingerprint import fingerprint, say_unsampled
+from lora_lightning.registry import one_line
+from lora_lightning.storage.fingerprint import (
+    counted,
+    differences,
+    fingerprint,
+    has_kept_fingerprint,
+    outline,
+    say_how_compared,
+)
 from lora_lightning.storage.folded import folded_tensors
-from lora_lightning.storage.folder import Stored, read_folder
+from lora_lightning.storage.skeleton import skeleton
+from lora_lightning.storage.state import surveyed_state
+from lora_lightning.storage.stored import Stored, read_folder
 
 
 def load_adapter(model: nn.Module, directory: str | Path, name: str = "default") -> Path:
@@ -65,22 +79,97 @@ def load_stored(model: nn.Module, stored: Stored, directory: str | Path, name: s
         _check_fingerprint(anatomy, stored, directory)
     if name not in records(root):
         check_ready(anatomy, name)
-    if stored.vocabulary is not None:
-        check_same_tokens(root, stored.vocabulary, f'"{directory}"')
-        if not had_rows:
-            add_rows(root, stored.vocabulary)
-            anatomy = survey(root)
     try:
-        _load(anatomy, stored, method_class, name, directory)
+        with _blaming(directory):
+            anatomy = _with_rows(anatomy, stored, directory)
+            plan = _plan(anatomy, stored, method_class, name, directory, stored.seed)
+        _place(plan, stored, name)
     except BaseException:
         if not had_rows:
             remove_rows(root)
         raise
+    _check_loaded(root, stored, name, directory)
     return Path(directory)
 
 
-def _load(anatomy: Anatomy, stored: Stored, method_class: type[Method], name: str, directory: str | Path) -> None:
-    """Put the tensors of an adapter file into a model whose base fits."""
+def check_loads(anatomy: Anatomy, stored: Stored, directory: str | Path) -> None:
+    """Try an adapter on a second skeleton of the model it is on: whether a plain model could load it.
+
+    Everything is compared that needs no values. Their fingerprint is that of `stored`, and it is made sure that nothing
+    counts in it that trains. Where no skeleton can be made, that is said, and nothing is compared.
+
+    Args:
+        anatomy: of the model with the adapter.
+        stored: its folder, read.
+        directory: the folder.
+
+    Raises:
+        AdapterFileError: a plain model could not load it.
+    """
+    if has_kept_fingerprint(anatomy.model):  # parameters cannot be read, nor copied in their shapes
+        return
+    trains = {id(anatomy.parameters[name]) for name in records(anatomy.model)[stored.name].trained}
+    for key, parameter in counted(anatomy, stored.trained).items():
+        if id(parameter) in trains:
+            raise AdapterFileError(f'"{directory}": {key} trains, and is counted as a weight of the base model.')
+    try:
+        plain_one = survey(skeleton(anatomy))
+    except Exception as error:  # whatever the modules of a project do when they are copied
+        print(f'note: "{directory}" reads back from the disk, but no second model could be made to try it on: {error}')
+        return
+    _refuse_other_base(outline(plain_one, stored.trained), stored, directory, ("architecture", "names"))
+    method_class = registry().method(stored.method, where=f'"{directory}"')
+    with _blaming(directory):
+        _plan(_with_rows(plain_one, stored, directory), stored, method_class, stored.name, directory, None)
+
+
+@contextmanager
+def _blaming(directory: str | Path) -> Iterator[None]:
+    """An error that no one has raised on purpose, while a model is made ready for what a file states, is the file's."""
+    try:
+        yield
+    except LoraLightningError:
+        raise
+    except Exception as error:
+        raise AdapterFileError(f'"{directory}" states what cannot be built: {one_line(error)}.') from error
+
+
+def _with_rows(anatomy: Anatomy, stored: Stored, directory: str | Path) -> Anatomy:
+    """Give the model the rows of the adapter's new tokens, where it has none."""
+    if stored.vocabulary is None:
+        return anatomy
+    root = anatomy.model
+    check_same_tokens(root, stored.vocabulary, f'"{directory}"')
+    if vocabulary(root) is not None:
+        return anatomy
+    add_rows(root, stored.vocabulary)
+    return survey(root)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a load puts where; nothing has been changed yet."""
+
+    anatomy: Anatomy
+    record: AdapterRecord
+    base_layers: Mapping[str, BaseLayer]
+    adapters: Mapping[str, Adapter]
+    linked: Mapping[str, Linked]
+    folded: Mapping[str, FoldedUpdate]
+
+
+def _plan(
+    anatomy: Anatomy,
+    stored: Stored,
+    method_class: type[Method],
+    name: str,
+    directory: str | Path,
+    seed: int | None,
+) -> _Plan:
+    """Find where each tensor of a file belongs in a model whose base fits, and build what the model lacks.
+
+    Without a seed adapters are built without start values.
+    """
     root = anatomy.model
     present = name in records(root)
     base_layers = _base_layers(anatomy, stored, directory)
@@ -90,25 +179,66 @@ def _load(anatomy: Anatomy, stored: Stored, method_class: type[Method], name: st
         _check_same(records(root)[name], record, name, directory)
         adapters = {path: layer.adapter(name) for path, layer in anatomy.adapted.items() if name in layer.adapters}
     else:
-        adapters = {
-            path: build_adapter(record.layers[path], path, base, stored.seed) for path, base in base_layers.items()
-        }
-    linked = linked_named(anatomy.model, name) if present else link(record.method, anatomy.model, adapters, stored.seed)
-    modules = {plain(path): module for path, module in anatomy.modules.items()}
-    _check_tensors(stored, _targets(stored, adapters, linked, modules), directory)
-    updates = _folded(anatomy, stored, base_layers, directory)
-    layers = anatomy.adapted
-    if present:
+        adapters = {path: build_adapter(record.layers[path], path, base, seed) for path, base in base_layers.items()}
+    linked = linked_named(root, name) if present else link(record.method, root, adapters, stored.seed)
+    if "linked" in stored.description and set(map(plain, linked)) != set(stored.linked):  # 0.1 did not state it
+        raise AdapterFileError(
+            f'"{directory}" states that layers share what lies at {sorted(stored.linked)}; {stored.method} has it at '
+            f"{sorted(map(plain, linked))} in this model."
+        )
+    _check_tensors(stored, _targets(anatomy, stored, adapters, linked), directory)
+    return _Plan(anatomy, record, base_layers, adapters, linked, _folded(anatomy, stored, base_layers, directory))
+
+
+def _place(plan: _Plan, stored: Stored, name: str) -> None:
+    """Put adapters on their layers, and the tensors of a file into them."""
+    layers = plan.anatomy.adapted
+    if name in records(plan.anatomy.model):
         activate(layers.values(), [name])
-        show_heads(root, [name])
+        show_heads(plan.anatomy.model, [name])
     else:
-        layers = place_adapters(anatomy, name, adapters, record, base_layers, linked, trainable=False)
+        layers = place_adapters(
+            plan.anatomy, name, plan.adapters, plan.record, plan.base_layers, plan.linked, trainable=False
+        )
     with torch.no_grad():
-        for key, target in _targets(stored, adapters, linked, modules).items():  # heads may have become float32
+        # heads may have become float32
+        for key, target in _targets(plan.anatomy, stored, plan.adapters, plan.linked).items():
             put(target.data, stored.tensors[key])
     for path, layer in layers.items():
         if name in layer.adapters:
-            layer.set_folded(name, updates.get(path))
+            layer.set_folded(name, plan.folded.get(path))
+
+
+def _check_loaded(root: nn.Module, stored: Stored, name: str, directory: str | Path) -> None:
+    """Look everything up anew that a save of this adapter would write, and compare it with the file.
+
+    A value is as in the file, cast to the data type of its target: that of adapters, and of heads that train.
+    """
+    found = {}
+    for key, tensor in surveyed_state(survey(root), [name]).items():
+        found[_name_in_file(plain(key), name, stored.name)] = tensor
+    for key in sorted(found.keys() ^ stored.tensors.keys()):
+        where = "the model has it" if key in found else "the file has it"
+        raise AdapterFileError(f'"{directory}": {key} was not loaded; only {where}. Load it into a new model.')
+    narrowed = []
+    for key, tensor in found.items():
+        value = stored.tensors[key]
+        if not torch.equal(local(tensor), own_rows(value, tensor).to(tensor.device, tensor.dtype)):
+            raise AdapterFileError(f'"{directory}": {key} is not in the model as the file states it. Load it anew.')
+        if torch.promote_types(value.dtype, tensor.dtype) != tensor.dtype:
+            narrowed.append((key, value.dtype, tensor.dtype))
+    for key, theirs, own in narrowed[:1]:
+        types = f"{theirs} there and {own} in the model".replace("torch.", "")
+        print(f'note: "{directory}": {len(narrowed)} tensors are rounded, such as {key}, which is {types}')
+
+
+def _name_in_file(key: str, name: str, theirs: str) -> str:
+    """A tensor's name under the name that its adapter has in the file."""
+    for part in ("adapters", "shifts"):
+        before, inside, tensor = f".{key}".rpartition(f".{part}.{name}.")
+        if inside:
+            return f"{before}.{part}.{theirs}.{tensor}"[1:]
+    return key
 
 
 def _folded(
@@ -142,6 +272,8 @@ def _record(
         method = restore_settings(method_class, "settings", stored.settings)
         layers = {
             paths[path]: restore_settings(method_class, f"layers[{path}]", {**stored.settings, **own})
+            if own
+            else method
             for path, own in stored.layers.items()
         }
     except SettingsError as error:
@@ -184,22 +316,21 @@ def _root_for(model: nn.Module) -> nn.Module:
 
 def _check_fingerprint(anatomy: Anatomy, stored: Stored, directory: str | Path) -> None:
     own = fingerprint(anatomy, stored.trained)
-    theirs = stored.fingerprint
-    if own["architecture"] != theirs["architecture"]:
-        raise AdapterFileError(
-            f'"{directory}" was trained on {theirs["architecture"]}; this model is {own["architecture"]}.'
-        )
-    if own["names"] != theirs["names"]:
-        raise AdapterFileError(
-            f'"{directory}" was trained on a {theirs["architecture"]} whose parameters have other names or shapes '
-            f"(base: {stored.base or 'unknown'})."
-        )
-    if None not in (own["weights"], theirs["weights"]) and own["weights"] != theirs["weights"]:
-        raise AdapterFileError(
-            f'"{directory}" was trained on other base weights than this model has (base: {stored.base or "unknown"}); '
-            "load the same pretrained weights first."
-        )
-    say_unsampled(own, theirs, anatomy.formats, stored.quantization)
+    _refuse_other_base(own, stored, directory, differences(own, stored.fingerprint))
+    say_how_compared(own, stored.fingerprint, anatomy.formats, stored.quantization)
+
+
+def _refuse_other_base(own: Mapping[str, Any], stored: Stored, directory: str | Path, parts: Iterable[str]) -> None:
+    """Raise `AdapterFileError` for the first of `parts` in which the fingerprint of another base model differs."""
+    theirs, base = stored.fingerprint, f"(base: {stored.base or 'unknown'})"
+    reasons = {
+        "architecture": f"{theirs['architecture']}; this model is {own['architecture']}.",
+        "names": f"a {theirs['architecture']} whose parameters have other names or shapes {base}.",
+        "weights": f"other base weights than this model has {base}; load the same pretrained weights first.",
+    }
+    for part in parts:
+        if part == "weights" or own[part] != theirs[part]:
+            raise AdapterFileError(f'"{directory}" was trained on {reasons[part]}')
 
 
 def _base_layers(anatomy: Anatomy, stored: Stored, directory: str | Path) -> dict[str, BaseLayer]:
@@ -214,27 +345,34 @@ def _base_layers(anatomy: Anatomy, stored: Stored, directory: str | Path) -> dic
 
 
 def _targets(
-    stored: Stored,
-    adapters: Mapping[str, nn.Module],
-    linked: Mapping[str, nn.Module],
-    modules: Mapping[str, nn.Module],
+    anatomy: Anatomy, stored: Stored, adapters: Mapping[str, nn.Module], linked: Mapping[str, nn.Module]
 ) -> dict[str, Tensor]:
     """Tensors of the model that a file replaces, by the names in the file: of adapters, what they share, and heads.
 
+    Of heads, parameters that train, and persistent buffers of their modules and of those inside.
+
     Args:
+        anatomy: of the model.
         stored: the file.
         adapters: by layer path.
         linked: what adapters share, by the path of its owner.
-        modules: every module of the model by path, without wrappers.
     """
     found: dict[str, Tensor] = {}
     for path, module in (*adapters.items(), *linked.items()):
         for key, tensor in module.state_dict(keep_vars=True).items():
             found[join(plain(path), "adapters", stored.name, key)] = tensor
-    above = [join(path, "adapters", stored.name) + "." for path in (*stored.layers, *stored.linked)]
-    for key in stored.tensors.keys() - starting_with(above, stored.tensors) - _folded_keys(stored):
+    modules = {plain(path): module for path, module in anatomy.modules.items()}
+    owners = [f"{parameter.rpartition('.')[0]}." for parameter in stored.trained if "." in parameter]
+    for key in stored.tensors.keys() - found.keys():
         path, _, leaf = key.rpartition(".")
-        own = _own_tensor(modules[path], leaf) if path in modules else None
+        owner = modules.get(path)
+        if owner is None:
+            continue
+        own: Tensor | None = None
+        if key in stored.trained:
+            own = owner._parameters.get(leaf)
+        elif starting_with(owners, [key]) and leaf not in owner._non_persistent_buffers_set:
+            own = owner._buffers.get(leaf)
         if own is not None:
             found[key] = own
     return found
@@ -242,12 +380,6 @@ def _targets(
 
 def _folded_keys(stored: Stored) -> set[str]:
     return {key for key in stored.tensors if f".shifts.{stored.name}." in key}
-
-
-def _own_tensor(module: nn.Module, name: str) -> Tensor | None:
-    """A parameter or persistent buffer of exactly this module."""
-    buffer = None if name in module._non_persistent_buffers_set else module._buffers.get(name)
-    return module._parameters.get(name, buffer)
 
 
 def _check_tensors(stored: Stored, targets: Mapping[str, Tensor], directory: str | Path) -> None:

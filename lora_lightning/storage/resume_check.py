@@ -13,7 +13,7 @@ from lora_lightning.methods import Method, plain_settings
 from lora_lightning.models.anatomy import survey
 from lora_lightning.plugins import restore_settings
 from lora_lightning.storage.description import describe_adapter, described_formats
-from lora_lightning.storage.fingerprint import say_unsampled
+from lora_lightning.storage.fingerprint import differences, say_how_compared
 from lora_lightning.storage.state import adapter_state
 
 
@@ -26,10 +26,10 @@ def check_same(model: nn.Module, name: str, theirs: Mapping[str, Any]) -> None:
     root = injected_root(model)
     own = describe_adapter(survey(root), name)
     ours, base = own["fingerprint"], theirs["fingerprint"]
-    differing = [key for key in ours if None not in (ours[key], base[key]) and ours[key] != base[key]]
+    differing = differences(ours, base)
     if differing:
         raise ResumeError(f"the checkpoint was trained on another base model ({', '.join(differing)} differ).")
-    say_unsampled(ours, base, own["quantization"], described_formats(theirs))
+    say_how_compared(ours, base, own["quantization"], described_formats(theirs))
     if own["method"] != theirs["method"]:
         raise ResumeError(f"the checkpoint was trained with {theirs['method']}; the model has {own['method']}.")
     theirs = {**theirs, **_settings_now(type(records(root)[name].method), theirs)}

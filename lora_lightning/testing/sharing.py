@@ -16,9 +16,10 @@ from lora_lightning.injection.merge_model import eject
 from lora_lightning.injection.records import adapters_named, linked_named
 from lora_lightning.injection.switches import set_trainable
 from lora_lightning.optim.groups import build_optimizer
-from lora_lightning.storage.folder import FILE, save_adapter
+from lora_lightning.storage.folder import save_adapter
 from lora_lightning.storage.load import load_adapter
 from lora_lightning.storage.state import adapter_keys
+from lora_lightning.storage.stored import FILE
 from lora_lightning.testing.method_under_test import MethodUnderTest
 from lora_lightning.testing.toy_models import TinyMLP, perturb
 

@@ -22,6 +22,7 @@ from lora_lightning.errors import DataError
 from lora_lightning.injection.probe import Probe
 from lora_lightning.methods import Method, Plan
 from lora_lightning.models.tasks.base import Batch, Task
+from lora_lightning.storage.checkpoint import check_checkpoint
 
 SECTION = "lora_lightning"
 
@@ -54,10 +55,15 @@ def calibration(method: Method, task: Task, trainer: Trainer | None) -> Probe | 
 
 
 def planned(trainer: Trainer | None) -> Plan | None:
-    """The plan in the checkpoint that the trainer goes on from; None where it starts anew, or the path is hidden."""
+    """The plan in the checkpoint that the trainer goes on from; None where it starts anew, or the path is hidden.
+
+    Raises:
+        ResumeError: the checkpoint is truncated or damaged.
+    """
     path = None if trainer is None else trainer.ckpt_path
     if path is None or not Path(path).is_file():
         return None
+    check_checkpoint(path)
     checkpoint: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     description: Mapping[str, Any] = checkpoint.get(SECTION, {})
     plan: Plan = description.get("plan", {})

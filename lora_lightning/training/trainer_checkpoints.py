@@ -13,10 +13,11 @@ from lightning.pytorch.strategies import Strategy
 
 from lora_lightning.errors import RunFolderError
 from lora_lightning.storage.atomic import write_atomically
+from lora_lightning.storage.checkpoint import check_checkpoint, write_checkpoint
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Writes beside, flushes to the disk, replaces; for `Trainer(plugins=[...])`."""
+    """Writes beside, flushes to the disk, replaces; reads what is whole only. For `Trainer(plugins=[...])`."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
         """Write `checkpoint` to `path`.
@@ -25,7 +26,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
             RunFolderError: the folder cannot be written; the checkpoint that was there is intact.
         """
         try:
-            write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
+            write_atomically(Path(path), lambda file: write_checkpoint(checkpoint, file))
         except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "write" not in str(error) and "unexpected pos" not in str(error):
                 raise
@@ -33,6 +34,15 @@ class AtomicCheckpoints(TorchCheckpointIO):
             raise RunFolderError(
                 f'cannot write the checkpoint "{path}": {reason}. The one that was there before is intact.'
             ) from error
+
+    def load_checkpoint(self, path: _PATH, *args: Any, **options: Any) -> dict[str, Any]:
+        """The checkpoint at `path`, after everything in it has been compared with its digests.
+
+        Raises:
+            ResumeError: it is truncated or damaged.
+        """
+        check_checkpoint(path)
+        return super().load_checkpoint(path, *args, **options)
 
 
 def read_by_all(strategy: Strategy, path: _PATH, weights_only: bool | None) -> dict[str, Any]:

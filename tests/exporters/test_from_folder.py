@@ -11,7 +11,7 @@ from torch import nn
 import lora_lightning as ll
 from lora_lightning.errors import AdapterFileError, ExportError
 from lora_lightning.exporters.from_folder import export_folder
-from lora_lightning.storage.folder import read_folder
+from lora_lightning.storage.stored import read_folder
 
 
 @pytest.fixture

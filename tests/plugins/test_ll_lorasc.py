@@ -26,7 +26,7 @@ from lora_lightning.injection.records import adapters_named, iter_adapters
 from lora_lightning.methods import Method, plain_settings, replace
 from lora_lightning.optim.warmup import StageEnds, WarmUp, factor
 from lora_lightning.plugins import registry, restore_settings
-from lora_lightning.storage.folder import read_folder
+from lora_lightning.storage.stored import read_folder
 from lora_lightning.testing import MethodContract, TinyMLP, tiny_encoder
 
 TOKENS = torch.tensor([[1, 5, 7, 2], [1, 9, 2, 0]])

@@ -18,7 +18,7 @@ from lora_lightning.adapters.folded import FactoredUpdate
 from lora_lightning.errors import AdapterFileError, SettingsError
 from lora_lightning.injection.records import adapters_named, iter_adapters
 from lora_lightning.storage.compose import compose, truncated, updates, weighted_sum
-from lora_lightning.storage.folder import FILE, read_folder
+from lora_lightning.storage.stored import FILE, read_folder
 from lora_lightning.testing import TinyMLP, perturb, tiny_encoder
 
 

@@ -13,7 +13,7 @@ from lora_lightning.methods import replace
 from lora_lightning.models.anatomy import survey
 from lora_lightning.storage.description import SCHEMA, describe_adapter, described_formats
 from lora_lightning.storage.fingerprint import fingerprint
-from lora_lightning.storage.folder import read_folder
+from lora_lightning.storage.stored import read_folder
 from lora_lightning.testing import tiny_encoder
 
 OLD = Path(__file__).parents[1] / "old_files"

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from adapter_files import TOKENS, X, adapted, refused, rewrite
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -19,8 +19,9 @@ import lora_lightning as ll
 from lora_lightning.errors import AdapterFileError, AdapterStateError, LoraLightningError
 from lora_lightning.injection.records import adapters_named, records
 from lora_lightning.storage import folder as checkpoint
-from lora_lightning.storage.folder import DESCRIPTION, FILE, read_folder
+from lora_lightning.storage.sealed import SCHEMA
 from lora_lightning.storage.state import adapter_keys
+from lora_lightning.storage.stored import DESCRIPTION, FILE, read_folder
 from lora_lightning.testing import TinyMLP, perturb, tiny_encoder
 
 
@@ -45,7 +46,7 @@ def test_a_folder_holds_two_files_and_says_what_it_is(folder: Path) -> None:
     assert set(stored.tensors) == set(adapter_keys(adapted()))
     written = json.loads((folder / DESCRIPTION).read_text())
     assert written["layers"] == stored.layers
-    assert written["schema_version"] == checkpoint.SCHEMA
+    assert written["schema_version"] == SCHEMA
 
 
 def test_trained_heads_are_saved_with_the_adapter(tmp_path: Path) -> None:
@@ -100,32 +101,58 @@ def test_a_description_without_a_field(folder: Path, key: str) -> None:
 
 def test_a_newer_schema(folder: Path) -> None:
     rewrite(folder, lambda description, tensors: description.update(schema_version=99))
-    refused(TinyMLP(), folder, "has schema version 99; this library reads up to 1. Update it")
+    refused(TinyMLP(), folder, "has schema version 99; this library reads up to 2. Update it")
 
 
 def test_what_does_not_read_back_is_not_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (folder / FILE).read_bytes()
-    whole = checkpoint.to_bytes
+    whole = checkpoint.seal
 
-    def damaged(tensors: Any, metadata: Any) -> bytes:
-        content = bytearray(whole(tensors, metadata))
+    def damaged(*args: Any) -> bytes:
+        content = bytearray(whole(*args))
         content[-1] ^= 1
         return bytes(content)
 
-    monkeypatch.setattr(checkpoint, "to_bytes", damaged)
-    with pytest.raises(AdapterFileError, match=r"does not read back as it is \(.*\); nothing was written"):
+    monkeypatch.setattr(checkpoint, "seal", damaged)
+    said = (
+        r"does not read back as it is; nothing was written\. .*/adapter/adapter.safetensors\" .*tensor second.adapters"
+    )
+    with pytest.raises(AdapterFileError, match=said):
+        ll.save_adapter(adapted(), folder)
+    assert (folder / FILE).read_bytes() == before
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_what_no_plain_model_could_load_is_not_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that a project has put in the place of another after `inject` is in no plain model."""
+    before = (folder / FILE).read_bytes()
+    described = checkpoint.describe_adapter
+
+    def other_names(*args: Any) -> dict[str, Any]:
+        description = described(*args)
+        return {**description, "fingerprint": {**description["fingerprint"], "names": "0"}}
+
+    monkeypatch.setattr(checkpoint, "describe_adapter", other_names)
+    with pytest.raises(AdapterFileError, match=r"nothing was written.* parameters have other names or shapes"):
         ll.save_adapter(adapted(), folder)
     assert (folder / FILE).read_bytes() == before
 
 
-def test_not_a_number_travels(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_is_not_finite_is_neither_written_nor_read(folder: Path, value: float) -> None:
     model = adapted()
     with torch.no_grad():
-        model.first.adapters.default.lora_B[0, 0] = float("nan")
-    ll.save_adapter(model, tmp_path)
-    fresh = TinyMLP()
-    ll.load_adapter(fresh, tmp_path)
-    assert bool(fresh.first.adapters.default.lora_B[0, 0].isnan())
+        model.first.adapters.default.lora_B[0, 0] = value
+    said = r"holds a value that is NaN or infinite in first\.adapters\.default\.lora_B"
+    with pytest.raises(AdapterFileError, match=said + ".*Nothing was written"):
+        ll.save_adapter(model, folder)
+    ll.load_adapter(TinyMLP(), folder)
+    tensors = load_file(folder / FILE)
+    description = json.loads((folder / DESCRIPTION).read_text()) | {"schema_version": 1}
+    (folder / DESCRIPTION).unlink()
+    tensors["first.adapters.default.lora_B"][0, 0] = value
+    save_file(tensors, folder / FILE, {"format": "lora_lightning", "adapter": json.dumps(description)})
+    refused(TinyMLP(), folder, f'adapter.safetensors" {said}')
 
 
 def test_nothing_is_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

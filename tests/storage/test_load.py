@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from transformers import BertForSequenceClassification
 
 import lora_lightning as ll
 from ll_lora import LoRA
-from lora_lightning.errors import AdapterStateError, UnknownMethodError
+from lora_lightning.errors import AdapterFileError, AdapterStateError, UnknownMethodError
 from lora_lightning.injection.records import records
-from lora_lightning.storage.folder import FILE
+from lora_lightning.methods import plain_settings
+from lora_lightning.storage import load
+from lora_lightning.storage.stored import FILE
 from lora_lightning.testing import TinyMLP, tiny_encoder
 
 
@@ -95,7 +98,7 @@ def test_a_method_whose_plugin_is_missing(folder: Path) -> None:
 def test_settings_of_a_newer_plugin(folder: Path) -> None:
     rewrite(folder, lambda description, tensors: description["settings"].update(magic=1))
     refused(TinyMLP(), folder, r'adapter": settings: LoRA has no "magic"')
-    rewrite(folder, lambda description, tensors: description["settings"].update(rank=0))
+    rewrite(folder, lambda description, tensors: description.update(settings={**plain_settings(METHOD), "rank": 0}))
     refused(TinyMLP(), folder, r'adapter": LoRA.rank is 0; it must be at least 1')
 
 
@@ -171,3 +174,77 @@ def test_adapters_of_0_1_load_bit_for_bit(kind: str) -> None:
 
 def _labels(folder: Path) -> int:
     return len(load_file(folder / FILE)["classifier.bias"])
+
+
+# -- what was read is in the model -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["first.weight", "first.base.weight", "bert.embeddings.position_ids"])
+def test_a_file_has_no_say_over_frozen_weights(name: str, tmp_path: Path) -> None:
+    """A tensor that no save of an adapter writes is refused, though the model has one of its name and shape."""
+    make = tiny_encoder if name.startswith("bert") else TinyMLP
+    model = make()
+    shape = dict(model.state_dict(), **dict(model.named_buffers())).get(name, torch.zeros(8, 6)).shape
+    ll.save_adapter(adapted(make()), tmp_path)
+    rewrite(tmp_path, lambda description, tensors: tensors.update({name: torch.ones(shape)}))
+    for target in (model, adapted(make())):
+        refused(target, tmp_path, f"0 tensors missing, 1 unexpected, such as {name}")
+
+
+def test_a_buffer_of_a_head_that_trains_belongs_to_it(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"body": nn.Linear(6, 8), "head": nn.BatchNorm1d(8)})
+
+    model = adapted(make(), targets=["body"], also_train=["head"])
+    with torch.no_grad():
+        model["head"].running_mean.fill_(3.0)
+    ll.save_adapter(model, tmp_path)
+    fresh = make()
+    ll.load_adapter(fresh, tmp_path)
+    assert torch.equal(fresh["head"].running_mean, torch.full((8,), 3.0))
+
+
+def test_a_tensor_that_did_not_reach_its_place_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a method or a strategy does when tensors are put into it, they are looked up once more."""
+    real = load.put
+
+    def lost(target: torch.Tensor, value: torch.Tensor) -> None:
+        if value.shape != (4, 2):
+            real(target, value)
+
+    monkeypatch.setattr(load, "put", lost)
+    said = r"second\.adapters\.default\.lora_B is not in the model as the file states it"
+    with pytest.raises(AdapterFileError, match=said):
+        ll.load_adapter(TinyMLP(), folder)
+
+
+def test_numbers_that_are_rounded_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ll.save_adapter(adapted(TinyMLP().double()), tmp_path)
+    model = TinyMLP()
+    ll.load_adapter(model, tmp_path)
+    said = r"note: .* tensors are rounded, such as first\.adapters\.\w+\.\w+, which is float64 there and float32 in the"
+    assert re.search(said, capsys.readouterr().out)
+    stored = load_file(tmp_path / FILE)
+    for key, tensor in model.state_dict().items():
+        if ".adapters." in key:
+            assert torch.equal(tensor, stored[key].to(tensor.dtype))
+
+
+@pytest.mark.parametrize("owners", [["first"], [""], ["nowhere"]])
+def test_what_layers_share_stands_where_the_file_says(owners: list[str], folder: Path) -> None:
+    rewrite(folder, lambda description, tensors: description.update(linked=owners))
+    refused(TinyMLP(), folder, r"states that layers share what lies at \[.*\]; LoRA has it at \[\] in this model")
+
+
+def test_a_model_that_cannot_be_copied_is_saved_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(anatomy: Any) -> None:
+        raise TypeError("no copies of this")
+
+    monkeypatch.setattr(load, "skeleton", fails)
+    ll.save_adapter(adapted(), tmp_path)
+    said = "reads back from the disk, but no second model could be made to try it on: no copies of this"
+    assert said in capsys.readouterr().out
+    ll.load_adapter(TinyMLP(), tmp_path)

@@ -70,3 +70,23 @@ def test_names_and_shapes_of_tensors() -> None:
         check_fits(model, "default", {key: value for key, value in tensors.items() if key != first})
     with pytest.raises(ResumeError, match=rf"{first} is \(2, 6\) in the model and \(9,\) in the checkpoint"):
         check_fits(model, "default", {**tensors, first: torch.zeros(9)})
+
+
+def test_one_frozen_weight_that_changed_is_noticed() -> None:
+    """A single entry, whichever it is, as after another version of the base model was put into its folder."""
+    theirs = described(adapted())
+    for i in range(8 * 6):
+        model = adapted()
+        with torch.no_grad():
+            model.first.base.weight.view(-1)[i] += 1e-6
+        with pytest.raises(ResumeError, match=r"trained on another base model \(weights differ\)"):
+            check_same(model, "default", theirs)
+
+
+def test_a_checkpoint_of_0_1_is_compared_at_sampled_places(capsys: pytest.CaptureFixture[str]) -> None:
+    model = adapted()
+    theirs = described(model)
+    for part in ("dtypes", "sums"):
+        del theirs["fingerprint"][part]
+    check_same(model, "default", theirs)
+    assert "compared at 64 places a tensor only; its file is of version 0.1" in capsys.readouterr().out

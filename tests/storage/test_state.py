@@ -10,8 +10,8 @@ from torch import Tensor, nn
 import lora_lightning as ll
 from ll_lora import LoRA
 from lora_lightning.errors import AdapterStateError
-from lora_lightning.storage.folder import read_folder
 from lora_lightning.storage.state import adapter_keys
+from lora_lightning.storage.stored import read_folder
 from lora_lightning.testing import TinyMLP
 
 

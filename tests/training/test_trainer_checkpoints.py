@@ -8,9 +8,12 @@ import sys
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from limits import small_files
+from torch.utils.data import DataLoader
 
-from lora_lightning.errors import RunFolderError
+from lora_lightning.errors import ResumeError, RunFolderError
 from lora_lightning.storage.atomic import write_atomically
 from lora_lightning.training.trainer_checkpoints import AtomicCheckpoints
 
@@ -66,3 +69,46 @@ def test_write_atomically_replaces_only_when_whole(tmp_path):
     write_atomically(path, lambda file: file.write(b"new"))
     assert path.read_text() == "new"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_damaged_checkpoint_restores_nothing(tmp_path):
+    """Numbers of a flipped bit would train on; torch compares no checksum."""
+    module, data = Regression(), DataLoader(torch.linspace(-1, 1, 8).view(8, 1))
+    fit(tmp_path, module, data, max_epochs=1)
+    path = tmp_path / "last.ckpt"
+    weight = module.layer.weight.detach().numpy().tobytes()
+    content = path.read_bytes()
+    assert content.count(weight) == 1
+    at = content.index(weight)
+    path.write_bytes(content[: at + 3] + bytes([content[at + 3] ^ 64]) + content[at + 4 :])
+    fresh = Regression()
+    before = {key: value.clone() for key, value in fresh.state_dict().items()}
+    with pytest.raises(ResumeError, match=r'last.ckpt" is truncated or damaged: state_dict.layer.weight is not what'):
+        fit(tmp_path, fresh, data, max_epochs=2, ckpt_path=path)
+    assert all(torch.equal(value, before[key]) for key, value in fresh.state_dict().items())
+    path.write_bytes(content)
+    fit(tmp_path, fresh, data, max_epochs=2, ckpt_path=path)
+    assert fresh.steps == 8
+
+
+class Regression(LightningModule):
+    """One weight and its momentum."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 1, bias=False)
+        self.steps = 0
+
+    def training_step(self, batch, _):
+        self.steps += 1
+        return self.layer(batch.expand(-1, 3)).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 0.1)
+
+
+def fit(folder, module, data, ckpt_path=None, **options):
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    callbacks = [ModelCheckpoint(folder, "last", enable_version_counter=False)]
+    trainer = Trainer(callbacks=callbacks, plugins=[AtomicCheckpoints()], **quiet, **options)
+    trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
