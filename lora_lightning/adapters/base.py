@@ -12,7 +12,9 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, Self, cast
@@ -198,10 +200,23 @@ def write_uniform(target: Tensor, generator: torch.Generator) -> None:
     write_values(target, (2 * drawn - 1) / math.sqrt(target.shape[-1]))
 
 
+_ANY_RANK = ContextVar("any rank", default=False)
+
+
+@contextmanager
+def any_rank() -> Iterator[None]:
+    """Inside, adapters may be wider than the smaller side of their layer, as a file that is read may have them."""
+    token = _ANY_RANK.set(True)
+    try:
+        yield
+    finally:
+        _ANY_RANK.reset(token)
+
+
 def check_rank(base: BaseLayer, rank: int, name: str = "rank") -> None:
     """Raise `SettingsError` if `rank`, the setting called `name`, is above the smaller side of the layer."""
     largest = min(base.d_in, base.d_out)
-    if rank > largest:
+    if rank > largest and not _ANY_RANK.get():
         raise SettingsError(
             f"{name} is {rank}; a layer of {base.d_in} inputs and {base.d_out} outputs takes at most {largest}."
         )

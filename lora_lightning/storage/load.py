@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import check_name
+from lora_lightning.adapters.base import any_rank, check_name
 from lora_lightning.adapters.folded import DenseUpdate, FoldedUpdate, update_like
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.distributed import put
@@ -89,9 +89,10 @@ def _load(anatomy: Anatomy, stored: Stored, method_class: type[Method], name: st
         _check_same(records(root)[name], record, name, directory)
         adapters = {path: layer.adapter(name) for path, layer in anatomy.adapted.items() if name in layer.adapters}
     else:
-        adapters = {
-            path: build_adapter(record.layers[path], path, base, stored.seed) for path, base in base_layers.items()
-        }
+        with any_rank():  # as it was saved; imported adapters may be wider than their layers
+            adapters = {
+                path: build_adapter(record.layers[path], path, base, stored.seed) for path, base in base_layers.items()
+            }
     linked = linked_named(anatomy.model, name) if present else link(record.method, anatomy.model, adapters, stored.seed)
     modules = {plain(path): module for path, module in anatomy.modules.items()}
     _check_tensors(stored, _targets(stored, adapters, linked, modules), directory)

@@ -146,6 +146,11 @@ def targets_for(
     )
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether "all-linear" means the module."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
 def unlike(path: str, modules: Mapping[str, nn.Module], layer: nn.Module) -> str | None:
     """Why peft's layer at `path` computes something else with the same factors; None where it does not.
 

@@ -11,6 +11,7 @@ from torch import nn
 from lora_lightning.adapters.base import write_values
 from lora_lightning.errors import AdapterFileError, did_you_mean
 from lora_lightning.exporters.peft.folder import PeftFolder
+from lora_lightning.exporters.peft.read_back import rows_once
 from lora_lightning.models.anatomy import Anatomy
 from lora_lightning.models.new_tokens import (
     Vocabulary,
@@ -85,6 +86,7 @@ def fill_rows(anatomy: Anatomy, folder: PeftFolder, directory: str | Path) -> li
     layers = anatomy.extended
     if not folder.rows and not folder.config.get(SETTING):
         return []
+    rows_once(folder, {path: id(layer.new_rows) for path, layer in layers.items()}, directory)
     filled = set()
     for path, values in folder.rows.items():
         if path not in layers:

@@ -23,8 +23,9 @@ from lora_lightning.exporters.peft import folder as peft_file
 from lora_lightning.exporters.peft import rules as peft_rules
 from lora_lightning.exporters.peft.experts import Stacks
 from lora_lightning.exporters.peft.factors import Factors, delta, find_factors, original
-from lora_lightning.exporters.peft.folder import ROWS, PeftLayer
+from lora_lightning.exporters.peft.folder import PeftLayer
 from lora_lightning.exporters.peft.heads import Heads, find_heads
+from lora_lightning.exporters.peft.keys import ROWS
 from lora_lightning.exporters.peft.rules import CONFIG, PREFIX, TENSORS, TYPE
 from lora_lightning.exporters.report import Written
 from lora_lightning.exporters.source import Source, check_finite, write_files
