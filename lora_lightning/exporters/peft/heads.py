@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from lora_lightning.errors import ExportError
 from lora_lightning.exporters.peft import rules as peft_rules
+from lora_lightning.exporters.peft.read_heads import tensors_of
 from lora_lightning.exporters.source import Source, users
+from lora_lightning.models.new_tokens import plain_vocabulary
 from lora_lightning.models.paths import plain
 
 _NO_COPY = (nn.ModuleList, nn.ModuleDict)
@@ -29,6 +31,25 @@ class Heads:
     notes: list[str] = field(default_factory=list)
 
 
+def whole_vocabulary(source: Source) -> dict[str, Tensor]:
+    """Tensors of the base model that follow its vocabulary, of the full size with all new rows, by name.
+
+    Empty where rows of new tokens alone say the same: peft computes a layer with such rows without its bias.
+    """
+    if not source.extended:
+        return {}
+    before = tensors_of(source.host)
+    with plain_vocabulary(list(source.anatomy.extended.values()), source.anatomy.places):
+        after = tensors_of(source.host)
+        grown = {name: t.detach().cpu() for name, t in after.items() if name not in before or before[name] is not t}
+    trained = any(_in_extended(source, name) for name in source.heads)
+    return grown if trained or not all(name.endswith(".weight") for name in grown) else {}
+
+
+def _in_extended(source: Source, name: str) -> bool:
+    return any(name.startswith(f"{plain(path)}.") for path in source.here(source.anatomy.extended))
+
+
 def find_heads(source: Source) -> Heads:
     """Modules to save whole, with the task if peft's own additions for it do no harm.
 
@@ -36,7 +57,10 @@ def find_heads(source: Source) -> Heads:
         ExportError: a parameter that trains without the rest of its module, or an adapted layer inside a copied one.
     """
     modules = source.modules
+    extended = [plain(path) for path in source.here(source.anatomy.extended)]
     own = _whole_modules(source)
+    if any(_in_extended(source, name) for name in source.heads):
+        own += extended
     for task in dict.fromkeys((peft_rules.task_type(source.host), None)):
         heads = Heads(task, own)
         saved = [*own, *peft_rules.task_heads(task)]
@@ -50,6 +74,8 @@ def find_heads(source: Source) -> Heads:
             f'like one of {", ".join(own)}. Use format="merged".'
         )
     for path in heads.copied:
+        if any(path == other or path.startswith(f"{other}.") for other in extended):
+            continue  # see `whole_vocabulary`
         heads.tensors |= {f"{path}.{key}": t.detach().cpu().clone() for key, t in modules[path].state_dict().items()}
         if path not in own:
             heads.notes.append(
@@ -65,7 +91,7 @@ def _whole_modules(source: Source) -> list[str]:
         ExportError: a parameter that trains without the rest of its module.
     """
     modules = source.modules
-    owned = [name.rpartition(".") for name in source.heads]
+    owned = [name.rpartition(".") for name in source.heads if not _in_extended(source, name)]
     trained = {id(modules[path]._parameters[leaf]) for path, _, leaf in owned}
     partly = _partly_frozen(source, trained)
 

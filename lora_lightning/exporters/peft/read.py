@@ -21,7 +21,7 @@ from lora_lightning.exporters.peft.read_back import check_read_back
 from lora_lightning.exporters.peft.read_heads import TRAINED_BIASES, find_heads, resize_hint, same, tensors_of
 from lora_lightning.exporters.peft.rules import TYPE
 from lora_lightning.exporters.peft.selection import dead_settings, expected_modules
-from lora_lightning.exporters.peft.tokens import fill_rows, new_tokens, room_for
+from lora_lightning.exporters.peft.tokens import check_matrices, fill_rows, new_tokens, room_for, whole_matrices
 from lora_lightning.exporters.source import plain_modules
 from lora_lightning.injection.merge_model import eject
 from lora_lightning.injection.place import build_adapter, check_ready, place_adapters
@@ -62,11 +62,14 @@ def import_folder(model: nn.Module, directory: str | Path, name: str) -> Injecti
     check_ready(anatomy, name)
     folder = peft_file.read(directory, find_stacks(anatomy.layers))
     _refuse_variants(folder.config, directory)
-    with room_for(model, new_tokens(folder, directory), directory) as added_rows:
-        return _import(survey(model) if added_rows else anatomy, folder, directory, name)
+    added, folder, matrices = whole_matrices(model, folder, directory)
+    with room_for(model, added or new_tokens(folder, directory), directory) as added_rows:
+        return _import(survey(model) if added_rows else anatomy, folder, matrices, directory, name)
 
 
-def _import(anatomy: Anatomy, folder: PeftFolder, directory: str | Path, name: str) -> InjectionReport:
+def _import(
+    anatomy: Anatomy, folder: PeftFolder, matrices: Mapping[str, Tensor], directory: str | Path, name: str
+) -> InjectionReport:
     reader = _reader(folder.config)
     modules = plain_modules(anatomy.model)
     base_layers = {}
@@ -79,6 +82,7 @@ def _import(anatomy: Anatomy, folder: PeftFolder, directory: str | Path, name: s
     with any_rank():
         adapters = {path: build_adapter(settings[path], path, base, seed) for path, base in base_layers.items()}
     rows = fill_rows(anatomy, folder, directory)
+    check_matrices(anatomy, matrices, directory)
     record = AdapterRecord(method, settings, (*_trained(anatomy, heads), *rows), seed)
     layers = place_adapters(anatomy, name, adapters, record, base_layers, linked={})
     before = {key: tensor.detach().clone() for key, tensor in tensors_of(anatomy.model).items() if key in heads}

@@ -6,6 +6,7 @@ lora_alpha = scaling * r; `use_rslora` is never needed.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from lora_lightning.exporters.peft import rules as peft_rules
 from lora_lightning.exporters.peft.experts import Stacks
 from lora_lightning.exporters.peft.factors import Factors, delta, find_factors, original
 from lora_lightning.exporters.peft.folder import PeftLayer
-from lora_lightning.exporters.peft.heads import Heads, find_heads
+from lora_lightning.exporters.peft.heads import Heads, find_heads, whole_vocabulary
 from lora_lightning.exporters.peft.keys import ROWS
 from lora_lightning.exporters.peft.rules import CONFIG, PREFIX, TENSORS, TYPE
+from lora_lightning.exporters.peft.verify import Verdict
+from lora_lightning.exporters.peft.verify import verify as check_export
 from lora_lightning.exporters.report import Written
 from lora_lightning.exporters.source import Source, check_finite, write_files
 from lora_lightning.storage.atomic import write_json
@@ -50,30 +53,36 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     factors, options = find_factors(source, rank)
     heads = find_heads(source)
     stacks = peft_experts.find_stacks(source.here(source.anatomy.layers))
-    tensors = {f"{PREFIX}{name}": tensor for name, tensor in heads.tensors.items()}
+    tensors: dict[str, Tensor] = {}
     with_bias = any(f.bias is not None for f in factors.values())
     in_file = _paths_in_file(source, stacks)
     for path, layer in source.layers.items():
         found = _layer_tensors(path, layer, factors[path], with_bias)
         tensors |= {f"{PREFIX}{in_file[path]}{end}": tensor for end, tensor in found}
-    rows = {path: layer.new_rows.detach().cpu().clone() for path, layer in source.extended.items()}
+    whole = whole_vocabulary(source)
+    rows = {path: layer.new_rows.detach().cpu() for path, layer in source.extended.items() if not whole}
     tensors |= {f"{PREFIX}{path}{ROWS}": values for path, values in rows.items()}
+    heads.tensors |= whole
+    tensors |= {f"{PREFIX}{name}": tensor for name, tensor in heads.tensors.items()}
     check_finite("the adapter", tensors.values())
     write_files(source.tokenizer, folder)
     # copies, since layers may share a factor, which the file has for each of them
     own = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
     save_file(own, folder / TENSORS, {"format": "pt"})
-    write_json(folder / CONFIG, {**_config(source, factors, heads, with_bias), **options})
-    difference = _verified(source, folder, factors, heads, stacks) if verify else None
+    write_json(folder / CONFIG, {**_config(source, factors, heads, with_bias, rows), **options})
+    difference = _verified(source, folder, factors, heads, stacks, rows) if verify else None
     discarded = {path: f.discarded for path, f in factors.items() if f.discarded}
+    verdict = check_export(source, folder, bool(discarded)) if verify else Verdict("", ran=False)
     method = type(source.record.method)
     exact = "native" if method.peft_type == TYPE and method.peft_options == options else "exact LoRA"
     return Written(
         kind="truncated SVD" if discarded else exact,
         layers=len(factors),
         difference=difference,
+        verified_by=verdict.by if verdict.ran else "",
+        not_run="" if verdict.ran else verdict.by,
         discarded=discarded,
-        notes=tuple(heads.notes + _bias_notes(source, with_bias) + _token_notes(source)),
+        notes=tuple(heads.notes + _bias_notes(source, with_bias) + _token_notes(source, bool(whole))),
     )
 
 
@@ -118,7 +127,9 @@ def _layer_tensors(path: str, layer: AdaptedLayer, factors: Factors, with_bias: 
 # -- configuration -----------------------------------------------------------------------------------------------------
 
 
-def _config(source: Source, factors: dict[str, Factors], heads: Heads, with_bias: bool) -> dict[str, Any]:
+def _config(
+    source: Source, factors: dict[str, Factors], heads: Heads, with_bias: bool, rows: Collection[str]
+) -> dict[str, Any]:
     """What differs from peft's defaults, and what is always needed."""
     ranks = {path: f.rank for path, f in factors.items()}
     alphas = {path: _number(f.scaling * f.rank) for path, f in factors.items()}
@@ -137,7 +148,7 @@ def _config(source: Source, factors: dict[str, Factors], heads: Heads, with_bias
         "lora_bias": with_bias,
         "modules_to_save": heads.modules,
         "target_parameters": parameters,
-        "trainable_token_indices": _token_indices(source),
+        "trainable_token_indices": _token_indices(source) if rows else None,
     }
     return {
         "peft_type": TYPE,
@@ -163,15 +174,25 @@ def _token_indices(source: Source) -> dict[str, list[int]] | list[int]:
     return ids if len(ids) > 1 else next(iter(ids.values()), [])
 
 
-def _token_notes(source: Source) -> list[str]:
+def _token_notes(source: Source, whole: bool) -> list[str]:
     size = max((layer.num_embeddings for layer in source.extended.values()), default=0)
-    return [f"before peft loads it, the model needs room: resize_token_embeddings({size})"] if size else []
+    notes = [f"before peft loads it, the model needs room: resize_token_embeddings({size})"] if size else []
+    if whole:
+        notes.append("whole matrices of the vocabulary are in the file, because rows alone do not say the same in peft")
+    return notes
 
 
 # -- verification ------------------------------------------------------------------------------------------------------
 
 
-def _verified(source: Source, folder: Path, factors: dict[str, Factors], heads: Heads, stacks: Stacks) -> float:
+def _verified(
+    source: Source,
+    folder: Path,
+    factors: dict[str, Factors],
+    heads: Heads,
+    stacks: Stacks,
+    rows: Mapping[str, Tensor],
+) -> float:
     """Largest difference between what the files say and what the adapter does, over all layers.
 
     Raises:
@@ -180,12 +201,11 @@ def _verified(source: Source, folder: Path, factors: dict[str, Factors], heads: 
     written = peft_file.read(folder, stacks)
     if written.layers.keys() != factors.keys() or written.heads.keys() != heads.tensors.keys():
         raise ExportError("the files do not read back: they list other layers or heads than were written.")
-    for path, layer in source.extended.items():
-        if not torch.equal(written.rows.get(path, torch.empty(0)), layer.new_rows.detach().cpu()):
+    for path, values in rows.items():
+        if not torch.equal(written.rows.get(path, torch.empty(0)), values):
             raise ExportError(f"the new tokens' rows of {path} do not read back bit for bit.")
     for name, value in written.heads.items():
-        path = next(path for path in heads.copied if name.startswith(f"{path}."))
-        if not torch.equal(value, source.modules[path].state_dict()[name.removeprefix(f"{path}.")].cpu()):
+        if not torch.equal(value, heads.tensors[name]):
             raise ExportError(f"{name} does not read back bit for bit.")
     return max(_layer_difference(source, path, layer, factors[path]) for path, layer in written.layers.items())
 
