@@ -6,6 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where an adapter and its base model lie on the disk."""
+
+    adapter: Path
+    base: str
+    """A folder or a name of a pretrained model."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Written:
     """What a format's writer did inside the folder it was given."""

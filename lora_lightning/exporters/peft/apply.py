@@ -33,7 +33,9 @@ def apply_folder(folder: PeftFolder, model: nn.Module) -> None:
     left = dict(folder.layers)
     for name, value in folder.heads.items():
         _replace(model, name, value)
-    for path in expected_modules(folder.config, model, modules) or ():
+    stated = folder.config.get("target_parameters") or ()
+    weights = {path for path in modules if is_target(f"{path}.weight", stated)}
+    for path in weights | (expected_modules(folder.config, model, modules) or set()):
         layer, base = left.pop(path, None), core_base_layer(modules[path])
         if layer is None or base is None:
             raise ExportError(f"the configuration selects {path}, for which there are no factors.")
@@ -41,7 +43,7 @@ def apply_folder(folder: PeftFolder, model: nn.Module) -> None:
     for owner, module in modules.items():
         for name in list(expert_parameters(owner, module)):
             path = join(owner, name)
-            if is_target(path, folder.config.get("target_parameters") or ()):
+            if is_target(path, stated):
                 _write_parameter(module, name, left.pop(path, None), path)
     if left:
         raise ExportError(f"the configuration does not select {next(iter(left))}, for which there are factors.")

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_lightning.errors import AdapterFileError, nearest
-from lora_lightning.exporters.peft.experts import Stacks, named_in_file, stacked
+from lora_lightning.exporters.peft.experts import Stacks, is_target, named_in_file, stacked
 from lora_lightning.exporters.peft.keys import MAGNITUDE, Name, understand
 from lora_lightning.exporters.peft.rules import CONFIG, DEFAULT_ALPHA, DEFAULT_RANK, TENSORS, pattern_value
 
@@ -156,14 +156,15 @@ def _layer(path: str, experts: int, parts: dict[str, Tensor], config: dict[str, 
     if "A" not in parts or "B" not in parts:
         raise AdapterFileError(f"{path}: the file holds {', '.join(sorted(parts))} only, no pair of factors.")
     rank = parts["A"].shape[0] // (experts or 1)
-    stated = pattern_value(config.get("rank_pattern") or {}, path, config.get("r", DEFAULT_RANK))
+    named = f"{path}.weight" if is_target(f"{path}.weight", config.get("target_parameters") or ()) else path
+    stated = pattern_value(config.get("rank_pattern") or {}, named, config.get("r", DEFAULT_RANK))
     width = rank * (experts or 1)
     if rank != stated or not parts["A"].shape[0] == parts["B"].shape[1] == width:
         raise AdapterFileError(
             f"{path}: factors of shape {tuple(parts['A'].shape)} and {tuple(parts['B'].shape)} do not fit rank "
             f"{stated}, which {CONFIG} states."
         )
-    alpha = pattern_value(config.get("alpha_pattern") or {}, path, config.get("lora_alpha", DEFAULT_ALPHA))
+    alpha = pattern_value(config.get("alpha_pattern") or {}, named, config.get("lora_alpha", DEFAULT_ALPHA))
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     extra = {MAGNITUDE: parts[MAGNITUDE].flatten()} if MAGNITUDE in parts else {}
     if bool(extra) != bool(config.get("use_dora")):

@@ -125,8 +125,9 @@ def _check_whole(
     first = {path: module for path, module in modules.items() if names[id(module)] == path}
     expected = expected_modules(folder.config, anatomy.model, first)
     parameters = [path for owned in find_stacks(anatomy.layers).values() for path, _ in owned]
-    selected = [path for path in first if path in (expected or ())]
-    selected += [path for path in parameters if is_target(path, folder.config.get("target_parameters") or ())]
+    stated = folder.config.get("target_parameters") or ()
+    selected = [path for path in first if path in (expected or ()) or is_target(f"{path}.weight", stated)]
+    selected += [path for path in parameters if is_target(path, stated)]
     missing = [path for path in selected if path not in folder.layers]
     if missing:
         raise AdapterFileError(

@@ -6,6 +6,7 @@ are compared; on another, those of each adapted layer.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
@@ -57,7 +58,7 @@ def verify(source: Source, folder: Path, truncated: bool) -> Verdict:
     """
     has_peft = importlib.util.find_spec("peft") is not None
     content = peft_file.read(folder, find_stacks(source.here(source.anatomy.layers)))
-    load, who = (lambda model: load_with_peft(model, folder), _version()) if has_peft else (_by_rules(content), _RULES)
+    load, who = (lambda model: load_with_peft(model, folder), version()) if has_peft else (_by_rules(content), _RULES)
     if source.anatomy.quantized and not has_peft:
         return Verdict("the base model is quantized, and peft is not installed", ran=False)
     try:
@@ -65,23 +66,27 @@ def verify(source: Source, folder: Path, truncated: bool) -> Verdict:
             inputs = sample_inputs(base, _new_ids(source))
             if inputs is None:
                 return _by_layer(source, load(base), who)
-            expected = _reference(source, content, inputs, truncated)
+            expected = _expected(source, content, inputs, truncated)
             if isinstance(expected, str):
                 return Verdict(expected, ran=False)
-            return compare(expected, _outputs(load(base), inputs), who)
+            return compare(expected, outputs(load(base), inputs), who)
     except (RuntimeError, TypeError, ValueError, KeyError) as error:
         if isinstance(error, AdapterStateError):
             raise
-        raise ExportError(f"{who} does not open the export: {_line(error)}. {_WAY_OUT}") from error
+        raise ExportError(not_opened(who, error)) from error
 
 
 _RULES = "peft's rules"
 
 
-def _version() -> str:
-    from importlib.metadata import version
+def version() -> str:
+    """The installed peft, with its version."""
+    return f"peft {importlib.metadata.version('peft')}"
 
-    return f"peft {version('peft')}"
+
+def not_opened(who: str, error: BaseException) -> str:
+    """What to say where the export cannot be opened."""
+    return f"{who} does not open the export: {_line(error)}. {_WAY_OUT}"
 
 
 def _line(error: BaseException) -> str:
@@ -124,7 +129,7 @@ def _new_ids(source: Source) -> list[int]:
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """Floating-point outputs, the first of them the logits or states."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -134,16 +139,27 @@ def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     return [t for t in (logits, first) if isinstance(t, Tensor) and t.is_floating_point()][:1]
 
 
-def _reference(source: Source, content: PeftFolder, inputs: Inputs, truncated: bool) -> list[Tensor] | str:
+def reference(source: Source, folder: Path, truncated: bool) -> tuple[Inputs, list[Tensor]] | str:
+    """Inputs and what must come out, see `verify`; or why there are none."""
+    content = peft_file.read(folder, find_stacks(source.here(source.anatomy.layers)))
+    with plain_copy(source, brought(content)) as base:
+        inputs = sample_inputs(base, _new_ids(source))
+    if inputs is None:
+        return f"inputs of {type(source.host).__name__} are not known"
+    expected = _expected(source, content, inputs, truncated)
+    return expected if isinstance(expected, str) else (inputs, expected)
+
+
+def _expected(source: Source, content: PeftFolder, inputs: Inputs, truncated: bool) -> list[Tensor] | str:
     """What must come out; or why the model cannot be run on such inputs."""
     try:
         if not truncated:
             with only(source):
-                found = _outputs(source.host, inputs)
+                found = outputs(source.host, inputs)
         else:
             with plain_copy(source, brought(content)) as base:
                 apply_folder(content, base)
-                found = _outputs(base, inputs)
+                found = outputs(base, inputs)
     except Exception as error:
         return f"{type(source.host).__name__} could not be called with {', '.join(inputs)} ({_line(error)})"
     if not found or not all(torch.isfinite(t).all() for t in found):

@@ -5,8 +5,10 @@ lora_alpha = scaling * r; `use_rslora` is never needed.
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,13 @@ from lora_lightning.exporters.peft import rules as peft_rules
 from lora_lightning.exporters.peft.experts import Stacks
 from lora_lightning.exporters.peft.factors import Factors, delta, find_factors, original
 from lora_lightning.exporters.peft.folder import PeftLayer
+from lora_lightning.exporters.peft.fresh import verify_afresh
 from lora_lightning.exporters.peft.heads import Heads, find_heads, whole_vocabulary
 from lora_lightning.exporters.peft.keys import ROWS
 from lora_lightning.exporters.peft.rules import CONFIG, PREFIX, TENSORS, TYPE
 from lora_lightning.exporters.peft.verify import Verdict
 from lora_lightning.exporters.peft.verify import verify as check_export
-from lora_lightning.exporters.report import Written
+from lora_lightning.exporters.report import Origin, Written
 from lora_lightning.exporters.source import Source, check_finite, write_files
 from lora_lightning.storage.atomic import write_json
 
@@ -86,6 +89,20 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     )
 
 
+def write_afresh(source: Source, folder: Path, written: Written, origin: Origin) -> Written:
+    """What was written, after peft has opened it in a process of its own, where it is installed.
+
+    Raises:
+        ExportError: it computes something else there.
+    """
+    if not (written.verified_by and importlib.util.find_spec("peft")):
+        return written
+    verdict = verify_afresh(source, folder, origin, bool(written.discarded))
+    if verdict.ran:
+        return replace(written, verified_by=verdict.by)
+    return replace(written, notes=(*written.notes, f"not opened in a process of its own: {verdict.by}"))
+
+
 # -- tensors -----------------------------------------------------------------------------------------------------------
 
 
@@ -131,13 +148,16 @@ def _config(
     source: Source, factors: dict[str, Factors], heads: Heads, with_bias: bool, rows: Collection[str]
 ) -> dict[str, Any]:
     """What differs from peft's defaults, and what is always needed."""
-    ranks = {path: f.rank for path, f in factors.items()}
-    alphas = {path: _number(f.scaling * f.rank) for path, f in factors.items()}
-    (rank, alpha), _ = Counter(zip(ranks.values(), alphas.values(), strict=True)).most_common(1)[0]
     saved = [*heads.modules, *peft_rules.task_heads(heads.task)]
     parameters = _expert_parameters(source)
-    layers = [path for path in factors if path not in parameters]
     experts = peft_rules.renames_experts(source.host, source.here(dict.fromkeys(source.anatomy.fused)))
+    more = factors if with_bias else [path for path, f in factors.items() if f.extra]
+    renamed = peft_rules.as_parameters(factors, source.modules, experts, more)
+    layers = [path for path in factors if path not in {*parameters, *renamed}]
+    named = {path: f"{path}.weight" if path in renamed else path for path in factors}
+    ranks = {named[path]: f.rank for path, f in factors.items()}
+    alphas = {named[path]: _number(f.scaling * f.rank) for path, f in factors.items()}
+    (rank, alpha), _ = Counter(zip(ranks.values(), alphas.values(), strict=True)).most_common(1)[0]
     transposed = any(isinstance(layer.base_layer, TransposedBase) for layer in source.layers.values())
     optional = {
         "task_type": heads.task,
@@ -147,7 +167,7 @@ def _config(
         "fan_in_fan_out": transposed,
         "lora_bias": with_bias,
         "modules_to_save": heads.modules,
-        "target_parameters": parameters,
+        "target_parameters": [*parameters, *(named[path] for path in renamed)],
         "trainable_token_indices": _token_indices(source) if rows else None,
     }
     return {
