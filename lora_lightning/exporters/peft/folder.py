@@ -103,6 +103,8 @@ class PeftFolder:
     """Rows of tokens, (n, width), by the layer's path."""
     keys: dict[tuple[str, str], str] = field(default_factory=dict)
     """Name of each tensor in the file, by what it belongs to and its role (see `keys.Name`)."""
+    former: tuple[str, ...] = ()
+    """Paths of the layers in the file, where the model has other names now."""
 
 
 def read(directory: str | Path, stacks: Stacks) -> PeftFolder:

@@ -17,6 +17,7 @@ from lora_lightning.exporters.peft import folder as peft_file
 from lora_lightning.exporters.peft import rules as peft_rules
 from lora_lightning.exporters.peft.experts import find_stacks, is_target
 from lora_lightning.exporters.peft.folder import PeftFolder, PeftLayer
+from lora_lightning.exporters.peft.former_names import with_present_names
 from lora_lightning.exporters.peft.read_back import check_read_back
 from lora_lightning.exporters.peft.read_heads import TRAINED_BIASES, find_heads, resize_hint, same, tensors_of
 from lora_lightning.exporters.peft.rules import TYPE
@@ -62,6 +63,7 @@ def import_folder(model: nn.Module, directory: str | Path, name: str) -> Injecti
     check_ready(anatomy, name)
     folder = peft_file.read(directory, find_stacks(anatomy.layers))
     _refuse_variants(folder.config, directory)
+    folder = with_present_names(folder, anatomy, directory)
     added, folder, matrices = whole_matrices(model, folder, directory)
     with room_for(model, added or new_tokens(folder, directory), directory) as added_rows:
         return _import(survey(model) if added_rows else anatomy, folder, matrices, directory, name)
@@ -135,7 +137,7 @@ def _check_whole(
             f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}. The file was saved in part; save it "
             "whole, or name in target_modules, exclude_modules or layers_to_transform what it holds."
         )
-    notes = dead_settings(folder.config, folder.layers)
+    notes = dead_settings(folder.config, folder.former or folder.layers)
     if expected is None:
         notes += (f"{peft_rules.CONFIG} has no target_modules, so nothing says which layers the file should have",)
     return notes

@@ -49,8 +49,8 @@ def test_layers_that_peft_would_not_reach(tmp_path: Path) -> None:
         ll.export(model, tmp_path / "out")
 
 
-DENSE: dict[str, Any] = {"vocab_size": 40, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "num_key_value_heads": 2,
-    **SMALL,
+DENSE: dict[str, Any] = {
+    "vocab_size": 40, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "num_key_value_heads": 2, **SMALL,
 }  # fmt: skip
 MIXED = {
     "GLM-4 MoE": lambda: transformers.Glm4MoeForCausalLM(
