@@ -22,6 +22,7 @@ from lora_lightning.exporters.peft.read_back import check_read_back
 from lora_lightning.exporters.peft.read_heads import TRAINED_BIASES, find_heads, resize_hint, same, tensors_of
 from lora_lightning.exporters.peft.rules import TYPE
 from lora_lightning.exporters.peft.selection import dead_settings, expected_modules
+from lora_lightning.exporters.peft.start_factors import changes_base, with_start
 from lora_lightning.exporters.peft.tokens import check_matrices, fill_rows, new_tokens, room_for, whole_matrices
 from lora_lightning.exporters.source import plain_modules
 from lora_lightning.injection.merge_model import eject
@@ -50,7 +51,7 @@ _DECIDED_BY_TENSORS = frozenset(
 _NO_EFFECT = frozenset(
     {
         "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "megatron_core", "peft_version",
-        "qalora_group_size", "revision", "runtime_config", "task_type", "eva_config",
+        "qalora_group_size", "revision", "runtime_config", "task_type", "eva_config", "corda_config", "lora_ga_config",
     }
 )  # fmt: skip
 _STARTS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
@@ -78,6 +79,11 @@ def _import(
     for path, layer in folder.layers.items():
         base_layers[path] = _base_layer(anatomy, modules, path, layer, directory)
     notes = _check_whole(anatomy, modules, folder, directory)
+    if changes_base(folder.config):
+        folder = with_start(folder, base_layers, find_stacks(anatomy.layers), directory)
+        notes += (
+            f"rank {folder.config['r']}: the start factors, which peft takes out of the base weights, are part of it",
+        )
     heads = find_heads(anatomy, modules, folder, directory)
     method, settings = _settings(reader, folder, base_layers, directory)
     seed = torch.initial_seed()
@@ -148,7 +154,7 @@ def _refuse_variants(config: Mapping[str, Any], directory: str | Path) -> None:
     if config.get("peft_type") != TYPE:
         raise AdapterFileError(f'"{directory}" has peft_type {config.get("peft_type")!r}; only "{TYPE}" is read.')
     start = config.get("init_lora_weights", True)
-    if start not in _STARTS_THAT_KEEP_THE_BASE:
+    if start not in _STARTS_THAT_KEEP_THE_BASE and not changes_base(config):
         raise AdapterFileError(
             f'"{directory}" has init_lora_weights={start!r}, with which peft changes the base weights on loading. '
             "Convert it in peft (save_pretrained with path_initial_model_for_weight_conversion), and read the result."

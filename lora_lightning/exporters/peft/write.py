@@ -61,6 +61,8 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     in_file = _paths_in_file(source, stacks)
     for path, layer in source.layers.items():
         found = _layer_tensors(path, layer, factors[path], with_bias)
+        if heads.biases and "bias" in layer.originals():  # peft trains that of an adapted layer then, too
+            found.append((".base_layer.bias", layer.originals()["bias"].detach().cpu()))
         tensors |= {f"{PREFIX}{in_file[path]}{end}": tensor for end, tensor in found}
     whole = whole_vocabulary(source)
     rows = {path: layer.new_rows.detach().cpu() for path, layer in source.extended.items() if not whole}
@@ -166,6 +168,7 @@ def _config(
         "alpha_pattern": peft_rules.patterns_for(alphas, alpha),
         "fan_in_fan_out": transposed,
         "lora_bias": with_bias,
+        "bias": "all" if heads.biases else None,
         "modules_to_save": heads.modules,
         "target_parameters": [*parameters, *(named[path] for path in renamed)],
         "trainable_token_indices": _token_indices(source) if rows else None,

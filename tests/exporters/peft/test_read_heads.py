@@ -187,3 +187,12 @@ def test_a_resized_vocabulary_says_what_to_call(tmp_path: Path) -> None:
     from_peft(resized, tmp_path / "adapted", target_modules=["embed_tokens"])
     with pytest.raises(AdapterFileError, match=r"the layer needs|resize_token_embeddings\(44\)"):
         ll.import_peft(llama(), tmp_path / "adapted")
+
+
+def test_both_sides_of_a_tied_weight_are_adapted_and_exported(tmp_path: Path) -> None:
+    theirs = from_peft(tied, tmp_path / "theirs", target_modules=["embed_tokens", "lm_head"])
+    model, again = tied(), tied()
+    ll.import_peft(model, tmp_path / "theirs")
+    ll.export(model, tmp_path / "ours")
+    ll.import_peft(again, tmp_path / "ours")
+    torch.testing.assert_close(again.eval()(IDS).logits, theirs(IDS).logits, atol=1e-5, rtol=1e-5)
