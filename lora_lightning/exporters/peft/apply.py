@@ -76,10 +76,11 @@ def _write_parameter(owner: nn.Module, name: str, layer: PeftLayer | None, path:
 
 def _write_rows(folder: PeftFolder, model: nn.Module) -> None:
     """Rows of tokens; a layer that has them is computed without its bias, and so is one that shares its weight."""
-    stated = folder.config.get("trainable_token_indices") or []
+    stated: Any = folder.config.get("trainable_token_indices") or []
     for path, values in folder.rows.items():
-        name = next((key for key in stated if path == key or path.endswith(f".{key}")), "") if _by_layer(stated) else ""
-        ids = stated[name] if name else stated
+        ids = stated
+        if isinstance(stated, dict):
+            ids = next((ids for key, ids in stated.items() if path == key or path.endswith(f".{key}")), [])
         module: Any = model.get_submodule(path)
         shared = module.weight
         weight = shared.detach().clone()
@@ -89,10 +90,6 @@ def _write_rows(folder: PeftFolder, model: nn.Module) -> None:
                 other.weight = nn.Parameter(weight, requires_grad=False)
                 if isinstance(other, nn.Linear):
                     other.bias = None  # type: ignore[assignment]
-
-
-def _by_layer(stated: Any) -> bool:
-    return isinstance(stated, dict)
 
 
 def _replace(model: nn.Module, name: str, value: Tensor) -> None:

@@ -78,7 +78,7 @@ class _Renaming:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-        found: list[Any] = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+        found: list[Any] = get_model_conversion_mapping(model)
         self.renamings = [entry for entry in found if isinstance(entry, WeightRenaming)]
         self.converters = [entry for entry in found if isinstance(entry, WeightConverter)]
         self.known = bool(found)

@@ -71,7 +71,7 @@ def main(adapter: str, base: str, export: str, reference: str) -> dict[str, Any]
         return {"by": verifying.compare([tensors["out"]], found, f"{verifying.version()} in a process of its own").by}
     except LoraLightningError as error:
         return {"error": str(error)}
-    except (RuntimeError, TypeError, ValueError, KeyError) as error:
+    except Exception as error:
         return {"error": verifying.not_opened(verifying.version(), error)}
 
 

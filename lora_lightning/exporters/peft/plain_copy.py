@@ -25,6 +25,10 @@ from lora_lightning.models.new_tokens import plain_vocabulary
 from lora_lightning.models.paths import unwrap
 
 
+class CopyError(Exception):
+    """A model holds what cannot be copied."""
+
+
 @contextmanager
 def plain_copy(source: Source, brought: Iterable[str]) -> Iterator[nn.Module]:
     """The base model inside the block; the adapted one is as before afterwards.
@@ -32,10 +36,18 @@ def plain_copy(source: Source, brought: Iterable[str]) -> Iterator[nn.Module]:
     Args:
         source: the adapter.
         brought: names of the base model's tensors that the export has.
+
+    Raises:
+        CopyError: the model cannot be copied.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in source.host.parameters()]
     try:
-        plain = _without_adapters(source)
+        try:
+            plain = _without_adapters(source)
+        except Exception as error:
+            raise CopyError(
+                f"{type(source.host).__name__} cannot be copied ({type(error).__name__}: {error})"
+            ) from error
         _spoil(plain, brought)
         state = tensors_of(plain)
         for path, layer in source.extended.items():

@@ -129,7 +129,7 @@ def _check_whole(
     Raises:
         AdapterFileError: the configuration selects a layer that the file has no factors for.
     """
-    names = {id(module): path for path, module in reversed(modules.items())}
+    names = {id(module): path for path, module in reversed(list(modules.items()))}
     first = {path: module for path, module in modules.items() if names[id(module)] == path}
     expected = expected_modules(folder.config, anatomy.model, first)
     parameters = [path for owned in find_stacks(anatomy.layers).values() for path, _ in owned]

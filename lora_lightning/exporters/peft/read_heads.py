@@ -21,7 +21,7 @@ TRAINED_BIASES = ("all", "lora_only")
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by the names they have in the plain model, each under all of its names."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for path, module in plain_modules(model).items():
         own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
         found |= {join(path, key): t for key, t in own.items() if key not in module._non_persistent_buffers_set}

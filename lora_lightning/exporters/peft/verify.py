@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.errors import AdapterStateError, ExportError
+from lora_lightning.errors import ExportError, LoraLightningError
 from lora_lightning.exporters.peft import folder as peft_file
 from lora_lightning.exporters.peft.apply import apply_folder
 from lora_lightning.exporters.peft.experts import find_stacks
 from lora_lightning.exporters.peft.folder import PeftFolder
-from lora_lightning.exporters.peft.plain_copy import plain_copy
+from lora_lightning.exporters.peft.plain_copy import CopyError, plain_copy
 from lora_lightning.exporters.peft.sample_inputs import Inputs, sample_inputs
 from lora_lightning.exporters.source import Source
 from lora_lightning.injection.records import iter_adapters
@@ -70,9 +70,11 @@ def verify(source: Source, folder: Path, truncated: bool) -> Verdict:
             if isinstance(expected, str):
                 return Verdict(expected, ran=False)
             return compare(expected, outputs(load(base), inputs), who)
-    except (RuntimeError, TypeError, ValueError, KeyError) as error:
-        if isinstance(error, AdapterStateError):
-            raise
+    except LoraLightningError:
+        raise
+    except (CopyError, MemoryError, torch.OutOfMemoryError) as error:
+        return Verdict(_line(error), ran=False)
+    except Exception as error:
         raise ExportError(not_opened(who, error)) from error
 
 
@@ -109,7 +111,7 @@ def load_with_peft(model: nn.Module, folder: Path) -> nn.Module:
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        theirs = peft.PeftModel.from_pretrained(model, folder)
+        theirs: nn.Module = peft.PeftModel.from_pretrained(model, folder)
     missing = [str(warning.message) for warning in caught if "missing adapter keys" in str(warning.message)]
     if missing:
         raise ExportError(f"peft misses tensors in the export: {missing[0][:300]}. {_WAY_OUT}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,3 +150,11 @@ def test_what_cannot_be_run_is_not_called_verified(tmp_path: Path) -> None:
     report = ll.export(model, tmp_path / "out")
     assert "verified" not in str(report)
     assert "read back tensor by tensor, but not run: Picky could not be called with input_ids" in str(report)
+
+
+def test_a_model_that_cannot_be_copied_is_exported_and_not_called_verified(tmp_path: Path) -> None:
+    model = adapted(bert)
+    model.lock = threading.Lock()
+    report = ll.export(model, tmp_path / "out")
+    assert not report.verified_by
+    assert "but not run: CopyError: BertForSequenceClassification cannot be copied" in str(report)
