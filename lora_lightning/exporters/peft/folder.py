@@ -117,7 +117,7 @@ def read(directory: str | Path, stacks: Stacks) -> PeftFolder:
     Raises:
         AdapterFileError: missing, damaged, pickled, or with a tensor that this format does not have.
     """
-    config, tensors = _config(Path(directory)), _tensors(Path(directory))
+    config, tensors = read_config(directory), _tensors(Path(directory))
     found: dict[str, dict[str, Tensor]] = {}
     others: dict[str, dict[str, Tensor]] = {"head": {}, "rows": {}}
     names = _without_copies(understand(tensors, f'"{directory}"'), tensors, directory)
@@ -161,7 +161,8 @@ def _layer(path: str, experts: int, parts: dict[str, Tensor], config: dict[str, 
     named = f"{path}.weight" if is_target(f"{path}.weight", config.get("target_parameters") or ()) else path
     stated = pattern_value(config.get("rank_pattern") or {}, named, config.get("r", DEFAULT_RANK))
     width = rank * (experts or 1)
-    if rank != stated or not parts["A"].shape[0] == parts["B"].shape[1] == width:
+    grouped = parts["B"].dim() > 2 and parts["B"].shape[1] and not width % parts["B"].shape[1]  # of a convolution
+    if rank != stated or not (parts["A"].shape[0] == width and (grouped or parts["B"].shape[1] == width)):
         raise AdapterFileError(
             f"{path}: factors of shape {tuple(parts['A'].shape)} and {tuple(parts['B'].shape)} do not fit rank "
             f"{stated}, which {CONFIG} states."
@@ -189,7 +190,13 @@ def _layer(path: str, experts: int, parts: dict[str, Tensor], config: dict[str, 
     )
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """The settings of such a folder.
+
+    Raises:
+        AdapterFileError: there are none, or they are damaged.
+    """
+    folder = Path(directory)
     path = folder / CONFIG
     if not path.is_file():
         inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []

@@ -54,6 +54,7 @@ _NO_EFFECT = frozenset(
         "qalora_group_size", "revision", "runtime_config", "task_type", "eva_config", "corda_config", "lora_ga_config",
     }
 )  # fmt: skip
+_MERGE_IN_PEFT = "Where peft can merge it, use the model of its merge_and_unload()."
 _STARTS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
@@ -62,8 +63,8 @@ def import_folder(model: nn.Module, directory: str | Path, name: str) -> Injecti
     check_name(name)
     anatomy = survey(model)
     check_ready(anatomy, name)
+    _refuse_variants(peft_file.read_config(directory), directory)
     folder = peft_file.read(directory, find_stacks(anatomy.layers))
-    _refuse_variants(folder.config, directory)
     folder = with_present_names(folder, anatomy, directory)
     added, folder, matrices = whole_matrices(model, folder, directory)
     with room_for(model, added or new_tokens(folder, directory), directory) as added_rows:
@@ -152,7 +153,9 @@ def _check_whole(
 def _refuse_variants(config: Mapping[str, Any], directory: str | Path) -> None:
     """Raise `AdapterFileError` for every setting that would make the factors mean something else."""
     if config.get("peft_type") != TYPE:
-        raise AdapterFileError(f'"{directory}" has peft_type {config.get("peft_type")!r}; only "{TYPE}" is read.')
+        raise AdapterFileError(
+            f'"{directory}" has peft_type {config.get("peft_type")!r}; only "{TYPE}" is read. {_MERGE_IN_PEFT}'
+        )
     start = config.get("init_lora_weights", True)
     if start not in _STARTS_THAT_KEEP_THE_BASE and not changes_base(config):
         raise AdapterFileError(
@@ -167,7 +170,7 @@ def _refuse_variants(config: Mapping[str, Any], directory: str | Path) -> None:
     if unsupported:
         raise AdapterFileError(
             f'"{directory}" uses {", ".join(unsupported)}, which no installed method reads: its factors mean something '
-            "else than W + s B A."
+            f"else than W + s B A. {_MERGE_IN_PEFT}"
         )
 
 
@@ -205,10 +208,12 @@ def _base_layer(
         )
     there, base_layer = anatomy.layers[path]
     if base_layer is None:
-        raise AdapterFileError(f'"{directory}" adapts {path}, a {type(there).__name__}, which takes no adapter here.')
+        raise AdapterFileError(
+            f'"{directory}" adapts {path}, a {type(there).__name__}, which takes no adapter here. {_MERGE_IN_PEFT}'
+        )
     reason = peft_rules.unlike(path, modules, there)
     if reason:
-        raise AdapterFileError(f'"{directory}" adapts {path}: {reason}.')
+        raise AdapterFileError(f'"{directory}" adapts {path}: {reason}. {_MERGE_IN_PEFT}')
     shapes = tuple(tuple(matrix.shape) for matrix in layer.matrices)
     needed = (*base_layer.lead, layer.rank, base_layer.d_in), (*base_layer.lead, base_layer.d_out, layer.rank)
     if shapes != needed:
@@ -263,7 +268,7 @@ def _settings(
     if with_bias and not any(field.name == "bias" for field in dataclasses.fields(reader)):
         raise AdapterFileError(
             f'"{directory}" has trained the bias of {next(path for path in trained if trained[path])}, which '
-            f"{reader.__name__} cannot. Take merge_and_unload() in peft, and use the merged model."
+            f"{reader.__name__} cannot. {_MERGE_IN_PEFT}"
         )
     method = replace(
         reader(),
