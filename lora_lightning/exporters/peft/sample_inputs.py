@@ -66,8 +66,17 @@ def _waves(_config: Any, drawn: torch.Generator, _ids: Sequence[int]) -> Inputs:
     return {"input_values": torch.randn(1, 4000, generator=drawn)}
 
 
+def _features(config: Any, drawn: torch.Generator, ids: Sequence[int]) -> Inputs:
+    frames = 2 * int(getattr(config, "max_source_positions", 50))
+    found = {"input_features": torch.randn(1, getattr(config, "num_mel_bins", 80), frames, generator=drawn)}
+    if getattr(config, "is_encoder_decoder", False):
+        found["decoder_input_ids"] = _tokens(config, drawn, ids)["input_ids"]
+    return found
+
+
 _MAKERS: Mapping[str, Callable[[Any, torch.Generator, Sequence[int]], Inputs]] = {
     "input_ids": _tokens,
     "pixel_values": _image,
     "input_values": _waves,
+    "input_features": _features,
 }

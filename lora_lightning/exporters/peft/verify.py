@@ -33,6 +33,8 @@ from lora_lightning.models.paths import join
 _ALLOWED = {torch.float64: 1e-6, torch.float32: 1e-3}
 _ALLOWED_IN_HALF = 0.1
 _WAY_OUT = 'Nothing was put in place. Use format="merged".'
+_COPY = "modules_to_save.default."
+"""What peft puts into the names of modules that it has from a file."""
 Loader = Callable[[nn.Module], nn.Module]
 
 
@@ -65,7 +67,7 @@ def verify(source: Source, folder: Path, truncated: bool) -> Verdict:
         with plain_copy(source, brought(content)) as base:
             inputs = sample_inputs(base, _new_ids(source))
             if inputs is None:
-                return _by_layer(source, load(base), who)
+                return _by_layer(source, content, load(base), who)
             expected = _expected(source, content, inputs, truncated)
             if isinstance(expected, str):
                 return Verdict(expected, ran=False)
@@ -216,10 +218,19 @@ def compare(expected: list[Tensor], found: list[Tensor], who: str) -> Verdict:
     return Verdict(f"{who} on the base model, outputs alike up to {worst:.1e} of their size", ran=True)
 
 
-def _by_layer(source: Source, theirs: nn.Module, who: str) -> Verdict:
-    """Compare each layer on inputs of its own."""
+def _by_layer(source: Source, content: PeftFolder, theirs: nn.Module, who: str) -> Verdict:
+    """Compare each layer on inputs of its own, and what is saved whole by its values."""
+    if content.rows:
+        return Verdict(f"inputs of {type(source.host).__name__} are not known", ran=False)
     inner = getattr(theirs, "base_model", theirs)
     inner = getattr(inner, "model", inner) if inner is not theirs else theirs
+    own = {
+        key.replace(_COPY, ""): tensor
+        for key, tensor in sorted(inner.state_dict().items(), key=lambda i: _COPY in i[0])
+    }
+    for name, value in content.heads.items():
+        if not torch.equal(own[name].cpu(), value.to(own[name].dtype)):
+            raise ExportError(f"{who} has another {name} than the export. {_WAY_OUT}")
     drawn = torch.Generator().manual_seed(0)
     with only(source):
         for path, layer in source.layers.items():

@@ -33,6 +33,13 @@ MODELS = {
     "image": lambda: transformers.ViTForImageClassification(
         transformers.ViTConfig(image_size=8, patch_size=4, **SMALL)
     ),
+    "sound": lambda: transformers.WhisperForConditionalGeneration(
+        transformers.WhisperConfig(
+            vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=24, decoder_ffn_dim=24,
+            encoder_attention_heads=2, decoder_attention_heads=2, num_mel_bins=8, max_source_positions=20,
+            max_target_positions=20, bos_token_id=1, eos_token_id=2, pad_token_id=0, decoder_start_token_id=1,
+        )
+    ),
     "wave": lambda: transformers.Wav2Vec2ForSequenceClassification(
         transformers.Wav2Vec2Config(
             vocab_size=40, conv_dim=(8, 8), conv_stride=(5, 2), conv_kernel=(10, 3), num_conv_pos_embeddings=4,

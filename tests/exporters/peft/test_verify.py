@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,22 @@ def test_on_a_model_of_ones_own_each_layer_is_compared(opened_by: str, tmp_path:
     report = ll.export(model, tmp_path / "out")
     assert report.verified_by.startswith(opened_by)
     assert report.verified_by.endswith("each layer's outputs alike")
+
+
+def test_on_a_model_of_ones_own_heads_are_compared_too(opened_by: str, tmp_path: Path) -> None:
+    head = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3))
+    model = nn.Sequential(OrderedDict(body=nn.Linear(4, 6), head=head))
+    ll.inject(model, LoRA(rank=2), targets=["body"], also_train=["head"])
+    randomise(model)
+    assert ll.export(model, tmp_path / "out").verified_by.startswith(opened_by)
+
+
+def test_a_name_that_peft_saves_twice_is_found(tmp_path: Path) -> None:
+    """peft puts a copy into the copy of a module whose name ends the same, and then misses its own tensors."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)))
+    ll.inject(model, LoRA(rank=2), targets=["0"], exclude=["1"], also_train=["1"])
+    with pytest.raises(ExportError, match=r"peft 0\..* does not open the export: KeyError: .*1\.1\.weight"):
+        ll.export(model, tmp_path / "out")
 
 
 def change_config(folder: Path, **values: Any) -> None:
