@@ -109,10 +109,10 @@ def load_with_peft(model: nn.Module, folder: Path) -> nn.Module:
     Raises:
         ExportError: peft misses tensors in the file.
     """
-    import peft
-
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        import peft
+
         theirs: nn.Module = peft.PeftModel.from_pretrained(model, folder)
     missing = [str(warning.message) for warning in caught if "missing adapter keys" in str(warning.message)]
     if missing:
