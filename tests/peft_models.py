@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -17,6 +18,18 @@ from lora_lightning.exporters.peft import rules as peft_rules
 
 LoRA, RoseLoRA, DoRA = (ll.method(name) for name in ("LoRA", "RoseLoRA", "DoRA"))
 
+
+PEFT_WARNINGS = [
+    # peft 0.21.2 reads a name that transformers 5.23 has renamed
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # peft takes its own one-dimensional lora_B.bias for a sharded factor
+    pytest.mark.filterwarnings(
+        "ignore:Adapter 'default'. .*LoRA tensor.s. have invalid shape. .*lora_B.bias:peft.utils.warning.PeftWarning"
+    ),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
+]
+"""Marks for tests in which peft itself runs."""
 
 Build = Callable[[], nn.Module]
 

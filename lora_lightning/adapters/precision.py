@@ -24,12 +24,17 @@ def kept(change: Callable[[Tensor], Tensor], precise: Callable[[Tensor], bool]) 
 
 
 def compute_in_float32(owners: Iterable[nn.Module]) -> None:
-    """Turn a module's own half-precision parameters to float32; what it takes and gives stays in half precision."""
+    """Turn a module's own half-precision parameters to float32; what it takes and gives stays in half precision.
+
+    A parameter that several of them share stays shared.
+    """
+    precise: dict[int, nn.Parameter] = {}
     for owner in owners:
         half = next((p.dtype for p in owner.parameters(recurse=False) if p.dtype in HALVES), None)
         if half is not None:
             for name, parameter in list(owner.named_parameters(recurse=False)):
-                owner._parameters[name] = nn.Parameter(parameter.detach().float(), parameter.requires_grad)
+                new = nn.Parameter(parameter.detach().float(), parameter.requires_grad)
+                owner._parameters[name] = precise.setdefault(id(parameter), new)
             owner.register_forward_pre_hook(_raise_inputs)
             owner.register_forward_hook(functools.partial(_lower_output, half))
 

@@ -22,7 +22,7 @@ from torch import nn
 from lora_lightning.errors import ExportError, PluginError, did_you_mean
 from lora_lightning.exporters.folder import SIDE_FILE, check_free, check_only_ours, finish_interrupted, write_folder
 from lora_lightning.exporters.peft import read as peft_import
-from lora_lightning.exporters.report import ExportReport, Written
+from lora_lightning.exporters.report import ExportReport, Origin, Written
 from lora_lightning.exporters.source import Source, find
 from lora_lightning.injection.heads import heads_of
 from lora_lightning.injection.report import InjectionReport
@@ -41,6 +41,7 @@ def export(
     name: str = "default",
     rank: int | None = None,
     verify: bool = True,
+    origin: Origin | None = None,
 ) -> ExportReport:
     """Write one adapter of `model` in another library's format; the model stays as it is, bit for bit.
 
@@ -52,7 +53,9 @@ def export(
         name: which adapter.
         rank: for "peft" and other formats that take it, the largest rank; an update without so small a form is
             truncated, and the fraction lost reported.
-        verify: read the files back and compare: updates up to rounding, heads and merged weights bit for bit.
+        verify: read the files back and compare: updates up to rounding, heads and merged weights bit for bit. "peft" is
+            opened by peft where it is installed, else by its rules, and must compute the same on the base model.
+        origin: where adapter and base lie on the disk; then "peft" is opened in a fresh process too.
 
     Returns:
         What was written, how exact it is, and the largest difference found.
@@ -74,6 +77,8 @@ def export(
             written = writer.write(source, beside, rank, verify)
         if not isinstance(written, Written):
             raise PluginError(f'format "{format}": {writer.__name__}.write returned {written!r}, which is no Written.')
+        if verify and origin is not None and hasattr(writer, "write_afresh"):
+            written = writer.write_afresh(source, beside, written, origin)
         files = tuple(sorted(path.name for path in beside.iterdir()))
         write_json(beside / SIDE_FILE, _description(source, format, written, files))
         return written, (*files, SIDE_FILE)

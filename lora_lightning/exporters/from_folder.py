@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lora_lightning.errors import AdapterFileError, ExportError, ModelError
 from lora_lightning.exporters.export import export, find_writer
 from lora_lightning.exporters.folder import check_free
+from lora_lightning.exporters.report import Origin
 from lora_lightning.models.pretrained import resolve
 from lora_lightning.models.quantized_loading import Loading, check_format
 from lora_lightning.models.random import build_random, config_of, is_random
@@ -48,13 +49,17 @@ def export_folder(
         folder = resolve(base, field=where)
     except ModelError as error:
         raise ExportError(f"{error}{'' if pretrained else ' Give the base model with --pretrained.'}") from error
-    model = _load_base(folder, stored, where, "auto" if format == "merged" else torch.float32)
+    model = load_base(folder, stored, where, "auto" if format == "merged" else torch.float32)
     load_stored(model, stored, adapter, stored.name)
-    return str(export(model, output, format, stored.name, rank))
+    return str(export(model, output, format, stored.name, rank, origin=Origin(adapter, base)))
 
 
-def _load_base(folder: str, stored: Stored, where: str, dtype: torch.dtype | str) -> nn.Module:
-    """The base model in the class it was trained in, its head as large as the stored one."""
+def load_base(folder: str, stored: Stored, where: str, dtype: torch.dtype | str = torch.float32) -> nn.Module:
+    """The base model in the class it was trained in, its head as large as the stored one.
+
+    Raises:
+        ExportError: it cannot be loaded, or lacks weights that the adapter does not bring.
+    """
     import transformers
 
     from lora_lightning.models.loading import quantized_options, zero_absent  # imports transformers

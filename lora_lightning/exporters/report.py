@@ -6,6 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where an adapter and its base model lie on the disk."""
+
+    adapter: Path
+    base: str
+    """A folder or a name of a pretrained model."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Written:
     """What a format's writer did inside the folder it was given."""
@@ -15,7 +24,11 @@ class Written:
     layers: int
     """Adapted layers in the export."""
     difference: float | None
-    """Largest absolute difference found on reading back; None where nothing was verified."""
+    """Largest absolute difference found on reading back; None where nothing was compared."""
+    verified_by: str = "reading back"
+    """Who opened what was written, and what was compared; "" where nobody could."""
+    not_run: str = ""
+    """Why nobody could."""
     discarded: dict[str, float] = field(default_factory=dict)
     """Layer path to the fraction of the update's energy (sum of squares) that a truncation left out."""
     notes: tuple[str, ...] = ()
@@ -33,8 +46,10 @@ class ExportReport(Written):
         lines = [f'{self.format} ({self.kind}): {self.layers} layers to "{self.directory}": {", ".join(self.files)}']
         if self.difference is None:
             lines.append("  not verified: verify=False")
+        elif self.verified_by:
+            lines.append(f"  verified by {self.verified_by}; largest difference {self.difference:.3g}")
         else:
-            lines.append(f"  verified by reading back; largest difference {self.difference:.3g}")
+            lines.append(f"  read back tensor by tensor, but not run: {self.not_run}")
         if self.discarded:
             worst = max(self.discarded, key=lambda path: self.discarded[path])
             lines.append(

@@ -102,13 +102,19 @@ def place_adapters(
     attach(anatomy.model, name, linked)
     hold_statistics(anatomy)
     freeze(anatomy.parameters.values())  # before some are replaced by copies in float32
-    compute_in_float32({anatomy.modules[parameter.rpartition(".")[0]]: None for parameter in record.trained})
+    compute_in_float32(_owners(anatomy, record.trained))
     add_record(anatomy.model, name, record)
     activate(layers.values(), [name])
     keep_base_heads(anatomy.model, record.trained)
     show_heads(anatomy.model, [name])
     train_only(anatomy.model, layers.values(), [name] if trainable else trained_before)
     return layers
+
+
+def _owners(anatomy: Anatomy, trained: Iterable[str]) -> dict[nn.Module, None]:
+    """Modules that hold the parameters of these names, all of them where one is shared."""
+    names = [name for first in trained for name in anatomy.users[id(anatomy.parameters[first])]]
+    return {anatomy.modules[name.rpartition(".")[0]]: None for name in names}
 
 
 def _put_layer(anatomy: Anatomy, path: str, base: BaseLayer) -> AdaptedLayer:

@@ -4,8 +4,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import Adapter, FactorPair, RunningSum, check_name, pair_groups, write_values
+from lora_lightning.adapters.base import (
+    Adapter,
+    FactorPair,
+    RunningSum,
+    check_name,
+    check_rank,
+    pair_groups,
+    write_values,
+)
 from lora_lightning.adapters.layers.base import BaseLayer
+from lora_lightning.adapters.layers.kinds import LinearBase
 from lora_lightning.errors import SettingsError
 
 
@@ -93,3 +102,10 @@ def test_names_that_can_be_module_names(name: str) -> None:
 def test_names_that_cannot(name: str) -> None:
     with pytest.raises(SettingsError, match=f'adapter name is "{name}"; it must be letters'):
         check_name(name)
+
+
+def test_a_rank_above_the_narrow_side() -> None:
+    base = LinearBase(nn.Linear(4, 3))
+    check_rank(base, 3)
+    with pytest.raises(SettingsError, match="takes at most 3"):
+        check_rank(base, 7)

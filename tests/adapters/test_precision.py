@@ -11,6 +11,7 @@ from toy_runs import classification, encoder_folder, labelled_data, trainer
 from ll_lora import LoRA
 from ll_optimizers.riemannian import RiemannianAdamW
 from ll_riemannian_moe import MoELoRA
+from lora_lightning.adapters.precision import compute_in_float32
 from lora_lightning.errors import SettingsError, TrainingError
 from lora_lightning.injection.inject import inject
 from lora_lightning.injection.records import adapters_named
@@ -107,3 +108,11 @@ def test_half_adapters_when_asked(encoder, tmp_path):
 def test_what_cannot_work_is_refused(encoder, dtype, precision, message):
     with pytest.raises(SettingsError, match=message):
         trained(classification(encoder, LoRA(rank=2), dtype=dtype), encoder, precision)
+
+
+def test_a_parameter_that_two_layers_share_stays_shared() -> None:
+    one, two = nn.Linear(2, 2, bias=False).bfloat16(), nn.Linear(2, 2).bfloat16()
+    two.weight = one.weight
+    compute_in_float32([one, two])
+    assert one.weight is two.weight
+    assert one.weight.dtype == two.bias.dtype == torch.float32

@@ -32,6 +32,8 @@ def test_peft_from_an_adapter_folder(trained: Path) -> None:
     assert read_folder("adapter").base == "base"
     text = export_folder(Path("adapter"), Path("out"), "peft")
     assert text.startswith('peft (native): 12 layers to "out"')
+    assert "verified by peft 0." in text
+    assert "in a process of its own on the base model, outputs alike up to" in text
     model = transformers.BertForSequenceClassification.from_pretrained(
         "base", num_labels=3, ignore_mismatched_sizes=True
     )

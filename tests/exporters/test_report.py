@@ -15,6 +15,10 @@ def report(**options: object) -> str:
 def test_what_was_written_and_how_exact_it_is() -> None:
     assert report() == 'peft (native): 3 layers to "out": a, b\n  verified by reading back; largest difference 1e-07'
     assert "  not verified: verify=False" in report(difference=None)
+    assert "  verified by peft 9; largest difference 1e-07" in report(verified_by="peft 9")
+    assert report(verified_by="", not_run="no inputs").splitlines()[1:] == [
+        "  read back tensor by tensor, but not run: no inputs"
+    ]
     assert report(notes=("one", "two")).endswith("  note: one\n  note: two")
 
 

@@ -37,10 +37,15 @@ def named_in_file(stacks: Stacks, targets: Iterable[str]) -> dict[str, tuple[str
     """(parameter, experts) by the path under which a file has its factors, for `target_parameters`."""
     found = {}
     for owner, parameters in stacks.items():
-        wrapped = [p for p in parameters if any(p[0] == t or p[0].endswith(f".{t}") for t in targets)]
+        wrapped = [p for p in parameters if is_target(p[0], targets)]
         for depth, parameter in enumerate(reversed(wrapped)):
             found[owner + ".base_layer" * depth] = parameter
     return found
+
+
+def is_target(parameter: str, targets: Iterable[str]) -> bool:
+    """Whether `target_parameters` selects a parameter."""
+    return any(parameter == target or parameter.endswith(f".{target}") for target in targets)
 
 
 def side_by_side(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

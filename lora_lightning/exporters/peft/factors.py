@@ -18,7 +18,7 @@ from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.errors import ExportError
 from lora_lightning.exporters.peft import rules as peft_rules
-from lora_lightning.exporters.peft.folder import MAGNITUDE
+from lora_lightning.exporters.peft.keys import MAGNITUDE
 from lora_lightning.exporters.peft.rules import TYPE
 from lora_lightning.exporters.source import Source
 

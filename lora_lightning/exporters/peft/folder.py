@@ -8,6 +8,7 @@ base_model.model.<path>.lora_embedding_A       (r, vocabulary)      lora_embeddi
 base_model.model.<path>.lora_magnitude_vector  (d_out,)             convolutions (1, d_out, 1, ...)
 base_model.model.<path>.token_adapter.trainable_tokens_delta   rows of new tokens (n, width)
 base_model.model.<path>.base_layer.weight      an adapted layer's own weight
+base_model.model.<path>.base_layer.bias        its bias, trained in full with bias="all" or "lora_only"
 base_model.model.<name>                        a parameter of a module that is saved whole
 
 delta = lora_alpha / r * B @ A,   use_rslora: lora_alpha / sqrt(r)
@@ -24,25 +25,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_lightning.errors import AdapterFileError, nearest
-from lora_lightning.exporters.peft.experts import Stacks, named_in_file, stacked
-from lora_lightning.exporters.peft.rules import CONFIG, DEFAULT_ALPHA, DEFAULT_RANK, PREFIX, TENSORS, pattern_value
+from lora_lightning.exporters.peft.experts import Stacks, is_target, named_in_file, stacked
+from lora_lightning.exporters.peft.keys import MAGNITUDE, Name, understand
+from lora_lightning.exporters.peft.rules import CONFIG, DEFAULT_ALPHA, DEFAULT_RANK, TENSORS, pattern_value
 
 PICKLE = "adapter_model.bin"
-MAGNITUDE = "lora_magnitude_vector"
-ROWS = ".token_adapter.trainable_tokens_delta"
-_ROLES = {
-    ".lora_A.weight": "A",
-    ".lora_B.weight": "B",
-    ".lora_B.bias": "bias",
-    ".lora_embedding_A": "A",
-    ".lora_embedding_B": "B",
-    ".base_layer.weight": "base",
-    f".{MAGNITUDE}": MAGNITUDE,
-}
 
 
 @dataclass(frozen=True)
@@ -61,6 +53,10 @@ class PeftLayer:
     """Tensors beside the factors, (d_out,), by name."""
     lead: tuple[int, ...] = ()
     """(E,) for stacked experts: leading axis of both factors."""
+    base_bias: Tensor | None = None
+    """The layer's own bias, where it travels along."""
+    trains_base_bias: bool = False
+    """Whether that has trained, with `bias="all"` or "lora_only"."""
 
     @property
     def rank(self) -> int:
@@ -76,6 +72,14 @@ class PeftLayer:
         """The product of the factors, scaled, (*lead, d_out, d_in), in float64."""
         A, B = self.matrices
         return self.scaling * (B.double() @ A.double())
+
+    def bias_delta(self, own: Tensor | None) -> Tensor | None:
+        """What the layer adds to its own bias, (d_out,), in float32; None where no bias trained."""
+        delta = None if self.bias is None else self.scaling * self.bias.float()
+        if self.trains_base_bias and self.base_bias is not None and own is not None:
+            change = self.base_bias.float() - own.detach().cpu().float()
+            delta = change if delta is None else delta + change
+        return delta
 
     def update(self, weight: Tensor) -> Tensor:
         """What the layer adds to its weight (d_out, d_in), in float64; NaN in a row by whose length 0 peft divides."""
@@ -96,7 +100,11 @@ class PeftFolder:
     heads: dict[str, Tensor]
     """Tensors of modules that are saved whole, by their name in the plain model."""
     rows: dict[str, Tensor] = field(default_factory=dict)
-    """Rows of new tokens, (n, width), by the layer's path."""
+    """Rows of tokens, (n, width), by the layer's path."""
+    keys: dict[tuple[str, str], str] = field(default_factory=dict)
+    """Name of each tensor in the file, by what it belongs to and its role (see `keys.Name`)."""
+    former: tuple[str, ...] = ()
+    """Paths of the layers in the file, where the model has other names now."""
 
 
 def read(directory: str | Path, stacks: Stacks) -> PeftFolder:
@@ -109,23 +117,15 @@ def read(directory: str | Path, stacks: Stacks) -> PeftFolder:
     Raises:
         AdapterFileError: missing, damaged, pickled, or with a tensor that this format does not have.
     """
-    config, tensors = _config(Path(directory)), _tensors(Path(directory))
+    config, tensors = read_config(directory), _tensors(Path(directory))
     found: dict[str, dict[str, Tensor]] = {}
-    heads: dict[str, Tensor] = {}
-    rows: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        if not key.startswith(PREFIX):
-            raise AdapterFileError(f'"{directory}": tensor {key} does not start with "{PREFIX}".')
-        name = key.removeprefix(PREFIX)
-        ending = next((ending for ending in _ROLES if name.endswith(ending)), None)
-        if ending is not None:
-            found.setdefault(name.removesuffix(ending), {})[_ROLES[ending]] = tensor
-        elif name.endswith(ROWS):
-            rows[name.removesuffix(ROWS)] = tensor
-        elif ".lora_" in name or ".token_adapter." in name or ".base_layer." in name:
-            raise AdapterFileError(f'"{directory}": tensor {name} belongs to a variant that is not read here.')
+    others: dict[str, dict[str, Tensor]] = {"head": {}, "rows": {}}
+    names = _without_copies(understand(tensors, f'"{directory}"'), tensors, directory)
+    for name in names:
+        if name.role in others:
+            others[name.role][name.path] = tensors[name.key]
         else:
-            heads[name] = tensor
+            found.setdefault(name.path, {})[name.role] = tensors[name.key]
     try:
         experts = named_in_file(stacks, config.get("target_parameters") or ())
         layers = dict(_layer(*experts.get(path, (path, 0)), parts, config) for path, parts in found.items())
@@ -133,7 +133,24 @@ def read(directory: str | Path, stacks: Stacks) -> PeftFolder:
         raise AdapterFileError(f'"{directory}": {CONFIG} cannot be read: {error}.') from error
     if not layers:
         raise AdapterFileError(f'"{directory}" holds no factor pair; an adapter without layers changes nothing.')
-    return PeftFolder(config, layers, heads, rows)
+    keys = {(experts.get(name.path, (name.path, 0))[0], name.role): name.key for name in names}
+    return PeftFolder(config, layers, others["head"], others["rows"], keys)
+
+
+def _without_copies(names: list[Name], tensors: dict[str, Tensor], directory: str | Path) -> list[Name]:
+    """Those that count.
+
+    Raises:
+        AdapterFileError: a head and its copy differ.
+    """
+    heads = {name.path: name for name in names if name.role == "head"}
+    for name in names:
+        if name.role == "copy":
+            head = heads.get(name.path)
+            if head is None or not torch.equal(tensors[head.key], tensors[name.key]):
+                what = f"{head.key} and {name.key} differ" if head else f"{name.key} comes without the tensor itself"
+                raise AdapterFileError(f'"{directory}": {what}; save the adapter with save_pretrained of peft.')
+    return [name for name in names if name.role not in ("copy", "original")]
 
 
 def _layer(path: str, experts: int, parts: dict[str, Tensor], config: dict[str, Any]) -> tuple[str, PeftLayer]:
@@ -141,14 +158,16 @@ def _layer(path: str, experts: int, parts: dict[str, Tensor], config: dict[str, 
     if "A" not in parts or "B" not in parts:
         raise AdapterFileError(f"{path}: the file holds {', '.join(sorted(parts))} only, no pair of factors.")
     rank = parts["A"].shape[0] // (experts or 1)
-    stated = pattern_value(config.get("rank_pattern") or {}, path, config.get("r", DEFAULT_RANK))
+    named = f"{path}.weight" if is_target(f"{path}.weight", config.get("target_parameters") or ()) else path
+    stated = pattern_value(config.get("rank_pattern") or {}, named, config.get("r", DEFAULT_RANK))
     width = rank * (experts or 1)
-    if rank != stated or not parts["A"].shape[0] == parts["B"].shape[1] == width:
+    grouped = parts["B"].dim() > 2 and parts["B"].shape[1] and not width % parts["B"].shape[1]  # of a convolution
+    if rank != stated or not (parts["A"].shape[0] == width and (grouped or parts["B"].shape[1] == width)):
         raise AdapterFileError(
             f"{path}: factors of shape {tuple(parts['A'].shape)} and {tuple(parts['B'].shape)} do not fit rank "
             f"{stated}, which {CONFIG} states."
         )
-    alpha = pattern_value(config.get("alpha_pattern") or {}, path, config.get("lora_alpha", DEFAULT_ALPHA))
+    alpha = pattern_value(config.get("alpha_pattern") or {}, named, config.get("lora_alpha", DEFAULT_ALPHA))
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     extra = {MAGNITUDE: parts[MAGNITUDE].flatten()} if MAGNITUDE in parts else {}
     if bool(extra) != bool(config.get("use_dora")):
@@ -157,11 +176,27 @@ def _layer(path: str, experts: int, parts: dict[str, Tensor], config: dict[str, 
             f"{config.get('use_dora', False)}; they belong together."
         )
     A, B = stacked(parts["A"], parts["B"], experts) if experts else (parts["A"], parts["B"])
-    lead = (experts,) if experts else ()
-    return path, PeftLayer(A, B, parts.get("bias"), parts.get("base"), alpha, scaling, extra, lead)
+    return path, PeftLayer(
+        A=A,
+        B=B,
+        bias=parts.get("bias"),
+        base=parts.get("base"),
+        alpha=alpha,
+        scaling=scaling,
+        extra=extra,
+        lead=(experts,) if experts else (),
+        base_bias=parts.get("base_bias"),
+        trains_base_bias=config.get("bias", "none") != "none",
+    )
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """The settings of such a folder.
+
+    Raises:
+        AdapterFileError: there are none, or they are damaged.
+    """
+    folder = Path(directory)
     path = folder / CONFIG
     if not path.is_file():
         inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
@@ -188,6 +223,13 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         raise AdapterFileError(f'"{folder}" holds no {TENSORS}.')
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise AdapterFileError(f'"{path}" is truncated or damaged: {error}.') from error
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise AdapterFileError(
+                f'"{folder}": tensor {key} holds NaN or infinity, so the adapter would give no numbers. It comes '
+                "from a run that diverged, or was damaged; take an earlier checkpoint."
+            )
+    return tensors

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from lora_lightning.errors import ExportError
 from lora_lightning.exporters.peft import rules as peft_rules
+from lora_lightning.exporters.peft.read_heads import tensors_of
 from lora_lightning.exporters.source import Source, users
+from lora_lightning.models.new_tokens import plain_vocabulary
 from lora_lightning.models.paths import plain
 
 _NO_COPY = (nn.ModuleList, nn.ModuleDict)
@@ -26,7 +28,28 @@ class Heads:
     copied: list[str] = field(default_factory=list)
     """Every module that peft replaces by a copy from the file."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    biases: list[str] = field(default_factory=list)
+    """Biases that trained without the rest of their modules: peft's `bias="all"`."""
     notes: list[str] = field(default_factory=list)
+
+
+def whole_vocabulary(source: Source) -> dict[str, Tensor]:
+    """Tensors of the base model that follow its vocabulary, of the full size with all new rows, by name.
+
+    Empty where rows of new tokens alone say the same: peft computes a layer with such rows without its bias.
+    """
+    if not source.extended:
+        return {}
+    before = tensors_of(source.host)
+    with plain_vocabulary(list(source.anatomy.extended.values()), source.anatomy.places):
+        after = tensors_of(source.host)
+        grown = {name: t.detach().cpu() for name, t in after.items() if name not in before or before[name] is not t}
+    trained = any(_in_extended(source, name) for name in source.heads)
+    return grown if trained or not all(name.endswith(".weight") for name in grown) else {}
+
+
+def _in_extended(source: Source, name: str) -> bool:
+    return any(name.startswith(f"{plain(path)}.") for path in source.here(source.anatomy.extended))
 
 
 def find_heads(source: Source) -> Heads:
@@ -36,9 +59,12 @@ def find_heads(source: Source) -> Heads:
         ExportError: a parameter that trains without the rest of its module, or an adapted layer inside a copied one.
     """
     modules = source.modules
-    own = _whole_modules(source)
+    extended = [plain(path) for path in source.here(source.anatomy.extended)]
+    own, biases = _whole_modules(source)
+    if any(_in_extended(source, name) for name in source.heads):
+        own += extended
     for task in dict.fromkeys((peft_rules.task_type(source.host), None)):
-        heads = Heads(task, own)
+        heads = Heads(task, own, biases=biases)
         saved = [*own, *peft_rules.task_heads(task)]
         heads.copied = peft_rules.wrapped(saved, modules)
         inside = [path for path in source.layers if any(path == m or path.startswith(f"{m}.") for m in heads.copied)]
@@ -49,7 +75,11 @@ def find_heads(source: Source) -> Heads:
             f"{inside[0]} is adapted, but lies in a module that peft would replace by a copy, because its name ends "
             f'like one of {", ".join(own)}. Use format="merged".'
         )
+    state = tensors_of(source.host) if biases else {}
+    heads.tensors |= {name: state[name].detach().cpu().clone() for name in biases}
     for path in heads.copied:
+        if any(path == other or path.startswith(f"{other}.") for other in extended):
+            continue  # see `whole_vocabulary`
         heads.tensors |= {f"{path}.{key}": t.detach().cpu().clone() for key, t in modules[path].state_dict().items()}
         if path not in own:
             heads.notes.append(
@@ -58,14 +88,14 @@ def find_heads(source: Source) -> Heads:
     return heads
 
 
-def _whole_modules(source: Source) -> list[str]:
-    """The largest modules that are fully trained.
+def _whole_modules(source: Source) -> tuple[list[str], list[str]]:
+    """The largest modules that are fully trained, and biases that train without the rest of their modules.
 
     Raises:
         ExportError: a parameter that trains without the rest of its module.
     """
     modules = source.modules
-    owned = [name.rpartition(".") for name in source.heads]
+    owned = [name.rpartition(".") for name in source.heads if not _in_extended(source, name)]
     trained = {id(modules[path]._parameters[leaf]) for path, _, leaf in owned}
     partly = _partly_frozen(source, trained)
 
@@ -74,18 +104,22 @@ def _whole_modules(source: Source) -> list[str]:
 
     by_parameter = users(modules, source.here(source.anatomy.adapted))
     found: dict[str, None] = {}
+    biases: dict[str, None] = {}
     for name in [n for key, names in by_parameter.items() if key in trained for n in names]:
         path, _, leaf = name.rpartition(".")
         if not path or not whole(path) or isinstance(modules[path], _NO_COPY):
+            if leaf == "bias":
+                biases[name] = None
+                continue
             raise ExportError(
-                f"{name} trains in full, but is not a whole module: peft saves modules, not single parameters such as "
-                f'"{leaf}". Train the whole module, or use format="merged".'
+                f"{name} trains in full, but is not a whole module: peft saves modules and biases, no single "
+                f'parameter such as "{leaf}". Train the whole module, or use format="merged".'
             )
         parent = path.rpartition(".")[0]
         while parent and whole(parent) and not isinstance(modules[parent], _NO_COPY):
             path, parent = parent, parent.rpartition(".")[0]
         found[path] = None
-    return list(found)
+    return list(found), list(biases)
 
 
 def _partly_frozen(source: Source, trained: Collection[int]) -> set[str]:

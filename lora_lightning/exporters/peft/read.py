@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,23 @@ from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.errors import AdapterFileError, PluginError, did_you_mean
 from lora_lightning.exporters.peft import folder as peft_file
 from lora_lightning.exporters.peft import rules as peft_rules
-from lora_lightning.exporters.peft.experts import find_stacks
+from lora_lightning.exporters.peft.experts import find_stacks, is_target
 from lora_lightning.exporters.peft.folder import PeftFolder, PeftLayer
+from lora_lightning.exporters.peft.former_names import with_present_names
+from lora_lightning.exporters.peft.read_back import check_read_back
+from lora_lightning.exporters.peft.read_heads import TRAINED_BIASES, find_heads, resize_hint, same, tensors_of
 from lora_lightning.exporters.peft.rules import TYPE
-from lora_lightning.exporters.peft.tokens import fill_rows, new_tokens, room_for
-from lora_lightning.exporters.source import plain_modules, users
+from lora_lightning.exporters.peft.selection import dead_settings, expected_modules
+from lora_lightning.exporters.peft.start_factors import changes_base, with_start
+from lora_lightning.exporters.peft.tokens import check_matrices, fill_rows, new_tokens, room_for, whole_matrices
+from lora_lightning.exporters.source import plain_modules
+from lora_lightning.injection.merge_model import eject
 from lora_lightning.injection.place import build_adapter, check_ready, place_adapters
-from lora_lightning.injection.records import AdapterRecord, records
+from lora_lightning.injection.records import AdapterRecord
 from lora_lightning.injection.report import InjectionReport, report_on
 from lora_lightning.injection.targets import Selection
 from lora_lightning.methods import Method, replace
 from lora_lightning.models.anatomy import Anatomy, survey
-from lora_lightning.models.paths import join
 from lora_lightning.plugins import registry
 
 _READ = frozenset({"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout"})
@@ -39,15 +45,17 @@ _DECIDED_BY_TENSORS = frozenset(
         "modules_to_save",
         "lora_bias",
         "trainable_token_indices",
+        "ensure_weight_tying",
     }
 )
 _NO_EFFECT = frozenset(
     {
         "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "megatron_core", "peft_version",
-        "qalora_group_size", "revision", "runtime_config", "task_type", "eva_config",
+        "qalora_group_size", "revision", "runtime_config", "task_type", "eva_config", "corda_config", "lora_ga_config",
     }
 )  # fmt: skip
-_STARTS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+_MERGE_IN_PEFT = "Where peft can merge it, use the model of its merge_and_unload()."
+_STARTS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 def import_folder(model: nn.Module, directory: str | Path, name: str) -> InjectionReport:
@@ -55,56 +63,113 @@ def import_folder(model: nn.Module, directory: str | Path, name: str) -> Injecti
     check_name(name)
     anatomy = survey(model)
     check_ready(anatomy, name)
+    _refuse_variants(peft_file.read_config(directory), directory)
     folder = peft_file.read(directory, find_stacks(anatomy.layers))
-    _refuse_variants(folder.config, directory)
-    with room_for(model, new_tokens(folder, directory), directory) as added_rows:
-        return _import(survey(model) if added_rows else anatomy, folder, directory, name)
+    folder = with_present_names(folder, anatomy, directory)
+    added, folder, matrices = whole_matrices(model, folder, directory)
+    with room_for(model, added or new_tokens(folder, directory), directory) as added_rows:
+        return _import(survey(model) if added_rows else anatomy, folder, matrices, directory, name)
 
 
-def _import(anatomy: Anatomy, folder: PeftFolder, directory: str | Path, name: str) -> InjectionReport:
+def _import(
+    anatomy: Anatomy, folder: PeftFolder, matrices: Mapping[str, Tensor], directory: str | Path, name: str
+) -> InjectionReport:
     reader = _reader(folder.config)
     modules = plain_modules(anatomy.model)
     base_layers = {}
     for path, layer in folder.layers.items():
         base_layers[path] = _base_layer(anatomy, modules, path, layer, directory)
-    targets = _heads(anatomy, modules, folder, directory)
-    method, settings = _settings(reader, folder, base_layers)
+    notes = _check_whole(anatomy, modules, folder, directory)
+    if changes_base(folder.config):
+        folder = with_start(folder, base_layers, find_stacks(anatomy.layers), directory)
+        notes += (
+            f"rank {folder.config['r']}: the start factors, which peft takes out of the base weights, are part of it",
+        )
+    heads = find_heads(anatomy, modules, folder, directory)
+    method, settings = _settings(reader, folder, base_layers, directory)
     seed = torch.initial_seed()
     adapters = {path: build_adapter(settings[path], path, base, seed) for path, base in base_layers.items()}
     rows = fill_rows(anatomy, folder, directory)
-    trained = [key for key, value in targets.items() if isinstance(value, nn.Parameter)] + rows
-    record = AdapterRecord(method, settings, tuple(trained), seed)
+    check_matrices(anatomy, matrices, directory)
+    record = AdapterRecord(method, settings, (*_trained(anatomy, heads), *rows), seed)
     layers = place_adapters(anatomy, name, adapters, record, base_layers, linked={})
-    for path, adapter in adapters.items():
-        _fill(adapter, folder.layers[path])
-    for key, target in targets.items():
-        write_values(target, folder.heads[key])
+    before = {key: tensor.detach().clone() for key, tensor in tensors_of(anatomy.model).items() if key in heads}
+    try:
+        for path, adapter in adapters.items():
+            _fill(adapter, folder.layers[path], layers[path].originals().get("bias"))
+        _write_heads(anatomy.model, heads)
+        check_read_back(anatomy, folder, name, directory)
+    except BaseException:
+        _write_heads(anatomy.model, before)
+        eject(anatomy.model, name)
+        raise
     tied = {path: layers[path].tied_to for path in adapters if layers[path].tied_to}
-    return report_on(anatomy, name, record, adapters, Selection(base_layers, tied=tied), _unmatched(folder))
+    return report_on(anatomy, name, record, adapters, Selection(base_layers, tied=tied), notes)
+
+
+def _write_heads(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Write parameters and buffers by name, looked up anew: placing an adapter replaces those in half precision."""
+    state = tensors_of(model)
+    for key, value in values.items():
+        write_values(state[key], value)
+
+
+def _trained(anatomy: Anatomy, heads: Iterable[str]) -> list[str]:
+    """Names of the parameters among `heads`; one that has several names once, under the first."""
+    state = tensors_of(anatomy.model)
+    wanted = {id(state[key]) for key in heads}
+    return [name for name, parameter in anatomy.parameters.items() if id(parameter) in wanted]
+
+
+def _check_whole(
+    anatomy: Anatomy, modules: Mapping[str, nn.Module], folder: PeftFolder, directory: str | Path
+) -> tuple[str, ...]:
+    """Notes on settings that decide nothing.
+
+    Raises:
+        AdapterFileError: the configuration selects a layer that the file has no factors for.
+    """
+    names = {id(module): path for path, module in reversed(list(modules.items()))}
+    first = {path: module for path, module in modules.items() if names[id(module)] == path}
+    expected = expected_modules(folder.config, anatomy.model, first)
+    parameters = [path for owned in find_stacks(anatomy.layers).values() for path, _ in owned]
+    stated = folder.config.get("target_parameters") or ()
+    selected = [path for path in first if path in (expected or ()) or is_target(f"{path}.weight", stated)]
+    selected += [path for path in parameters if is_target(path, stated)]
+    missing = [path for path in selected if path not in folder.layers]
+    if missing:
+        raise AdapterFileError(
+            f'"{directory}" has no factors for {len(missing)} layers that its {peft_rules.CONFIG} selects: '
+            f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}. The file was saved in part; save it "
+            "whole, or name in target_modules, exclude_modules or layers_to_transform what it holds."
+        )
+    notes = dead_settings(folder.config, folder.former or folder.layers)
+    if expected is None:
+        notes += (f"{peft_rules.CONFIG} has no target_modules, so nothing says which layers the file should have",)
+    return notes
 
 
 def _refuse_variants(config: Mapping[str, Any], directory: str | Path) -> None:
     """Raise `AdapterFileError` for every setting that would make the factors mean something else."""
     if config.get("peft_type") != TYPE:
-        raise AdapterFileError(f'"{directory}" has peft_type {config.get("peft_type")!r}; only "{TYPE}" is read.')
+        raise AdapterFileError(
+            f'"{directory}" has peft_type {config.get("peft_type")!r}; only "{TYPE}" is read. {_MERGE_IN_PEFT}'
+        )
     start = config.get("init_lora_weights", True)
-    if start not in _STARTS_THAT_KEEP_THE_BASE:
+    if start not in _STARTS_THAT_KEEP_THE_BASE and not changes_base(config):
         raise AdapterFileError(
             f'"{directory}" has init_lora_weights={start!r}, with which peft changes the base weights on loading. '
             "Convert it in peft (save_pretrained with path_initial_model_for_weight_conversion), and read the result."
         )
-    if config.get("bias", "none") != "none":
-        raise AdapterFileError(
-            f'"{directory}" has bias={config["bias"]!r}, with which the biases of the base model were trained; only '
-            '"none" is read.'
-        )
+    if config.get("bias", "none") not in ("none", *TRAINED_BIASES):
+        raise AdapterFileError(f'"{directory}" has bias={config["bias"]!r}; "none", "all" and "lora_only" are read.')
     options = {key for method in _speaking() for key in method.peft_options}
     known = _READ | _DECIDED_BY_TENSORS | _NO_EFFECT | options | {"init_lora_weights", "bias"}
     unsupported = sorted(key for key, value in config.items() if value and key not in known)
     if unsupported:
         raise AdapterFileError(
             f'"{directory}" uses {", ".join(unsupported)}, which no installed method reads: its factors mean something '
-            "else than W + s B A."
+            f"else than W + s B A. {_MERGE_IN_PEFT}"
         )
 
 
@@ -142,10 +207,12 @@ def _base_layer(
         )
     there, base_layer = anatomy.layers[path]
     if base_layer is None:
-        raise AdapterFileError(f'"{directory}" adapts {path}, a {type(there).__name__}, which takes no adapter here.')
+        raise AdapterFileError(
+            f'"{directory}" adapts {path}, a {type(there).__name__}, which takes no adapter here. {_MERGE_IN_PEFT}'
+        )
     reason = peft_rules.unlike(path, modules, there)
     if reason:
-        raise AdapterFileError(f'"{directory}" adapts {path}: {reason}.')
+        raise AdapterFileError(f'"{directory}" adapts {path}: {reason}. {_MERGE_IN_PEFT}')
     shapes = tuple(tuple(matrix.shape) for matrix in layer.matrices)
     needed = (*base_layer.lead, layer.rank, base_layer.d_in), (*base_layer.lead, base_layer.d_out, layer.rank)
     if shapes != needed:
@@ -155,108 +222,53 @@ def _base_layer(
             raise AdapterFileError(
                 f'"{directory}": {key} of {path} has {values.numel()} numbers; the layer needs {base_layer.d_out}.'
             )
-    if layer.base is not None and not _same(layer.base, base_layer.stored):
-        raise AdapterFileError(
-            f'"{directory}" carries a base weight for {path} of shape {tuple(layer.base.shape)} that differs from the '
-            "model's own; load the same pretrained weights, and resize their vocabulary as it was, first."
-        )
+    _check_base(anatomy.model, path, layer, base_layer, directory)
     return base_layer
 
 
-def _same(value: Tensor, own: Tensor) -> bool:
-    return value.shape == own.shape and torch.equal(value.to(own.dtype), own.detach().cpu())
-
-
-def _heads(
-    anatomy: Anatomy, modules: Mapping[str, nn.Module], folder: PeftFolder, directory: str | Path
-) -> dict[str, Tensor]:
-    """Tensors of the model that the file replaces, by name: those of modules that were saved whole."""
-    state = {join(path, key): tensor for path, module in modules.items() for key, tensor in _own_tensors(module)}
-    saved = [*(folder.config.get("modules_to_save") or ()), *peft_rules.task_heads(folder.config.get("task_type"))]
-    whole = peft_rules.wrapped(saved, modules)
-    found = {}
-    for key, value in folder.heads.items():
-        _check_head(anatomy.model, state, key, value, directory)
-        if any(key.startswith(f"{path}.") for path in whole):
-            found[key] = state[key]
-        elif not _same(value, state[key]):
-            raise AdapterFileError(
-                f'"{directory}" carries {key}, which differs from the model\'s own and is in no module that '
-                "modules_to_save names; load the same pretrained weights first."
-            )
-    _check_saved(state, modules, folder, directory)
-    taken = {name: other for other, record in records(anatomy.model).items() for name in record.trained}
-    _refuse_shared(users(modules, anatomy.adapted), taken, found, folder.layers, directory)
-    return found
-
-
-def _check_saved(
-    state: Iterable[str], modules: Mapping[str, nn.Module], folder: PeftFolder, directory: str | Path
-) -> None:
-    """Raise `AdapterFileError` where the file lacks a tensor of a module that `modules_to_save` names."""
-    for path in peft_rules.wrapped(folder.config.get("modules_to_save") or (), modules):
-        missing = [key for key in state if key.startswith(f"{path}.") and key not in folder.heads]
-        if missing:
-            raise AdapterFileError(f'"{directory}": modules_to_save names {path}, but the file lacks {missing[0]}.')
-
-
-def _check_head(model: nn.Module, state: Mapping[str, Tensor], key: str, value: Tensor, directory: str | Path) -> None:
-    """Raise `AdapterFileError` unless the model has a tensor of that name and shape."""
-    if key not in state:
+def _check_base(model: nn.Module, path: str, layer: PeftLayer, base_layer: BaseLayer, directory: str | Path) -> None:
+    """Raise `AdapterFileError` unless what the file says of the layer itself is what the model has."""
+    if layer.base is not None and not same(layer.base, base_layer.stored):
         raise AdapterFileError(
-            f'"{directory}" carries {key}, which {type(model).__name__} lacks.{did_you_mean(key, state)}'
+            f'"{directory}" carries a base weight for {path} of shape {tuple(layer.base.shape)} that differs from the '
+            f"model's own, {tuple(base_layer.stored.shape)}; load the same pretrained weights first."
+            f"{resize_hint(model, base_layer.stored, layer.base)}"
         )
-    if value.shape != state[key].shape:
+    own = base_layer.bias
+    if layer.base_bias is None:
+        if layer.trains_base_bias and own is not None:
+            raise AdapterFileError(
+                f'"{directory}" has trained biases, but lacks that of {path}. Save it again with a newer peft.'
+            )
+        return
+    if own is None or own.shape != layer.base_bias.shape:
         raise AdapterFileError(
-            f'"{directory}": {key} has shape {tuple(value.shape)}; the model needs {tuple(state[key].shape)}.'
+            f'"{directory}" carries a bias of {path} of shape {tuple(layer.base_bias.shape)}; the model has '
+            f"{'none there' if own is None else tuple(own.shape)}."
         )
-
-
-def _refuse_shared(
-    by_id: Mapping[int, Sequence[str]],
-    taken: Mapping[str, str],
-    heads: Mapping[str, Tensor],
-    layers: Iterable[str],
-    directory: str | Path,
-) -> None:
-    """Raise `AdapterFileError` if a head is adapted, another adapter's too, or tied to a parameter that is no head.
-
-    Args:
-        by_id: names under which each parameter is used, by its id.
-        taken: names of parameters that train with another adapter, and which.
-        heads: tensors that the file replaces, by name.
-        layers: paths of the layers that the file adapts.
-        directory: the folder, for messages.
-    """
-    for key, tensor in heads.items():
-        if key in taken:
-            raise AdapterFileError(
-                f'"{directory}" carries {key}, which adapter "{taken[key]}" of the model has trained too; a model '
-                "has one set of heads, so import it into a model of its own."
-            )
-        others = [other for other in by_id.get(id(tensor), ()) if other not in heads]
-        if others:
-            raise AdapterFileError(
-                f'"{directory}" carries {key}, which shares its weight with {others[0]} in this model, while peft '
-                "trained a copy. Untie the weight first."
-            )
-    whole = {key.rpartition(".")[0] for key in [*heads, *taken]}
-    both = sorted(whole & set(layers))
-    if both:
-        raise AdapterFileError(f'"{directory}" adapts {both[0]}, which trains in full as well; one of the two only.')
-
-
-def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
-    return [(key, tensor) for key, tensor in own.items() if key not in module._non_persistent_buffers_set]
+    if not layer.trains_base_bias and not same(layer.base_bias, own):
+        raise AdapterFileError(
+            f'"{directory}" carries a bias of {path} that differs from that of the model; load the same pretrained '
+            "weights first."
+        )
 
 
 def _settings(
-    reader: type[Method], folder: PeftFolder, base_layers: Mapping[str, BaseLayer]
+    reader: type[Method], folder: PeftFolder, base_layers: Mapping[str, BaseLayer], directory: str | Path
 ) -> tuple[Method, dict[str, Method]]:
-    """The method with the file's settings, as a whole and for each layer."""
+    """The method with the file's settings, as a whole and for each layer.
+
+    Raises:
+        AdapterFileError: a bias trained, and the method has none that does.
+    """
     config = folder.config
-    with_bias = {"bias": True} if any(layer.bias is not None for layer in folder.layers.values()) else {}
+    trained = {path: layer.bias_delta(base_layers[path].bias) is not None for path, layer in folder.layers.items()}
+    with_bias = {"bias": True} if any(trained.values()) else {}
+    if with_bias and not any(field.name == "bias" for field in dataclasses.fields(reader)):
+        raise AdapterFileError(
+            f'"{directory}" has trained the bias of {next(path for path in trained if trained[path])}, which '
+            f"{reader.__name__} cannot. {_MERGE_IN_PEFT}"
+        )
     method = replace(
         reader(),
         peft_rules.CONFIG,
@@ -272,30 +284,20 @@ def _settings(
     for path, layer in folder.layers.items():
         own: dict[str, Any] = {"rank": layer.rank, "alpha": float(layer.alpha)}
         if with_bias:
-            own["bias"] = layer.bias is not None
+            own["bias"] = trained[path]
         if base_layers[path].kind == "embedding":
             own["dropout"] = 0.0  # peft drops nothing there either
         settings[path] = replace(method, path, own)
     return method, settings
 
 
-def _fill(adapter: Adapter, layer: PeftLayer) -> None:
+def _fill(adapter: Adapter, layer: PeftLayer, bias: Tensor | None) -> None:
+    """Write the factors of one layer, whose own bias is `bias`."""
     (pair,) = adapter.factor_pairs()
     for factor, matrix in zip((pair.lora_A, pair.lora_B), layer.matrices, strict=True):
         write_values(factor, matrix)
     for key, tensor in adapter.peft_tensors().items():
         write_values(tensor, layer.extra[key])
-    if layer.bias is not None:
-        write_values(adapter.get_parameter("bias_delta"), layer.scaling * layer.bias)
-
-
-def _unmatched(folder: PeftFolder) -> tuple[str, ...]:
-    """Targets that the configuration names, but no tensor belongs to; peft says nothing about them."""
-    targets = folder.config.get("target_modules") or ()
-    if isinstance(targets, str):
-        return ()
-    return tuple(
-        f'target_modules names "{target}", which no tensor of the file belongs to.{did_you_mean(target, folder.layers)}'
-        for target in targets
-        if not peft_rules.selected([target], (), folder.layers)
-    )
+    delta = layer.bias_delta(bias)
+    if delta is not None:
+        write_values(adapter.get_parameter("bias_delta"), delta)

@@ -111,6 +111,21 @@ def patterns_for(values: Mapping[str, float], default: float) -> dict[str, float
     return {f"^{re.escape(path)}": value for path, value in differing.items()}
 
 
+def as_parameters(
+    paths: Collection[str], modules: Mapping[str, nn.Module], experts: bool, layers: Iterable[str] = ()
+) -> list[str]:
+    """Those of `paths` whose name peft takes for the fused experts, and which `target_parameters` selects all the same.
+
+    Args:
+        paths: adapted layers.
+        modules: every module of the plain model by path.
+        experts: what `renames_experts` says of the model.
+        layers: layers with something beside their factors, which peft has no place for in a parameter.
+    """
+    taken = [path for path in paths if experts and path.rpartition(".")[2] in _EXPERT_NAMES]
+    return [path for path in taken if isinstance(modules.get(path), nn.Linear) and path not in set(layers)]
+
+
 def targets_for(
     paths: Collection[str], saved: Collection[str], modules: Collection[str], experts: bool
 ) -> str | list[str]:
@@ -128,8 +143,9 @@ def targets_for(
     renamed = [path for path in paths if experts and path.rpartition(".")[2] in _EXPERT_NAMES]
     if renamed:
         raise ExportError(
-            f"{renamed[0]}: in this model peft takes the name for the fused experts, so no adapter_config.json selects "
-            'the layer. Exclude it from training, or use format="merged".'
+            f"{renamed[0]}: in this model peft takes the name for the fused experts, so only target_parameters selects "
+            "the layer, which has a place for factors alone: no DoRA, no bias. Train it without these, "
+            'exclude it, or use format="merged".'
         )
     last_names = sorted({path.rpartition(".")[2] for path in paths})
     candidates: list[str | list[str]] = [last_names, sorted(paths)]
@@ -144,6 +160,11 @@ def targets_for(
         f"lies inside a module that is saved whole ({', '.join(saved) or 'none'}), or its path ends like another's. "
         'Use format="merged".'
     )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether "all-linear" means the module."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def unlike(path: str, modules: Mapping[str, nn.Module], layer: nn.Module) -> str | None:

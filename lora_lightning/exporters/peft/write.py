@@ -5,7 +5,10 @@ lora_alpha = scaling * r; `use_rslora` is never needed.
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +26,14 @@ from lora_lightning.exporters.peft import folder as peft_file
 from lora_lightning.exporters.peft import rules as peft_rules
 from lora_lightning.exporters.peft.experts import Stacks
 from lora_lightning.exporters.peft.factors import Factors, delta, find_factors, original
-from lora_lightning.exporters.peft.folder import ROWS, PeftLayer
-from lora_lightning.exporters.peft.heads import Heads, find_heads
+from lora_lightning.exporters.peft.folder import PeftLayer
+from lora_lightning.exporters.peft.fresh import verify_afresh
+from lora_lightning.exporters.peft.heads import Heads, find_heads, whole_vocabulary
+from lora_lightning.exporters.peft.keys import ROWS
 from lora_lightning.exporters.peft.rules import CONFIG, PREFIX, TENSORS, TYPE
-from lora_lightning.exporters.report import Written
+from lora_lightning.exporters.peft.verify import Verdict
+from lora_lightning.exporters.peft.verify import verify as check_export
+from lora_lightning.exporters.report import Origin, Written
 from lora_lightning.exporters.source import Source, check_finite, write_files
 from lora_lightning.storage.atomic import write_json
 
@@ -49,31 +56,53 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     factors, options = find_factors(source, rank)
     heads = find_heads(source)
     stacks = peft_experts.find_stacks(source.here(source.anatomy.layers))
-    tensors = {f"{PREFIX}{name}": tensor for name, tensor in heads.tensors.items()}
+    tensors: dict[str, Tensor] = {}
     with_bias = any(f.bias is not None for f in factors.values())
     in_file = _paths_in_file(source, stacks)
     for path, layer in source.layers.items():
         found = _layer_tensors(path, layer, factors[path], with_bias)
+        if heads.biases and "bias" in layer.originals():  # peft trains that of an adapted layer then, too
+            found.append((".base_layer.bias", layer.originals()["bias"].detach().cpu()))
         tensors |= {f"{PREFIX}{in_file[path]}{end}": tensor for end, tensor in found}
-    rows = {path: layer.new_rows.detach().cpu().clone() for path, layer in source.extended.items()}
+    whole = whole_vocabulary(source)
+    rows = {path: layer.new_rows.detach().cpu() for path, layer in source.extended.items() if not whole}
     tensors |= {f"{PREFIX}{path}{ROWS}": values for path, values in rows.items()}
+    heads.tensors |= whole
+    tensors |= {f"{PREFIX}{name}": tensor for name, tensor in heads.tensors.items()}
     check_finite("the adapter", tensors.values())
     write_files(source.tokenizer, folder)
     # copies, since layers may share a factor, which the file has for each of them
     own = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
     save_file(own, folder / TENSORS, {"format": "pt"})
-    write_json(folder / CONFIG, {**_config(source, factors, heads, with_bias), **options})
-    difference = _verified(source, folder, factors, heads, stacks) if verify else None
+    write_json(folder / CONFIG, {**_config(source, factors, heads, with_bias, rows), **options})
+    difference = _verified(source, folder, factors, heads, stacks, rows) if verify else None
     discarded = {path: f.discarded for path, f in factors.items() if f.discarded}
+    verdict = check_export(source, folder, bool(discarded)) if verify else Verdict("", ran=False)
     method = type(source.record.method)
     exact = "native" if method.peft_type == TYPE and method.peft_options == options else "exact LoRA"
     return Written(
         kind="truncated SVD" if discarded else exact,
         layers=len(factors),
         difference=difference,
+        verified_by=verdict.by if verdict.ran else "",
+        not_run="" if verdict.ran else verdict.by,
         discarded=discarded,
-        notes=tuple(heads.notes + _bias_notes(source, with_bias) + _token_notes(source)),
+        notes=tuple(heads.notes + _bias_notes(source, with_bias) + _token_notes(source, bool(whole))),
     )
+
+
+def write_afresh(source: Source, folder: Path, written: Written, origin: Origin) -> Written:
+    """What was written, after peft has opened it in a process of its own, where it is installed.
+
+    Raises:
+        ExportError: it computes something else there.
+    """
+    if not (written.verified_by and importlib.util.find_spec("peft")):
+        return written
+    verdict = verify_afresh(source, folder, origin, bool(written.discarded))
+    if verdict.ran:
+        return replace(written, verified_by=verdict.by)
+    return replace(written, notes=(*written.notes, f"not opened in a process of its own: {verdict.by}"))
 
 
 # -- tensors -----------------------------------------------------------------------------------------------------------
@@ -117,15 +146,20 @@ def _layer_tensors(path: str, layer: AdaptedLayer, factors: Factors, with_bias: 
 # -- configuration -----------------------------------------------------------------------------------------------------
 
 
-def _config(source: Source, factors: dict[str, Factors], heads: Heads, with_bias: bool) -> dict[str, Any]:
+def _config(
+    source: Source, factors: dict[str, Factors], heads: Heads, with_bias: bool, rows: Collection[str]
+) -> dict[str, Any]:
     """What differs from peft's defaults, and what is always needed."""
-    ranks = {path: f.rank for path, f in factors.items()}
-    alphas = {path: _number(f.scaling * f.rank) for path, f in factors.items()}
-    (rank, alpha), _ = Counter(zip(ranks.values(), alphas.values(), strict=True)).most_common(1)[0]
     saved = [*heads.modules, *peft_rules.task_heads(heads.task)]
     parameters = _expert_parameters(source)
-    layers = [path for path in factors if path not in parameters]
     experts = peft_rules.renames_experts(source.host, source.here(dict.fromkeys(source.anatomy.fused)))
+    more = factors if with_bias else [path for path, f in factors.items() if f.extra]
+    renamed = peft_rules.as_parameters(factors, source.modules, experts, more)
+    layers = [path for path in factors if path not in {*parameters, *renamed}]
+    named = {path: f"{path}.weight" if path in renamed else path for path in factors}
+    ranks = {named[path]: f.rank for path, f in factors.items()}
+    alphas = {named[path]: _number(f.scaling * f.rank) for path, f in factors.items()}
+    (rank, alpha), _ = Counter(zip(ranks.values(), alphas.values(), strict=True)).most_common(1)[0]
     transposed = any(isinstance(layer.base_layer, TransposedBase) for layer in source.layers.values())
     optional = {
         "task_type": heads.task,
@@ -134,9 +168,10 @@ def _config(source: Source, factors: dict[str, Factors], heads: Heads, with_bias
         "alpha_pattern": peft_rules.patterns_for(alphas, alpha),
         "fan_in_fan_out": transposed,
         "lora_bias": with_bias,
+        "bias": "all" if heads.biases else None,
         "modules_to_save": heads.modules,
-        "target_parameters": parameters,
-        "trainable_token_indices": _token_indices(source),
+        "target_parameters": [*parameters, *(named[path] for path in renamed)],
+        "trainable_token_indices": _token_indices(source) if rows else None,
     }
     return {
         "peft_type": TYPE,
@@ -162,15 +197,25 @@ def _token_indices(source: Source) -> dict[str, list[int]] | list[int]:
     return ids if len(ids) > 1 else next(iter(ids.values()), [])
 
 
-def _token_notes(source: Source) -> list[str]:
+def _token_notes(source: Source, whole: bool) -> list[str]:
     size = max((layer.num_embeddings for layer in source.extended.values()), default=0)
-    return [f"before peft loads it, the model needs room: resize_token_embeddings({size})"] if size else []
+    notes = [f"before peft loads it, the model needs room: resize_token_embeddings({size})"] if size else []
+    if whole:
+        notes.append("whole matrices of the vocabulary are in the file, because rows alone do not say the same in peft")
+    return notes
 
 
 # -- verification ------------------------------------------------------------------------------------------------------
 
 
-def _verified(source: Source, folder: Path, factors: dict[str, Factors], heads: Heads, stacks: Stacks) -> float:
+def _verified(
+    source: Source,
+    folder: Path,
+    factors: dict[str, Factors],
+    heads: Heads,
+    stacks: Stacks,
+    rows: Mapping[str, Tensor],
+) -> float:
     """Largest difference between what the files say and what the adapter does, over all layers.
 
     Raises:
@@ -179,12 +224,11 @@ def _verified(source: Source, folder: Path, factors: dict[str, Factors], heads: 
     written = peft_file.read(folder, stacks)
     if written.layers.keys() != factors.keys() or written.heads.keys() != heads.tensors.keys():
         raise ExportError("the files do not read back: they list other layers or heads than were written.")
-    for path, layer in source.extended.items():
-        if not torch.equal(written.rows.get(path, torch.empty(0)), layer.new_rows.detach().cpu()):
+    for path, values in rows.items():
+        if not torch.equal(written.rows.get(path, torch.empty(0)), values):
             raise ExportError(f"the new tokens' rows of {path} do not read back bit for bit.")
     for name, value in written.heads.items():
-        path = next(path for path in heads.copied if name.startswith(f"{path}."))
-        if not torch.equal(value, source.modules[path].state_dict()[name.removeprefix(f"{path}.")].cpu()):
+        if not torch.equal(value, heads.tensors[name]):
             raise ExportError(f"{name} does not read back bit for bit.")
     return max(_layer_difference(source, path, layer, factors[path]) for path, layer in written.layers.items())
 

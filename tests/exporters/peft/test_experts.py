@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_lightning as ll
@@ -188,3 +189,12 @@ def test_wrappers_nest_in_the_owners_order() -> None:
     named = named_in_file(find_stacks(survey(model).layers), EXPERTS)
     assert named == {owner: (f"{owner}.down_proj", 4), f"{owner}.base_layer": (f"{owner}.gate_up_proj", 4)}
     assert named_in_file(find_stacks(survey(model).layers), EXPERTS[:1]) == {owner: (f"{owner}.gate_up_proj", 4)}
+
+
+def test_a_file_without_the_experts_that_it_selects_is_refused(tmp_path: Path) -> None:
+    ll.export(adapted(qwen, LoRA(rank=2), targets=[*EXPERTS, "q_proj"]), tmp_path / "out")
+    path = tmp_path / "out" / peft_rules.TENSORS
+    tensors = {key: value for key, value in load_file(path).items() if "experts" not in key}
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(AdapterFileError, match=r"no factors for 2 layers .*selects: .*experts\.gate_up_proj"):
+        ll.import_peft(qwen(), tmp_path / "out")

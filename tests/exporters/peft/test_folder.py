@@ -44,7 +44,7 @@ TOP = "base_model.model"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (rename("base_model.model.", "model."), 'does not start with "base_model.model."'),
+        (rename("base_model.model.", "model."), 'Did you mean "model.layers.0.self_attn.q_proj"'),
         (rename("1.self_attn.q_proj", "1.self_attn.q_porj"), 'Did you mean "model.layers.1.self_attn.q_proj"'),
         (rename("self_attn.q_proj", "self_attn"), "a LlamaAttention, which takes no adapter"),
         (lambda t: t.pop(f"{Q}.lora_B.weight"), "holds A only, no pair"),
@@ -56,6 +56,11 @@ TOP = "base_model.model"
         (lambda t: t.update({f"{TOP}.lm_head.weight": torch.zeros(40, 16)}), "in no module that modules_to_save"),
         (lambda t: t.update({f"{TOP}.lm_head.weight": torch.zeros(1, 16)}), "the model needs"),
         (lambda t: t.clear(), "holds no factor pair"),
+        (
+            lambda t: t[f"{Q}.lora_A.weight"][0].fill_(torch.nan),
+            r"tensor .*0\.self_attn\.q_proj\.lora_A\.weight holds NaN",
+        ),
+        (lambda t: t[f"{Q}.lora_B.weight"][1, 1].fill_(-torch.inf), r"q_proj\.lora_B\.weight holds NaN or infinity"),
     ],
 )
 def test_refused_tensors(saved: Path, change: Callable[[dict[str, Tensor]], Any], message: str) -> None:

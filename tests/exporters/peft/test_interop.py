@@ -16,7 +16,9 @@ from peft_models import Build, DoRA, LoRA, RoseLoRA, from_peft, llama, randomise
 from torch import Tensor, nn
 
 import lora_lightning as ll
+from lora_lightning.exporters.peft import folder as peft_file
 from lora_lightning.exporters.peft import rules as peft_rules
+from lora_lightning.exporters.peft.apply import apply_folder
 from lora_lightning.injection.records import adapters_named
 
 pytestmark = pytest.mark.filterwarnings(
@@ -177,6 +179,9 @@ def test_peft_computes_the_same(
     torch.testing.assert_close(output(model), expected, atol=0, rtol=0)
     found = {name for name, module in theirs.named_modules() if isinstance(module, LoraLayer)}
     assert found == {f"base_model.model.{path}" for path in adapters_named(model, "default")}
+    by_rules = build()
+    apply_folder(peft_file.read(tmp_path / "out", {}), by_rules)
+    torch.testing.assert_close(output(by_rules.eval()), expected, atol=1e-5, rtol=1e-5)
     check_merged(model, theirs.merge_and_unload())
 
 

@@ -36,9 +36,10 @@ def change_config(folder: Path, **values: Any) -> None:
         ({"trainable_token_indices": [1]}, r"has trainable_token_indices \[1\], but no tokenizer that says which"),
         ({"layer_replication": [[0, 1]]}, "uses layer_replication"),
         ({"some_later_option": {"a": 1}}, "uses some_later_option"),
-        ({"bias": "lora_only"}, "bias='lora_only', with which the biases of the base model were trained"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', with which peft changes the base"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
+        ({"bias": "some"}, 'has bias=\'some\'; "none", "all" and "lora_only" are read'),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq', with which peft changes the base"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights='corda', .* its start factors are not there. Convert it"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4', .* start factors are not there"),
         ({"r": 5}, r"do not fit rank 5"),
         ({"alpha_pattern": {"(": 1}}, "cannot be read"),
     ],
@@ -71,11 +72,39 @@ def test_a_tied_head_is_refused(tmp_path: Path) -> None:
     ll.import_peft(llama(), tmp_path)
 
 
-def test_the_name_must_be_free(saved: Path, tmp_path: Path) -> None:
+def test_the_name_must_be_free(saved: Path) -> None:
     model = llama()
     ll.import_peft(model, saved)
     with pytest.raises(AdapterStateError, match='has an adapter "default" already'):
         ll.import_peft(model, saved)
+
+
+def test_a_rank_above_a_layers_narrow_side_is_read_saved_and_loaded(tmp_path: Path) -> None:
+    theirs = from_peft(llama, tmp_path / "wide", target_modules=["k_proj", "q_proj"], r=20)
+    model, again = llama(), llama()
+    ll.import_peft(model, tmp_path / "wide")
+    ids = torch.arange(3, 10)[None]
+    torch.testing.assert_close(model(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
+    ll.save_adapter(model, tmp_path / "own")
+    ll.load_adapter(again, tmp_path / "own")
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    trained = llama()
+    report = ll.inject(trained, ll.method("LoRA")(rank=20), targets=["k_proj"])
+    assert "rank 20 is taken as 8 on" in str(report)
+
+
+def test_mica_is_read_as_a_plain_pair(saved: Path) -> None:
+    change_config(saved, init_lora_weights="mica")
+    assert ll.import_peft(llama(), saved).method == ll.method("LoRA")(rank=4, alpha=6.0)
+
+
+def test_patterns_that_decide_nothing_are_noted(saved: Path) -> None:
+    change_config(saved, alpha_pattern={"^q_proj": 100}, rank_pattern={"q_proj": 4, "layers.0.self_attn.q_proj": 4})
+    notes = ll.import_peft(llama(), saved).notes
+    assert [note.partition(",")[0] for note in notes] == [
+        'rank_pattern has "layers.0.self_attn.q_proj"',
+        'alpha_pattern has "^q_proj"',
+    ]
 
 
 def test_a_second_import_under_another_name(saved: Path) -> None:

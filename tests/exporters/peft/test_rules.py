@@ -3,15 +3,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
 from exported_models import SMALL, LoRA, adapted
+from peft_models import PEFT_WARNINGS, DoRA, seeded
 from torch import nn
 
 import lora_lightning as ll
 from lora_lightning.errors import ExportError
 from lora_lightning.exporters.peft import rules as peft_rules
+
+pytestmark = [
+    *PEFT_WARNINGS,
+    # peft looks for its patterns among modules alone, and applies them to parameters all the same
+    pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning"),
+]
 
 
 @pytest.mark.parametrize(
@@ -41,14 +49,51 @@ def test_layers_that_peft_would_not_reach(tmp_path: Path) -> None:
         ll.export(model, tmp_path / "out")
 
 
-def test_layers_that_peft_takes_for_experts(tmp_path: Path) -> None:
-    config = transformers.Glm4MoeConfig(
-        vocab_size=40, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, head_dim=8, **SMALL
-    )
-    model = adapted(transformers.Glm4MoeForCausalLM(config), targets=["layers.0.mlp.up_proj"])
-    with pytest.raises(ExportError, match="in this model peft takes the name for the fused experts"):
+DENSE: dict[str, Any] = {
+    "vocab_size": 40, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "num_key_value_heads": 2, **SMALL,
+}  # fmt: skip
+MIXED = {
+    "GLM-4 MoE": lambda: transformers.Glm4MoeForCausalLM(
+        transformers.Glm4MoeConfig(n_routed_experts=4, n_group=1, topk_group=1, head_dim=8, **DENSE)
+    ),
+    "ERNIE 4.5": lambda: transformers.Ernie4_5_MoeForCausalLM(
+        transformers.Ernie4_5_MoeConfig(moe_num_experts=4, moe_k=2, moe_layer_start_index=1, **DENSE)
+    ),
+    "AFMoE": lambda: transformers.AfmoeForCausalLM(
+        transformers.AfmoeConfig(num_experts=4, num_dense_layers=1, num_shared_experts=1, head_dim=8, **DENSE)
+    ),
+    "HunYuan": lambda: transformers.HunYuanMoEV1ForCausalLM(
+        transformers.HunYuanMoEV1Config(
+            num_experts=4, moe_topk=2, head_dim=8, **{k: v for k, v in DENSE.items() if k != "num_experts_per_tok"}
+        )
+    ),
+    "DeepSeek-V3": lambda: transformers.DeepseekV3ForCausalLM(
+        transformers.DeepseekV3Config(
+            n_routed_experts=4, n_group=1, topk_group=1, first_k_dense_replace=1, kv_lora_rank=4, q_lora_rank=4,
+            qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4, **DENSE,
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("build", MIXED.values(), ids=MIXED)
+def test_layers_whose_name_peft_takes_for_experts_travel_as_parameters(build: Any, tmp_path: Path) -> None:
+    """Dense and shared MLPs beside fused experts: no target_modules selects them, target_parameters does."""
+    model = adapted(seeded(build), LoRA(rank=2), overrides={"down_proj": {"rank": 3, "alpha": 2.0}})
+    assert ll.export(model, tmp_path / "out").verified_by.startswith("peft 0.")
+    ids = torch.arange(3, 12)[None]
+    theirs = peft.PeftModel.from_pretrained(seeded(build), tmp_path / "out").eval()
+    torch.testing.assert_close(theirs(ids).logits, model.eval()(ids).logits, atol=1e-5, rtol=1e-5)
+    again = seeded(build)
+    ll.import_peft(again, tmp_path / "out")
+    assert torch.equal(again.eval()(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("method", [DoRA(rank=2), LoRA(rank=2, bias=True)], ids=["DoRA", "bias"])
+def test_what_has_no_place_in_a_parameter_is_refused(method: ll.Method, tmp_path: Path) -> None:
+    model = adapted(seeded(MIXED["GLM-4 MoE"]), method, targets=["layers.0.mlp.up_proj"])
+    with pytest.raises(ExportError, match=r"peft takes the name for the fused experts, .* no DoRA, no bias"):
         ll.export(model, tmp_path / "out")
-    ll.export(model, tmp_path / "out", format="merged")
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
+from peft_models import PEFT_WARNINGS, LoRA, llama, randomise, seeded
 
+import lora_lightning as ll
 from lora_lightning.errors import AdapterFileError
 from lora_lightning.exporters.peft.folder import PeftFolder
 from lora_lightning.exporters.peft.tokens import SETTING, fill_rows, new_tokens, room_for
@@ -15,7 +19,20 @@ from lora_lightning.models.anatomy import survey
 from lora_lightning.models.new_tokens import Vocabulary, vocabulary
 from lora_lightning.testing import tiny_decoder
 
+pytestmark = PEFT_WARNINGS
 EMBEDDING = "model.embed_tokens"
+SMALL: dict[str, Any] = {
+    "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, **{f"w{i}": i for i in range(1, 40)}}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
 
 
 def added() -> Vocabulary:
@@ -80,3 +97,86 @@ def test_rows_that_do_not_fit(rows: Any, message: str, tmp_path: Path) -> None:
     model = tiny_decoder()
     with room_for(model, added(), tmp_path), pytest.raises(AdapterFileError, match=message):
         fill_rows(survey(model), folder([40, 41], rows), tmp_path)
+
+
+WITH_A_BIAS = {
+    "Phi": lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**SMALL)),
+    "GPT-J": lambda: transformers.GPTJForCausalLM(
+        transformers.GPTJConfig(
+            vocab_size=40, n_embd=16, n_layer=1, n_head=2, rotary_dim=4, n_positions=32, bos_token_id=1, eos_token_id=2
+        )
+    ),
+    "ModernBERT": lambda: transformers.ModernBertForMaskedLM(
+        transformers.ModernBertConfig(**SMALL, cls_token_id=1, sep_token_id=2)
+    ),
+    "BERT": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SMALL)),
+    "ELECTRA": lambda: transformers.ElectraForMaskedLM(transformers.ElectraConfig(**SMALL, embedding_size=16)),
+    "RoBERTa": lambda: transformers.RobertaForMaskedLM(transformers.RobertaConfig(**SMALL)),
+    "XLM-R": lambda: transformers.XLMRobertaForMaskedLM(transformers.XLMRobertaConfig(**SMALL)),
+    "DeBERTa": lambda: transformers.DebertaV2ForMaskedLM(transformers.DebertaV2Config(**SMALL)),
+}
+IDS = torch.tensor([[5, 40, 41, 7, 2]])
+
+
+def with_biases(build: Any) -> Any:
+    """A model whose biases are not the zeros that they start with."""
+    model = seeded(build)
+    torch.manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_()
+    return model
+
+
+@pytest.mark.parametrize("build", WITH_A_BIAS.values(), ids=WITH_A_BIAS)
+def test_new_tokens_on_a_model_whose_output_layer_has_a_bias(build: Any, tmp_path: Path) -> None:
+    """Rows of tokens alone would make peft drop that bias, or fail on it."""
+    model, theirs, again = with_biases(build), with_biases(build), with_biases(build)
+    ll.add_tokens(model, tokenizer(), ["<a>", "<b>"])
+    ll.inject(model, LoRA(rank=2))
+    randomise(model)
+    report = ll.export(model, tmp_path / "out")
+    assert report.verified_by.startswith("peft 0.")
+    assert "whole matrices of the vocabulary are in the file" in str(report)
+    expected = model.eval()(IDS)[0]
+    theirs.resize_token_embeddings(42)  # as the note in the report says
+    opened = peft.PeftModel.from_pretrained(theirs, tmp_path / "out").eval()
+    torch.testing.assert_close(opened(input_ids=IDS)[0], expected, atol=1e-5, rtol=1e-5)
+    ll.import_peft(again, tmp_path / "out")
+    assert torch.equal(again.eval()(IDS)[0], expected)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_tokens_beside_an_embedding_that_trains(tied: bool, tmp_path: Path) -> None:
+    model, theirs = llama(tie_word_embeddings=tied), llama(tie_word_embeddings=tied)
+    ll.add_tokens(model, tokenizer(), ["<a>", "<b>"])
+    ll.inject(model, LoRA(rank=2), targets=["q_proj"], also_train=["embed_tokens"])
+    randomise(model)
+    ll.export(model, tmp_path / "out")
+    theirs.resize_token_embeddings(42)
+    opened = peft.PeftModel.from_pretrained(theirs, tmp_path / "out").eval()
+    torch.testing.assert_close(opened(input_ids=IDS)[0], model.eval()(IDS)[0], atol=1e-5, rtol=1e-5)
+    again = llama(tie_word_embeddings=tied)
+    with pytest.raises(AdapterFileError, match=r"call model\.resize_token_embeddings\(42\) first"):
+        ll.import_peft(again, tmp_path / "out")
+    again.resize_token_embeddings(42)
+    report = ll.import_peft(again, tmp_path / "out")
+    assert "model.embed_tokens.weight" in report.trained
+    assert torch.equal(again.eval()(IDS)[0], model(IDS)[0])
+
+
+def test_whole_matrices_of_another_base_model_are_refused(tmp_path: Path) -> None:
+    model = with_biases(WITH_A_BIAS["Phi"])
+    ll.add_tokens(model, tokenizer(), ["<a>"])
+    ll.inject(model, LoRA(rank=2))
+    ll.export(model, tmp_path / "out")
+    other = with_biases(WITH_A_BIAS["Phi"])
+    other.lm_head.bias.data[3] += 1
+    with pytest.raises(
+        AdapterFileError, match=r"carries lm_head\.bias, which differs from the model's own in more than"
+    ):
+        ll.import_peft(other, tmp_path / "out")
+    assert vocabulary(other) is None
+    other.model.embed_tokens.weight.data[3] += 1
+    with pytest.raises(AdapterFileError, match=r"has shape \(41,.*call model\.resize_token_embeddings\(41\) first"):
+        ll.import_peft(other, tmp_path / "out")

@@ -1,0 +1,103 @@
+"""A small reader of peft's LORA format, which follows peft's rules where peft is not installed.
+
+It writes what the files say into a plain model: layers are those that the configuration selects, as in peft, not those
+that the tensors name. tests/exporters/peft/test_apply.py compares its models with peft's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.adapters.layers.base import BaseLayer
+from lora_lightning.adapters.layers.kinds import core_base_layer
+from lora_lightning.errors import ExportError
+from lora_lightning.exporters.peft.experts import is_target
+from lora_lightning.exporters.peft.folder import PeftFolder, PeftLayer
+from lora_lightning.exporters.peft.read_heads import tensors_of
+from lora_lightning.exporters.peft.selection import expected_modules
+from lora_lightning.models.experts import expert_parameters, stack
+from lora_lightning.models.paths import join
+
+
+@torch.no_grad()
+def apply_folder(folder: PeftFolder, model: nn.Module) -> None:
+    """Change a plain model into what peft would compute with the folder, in place.
+
+    Raises:
+        ExportError: the configuration selects a layer without factors, or factors that nothing selects are left.
+    """
+    modules = dict(model.named_modules())
+    left = dict(folder.layers)
+    for name, value in folder.heads.items():
+        _replace(model, name, value)
+    stated = folder.config.get("target_parameters") or ()
+    weights = {path for path in modules if is_target(f"{path}.weight", stated)}
+    for path in weights | (expected_modules(folder.config, model, modules) or set()):
+        layer, base = left.pop(path, None), core_base_layer(modules[path])
+        if layer is None or base is None:
+            raise ExportError(f"the configuration selects {path}, for which there are no factors.")
+        _write(base, layer)
+    for owner, module in modules.items():
+        for name in list(expert_parameters(owner, module)):
+            path = join(owner, name)
+            if is_target(path, stated):
+                _write_parameter(module, name, left.pop(path, None), path)
+    if left:
+        raise ExportError(f"the configuration does not select {next(iter(left))}, for which there are factors.")
+    _write_rows(folder, model)
+
+
+def _write(base: BaseLayer, layer: PeftLayer) -> None:
+    module: Any = base.module
+    if layer.base is not None:
+        module.weight = nn.Parameter(layer.base.to(module.weight), requires_grad=False)
+        base = core_base_layer(module) or base
+    delta = layer.bias_delta(base.bias)
+    if delta is not None:
+        own = torch.zeros(base.d_out, device=base.device) if base.bias is None else base.bias
+        module.bias = nn.Parameter((own.float() + delta.to(own.device)).to(module.weight.dtype), requires_grad=False)
+    weight = base.weight().double()
+    merged = weight + layer.update(weight.cpu()).to(weight.device)
+    stored = base._store(merged).to(module.weight.dtype)
+    module.weight = nn.Parameter(stored.reshape(module.weight.shape).contiguous(), requires_grad=False)
+
+
+def _write_parameter(owner: nn.Module, name: str, layer: PeftLayer | None, path: str) -> None:
+    held = stack(owner, name)
+    base = None if held is None else core_base_layer(held)
+    if layer is None or base is None:
+        raise ExportError(f"target_parameters selects {path}, for which there are no factors.")
+    merged = base.weight().double() + layer.delta().to(base.device)
+    setattr(owner, name, nn.Parameter(base._store(merged).to(base.stored.dtype), requires_grad=False))
+
+
+def _write_rows(folder: PeftFolder, model: nn.Module) -> None:
+    """Rows of tokens; a layer that has them is computed without its bias, and so is one that shares its weight."""
+    stated: Any = folder.config.get("trainable_token_indices") or []
+    for path, values in folder.rows.items():
+        ids = stated
+        if isinstance(stated, dict):
+            ids = next((ids for key, ids in stated.items() if path == key or path.endswith(f".{key}")), [])
+        module: Any = model.get_submodule(path)
+        shared = module.weight
+        weight = shared.detach().clone()
+        weight[torch.tensor(ids, device=weight.device)] = values.to(weight)
+        for other in model.modules():
+            if other._parameters.get("weight") is shared:
+                other.weight = nn.Parameter(weight, requires_grad=False)
+                if isinstance(other, nn.Linear):
+                    other.bias = None  # type: ignore[assignment]
+
+
+def _replace(model: nn.Module, name: str, value: Tensor) -> None:
+    """Write one tensor of the plain model, in a parameter of its own: peft has copies of what it saves whole."""
+    own = tensors_of(model)[name]
+    owner = model.get_submodule(name.rpartition(".")[0])
+    leaf = name.rpartition(".")[2]
+    if isinstance(own, nn.Parameter):
+        owner._parameters[leaf] = nn.Parameter(value.to(own), requires_grad=False)
+    else:
+        owner._buffers[leaf] = value.to(own)
