@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from lora_lightning.distributed import first_entry, local
 from lora_lightning.injection.records import records
 from lora_lightning.models.anatomy import Anatomy, survey
+from lora_lightning.models.new_tokens import without_rows
 from lora_lightning.models.paths import plain, starting_with, unwrap
 
 _SAMPLE = 64
@@ -37,9 +38,10 @@ def fingerprint(anatomy: Anatomy, without: Iterable[str] = ()) -> dict[str, Any]
     kept = model.__dict__.get(_KEPT)
     if kept is not None:
         return cast("dict[str, Any]", kept)
-    skip = {plain(name) for name in without}
     quantized = {plain(base.weight_name(path)): base for path, base in anatomy.quantized.items()}
-    found = {key: tensor for key, tensor in sorted(_base_parameters(anatomy).items()) if key not in skip}
+    found = _base_parameters(anatomy)
+    skip = {key if key in found else without_rows(key) for key in map(plain, without)}
+    found = {key: tensor for key, tensor in sorted(found.items()) if key not in skip}
     sampled = not quantized and all(tensor.is_floating_point() for tensor in found.values())
     names = hashlib.sha256()
     for key, parameter in found.items():
@@ -90,8 +92,10 @@ def _base_parameters(anatomy: Anatomy) -> dict[str, Tensor]:
     for record in records(anatomy.model).values():
         above += [f"{path}.adapters.".removeprefix(".") for path in record.linked]
     inside = starting_with(above, listed)
-    extended = {f"{path}.base.weight": f"{path}.weight" for path in anatomy.extended}
-    found: dict[str, Tensor] = {plain(extended.get(name, name)): listed[name] for name in listed if name not in inside}
+    extended = starting_with((f"{path}.base." for path in anatomy.extended), listed)
+    found: dict[str, Tensor] = {
+        plain(without_rows(name) if name in extended else name): listed[name] for name in listed if name not in inside
+    }
     for path, layer in anatomy.adapted.items():
         originals = layer.originals()
         for name, parameter in layer.base.named_parameters():
