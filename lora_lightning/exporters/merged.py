@@ -175,8 +175,12 @@ def _compare(model_class: Any, own: Mapping[str, Tensor], folder: Path) -> float
     wide = torch.float16
     for tensor in own.values():
         wide = torch.promote_types(wide, tensor.dtype) if tensor.is_floating_point() else wide
-    with torch.random.fork_rng(devices=[]):
-        loaded, info = model_class.from_pretrained(folder, dtype=wide, output_loading_info=True)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            loaded, info = model_class.from_pretrained(folder, dtype=wide, output_loading_info=True)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ExportError(f"the merged model does not load again as a {model_class.__name__}: {reason}") from error
     wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
     if wrong:
         raise ExportError(

@@ -193,6 +193,7 @@ class Anatomy:
         found = {
             join(path, name): "head" for path, model in self.pretrained.items() for name in outside_backbone(model)
         }
+        found |= dict.fromkeys((path for path in self.heads if segments(path)[-1] != "pooler"), "head")
         found |= dict.fromkeys(self.output_layers, "head")
         for path in self.modules:
             name = segments(path)[-1]

@@ -14,7 +14,7 @@ from torch import nn
 from lora_lightning.errors import ModelError
 from lora_lightning.models.anatomy import survey
 from lora_lightning.models.meta import expect_values
-from lora_lightning.models.paths import within
+from lora_lightning.models.paths import inside, within
 from lora_lightning.models.pretrained import resolve
 from lora_lightning.models.quantized_loading import Loading, quantization_config, stated
 from lora_lightning.models.random import build_random, config_of, is_random
@@ -236,19 +236,23 @@ def zero_absent(model: nn.Module, missing: Iterable[str], unused: Sequence[str])
     return absent
 
 
+def _in_any(key: str, heads: Iterable[str]) -> bool:
+    return any(inside(key, head) for head in heads)
+
+
 def _check_complete(
     model: nn.Module, info: dict[str, Any], pretrained: str, unused: Sequence[str], also_train: Sequence[str]
 ) -> None:
-    heads = tuple(f"{prefix}." for prefix in survey(model).heads)
+    heads = survey(model).heads
     needed = [key for key in info["missing_keys"] if not set(unused).intersection(key.split("."))]
     frozen = [key for key in needed if not any(within(pattern, key) for pattern in also_train)]
-    missing = sorted(key for key in frozen if not key.startswith(heads or ("\0",)))
+    missing = sorted(key for key in frozen if not _in_any(key, heads))
     if missing:
         raise ModelError(
             f'"{pretrained}" lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}; they would '
             "stay random. Choose the task the model was trained for, or complete weights; or train them in full: "
             f"also_train: [{missing[0].partition('.')[0]}]."
         )
-    wrong = [key for key, *_ in info["mismatched_keys"] if not key.startswith(heads or ("\0",))]
+    wrong = [key for key, *_ in info["mismatched_keys"] if not _in_any(key, heads)]
     if wrong:
         raise ModelError(f'"{pretrained}" holds weights of another shape than {type(model).__name__} has: {wrong[0]}.')

@@ -97,7 +97,7 @@ class ExtendedLayer(nn.Module):
         """A plain layer of the same class and full size around whole tensors, by the pretrained ones' ids."""
         layer = copy.copy(self.base)
         layer._parameters = {
-            name: None if own is None else whole[id(own)] for name, own in self.base._parameters.items()
+            name: None if own is None else whole.get(id(own), own) for name, own in self.base._parameters.items()
         }
         for size in ("num_embeddings", "out_features"):
             if hasattr(layer, size):
@@ -268,10 +268,16 @@ def remove_rows(model: nn.Module) -> None:
         setattr(holder, name, number)
 
 
-def without_rows(name: str) -> str:
-    """The name that a tensor of a layer with new rows has in the plain model: `<path>.<tensor>`, without `base`."""
-    path, _, leaf = name.rpartition(".")
-    return f"{path.removesuffix('.base')}.{leaf}" if path.endswith(".base") else name
+def without_rows(name: str, names: Collection[str]) -> str:
+    """The name that a tensor has without new rows, `<path>.<tensor>` for `<path>.base.<tensor>`; itself for others.
+
+    Args:
+        name: a tensor's name in the model with new rows.
+        names: those of the model without.
+    """
+    parts = name.split(".")
+    plain_names = (".".join([*parts[:i], *parts[i + 1 :]]) for i, part in enumerate(parts) if part == "base")
+    return name if name in names else next((found for found in plain_names if found in names), name)
 
 
 @contextmanager

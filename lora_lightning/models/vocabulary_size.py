@@ -7,7 +7,7 @@ come embeddings that transformers forgets: those of the input's name and size.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,14 +39,17 @@ def following(model: nn.Module) -> Following:
         ModelError: the model has no embedding of tokens, or something follows that cannot be given rows.
     """
     embedding = token_embedding(model)
-    weight = embedding.weight
+    weight, output = embedding.weight, model.get_output_embeddings()  # type: ignore[operator]  # of transformers' models
+    if isinstance(output, nn.Embedding):  # FSMT, whose scores another layer makes
+        _refuse(model, "an output layer that it does not name, and", output.weight)
     found = _resized(model)
     names = {f"{path}.weight" for path in _sharing(model, weight)} if found is None else set(found.tensors)
     names |= _forgotten(model, len(weight))
+    shared = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in names}
     layers, buffers = {}, {}
     biases = {id(bias) for module in model.modules() if _is_matrix(module) for bias in [_bias(module)]}
     for path, module in model.named_modules():
-        if _is_matrix(module) and join(path, "weight") in names:
+        if _is_matrix(module) and (join(path, "weight") in names or id(module._parameters["weight"]) in shared):
             layers[path] = module
             continue
         for name, parameter in module.named_parameters(recurse=False):
@@ -57,7 +60,18 @@ def following(model: nn.Module) -> Following:
                 if not buffer.is_floating_point() or buffer.shape[-1] != len(weight):
                     _refuse(model, join(path, name), buffer)
                 buffers[join(path, name)] = buffer
-    return Following(embedding, layers, buffers, _numbers(model) if found is None else found.numbers)
+    for path, layer in layers.items():
+        if layer.weight.shape[0] != len(weight):
+            _refuse(model, f"{path}.weight", layer.weight)
+    numbers = _numbers(model, len(weight)) + (found.numbers if found else [])
+    for holder, name in numbers:
+        if getattr(holder, name) < len(weight):
+            raise ModelError(
+                f"{type(model).__name__} has {len(weight)} rows for a {name} of {getattr(holder, name)}, and nothing "
+                "says what the others are for, so new tokens have no place. Leave new_tokens out, and write the texts "
+                "in tokens that it knows."
+            )
+    return Following(embedding, layers, buffers, numbers)
 
 
 def token_embedding(model: nn.Module) -> nn.Embedding:
@@ -83,9 +97,8 @@ def token_embedding(model: nn.Module) -> nn.Embedding:
 
 def _refuse(model: nn.Module, name: str, tensor: Tensor) -> None:
     raise ModelError(
-        f"{type(model).__name__} keeps {name} {tuple(tensor.shape)} for its tokens, outside its embedding and output "
-        "layer, so new tokens would have no entry there. Leave new_tokens out, and write the texts in tokens that it "
-        "knows."
+        f"{type(model).__name__} keeps {name} {tuple(tensor.shape)} for its tokens, where new ones have no entry. "
+        "Leave new_tokens out, and write the texts in tokens that it knows."
     )
 
 
@@ -137,15 +150,28 @@ def _resized(model: Any) -> _Resized | None:
         skeleton = _without_values(model)
         before = _shapes(skeleton)
         size = len(token_embedding(skeleton).weight) + 1
-        try:
-            skeleton.resize_token_embeddings(size, mean_resizing=False)
-        except TypeError:  # older classes take the size only
-            skeleton.resize_token_embeddings(size)
+        for name in ("_get_resized_embeddings", "_get_resized_lm_head"):
+            setattr(skeleton, name, _without_means(getattr(skeleton, name)))
+        skeleton.resize_token_embeddings(size)
+    except NotImplementedError as error:
+        raise ModelError(
+            f"{type(model).__name__} takes no new tokens, since transformers does not resize it: "
+            f"{' '.join(str(error).split())}"
+        ) from error
     except Exception:  # a model's own code, run on tensors without values
         return None
     tensors = {name for name, shape in _shapes(skeleton).items() if shape != before.get(name)}
     numbers = [pair for own, theirs in _configs(model.config, skeleton.config) for pair in _changed(own, theirs)]
-    return _Resized(tensors, numbers + _own_number(model, size - 1))
+    return _Resized(tensors, numbers)
+
+
+def _without_means(resize: Callable[..., Any]) -> Callable[..., Any]:
+    """Means cannot be taken without values, and not every class hands on that none are wanted."""
+
+    def resized(old: nn.Module, new_num_tokens: int | None = None, *_: Any, **options: Any) -> Any:
+        return resize(old, new_num_tokens, **{**options, "mean_resizing": False})
+
+    return resized
 
 
 def _without_values(model: nn.Module) -> Any:
@@ -175,11 +201,11 @@ def _changed(own: Any, theirs: Any) -> Iterator[tuple[Any, str]]:
             yield own, name
 
 
-def _own_number(model: Any, rows: int) -> list[tuple[Any, str]]:
-    return [(model, "vocab_size")] if model.__dict__.get("vocab_size") == rows else []
-
-
-def _numbers(model: Any) -> list[tuple[Any, str]]:
-    config = model.config.get_text_config()
-    known = [(config, "vocab_size")] if "vocab_size" in vars(config) else []
-    return known + _own_number(model, len(token_embedding(model).weight))
+def _numbers(model: Any, rows: int) -> list[tuple[Any, str]]:
+    """Sizes of the vocabulary in the model itself and in configurations inside its own, and in that of its text."""
+    text = model.config.get_text_config()
+    found = [(text, "vocab_size")] if "vocab_size" in vars(text) else []
+    for holder in (model, *(inner for inner, _ in _configs(model.config, model.config))):
+        own = vars(holder)
+        found += [(holder, name) for name in own if name.endswith("vocab_size") and own[name] == rows]
+    return found

@@ -40,7 +40,7 @@ def fingerprint(anatomy: Anatomy, without: Iterable[str] = ()) -> dict[str, Any]
         return cast("dict[str, Any]", kept)
     quantized = {plain(base.weight_name(path)): base for path, base in anatomy.quantized.items()}
     found = _base_parameters(anatomy)
-    skip = {key if key in found else without_rows(key) for key in map(plain, without)}
+    skip = {without_rows(key, found) for key in map(plain, without)}
     found = {key: tensor for key, tensor in sorted(found.items()) if key not in skip}
     sampled = not quantized and all(tensor.is_floating_point() for tensor in found.values())
     names = hashlib.sha256()
@@ -92,10 +92,10 @@ def _base_parameters(anatomy: Anatomy) -> dict[str, Tensor]:
     for record in records(anatomy.model).values():
         above += [f"{path}.adapters.".removeprefix(".") for path in record.linked]
     inside = starting_with(above, listed)
-    extended = starting_with((f"{path}.base." for path in anatomy.extended), listed)
-    found: dict[str, Tensor] = {
-        plain(without_rows(name) if name in extended else name): listed[name] for name in listed if name not in inside
-    }
+    found: dict[str, Tensor] = {plain(name): listed[name] for name in listed if name not in inside}
+    for path in anatomy.extended:
+        own, above = plain(path), f"{plain(path)}.base."
+        found = {f"{own}.{key[len(above) :]}" if key.startswith(above) else key: found[key] for key in found}
     for path, layer in anatomy.adapted.items():
         originals = layer.originals()
         for name, parameter in layer.base.named_parameters():
