@@ -101,6 +101,12 @@ _BY_TYPE: dict[str, dict[str, Any]] = {
     | {"shape_embed_dim": 8},
     "mobilebert": {"embedding_size": 8, "hidden_size": 16, "intra_bottleneck_size": 16, "true_hidden_size": 16},
 }
+_TWO_LAYERS = {"num_hidden_layers": 2}
+_MADE_WITH: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), _TWO_LAYERS),
+    **{kind: {"text_config": _TWO_LAYERS} for kind in ("gemma4", "gemma4_unified")},
+}
+"""What settings that follow from others must be made with."""
 
 
 class ModelClass(NamedTuple):
@@ -113,7 +119,7 @@ class ModelClass(NamedTuple):
 
     def config(self, **settings: Any) -> Any:
         """The configuration of its smallest model."""
-        config = shrink(CONFIG_MAPPING[self.kind]())
+        config = shrink(CONFIG_MAPPING[self.kind](**_MADE_WITH.get(self.kind, {})))
         for key, value in settings.items():
             setattr(config, key, value)
         return config
@@ -180,6 +186,8 @@ def shrink(config: Any) -> Any:
     for key, value in own.items():
         if isinstance(value, list | tuple) and key != "layer_types" and key.endswith(("layer_types", "_per_layer")):
             setattr(config, key, list(value)[:layers])
+    if "qk_rope_head_dim" in own and "head_dim" in own:
+        config.head_dim = config.qk_rope_head_dim
     for key, value in given.items():
         setattr(config, key, value)
     return config
