@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,6 +41,7 @@ def export(
     name: str = "default",
     rank: int | None = None,
     verify: bool = True,
+    processor: Any = None,
 ) -> ExportReport:
     """Write one adapter of `model` in another library's format; the model stays as it is, bit for bit.
 
@@ -52,6 +54,8 @@ def export(
         rank: for "peft" and other formats that take it, the largest rank; an update without so small a form is
             truncated, and the fraction lost reported.
         verify: read the files back and compare: updates up to rounding, heads and merged weights bit for bit.
+        processor: for "merged", the tokenizer or processor that goes with the model; None takes what lies beside the
+            base model's weights, where the model's configuration says where that is.
 
     Returns:
         What was written, how exact it is, and the largest difference found.
@@ -63,7 +67,7 @@ def export(
         PluginError: the plugin that brings the format fails.
     """
     writer = find_writer(format, rank)
-    source = find(model, name)
+    source = replace(find(model, name), processor=processor)
     folder = check_free(directory)
     check_only_ours(folder, _files_of_earlier(folder))
 

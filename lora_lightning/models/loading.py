@@ -61,6 +61,7 @@ def load_model(
                 dtype=dtype or torch.float32,
                 output_loading_info=True,
                 use_safetensors=True,
+                trust_remote_code=False,
                 ignore_mismatched_sizes=True,
                 **options,
             )
@@ -112,7 +113,7 @@ def checkpoint_format(pretrained: str) -> str | None:
     if is_random(pretrained):
         return None
     try:
-        return stated(transformers.AutoConfig.from_pretrained(resolve(pretrained)))
+        return stated(transformers.AutoConfig.from_pretrained(resolve(pretrained), trust_remote_code=False))
     except (OSError, ValueError):  # said when it is loaded
         return None
 
@@ -122,8 +123,8 @@ def _quantized(
 ) -> dict[str, Any]:
     cls = getattr(transformers, task.auto_class)
     try:
-        config = transformers.AutoConfig.from_pretrained(source, **options)
-        return quantized_options(config, lambda: cls.from_config(config), how, also_train)
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+        return quantized_options(config, lambda: cls.from_config(config, trust_remote_code=False), how, also_train)
     except (OSError, ValueError):  # said in the words of every other model when it is loaded
         return {}
 
@@ -170,7 +171,7 @@ def load_skeleton(
         config = config_of(pretrained, **options)
     else:
         try:
-            config = transformers.AutoConfig.from_pretrained(source, **options)
+            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
         except OSError as error:
             raise ModelError(f'model.pretrained is "{pretrained}": {_first_line(error)}') from error
     return _from_config(pretrained, task, config, dtype)
@@ -181,7 +182,9 @@ def _from_config(name: str, task: Task, config: Any, dtype: Dtype) -> nn.Module:
         dtype = config.dtype
 
     def make() -> nn.Module:
-        return getattr(transformers, task.auto_class).from_config(config, dtype=dtype or torch.float32)  # type: ignore[no-any-return]
+        return getattr(transformers, task.auto_class).from_config(
+            config, dtype=dtype or torch.float32, trust_remote_code=False
+        )  # type: ignore[no-any-return]
 
     try:
         model = build_random(name, make) if is_random(name) else make().eval()
