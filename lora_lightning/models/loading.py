@@ -174,6 +174,9 @@ def load_skeleton(
             config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
         except OSError as error:
             raise ModelError(f'model.pretrained is "{pretrained}": {_first_line(error)}') from error
+        except ValueError as error:
+            _refuse_class(error, pretrained, task)
+            raise
     return _from_config(pretrained, task, config, dtype)
 
 
@@ -195,7 +198,12 @@ def _from_config(name: str, task: Task, config: Any, dtype: Dtype) -> nn.Module:
 
 
 def _refuse_class(error: ValueError, pretrained: str, task: Task) -> None:
-    """Raise `ModelError` where transformers said that the model has no class for the task."""
+    """Raise `ModelError` where transformers said that the model has no class for the task, or one that it brings."""
+    if "custom code" in str(error):
+        raise ModelError(
+            f'model.pretrained is "{pretrained}", which brings code of its own, and such code is not run. If you trust '
+            "it, load the model in Python with trust_remote_code=True, and call lora_lightning.inject."
+        ) from error
     if "Unrecognized configuration class" in str(error):
         raise ModelError(
             f'model.task is "{task.name}", but "{pretrained}" has no {task.auto_class} in transformers.'

@@ -48,7 +48,7 @@ def new_tokens(folder: PeftFolder, directory: str | Path) -> Vocabulary | None:
             f'"{directory}" has {SETTING} {stated}, but no tokenizer that says which tokens these are. Save the one it '
             "was trained with into the folder."
         )
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     if ids[-1] + 1 != len(tokenizer):
         raise AdapterFileError(
             f'"{directory}" has {SETTING} {stated}; its tokenizer has {len(tokenizer)} tokens, so these are not its '
