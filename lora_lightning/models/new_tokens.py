@@ -25,6 +25,7 @@ from torch.func import functional_call
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from lora_lightning.adapters.adapted_layer import AdaptedLayer
+from lora_lightning.adapters.foreign_saving import check_foreign_saving
 from lora_lightning.distributed import is_sharded
 from lora_lightning.errors import AdapterStateError, ModelError, SettingsError, did_you_mean
 from lora_lightning.models.paths import places
@@ -55,8 +56,11 @@ class ExtendedLayer(nn.Module):
         first: id of the first new row.
     """
 
+    renames_weights = True
+
     def __init__(self, base: nn.Module, rows: nn.Parameter, first: int) -> None:
         super().__init__()
+        check_foreign_saving()
         self.base, self.first = base, first
         self.new_rows: Tensor = rows
         self.train(base.training)
