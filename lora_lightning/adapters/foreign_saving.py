@@ -47,11 +47,21 @@ def _checked(save: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _refuse_renamed(model: Any, method: str) -> None:
-    for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
-        if getattr(type(module), "renames_weights", False):
-            raise AdapterStateError(
-                f"{type(model).__name__}.{method} would write keys that from_pretrained does not know: {path} has an "
-                "adapter or new rows on it. lora_lightning.export(model, folder) writes the adapter for peft, "
-                'export(model, folder, format="merged") a plain model with it, and save_adapter(model, folder) our own '
-                f"format. To {method.replace('_', ' ')} the base model alone, eject(model) first."
-            )
+    path = _renamed(model) if isinstance(model, nn.Module) else None
+    if path is not None:
+        raise AdapterStateError(
+            f"{type(model).__name__}.{method} would write keys that from_pretrained does not know: {path} has an "
+            "adapter or new rows on it. lora_lightning.export(model, folder) writes the adapter for peft, "
+            'export(model, folder, format="merged") a plain model with it, and save_adapter(model, folder) our own '
+            "format. For the base model alone, eject(model) first."
+        )
+
+
+def _renamed(module: nn.Module, path: str = "") -> str | None:
+    """Path of the first layer whose weights have other names; None where there is none."""
+    if getattr(type(module), "renames_weights", False):
+        return path
+    children = (
+        _renamed(child, f"{path}.{name}".lstrip(".")) for name, child in module._modules.items() if child is not None
+    )
+    return next((found for found in children if found is not None), None)

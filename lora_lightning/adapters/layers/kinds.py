@@ -155,7 +155,7 @@ class ExpertStack(nn.Module):
     """A stack of expert matrices as a layer of its own: y[e] = x[e] W[e]^T for x (E, n, d_in).
 
     Args:
-        weight: (E, d_out, d_in), or (E, d_in, d_out) where `transposed`.
+        weight: (E, d_out, d_in), or (E, d_in, d_out) where `transposed`; (d_out, d_in) is one such matrix.
         transposed: how the matrices are stored.
         siblings: where the stack stands for a parameter of an owner: names of all of the owner's parameters, in order.
     """
@@ -177,13 +177,16 @@ class ExpertStack(nn.Module):
 
 
 class ExpertsBase(BaseLayer):
-    """A stacked expert parameter; A and B have one matrix an expert, (E, r, d_in) and (E, d_out, r)."""
+    """A stacked expert parameter; A and B have one matrix an expert, (E, r, d_in) and (E, d_out, r).
+
+    A single matrix that is a parameter counts as a stack of one.
+    """
 
     kind = "experts"
 
     def __init__(self, module: ExpertStack) -> None:
         super().__init__(module)
-        self.transposed, self.owned = module.transposed, module.owned
+        self.transposed, self.owned, self.single = module.transposed, module.owned, module.weight.dim() == 2
         experts, self.d_out, self.d_in = self._read(module.weight).shape
         self.lead = (experts,)
 
@@ -192,10 +195,12 @@ class ExpertsBase(BaseLayer):
         return path if self.owned else super().weight_name(path)
 
     def _read(self, stored: Tensor) -> Tensor:
-        return stored.mT if self.transposed else stored
+        stack = stored[None] if self.single else stored
+        return stack.mT if self.transposed else stack
 
     def _store(self, weight: Tensor) -> Tensor:
-        return weight.mT if self.transposed else weight
+        stack = weight.mT if self.transposed else weight
+        return stack[0] if self.single else stack
 
     def per_output(self, values: Tensor) -> Tensor:
         """`values` (E, d_out) as (E, 1, d_out)."""
