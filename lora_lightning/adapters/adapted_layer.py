@@ -179,6 +179,11 @@ class AdaptedLayer(nn.Module):
                 return self._base_under(names).weight(dtype).detach()
         return self.merging.merged(self._parts(names))[0].to(dtype)
 
+    @property
+    def requires_grad(self) -> bool:
+        """Whether anything here trains, for owners that take the layer for its weight."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
     def __repr__(self) -> str:
         """One line: the base layer, and each adapter with its state."""
         marks = ((self.active, "active"), (self.merged, "merged"), (tuple(self.shifts), "folded"))

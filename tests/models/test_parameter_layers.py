@@ -183,6 +183,22 @@ def test_the_in_projection_of_multihead_attention(method: Any, grad: bool) -> No
     torch.testing.assert_close(twin(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("grad", [True, False])
+def test_an_encoder_that_drops_padding_asks_the_projection_before_it_runs(grad: bool) -> None:
+    with seeded(0):
+        layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+        model = nn.TransformerEncoder(layer, 2).eval()
+    plain = copy.deepcopy(model)
+    ll.inject(model, LoRA(rank=2), targets=["in_proj_weight"], seed=0)
+    summed(disturbed(model), plain)
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.set_grad_enabled(grad):
+        found, expected = (net(x, src_key_padding_mask=padding) for net in (model, plain))
+    torch.testing.assert_close(found[~padding], expected[~padding], rtol=1e-4, atol=1e-5)
+
+
 def test_other_widths_for_keys_and_values() -> None:
     """Then there are three matrices, each of its own."""
     with seeded(0):

@@ -171,6 +171,12 @@ class ExpertStack(nn.Module):
         """Whether it stands for a parameter, and so is no module of the plain model."""
         return bool(self.siblings)
 
+    def __getattr__(self, name: str) -> Any:
+        """What is asked of the parameter that it stands for while nobody computes with it."""
+        if name in ("dtype", "device", "shape", "ndim", "requires_grad"):
+            return getattr(self.weight, name)
+        return super().__getattr__(name)
+
     def forward(self, x: Tensor) -> Tensor:
         """(E, n, d_in) to (E, n, d_out)."""
         return x @ (self.weight if self.transposed else self.weight.mT)
