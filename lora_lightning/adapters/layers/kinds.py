@@ -85,11 +85,11 @@ def _hooked(module: nn.Module) -> bool:
 
 
 class ConvBase(BaseLayer):
-    """Conv1d and Conv2d, grouped and dilated too; A is flattened to (r, in/groups * prod(kernel))."""
+    """Conv1d, Conv2d and Conv3d, grouped and dilated too; A is flattened to (r, in/groups * prod(kernel))."""
 
     kind = "conv"
 
-    def __init__(self, module: nn.Conv1d | nn.Conv2d) -> None:
+    def __init__(self, module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
         super().__init__(module)
         self.kernel = tuple(module.weight.shape[1:])
         self.groups = module.groups
@@ -235,8 +235,8 @@ def core_base_layer(module: nn.Module) -> BaseLayer | None:
     if isinstance(module, nn.Linear):
         plain = cls.forward is nn.Linear.forward or _trial(_is_linear, module)
         return LinearBase(module) if plain else None
-    if isinstance(module, nn.Conv1d | nn.Conv2d):
-        plain = cls.forward in (nn.Conv1d.forward, nn.Conv2d.forward)
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        plain = cls.forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
         return ConvBase(module) if plain else None
     if isinstance(module, nn.Embedding):
         plain = cls.forward is nn.Embedding.forward or _trial(_is_linear_in_weight, module)
