@@ -88,6 +88,7 @@ _BY_TYPE: dict[str, dict[str, Any]] = {
         "stage_kernel_size": [3, 3, 3, 3],
     },
     "levit": {"hidden_sizes": [8, 16, 16], "depths": [1, 1, 1], "num_attention_heads": [1, 2, 2], "key_dim": [4] * 3},
+    "t5_gemma_module": {"cross_attention_hidden_size": _WIDTH},
     "mpt": {"n_heads": 2, "d_model": 16},
     "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
     "perceiver": {"num_latents": 4, "d_latents": 16, "num_self_attends_per_block": 1, "num_self_attention_heads": 2}
@@ -190,4 +191,8 @@ def shrink(config: Any) -> Any:
         config.head_dim = config.qk_rope_head_dim
     for key, value in given.items():
         setattr(config, key, value)
+    if "stage_names" in own:
+        count = len(getattr(config, "depths", ())) or config.num_hidden_layers
+        config.stage_names = ["stem", *(f"stage{number}" for number in range(1, count + 1))]
+        config._out_features, config._out_indices = [f"stage{count}"], [count]
     return config

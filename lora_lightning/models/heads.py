@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -13,7 +16,7 @@ from lora_lightning.models.paths import inside, join, plain, segments
 
 
 def head_prefixes(pretrained: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]) -> list[str]:
-    """Paths of task heads: what lies outside the backbone of a Hugging Face model, and its poolers.
+    """Paths of task heads: what lies outside the backbone of a Hugging Face model, and poolers that it reads.
 
     A path is a module's, or a single parameter's of the task model itself. A language model's output layer is
     pretrained, so a language model has no head in this sense.
@@ -33,9 +36,19 @@ def head_prefixes(pretrained: Mapping[str, nn.Module], modules: Mapping[str, nn.
         else:
             heads = _following_labels(hf_model)
         prefixes += [join(path, name) for name in heads]
-        if heads:
+        if heads and _reads_pooled(type(hf_model)):
             prefixes += [name for name in modules if inside(name, path) and segments(name)[-1] == "pooler"]
     return prefixes
+
+
+@functools.cache
+def _reads_pooled(model_class: Any) -> bool:
+    """Whether a task model computes with what its backbone has pooled; a pooler that it does not is no head of it."""
+    try:
+        source = inspect.getsource(inspect.unwrap(model_class.forward))
+    except (OSError, TypeError):  # typed into an interpreter, or generated
+        return True
+    return re.search(r"pool|outputs?\[1\]|encoded_layers", source) is not None
 
 
 def outside_backbone(hf_model: nn.Module) -> dict[str, nn.Module]:
