@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -70,6 +70,7 @@ def select(anatomy: Anatomy, targets: Targets = ALL, exclude: Sequence[str] = ()
     selection.skipped |= _out_of_reach(anatomy, targets)
     selection.skipped |= _other_towers(anatomy, targets, selection)
     selection.tied = anatomy.tied(selection.layers)
+    _leave_sharers(selection, named)
     _refuse_both_sides(selection)
     return selection
 
@@ -280,6 +281,14 @@ def _refuse_empty(selection: Selection, targets: Targets, exclude: Sequence[str]
     left_out = ", ".join(f"{path} ({reason})" for path, reason in list(selection.skipped.items())[:5])
     left_out = left_out or f"all that exclude={as_patterns(exclude)} names"
     raise TargetError(f"targets={targets!r} leaves no layer to adapt; left out: {left_out}.")
+
+
+def _leave_sharers(selection: Selection, named: Mapping[str, str]) -> None:
+    """Of layers that a scope means and that share one weight, the first is adapted; the others stay as they are."""
+    for path in list(selection.layers):
+        others = [other for other in selection.tied.get(path, ()) if other in selection.layers]
+        if others and not named[path] and not any(named[other] for other in others):
+            selection.skip(others, f"shares its weight with {path}, which is adapted")
 
 
 def _refuse_both_sides(selection: Selection) -> None:
