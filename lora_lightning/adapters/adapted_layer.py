@@ -54,7 +54,7 @@ class AdaptedLayer(nn.Module):
         keep_originals_in_state(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # of torch
         check_foreign_saving()  # in the process of whoever reads a pickle
 
     @property

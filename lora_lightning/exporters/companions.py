@@ -60,7 +60,7 @@ def run_processor(adapter: Path) -> Any:
 @contextmanager
 def ending_turns(model: Any, files: Mapping[str, bytes]) -> Iterator[None]:
     """Inside, generation ends with the token that ends a turn of the chat template too; afterwards it is as before."""
-    config = getattr(model, "generation_config", None)
+    config: Any = getattr(model, "generation_config", None)
     end = _end_of_turn(files) if config is not None else None
     if end is None:
         yield

@@ -102,7 +102,7 @@ class Anatomy:
                 held = stack(module, name)
                 if held is not None:
                     found[join(path, name)] = Layer(held, core_base_layer(held))
-            if path not in found or found[path].base is None:
+            if not isinstance(module, ExtendedLayer) and (path not in found or found[path].base is None):
                 for name in matrices(module):
                     if len(self.users[id(module._parameters[name])]) == 1:
                         held = matrix(module, name)

@@ -66,9 +66,10 @@ def matrices(owner: nn.Module) -> Iterator[str]:
     layers = (nn.Linear, nn.Embedding, AdaptedLayer, ExpertStack)
     if isinstance(owner, (*layers, *_UNREAD)):
         return
+    owner_class: Any = type(owner)  # a class is hashable, which mypy doubts of module classes
     for name, parameter in owner.named_parameters(recurse=False):
         bias = name.endswith("bias")  # of each expert
-        if parameter.dim() == 2 and parameter.is_floating_point() and not bias and _reads(type(owner), name):
+        if parameter.dim() == 2 and parameter.is_floating_point() and not bias and _reads(owner_class, name):
             yield name
 
 

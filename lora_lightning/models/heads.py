@@ -36,7 +36,8 @@ def head_prefixes(pretrained: Mapping[str, nn.Module], modules: Mapping[str, nn.
         else:
             heads = _following_labels(hf_model)
         prefixes += [join(path, name) for name in heads]
-        if heads and _reads_pooled(type(hf_model)):
+        model_class: Any = type(hf_model)  # a class is hashable, which mypy doubts of module classes
+        if heads and _reads_pooled(model_class):
             prefixes += [name for name in modules if inside(name, path) and segments(name)[-1] == "pooler"]
     return prefixes
 
@@ -67,7 +68,7 @@ def _following_labels(hf_model: Any) -> list[str]:
     """
     from transformers import MODEL_MAPPING
 
-    config = getattr(hf_model, "config", None)
+    config: Any = getattr(hf_model, "config", None)
     if getattr(config, "num_labels", None) is None:
         return []
     bare = MODEL_MAPPING.get(type(config), None)

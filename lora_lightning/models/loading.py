@@ -185,9 +185,8 @@ def _from_config(name: str, task: Task, config: Any, dtype: Dtype) -> nn.Module:
         dtype = config.dtype
 
     def make() -> nn.Module:
-        return getattr(transformers, task.auto_class).from_config(
-            config, dtype=dtype or torch.float32, trust_remote_code=False
-        )  # type: ignore[no-any-return]
+        cls: Any = getattr(transformers, task.auto_class)
+        return cast(nn.Module, cls.from_config(config, dtype=dtype or torch.float32, trust_remote_code=False))
 
     try:
         model = build_random(name, make) if is_random(name) else make().eval()

@@ -94,8 +94,10 @@ def _base_parameters(anatomy: Anatomy) -> dict[str, Tensor]:
     inside = starting_with(above, listed)
     found: dict[str, Tensor] = {plain(name): listed[name] for name in listed if name not in inside}
     for path in anatomy.extended:
-        own, above = plain(path), f"{plain(path)}.base."
-        found = {f"{own}.{key[len(above) :]}" if key.startswith(above) else key: found[key] for key in found}
+        place, inside_it = plain(path), f"{plain(path)}.base."
+        found = {
+            f"{place}.{key.removeprefix(inside_it)}" if key.startswith(inside_it) else key: found[key] for key in found
+        }
     for path, layer in anatomy.adapted.items():
         originals = layer.originals()
         for name, parameter in layer.base.named_parameters():

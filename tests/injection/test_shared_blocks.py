@@ -1,4 +1,4 @@
-"""Blocks that share their weights (Zamba): scopes adapt one of the sharers, and what is named by hand stays a question."""
+"""Blocks that share their weights (Zamba): scopes adapt one of the sharers; what is named by hand is refused."""
 
 from __future__ import annotations
 
