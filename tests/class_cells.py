@@ -1,6 +1,6 @@
 """What is done with every class of `model_classes.py`, and what comes of it: right, or refused before training.
 
-`python tests/class_cells.py` prints the table of docs/models.md; it takes some minutes.
+`python tests/class_cells.py` prints a table of it; it takes some minutes.
 """
 
 from __future__ import annotations
