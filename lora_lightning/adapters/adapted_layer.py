@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.base_weight import BaseWeight
 from lora_lightning.adapters.folded import DenseUpdate, FoldedUpdate, Rule, factors_with, fits, update_like
+from lora_lightning.adapters.foreign_saving import check_foreign_saving
 from lora_lightning.adapters.layer_state import keep_originals_in_state
 from lora_lightning.adapters.layers.base import BaseLayer, StackedBase
 from lora_lightning.adapters.merge_weight import Applied, Merging
@@ -33,10 +34,14 @@ class AdaptedLayer(nn.Module):
         base_weight: what the weight holds: the original, dense folded updates, noise.
         merging: what is merged into it, and the way back.
         tied_to: paths of other modules that use the base weight, which a merge would change as well.
+        renames_weights: the layer's own weights have other names than without it.
     """
+
+    renames_weights = True
 
     def __init__(self, base_layer: BaseLayer) -> None:
         super().__init__()
+        check_foreign_saving()
         self.base = base_layer.module
         self.adapters = nn.ModuleDict()
         self.shifts = nn.ModuleDict()
@@ -47,6 +52,10 @@ class AdaptedLayer(nn.Module):
         self._disabled = False
         self.tied_to: tuple[str, ...] = ()
         keep_originals_in_state(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # of torch
+        check_foreign_saving()  # in the process of whoever reads a pickle
 
     @property
     def base_layer(self) -> BaseLayer:
@@ -169,6 +178,11 @@ class AdaptedLayer(nn.Module):
             with assembled(self.adapters):
                 return self._base_under(names).weight(dtype).detach()
         return self.merging.merged(self._parts(names))[0].to(dtype)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether anything here trains, for owners that take the layer for its weight."""
+        return any(parameter.requires_grad for parameter in self.parameters())
 
     def __repr__(self) -> str:
         """One line: the base layer, and each adapter with its state."""

@@ -141,29 +141,8 @@ class LabelledImages(LabelledRows):
 
     @cached_property
     def image_processor(self) -> Any:
-        """The processor that `processor` names, or a plain one that scales to `size` and to values from -1 to 1.
-
-        Raises:
-            DataError: neither a processor nor a size, or no processor there.
-        """
-        from transformers import AutoImageProcessor, ViTImageProcessorPil
-
-        size = {} if self.size is None else {"size": {"height": self.size, "width": self.size}}
-        if self.processor is None:
-            if not size:
-                raise DataError(
-                    "LabelledImages.processor is null, and so is size. Name the model that prepares images, or, for a "
-                    "model that starts at random, the size in pixels that it takes."
-                )
-            return ViTImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.5] * 3, **size)
-        folder = resolve(self.processor, "data.processor", needs=None)
-        try:
-            return AutoImageProcessor.from_pretrained(folder, backend="pil", **size)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise DataError(
-                f'data.processor is "{self.processor}"; no image processor can be read there: {reason}'
-            ) from error
+        """As `load_image_processor`, by the settings."""
+        return load_image_processor(self.processor, self.size)
 
     def check_rows(self, rows: datasets.Dataset, split: str) -> None:
         """Raise `DataError` for a path where no file is."""
@@ -175,3 +154,27 @@ class LabelledImages(LabelledRows):
                 raise DataError(
                     f'LabelledImages.image: {split} row {row} (counted from 0): no file "{path}" in {folder}.'
                 )
+
+
+def load_image_processor(name: str | None, size: int | None) -> Any:
+    """The image processor that `name` means, or a plain one that scales to `size` and to values from -1 to 1.
+
+    Raises:
+        DataError: neither a name nor a size, or no processor there.
+    """
+    from transformers import AutoImageProcessor, ViTImageProcessorPil
+
+    sizes = {} if size is None else {"size": {"height": size, "width": size}}
+    if name is None:
+        if not sizes:
+            raise DataError(
+                "LabelledImages.processor is null, and so is size. Name the model that prepares images, or, for a "
+                "model that starts at random, the size in pixels that it takes."
+            )
+        return ViTImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.5] * 3, **sizes)
+    folder = resolve(name, "data.processor", needs=None)
+    try:
+        return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False, **sizes)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f'data.processor is "{name}"; no image processor can be read there: {reason}') from error

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,6 +43,7 @@ def export(
     rank: int | None = None,
     verify: bool = True,
     origin: Origin | None = None,
+    processor: Any = None,
 ) -> ExportReport:
     """Write one adapter of `model` in another library's format; the model stays as it is, bit for bit.
 
@@ -56,6 +58,8 @@ def export(
         verify: read the files back and compare: updates up to rounding, heads and merged weights bit for bit. "peft" is
             opened by peft where it is installed, else by its rules, and must compute the same on the base model.
         origin: where adapter and base lie on the disk; then "peft" is opened in a fresh process too.
+        processor: for "merged", the tokenizer or processor that goes with the model; None takes what lies beside the
+            base model's weights, where the model's configuration says where that is.
 
     Returns:
         What was written, how exact it is, and the largest difference found.
@@ -67,7 +71,7 @@ def export(
         PluginError: the plugin that brings the format fails.
     """
     writer = find_writer(format, rank)
-    source = find(model, name)
+    source = replace(find(model, name), processor=processor)
     finish_interrupted(Path(directory).expanduser().resolve())
     folder = check_free(directory)
     check_only_ours(folder, _files_of_earlier(folder))

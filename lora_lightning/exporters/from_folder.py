@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.errors import AdapterFileError, ExportError, ModelError
+from lora_lightning.exporters.companions import run_processor
 from lora_lightning.exporters.export import export, find_writer
 from lora_lightning.exporters.folder import check_free
 from lora_lightning.exporters.report import Origin
@@ -51,7 +52,9 @@ def export_folder(
         raise ExportError(f"{error}{'' if pretrained else ' Give the base model with --pretrained.'}") from error
     model = load_base(folder, stored, where, "auto" if format == "merged" else torch.float32)
     load_stored(model, stored, adapter, stored.name)
-    return str(export(model, output, format, stored.name, rank, origin=Origin(adapter, base)))
+    processor = run_processor(adapter) if format == "merged" else None
+    origin = Origin(adapter, base)
+    return str(export(model, output, format, stored.name, rank, origin=origin, processor=processor))
 
 
 def load_base(folder: str, stored: Stored, where: str, dtype: torch.dtype | str = torch.float32) -> nn.Module:
@@ -74,7 +77,11 @@ def load_base(folder: str, stored: Stored, where: str, dtype: torch.dtype | str 
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # the head is not in the base, and comes from the adapter
     try:
-        config = config_of(folder) if is_random(folder) else cls.config_class.from_pretrained(folder)
+        config = (
+            config_of(folder)
+            if is_random(folder)
+            else cls.config_class.from_pretrained(folder, trust_remote_code=False)
+        )
         labels = _labels(cls, config, {key: stored.tensors[key] for key in stored.trained})
         if labels is not None:
             config.num_labels = labels
@@ -89,6 +96,7 @@ def load_base(folder: str, stored: Stored, where: str, dtype: torch.dtype | str 
             folder,
             config=config,
             **quantized,
+            trust_remote_code=False,
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.adapters.layers.quantized import QuantizedBase
 from lora_lightning.errors import AdapterStateError, ExportError
+from lora_lightning.exporters.companions import companion_files, ending_turns, write_below
 from lora_lightning.exporters.report import Written
-from lora_lightning.exporters.source import Source, check_finite, write_files
+from lora_lightning.exporters.source import Source, check_finite
 from lora_lightning.injection.links import without_linked
 from lora_lightning.injection.merge_quantized import Dequantized
 from lora_lightning.injection.place import set_module
@@ -48,18 +49,24 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     dequantized, anatomy = Dequantized(), source.anatomy
     extended = list(anatomy.extended.values())
     plain = (_plain(source, dequantized), without_linked(anatomy.model), _unquantized(source))
+    files = companion_files(source.host, source.processor, source.tokenizer)
     with ExitStack() as stack:
-        for context in (*plain, plain_vocabulary(extended, anatomy.places)):
+        for context in (*plain, plain_vocabulary(extended, anatomy.places), ending_turns(source.host, files)):
             stack.enter_context(context)
         state = source.host.state_dict(keep_vars=True)
         check_finite("the model", state.values())
         with _own_config(source.host):
             source.host.save_pretrained(folder)
-            write_files(source.tokenizer, folder)
+            write_below(files, folder)
             difference = _compare(type(source.host), state, folder) if verify else None
     notes = [str(dequantized)] if dequantized.layers else []
     if len({t.dtype for t in state.values() if isinstance(t, nn.Parameter) and t.is_floating_point()}) > 1:
         notes.append("its tensors have several dtypes; from_pretrained makes them one unless told otherwise")
+    if not files:
+        notes.append(
+            f"no tokenizer and no processor: none lies beside the base model "
+            f'("{source.host.config._name_or_path}"); give it to export as `processor`'
+        )
     return Written(kind="merged", layers=len(source.layers), difference=difference, notes=tuple(notes))
 
 
@@ -175,8 +182,12 @@ def _compare(model_class: Any, own: Mapping[str, Tensor], folder: Path) -> float
     wide = torch.float16
     for tensor in own.values():
         wide = torch.promote_types(wide, tensor.dtype) if tensor.is_floating_point() else wide
-    with torch.random.fork_rng(devices=[]):
-        loaded, info = model_class.from_pretrained(folder, dtype=wide, output_loading_info=True)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            loaded, info = model_class.from_pretrained(folder, dtype=wide, output_loading_info=True)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ExportError(f"the merged model does not load again as a {model_class.__name__}: {reason}") from error
     wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
     if wrong:
         raise ExportError(

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ class Source:
     """Layers that carry the adapter, by path in `host`."""
     trained: tuple[str, ...]
     """Parameters of `host` that train in full, by name without wrappers."""
+    processor: Any = None
+    """The tokenizer or processor that the caller says goes with the model."""
 
     @property
     def heads(self) -> tuple[str, ...]:

@@ -19,9 +19,9 @@ def trained_parameters(anatomy: Anatomy, also_train: Heads) -> list[str]:
     adapted = starting_with((f"{path}." for path in anatomy.adapted), anatomy.parameters)
     names = [name for name in anatomy.parameters if name not in adapted]
     if also_train == "heads":
-        prefixes = tuple(f"{prefix}." for prefix in anatomy.heads)
-        rows = set(anatomy.row_names)
-        return [name for name in names if name.startswith(prefixes) or name in rows]
+        whole = {*anatomy.heads, *anatomy.row_names}
+        below = starting_with((f"{head}." for head in anatomy.heads), names)
+        return [name for name in names if name in whole or name in below]
     found: dict[str, None] = dict.fromkeys(anatomy.row_names)
     for pattern in as_patterns(also_train):
         hits = [name for name in names if within(pattern, name)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -62,7 +62,7 @@ def select(anatomy: Anatomy, targets: Targets = ALL, exclude: Sequence[str] = ()
     for path, named_by in named.items():
         reason = "excluded" if path in excluded else _reason(anatomy, path, named_by)
         if reason is None:
-            selection.layers[path] = anatomy.adaptable[path]
+            selection.layers[path] = anatomy.reachable[path]
         else:
             selection.skipped[path] = reason
     _refuse_fused(anatomy, targets, excluded)
@@ -70,6 +70,7 @@ def select(anatomy: Anatomy, targets: Targets = ALL, exclude: Sequence[str] = ()
     selection.skipped |= _out_of_reach(anatomy, targets)
     selection.skipped |= _other_towers(anatomy, targets, selection)
     selection.tied = anatomy.tied(selection.layers)
+    _leave_sharers(selection, named)
     _refuse_both_sides(selection)
     return selection
 
@@ -100,24 +101,57 @@ def _by_expression(anatomy: Anatomy, targets: str) -> dict[str, str]:
         hint = did_you_mean(targets, [ALL, *SCOPES]) or f' For a name suffix write ["{targets}"].'
         raise TargetError(f'targets="{targets}" is neither "all-linear" nor a scope ({", ".join(SCOPES)}).{hint}')
     hits = [path for path in anatomy.adaptable if full_match(targets, path, "targets")]
+    hits += [path for path in _matrices(anatomy) if _spells(targets, path) and full_match(targets, path, "targets")]
     if not hits and not any(full_match(targets, path, "targets") for path in anatomy.fused):
         raise TargetError(_no_match(anatomy, "targets", targets))
     return dict.fromkeys(anatomy.scopes.reach(targets, hits), targets)
 
 
 def _by_name(anatomy: Anatomy, pattern: str, hits: Sequence[str]) -> list[str]:
-    """Of the modules whose path ends in a pattern, the layers that it reaches."""
-    served = [path for path in hits if path in anatomy.adaptable]
+    """Of the modules whose path ends in a pattern, the layers that it reaches; else matrices, by their owner too."""
+    served = [path for path in hits if path in anatomy.adaptable] or _named_matrices(anatomy, pattern, hits)
+    if served and served[0] not in anatomy.adaptable:
+        return served
     blocks = [path for path in hits if any(inner.startswith(f"{path}.") for inner in anatomy.adaptable)]
     for path in hits:
         module = anatomy.layers[path].module
         if path not in served and path not in blocks and next(module.parameters(recurse=False), None) is not None:
             raise TargetError(
-                f'targets: "{pattern}" names {path} ({type(module).__name__}), a kind of module that takes no adapter.'
+                f'targets: "{pattern}" names {path} ({type(module).__name__}), a kind of module that takes no adapter. '
+                f"{_way_out(anatomy, path, module)}"
             )
     if not served and not any(_ends(path, pattern) for path in anatomy.fused):
         raise TargetError(_no_match(anatomy, "targets", [pattern]) + _inside_blocks(anatomy, pattern, blocks))
     return anatomy.scopes.reach(pattern, served)
+
+
+def _matrices(anatomy: Anatomy) -> list[str]:
+    return [path for path in anatomy.reachable if path not in anatomy.adaptable]
+
+
+def _spells(pattern: str, path: str) -> bool:
+    """Whether a pattern holds the last two names of a path, or the last one where that says enough."""
+    owner, name = segments(path)[-2:] if "." in path else ("", path)
+    return name in pattern and (name != "weight" or owner in pattern)
+
+
+def _named_matrices(anatomy: Anatomy, pattern: str, hits: Sequence[str]) -> list[str]:
+    """Matrices whose path ends in a pattern, and those that are all that a module of that name has to adapt."""
+    found = [path for path in _matrices(anatomy) if _ends(path, pattern)]
+    for path in hits:
+        own = [inner for inner in _matrices(anatomy) if inner.rpartition(".")[0] == path]
+        if len(own) == 1 and not any(inner.startswith(f"{path}.") for inner in anatomy.adaptable):
+            found += own
+    return list(dict.fromkeys(found))
+
+
+def _way_out(anatomy: Anatomy, path: str, module: nn.Module) -> str:
+    own = [inner for inner in _matrices(anatomy) if inner.rpartition(".")[0] == path]
+    if own:
+        names = ", ".join(f'"{segments(path)[-1]}.{segments(inner)[-1]}"' for inner in own)
+        return f"Its matrices do: targets=[{names}]."
+    held = [name for name, _ in module.named_parameters(recurse=False)]
+    return f'Train it in full instead: also_train=["{join(path, held[0])}"].'
 
 
 def _meant(anatomy: Anatomy, word: str) -> list[str]:
@@ -157,7 +191,7 @@ def _ends(path: str, pattern: str) -> bool:
 
 def _inside_blocks(anatomy: Anatomy, pattern: str, blocks: Sequence[str]) -> str:
     """Hint for a pattern that names blocks instead of layers."""
-    names = {segments(path)[-1] for path in anatomy.adaptable for block in blocks if path.startswith(f"{block}.")}
+    names = {segments(path)[-1] for path in anatomy.reachable for block in blocks if path.startswith(f"{block}.")}
     return f' "{pattern}" is a block; its layers are: {", ".join(sorted(names))}.' if names else ""
 
 
@@ -218,7 +252,8 @@ def _unserved(anatomy: Anatomy) -> Iterator[tuple[str, str]]:
         if isinstance(module, nn.MultiheadAttention):
             for name, _ in module.named_parameters(recurse=False):
                 if name.endswith("_proj_weight"):
-                    yield join(path, name), "a bare parameter of nn.MultiheadAttention, not a layer"
+                    why = "a bare parameter of nn.MultiheadAttention, not a layer"
+                    yield join(path, name), f'{why}; targets name it: "{name}"'
 
 
 def _other_towers(anatomy: Anatomy, targets: Targets, selection: Selection) -> dict[str, str]:
@@ -246,6 +281,14 @@ def _refuse_empty(selection: Selection, targets: Targets, exclude: Sequence[str]
     left_out = ", ".join(f"{path} ({reason})" for path, reason in list(selection.skipped.items())[:5])
     left_out = left_out or f"all that exclude={as_patterns(exclude)} names"
     raise TargetError(f"targets={targets!r} leaves no layer to adapt; left out: {left_out}.")
+
+
+def _leave_sharers(selection: Selection, named: Mapping[str, str]) -> None:
+    """Of layers that a scope means and that share one weight, the first is adapted; the others stay as they are."""
+    for path in list(selection.layers):
+        others = [other for other in selection.tied.get(path, ()) if other in selection.layers]
+        if others and not named[path] and not any(named[other] for other in others):
+            selection.skip(others, f"shares its weight with {path}, which is adapted")
 
 
 def _refuse_both_sides(selection: Selection) -> None:

@@ -26,7 +26,14 @@ from lora_lightning.adapters.layers.kinds import core_base_layer
 from lora_lightning.adapters.layers.quantized import QuantizedBase
 from lora_lightning.distributed import reshard_all
 from lora_lightning.models.base_layers import plugin_base_layer
-from lora_lightning.models.experts import expert_parameters, stack, stands_for_parameter
+from lora_lightning.models.experts import (
+    expert_parameters,
+    is_matrix,
+    matrices,
+    matrix,
+    stack,
+    stands_for_parameter,
+)
 from lora_lightning.models.heads import head_prefixes, output_layers, outside_backbone
 from lora_lightning.models.new_tokens import ExtendedLayer
 from lora_lightning.models.paths import join, places, segments
@@ -71,7 +78,9 @@ class Anatomy:
 
     @cached_property
     def layers(self) -> dict[str, Layer]:
-        """Every module but lists and the model itself, and every expert parameter whose layout is known.
+        """Every module but lists and the model itself, and parameters that their owner reads and that can be layers.
+
+        These are expert parameters whose layout is known, and matrices.
 
         Of an adapted layer it is what the adapter is on. What lies inside an adapted layer, or inside one with rows of
         new tokens, is left out.
@@ -93,11 +102,21 @@ class Anatomy:
                 held = stack(module, name)
                 if held is not None:
                     found[join(path, name)] = Layer(held, core_base_layer(held))
+            if not isinstance(module, ExtendedLayer) and (path not in found or found[path].base is None):
+                for name in matrices(module):
+                    if len(self.users[id(module._parameters[name])]) == 1:
+                        held = matrix(module, name)
+                        found[join(path, name)] = Layer(held, core_base_layer(held))
         return found
 
     @cached_property
     def adaptable(self) -> dict[str, BaseLayer]:
-        """Base layers of those `layers` that can take an adapter."""
+        """Base layers of those `layers` that can take an adapter, matrices left out."""
+        return {path: base for path, base in self.reachable.items() if not is_matrix(base.module)}
+
+    @cached_property
+    def reachable(self) -> dict[str, BaseLayer]:
+        """As `adaptable`, with the matrices that a pattern reaches by naming them."""
         return {path: layer.base for path, layer in self.layers.items() if layer.base is not None}
 
     @cached_property
@@ -121,7 +140,7 @@ class Anatomy:
         found = []
         for path, module in self._outside_adapted.items():
             if isinstance(module, AdaptedLayer):
-                if stands_for_parameter(module):
+                if stands_for_parameter(module) and not is_matrix(module.base):
                     found.append(path)
                 continue
             if self.layers.get(path, Layer(module, None)).base is None:
@@ -140,7 +159,10 @@ class Anatomy:
 
     def weight_read(self, paths: Iterable[str]) -> dict[str, str]:
         """Those layers at `paths` whose weight their owner reads instead of calling them, with the owner's class."""
-        return weight_read_layers(self.modules, paths)
+        layers = list(paths)
+        single = [path for path in layers if path in self.layers and is_matrix(self.layers[path].module)]
+        found = {path: type(self._parent(path)).__name__ for path in single}
+        return found | weight_read_layers(self.modules, (path for path in layers if path not in found))
 
     # -- shared weights ------------------------------------------------------------------------------------------------
 
@@ -193,6 +215,7 @@ class Anatomy:
         found = {
             join(path, name): "head" for path, model in self.pretrained.items() for name in outside_backbone(model)
         }
+        found |= dict.fromkeys((path for path in self.heads if segments(path)[-1] != "pooler"), "head")
         found |= dict.fromkeys(self.output_layers, "head")
         for path in self.modules:
             name = segments(path)[-1]

@@ -1,4 +1,6 @@
-"""Fused experts: one 3-D parameter of an owner module becomes a layer at the parameter's own path, and back.
+"""A parameter that an owner module reads itself becomes a layer at the parameter's own path, and back.
+
+That is one 3-D parameter of fused experts, or a matrix: a router's, the in-projection of nn.MultiheadAttention.
 
 The owner reads its parameters instead of calling a layer. So the adapted layer stands where the parameter stood, and
 while the owner's forward runs its name means the weight that the layer applies then, made once a call:
@@ -12,6 +14,8 @@ Autograd keeps that weight, E x d_out x d_in numbers, until backward. In half pr
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,6 +54,46 @@ def stack(owner: nn.Module, name: str) -> ExpertStack | None:
     if parameter is None or transposed is None or not parameter.is_floating_point():
         return None
     return ExpertStack(parameter, transposed, tuple(owner._parameters))
+
+
+_UNREAD = (nn.RNNBase, nn.ParameterList, nn.ParameterDict)
+"""Owners whose parameters something else reads: a list that a recurrent layer keeps, or whoever indexes a list."""
+_WRITERS = ("__init__", "__setstate__", "reset_parameters", "_reset_parameters", "extra_repr")
+
+
+def matrices(owner: nn.Module) -> Iterator[str]:
+    """Names of a module's own 2-D parameters that its code reads, if it is itself no layer."""
+    layers = (nn.Linear, nn.Embedding, AdaptedLayer, ExpertStack)
+    if isinstance(owner, (*layers, *_UNREAD)):
+        return
+    owner_class: Any = type(owner)  # a class is hashable, which mypy doubts of module classes
+    for name, parameter in owner.named_parameters(recurse=False):
+        bias = name.endswith("bias")  # of each expert
+        if parameter.dim() == 2 and parameter.is_floating_point() and not bias and _reads(owner_class, name):
+            yield name
+
+
+@functools.cache
+def _reads(owner: Any, name: str) -> bool:
+    """Whether a function of the class, beside those that make or fill its parameters, has the name in it."""
+    functions = (
+        inspect.unwrap(member)
+        for cls in owner.__mro__
+        if cls is not nn.Module
+        for key, member in vars(cls).items()
+        if inspect.isfunction(member) and key not in _WRITERS
+    )
+    return any(name in function.__code__.co_names for function in functions)
+
+
+def matrix(owner: nn.Module, name: str) -> ExpertStack:
+    """The owner's 2-D parameter `name` as a layer, not put in place yet."""
+    return ExpertStack(owner.get_parameter(name), False, tuple(owner._parameters))
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Whether a layer stands for a 2-D parameter."""
+    return isinstance(module, ExpertStack) and module.owned and module.weight.dim() == 2
 
 
 def stands_for_parameter(module: nn.Module) -> bool:

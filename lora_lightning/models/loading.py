@@ -14,7 +14,7 @@ from torch import nn
 from lora_lightning.errors import ModelError
 from lora_lightning.models.anatomy import survey
 from lora_lightning.models.meta import expect_values
-from lora_lightning.models.paths import within
+from lora_lightning.models.paths import inside, within
 from lora_lightning.models.pretrained import resolve
 from lora_lightning.models.quantized_loading import Loading, quantization_config, stated
 from lora_lightning.models.random import build_random, config_of, is_random
@@ -61,6 +61,7 @@ def load_model(
                 dtype=dtype or torch.float32,
                 output_loading_info=True,
                 use_safetensors=True,
+                trust_remote_code=False,
                 ignore_mismatched_sizes=True,
                 **options,
             )
@@ -112,7 +113,7 @@ def checkpoint_format(pretrained: str) -> str | None:
     if is_random(pretrained):
         return None
     try:
-        return stated(transformers.AutoConfig.from_pretrained(resolve(pretrained)))
+        return stated(transformers.AutoConfig.from_pretrained(resolve(pretrained), trust_remote_code=False))
     except (OSError, ValueError):  # said when it is loaded
         return None
 
@@ -122,8 +123,8 @@ def _quantized(
 ) -> dict[str, Any]:
     cls = getattr(transformers, task.auto_class)
     try:
-        config = transformers.AutoConfig.from_pretrained(source, **options)
-        return quantized_options(config, lambda: cls.from_config(config), how, also_train)
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+        return quantized_options(config, lambda: cls.from_config(config, trust_remote_code=False), how, also_train)
     except (OSError, ValueError):  # said in the words of every other model when it is loaded
         return {}
 
@@ -170,9 +171,12 @@ def load_skeleton(
         config = config_of(pretrained, **options)
     else:
         try:
-            config = transformers.AutoConfig.from_pretrained(source, **options)
+            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
         except OSError as error:
             raise ModelError(f'model.pretrained is "{pretrained}": {_first_line(error)}') from error
+        except ValueError as error:
+            _refuse_class(error, pretrained, task)
+            raise
     return _from_config(pretrained, task, config, dtype)
 
 
@@ -181,7 +185,8 @@ def _from_config(name: str, task: Task, config: Any, dtype: Dtype) -> nn.Module:
         dtype = config.dtype
 
     def make() -> nn.Module:
-        return getattr(transformers, task.auto_class).from_config(config, dtype=dtype or torch.float32)  # type: ignore[no-any-return]
+        cls: Any = getattr(transformers, task.auto_class)
+        return cast(nn.Module, cls.from_config(config, dtype=dtype or torch.float32, trust_remote_code=False))
 
     try:
         model = build_random(name, make) if is_random(name) else make().eval()
@@ -192,7 +197,12 @@ def _from_config(name: str, task: Task, config: Any, dtype: Dtype) -> nn.Module:
 
 
 def _refuse_class(error: ValueError, pretrained: str, task: Task) -> None:
-    """Raise `ModelError` where transformers said that the model has no class for the task."""
+    """Raise `ModelError` where transformers said that the model has no class for the task, or one that it brings."""
+    if "custom code" in str(error):
+        raise ModelError(
+            f'model.pretrained is "{pretrained}", which brings code of its own, and such code is not run. If you trust '
+            "it, load the model in Python with trust_remote_code=True, and call lora_lightning.inject."
+        ) from error
     if "Unrecognized configuration class" in str(error):
         raise ModelError(
             f'model.task is "{task.name}", but "{pretrained}" has no {task.auto_class} in transformers.'
@@ -236,19 +246,23 @@ def zero_absent(model: nn.Module, missing: Iterable[str], unused: Sequence[str])
     return absent
 
 
+def _in_any(key: str, heads: Iterable[str]) -> bool:
+    return any(inside(key, head) for head in heads)
+
+
 def _check_complete(
     model: nn.Module, info: dict[str, Any], pretrained: str, unused: Sequence[str], also_train: Sequence[str]
 ) -> None:
-    heads = tuple(f"{prefix}." for prefix in survey(model).heads)
+    heads = survey(model).heads
     needed = [key for key in info["missing_keys"] if not set(unused).intersection(key.split("."))]
     frozen = [key for key in needed if not any(within(pattern, key) for pattern in also_train)]
-    missing = sorted(key for key in frozen if not key.startswith(heads or ("\0",)))
+    missing = sorted(key for key in frozen if not _in_any(key, heads))
     if missing:
         raise ModelError(
             f'"{pretrained}" lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}; they would '
             "stay random. Choose the task the model was trained for, or complete weights; or train them in full: "
             f"also_train: [{missing[0].partition('.')[0]}]."
         )
-    wrong = [key for key, *_ in info["mismatched_keys"] if not key.startswith(heads or ("\0",))]
+    wrong = [key for key, *_ in info["mismatched_keys"] if not _in_any(key, heads)]
     if wrong:
         raise ModelError(f'"{pretrained}" holds weights of another shape than {type(model).__name__} has: {wrong[0]}.')

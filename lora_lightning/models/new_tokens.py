@@ -3,9 +3,10 @@
     embedding   W[id]                     for a known id;   rows[id - first]   for a new one
     output      x W'^T                    W' = W with the rows at first .. first + n
 
-The pretrained matrices stay as they are, frozen and at `<path>.base.weight`; `<path>.new_rows` (n, width) trains in
-full and is saved with the adapter. Where the output layer shares the embedding's weight, it shares the new rows too.
-New ids may fall on rows that a padded matrix has already, behind its last token; these rows are then replaced.
+The pretrained matrices stay as they are, at `<path>.base.weight`, and frozen unless they are named; `<path>.new_rows`
+(n, width) trains in full and is saved with the adapter. Where the output layer shares the embedding's weight, it shares
+the new rows too. New ids may fall on rows that a padded matrix has already, behind its last token; these rows are then
+replaced. Biases of new tokens are zero.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ from torch.func import functional_call
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from lora_lightning.adapters.adapted_layer import AdaptedLayer
+from lora_lightning.adapters.foreign_saving import check_foreign_saving
 from lora_lightning.distributed import is_sharded
 from lora_lightning.errors import AdapterStateError, ModelError, SettingsError, did_you_mean
 from lora_lightning.models.paths import places
+from lora_lightning.models.vocabulary_size import following, token_embedding
 from lora_lightning.seeds import generator
 
 _KEY = "_lora_lightning_vocabulary"
+_BEFORE = "_lora_lightning_before_vocabulary"
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,11 @@ class ExtendedLayer(nn.Module):
         first: id of the first new row.
     """
 
+    renames_weights = True
+
     def __init__(self, base: nn.Module, rows: nn.Parameter, first: int) -> None:
         super().__init__()
+        check_foreign_saving()
         self.base, self.first = base, first
         self.new_rows: Tensor = rows
         self.train(base.training)
@@ -84,15 +91,21 @@ class ExtendedLayer(nn.Module):
             tensors["bias"] = self.bias
         return cast(Tensor, functional_call(self.base, tensors, (x,)))
 
-    def plain(self, weight: nn.Parameter) -> nn.Module:
-        """A plain layer of the same class and size around `weight`."""
-        layer = copy.copy(self.base)
-        layer._parameters = {**self.base._parameters, "weight": weight}
+    def tensors(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Weight and, where there is one, bias: the pretrained one, and the whole one."""
+        yield cast(Tensor, self.base.weight), self.weight
         if self.bias is not None:
-            layer._parameters["bias"] = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
+            yield cast(Tensor, self.base.bias), self.bias
+
+    def plain(self, whole: Mapping[int, nn.Parameter]) -> nn.Module:
+        """A plain layer of the same class and full size around whole tensors, by the pretrained ones' ids."""
+        layer = copy.copy(self.base)
+        layer._parameters = {
+            name: None if own is None else whole.get(id(own), own) for name, own in self.base._parameters.items()
+        }
         for size in ("num_embeddings", "out_features"):
             if hasattr(layer, size):
-                setattr(layer, size, len(weight))
+                setattr(layer, size, len(cast(Tensor, layer.weight)))
         return layer
 
     def __getattr__(self, name: str) -> Any:
@@ -183,8 +196,8 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
 
 def check_extendable(model: nn.Module, first: int, tokens: Sequence[str]) -> None:
     """Raise `ModelError` or `AdapterStateError` unless the model can be given rows from id `first` on."""
-    if not hasattr(model, "get_input_embeddings"):
-        raise ModelError(f"{type(model).__name__} is no model of transformers, so its embedding is not known.")
+    if vocabulary(model) is None:
+        token_embedding(model)
     if is_sharded(model):
         raise AdapterStateError("the model is sharded already; add tokens before fully_shard.")
     before = vocabulary(model)
@@ -192,7 +205,7 @@ def check_extendable(model: nn.Module, first: int, tokens: Sequence[str]) -> Non
         raise AdapterStateError(f"the model has new tokens already: {', '.join(before.tokens)}; name all at once.")
     if any(isinstance(module, AdaptedLayer) for module in model.modules()):
         raise AdapterStateError("the model has adapters already; add tokens before inject.")
-    rows = len(cast(Any, model).get_input_embeddings().weight)
+    rows = len(token_embedding(model).weight)
     if first > rows:
         raise ModelError(
             f"the tokenizer has {first} tokens, but {type(model).__name__} only {rows} rows for them, so {tokens[0]} "
@@ -201,27 +214,41 @@ def check_extendable(model: nn.Module, first: int, tokens: Sequence[str]) -> Non
 
 
 def add_rows(model: nn.Module, added: Vocabulary, seed: int = 0) -> None:
-    """Give the model's embedding and output layer the rows of `added`; shared ones where they share a weight."""
+    """Give the model rows for `added`, wherever it has one for each token; shared ones where a weight is shared.
+
+    Raises:
+        ModelError: it has no embedding of tokens, or keeps something else for each of them.
+    """
+    follows = following(model)
     where = places(model.modules())
+    size = max(len(follows.embedding.weight), added.first + len(added.tokens))
     rows: dict[int, nn.Parameter] = {}
-    for path, layer in list(_token_layers(model)):
+    for path, layer in follows.layers.items():
         weight = cast(nn.Parameter, layer.weight)
         if id(weight) not in rows:
             rows[id(weight)] = _start(weight, added, seed, path)
         for parent, name in where[id(layer)]:
             setattr(parent, name, ExtendedLayer(layer, rows[id(weight)], added.first))
-    model.__dict__[_KEY] = added
-    _set_size(model, added.first + len(added.tokens))
+    before = _Before({}, [(holder, name, getattr(holder, name)) for holder, name in follows.numbers])
+    for name, buffer in follows.buffers.items():
+        before.buffers[name] = buffer
+        _set_buffer(model, name, F.pad(buffer, (0, size - buffer.shape[-1])))
+    for holder, name in follows.numbers:  # losses and generation of transformers read them
+        setattr(holder, name, max(size, getattr(holder, name)))
+    model.__dict__[_KEY], model.__dict__[_BEFORE] = added, before
 
 
-def _token_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Layers that hold a matrix of the vocabulary: the embedding, the output layer, and what shares their weights."""
-    own: Any = model
-    heads = [layer for layer in (own.get_input_embeddings(), own.get_output_embeddings()) if layer is not None]
-    weights = {id(layer.weight) for layer in heads}
-    for path, module in model.named_modules():
-        if id(module._parameters.get("weight")) in weights and isinstance(module, nn.Embedding | nn.Linear):
-            yield path, module
+@dataclass
+class _Before:
+    """What `add_rows` has replaced beside layers: buffers by name, and (object, attribute, number)."""
+
+    buffers: dict[str, Tensor]
+    numbers: list[tuple[Any, str, int]]
+
+
+def _set_buffer(model: nn.Module, name: str, value: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    model.get_submodule(owner)._buffers[leaf] = value
 
 
 def _start(weight: Tensor, added: Vocabulary, seed: int, path: str) -> nn.Parameter:
@@ -231,21 +258,30 @@ def _start(weight: Tensor, added: Vocabulary, seed: int, path: str) -> nn.Parame
     return nn.Parameter(known.mean(0) + 0.01 * known.std(0) * noise.to(known.device, known.dtype))
 
 
-def _set_size(model: nn.Module, size: int) -> None:
-    """Tell the configuration of a larger vocabulary, which losses and generation of transformers read."""
-    config = cast(Any, model).config.get_text_config()
-    if getattr(config, "vocab_size", size) < size:
-        config.vocab_size = size
-
-
 def remove_rows(model: nn.Module) -> None:
     """Take new rows off again; the model is as it was before `add_rows`."""
     where = places(model.modules())
     for layer in extended_layers(model).values():
         for parent, name in where[id(layer)]:
             setattr(parent, name, layer.base)
-    if model.__dict__.pop(_KEY, None) is not None:
-        cast(Any, model).config.get_text_config().vocab_size = len(cast(Any, model).get_input_embeddings().weight)
+    model.__dict__.pop(_KEY, None)
+    before = model.__dict__.pop(_BEFORE, _Before({}, []))
+    for name, buffer in before.buffers.items():
+        _set_buffer(model, name, buffer.to(model.get_buffer(name).device))
+    for holder, name, number in before.numbers:
+        setattr(holder, name, number)
+
+
+def without_rows(name: str, names: Collection[str]) -> str:
+    """The name that a tensor has without new rows, `<path>.<tensor>` for `<path>.base.<tensor>`; itself for others.
+
+    Args:
+        name: a tensor's name in the model with new rows.
+        names: those of the model without.
+    """
+    parts = name.split(".")
+    plain_names = (".".join([*parts[:i], *parts[i + 1 :]]) for i, part in enumerate(parts) if part == "base")
+    return name if name in names else next((found for found in plain_names if found in names), name)
 
 
 @contextmanager
@@ -258,15 +294,23 @@ def plain_vocabulary(
         layers: layers with new rows.
         where: every (parent, name) under which each of them stands, by its id.
     """
-    weights: dict[int, nn.Parameter] = {}
+    whole: dict[int, nn.Parameter] = {}
     for layer in layers:
-        key = id(layer.base.weight)
-        weights.setdefault(key, nn.Parameter(layer.weight.detach().clone(), requires_grad=False))
+        for own, grown in layer.tensors():
+            whole.setdefault(id(own), nn.Parameter(grown.detach().clone(), requires_grad=False))
         for parent, name in where[id(layer)]:
-            setattr(parent, name, layer.plain(weights[key]))
+            setattr(parent, name, layer.plain(whole))
+    bare = []  # a bias of an output layer may be one of the head's as well, which reads none of them itself
+    for parent in {id(parent): parent for found in where.values() for parent, _ in found}.values():
+        for name, parameter in parent._parameters.items():
+            if id(parameter) in whole:
+                bare.append((parent, name, parameter))
+                parent._parameters[name] = whole[id(parameter)]
     try:
         yield
     finally:
+        for parent, name, parameter in bare:
+            parent._parameters[name] = parameter
         for layer in layers:
             for parent, name in where[id(layer)]:
                 setattr(parent, name, layer)

@@ -151,7 +151,8 @@ def pretrained_models(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Hugging Face models among the modules of a model, outermost only, by path ("" is the model itself)."""
     found: dict[str, nn.Module] = {}
     for path, module in modules.items():
-        if hasattr(module, "base_model_prefix") and not any(inside(path, outer) for outer in found):
+        # asked of the class: torch.compile's wrapper answers for the model inside it
+        if hasattr(type(module), "base_model_prefix") and not any(inside(path, outer) for outer in found):
             found[path] = module
     return found
 

@@ -27,7 +27,8 @@ from lora_lightning.distributed import first_entry, local
 from lora_lightning.errors import AdapterStateError
 from lora_lightning.injection.records import records
 from lora_lightning.models.anatomy import Anatomy, survey
-from lora_lightning.models.paths import join, plain, starting_with, unwrap
+from lora_lightning.models.new_tokens import without_rows
+from lora_lightning.models.paths import plain, starting_with, unwrap
 
 _SAMPLE = 64
 _KEPT = "_lora_lightning_fingerprint"
@@ -95,12 +96,10 @@ def _exact(own: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
 
 
 def counted(anatomy: Anatomy, without: Iterable[str]) -> dict[str, Tensor]:
-    """Parameters that count in a fingerprint, by name."""
+    """The base weights that a fingerprint counts, by the names they have in the plain model."""
     found = dict(sorted(_base_parameters(anatomy).items()))
     for name in without:
-        key = plain(name)
-        owner, _, leaf = key.rpartition(".")
-        found.pop(key if key in found else f"{owner.removesuffix('.base')}.{leaf}", None)  # rows of new tokens on it
+        found.pop(without_rows(plain(name), found), None)
     return found
 
 
@@ -206,11 +205,12 @@ def _base_parameters(anatomy: Anatomy) -> dict[str, Tensor]:
     for record in records(anatomy.model).values():
         above += [f"{path}.adapters.".removeprefix(".") for path in record.linked]
     inside = starting_with(above, listed)
-    rows = {f"{path}.base": path for path in anatomy.extended}
-    found: dict[str, Tensor] = {}
-    for name in listed.keys() - inside:
-        owner, _, leaf = name.rpartition(".")
-        found[plain(join(rows.get(owner, owner), leaf))] = listed[name]
+    found: dict[str, Tensor] = {plain(name): listed[name] for name in listed if name not in inside}
+    for path in anatomy.extended:
+        place, inside_it = plain(path), f"{plain(path)}.base."
+        found = {
+            f"{place}.{key.removeprefix(inside_it)}" if key.startswith(inside_it) else key: found[key] for key in found
+        }
     for path, layer in anatomy.adapted.items():
         originals = layer.originals()
         for name, parameter in layer.base.named_parameters():

@@ -225,8 +225,8 @@ def test_overrides_by_layer_the_later_wins() -> None:
         (unknown_layout, {"targets": "experts"}, r"targets='experts' means 1 fused expert tensors"),
         (
             tiny_moe,
-            {"targets": ["gate"]},
-            r'"gate" names model.layers.1.mlp.gate \(Qwen3MoeTopKRouter\), a kind of module',
+            {"targets": ["norm"]},
+            r'"norm" names model.norm \(Qwen3MoeRMSNorm\), a kind of module .* also_train=\["model.norm.weight"\]',
         ),
         (
             tiny_gpt2,

@@ -14,6 +14,7 @@ from lora_lightning.errors import TargetError
 from lora_lightning.injection.targets import select
 from lora_lightning.models.anatomy import survey
 from lora_lightning.models.scopes import is_scope
+from lora_lightning.testing import tiny_encoder
 
 METHOD = LoRA(rank=2)
 LANGUAGE = "model.language_model"
@@ -248,3 +249,14 @@ def test_a_bare_projector_trains_in_full_where_it_is_named() -> None:
     ll.inject(net, METHOD, also_train=["mm_input_projection_weight"])
     net(**ARCHITECTURES["Gemma 3, vision"].batch()).loss.backward()
     assert net.model.multi_modal_projector.mm_input_projection_weight.grad.any()
+
+
+def test_a_compiled_model_has_the_heads_and_scopes_of_the_model_inside() -> None:
+    """torch.compile's wrapper answers for what it wraps, and is no model of transformers itself."""
+    plain, compiled = tiny_encoder(), torch.compile(tiny_encoder(), backend="eager")
+    expected = ll.inject(plain, LoRA(rank=2), seed=0)
+    report = ll.inject(compiled, LoRA(rank=2), seed=0)
+    assert [path.removeprefix("_orig_mod.") for path in report.layers] == list(expected.layers)
+    assert [name.removeprefix("_orig_mod.") for name in report.trained] == list(expected.trained)
+    ids = torch.tensor([[1, 5, 7, 2]])
+    assert torch.equal(compiled(ids).logits, plain(ids).logits)

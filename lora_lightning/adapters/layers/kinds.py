@@ -85,11 +85,11 @@ def _hooked(module: nn.Module) -> bool:
 
 
 class ConvBase(BaseLayer):
-    """Conv1d and Conv2d, grouped and dilated too; A is flattened to (r, in/groups * prod(kernel))."""
+    """Conv1d, Conv2d and Conv3d, grouped and dilated too; A is flattened to (r, in/groups * prod(kernel))."""
 
     kind = "conv"
 
-    def __init__(self, module: nn.Conv1d | nn.Conv2d) -> None:
+    def __init__(self, module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
         super().__init__(module)
         self.kernel = tuple(module.weight.shape[1:])
         self.groups = module.groups
@@ -155,7 +155,7 @@ class ExpertStack(nn.Module):
     """A stack of expert matrices as a layer of its own: y[e] = x[e] W[e]^T for x (E, n, d_in).
 
     Args:
-        weight: (E, d_out, d_in), or (E, d_in, d_out) where `transposed`.
+        weight: (E, d_out, d_in), or (E, d_in, d_out) where `transposed`; (d_out, d_in) is one such matrix.
         transposed: how the matrices are stored.
         siblings: where the stack stands for a parameter of an owner: names of all of the owner's parameters, in order.
     """
@@ -171,19 +171,28 @@ class ExpertStack(nn.Module):
         """Whether it stands for a parameter, and so is no module of the plain model."""
         return bool(self.siblings)
 
+    def __getattr__(self, name: str) -> Any:
+        """What is asked of the parameter that it stands for while nobody computes with it."""
+        if name in ("dtype", "device", "shape", "ndim", "requires_grad"):
+            return getattr(self.weight, name)
+        return super().__getattr__(name)
+
     def forward(self, x: Tensor) -> Tensor:
         """(E, n, d_in) to (E, n, d_out)."""
         return x @ (self.weight if self.transposed else self.weight.mT)
 
 
 class ExpertsBase(BaseLayer):
-    """A stacked expert parameter; A and B have one matrix an expert, (E, r, d_in) and (E, d_out, r)."""
+    """A stacked expert parameter; A and B have one matrix an expert, (E, r, d_in) and (E, d_out, r).
+
+    A single matrix that is a parameter counts as a stack of one.
+    """
 
     kind = "experts"
 
     def __init__(self, module: ExpertStack) -> None:
         super().__init__(module)
-        self.transposed, self.owned = module.transposed, module.owned
+        self.transposed, self.owned, self.single = module.transposed, module.owned, module.weight.dim() == 2
         experts, self.d_out, self.d_in = self._read(module.weight).shape
         self.lead = (experts,)
 
@@ -192,10 +201,12 @@ class ExpertsBase(BaseLayer):
         return path if self.owned else super().weight_name(path)
 
     def _read(self, stored: Tensor) -> Tensor:
-        return stored.mT if self.transposed else stored
+        stack = stored[None] if self.single else stored
+        return stack.mT if self.transposed else stack
 
     def _store(self, weight: Tensor) -> Tensor:
-        return weight.mT if self.transposed else weight
+        stack = weight.mT if self.transposed else weight
+        return stack[0] if self.single else stack
 
     def per_output(self, values: Tensor) -> Tensor:
         """`values` (E, d_out) as (E, 1, d_out)."""
@@ -224,8 +235,8 @@ def core_base_layer(module: nn.Module) -> BaseLayer | None:
     if isinstance(module, nn.Linear):
         plain = cls.forward is nn.Linear.forward or _trial(_is_linear, module)
         return LinearBase(module) if plain else None
-    if isinstance(module, nn.Conv1d | nn.Conv2d):
-        plain = cls.forward in (nn.Conv1d.forward, nn.Conv2d.forward)
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        plain = cls.forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
         return ConvBase(module) if plain else None
     if isinstance(module, nn.Embedding):
         plain = cls.forward is nn.Embedding.forward or _trial(_is_linear_in_weight, module)

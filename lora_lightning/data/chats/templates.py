@@ -95,3 +95,18 @@ def _named(tokenizer: Any, name: str) -> str:
         )
     end_id(tokenizer)
     return template.jinja(start="".join(tokenizer.convert_ids_to_tokens(start_ids(tokenizer))))
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """Id of the token that ends an assistant's turn; None without a template, or where it ends with ordinary text."""
+    if not tokenizer.chat_template:
+        return None
+    said = "answer"
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": said}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # a template is a program, and may want other turns
+        return None
+    ids = tokenizer(text.rpartition(said)[2].lstrip(), add_special_tokens=False)["input_ids"] if said in text else []
+    marks = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    return int(ids[0]) if ids and ids[0] in marks else None

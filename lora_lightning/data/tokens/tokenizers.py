@@ -32,7 +32,7 @@ def load_tokenizer(name: str | None) -> Any:
         return builtin_tokenizer(name)
     folder = resolve(name, "data.tokenizer", needs=None)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise DataError(f'data.tokenizer is "{name}"; no tokenizer can be read there: {reason}') from error

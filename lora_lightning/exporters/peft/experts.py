@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.layers.kinds import ExpertStack
 from lora_lightning.models.anatomy import Layer
-from lora_lightning.models.experts import stands_for_parameter
+from lora_lightning.models.experts import is_matrix, stands_for_parameter
 from lora_lightning.models.paths import plain
 
 Stacks = Mapping[str, Sequence[tuple[str, int]]]
@@ -28,7 +28,7 @@ def find_stacks(layers: Mapping[str, Layer]) -> Stacks:
     for path, (module, _) in layers.items():
         if isinstance(module, ExpertStack) and stands_for_parameter(module):
             owner, _, name = plain(path).rpartition(".")
-            place = module.siblings.index(name), plain(path), module.weight.shape[0]
+            place = module.siblings.index(name), plain(path), 1 if is_matrix(module) else module.weight.shape[0]
             found.setdefault(owner, []).append(place)
     return {owner: [(path, experts) for _, path, experts in sorted(places)] for owner, places in found.items()}
 
@@ -60,7 +60,7 @@ def stacked(A: Tensor, B: Tensor, experts: int) -> tuple[Tensor, Tensor]:
 
 def unlike(owner: nn.Module, stack: ExpertStack) -> str | None:
     """Why peft computes something else for a parameter of `owner` with the same factors; None where it does not."""
-    if stack.weight.shape[0] == 1:
+    if stack.weight.shape[0] == 1 and not is_matrix(stack):
         return "it holds one expert, and peft takes such a stack for a plain layer"
     if stack.transposed != bool(getattr(owner, "is_transposed", False)):
         return f"{type(owner).__name__} stores matrices as (in, out) without saying so, and peft reads them otherwise"

@@ -181,7 +181,7 @@ def unlike(path: str, modules: Mapping[str, nn.Module], layer: nn.Module) -> str
     again = next((other for other, module in modules.items() if module is layer and other != path), None)
     if again:
         return f"it stands at {again} too, where peft puts no factors"
-    if isinstance(layer, nn.Conv1d | nn.Conv2d) and (reason := _unlike_conv(layer)):
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and (reason := _unlike_conv(layer)):
         return reason
     own = isinstance(layer, nn.Embedding) and type(layer).forward is not nn.Embedding.forward
     if own and not hasattr(layer, "embed_scale"):
@@ -195,7 +195,7 @@ def unlike(path: str, modules: Mapping[str, nn.Module], layer: nn.Module) -> str
     return None
 
 
-def _unlike_conv(layer: nn.Conv1d | nn.Conv2d) -> str | None:
+def _unlike_conv(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str | None:
     if layer.groups > 1:
         return f"groups={layer.groups}, and peft lets its factors see all input channels"
     if set(layer.dilation) != {1}:

@@ -98,7 +98,7 @@ def _tokenizer(directory: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     there = (Path(directory) / "tokenizer_config.json").is_file()
-    return AutoTokenizer.from_pretrained(directory) if there else None
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False) if there else None
 
 
 def new_tokens(folder: PeftFolder, directory: str | Path) -> Vocabulary | None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 from transformers.pytorch_utils import Conv1D
 
+import lora_lightning as ll
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.adapters.layers.kinds import core_base_layer
 from lora_lightning.adapters.low_rank import LowRankAdapter, add_low_rank
 from lora_lightning.testing import BASE_KINDS, perturb
+from lora_lightning.testing.toy_models import seeded
 
 
 def dense(base: BaseLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -215,3 +218,30 @@ def test_conv1d_without_bias_term() -> None:
     assert base is not None
     x = torch.randn(2, 6)
     torch.testing.assert_close(base.apply(x, base.weight()), x @ base.weight().T)
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": 2}, {"stride": (2, 1, 1), "padding": 1, "dilation": (1, 2, 1)}])
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "RoseLoRA"])
+def test_a_convolution_over_volumes(name: str, options: dict[str, Any]) -> None:
+    """The reference is the plain layer with the merged kernels, which each method states for itself."""
+    with seeded(0):
+        model = nn.Sequential(nn.Conv3d(2, 4, (2, 3, 2), **options).double())
+    x = torch.randn(2, 2, 4, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    base = model(x)
+    ll.inject(model, ll.method(name)(rank=2), targets=["0"], seed=0)
+    torch.testing.assert_close(model(x), base)
+    layer = model[0]
+    perturb(layer.adapters, 3)
+    adapted = model(x)
+    assert not torch.allclose(adapted, base)
+    merged = layer.merged_weight("default", torch.float64).reshape(layer.base.weight.shape)
+    plain = copy.deepcopy(layer.base)
+    plain.weight.data.copy_(merged)
+    torch.testing.assert_close(plain(x), adapted)
+    adapted.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in layer.adapters.parameters() if p.requires_grad)
+    ll.merge(model)
+    torch.testing.assert_close(model(x), adapted)
+    ll.unmerge(model)
+    ll.eject(model)
+    assert torch.equal(model(x), base)

@@ -185,7 +185,9 @@ def test_layouts_that_peft_reads_otherwise() -> None:
 def test_wrappers_nest_in_the_owners_order() -> None:
     model = adapted(gpt_oss, LoRA(rank=2), targets=["down_proj"])
     owner = "model.layers.0.mlp.experts"
-    assert find_stacks(survey(model).layers) == {owner: [(f"{owner}.gate_up_proj", 4), (f"{owner}.down_proj", 4)]}
+    router = {"model.layers.0.mlp.router": [("model.layers.0.mlp.router.weight", 1)]}
+    stacks = {owner: [(f"{owner}.gate_up_proj", 4), (f"{owner}.down_proj", 4)]}
+    assert find_stacks(survey(model).layers) == stacks | router
     named = named_in_file(find_stacks(survey(model).layers), EXPERTS)
     assert named == {owner: (f"{owner}.down_proj", 4), f"{owner}.base_layer": (f"{owner}.gate_up_proj", 4)}
     assert named_in_file(find_stacks(survey(model).layers), EXPERTS[:1]) == {owner: (f"{owner}.gate_up_proj", 4)}

@@ -1,0 +1,117 @@
+"""What goes with a model so that it can be used: tokenizer and chat template, processor, the token that ends a turn.
+
+They are those of the run, where one is known, else those that lie beside the base model's weights.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora_lightning.data.chats.templates import choose_template, end_of_turn
+from lora_lightning.data.images import load_image_processor
+from lora_lightning.data.tokens.tokenizers import load_tokenizer
+from lora_lightning.errors import LoraLightningError
+from lora_lightning.models.pretrained import resolve
+
+_KINDS = ("AutoProcessor", "AutoTokenizer", "AutoImageProcessor", "AutoFeatureExtractor")
+
+
+def companion_files(model: Any, processor: Any, added: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Files of processor and tokenizer, by path in a folder; none where nobody knows them.
+
+    Args:
+        model: a Hugging Face model, whose configuration says where its weights were read.
+        processor: the run's tokenizer or processor; None takes the base model's.
+        added: files of the tokenizer that knows new tokens, which win.
+    """
+    found = _base_files(getattr(model.config, "_name_or_path", ""))
+    if processor is not None:
+        found |= _saved(processor)
+    return {**found, **added}
+
+
+def run_processor(adapter: Path) -> Any:
+    """The tokenizer, with its chat template, or the image processor that the run around an adapter has trained with.
+
+    None where there is no run, or where they cannot be read any more: those of the base model will do.
+    """
+    try:
+        config = yaml.safe_load((adapter.resolve().parent / "config.yaml").read_text(encoding="utf-8"))
+        settings = {"tokenizer": None, "processor": None, "size": None, **config["data"]["init_args"]}
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return None
+    with suppress(LoraLightningError):
+        if isinstance(settings["tokenizer"], str):
+            tokenizer = load_tokenizer(settings["tokenizer"])
+            if settings.get("chat_template") is not None:
+                tokenizer.chat_template = choose_template(tokenizer, settings["chat_template"])[0]
+            return tokenizer
+        if isinstance(settings["processor"], str) or isinstance(settings["size"], int):
+            return load_image_processor(settings["processor"], settings["size"])
+    return None
+
+
+@contextmanager
+def ending_turns(model: Any, files: Mapping[str, bytes]) -> Iterator[None]:
+    """Inside, generation ends with the token that ends a turn of the chat template too; afterwards it is as before."""
+    config: Any = getattr(model, "generation_config", None)
+    end = _end_of_turn(files) if config is not None else None
+    if end is None:
+        yield
+        return
+    before = config.eos_token_id
+    known = before if isinstance(before, list) else [] if before is None else [before]
+    if end not in known:
+        config.eos_token_id = [end, *known] if known else end
+    try:
+        yield
+    finally:
+        config.eos_token_id = before
+
+
+def _end_of_turn(files: Mapping[str, bytes]) -> int | None:
+    from transformers import AutoTokenizer
+
+    if "tokenizer_config.json" not in files:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        write_below(files, Path(folder))
+        try:
+            return end_of_turn(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+        except (OSError, ValueError):
+            return None
+
+
+def _base_files(name: str) -> dict[str, bytes]:
+    """Files of what `from_pretrained` finds beside the weights; the first that holds the others, or all that do not."""
+    import transformers
+
+    found: dict[str, bytes] = {}
+    try:
+        folder = resolve(name, needs=None) if name else ""
+    except LoraLightningError:
+        return found
+    for kind in _KINDS if folder else ():
+        with suppress(Exception):  # there is none, or the library that it takes is not installed
+            found = {**_saved(getattr(transformers, kind).from_pretrained(folder, trust_remote_code=False)), **found}
+    return found
+
+
+def _saved(what: Any) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        what.save_pretrained(folder)
+        paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def write_below(files: Mapping[str, bytes], folder: Path) -> None:
+    """Write files by path into a folder that is there."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
