@@ -7,7 +7,7 @@ parameters, such as the statistics of a normalisation, change hands with them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import cast
@@ -51,19 +51,24 @@ def keep_base_heads(root: nn.Module, trained: Sequence[str]) -> None:
             heads.base[name], heads.shown[name] = _copy(_tensor(root, name)), None
 
 
-def show_heads(root: nn.Module, names: Sequence[str]) -> None:
+def show_heads(root: nn.Module, names: Sequence[str], trained: Collection[str] | None = None) -> None:
     """Put those heads into the model that belong to the last of these adapters, or else to the base model.
 
     A head trains where the adapter that it belongs to trains. An adapter's head starts as the base model's.
+
+    Args:
+        root: the model.
+        names: adapters, in the order in which they are active.
+        trained: those that train; None looks.
     """
     owned = {name: set(_with_buffers(root, records(root)[name].trained)) for name in names}
     shown = _heads(root).shown
-    _show(root, {key: next((name for name in reversed(names) if key in owned[name]), None) for key in shown})
+    _show(root, {key: next((name for name in reversed(names) if key in owned[name]), None) for key in shown}, trained)
 
 
-def _show(root: nn.Module, owners: Mapping[str, str | None]) -> None:
+def _show(root: nn.Module, owners: Mapping[str, str | None], trained: Collection[str] | None = None) -> None:
     """Put the values of these owners into the model."""
-    heads, training = _heads(root), dict[str, bool]()
+    heads = _heads(root)
     for key, owner in owners.items():
         before = heads.shown[key]
         if owner == before:
@@ -74,9 +79,9 @@ def _show(root: nn.Module, owners: Mapping[str, str | None]) -> None:
         _write(tensor, heads.base[key] if owner is None else heads.waiting.pop((owner, key), heads.base[key]))
         heads.shown[key] = owner
         if isinstance(tensor, nn.Parameter):
-            if owner is not None and owner not in training:
-                training[owner] = any(trains(adapter) for adapter in adapters_named(root, owner).values())
-            tensor.requires_grad_(owner is not None and training[owner])
+            if trained is None and owner is not None:
+                trained = {n for n in records(root) if any(map(trains, adapters_named(root, n).values()))}
+            tensor.requires_grad_(owner in (trained or ()))
 
 
 def trainable_heads(root: nn.Module, name: str) -> list[nn.Parameter]:
@@ -100,7 +105,7 @@ def heads_of(root: nn.Module, names: Sequence[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        _show(root, before)
+        _show(root, before, trained=())
         for key, was in trained.items():
             root.get_parameter(key).requires_grad_(was)
 

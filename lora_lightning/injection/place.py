@@ -106,7 +106,7 @@ def place_adapters(
     add_record(anatomy.model, name, record)
     activate(layers.values(), [name])
     keep_base_heads(anatomy.model, record.trained)
-    show_heads(anatomy.model, [name])
+    show_heads(anatomy.model, [name], trained=())  # what trains is decided next
     train_only(anatomy.model, layers.values(), [name] if trainable else trained_before)
     return layers
 

@@ -246,6 +246,12 @@ class _Before:
     numbers: list[tuple[Any, str, int]]
 
 
+def buffers_before(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that `add_rows` has replaced by longer ones, as they were before, by name."""
+    before = cast("_Before | None", model.__dict__.get(_BEFORE))
+    return dict(before.buffers) if before else {}
+
+
 def _set_buffer(model: nn.Module, name: str, value: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     model.get_submodule(owner)._buffers[leaf] = value

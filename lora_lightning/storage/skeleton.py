@@ -14,7 +14,7 @@ from lora_lightning.adapters.layers.kinds import ExpertStack, core_base_layer
 from lora_lightning.adapters.linked import LinkedAdapters
 from lora_lightning.models.anatomy import Anatomy
 from lora_lightning.models.experts import stands_for_parameter
-from lora_lightning.models.new_tokens import ExtendedLayer
+from lora_lightning.models.new_tokens import ExtendedLayer, buffers_before
 
 _OURS = "_lora_lightning_"
 
@@ -25,7 +25,11 @@ def skeleton(anatomy: Anatomy) -> nn.Module:
     Modules are new objects, and so is the model's configuration; what else they refer to is shared. A layer that only
     shows by its values that it can take an adapter (quantized, or with a forward of its own) is the model's own.
     """
-    found = _Copies(anatomy).module(anatomy.model)
+    copies = _Copies(anatomy)
+    found = copies.module(anatomy.model)
+    for name, buffer in buffers_before(anatomy.model).items():
+        owner, _, leaf = name.rpartition(".")
+        found.get_submodule(owner)._buffers[leaf] = copies.tensor(buffer)
     config = getattr(found, "config", None)
     if hasattr(config, "get_text_config"):
         found.__dict__["config"] = copy.deepcopy(config)  # the number of tokens is written there

@@ -136,7 +136,8 @@ def _check_whole(
     stated = folder.config.get("target_parameters") or ()
     selected = [path for path in first if path in (expected or ()) or is_target(f"{path}.weight", stated)]
     selected += [path for path in parameters if is_target(path, stated)]
-    missing = [path for path in selected if path not in folder.layers]
+    held = folder.layers.keys()  # a matrix that its owner reads stands under its own name
+    missing = [path for path in selected if path not in held and f"{path}.weight" not in held]
     if missing:
         raise AdapterFileError(
             f'"{directory}" has no factors for {len(missing)} layers that its {peft_rules.CONFIG} selects: '
