@@ -16,11 +16,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lightning.errors import AdapterFileError
 from lora_lightning.exporters.peft.folder import PeftFolder, PeftLayer
-from lora_lightning.exporters.peft.read_heads import tensors_of
 from lora_lightning.models.anatomy import Anatomy
 
 
@@ -35,13 +34,20 @@ class _Part:
     layer: PeftLayer
 
 
-def with_present_names(folder: PeftFolder, anatomy: Anatomy, directory: object) -> PeftFolder:
+def with_present_names(
+    folder: PeftFolder, anatomy: Anatomy, state: Mapping[str, Tensor], directory: object
+) -> PeftFolder:
     """The folder with the names that the model has now; as it is where it has these already.
+
+    Args:
+        folder: the folder's content.
+        anatomy: of the plain model.
+        state: its tensors, by all of their names.
+        directory: the folder, for messages.
 
     Raises:
         AdapterFileError: experts of which some are missing, or whose parameters are fused in a way not known here.
     """
-    state = tensors_of(anatomy.model)
     strange = [path for path in folder.layers if path not in anatomy.layers]
     strange += [key for key in folder.heads if key not in state]
     strange += [path for path in folder.rows if f"{path}.weight" not in state]

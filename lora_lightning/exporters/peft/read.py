@@ -19,7 +19,7 @@ from lora_lightning.exporters.peft.experts import find_stacks, is_target
 from lora_lightning.exporters.peft.folder import PeftFolder, PeftLayer
 from lora_lightning.exporters.peft.former_names import with_present_names
 from lora_lightning.exporters.peft.read_back import check_read_back
-from lora_lightning.exporters.peft.read_heads import TRAINED_BIASES, find_heads, resize_hint, same, tensors_of
+from lora_lightning.exporters.peft.read_heads import TRAINED_BIASES, find_heads, resize_hint, same, tensors_in
 from lora_lightning.exporters.peft.rules import TYPE
 from lora_lightning.exporters.peft.selection import dead_settings, expected_modules
 from lora_lightning.exporters.peft.start_factors import changes_base, with_start
@@ -65,17 +65,24 @@ def import_folder(model: nn.Module, directory: str | Path, name: str) -> Injecti
     check_ready(anatomy, name)
     _refuse_variants(peft_file.read_config(directory), directory)
     folder = peft_file.read(directory, find_stacks(anatomy.layers))
-    folder = with_present_names(folder, anatomy, directory)
-    added, folder, matrices = whole_matrices(model, folder, directory)
+    modules = plain_modules(model)
+    folder = with_present_names(folder, anatomy, tensors_in(modules), directory)
+    added, folder, matrices = whole_matrices(model, folder, tensors_in(modules), directory)
     with room_for(model, added or new_tokens(folder, directory), directory) as added_rows:
-        return _import(survey(model) if added_rows else anatomy, folder, matrices, directory, name)
+        if added_rows:
+            anatomy, modules = survey(model), plain_modules(model)
+        return _import(anatomy, modules, folder, matrices, directory, name)
 
 
 def _import(
-    anatomy: Anatomy, folder: PeftFolder, matrices: Mapping[str, Tensor], directory: str | Path, name: str
+    anatomy: Anatomy,
+    modules: Mapping[str, nn.Module],
+    folder: PeftFolder,
+    matrices: Mapping[str, Tensor],
+    directory: str | Path,
+    name: str,
 ) -> InjectionReport:
     reader = _reader(folder.config)
-    modules = plain_modules(anatomy.model)
     base_layers = {}
     for path, layer in folder.layers.items():
         base_layers[path] = _base_layer(anatomy, modules, path, layer, directory)
@@ -91,32 +98,32 @@ def _import(
     adapters = {path: build_adapter(settings[path], path, base, seed) for path, base in base_layers.items()}
     rows = fill_rows(anatomy, folder, directory)
     check_matrices(anatomy, matrices, directory)
-    record = AdapterRecord(method, settings, (*_trained(anatomy, heads), *rows), seed)
+    record = AdapterRecord(method, settings, (*_trained(anatomy, modules, heads), *rows), seed)
     layers = place_adapters(anatomy, name, adapters, record, base_layers, linked={})
-    before = {key: tensor.detach().clone() for key, tensor in tensors_of(anatomy.model).items() if key in heads}
+    before = {key: tensor.detach().clone() for key, tensor in tensors_in(modules).items() if key in heads}
     try:
         for path, adapter in adapters.items():
             _fill(adapter, folder.layers[path], layers[path].originals().get("bias"))
-        _write_heads(anatomy.model, heads)
+        _write_heads(modules, heads)
         check_read_back(anatomy, folder, name, directory)
     except BaseException:
-        _write_heads(anatomy.model, before)
+        _write_heads(modules, before)
         eject(anatomy.model, name)
         raise
     tied = {path: layers[path].tied_to for path in adapters if layers[path].tied_to}
     return report_on(anatomy, name, record, adapters, Selection(base_layers, tied=tied), notes)
 
 
-def _write_heads(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+def _write_heads(modules: Mapping[str, nn.Module], values: Mapping[str, Tensor]) -> None:
     """Write parameters and buffers by name, looked up anew: placing an adapter replaces those in half precision."""
-    state = tensors_of(model)
+    state = tensors_in(modules)
     for key, value in values.items():
         write_values(state[key], value)
 
 
-def _trained(anatomy: Anatomy, heads: Iterable[str]) -> list[str]:
+def _trained(anatomy: Anatomy, modules: Mapping[str, nn.Module], heads: Iterable[str]) -> list[str]:
     """Names of the parameters among `heads`; one that has several names once, under the first."""
-    state = tensors_of(anatomy.model)
+    state = tensors_in(modules)
     wanted = {id(state[key]) for key in heads}
     return [name for name, parameter in anatomy.parameters.items() if id(parameter) in wanted]
 

@@ -21,8 +21,13 @@ TRAINED_BIASES = ("all", "lora_only")
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by the names they have in the plain model, each under all of its names."""
+    return tensors_in(plain_modules(model))
+
+
+def tensors_in(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """As `tensors_of`, of a plain model's modules by path; placing adapters leaves these in place."""
     found: dict[str, Tensor] = {}
-    for path, module in plain_modules(model).items():
+    for path, module in modules.items():
         own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
         found |= {join(path, key): t for key, t in own.items() if key not in module._non_persistent_buffers_set}
     return found
@@ -44,7 +49,7 @@ def find_heads(
         AdapterFileError: a tensor that the model lacks, of another shape, with other values than the model's in a place
             that did not train; one that is missing; two for one parameter that differ.
     """
-    state = tensors_of(anatomy.model)
+    state = tensors_in(modules)
     saved = [*(folder.config.get("modules_to_save") or ()), *peft_rules.task_heads(folder.config.get("task_type"))]
     whole = peft_rules.wrapped(saved, modules)
     biases = folder.config.get("bias") == "all"

@@ -31,19 +31,19 @@ SETTING = "trainable_token_indices"
 
 
 def whole_matrices(
-    model: nn.Module, folder: PeftFolder, directory: str | Path
+    model: nn.Module, folder: PeftFolder, state: Mapping[str, Tensor], directory: str | Path
 ) -> tuple[Vocabulary | None, PeftFolder, dict[str, Tensor]]:
     """Whole matrices of a larger vocabulary as rows of new tokens, where they are the model's own up to these.
 
     Args:
         model: the plain model.
         folder: the folder's content.
+        state: the model's tensors, by all of their names.
         directory: the folder, whose tokenizer says which tokens they are.
 
     Returns:
         The new tokens (None for none), the folder with rows in the place of matrices, and the matrices by name.
     """
-    state = tensors_of(model)
     name = _embedding_name(model, state)
     whole = folder.heads.get(name)
     if vocabulary(model) is not None or whole is None or folder.config.get(SETTING):
@@ -69,6 +69,8 @@ def whole_matrices(
 
 def check_matrices(anatomy: Anatomy, matrices: Mapping[str, Tensor], directory: str | Path) -> None:
     """Raise `AdapterFileError` unless the model, with its new rows, has these tensors."""
+    if not matrices:
+        return
     with plain_vocabulary(list(anatomy.extended.values()), anatomy.places):
         state = tensors_of(anatomy.model)
     for name, value in matrices.items():
