@@ -34,12 +34,13 @@ ROOMS = (
     ("callbacks",),
     ("training",),
     ("cli",),
-    ("testing",),
+    ("testing", "pytest_plugin"),
     ("__init__", "__main__"),
 )
 """Rooms of core from the ground up: one imports from those before it, and from its own level only inside itself.
 
-`testing` stands above the command line: its contract parses a method's settings as a config does.
+`testing` stands above the command line: its contract parses a method's settings as a config does. `pytest_plugin` is
+what pytest loads of this library in every run, and imports nothing.
 """
 
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
