@@ -19,6 +19,7 @@ import pluggy
 from lora_lightning import hookspecs
 from lora_lightning.errors import DuplicateMethodError, PluginError, did_you_mean
 from lora_lightning.methods import Method, check_names, renamed
+from lora_lightning.plugin_code import plugin_code
 from lora_lightning.registry import KNOWN, LIGHT_VERBS, TRAINING_VERBS, Component, Provider, Registry, one_line
 from lora_lightning.version import __version__
 
@@ -36,6 +37,8 @@ _KINDS = {
 _OWNERS = ("torch", "lightning", "lora_lightning")
 _SLOW = ("torch", "lightning", "transformers")
 """What takes seconds to import."""
+SLOW_SECONDS = 2.0
+"""A plugin that takes longer to load is named as slow."""
 
 
 def load(blocked: Collection[str] = ()) -> Registry:
@@ -68,26 +71,29 @@ def load(blocked: Collection[str] = ()) -> Registry:
 def _load(registry: Registry, entry: importlib.metadata.EntryPoint) -> None:
     """Import one plugin and enter what it brings, or the cause of its failure."""
     before = set(sys.modules)
-    try:
+    with plugin_code() as ran:
         methods = _register(registry.manager, entry)
         verbs = dict.fromkeys((*TRAINING_VERBS, *LIGHT_VERBS), "core") | registry.commands
         commands = _named(registry, entry.name, "lora_lightning_commands", "verb", verbs)
         formats = _named(registry, entry.name, "lora_lightning_exporters", "format", registry.formats)
         tables = _named(registry, entry.name, "lora_lightning_tables", "table", registry.tables)
-    except (Exception, SystemExit) as error:
-        if registry.manager.has_plugin(entry.name):
-            registry.manager.unregister(name=entry.name)
-        registry.failed[entry.name] = _explained(entry, error)
-    else:
         _add(registry, entry, methods)
         registry.commands |= commands
         registry.formats |= formats
         registry.tables |= tables
         for hook in _KINDS:
-            try:
+            with plugin_code() as part:
                 _add_components(registry, entry.name, hook)
-            except (Exception, SystemExit) as error:  # its methods stay
-                registry.failed[entry.name] = error
+            if part.error is not None:  # its methods stay
+                registry.failed[entry.name] = part.error
+    if ran.error is not None:
+        if registry.manager.has_plugin(entry.name):
+            registry.manager.unregister(name=entry.name)
+        registry.failed[entry.name] = _explained(entry, ran.error)
+    if ran.printed.strip():
+        registry.printed[entry.name] = ran.printed.strip()
+    if ran.seconds >= SLOW_SECONDS:
+        registry.seconds[entry.name] = ran.seconds
     if slow := [name for name in _SLOW if name in sys.modules and name not in before]:
         registry.slow[entry.name] = tuple(slow)
 
@@ -153,10 +159,10 @@ def load_classes(registry: Registry, bases: Mapping[str, type[Any]]) -> None:
         for component in registry.components.values():
             if component.kind != _KINDS[hook] or component.name in registry.classes:
                 continue
-            try:
+            with plugin_code() as ran:
                 _add_class(registry, component, hook, base)
-            except (Exception, SystemExit) as error:
-                registry.failed[component.plugin] = registry.unusable[component.name] = error
+            if ran.error is not None:
+                registry.failed[component.plugin] = registry.unusable[component.name] = ran.error
 
 
 def _add_class(registry: Registry, component: Component, hook: str, base: type[Any]) -> None:
@@ -177,21 +183,26 @@ def base_layer_kinds(registry: Registry) -> list[tuple[str, Callable[[Any], Any]
     if registry.kinds is None:
         registry.kinds, hook = [], "lora_lightning_base_layers"
         for plugin, _ in registry.manager.list_name_plugin():
-            try:
+            with plugin_code() as ran:
                 kinds = _listed(registry.manager, plugin, hook)
                 wrong = [kind for kind in kinds if not callable(kind)]
                 if wrong:
                     raise TypeError(f"{hook} returned {wrong[0]!r}, which is no function")
                 registry.kinds += [(plugin, kind) for kind in kinds]
-            except (Exception, SystemExit) as error:
-                registry.failed[plugin] = error
+            if ran.error is not None:
+                registry.failed[plugin] = ran.error
     return registry.kinds
 
 
 def _ask(manager: pluggy.PluginManager, plugin: str, hook: str, kind: type[Any] = object, what: str = "") -> list[Any]:
     """What one plugin answers: nothing, or one `kind`, which is called `what` where it is none."""
     others = [other for name, other in manager.list_name_plugin() if name != plugin]
-    answers: list[Any] = manager.subset_hook_caller(hook, others)()
+    caller = manager.subset_hook_caller(hook, others)
+    answers: list[Any] = caller()
+    asked = [function for function in caller.get_hookimpls() if not (function.wrapper or function.hookwrapper)]
+    if len(answers) < len(asked):  # pluggy leaves out None
+        form = what.partition(" ")[0] or "mapping"
+        raise TypeError(f"{hook} returned None; it must return a {form}, an empty one where there is nothing to give")
     for answer in answers:
         if not isinstance(answer, kind):
             raise TypeError(f"{hook} returned {answer!r}, which is no {what}")
@@ -350,8 +361,7 @@ def _explained(entry: importlib.metadata.EntryPoint, error: BaseException) -> Ba
         other_api.__cause__ = error
         return other_api
     explained: PluginError | None = None
-    unknown = re.match(r"unknown hook '(\w+)'", str(error))
-    if isinstance(error, pluggy.PluginValidationError) and unknown:
+    if isinstance(error, pluggy.PluginValidationError) and (unknown := re.match(r"unknown hook '(\w+)'", str(error))):
         known = [name for name in vars(hookspecs) if name.startswith(f"{hookspecs.NAMESPACE}_")]
         explained = PluginError(
             f'no hook "{unknown[1]}" here.{did_you_mean(unknown[1], known)} '

@@ -24,7 +24,7 @@ PLUGINS = sorted((ROOT / "plugins").glob("ll_*/**/*.py"))
 ROOMS = (
     ("errors", "version", "seeds", "distributed"),
     ("adapters",),
-    ("methods", "hookspecs", "registry", "plugins"),
+    ("methods", "hookspecs", "plugin_code", "registry", "plugins"),
     ("models",),
     ("injection",),
     ("data",),
@@ -50,13 +50,15 @@ WITHIN_A_LEVEL = {
     ("hookspecs", "methods"),
     ("registry", "methods"),
     ("registry", "hookspecs"),
+    ("registry", "plugin_code"),
+    ("plugins", "plugin_code"),
     ("plugins", "methods"),
     ("plugins", "hookspecs"),
     ("plugins", "registry"),
 }
 """Single modules on one level: which imports which."""
 
-LIGHT = {"errors", "version", "methods", "hookspecs", "registry", "plugins", "__init__"}
+LIGHT = {"errors", "version", "methods", "hookspecs", "plugin_code", "registry", "plugins", "__init__"}
 """What the light verbs import before torch."""
 
 WITHOUT_LIGHTNING = {room for room in LEVEL if LEVEL[room] < LEVEL["callbacks"]} - {"data"}
