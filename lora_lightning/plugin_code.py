@@ -1,4 +1,4 @@
-"""Running code of a plugin: whatever it raises, prints or takes of time is noted and stays its own.
+"""Running code of a plugin: whatever it raises, prints or takes of time is noted, explained and stays its own.
 
 Nothing helps against code that ends the process, as `os._exit` or a crash in a compiled extension does.
 """
@@ -6,6 +6,7 @@ Nothing helps against code that ends the process, as `os._exit` or a crash in a 
 from __future__ import annotations
 
 import importlib
+import re
 import signal
 import sys
 import threading
@@ -16,8 +17,14 @@ from dataclasses import dataclass
 from types import FrameType, ModuleType
 from typing import Any
 
-from lora_lightning.errors import PluginError
+import pluggy
 
+from lora_lightning import hookspecs
+from lora_lightning.errors import PluginError, did_you_mean
+from lora_lightning.version import __version__
+
+REQUIRES = "requires_api"
+"""What a plugin's module calls the range of interfaces that it was written for."""
 clock = time.perf_counter
 """What says how long a plugin's code takes, in seconds."""
 
@@ -73,6 +80,66 @@ def imported(module: str) -> ModuleType:
     if isinstance(ran.error, Exception):
         raise ran.error
     raise PluginError(f"importing {module} raises {type(ran.error).__name__}({ran.error})") from ran.error
+
+
+def check_api(required: object) -> None:
+    """Raise `PluginError` unless a plugin was written for an interface like this core's; None says nothing."""
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
+    if required is None:
+        return
+    try:
+        fits = SpecifierSet(str(required)).contains(hookspecs.API)
+    except InvalidSpecifier as error:
+        raise PluginError(f'{REQUIRES} is "{required}"; it must be a range of versions such as ">=2,<3"') from error
+    if not fits:
+        raise PluginError(
+            f'{REQUIRES} is "{required}", and the plugin interface of this core ({__version__}) is {hookspecs.API}; '
+            "it needs another version of lora-lightning, or is needed in another version itself"
+        )
+
+
+def explained(module: str, error: BaseException) -> BaseException:
+    """What a failure most likely means: a plugin that was written for another core says so before anything else.
+
+    Args:
+        module: the plugin's import path.
+        error: what it raised.
+    """
+    try:
+        check_api(_stated(module, error))
+    except PluginError as other_api:
+        other_api.__cause__ = error
+        return other_api
+    except Exception:  # what it states cannot be read either
+        return error
+    explained: PluginError | None = None
+    if isinstance(error, pluggy.PluginValidationError) and (unknown := re.match(r"unknown hook '(\w+)'", str(error))):
+        known = [name for name in vars(hookspecs) if name.startswith(f"{hookspecs.NAMESPACE}_")]
+        explained = PluginError(
+            f'no hook "{unknown[1]}" here.{did_you_mean(unknown[1], known)} '
+            f"It needs a newer core than {__version__}, or the name is misspelt"
+        )
+    elif isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "lora_lightning":
+        explained = PluginError(
+            f"{error}. It was written for another plugin interface than {hookspecs.API}, that of this core "
+            f"({__version__}), or the name is misspelt"
+        )
+    if explained is None:
+        return error
+    explained.__cause__ = error
+    return explained
+
+
+def _stated(module: str, error: BaseException) -> object:
+    """What a plugin had set `requires_api` to when an import in it failed; None where it had not come so far."""
+    trace = error.__traceback__
+    while trace is not None:
+        names = trace.tb_frame.f_globals
+        if names.get("__name__") == module and REQUIRES in names:
+            return names[REQUIRES]
+        trace = trace.tb_next
+    return None
 
 
 class _Aside:

@@ -50,6 +50,7 @@ WITHIN_A_LEVEL = {
     ("hookspecs", "methods"),
     ("registry", "methods"),
     ("registry", "hookspecs"),
+    ("plugin_code", "hookspecs"),
     ("registry", "plugin_code"),
     ("plugins", "plugin_code"),
     ("plugins", "methods"),

@@ -11,7 +11,7 @@ import pytest
 
 from lora_lightning import plugin_code as module
 from lora_lightning.errors import PluginError
-from lora_lightning.plugin_code import imported, plugin_code
+from lora_lightning.plugin_code import check_api, explained, imported, plugin_code
 
 
 def test_code_that_comes_to_its_end_leaves_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,6 +86,35 @@ def test_another_thread_than_the_main_one_may_load_plugins() -> None:
     thread.start()
     thread.join()
     assert type(found[0]) is KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("required", "text"),
+    [
+        (None, ""),
+        (">=2,<3", ""),
+        (
+            ">=3",
+            r'^requires_api is ">=3", and the plugin interface of this core \(\S+\) is 2\.\d+; it needs another vers',
+        ),
+        ("newest", r'^requires_api is "newest"; it must be a range of versions such as ">=2,<3"$'),
+    ],
+)
+def test_the_interface_that_a_plugin_requires(required: str | None, text: str) -> None:
+    if not text:
+        check_api(required)
+        return
+    with pytest.raises(PluginError, match=text):
+        check_api(required)
+
+
+def test_an_import_that_core_lacks_is_explained_and_another_is_itself() -> None:
+    missing = ModuleNotFoundError("No module named 'lora_lightning.new'", name="lora_lightning.new")
+    told = explained("ll_x", missing)
+    assert "It was written for another plugin interface than 2." in str(told)
+    assert told.__cause__ is missing
+    other = ModuleNotFoundError("No module named 'numba'", name="numba")
+    assert explained("ll_x", other) is other
 
 
 def test_a_module_is_imported_or_its_error_is_an_exception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -224,6 +224,34 @@ def test_a_hook_that_returns_nothing_to_give_is_none_of_the_failures(install, ho
     assert not registry.failed
 
 
+@pytest.mark.parametrize(
+    ("value", "cause"),
+    [
+        ("!", r"^AttributeError: |^ValueError: "),
+        ("no_such_module_anywhere", r"^ModuleNotFoundError: "),
+        ("os:no_such_name", r"^AttributeError: "),
+        ("math", r"^PluginError: it contributes nothing: no function in it is marked with"),
+        ("math:pi", r"^PluginError: it contributes nothing"),
+    ],
+)
+def test_an_entry_point_that_leads_nowhere(install, value, cause):
+    install("unused", "", entry=f"ll_odd = {value}")
+    install("ll_sound", code("Sound"))
+    registry = plugins.load()
+    assert re.search(cause, one_line(registry.failed["ll_odd"]))
+    assert "Sound" in registry.methods
+    assert plugins.load(["ll_odd"]).blocked == {"ll_odd": value.partition(":")[0]}
+
+
+def test_a_range_of_interfaces_that_cannot_be_read(install):
+    odd = "class Odd:\n    def __str__(self): raise OSError('no text')\n\nrequires_api = Odd()\n1 / 0\n"
+    install("ll_odd", odd)
+    install("ll_odd_too", odd.replace("1 / 0", "") + code("Extra").replace("from __future__ import annotations", ""))
+    failed = plugins.load().failed
+    assert one_line(failed["ll_odd"]) == "ZeroDivisionError: division by zero"
+    assert one_line(failed["ll_odd_too"]) == "OSError: no text"
+
+
 def test_ctrl_c_while_a_plugin_is_loaded_ends_the_command(install):
     install("ll_a_long", "import signal; signal.raise_signal(signal.SIGINT)")
     handler = signal.getsignal(signal.SIGINT)
