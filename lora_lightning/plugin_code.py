@@ -6,13 +6,14 @@ Nothing helps against code that ends the process, as `os._exit` or a crash in a 
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from types import FrameType, ModuleType
 from typing import Any
@@ -53,10 +54,12 @@ def plugin_code() -> Iterator[Ran]:
     """
     ran, start = Ran(), clock()
     outer = sys.stdout
+    if outer is not None:
+        outer.flush()  # what was printed before is no part of it
     aside = outer if isinstance(outer, _Aside) else _Aside(outer)
     with _interrupts() as came:
         try:
-            with redirect_stdout(aside):
+            with redirect_stdout(aside), _descriptor_aside():
                 yield ran
         except BaseException as error:
             if came and isinstance(error, KeyboardInterrupt):
@@ -166,6 +169,23 @@ class _Aside:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stdout if self.done else sys.stderr, name)
+
+
+@contextmanager
+def _descriptor_aside() -> Iterator[None]:
+    """What compiled code and other processes write to standard output goes to standard error; it is not noted."""
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is none
+        yield
+        return
+    try:
+        with suppress(OSError):  # there is no standard error
+            os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 @contextmanager

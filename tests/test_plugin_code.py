@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -44,6 +46,28 @@ def test_what_is_printed_is_noted_once_and_goes_to_standard_error(capsys: pytest
     print("third", file=kept)
     assert capsys.readouterr() == ("third\n", "")
     assert kept.isatty() == before.isatty()
+
+
+def test_what_other_processes_and_compiled_code_print_goes_to_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
+    print("before")
+    with plugin_code() as ran:
+        os.write(1, b"bytes\n")
+        subprocess.run([sys.executable, "-c", "print('a process')"], check=True, timeout=60)
+        with plugin_code():
+            os.write(1, b"inside\n")
+    print("after", flush=True)
+    os.write(1, b"end\n")
+    assert (ran.error, ran.printed) == (None, "")
+    assert capfd.readouterr() == ("before\nafter\nend\n", "bytes\na process\ninside\n")
+
+
+def test_a_process_without_standard_output_loads_plugins() -> None:
+    code = (
+        "import os; os.close(1); import sys\nfrom lora_lightning import plugins\n"
+        "sys.stdout = None; sys.exit('LoRA' not in plugins.load().methods)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_time_is_the_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
