@@ -114,8 +114,8 @@ def lora_lightning_datamodules() -> Mapping[str, str]:
     """Data modules this package provides, usable by their names as `data`: {"Name": "module:Name"}.
 
     Runs when optimizers are asked for; answers are joined, and names clash, as theirs do. `task_kinds`, `num_labels`
-    and a null `tokenizer` are understood as those of the bundled ones are; `TextData` and `TableData` of
-    `lora_lightning.data` answer most of it.
+    and a null `tokenizer` are understood as those of the bundled ones are; `data.text.TextData` and
+    `data.table.TableData` of core answer most of it.
     """
     raise NotImplementedError("a specification: plugins implement it")
 

@@ -19,14 +19,13 @@ import pluggy
 from lora_lightning import hookspecs
 from lora_lightning.errors import DuplicateMethodError, PluginError, did_you_mean
 from lora_lightning.methods import Method, check_names, renamed
+from lora_lightning.plugin_code import REQUIRES, check_api, explained, plugin_code
 from lora_lightning.registry import KNOWN, LIGHT_VERBS, TRAINING_VERBS, Component, Provider, Registry, one_line
-from lora_lightning.version import __version__
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 GROUP = "lora_lightning"
-_REQUIRES = "requires_api"
 _KINDS = {
     "lora_lightning_optimizers": "optimizer",
     "lora_lightning_callbacks": "callback",
@@ -36,6 +35,8 @@ _KINDS = {
 _OWNERS = ("torch", "lightning", "lora_lightning")
 _SLOW = ("torch", "lightning", "transformers")
 """What takes seconds to import."""
+SLOW_SECONDS = 2.0
+"""A plugin that takes longer to load is named as slow."""
 
 
 def load(blocked: Collection[str] = ()) -> Registry:
@@ -54,7 +55,7 @@ def load(blocked: Collection[str] = ()) -> Registry:
     _check_names(blocked, {entry.name for entry in found})
     for entry in found:
         if entry.name in blocked:
-            registry.blocked[entry.name] = entry.module
+            registry.blocked[entry.name] = _module(entry)
         elif registry.manager.has_plugin(entry.name):
             registry.failed[f"{entry.name} ({' '.join(_package(entry))})"] = PluginError(
                 "another plugin has that name already"
@@ -68,26 +69,29 @@ def load(blocked: Collection[str] = ()) -> Registry:
 def _load(registry: Registry, entry: importlib.metadata.EntryPoint) -> None:
     """Import one plugin and enter what it brings, or the cause of its failure."""
     before = set(sys.modules)
-    try:
+    with plugin_code() as ran:
         methods = _register(registry.manager, entry)
         verbs = dict.fromkeys((*TRAINING_VERBS, *LIGHT_VERBS), "core") | registry.commands
         commands = _named(registry, entry.name, "lora_lightning_commands", "verb", verbs)
         formats = _named(registry, entry.name, "lora_lightning_exporters", "format", registry.formats)
         tables = _named(registry, entry.name, "lora_lightning_tables", "table", registry.tables)
-    except (Exception, SystemExit) as error:
-        if registry.manager.has_plugin(entry.name):
-            registry.manager.unregister(name=entry.name)
-        registry.failed[entry.name] = _explained(entry, error)
-    else:
         _add(registry, entry, methods)
         registry.commands |= commands
         registry.formats |= formats
         registry.tables |= tables
         for hook in _KINDS:
-            try:
+            with plugin_code() as part:
                 _add_components(registry, entry.name, hook)
-            except (Exception, SystemExit) as error:  # its methods stay
-                registry.failed[entry.name] = error
+            if part.error is not None:  # its methods stay
+                registry.failed[entry.name] = part.error
+    if ran.error is not None:
+        if registry.manager.has_plugin(entry.name):
+            registry.manager.unregister(name=entry.name)
+        registry.failed[entry.name] = explained(_module(entry), ran.error)
+    if ran.printed.strip():
+        registry.printed[entry.name] = ran.printed.strip()
+    if ran.seconds >= SLOW_SECONDS:
+        registry.seconds[entry.name] = ran.seconds
     if slow := [name for name in _SLOW if name in sys.modules and name not in before]:
         registry.slow[entry.name] = tuple(slow)
 
@@ -153,10 +157,10 @@ def load_classes(registry: Registry, bases: Mapping[str, type[Any]]) -> None:
         for component in registry.components.values():
             if component.kind != _KINDS[hook] or component.name in registry.classes:
                 continue
-            try:
+            with plugin_code() as ran:
                 _add_class(registry, component, hook, base)
-            except (Exception, SystemExit) as error:
-                registry.failed[component.plugin] = registry.unusable[component.name] = error
+            if ran.error is not None:
+                registry.failed[component.plugin] = registry.unusable[component.name] = ran.error
 
 
 def _add_class(registry: Registry, component: Component, hook: str, base: type[Any]) -> None:
@@ -177,21 +181,26 @@ def base_layer_kinds(registry: Registry) -> list[tuple[str, Callable[[Any], Any]
     if registry.kinds is None:
         registry.kinds, hook = [], "lora_lightning_base_layers"
         for plugin, _ in registry.manager.list_name_plugin():
-            try:
+            with plugin_code() as ran:
                 kinds = _listed(registry.manager, plugin, hook)
                 wrong = [kind for kind in kinds if not callable(kind)]
                 if wrong:
                     raise TypeError(f"{hook} returned {wrong[0]!r}, which is no function")
                 registry.kinds += [(plugin, kind) for kind in kinds]
-            except (Exception, SystemExit) as error:
-                registry.failed[plugin] = error
+            if ran.error is not None:
+                registry.failed[plugin] = ran.error
     return registry.kinds
 
 
 def _ask(manager: pluggy.PluginManager, plugin: str, hook: str, kind: type[Any] = object, what: str = "") -> list[Any]:
     """What one plugin answers: nothing, or one `kind`, which is called `what` where it is none."""
     others = [other for name, other in manager.list_name_plugin() if name != plugin]
-    answers: list[Any] = manager.subset_hook_caller(hook, others)()
+    caller = manager.subset_hook_caller(hook, others)
+    answers: list[Any] = caller()
+    asked = [function for function in caller.get_hookimpls() if not (function.wrapper or function.hookwrapper)]
+    if len(answers) < len(asked):  # pluggy leaves out None
+        form = what.partition(" ")[0] or "mapping"
+        raise TypeError(f"{hook} returned None; it must return a {form}, an empty one where there is nothing to give")
     for answer in answers:
         if not isinstance(answer, kind):
             raise TypeError(f"{hook} returned {answer!r}, which is no {what}")
@@ -271,7 +280,7 @@ def _check_names(blocked: Collection[str], names: Collection[str]) -> None:
 def _register(manager: pluggy.PluginManager, entry: importlib.metadata.EntryPoint) -> list[type[Method]]:
     """Import one plugin, register it, and return its methods; every way in which it can be wrong raises."""
     module = entry.load()
-    _check_api(getattr(module, _REQUIRES, None))
+    check_api(getattr(module, REQUIRES, None))
     manager.register(module, name=entry.name)
     manager.check_pending()
     if not manager.get_hookcallers(module):
@@ -298,23 +307,6 @@ def _check_method(method: object) -> None:
         )
 
 
-def _check_api(required: object) -> None:
-    """Raise `PluginError` unless a plugin was written for an interface like this core's; None says nothing."""
-    from packaging.specifiers import InvalidSpecifier, SpecifierSet
-
-    if required is None:
-        return
-    try:
-        fits = SpecifierSet(str(required)).contains(hookspecs.API)
-    except InvalidSpecifier as error:
-        raise PluginError(f'{_REQUIRES} is "{required}"; it must be a range of versions such as ">=2,<3"') from error
-    if not fits:
-        raise PluginError(
-            f'{_REQUIRES} is "{required}", and the plugin interface of this core ({__version__}) is {hookspecs.API}; '
-            "it needs another version of lora-lightning, or is needed in another version itself"
-        )
-
-
 def _add(registry: Registry, entry: importlib.metadata.EntryPoint, methods: list[type[Method]]) -> None:
     provider = Provider(entry.name, *_package(entry))
     for method in methods:
@@ -331,6 +323,11 @@ def _add(registry: Registry, entry: importlib.metadata.EntryPoint, methods: list
         registry.providers[name] = provider
 
 
+def _module(entry: importlib.metadata.EntryPoint) -> str:
+    """Import path of a plugin, as written: `entry.module` fails for one that is none."""
+    return entry.value.partition(":")[0].strip()
+
+
 def _package(entry: importlib.metadata.EntryPoint) -> tuple[str, str]:
     """Name and version of the distribution that carries a plugin."""
     return (entry.dist.name, entry.dist.version) if entry.dist else (entry.name, "unknown")
@@ -340,43 +337,6 @@ def package_of(plugin: str) -> tuple[str, str]:
     """Name and version of the distribution that carries an installed plugin."""
     [entry, *_] = importlib.metadata.entry_points(group=GROUP, name=plugin)
     return _package(entry)
-
-
-def _explained(entry: importlib.metadata.EntryPoint, error: BaseException) -> BaseException:
-    """What a failure most likely means: a plugin that was written for another core says so before anything else."""
-    try:
-        _check_api(_stated(entry, error))
-    except PluginError as other_api:
-        other_api.__cause__ = error
-        return other_api
-    explained: PluginError | None = None
-    unknown = re.match(r"unknown hook '(\w+)'", str(error))
-    if isinstance(error, pluggy.PluginValidationError) and unknown:
-        known = [name for name in vars(hookspecs) if name.startswith(f"{hookspecs.NAMESPACE}_")]
-        explained = PluginError(
-            f'no hook "{unknown[1]}" here.{did_you_mean(unknown[1], known)} '
-            f"It needs a newer core than {__version__}, or the name is misspelt"
-        )
-    elif isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "lora_lightning":
-        explained = PluginError(
-            f"{error}. It was written for another plugin interface than {hookspecs.API}, that of this core "
-            f"({__version__}), or the name is misspelt"
-        )
-    if explained is None:
-        return error
-    explained.__cause__ = error
-    return explained
-
-
-def _stated(entry: importlib.metadata.EntryPoint, error: BaseException) -> object:
-    """What a plugin had set `requires_api` to when an import in it failed; None where it had not come so far."""
-    trace = error.__traceback__
-    while trace is not None:
-        names = trace.tb_frame.f_globals
-        if names.get("__name__") == entry.module and _REQUIRES in names:
-            return names[_REQUIRES]
-        trace = trace.tb_next
-    return None
 
 
 _current: Registry | None = None

@@ -26,6 +26,7 @@ from lora_lightning.errors import (
     did_you_mean,
 )
 from lora_lightning.methods import Method
+from lora_lightning.plugin_code import imported
 
 TRAINING_VERBS = ("fit", "validate", "test", "predict")
 LIGHT_VERBS = (
@@ -115,7 +116,7 @@ class Component:
     def load(self) -> Any:
         """The class; its module is imported."""
         module, _, name = self.path.partition(":")
-        return getattr(importlib.import_module(module), name)
+        return getattr(imported(module), name)
 
 
 def _known() -> Iterator[Component]:
@@ -172,6 +173,10 @@ class Registry:
     """Import path of the module that writes it, by export format; core's first."""
     slow: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """What a plugin imports while it is loaded though it takes seconds, by plugin; as far as nothing had before."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """How long a plugin took to load, by plugin, for those that took seconds."""
+    printed: dict[str, str] = field(default_factory=dict)
+    """What a plugin wrote to standard output while it was loaded, by plugin; it went to standard error."""
     classes: dict[str, tuple[str, type[Any]]] = field(default_factory=dict)
     """Plugin and class by name, of those in `components` that were imported; filled by `load_classes`."""
     unusable: dict[str, BaseException] = field(default_factory=dict)
@@ -374,7 +379,11 @@ def _is_there(module: str, name: str) -> bool:
 
 def one_line(cause: BaseException) -> str:
     """One line for an exception, its class included."""
-    return f"{type(cause).__name__}: {' '.join(str(cause).split())}".rstrip(": ")
+    try:
+        text = str(cause)
+    except Exception:  # a class of a plugin's own
+        text = "(its message cannot be printed)"
+    return f"{type(cause).__name__}: {' '.join(text.split())}".rstrip(": ")
 
 
 def arguments(owner: type) -> dict[str, inspect.Parameter]:

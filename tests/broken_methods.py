@@ -130,6 +130,95 @@ class MisshapenMask(Pair):
         return (EntryMask(self.A, torch.ones(2, dtype=torch.bool), 1, "zero"),)
 
 
+class SharesAFactor(Pair):
+    """Its layers share one trained factor, which no `link` tells of."""
+
+    one: ClassVar[dict[tuple[int, torch.dtype], nn.Parameter]] = {}
+
+    def __init__(self, base: BaseLayer) -> None:
+        super().__init__(base)
+        self.B = nn.Parameter(base.zeros(base.d_out, 2))
+        self.A = self.one.setdefault((base.d_in, base.adapter_dtype), nn.Parameter(base.zeros(2, base.d_in)))
+
+    def reset(self, generator: torch.Generator) -> None:
+        write_values(self.A, torch.rand(self.A.shape, generator=generator, device=generator.device))
+        write_values(self.B, torch.zeros(self.B.shape, device="cpu"))
+
+
+class DrawsOnTheDefaultDevice(Pair):
+    def __init__(self, base: BaseLayer) -> None:
+        super().__init__(base)
+        self.A = nn.Parameter(base.zeros(2, base.d_in))
+
+
+class SharesAGain(Pair):
+    """The same for rank weights, which layers of all widths share."""
+
+    one: ClassVar[dict[torch.dtype, nn.Parameter]] = {}
+
+    def __init__(self, base: BaseLayer) -> None:
+        super().__init__(base)
+        self.gain = self.one.setdefault(base.adapter_dtype, nn.Parameter(base.zeros(2) + 1))
+
+    def forward(self, x: Tensor, base: BaseLayer) -> Tensor:
+        return add_low_rank(base, x, self.A, self.B, self.gain)
+
+
+class ScoresWithoutAMask(Pair):
+    def rank_scores(self) -> Tensor | None:
+        return self.A.square().sum(-1)
+
+
+class TrainsInHalf(Pair):
+    def __init__(self, base: BaseLayer) -> None:
+        super().__init__(base)
+        self.A = nn.Parameter(self.A.detach().bfloat16())
+
+    def forward(self, x: Tensor, base: BaseLayer) -> Tensor:
+        return add_low_rank(base, x, self.A.to(self.B.dtype), self.B, 2.0)
+
+
+class WritesIntoTheBase(Pair):
+    def forward(self, x: Tensor, base: BaseLayer) -> Tensor:
+        if self.training:
+            base.module.weight.data.add_(0.01)
+        return add_low_rank(base, x, self.A, self.B, 2.0)
+
+
+class MergesInPlace(Pair):
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        return weight.add_(2.0 * self.B.detach().to(weight.dtype) @ self.A.detach().to(weight.dtype))
+
+
+class CountsItsCalls(Pair):
+    """A call changes what the next one computes."""
+
+    calls = 0
+
+    def forward(self, x: Tensor, base: BaseLayer) -> Tensor:
+        self.calls += 1
+        return add_low_rank(base, x, self.A, self.B, 2.0 * self.calls)
+
+
+class MixesRows(Pair):
+    def forward(self, x: Tensor, base: BaseLayer) -> Tensor:
+        return add_low_rank(base, x - x.mean(), self.A, self.B, 2.0)
+
+
+class IgnoresItsFactors(Pair):
+    def forward(self, x: Tensor, base: BaseLayer) -> Tensor:
+        return base(x)
+
+
+class LowRankKeepsTheGraph(Pair):
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        return self.A, 2.0 * self.B
+
+
+class SaysItCannotMerge(Pair):
+    mergeable = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Broken(Method):
     """Builds what it is told to."""
@@ -141,12 +230,12 @@ class Broken(Method):
 
 
 def contract_of(adapter: type[Adapter], **changes: Any) -> MethodContract:
-    method_class = type("Broken", (Broken,), {"kind": adapter, "__doc__": "x", **changes})
+    method_class = type("Broken", (Broken,), {"kind": adapter, "__doc__": "x", "__module__": __name__, **changes})
     return type("TestBroken", (MethodContract,), {"method": method_class()})()
 
 
-def check_breaks(adapter: type[Adapter], test: str, **arguments: Any) -> None:
-    """The correct adapter passes a test of the contract, and this one fails it."""
+def check_breaks(adapter: type[Adapter], test: str, says: str, **arguments: Any) -> None:
+    """The correct adapter passes a test of the contract, and this one fails it, with `says` in the message."""
     getattr(contract_of(Pair), test)(**arguments)
-    with pytest.raises((AssertionError, RuntimeError)):
+    with pytest.raises((AssertionError, RuntimeError), match=f"(?m){says}"):  # pytest may show the values behind it
         getattr(contract_of(adapter), test)(**arguments)

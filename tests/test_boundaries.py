@@ -24,7 +24,7 @@ PLUGINS = sorted((ROOT / "plugins").glob("ll_*/**/*.py"))
 ROOMS = (
     ("errors", "version", "seeds", "distributed"),
     ("adapters",),
-    ("methods", "hookspecs", "registry", "plugins"),
+    ("methods", "hookspecs", "plugin_code", "registry", "plugins"),
     ("models",),
     ("injection",),
     ("data",),
@@ -34,12 +34,13 @@ ROOMS = (
     ("callbacks",),
     ("training",),
     ("cli",),
-    ("testing",),
+    ("testing", "pytest_plugin"),
     ("__init__", "__main__"),
 )
 """Rooms of core from the ground up: one imports from those before it, and from its own level only inside itself.
 
-`testing` stands above the command line: its contract parses a method's settings as a config does.
+`testing` stands above the command line: its contract parses a method's settings as a config does. `pytest_plugin` is
+what pytest loads of this library in every run, and imports nothing.
 """
 
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
@@ -49,13 +50,16 @@ WITHIN_A_LEVEL = {
     ("hookspecs", "methods"),
     ("registry", "methods"),
     ("registry", "hookspecs"),
+    ("plugin_code", "hookspecs"),
+    ("registry", "plugin_code"),
+    ("plugins", "plugin_code"),
     ("plugins", "methods"),
     ("plugins", "hookspecs"),
     ("plugins", "registry"),
 }
 """Single modules on one level: which imports which."""
 
-LIGHT = {"errors", "version", "methods", "hookspecs", "registry", "plugins", "__init__"}
+LIGHT = {"errors", "version", "methods", "hookspecs", "plugin_code", "registry", "plugins", "__init__"}
 """What the light verbs import before torch."""
 
 WITHOUT_LIGHTNING = {room for room in LEVEL if LEVEL[room] < LEVEL["callbacks"]} - {"data"}

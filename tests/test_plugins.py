@@ -2,6 +2,7 @@ import gc
 import importlib
 import os
 import re
+import signal
 import subprocess
 import sys
 from textwrap import dedent
@@ -15,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 
 from lora_lightning import __main__ as program
-from lora_lightning import callbacks, data, plugins  # noqa: F401 - classes are known once imported
+from lora_lightning import callbacks, data, hookspecs, plugin_code, plugins  # noqa: F401 - classes are known once imported
 from lora_lightning.cli.classes import imported_class, named_classes, short_names
 from lora_lightning.errors import DuplicateMethodError, ExportError, PluginError, UnknownMethodError
 from lora_lightning.exporters.export import export
@@ -101,6 +102,41 @@ BROKEN = {
     ),
     "exception": ("1 / 0", r"ZeroDivisionError: division by zero"),
     "sys_exit": ("import sys; sys.exit(3)", r"SystemExit: 3"),
+    "interrupt": ("raise KeyboardInterrupt", r"^KeyboardInterrupt$"),
+    "cancelled": ("import asyncio; raise asyncio.CancelledError('no loop')", r"^CancelledError: no loop$"),
+    "generator_exit": ("raise GeneratorExit", r"^GeneratorExit$"),
+    "stop": ("raise StopIteration('end')", r"^StopIteration: end$"),
+    "own_base": ("class Odd(BaseException): pass\nraise Odd('of its own')", r"^Odd: of its own$"),
+    "recursion": ("def f(): f()\nf()", r"^RecursionError: "),
+    "mute": (
+        "class Mute(Exception):\n    def __str__(self): raise ValueError\nraise Mute",
+        r"^Mute: \(its message cannot be printed\)$",
+    ),
+    "interrupting": (
+        "from lora_lightning import hookimpl\n@hookimpl\ndef lora_lightning_methods(): raise KeyboardInterrupt",
+        r"^KeyboardInterrupt$",
+    ),
+    "half_way": (
+        "from lora_lightning import hookimpl\n@hookimpl\ndef lora_lightning_methods():\n    raise KeyboardInterrupt\n"
+        "    yield 1",
+        r"^KeyboardInterrupt$",
+    ),
+    "none": (
+        "from lora_lightning import hookimpl\n@hookimpl\ndef lora_lightning_methods(): pass",
+        r"TypeError: lora_lightning_methods returned None; it must return a list, an empty one where there",
+    ),
+    "number": (
+        "from lora_lightning import hookimpl\n@hookimpl\ndef lora_lightning_methods(): return 3 + 4j",
+        r"TypeError: lora_lightning_methods returned \(3\+4j\), which is no list",
+    ),
+    "instance": (
+        code("Made").replace("return [Made]", "return [Made()]"),
+        r"TypeError: lora_lightning_methods returned Made\(\), which is no Method class",
+    ),
+    "name": (
+        code("Named").replace("return [Named]", "return 'Named'"),
+        r"TypeError: lora_lightning_methods returned 'N', which is no Method class",
+    ),
     "syntax": ("def", r"SyntaxError: "),
     "no_hook": ("x = 1", r"it contributes nothing: no function in it is marked with lora_lightning.hookimpl"),
     "misspelt": (
@@ -164,6 +200,156 @@ def test_a_broken_plugin_is_recorded_and_the_others_live(install, kind):
     text = one_line(registry.failed[f"ll_a_{kind}"])
     assert "\n" not in text
     assert re.search(cause, text), text
+
+
+@pytest.mark.parametrize("hook", [name for name in vars(hookspecs) if name.startswith("lora_lightning_")])
+def test_a_hook_that_returns_none_is_named(install, hook):
+    """A forgotten `return` looks like a plugin that brings nothing."""
+    install("ll_silent", answering(hook, "pass"))
+    install("ll_sound", code("Sound"))
+    registry = plugins.load()
+    plugins.base_layer_kinds(registry)
+    form = "list" if hook in ("lora_lightning_methods", "lora_lightning_base_layers") else "mapping"
+    text = f"TypeError: {hook} returned None; it must return a {form}, an empty one where there is nothing to give"
+    assert {name: one_line(cause) for name, cause in registry.failed.items()} == {"ll_silent": text}
+    assert "Sound" in registry.methods
+
+
+@pytest.mark.parametrize("hook", [name for name in vars(hookspecs) if name.startswith("lora_lightning_")])
+def test_a_hook_that_returns_nothing_to_give_is_none_of_the_failures(install, hook):
+    empty = "[]" if hook in ("lora_lightning_methods", "lora_lightning_base_layers") else "{}"
+    install("ll_empty", answering(hook, f"return {empty}"))
+    registry = plugins.load()
+    plugins.base_layer_kinds(registry)
+    assert not registry.failed
+
+
+@pytest.mark.parametrize(
+    ("value", "cause"),
+    [
+        ("!", r"^AttributeError: |^ValueError: "),
+        ("no_such_module_anywhere", r"^ModuleNotFoundError: "),
+        ("os:no_such_name", r"^AttributeError: "),
+        ("math", r"^PluginError: it contributes nothing: no function in it is marked with"),
+        ("math:pi", r"^PluginError: it contributes nothing"),
+    ],
+)
+def test_an_entry_point_that_leads_nowhere(install, value, cause):
+    install("unused", "", entry=f"ll_odd = {value}")
+    install("ll_sound", code("Sound"))
+    registry = plugins.load()
+    assert re.search(cause, one_line(registry.failed["ll_odd"]))
+    assert "Sound" in registry.methods
+    assert plugins.load(["ll_odd"]).blocked == {"ll_odd": value.partition(":")[0]}
+
+
+def test_a_range_of_interfaces_that_cannot_be_read(install):
+    odd = "class Odd:\n    def __str__(self): raise OSError('no text')\n\nrequires_api = Odd()\n1 / 0\n"
+    install("ll_odd", odd)
+    install("ll_odd_too", odd.replace("1 / 0", "") + code("Extra").replace("from __future__ import annotations", ""))
+    failed = plugins.load().failed
+    assert one_line(failed["ll_odd"]) == "ZeroDivisionError: division by zero"
+    assert one_line(failed["ll_odd_too"]) == "OSError: no text"
+
+
+def test_ctrl_c_while_a_plugin_is_loaded_ends_the_command(install):
+    install("ll_a_long", "import signal; signal.raise_signal(signal.SIGINT)")
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        plugins.load()
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.parametrize(("seconds", "named"), [(8.0, True), (2.0, True), (0.5, False)])
+def test_a_plugin_that_takes_seconds_is_named(install, capsys, monkeypatch, seconds, named):
+    """The clock is moved by the plugin itself."""
+    time = [0.0]
+    monkeypatch.setattr(plugin_code, "clock", lambda: time[0])
+    monkeypatch.setattr(plugin_code, "test_time", time, raising=False)
+    moved = f"from lora_lightning import plugin_code\nplugin_code.test_time[0] += {seconds}\n"
+    install("ll_a_download", code("Slow") + moved)
+    install("ll_b_quick", code("Quick"))
+    assert program.main(["methods"]) == 0
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if line.startswith("slow: ")]
+    text = f"slow: ll_a_download takes {seconds} s to load; what takes long belongs inside its functions"
+    assert lines == ([text] if named else [])
+    assert "Slow" in out
+
+
+PRINTING = {
+    "print": "print('Welcome to ll_loud!', 7)",
+    "write": "import sys; sys.stdout.write('Welcome to ll_loud! 7\\n')",
+    "lines": "import sys; sys.stdout.writelines(['Welcome to ll_loud!', ' 7\\n'])",
+    "colour": "import rich.console; rich.console.Console().print('Welcome to ll_loud!', 7)",
+    "log": (
+        "import logging, sys\nlog = logging.getLogger('ll_loud')\nlog.addHandler(logging.StreamHandler(sys.stdout))\n"
+        "log.warning('Welcome to ll_loud! 7')\nlog.handlers.clear()"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PRINTING)
+def test_a_plugin_that_prints_while_it_is_loaded_is_named(install, capsys, kind):
+    install("ll_loud", code("Loud") + PRINTING[kind])
+    assert program.main(["methods"]) == 0
+    out, err = capsys.readouterr()
+    assert "Loud" in out
+    assert out.splitlines()[-1] == (
+        'prints: ll_loud prints "Welcome to ll_loud! 7" while it is loaded, to standard error; it should print nothing '
+        "there"
+    )
+    assert err == "Welcome to ll_loud! 7\n"
+
+
+def test_what_a_plugin_prints_is_in_no_light_verbs_output(install, capsys):
+    """At import, in a hook, and in the module of a class that a verb shows."""
+    body = f"print('at import')\n        {SGD}"
+    install("ll_loud", answering("lora_lightning_optimizers", "print('in a hook'); return {'MySGD': 'll_loud2:MySGD'}"))
+    install("ll_loud2", answering("lora_lightning_callbacks", "return {}", body))
+    for words in (["--version"], ["schema"], ["show", "MySGD"], ["-p", "no:ll_loud", "methods"]):
+        sys.modules.pop("ll_loud2", None)
+        assert program.main(words) == 0
+        out = capsys.readouterr().out
+        assert "in a hook" not in out
+        assert ("at import" in out) == (words[-1] == "methods")  # which names it
+    assert 'prints: ll_loud2 prints "at import"' in out
+
+
+def test_what_a_plugin_does_to_standard_output_is_undone(install, capsys):
+    install("ll_a_closes", code("Closes") + "import sys; sys.stdout.close()")
+    install("ll_b_replaces", code("Replaces") + "import io, sys; sys.stdout = io.StringIO()")
+    install("ll_c_keeps", code("Keeps") + "import sys; kept = sys.stdout")
+    stdout = sys.stdout
+    assert not plugins.load().failed
+    assert sys.stdout is stdout
+    print("after", file=importlib.import_module("ll_c_keeps").kept)
+    assert capsys.readouterr() == ("after\n", "")
+
+
+def test_an_import_of_a_class_or_format_that_ends_is_an_error_of_ours(install, capsys, tmp_path):
+    (tmp_path / "ll_ends_inner.py").write_text("raise KeyboardInterrupt('at import')\n")
+    install(
+        "ll_ends",
+        answering("lora_lightning_optimizers", "return {'Ends': 'll_ends_inner:Ends'}")
+        + answering("lora_lightning_exporters", "return {'ends': 'll_ends_inner'}")
+        + answering("lora_lightning_commands", "return {'end': 'll_ends_inner'}"),
+    )
+    registry = plugins.load()
+    assert not registry.failed
+    text = "importing ll_ends_inner raises KeyboardInterrupt(at import)"
+    assert program.main(["show", "Ends"]) == 2
+    assert text in capsys.readouterr().err
+    assert program.main(["--help"]) == 0
+    assert f"failed: PluginError: {text}" in capsys.readouterr().out
+    assert program.main(["end"]) == 2
+    assert text in capsys.readouterr().err
+    registry = plugins.load()
+    plugins.load_classes(registry, BASES)
+    assert text in one_line(registry.unusable["Ends"])
+    assert "SlowFast" in registry.classes
+    with pytest.raises(PluginError, match=re.escape(text)):
+        export(torch.nn.Linear(2, 2), tmp_path / "out", "ends")
 
 
 LINES = {

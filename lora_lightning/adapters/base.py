@@ -31,28 +31,35 @@ from lora_lightning.errors import SettingsError
 class FactorPair:
     """Two factors of which the function depends only on `scaling * lora_B @ lora_A`.
 
-    Either side may be a buffer (frozen); `lead` is () or, for stacked experts, (E,).
+    Attributes:
+        name: what tells the pair from others of one adapter; empty where there is one.
+        lora_A: (*lead, rank, d_in); `lead` is () or, for stacked experts, (E,). A buffer where it is frozen.
+        lora_B: (*lead, d_out, rank), likewise.
+        scaling: number on the product.
     """
 
     name: str
     lora_A: Tensor
-    """(*lead, rank, d_in)"""
     lora_B: Tensor
-    """(*lead, d_out, rank)"""
     scaling: float
 
 
 @dataclass(frozen=True)
 class EntryMask:
-    """Entries of one parameter that a schedule may remove."""
+    """Entries of one parameter that a schedule may remove.
+
+    Attributes:
+        param: the parameter, of the adapter itself.
+        mask: bool buffer of the adapter, shaped like `param`; True where the entry is kept.
+        along: axis along which entries compete: -1 within each row, -2 within each column.
+        effect: what happens to an entry that is off. "zero": the schedule writes zero, and the entry may regrow;
+            "mask": the adapter multiplies the mask in, in its `forward`; "hold": the value stays as it is.
+    """
 
     param: nn.Parameter
     mask: Tensor
-    """Bool buffer like `param`; True where the entry is kept."""
     along: int
-    """Axis along which entries compete: -1 within each row, -2 within each column."""
     effect: Literal["zero", "mask", "hold"]
-    """`zero`: the value is written and may regrow; `mask`: multiplied in forward; `hold`: the value stays as it is."""
 
     @property
     def by_row(self) -> bool:
@@ -62,20 +69,28 @@ class EntryMask:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupSpec:
-    """A named group of trainable parameters, as a method wants it optimised."""
+    """A named group of trainable parameters, as a method wants it optimised.
+
+    Attributes:
+        params: trainable parameters of the group.
+        lr_ratio: learning rate of the group over the optimizer's.
+        weight_decay: weight decay of the group; None keeps the optimizer's.
+        clip: largest gradient norm of the group; None uses the trainer's `gradient_clip_val` over the remaining groups.
+    """
 
     params: Sequence[nn.Parameter]
-    """Trainable parameters of the group."""
     lr_ratio: float = 1.0
-    """Learning rate of the group over the optimizer's."""
     weight_decay: float | None = None
-    """Weight decay of the group; None keeps the optimizer's."""
     clip: float | None = None
-    """Largest gradient norm of the group; None uses the trainer's `gradient_clip_val` over the remaining groups."""
 
 
 class RunningSum:
-    """Sum and count of a forward- or backward-time statistic; not a buffer, empty at step boundaries."""
+    """Sum and count of a forward- or backward-time statistic; not a buffer, empty at step boundaries.
+
+    Attributes:
+        sum: sum of what was added, detached; None where nothing was.
+        count: number of observations in it.
+    """
 
     def __init__(self) -> None:
         self.sum: Tensor | None = None
@@ -106,18 +121,24 @@ class Adapter(nn.Module, ABC):
 
     Where parameters are sharded on several processes, callbacks ask questions about their values inside
     `distributed.assembled`, so that an answer is computed from full tensors and is the same on all of them.
+
+    Attributes:
+        additive: True where the update does not depend on the base weight, so that several adapters on one layer add
+            up. False refuses a second active adapter on the layer.
+        mergeable: False where the update depends on the input, so that no merged weight exists; equal to the settings
+            class's `mergeable`.
+        in_half: True where the tensors may be cast to half precision with the model; small updates are then lost.
+            False keeps them in float32 when `model.half()` or `model.to(torch.bfloat16)` is called.
+        rank_mask: bool buffer (rank,), multiplied into the rank components; None where components cannot be removed.
+            An adapter that has one registers it again, and answers `rank_scores`.
+        linked: modules above the layer that the adapter reads, by its own names for them; `Method.link` sets it.
     """
 
     additive: bool = False
-    """True where the update does not depend on the base weight, so that several adapters on one layer add up."""
     mergeable: bool = True
-    """False where the update depends on the input, so that no merged weight exists."""
     in_half: bool = False
-    """True where the tensors may be cast to half precision with the model; small updates are then lost."""
     rank_mask: Tensor | None
-    """Bool buffer (rank,), multiplied into the rank components; None where components cannot be removed."""
     linked: Mapping[str, Linked] = MappingProxyType({})
-    """Modules above the layer that the adapter reads, by its own names for them; `Method.link` sets it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -20,12 +20,15 @@ from lora_lightning.adapters.precision import kept
 
 
 class Linked(nn.Module, ABC):
-    """A module above one layer; `Method.link` makes it. Tensors that do not train are buffers, as in an adapter."""
+    """A module above one layer; `Method.link` makes it. Tensors that do not train are buffers, as in an adapter.
+
+    Attributes:
+        group: name of the optimizer group that its parameters belong to where the method names no groups.
+        in_half: True where the tensors may be cast to half precision with the model; small updates are then lost.
+    """
 
     group: ClassVar[str] = "other"
-    """Name of the optimizer group that its parameters belong to where the method names no groups."""
     in_half: bool = False
-    """True where the tensors may be cast to half precision with the model; small updates are then lost."""
 
     @abstractmethod
     def reset(self, generator: torch.Generator) -> None:

@@ -34,6 +34,10 @@ class ScheduleCallback(StepCallback):
     """Acts on adapters once per optimizer step, in any Lightning project.
 
     Attributes:
+        phase: order among the callbacks of one step, low numbers first: `MASKS` (3) for what writes values and masks,
+            `STAGE_ENDS` (5), `JUDGES` (7) for what reads the step's result, `REPORTS` (8), all of
+            `lora_lightning.callbacks.step_counting`.
+        last_step: the optimizer step that was seen last.
         requires: what an adapter must have, for the error when none does.
         reads_base: whether it reads or writes frozen weights between steps, which not every strategy allows.
         writes_values: whether it may write what trains between steps; DeepSpeed, which keeps copies, then refuses it.

@@ -42,7 +42,11 @@ class StepCallback(Callback, ABC):
     An attempt that a gradient scaler skipped counts as a step, as it does in Lightning's `global_step`.
 
     Attributes:
-        phase: order among the callbacks of one step.
+        phase: order among the callbacks of one step, low numbers first; those of one phase act in the order of the
+            trainer's list, callbacks without a phase as phase 0, Checkpoint callbacks last of all. The phases of
+            `lora_lightning.callbacks.step_counting`: `MASKS` (3) for what writes values and masks, `STAGE_ENDS` (5) for
+            what ends a stage and folds what has its masks, `JUDGES` (7) for what reads the step's result, as the guard
+            and averages do, `REPORTS` (8) for what writes down what a judged run has left.
         last_step: the optimizer step that was seen last; at the start of training the one that the run is at.
     """
 

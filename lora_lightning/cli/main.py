@@ -12,6 +12,7 @@ from typing import NoReturn
 from lora_lightning import plugins
 from lora_lightning.cli import command_line, configs
 from lora_lightning.errors import LoraLightningError, did_you_mean
+from lora_lightning.plugin_code import imported
 from lora_lightning.registry import LIGHT_VERBS, one_line
 from lora_lightning.version import __version__
 
@@ -75,7 +76,7 @@ def _run(words: Sequence[str]) -> int:
         found = f'no verb "{line.verb}".' if line.verb else "the verb comes first."
         known = (*TRAINING, *LIGHT_VERBS, *commands)
         raise LoraLightningError(f"{found}{did_you_mean(line.verb or '', known)} Verbs: {', '.join(known)}.")
-    verb = importlib.import_module(commands[line.verb])
+    verb = imported(commands[line.verb])
     return int(verb.run(_parse(line, verb)))
 
 
@@ -84,7 +85,7 @@ def help_text() -> str:
     lines = TRAINING | {name: _first_line(_verb(name)) for name in LIGHT_VERBS}
     for name, module in plugins.registry().commands.items():
         try:
-            lines[name] = _first_line(importlib.import_module(module))
+            lines[name] = _first_line(imported(module))
         except Exception as error:  # a broken plugin never takes the help down
             lines[name] = f"failed: {one_line(error)}"
     verbs = "\n".join(f"  {name:<14}{text}" for name, text in lines.items())

@@ -11,7 +11,6 @@ An export is written beside its place, read back and compared with the adapter, 
 
 from __future__ import annotations
 
-import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from lora_lightning.exporters.report import ExportReport, Origin, Written
 from lora_lightning.exporters.source import Source, find
 from lora_lightning.injection.heads import heads_of
 from lora_lightning.injection.report import InjectionReport
+from lora_lightning.plugin_code import imported
 from lora_lightning.plugins import registry
 from lora_lightning.registry import FORMATS, one_line
 from lora_lightning.storage.atomic import write_json
@@ -97,8 +97,8 @@ def find_writer(format: str, rank: int | None) -> ModuleType:
     if format not in known:
         raise ExportError(f'format is "{format}".{did_you_mean(format, known)} Known: {", ".join(known)}.')
     try:
-        writer = importlib.import_module(known[format])
-    except (Exception, SystemExit) as error:
+        writer = imported(known[format])
+    except Exception as error:
         raise PluginError(f'format "{format}": its module {known[format]} fails: {one_line(error)}.') from error
     if rank is not None and (rank < 1 or not getattr(writer, "TAKES_RANK", False)):
         raise ExportError(f'rank is {rank} with format="{format}"; it must be at least 1, for a format that takes it.')

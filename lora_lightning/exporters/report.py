@@ -17,20 +17,24 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """What a format's writer did inside the folder it was given."""
+    """What a format's writer did inside the folder it was given.
+
+    Attributes:
+        kind: how exact the route is: the method's export class, "merged", or "truncated SVD".
+        layers: number of adapted layers in the export.
+        difference: largest absolute difference found on reading back; None where nothing was verified.
+        verified_by: who opened what was written, and what was compared; "" where nobody could.
+        not_run: why nobody could.
+        discarded: layer path to the fraction of the update's energy (sum of squares) that a truncation left out.
+        notes: further lines for whoever reads the report.
+    """
 
     kind: str
-    """How exact the route is: the method's export class, "merged", or "truncated SVD"."""
     layers: int
-    """Adapted layers in the export."""
     difference: float | None
-    """Largest absolute difference found on reading back; None where nothing was compared."""
     verified_by: str = "reading back"
-    """Who opened what was written, and what was compared; "" where nobody could."""
     not_run: str = ""
-    """Why nobody could."""
     discarded: dict[str, float] = field(default_factory=dict)
-    """Layer path to the fraction of the update's energy (sum of squares) that a truncation left out."""
     notes: tuple[str, ...] = ()
 
 

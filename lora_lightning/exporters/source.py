@@ -25,22 +25,27 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Source:
-    """One injected adapter, seen from `host`."""
+    """One injected adapter, seen from `host`.
+
+    Attributes:
+        anatomy: of the module that adapters were injected into.
+        prefix: what comes before a path in `host`, with a dot at its end.
+        host: the Hugging Face model inside it that holds everything trained, or all of it where there is no such model.
+        name: the adapter's name.
+        record: what it was injected with: `record.method` holds its settings.
+        layers: layers that carry the adapter, by path in `host`.
+        trained: parameters of `host` that train in full, by name without wrappers.
+        processor: the tokenizer or processor that the caller says goes with the model, or None.
+    """
 
     anatomy: Anatomy
-    """Of the module that adapters were injected into."""
     prefix: str
-    """What comes before a path in `host`, with a dot at its end."""
     host: nn.Module
-    """The Hugging Face model inside it that holds everything trained, or all of it where there is no such model."""
     name: str
     record: AdapterRecord
     layers: dict[str, AdaptedLayer]
-    """Layers that carry the adapter, by path in `host`."""
     trained: tuple[str, ...]
-    """Parameters of `host` that train in full, by name without wrappers."""
     processor: Any = None
-    """The tokenizer or processor that the caller says goes with the model."""
 
     @property
     def heads(self) -> tuple[str, ...]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, cast
 
 import pytest
@@ -78,10 +79,59 @@ class MethodUnderTest:
         with seeded(2):
             return model, torch.randn(5, 6, dtype=dtype)
 
-    def _close(self, a: Tensor, b: Tensor) -> None:
-        assert a.shape == b.shape
-        worst = float((a - b).detach().abs().max()) if a.numel() else 0.0
-        assert worst <= self.tolerance, f"differ by {worst:.3g}; {self.tolerance:g} is allowed"
+    def _broken(self, promise: str, on: str = "", look: str = "") -> str:
+        """What a failed assertion says: which method broke which promise, for what, and where its author looks."""
+        place, hint = f" on {on}" if on else "", f" Look at {look}." if look else ""
+        return f"{type(self.method).__name__}{place}: {promise}.{hint}"
+
+    def _equal(self, found: Tensor, expected: Tensor, promise: str) -> None:
+        """Two tensors have one dtype and shape and are equal bit for bit."""
+        seen, wanted = (f"{str(t.dtype).removeprefix('torch.')} of shape {tuple(t.shape)}" for t in (found, expected))
+        assert seen == wanted, f"{promise} It is {seen}, and must be {wanted}."
+        assert torch.equal(found, expected), f"{promise} {_difference(found, expected)}"
+
+    def _equal_states(self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], promise: str) -> None:
+        """Two state dictionaries have the same names, and equal tensors under them."""
+        missing, added = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+        assert not missing, f"{promise} Missing: {', '.join(missing)}."
+        assert not added, f"{promise} Not among the expected: {', '.join(added)}."
+        for name, tensor in expected.items():
+            self._equal(found[name], tensor, f"{promise} Tensor {name}:")
+
+    def _close(self, found: Tensor, expected: Tensor, promise: str) -> None:
+        """Two tensors have one shape and differ by no more than `tolerance`."""
+        shapes = f"The shape is {tuple(found.shape)}, and must be {tuple(expected.shape)}."
+        assert found.shape == expected.shape, f"{promise} {shapes}"
+        worst = float((found - expected).detach().abs().max()) if found.numel() else 0.0
+        assert worst <= self.tolerance, f"{promise} They differ by {worst:.3g}; {self.tolerance:g} is allowed."
+
+    def _check_start(self, adapted: Tensor, base: Tensor, on: str, adapter: Adapter) -> None:
+        """The first output is the base layer's or, with `starts_at_base` False, another one of the same dtype."""
+        name = type(adapter).__name__
+        dtypes = f"the output is {adapted.dtype} and must be {base.dtype}, as the base layer's is"
+        assert adapted.dtype == base.dtype, self._broken(dtypes, on, f"{name}.forward")
+        if self.method.starts_at_base:
+            start = "`starts_at_base` is True, so the first output must be the base layer's bit for bit"
+            look = f"{name}.reset and {name}.forward, or declare `starts_at_base = False`"
+            self._equal(adapted, base, self._broken(start, on, look))
+        else:
+            other = "`starts_at_base` is False, and the first output is the base layer's all the same"
+            look = f"{name}.reset, or take the declaration off the settings class"
+            assert not torch.equal(adapted, base), self._broken(other, on, look)
+
+    @contextmanager
+    def _refusing(self, error: type[Exception], rule: str, promise: str) -> Iterator[None]:
+        """What runs inside must raise `error` with a text in which the regular expression `rule` is found."""
+        try:
+            yield
+        except error as raised:
+            if not re.search(rule, str(raised)):
+                raise AssertionError(f'{promise} It says "{raised}", without a match for "{rule}".') from raised
+        except Exception as raised:
+            kind, cause = type(raised).__name__, " ".join(str(raised).split())
+            raise AssertionError(f"{promise} It raised {kind} instead: {cause}") from raised
+        else:
+            raise AssertionError(f"{promise} Nothing was raised; it must be {error.__name__}.")
 
     def _needs_merge(self) -> None:
         if not self.method.mergeable:
@@ -90,6 +140,17 @@ class MethodUnderTest:
     def _step(self, model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
         optimizer.zero_grad()
         loss = (model(x) - 1).square().mean()
+        reached = "the output does not depend on any parameter that trains"
+        assert loss.requires_grad, self._broken(reached, type(model).__name__, "the adapter's `forward`")
         penalty = self.method.penalty(adapters_named(model, "default"))
         (loss if penalty is None else loss + penalty).backward()
         optimizer.step()
+
+
+def _difference(found: Tensor, expected: Tensor) -> str:
+    """How two tensors of one shape and dtype differ."""
+    apart = (
+        (found != expected) & ~(found.isnan() & expected.isnan()) if found.is_floating_point() else found != expected
+    )
+    worst = (found.detach().double() - expected.detach().double()).abs().max()
+    return f"{int(apart.sum())} of {found.numel()} numbers differ, by {float(worst):.3g} at most."

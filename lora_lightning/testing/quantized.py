@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,11 +46,19 @@ class QuantizedContract(MethodUnderTest):
             perturb(adapter)
         return model, layer, adapter, x
 
-    def _near(self, a: Tensor, b: Tensor, kind: str) -> None:
+    def _near(self, found: Tensor, expected: Tensor, kind: str, promise: str) -> None:
         """Equal up to rounding in float32; LLM.int8() rounds the layer's inputs to eight bits as well."""
         allowed = 3e-2 if kind == "int8" else 1e-5
-        a, b = a.detach().double(), b.detach().double()
-        assert float((a - b).norm()) <= allowed * float(b.norm())
+        apart = float((found.detach().double() - expected.detach().double()).norm())
+        size = float(expected.detach().double().norm())
+        assert apart <= allowed * size, (
+            f"{promise} They differ by {apart / size:.3g} of their norm; {allowed:g} is allowed."
+        )
+
+    def _equal_plain(self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], promise: str) -> None:
+        """As `_equal_states`, for tensors of any subclass."""
+        numbers = [{name: _plain(value) for name, value in state.items()} for state in (found, expected)]
+        self._equal_states(numbers[0], numbers[1], promise)
 
     @pytest.mark.parametrize("mode", MODES)
     def test_quantized_base_starts_and_trains(self, quantized: str, mode: str) -> None:
@@ -60,8 +69,8 @@ class QuantizedContract(MethodUnderTest):
             model.train(training)
             with context(), torch.no_grad():
                 adapted, base = layer(x), layer.base(x)
-            assert adapted.dtype == base.dtype
-            assert torch.equal(adapted, base) == self.method.starts_at_base
+            on, name = f"{quantized}, {mode}, {'training' if training else 'evaluating'}", type(adapter).__name__
+            self._check_start(adapted, base, on, adapter)
             perturb(adapter)
             before = {key: value.clone() for key, value in layer.base.state_dict().items()}
             x.requires_grad_()
@@ -69,13 +78,19 @@ class QuantizedContract(MethodUnderTest):
                 loss = layer(x).float().square().sum()
             penalty = self.method.penalty({"0": adapter})
             (loss if penalty is None else loss + penalty).backward()
-            assert x.grad is not None
-            assert bool(x.grad.any())
-            assert {p.dtype for p in adapter.parameters()} == {torch.float32}
-            missed = {name for name, p in adapter.named_parameters() if p.grad is None or not p.grad.any()}
-            assert not training or missed <= adapter.idle()
-            after = layer.base.state_dict()
-            assert all(torch.equal(_plain(before[key]), _plain(after[key])) for key in before)
+            reached = x.grad is not None and bool(x.grad.any())
+            assert reached, self._broken("the input of the layer has no gradient", on, f"{name}.forward")
+            missed = []
+            for key, p in adapter.named_parameters():
+                create = f"{name}.__init__, and create it by `base.zeros` or in `base.adapter_dtype`"
+                narrow = f"{key} is {p.dtype}; on a quantized base it must be torch.float32"
+                assert p.dtype == torch.float32, self._broken(narrow, on, create)
+                if key not in adapter.idle() and (p.grad is None or not p.grad.any()):
+                    missed.append(key)
+            without = f"{', '.join(missed)} got no gradient"
+            assert not training or not missed, self._broken(without, on, f"{name}.forward, or name it in `idle`")
+            frozen = self._broken("the quantized weight must not change", on, f"{name}.forward for writes to the base")
+            self._equal_plain(layer.base.state_dict(), before, frozen)
 
     def test_quantized_base_keeps_the_law(self, quantized: str) -> None:
         """The output is that of the dequantized weight with the update, and so are its gradients."""
@@ -89,37 +104,46 @@ class QuantizedContract(MethodUnderTest):
         bias = adapter.merged_bias(base.bias)
         y = nn.functional.linear(wide, weight, None if bias is None else bias.double())
         y.square().sum().backward()
-        self._near(layer(x), y, quantized)
-        self._near(cast(Tensor, x.grad), cast(Tensor, wide.grad), quantized)
+        law = "the output must be that of the dequantized weight with the update"
+        look = f"{type(adapter).__name__}.forward and {type(adapter).__name__}.merged_weight"
+        self._near(layer(x), y, quantized, self._broken(law, quantized, look))
+        same = self._broken("the input's gradient must be that of the dequantized weight", quantized, look)
+        self._near(cast(Tensor, x.grad), cast(Tensor, wide.grad), quantized, same)
 
     def test_quantized_base_merges(self, quantized: str, capsys: pytest.CaptureFixture[str]) -> None:
         """A merge puts a plain layer in the place, says how far that is off, and comes off bit for bit."""
         self._needs_merge()
-        model, layer, _, x = self._quantized(quantized)
+        model, layer, adapter, x = self._quantized(quantized)
+        look = f"{type(adapter).__name__}.merged_weight, which must change nothing in place"
         quantized_module, before = layer.base, {key: value.clone() for key, value in model.state_dict().items()}
         with torch.no_grad():
             adapted, base = model(x), layer.base(x)
             merge(model)
-            assert "outputs differ from the unmerged ones by" in capsys.readouterr().out
-            assert type(layer.base) is nn.Linear
-            self._near(model(x), adapted, quantized)
-            assert {key: _plain(value).shape for key, value in model.state_dict().items()} == {
-                key: _plain(value).shape for key, value in before.items()
-            }
+            said, rounding = capsys.readouterr().out, "a merge must say how far rounding has moved the outputs"
+            assert "outputs differ from the unmerged ones by" in said, self._broken(rounding, quantized, look)
+            plain = f"a merge must leave a plain nn.Linear, not {type(layer.base).__name__}"
+            assert type(layer.base) is nn.Linear, self._broken(plain, quantized, look)
+            law = "a merged model must compute what the adapted one does"
+            self._near(model(x), adapted, quantized, self._broken(law, quantized, look))
+            shapes, expected = ({k: tuple(_plain(v).shape) for k, v in s.items()} for s in (model.state_dict(), before))
+            unlike = f"a merged model holds {shapes}; it must hold {expected}"
+            assert shapes == expected, self._broken(unlike, quantized, look)
             with disable_adapters(model):
-                assert torch.equal(layer(x), base)
-            assert type(layer.base) is nn.Linear
+                off = "a merged model with its adapters disabled must compute what the base does"
+                self._equal(layer(x), base, self._broken(off, quantized, look))
+            again = "after its adapters were disabled for a moment a merged layer must be a plain nn.Linear again"
+            assert type(layer.base) is nn.Linear, self._broken(again, quantized, look)
             unmerge(model)
-            assert layer.base is quantized_module
-            assert torch.equal(model(x), adapted)
-            after = model.state_dict()
-            assert before.keys() == after.keys()
-            assert all(torch.equal(_plain(before[key]), _plain(after[key])) for key in before)
+            back = "an unmerge must put the quantized layer back"
+            assert layer.base is quantized_module, self._broken(back, quantized, look)
+            self._equal(model(x), adapted, self._broken(f"{back}, and its output", quantized, look))
+            self._equal_plain(model.state_dict(), before, self._broken(f"{back} bit for bit", quantized, look))
             merge(model, keep_original=False)
             merged = model(x)
             eject(model)
-            assert type(model[0]) is nn.Linear
-            assert torch.equal(model(x), merged)
+            left = f"a merge and an eject must leave a plain nn.Linear, not {type(model[0]).__name__}"
+            assert type(model[0]) is nn.Linear, self._broken(left, quantized, look)
+            self._equal(model(x), merged, self._broken("an eject must leave the merged output", quantized, look))
 
     # Dynamo itself instantiates autograd.Function when it traces one, which torch warns of
     @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -128,6 +152,7 @@ class QuantizedContract(MethodUnderTest):
         """`torch.compile(fullgraph=True)` computes the same on a quantized layer, gradients included."""
         if self.compile_reason:
             pytest.skip(f"torch.compile: {self.compile_reason}")
+        look = "the adapter's `forward`, or give a `compile_reason` on the test class"
         model, _, adapter, x = self._quantized(quantized)
         found: list[list[Tensor]] = []
         torch._dynamo.reset()
@@ -142,10 +167,16 @@ class QuantizedContract(MethodUnderTest):
                 found.append([y, *(g.clone() for g in gradients if g is not None)])
             model.train()
             compiled(x.requires_grad_()).square().sum().backward()
+        except torch._dynamo.exc.TorchDynamoException as error:
+            whole = "torch.compile(fullgraph=True) must take the adapter as it is"
+            raise AssertionError(f"{self._broken(whole, quantized, look)} It says: {error}") from error
         finally:
             torch._dynamo.reset()
-        for a, b in zip(*found, strict=True):
-            self._near(a, b, quantized)
+        same = self._broken("a compiled model must give the model's output and gradients", quantized, look)
+        eager, traced = found
+        assert len(eager) == len(traced), f"{same} It gave {len(traced) - 1} gradients; they must be {len(eager) - 1}."
+        for a, b in zip(traced, eager, strict=True):
+            self._near(a, b, quantized, same)
 
     def test_quantized_base_saves_and_loads(self, quantized: str, tmp_path: Path) -> None:
         """An adapter folder fits a base that was quantized anew."""
@@ -153,7 +184,9 @@ class QuantizedContract(MethodUnderTest):
         save_adapter(model, tmp_path / "adapter")
         fresh, _, _, _ = self._quantized(quantized, perturbed=False)
         load_adapter(fresh, tmp_path / "adapter")
-        assert torch.equal(fresh(x), model(x))
+        loaded = "an adapter folder must give a base that was quantized anew what was saved"
+        promise = self._broken(loaded, quantized, "`build`, which gives a loaded adapter its form")
+        self._equal(fresh(x), model(x), promise)
         eject(fresh)
         load_adapter(fresh, tmp_path / "adapter")
-        assert torch.equal(fresh(x), model(x))
+        self._equal(fresh(x), model(x), promise)

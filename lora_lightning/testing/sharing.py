@@ -41,12 +41,18 @@ class SharingContract(MethodUnderTest):
         """What adapters read is what the model holds, and each of its tensors has one name."""
         registered = linked_named(model, "default")
         read: list[Linked] = linked_modules(adapters_named(model, "default").values())
-        assert {id(module) for module in read} == {id(module) for module in registered.values()}
+        apart = f"adapters read {len(read)} linked modules, and the model holds {', '.join(registered) or 'none'}"
+        one = {id(module) for module in read} == {id(module) for module in registered.values()}
+        assert one, self._broken(
+            f"{apart}; they must be the same modules", look="`link` and what sets `adapter.linked`"
+        )
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         for module in read:
             for tensor in (*module.parameters(), *module.buffers()):
                 names = [name for name, other in named if other is tensor]
-                assert len(names) == 1, f"one shared tensor under {names}"
+                several = f"one shared tensor must have one name, not {len(names)}: {', '.join(names)}"
+                look = "`link`; an adapter must not register what it reads from above its layer"
+                assert len(names) == 1, self._broken(several, look=look)
 
     def test_linked_modules_stay_one_thing(self) -> None:
         """Moves, casts, loading and a copy of the model leave one tensor that all layers read; a copy has its own."""
@@ -59,16 +65,20 @@ class SharingContract(MethodUnderTest):
             self._check_one_thing(model)
         model.load_state_dict(state)
         self._check_one_thing(model)
-        assert torch.equal(model(x), before)
+        look = "the adapter's `forward`, which must read shared tensors through `self.linked`"
+        moved = "after casts and load_state_dict of its own state a model must compute what it did"
+        self._equal(model(x), before, self._broken(moved, "TinyMLP", look))
         twin = copy.deepcopy(model)
         self._check_one_thing(twin)
-        assert torch.equal(twin(x), before)
+        self._equal(twin(x), before, self._broken("a deep copy must compute what the model does", "TinyMLP", look))
         with torch.no_grad():
             for module in linked_named(twin, "default").values():
                 for tensor in (*module.parameters(), *module.buffers()):
                     tensor.zero_()
-        assert torch.equal(model(x), before)
-        assert not torch.equal(twin(x), before)
+        own = "zeros written into the shared tensors of a deep copy have changed the model"
+        self._equal(model(x), before, self._broken(own, "TinyMLP", look))
+        unread = "a deep copy computes what it did though its shared tensors are zero"
+        assert not torch.equal(twin(x), before), self._broken(unread, "TinyMLP", look)
 
     def test_linked_start_is_a_function_of_the_seed(self) -> None:
         """The same seed gives shared tensors the same start, whatever was drawn before."""
@@ -76,46 +86,56 @@ class SharingContract(MethodUnderTest):
         for draws in (0, 7):
             torch.rand(draws)
             model, _ = self._mlp(perturbed=False, seed=1)
-            starts.append(
-                [tensor for m in linked_named(model, "default").values() for tensor in m.state_dict().values()]
-            )
-        assert all(torch.equal(a, b) for a, b in zip(*starts, strict=True))
+            linked = linked_named(model, "default").items()
+            starts.append({f"{path}: {key}": value for path, m in linked for key, value in m.state_dict().items()})
+        drawn = "shared tensors must start the same at seed 1, whatever was drawn before"
+        self._equal_states(starts[1], starts[0], self._broken(drawn, "TinyMLP", "`Linked.reset` of the modules"))
 
     def test_linked_tensors_are_saved_once(self, tmp_path: Path) -> None:
         """The adapter file holds each shared tensor under one name, and gives a fresh model the same function."""
         model, x = self._linked_mlp()
         save_adapter(model, tmp_path / "adapter")
         written = load_file(tmp_path / "adapter" / FILE)
-        owned = [
-            tensor for module in linked_named(model, "default").values() for tensor in module.state_dict().values()
-        ]
-        for tensor in owned:
-            same = [key for key, value in written.items() if value.shape == tensor.shape and torch.equal(value, tensor)]
-            assert len(same) == 1, f"one shared tensor in the file as {same}"
-        assert set(adapter_keys(model)) == written.keys()
+        for path, module in linked_named(model, "default").items():
+            for name, tensor in module.state_dict().items():
+                alike = [key for key, value in written.items() if value.shape == tensor.shape]
+                same = [key for key in alike if torch.equal(written[key], tensor)]
+                once = f"shared tensor {path}.{name} must be in the file once, not as {', '.join(same) or 'none'}"
+                assert len(same) == 1, self._broken(once, "TinyMLP", "`link`, and at what layers register themselves")
+        keys, named = sorted(written), sorted(adapter_keys(model))
+        assert keys == named, self._broken(f"the file holds {keys}, and the adapter {named}", "TinyMLP", "`link`")
+        loaded = self._broken("an adapter folder must give a model what was saved", "TinyMLP", "`link` and `build`")
         fresh = TinyMLP().double().eval()
         load_adapter(fresh, tmp_path / "adapter")
         self._check_one_thing(fresh)
-        assert torch.equal(fresh(x), model(x))
+        self._equal(fresh(x), model(x), loaded)
         other, _ = self._mlp(seed=3)
         load_adapter(other, tmp_path / "adapter")
-        assert torch.equal(other(x), model(x))
+        self._equal(other(x), model(x), loaded)
 
     def test_linked_parameters_train_once(self) -> None:
         """Each parameter is in one optimizer group, trains with the adapter, and is frozen with it."""
         model, x = self._linked_mlp()
-        parameters = [p for module in linked_named(model, "default").values() for p in module.parameters()]
+        linked = linked_named(model, "default").items()
+        parameters = {f"{path}.{name}": p for path, module in linked for name, p in module.named_parameters()}
         held = [id(p) for group in build_optimizer(model, None).param_groups for p in group["params"]]
-        assert all(held.count(id(p)) == 1 for p in parameters)
         model(x).square().sum().backward()
-        assert all(p.grad is not None for p in parameters)
+        for name, p in parameters.items():
+            groups = f"{name} must be in one optimizer group, not in {held.count(id(p))}"
+            assert held.count(id(p)) == 1, self._broken(groups, "TinyMLP", "`param_groups`")
+            unread = f"{name} has no gradient, so no layer reads it"
+            assert p.grad is not None, self._broken(unread, "TinyMLP", "the adapter's `forward`")
         set_trainable(model, [])
-        assert not any(p.requires_grad for p in parameters)
+        for name, p in parameters.items():
+            trains = f"{name} still trains when its adapter is frozen"
+            assert not p.requires_grad, self._broken(trains, "TinyMLP", "`requires_grad_` in `link` or `forward`")
 
     def test_eject_takes_linked_modules_off(self) -> None:
         """With the adapter goes what its layers shared; the plain model is left."""
         model, x = self._linked_mlp()
         eject(model)
         plain = TinyMLP().double()
-        assert [name for name, _ in model.named_modules()] == [name for name, _ in plain.named_modules()]
-        assert torch.equal(model(x), plain(x))
+        left = {name for name, _ in model.named_modules()} ^ {name for name, _ in plain.named_modules()}
+        gone = f"after an eject the modules must be the plain model's; they differ in {', '.join(sorted(left))}"
+        assert not left, self._broken(gone, "TinyMLP", "`link` for modules that it registers itself")
+        self._equal(model(x), plain(x), self._broken("after an eject the model must be the plain one", "TinyMLP"))

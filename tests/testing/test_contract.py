@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -135,3 +137,35 @@ def test_the_one_public_class_is_all_contracts() -> None:
     tests = [name for part in parts for name in vars(part) if name.startswith("test_")]
     assert len(tests) == len(set(tests)) == 38
     assert set(tests) == {name for name in dir(MethodContract) if name.startswith("test_")}
+
+
+def messageless(source: str) -> list[int]:
+    """Lines with an assertion that says nothing when it fails."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Assert):
+            silent = node.msg is None
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func).rpartition(".")[2]
+            told = {keyword.arg for keyword in node.keywords}
+            silent = called == "raises" or (called == "assert_close" and "msg" not in told)
+        else:
+            continue
+        if silent:
+            found.append(node.lineno)
+    return found
+
+
+def test_every_assertion_of_the_suite_has_a_message() -> None:
+    """Outside this repository pytest shows no more of a failed assertion than what the assertion says."""
+    lines = [
+        "assert a",
+        "assert a, b",
+        "torch.testing.assert_close(a, b)",
+        "assert_close(a, b, msg=c)",
+        "pytest.raises(E)",
+    ]
+    assert messageless("\n".join(lines)) == [1, 3, 5]
+    files = sorted(Path(testing.__file__).parent.glob("*.py"))
+    assert len(files) > 5
+    assert {file.name: lines for file in files if (lines := messageless(file.read_text()))} == {}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from broken_methods import ForgetsTheScaleInTheMerge, LeavesTheDtype, Pair, check_breaks, contract_of
+from broken_methods import ForgetsTheScaleInTheMerge, LeavesTheDtype, Pair, TrainsInHalf, check_breaks, contract_of
 from toy_quantized import RowScaledLinear, row_scaled_base
 
 from ll_lora import LoRA
@@ -40,8 +40,20 @@ def test_it_saves_and_loads(tmp_path: Path) -> None:
 
 
 def test_a_broken_method_fails_where_it_is_broken() -> None:
-    check_breaks(ForgetsTheScaleInTheMerge, "test_quantized_base_keeps_the_law", quantized="toy")
-    check_breaks(LeavesTheDtype, "test_quantized_base_starts_and_trains", quantized="toy", mode="bfloat16 base")
+    says = (
+        r"on toy: the output must be that of the dequantized weight with the update\..* They differ by \d\S+ of their"
+    )
+    check_breaks(ForgetsTheScaleInTheMerge, "test_quantized_base_keeps_the_law", says, quantized="toy")
+    says = r"on toy, bfloat16 base, evaluating: the output is torch\.float32 and must be torch\.bfloat16"
+    check_breaks(LeavesTheDtype, "test_quantized_base_starts_and_trains", says, quantized="toy", mode="bfloat16 base")
+    says = r"on toy, float32, evaluating: A is torch\.bfloat16; on a quantized base it must be torch\.float32\."
+    check_breaks(TrainsInHalf, "test_quantized_base_starts_and_trains", says, quantized="toy", mode="float32")
+
+
+def test_a_quantized_weight_that_changes_is_named() -> None:
+    contract = contract_of(Pair)
+    with pytest.raises(AssertionError, match=r"^Frozen\. Tensor weight: 1 of 2 numbers differ, by 1 at most\."):
+        contract._equal_plain({"weight": torch.tensor([0.0, 1.0])}, {"weight": torch.zeros(2)}, "Frozen.")
 
 
 def test_a_format_without_its_package_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,12 @@ def run(args: argparse.Namespace) -> int:
         print(f"failed: {plugin}: {one_line(cause)}")
     for plugin, names in known.slow.items():
         print(f"slow: {plugin} imports {', '.join(names)} while it is loaded; functions should import them inside")
+    for plugin, seconds in known.seconds.items():
+        if plugin not in known.slow:
+            print(f"slow: {plugin} takes {seconds:.1f} s to load; what takes long belongs inside its functions")
+    for plugin, text in known.printed.items():
+        first = text.splitlines()[0]
+        print(f'prints: {plugin} prints "{first}" while it is loaded, to standard error; it should print nothing there')
     return 0
 
 
