@@ -102,7 +102,7 @@ class TextData(TableData):
 
     def _cached(self, split: str) -> datasets.Dataset:
         """Examples from the disk, or made, and kept there if that took long."""
-        rows = self.inputs(split)
+        rows = self._placed(split)
         self.settle(split)
         names = list(getattr(self, "label_names", ())) if split != "predict" else []
         settings = {"split": split, "kind": type(self).__name__, "label_names": names, **self._settings()}
@@ -160,7 +160,7 @@ class TextData(TableData):
                 "examples": len(self.examples(split)),
                 "truncated": sum(self.examples(split)["truncated"]),
                 "dropped": self.dropped.get(split, 0),
-                "skipped": sum(self.sources.skipped.get(split, {}).values()),
+                "skipped": self.sources.faults.count(split),
             }
             for split in self.ready
         }

@@ -151,7 +151,7 @@ def test_bad_templates(make):
 
 def test_missing_and_empty_text(make):
     fails(
-        make([{"prompt": "a", "completion": "b"}, {"prompt": None, "completion": "b"}]), '"prompt" is missing in row 1'
+        make([{"prompt": "a", "completion": "b"}, {"prompt": None, "completion": "b"}]), 'row 1 .*: "prompt" is missing'
     )
     fails(make([{"prompt": "a", "completion": ""}]), r'^train\.json: "completion" is blank in every row\.$')
 
