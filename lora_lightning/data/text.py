@@ -113,9 +113,10 @@ class TextData(TableData):
                 rule = "for lack of anything to learn"
                 log.warning("%s: left %d %s rows out %s", type(self).__name__, self.dropped[split], split, rule)
             return examples
-        began = time.monotonic()
+        began, faults = time.monotonic(), self.sources.faults.total()
         examples = self.encode(rows, split)
-        if time.monotonic() - began >= WORTH_KEEPING:
+        # rows that encoding has left out are counted by encoding them
+        if time.monotonic() - began >= WORTH_KEEPING and self.sources.faults.total() == faults:
             store(key, examples, self.dropped.get(split, 0))
         return examples
 

@@ -136,7 +136,7 @@ class StreamBatches(IterableDataset[tuple[int, Batch, Position]]):
             whole = [] if lost else list(made["input_ids"][0])
             ids = whole if self.fill == "chunks" else whole[: self.max_length]
             if not after.turn:
-                kind = "skipped" if unreadable else "dropped" if lost else "examples"
+                kind = "skipped" if unreadable or any(made.get("skipped", ())) else "dropped" if lost else "examples"
                 counts.update({kind: 1, "truncated": int(len(ids) < len(whole) or any(made.get("truncated", ())))})
                 if unreadable:
                     log.warning("left a row out: %s", unreadable)

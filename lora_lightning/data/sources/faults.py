@@ -92,6 +92,10 @@ class Faults:
         """Rows of a source that were left out."""
         return sum(map(len, self.found.get(field, {}).values()))
 
+    def total(self) -> int:
+        """Rows of all sources that were left out."""
+        return sum(map(self.count, self.found))
+
     def told(self, field: str) -> str:
         """Rows that were left out by kind, with the line of the first: "2 an unknown role (first: x.jsonl, line 3)"."""
         counts = Counter({kind: len(places) for kind, places in self.found.get(field, {}).items()})

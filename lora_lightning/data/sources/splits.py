@@ -270,6 +270,19 @@ class Sources:
         path = Path(source).expanduser() if isinstance(source, str) else None
         return path.parent if path and path.is_file() else None
 
+    def fault(self, split: str, place: int | None, fault: RowError) -> None:
+        """Leave a row out that turned out to be of no use later, and count it, unless faults are errors.
+
+        Raises:
+            DataError: they are.
+        """
+        place = self.faults.places.start(split, "row") if place is None else place
+        self.faults.add(self._field(split) or split, place, fault.kind, str(fault))
+
+    def told(self, split: str) -> str:
+        """Rows of the source of a split that were left out, by kind."""
+        return self.faults.told(self._field(split) or split)
+
     def _field(self, split: str) -> str | None:
         """The setting that names the source of `split`: its own, or for validation and predict the next best."""
         held_out = "train" if self.validation_fraction else None
