@@ -156,7 +156,7 @@ def test_tools_and_their_calls(make):
     assert texts[0].startswith('[[<|im_start|>system\n[{"type": "function", "function": {"name": "weather"')
     assert ']]{"name": "weather", "arguments": {"city": "Rome"}}<|im_end|>[[' in texts[0]
     assert "tool\n35<|im_end|>\n<|im_start|>assistant\n]]yes<|im_end|>[[\n]]" in texts[0]
-    message = r'^train\.jsonl, line 1: Chat\.messages has tools, which the chat template "chatml" leaves out\. Give a chat_template'
+    message = r'^train\.jsonl, line 1: Chat\.messages has tools, which the chat template "chatml" leaves out\.'
     fails(make([{"messages": HI, "tools": described}]), message)
     fails(make([{"messages": turns}]), r"^train\.jsonl, line 1: Chat\.messages has tool_calls, which the chat template")
 

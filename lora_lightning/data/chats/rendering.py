@@ -16,6 +16,8 @@ from lora_lightning.data.tokens.causal import NO_LOSS
 
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """How a template says where an assistant's text begins."""
+PROBE = "\u2042probe\u2042"
+"""A text that stands in no template."""
 Tools = list[dict[str, Any]] | None
 Span = tuple[int, int]
 """The first one, and the one behind the last."""
@@ -166,20 +168,20 @@ class Renderer:
                 raise self._rewritten(number, where)
             start = len(before)
             if not number or before == self._text(turns[:number], tools, where):  # it knows no generation prompt
-                start = self._start_of(turns[number], through, start, f"{where}, turn {number}")
+                start = self._start_of(turns[: number + 1], tools, start, where)
             first, end = _overlap(offsets, start, len(through))
             spans.append((first, self._trimmed(ids, first, end)))
         return ids, spans
 
-    def _start_of(self, turn: Turn, text: str, before: int, where: str) -> int:
-        """Where the assistant's own words begin behind its opening, which only the words tell."""
-        content = str(turn["content"]).strip()
-        found = text.find(content, before) if content else -1
+    def _start_of(self, turns: Sequence[Turn], tools: Tools, before: int, where: str) -> int:
+        """Where the last turn's text begins behind its opening: where another text in its place begins."""
+        text = self._text([*turns[:-1], {**turns[-1], "content": PROBE}], tools, where)
+        found = text.find(PROBE, before)
         if found < 0:
             raise RowError(
                 "whose answer cannot be told from its opening",
                 f"{where}: the chat template {self.name} writes nothing for add_generation_prompt, so that the opening "
-                "of this turn would be learned. Give a chat_template that does, or that marks turns with "
+                "of an answer would be learned. Give a chat_template that does, or that marks turns with "
                 "{% generation %}",
             )
         return found
