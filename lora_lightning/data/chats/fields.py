@@ -70,6 +70,11 @@ class Fields:
         if tools and not self._writes("tools", turns, tools, where):
             raise self._refusal("tools", where)
         for number, turn in enumerate(turns):
+            what = f"text in turns of the role {turn['role']}"
+            if turn["content"] and what not in self._written:
+                self._written[what] = self.renderer.writes_content(turns[: number + 1], tools, where)
+            if turn["content"] and not self._written[what]:
+                raise self._refusal(what, where)
             for key in turn:
                 if key in TEXT_KEYS or not turn[key]:
                     continue

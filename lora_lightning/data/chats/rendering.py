@@ -16,8 +16,8 @@ from lora_lightning.data.tokens.causal import NO_LOSS
 
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """How a template says where an assistant's text begins."""
-PROBE = "\u2042probe\u2042"
-"""A text that stands in no template."""
+PROBE = "xProbe7Zq"
+"""A text that stands in no template, and that none escapes."""
 Tools = list[dict[str, Any]] | None
 Span = tuple[int, int]
 """The first one, and the one behind the last."""
@@ -86,6 +86,10 @@ class Renderer:
             return text != self._text(turns, None, where)
         without = [{name: value for name, value in turn.items() if name != key} for turn in turns]
         return text != self._text(without, tools, where)
+
+    def writes_content(self, turns: Sequence[Turn], tools: Tools, where: str) -> bool:
+        """Whether the template writes the text of the last turn."""
+        return PROBE in self._text([*turns[:-1], {**turns[-1], "content": PROBE}], tools, where)
 
     def _text(self, turns: Sequence[Turn], tools: Tools, where: str, prompt: bool = False) -> str:
         return str(
@@ -175,8 +179,7 @@ class Renderer:
 
     def _start_of(self, turns: Sequence[Turn], tools: Tools, before: int, where: str) -> int:
         """Where the last turn's text begins behind its opening: where another text in its place begins."""
-        text = self._text([*turns[:-1], {**turns[-1], "content": PROBE}], tools, where)
-        found = text.find(PROBE, before)
+        found = self._text([*turns[:-1], {**turns[-1], "content": PROBE}], tools, where).find(PROBE, before)
         if found < 0:
             raise RowError(
                 "whose answer cannot be told from its opening",

@@ -50,3 +50,16 @@ def test_other_keys_are_counted(fields, caplog):
         found.check([{**HI[0], "name": "Ann", "id": 1}, {**HI[1], "mood": ""}], None, "X")
     found.tell("Chat: train")
     assert caplog.text.endswith("Chat: train: the chat template of the test does not write id (2 turns)\n")
+
+
+def test_a_template_that_leaves_texts_out(fields):
+    """As those of models for images, which take content as a list of parts, or those that know no system turn."""
+    parts = "{% for m in messages %}{{ m.role }}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
+    with pytest.raises(
+        DataError, match=r"^X has text in turns of the role user, which the chat template .* leaves out"
+    ):
+        fields(parts).check(HI, None, "X")
+    deaf = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    fields(deaf).check(HI, None, "X")
+    with pytest.raises(DataError, match=r"^X has text in turns of the role system, which"):
+        fields(deaf).check([{"role": "system", "content": "be kind"}, *HI], None, "X")

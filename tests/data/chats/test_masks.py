@@ -6,12 +6,18 @@ Every letter is a token, so that spans of characters and of tokens are the same.
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from itertools import product
+from pathlib import Path
 
 import pytest
 
+from lora_lightning.data.chats.fields import Fields
+from lora_lightning.data.chats.rendering import MARKS as MARKS_OF
 from lora_lightning.data.chats.rendering import Renderer
 from lora_lightning.data.chats.templates import TEMPLATES, choose_template
+from lora_lightning.data.sources.faults import RowError
 from lora_lightning.data.tokens.tokenizers import load_tokenizer
 
 TALKS = {
@@ -126,8 +132,9 @@ def test_it_is_the_mask_of_transformers(tokenizer, name, talk):
 
 TWO_SPANS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% if m.reasoning %}"
-    "{% generation %}({{ m.reasoning }}){% endgeneration %}|{% endif %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
-    "{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
+    "{% generation %}({{ m.reasoning }}){% endgeneration %}|{% endif %}"
+    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}"
+    "{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
 )
 
 
@@ -155,3 +162,35 @@ def test_tokens_of_several_letters(shared, marks):
         learned = tokenizer.decode([token for token, own in found if own])
         words = "hello</s>yes\nplease</s>" if marks != "text, end and gap" else f"hello</s>{gap}yes\nplease</s>{gap}"
         assert learned.replace("</s> ", "</s>").strip(" ") == words, (head, gap)
+
+
+def stored_templates() -> list[Path]:
+    """The chat templates that trl carries, where it is installed."""
+    found = importlib.util.find_spec("trl")
+    folders = [Path(place) / "chat_templates" for place in (found.submodule_search_locations or [])] if found else []
+    return [file for folder in folders for file in sorted(folder.glob("*.jinja"))]
+
+
+@pytest.mark.parametrize("file", stored_templates() or [pytest.param(None, marks=pytest.mark.skip("no trl"))], ids=str)
+def test_templates_of_trl(tokenizer, file):
+    """Where they mark generation: their mask. Elsewhere the answers and nothing of the questions, or a refusal."""
+    tokenizer.chat_template = file.read_text(encoding="utf-8")
+    turns = [{"role": role, "content": content} for role, content in TALKS["two"]]
+    renderer = Renderer(tokenizer, "x")
+    try:
+        Fields(renderer).check(turns, None, "row 0")
+        ids, labels = renderer.example(turns, None, "row 0")
+    except RowError as error:
+        refused = error.kind
+    else:
+        refused = ""
+    if refused:
+        assert refused.split()[-1] in ("rewrites", "render", "out")  # it rewrites turns, cannot render, leaves text out
+    elif MARKS_OF.search(tokenizer.chat_template):
+        theirs = tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
+        assert ids == theirs["input_ids"]
+        assert [int(label != -100) for label in labels] == theirs["assistant_masks"]
+    else:
+        learned = tokenizer.decode([label for label in labels if label != -100])
+        assert re.search("hello.*yes\nplease", learned, re.DOTALL)
+        assert not re.search("tea|user|hi<", learned)
