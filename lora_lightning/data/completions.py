@@ -64,7 +64,10 @@ class Completions(CausalText):
             prompts, texts = {"Completions.prompt": self.prompt}, [self.prompt]
         else:
             names = fields(self.prompt_template)
-            prompts = {f"Completions.prompt_template: field {n}": name for n, name in enumerate(names, 1)}
+            prompts = {
+                f"Completions.prompt_template (a literal brace is doubled): field {n}": name
+                for n, name in enumerate(names, 1)
+            }
         learned = {} if split == "predict" else {"Completions.completion": self.completion}
         columns, texts = {**prompts, **learned}, [*texts, *learned.values()]
         self._refuse_columns(split)

@@ -140,7 +140,19 @@ class TableData(LightningDataModule, ABC):
         return DistributedSampler(examples, **options)
 
     def setup(self, stage: str) -> None:
-        """Read and prepare the splits of a stage; those that are there already are kept."""
+        """Read and prepare the splits of a stage; those that are there already are kept.
+
+        Raises:
+            DataError: the model has another task than the data, or see `read` and `encode`.
+        """
+        module = getattr(self.trainer, "lightning_module", None)
+        task = getattr(getattr(module, "task", None), "name", None)
+        if isinstance(task, str) and task not in self.task_kinds:
+            serve = " and ".join(self.task_kinds)
+            raise DataError(
+                f'model.task is "{task}", but the data ({type(self).__name__}) serve {serve}; set model.task to '
+                f'"{self.task_kinds[0]}", or give other data.'
+            )
         for split in STAGES[stage]:
             if stage == "fit" and split == "validation" and self._rows(split) is None:
                 # how Lightning sees that there is none; an empty list of loaders would make it warn

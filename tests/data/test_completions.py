@@ -137,7 +137,7 @@ def test_missing_columns(make):
         make(completion="answer"),
         r'^Completions\.completion is "answer"; train\.json has the columns prompt, completion',
     )
-    message = r'^Completions\.prompt_template: field 2 is "promt"; train\.json has .* Did you mean "prompt"\?$'
+    message = r'^Completions\.prompt_template \(.*\): field 2 is "promt"; train\.json has .* Did you mean "prompt"\?$'
     fails(make(prompt_template="{prompt} {promt}"), message)
 
 
@@ -145,7 +145,10 @@ def test_bad_templates(make):
     fails(
         make(prompt_template="{prompt"), r"prompt_template is '{prompt'; expected '}' .* A literal brace is doubled\.$"
     )
-    fails(make(prompt_template="{} x"), r"prompt_template is '{} x'; each {} must name a column\.$")
+    fails(
+        make(prompt_template="{} x"),
+        r"prompt_template is '{} x'; each {} must name a column\. A literal brace is doubled\.$",
+    )
     fails(make(prompt_template="prompt"), r"prompt_template is 'prompt'; it names no column in {}\.$")
 
 
