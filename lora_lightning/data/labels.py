@@ -27,6 +27,8 @@ class Labels:
 
     def find(self, value: Any) -> int | None:
         """The class number of a value; None for one that is no label."""
+        if isinstance(value, str) and value in self.ids:  # also one that is listed as "nan"
+            return self.ids[value]
         text = label_text(value)
         return None if text is None else self.ids.get(text)
 
@@ -71,24 +73,22 @@ class Labels:
 
 
 def label_text(value: Any) -> str | None:
-    """A label as text; None where it is missing, empty or not a number.
+    """A label as text; None where it is missing, empty or NaN.
 
     Example:
-        >>> [label_text(value) for value in ("yes ", 1, 1.0, True, " ", float("nan"), None)]
+        >>> [label_text(value) for value in ("yes ", 1, 1.0, True, " ", float("nan"), "NaN")]
         ['yes ', '1', '1', 'true', None, None, None]
     """
-    if isinstance(value, float):
-        if math.isnan(value):
-            return None
-        value = int(value) if value.is_integer() else value
-    text = as_text(value)
-    return text if text and text.strip() else None
+    whole = isinstance(value, float) and value.is_integer()
+    text = as_text(int(value) if whole else value)
+    return text if text and text.strip().lower() not in ("", "nan") else None
 
 
 def require_label(value: Any, where: str) -> None:
-    """Raise `RowError` for a value that is missing, empty or not a number."""
+    """Raise `RowError` for a value that is missing, empty or NaN."""
     if label_text(value) is None:
-        what = "missing" if value is None else f"{value!r}, which is empty" if isinstance(value, str) else f"{value!r}"
+        blank = isinstance(value, str) and not value.strip()
+        what = "missing" if value is None else f"{value!r}, which is empty" if blank else f"{value}, which is none"
         raise RowError("without a label", f"{where}: the label is {what}")
 
 

@@ -42,10 +42,12 @@ def test_a_value_that_is_no_label_is_named_with_the_nearest():
         named_labels(["no", "yes"]).encode(["no", "yse"], "X")
 
 
-@pytest.mark.parametrize("value", [None, "", "  ", math.nan])
+@pytest.mark.parametrize("value", [None, "", "  ", math.nan, "NaN"])
 def test_an_empty_label_is_none(value):
     for judge in (lambda: require_label(value, "X"), lambda: named_labels(["a", "b"]).encode([value], "X")):
-        with pytest.raises(RowError, match=r"^X: the label is (missing|'\s*', which is empty|nan)$") as error:
+        with pytest.raises(
+            RowError, match=r"^X: the label is (missing|'\s*', which is empty|(?i:nan), which is none)$"
+        ) as error:
             judge()
         assert error.value.kind == "without a label"
 
@@ -75,3 +77,7 @@ def test_scores_are_finite_numbers():
             score(value, "X")
     with pytest.raises(RowError, match=r"^X: the label is '', which is empty$"):
         score("", "X")
+
+
+def test_a_class_that_is_listed_may_be_called_nan():
+    assert named_labels(["nan", "roti"]).encode(["roti", "nan"], "X") == [1, 0]

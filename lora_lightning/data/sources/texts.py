@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -32,14 +33,16 @@ def integer(text: str) -> int | str:
 
 
 def as_text(value: Any) -> str | None:
-    """A value as text: a text as it is, a number with the digits of its file, the rest as JSON; None where missing.
+    """A value as text: a text as it is, a number with the digits of its file, the rest as JSON; None where missing or NaN.
 
     Example:
-        >>> [as_text(value) for value in ("02134", 0, False, 7.5, Literal("1.50"), {"a": [1]}, None)]
+        >>> [as_text(value) for value in ("02134", 0, False, 7.5, Literal("1.50"), {"a": [1]}, math.nan)]
         ['02134', '0', 'false', '7.5', '1.50', '{"a": [1]}', None]
     """
     if value is None or isinstance(value, str):
         return value
+    if isinstance(value, float) and math.isnan(value):
+        return None
     if isinstance(value, Literal):
         return value.text
     return json.dumps(value, ensure_ascii=False, default=str)
