@@ -33,7 +33,7 @@ def integer(text: str) -> int | str:
 
 
 def as_text(value: Any) -> str | None:
-    """A value as text: a text as it is, a number with the digits of its file, the rest as JSON; None where missing or NaN.
+    """A value as text: a text as it is, a number with the digits of its file, the rest as JSON; None for none and NaN.
 
     Example:
         >>> [as_text(value) for value in ("02134", 0, False, 7.5, Literal("1.50"), {"a": [1]}, math.nan)]
