@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,8 @@ from lora_lightning.data.sources.lines import Reading
 from lora_lightning.data.sources.splits import Source, Sources
 from lora_lightning.data.sources.stored import PLACE
 from lora_lightning.errors import DataError, SettingsError, check
+
+log = logging.getLogger(__name__)
 
 STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
 
@@ -104,6 +107,7 @@ class TableData(LightningDataModule, ABC):
         )
         self.count: Callable[[Batch], int] | None = None
         """Number whose sum over an accumulation window each training and validation batch carries."""
+        self._told: dict[str, str] = {}
         self._inputs: dict[str, datasets.Dataset | None] = {}
         self._examples: dict[str, datasets.Dataset] = {}
 
@@ -159,7 +163,16 @@ class TableData(LightningDataModule, ABC):
                 self.val_dataloader = None  # type: ignore[method-assign, assignment]
             else:
                 self.prepare(split)
+        self._tell_faults()
         self.announce(stage)
+
+    def _tell_faults(self) -> None:
+        """Log what was left out, by kind, where that has changed."""
+        for field in self.sources.faults.found:
+            told = self.sources.faults.told(field)
+            if told and told != self._told.get(field):
+                log.warning("%s: rows of %s were left out: %s", type(self).__name__, field, told)
+            self._told[field] = told
 
     def announce(self, stage: str) -> None:
         """Say what is in the data of a stage, once they are ready."""

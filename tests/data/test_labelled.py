@@ -160,13 +160,15 @@ def test_a_blank_number_is_named_with_its_own_line(write, encoder_tokenizer):
     fails(data, r"^train\.csv, line 4: LabelledText\.label, column \"label\": the label is '', which is empty")
 
 
-def test_labels_that_cannot_be_used_are_left_out_and_counted_by_kind(write, encoder_tokenizer):
+def test_labels_that_cannot_be_used_are_left_out_and_counted_by_kind(write, encoder_tokenizer, caplog):
     text = "text,label\na,no\nb,\nc,yes\nd,maybe\ne,\nf,no\n"
     data = read_csv(write, encoder_tokenizer, text, labels=["no", "yes"], on_error="skip")
     assert in_order(data)["labels"].tolist() == [0, 1, 0]
     told = data.sources.faults.told("train")
     assert told == "2 without a label (first: train.csv, line 3), 1 with an unknown label (first: train.csv, line 5)"
     assert data.facts()["train"]["skipped"] == 3
+    data.setup("fit")
+    assert caplog.text.count(f"LabelledText: rows of train were left out: {told}") == 1
     assert data.inputs("train").column_names == ["text", "label"]
 
 
