@@ -113,7 +113,7 @@ class LabelledImages(LabelledRows):
         columns = {"image": rows[self.image][:], "index": list(range(len(rows)))}
         features = {"image": rows.features[self.image], "index": datasets.Value("int64")}
         if split != "predict":
-            columns["labels"] = self.classes.encode(rows[self.label], self.where)
+            columns["labels"] = self.classes.encode(rows[self.label][:], self.where)
             features["labels"] = datasets.Value("int64")
         return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 

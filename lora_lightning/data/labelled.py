@@ -76,7 +76,7 @@ class LabelledText(TextsWithLabels):
 
     def targets(self, rows: datasets.Dataset) -> list[Any]:
         """Class numbers, or numbers on a scale."""
-        cells = rows[self.label]
+        cells = rows[self.label][:]
         return (
             [score(cell, self.where) for cell in cells] if self.regression else self.classes.encode(cells, self.where)
         )

@@ -53,7 +53,7 @@ class LabelledRows(TableData):
         """Print the classes with their counts, before anything is learned."""
         rows = self.inputs("train") if stage == "fit" and self.num_classes else None
         if rows is not None and getattr(rank_zero_only, "rank", 0) == 0:
-            labels = (label for cell in rows[self.label_column] for label in self.labels_in(cell))
+            labels = (label for cell in rows[self.label_column][:] for label in self.labels_in(cell))
             print(f"classes     {self.classes.told(labels)}", flush=True)
 
     @property
@@ -108,7 +108,7 @@ class LabelledRows(TableData):
             )
         if names := self.sources.declared.get(self.label_column):
             return named_labels(names)
-        found = [label for cell in rows[self.label_column] for label in self.labels_in(cell)]
+        found = [label for cell in rows[self.label_column][:] for label in self.labels_in(cell)]
         return find_labels(found, f"{self.where}, train")
 
     def _read(

@@ -35,7 +35,7 @@ class MultiLabelText(TextsWithLabels):
     def targets(self, rows: datasets.Dataset) -> list[Any]:
         """1.0 for each of a row's labels, 0.0 for the others."""
         many_hot = []
-        for cell in rows[self.label]:
+        for cell in rows[self.label][:]:
             own = set(self.classes.encode(self.labels_in(cell), self.where))
             many_hot.append([float(label in own) for label in range(self.num_labels)])
         return many_hot

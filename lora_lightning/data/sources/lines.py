@@ -140,7 +140,9 @@ def _objects(path: Path, encoding: str) -> Iterator[Numbered | BadLines]:
                 yield BadLines(number, number, reason, "in another encoding")
                 continue
             try:
-                yield Numbered(number, _row(_parsed(line)))
+                yield Numbered(number, _row(_parsed(line.strip())))
+            except json.JSONDecodeError as error:
+                yield BadLines(number, number, f"{error.msg} in column {error.colno}", "no JSON object")
             except ValueError as error:
                 yield BadLines(number, number, str(error), "no JSON object")
 

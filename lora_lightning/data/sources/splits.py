@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,7 +202,7 @@ class Sources:
 
     def _part(self, table: datasets.Dataset, split: str, hold_out_by: Sequence[str]) -> datasets.Dataset:
         """What is held out of `table` for validation, or what is left for training."""
-        held_out = [self._is_held_out(row) for row in zip(*(table[name] for name in hold_out_by), strict=True)]
+        held_out = [self._is_held_out(row) for row in zip(*(table[name][:] for name in hold_out_by), strict=True)]
         return table.select([row for row, held in enumerate(held_out) if held == (split != "train")])
 
     def _joined(
@@ -250,7 +250,7 @@ class Sources:
                     fault(row, f'without "{name}"', f'"{name}" is missing')
             if not any(text and text.strip() for text in column):
                 raise DataError(f'{Path(source).name}: "{name}" is blank in every row.')
-        for row, values in enumerate(table.select_columns(list(judged)) if judge is not None else ()):
+        for row, values in enumerate(_rows(table.select_columns(list(judged))) if judge is not None else ()):
             if row not in left_out and judge is not None:
                 try:
                     judge(values)
@@ -370,3 +370,10 @@ def _aligned(tables: Sequence[datasets.Dataset]) -> list[datasets.Dataset]:
                 table = table.add_column(name, [None] * len(table), feature=features[name])
         made.append(table.select_columns(names))
     return made
+
+
+def _rows(table: datasets.Dataset) -> Iterator[dict[str, Any]]:
+    """Rows of a table, read many at a time."""
+    for batch in table.iter(batch_size=1000):
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))

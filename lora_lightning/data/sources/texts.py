@@ -100,7 +100,7 @@ def texts_only(table: datasets.Dataset, columns: Iterable[str]) -> datasets.Data
         if declared_names(table.features[name]):
             table = names_only(table, name)
             continue
-        column = [as_text(_plain(value)) for value in table[name]]
+        column = [as_text(_plain(value)) for value in table[name][:]]
         table = _with(table, name, column, datasets.Value("string"))
     return table
 
@@ -122,7 +122,7 @@ def names_only(table: datasets.Dataset, name: str) -> datasets.Dataset:
 
     text = datasets.Value("string")
     flat = isinstance(table.features[name], datasets.ClassLabel)
-    return _with(table, name, [named(value) for value in table[name]], text if flat else datasets.List(text))
+    return _with(table, name, [named(value) for value in table[name][:]], text if flat else datasets.List(text))
 
 
 def _with(table: datasets.Dataset, name: str, column: list[Any], feature: Any) -> datasets.Dataset:

@@ -31,7 +31,7 @@ BAD = {
     ],
     "x.tsv": [(3, 3, "3 fields where there are 2 columns")],
     "x.jsonl": [
-        (2, 2, "Expecting value"),
+        (2, 2, "Expecting value in column"),
         (3, 3, "a list, not an object of columns"),
         (5, 5, "a NoneType, not an object"),
         (7, 7, "byte 0xff is no utf-8"),
