@@ -80,6 +80,7 @@ class Chat(CausalText):
         self.tools = tools
         self.chat_template = chat_template
         self.turns = turns
+        self._named: set[str] = set()
         self._unlearned: Counter[str] = Counter()
 
     def read(self, split: str) -> datasets.Dataset | None:
@@ -94,7 +95,9 @@ class Chat(CausalText):
             required["Chat.tools"] = self.tools
         rows = self.sources.read(split, required, texts=[], hold_out_by=[required["Chat.messages"]])
         known = {*required.values(), "tools", *SYSTEM, *MEDIA, *RENDERED}
-        if other := [name for name in there if name not in known]:
+        other = [name for name in there if name not in known | self._named]
+        if other:
+            self._named |= set(other)
             count = f" of {len(rows)} {split} rows" if isinstance(rows, datasets.Dataset) else ""
             log.warning("Chat: columns%s that it does not know are not used: %s", count, ", ".join(other))
         return rows
