@@ -99,6 +99,13 @@ CASES = {
         HEAD + b'q,"a\nr,b\ns,"c\nt,d\n',
         error="line 2 cannot be read: a quote that opens here is closed within",
     ),
+    "quotes behind a backslash": Case(
+        "x.csv",
+        HEAD + b'"a \\"b\\" c",d\nq,a\n',
+        [["q", "a"]],
+        skipped="1 with quotes that do not fit (first: x.csv, line 2)",
+    ),
+    "quotes within a field": Case("x.csv", HEAD + b'a "b" c,5"\n', [['a "b" c', '5"']]),
     "Windows line ends": Case("x.csv", b"prompt,completion\r\nq,a\r\n", [["q", "a"]]),
     "line ends of old Macs": Case("x.csv", b"prompt,completion\rq,a\r", [["q", "a"]]),
     "no line end at the end": Case("x.csv", HEAD + b"q,a", [["q", "a"]]),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -244,16 +244,26 @@ def _records(path: Path, encoding: str, how: Reading, suffix: str) -> Iterator[N
     csv.field_size_limit(sys.maxsize)
     names = how.columns
     with open_text(path, encoding, "") as file:
-        lines = _Kept(file)
-        reader, end = csv.reader(lines, delimiter=separator, quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL), 0
-        for record in reader:
-            first, end, raw = end + 1, reader.line_num, lines.taken()
+        # strict: a quote inside a field or one that is never closed would change texts or swallow rows
+        reader = csv.reader(
+            file, delimiter=separator, quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL, strict=True
+        )
+        end = 0
+        while True:
+            first = end + 1
+            try:
+                record = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                end = reader.line_num
+                yield BadLines(first, end, _quotes(str(error), end - first), "with quotes that do not fit")
+                continue
+            end = reader.line_num
             if not record:
                 continue
             if reason := foreign_byte("".join(record), encoding):
                 yield BadLines(first, end, reason, "in another encoding")
-            elif end > first and (wrong := _quotes(raw, separator)):
-                yield BadLines(first, end, wrong, "with quotes that do not fit")
             elif names is None:
                 names = _header(record, path)
             elif any(record[len(names) :]):
@@ -276,33 +286,10 @@ def _header(record: Sequence[str], path: Path) -> tuple[str, ...]:
     return names
 
 
-def _quotes(raw: Sequence[str], separator: str) -> str:
-    """What is wrong with the quotes of a record of several lines, which may have swallowed others; "" if nothing."""
-    try:
-        list(csv.reader(raw, delimiter=separator, strict=True))
-    except csv.Error as error:
-        where = (
-            "is never closed" if "unexpected end" in str(error) else f"is closed within a field, {len(raw)} lines on"
-        )
-        return f"a quote that opens here {where}; quotes inside a field are doubled"
-    return ""
-
-
-class _Kept:
-    """Lines of a file, which keeps those of the current record."""
-
-    def __init__(self, lines: Iterable[str]) -> None:
-        self._lines, self._held = iter(lines), list[str]()
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        line = next(self._lines)
-        self._held.append(line)
-        return line
-
-    def taken(self) -> list[str]:
-        """The lines since the last call."""
-        held, self._held = self._held, []
-        return held
+def _quotes(error: str, lines: int) -> str:
+    """What is wrong with the quotes of a record that goes on for so many further lines."""
+    if "unexpected end" in error:
+        where = "is never closed"
+    else:
+        where = f"is closed within a field{f', {lines} lines on' if lines else ''}"
+    return f"a quote that opens here {where}; quotes inside a quoted field are doubled"
