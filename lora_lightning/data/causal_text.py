@@ -171,7 +171,6 @@ class CausalText(TextData):
                 block=self.shuffle_block,
                 seed=self.seed,
                 positions=positions,
-                sources=[self.sources.train] if isinstance(self.sources.train, str) else list(self.sources.train or ()),
             )
 
         self._reader = StreamLoader(make, workers=workers, count=self.count, **options)

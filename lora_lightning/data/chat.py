@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Literal
 
@@ -11,9 +12,23 @@ import datasets
 
 from lora_lightning.data.batches.streaming import Encoder
 from lora_lightning.data.causal_text import CausalText
+from lora_lightning.data.chats.fields import MEDIA, RENDERED, SYSTEM, Fields, refuse_columns, with_system
 from lora_lightning.data.chats.rendering import Renderer, Tools
 from lora_lightning.data.chats.templates import choose_template
-from lora_lightning.data.chats.turns import Turn, conversation, last_answer, tool_list, without_first_exchange
+from lora_lightning.data.chats.turns import (
+    LEARNED,
+    Turn,
+    conversation,
+    json_value,
+    last_answer,
+    learned,
+    plain,
+    tool_list,
+    without_first_exchange,
+)
+from lora_lightning.data.sources.faults import RowError
+from lora_lightning.data.sources.stored import PLACE
+from lora_lightning.data.sources.tables import UNREADABLE
 from lora_lightning.data.tokens.causal import NO_LOSS, completion_example
 from lora_lightning.data.tokens.encoding import tokenised
 from lora_lightning.errors import DataError
@@ -22,7 +37,11 @@ log = logging.getLogger(__name__)
 
 COLUMNS = ("messages", "conversations")
 """What data sets call the column of turns."""
+PAIR = ("prompt", "completion")
+"""Columns of a conversation in two parts, of which the second is learned."""
 NO_ANSWER, TOO_LONG = "without an assistant turn", "that max_length leaves nothing to learn in"
+NOT_LEARNED = "whose assistant turns are empty or have a weight of 0"
+SKIPPED = "that cannot be used"
 
 
 class Chat(CausalText):
@@ -30,8 +49,13 @@ class Chat(CausalText):
 
     A conversation is a list of turns: role and content (roles system, developer, user, assistant, tool; tool_calls
     where a template takes them), or from and value as in ShareGPT. The token that ends an assistant's turn is learned
-    too; turns behind the last of them are left out. A conversation longer than max_length loses its first exchanges,
-    but not its system turn, then tokens on the right. What keeps nothing to learn is dropped and counted.
+    too; turns behind the last learned one are left out. A turn with weight: 0, train: false or loss: false is read and
+    not learned, and so is an empty one. A column "system" becomes the first turn. Columns prompt and completion, both
+    of turns, are one conversation of which the completion is learned. Other keys of turns go to the template; one that
+    it does not write is named, and is an error where it would change what is learned.
+
+    A conversation longer than max_length loses its first exchanges, but not its system turn, then tokens on the right.
+    What keeps nothing to learn is dropped and counted.
 
     To predict, the last turn is answered, or answered again where it is the assistant's; its loss is told then.
 
@@ -56,7 +80,8 @@ class Chat(CausalText):
         self.tools = tools
         self.chat_template = chat_template
         self.turns = turns
-        self._seen: set[str] = set()
+        self._named: set[str] = set()
+        self._unlearned: Counter[str] = Counter()
 
     def read(self, split: str) -> datasets.Dataset | None:
         """Rows with a column of turns."""
@@ -64,37 +89,56 @@ class Chat(CausalText):
         if there is None:
             return None
         required = {"Chat.messages": self._column(there, split)}
+        if required["Chat.messages"] == PAIR[0] and split != "predict" and self.messages is None:
+            required["Chat.messages, behind prompt"] = PAIR[1]
         if self.tools is not None:
             required["Chat.tools"] = self.tools
-        return self.sources.read(split, required, texts=[], hold_out_by=[required["Chat.messages"]])
+        rows = self.sources.read(split, required, texts=[], hold_out_by=[required["Chat.messages"]])
+        known = {*required.values(), "tools", *SYSTEM, *MEDIA, *RENDERED}
+        other = [name for name in there if name not in known | self._named]
+        if other:
+            self._named |= set(other)
+            count = f" of {len(rows)} {split} rows" if isinstance(rows, datasets.Dataset) else ""
+            log.warning("Chat: columns%s that it does not know are not used: %s", count, ", ".join(other))
+        return rows
 
     def encode(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:
         """Token ids and loss mask of each conversation that has something to learn; `dropped` counts the others."""
+        self._unlearned.clear()
         encoded = tokenised(rows, self.encoder(split))
         lost = encoded["lost"][:]
         self._count_lost(split, Counter(filter(None, lost)), len(rows))
-        kept = encoded.remove_columns("lost")
+        kept = encoded.remove_columns(["lost", "skipped"])
         return kept.select([number for number, reason in enumerate(lost) if not reason]) if any(lost) else kept
 
     def encoder(self, split: str) -> Encoder:
         """Token ids and loss mask of conversations, or in `lost` why there are none."""
-        tools = self.tools or "tools"
         _ = self.renderer  # a template that is missing is told before any row is read
 
         def encode(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
             examples, column = [], self._column(list(batch), split)
-            given_tools = batch.get(tools, [None] * len(numbers))
-            for number, value, given in zip(numbers, batch[column], given_tools, strict=True):
-                where = f"Chat.{split}, row {number}"
-                turns = conversation(value, where)
-                described = tool_list(given, f"{where}: tools")
-                self._check_rendered(turns, described, where)
-                make = self._to_predict if split == "predict" else self._to_learn
-                examples.append({**make(turns, described, where), "index": number})
-            names = ("input_ids", "attention_mask", "labels", "index", "truncated", "lost")
+            for place, number in enumerate(numbers):
+                row = {name: values[place] for name, values in batch.items()}
+                try:
+                    made = self._example(row, column, split)
+                except RowError as fault:
+                    self.sources.fault(split, row.get(PLACE), fault)
+                    made = {**_example([], [], False), "lost": SKIPPED}
+                examples.append({**made, "index": number, "skipped": made["lost"] == SKIPPED})
+            names = ("input_ids", "attention_mask", "labels", "index", "truncated", "lost", "skipped")
             return {name: [example[name] for example in examples] for name in names}
 
         return encode
+
+    def readable(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row with its turns as a list."""
+        column = self._column(list(row), "predict")
+        return {**row, column: json_value(row[column], "Chat.messages")}
+
+    @cached_property
+    def fields(self) -> Fields:
+        """What the template does with the keys of turns."""
+        return Fields(self.renderer)
 
     @cached_property
     def renderer(self) -> Renderer:
@@ -106,42 +150,54 @@ class Chat(CausalText):
 
     def _column(self, there: list[str], split: str) -> str:
         column = self.messages or next((name for name in COLUMNS if name in there), None)
+        if column is None and PAIR[0] in there and (PAIR[1] in there or split == "predict"):
+            return PAIR[0]
         if column is None:
+            names = ", ".join(name for name in there if name not in (PLACE, UNREADABLE))
             raise DataError(
-                f"Chat.messages is null, and {split} has the columns {', '.join(there)}; name the one that holds turns."
+                f"Chat.messages is null, and {split} has the columns {names}; name the one that holds turns."
             )
         return column
 
-    def _check_rendered(self, turns: list[Turn], tools: Tools, where: str) -> None:
-        """Once for tools and once for their calls: a template may know neither."""
-        kinds = {"tools"} if tools else set()
-        kinds |= {"tool_calls"} if any(turn.get("tool_calls") for turn in turns) else set()
-        renderer = self.renderer
-        if kinds <= self._seen:
-            return
-        self._seen |= kinds
-        if ignored := renderer.ignored(turns, tools, where):
-            raise DataError(
-                f"{where} has {ignored}, which the chat template {renderer.name} leaves out. Give a chat_template that "
-                "writes them, or remove them from the data."
-            )
+    def _example(self, row: Mapping[str, Any], column: str, split: str) -> dict[str, Any]:
+        """One example of a row, or why there is none; raises `RowError`."""
+        where = "Chat.messages"
+        refuse_columns(row, where)
+        turns = conversation(row[column], where)
+        if self.messages is None and column == PAIR[0] and row.get(PAIR[1]) is not None:
+            asked = [{**turn, LEARNED: False} if turn["role"] == "assistant" else turn for turn in turns]
+            turns = [*asked, *conversation(row[PAIR[1]], f"{where}: completion")]
+        turns = with_system(turns, row, where)
+        described = tool_list(row.get(self.tools or "tools"), f"{where}: tools")
+        self.fields.check(plain(turns), described, where)
+        return (self._to_predict if split == "predict" else self._to_learn)(turns, described, where)
 
     def _to_learn(self, turns: list[Turn], tools: Tools, where: str) -> dict[str, Any]:
         """One example, or why there is none."""
+        answers = [turn for turn in turns if turn["role"] == "assistant"]
+        kept = [learned([turn])[0] for turn in answers]
+        for turn, keep in zip(answers, kept, strict=True):
+            if not keep:
+                self._unlearned["with a weight of 0" if turn["content"] else "that are empty"] += 1
         turns = turns[: last_answer(turns) + 1]
         if not turns:
-            return {**_example([], [], True), "lost": NO_ANSWER}
-        ids, labels = self.renderer.example(turns, tools, where)
+            return {**_example([], [], True), "lost": NOT_LEARNED if answers else NO_ANSWER}
+
+        def rendered(part: list[Turn]) -> tuple[list[int], list[int]]:
+            return self.renderer.example(plain(part), tools, where, learned(part))
+
+        ids, labels = rendered(turns)
         whole = len(ids)
         while len(ids) > self.max_length and (shorter := without_first_exchange(turns)) and last_answer(shorter) >= 0:
             turns = shorter
-            ids, labels = self.renderer.example(turns, tools, where)
+            ids, labels = rendered(turns)
         ids, labels = ids[: self.max_length], labels[: self.max_length]
-        learned = any(label != NO_LOSS for label in labels[1:])
-        return {**_example(ids, labels, len(ids) < whole), "lost": "" if learned else TOO_LONG}
+        found = any(label != NO_LOSS for label in labels[1:])
+        return {**_example(ids, labels, len(ids) < whole), "lost": "" if found else TOO_LONG}
 
     def _to_predict(self, turns: list[Turn], tools: Tools, where: str) -> dict[str, Any]:
         """The prompt of the last answer, and that answer where there is one."""
+        turns = plain(turns)
         answer = last_answer(turns) == len(turns) - 1
         asked = turns[:-1] if answer else turns
         prompt = self.renderer.prompt(asked, tools, where)
@@ -155,9 +211,16 @@ class Chat(CausalText):
         return {**example, "truncated": len(asked) + answer < len(turns) or len(ids) > self.max_length, "lost": ""}
 
     def _count_lost(self, split: str, lost: Counter[str], rows: int) -> None:
+        skipped = lost.pop(SKIPPED, 0)
         self.dropped[split] = lost.total()
+        self.fields.tell(f"Chat: {split}")
+        if self._unlearned:
+            told = " and ".join(f"{count} {what}" for what, count in self._unlearned.items())
+            log.warning("Chat: %s: assistant turns are read and not learned: %s", split, told)
         reasons = ", ".join(f"{count} {reason}" for reason, count in lost.items())
-        if lost.total() == rows:
+        if lost.total() + skipped == rows:
+            faults = self.sources.told(split) if skipped else ""
+            reasons = "; ".join(filter(None, (reasons, faults)))
             raise DataError(f"Chat.{split}: nothing is left of {rows} conversations: {reasons}.")
         if lost:
             log.warning("Chat: left %d of %d %s rows out: %s", lost.total(), rows, split, reasons)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 import datasets
@@ -9,9 +11,14 @@ import datasets
 from lora_lightning.data.batches.streaming import Encoder
 from lora_lightning.data.causal_text import CausalText
 from lora_lightning.data.prompt_formats import PromptFormat, fields, find_format
+from lora_lightning.data.sources.faults import RowError
+from lora_lightning.data.sources.texts import as_text
 from lora_lightning.data.tokens.causal import completion_example, end_id, plain_ids, start_ids
 from lora_lightning.data.tokens.encoding import tokenised
-from lora_lightning.errors import check
+from lora_lightning.errors import DataError, check
+
+CHANGING = ("system", "system_prompt", "history", "tools", "image", "images", "video", "videos", "audio", "audios")
+"""Columns that other tools learn from."""
 
 
 class Completions(CausalText):
@@ -57,10 +64,27 @@ class Completions(CausalText):
             prompts, texts = {"Completions.prompt": self.prompt}, [self.prompt]
         else:
             names = fields(self.prompt_template)
-            prompts = {f"Completions.prompt_template: field {n}": name for n, name in enumerate(names, 1)}
+            prompts = {
+                f"Completions.prompt_template (a literal brace is doubled): field {n}": name
+                for n, name in enumerate(names, 1)
+            }
         learned = {} if split == "predict" else {"Completions.completion": self.completion}
         columns, texts = {**prompts, **learned}, [*texts, *learned.values()]
-        return self.sources.read(split, columns, texts=texts, hold_out_by=list(prompts.values()))
+        self._refuse_columns(split)
+        judged = list(columns.values())
+        return self.sources.read(
+            split, columns, texts=texts, hold_out_by=list(prompts.values()), judge=refuse_turns, judged=judged
+        )
+
+    def _refuse_columns(self, split: str) -> None:
+        """Raise `DataError` for columns that would change what is learned, where nobody chose the columns."""
+        there = self.sources.column_names(split) or []
+        unused = [name for name in CHANGING if name in there and name not in (self.prompt, self.completion)]
+        if unused and self.prompt_template is None:
+            raise DataError(
+                f'Completions.{split} has the column "{unused[0]}", which is not read and would change what is learned.'
+                " Write it into the prompt with prompt_template, or remove or rename the column."
+            )
 
     def encode(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:
         """Token ids and loss mask of each row to predict, or that has a completion; `dropped` counts the others."""
@@ -74,7 +98,7 @@ class Completions(CausalText):
 
         def encode(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
             prompts = plain_ids(self.tokenizer_object, self._prompts(batch))
-            texts = [str(text or "") for text in batch.get(self.completion, [""] * len(numbers))]
+            texts = [as_text(text) or "" for text in batch.get(self.completion, [""] * len(numbers))]
             examples = []
             for index, prompt, completion in zip(
                 numbers, prompts, plain_ids(self.tokenizer_object, texts), strict=True
@@ -92,8 +116,25 @@ class Completions(CausalText):
     def _prompts(self, batch: dict[str, list[Any]]) -> list[str]:
         layout = self._layout or (PromptFormat(self.prompt_template, self.completion) if self.prompt_template else None)
         if layout is None:
-            return [str(text) for text in batch[self.prompt]]
+            return [as_text(text) or "" for text in batch[self.prompt]]
         return [layout.fill(row) for row in _rows(batch)]
+
+
+def refuse_turns(row: Mapping[str, Any]) -> None:
+    """Raise `RowError` for a conversation in place of a text."""
+    for name, value in row.items():
+        text = as_text(value) or ""
+        if text.lstrip().startswith("[{") and any(f'"{key}"' in text for key in ("role", "from")):
+            try:
+                turns = json.loads(text)
+            except ValueError:
+                continue
+            if all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns):
+                raise RowError(
+                    "with turns in place of a text",
+                    f'"{name}" is a list of turns; Chat learns those (data: Chat), and takes the columns prompt and '
+                    "completion as one conversation",
+                )
 
 
 def _rows(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from lora_lightning.data.labelled_rows import LabelledRows
+from lora_lightning.data.sources.faults import RowError
 from lora_lightning.data.table import Collation
 from lora_lightning.errors import DataError, check
 from lora_lightning.models.pretrained import resolve
@@ -83,6 +84,7 @@ class LabelledImages(LabelledRows):
     """
 
     task_kinds = ("image-classification",)
+    inputs_are_texts = False
 
     def __init__(
         self,
@@ -111,7 +113,7 @@ class LabelledImages(LabelledRows):
         columns = {"image": rows[self.image][:], "index": list(range(len(rows)))}
         features = {"image": rows.features[self.image], "index": datasets.Value("int64")}
         if split != "predict":
-            columns["labels"] = self.classes.encode(self.label_values(rows, split), self.where(split))
+            columns["labels"] = self.classes.encode(rows[self.label][:], self.where)
             features["labels"] = datasets.Value("int64")
         return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
@@ -144,16 +146,14 @@ class LabelledImages(LabelledRows):
         """As `load_image_processor`, by the settings."""
         return load_image_processor(self.processor, self.size)
 
-    def check_rows(self, rows: datasets.Dataset, split: str) -> None:
-        """Raise `DataError` for a path where no file is."""
-        if isinstance(rows.features[self.image], datasets.Image):
-            return
+    def check_input(self, row: Mapping[str, Any], split: str) -> None:
+        """Raise `RowError` for a row without an image, and a path where no file is."""
+        value = row[self.image]
+        if value is None:
+            raise RowError("without an image", f'"{self.image}" is missing')
         folder = self.sources.folder(split) or Path()
-        for row, path in enumerate(rows[self.image]):
-            if not Path(folder, str(path)).expanduser().is_file():
-                raise DataError(
-                    f'LabelledImages.image: {split} row {row} (counted from 0): no file "{path}" in {folder}.'
-                )
+        if isinstance(value, str) and not Path(folder, value).expanduser().is_file():
+            raise RowError("without an image", f'LabelledImages.image: no file "{value}" in {folder}')
 
 
 def load_image_processor(name: str | None, size: int | None) -> Any:

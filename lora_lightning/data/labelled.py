@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import datasets
 
 from lora_lightning.data.labelled_rows import LabelledRows
-from lora_lightning.data.labels import scores
+from lora_lightning.data.labels import score
 from lora_lightning.data.text import TextData
 from lora_lightning.data.tokens.encoding import encode_texts
 
@@ -48,10 +49,10 @@ class TextsWithLabels(LabelledRows, TextData):
         """Token ids and, but for predict, labels of each row."""
         columns = list(self.input_columns.values())
         examples = encode_texts(rows, columns, self.tokenizer_object, self.max_length)
-        return examples if split == "predict" else examples.add_column("labels", self.targets(rows, split))
+        return examples if split == "predict" else examples.add_column("labels", self.targets(rows))
 
     @abstractmethod
-    def targets(self, rows: datasets.Dataset, split: str) -> list[Any]:
+    def targets(self, rows: datasets.Dataset) -> list[Any]:
         """What is to be learned of each row."""
 
 
@@ -62,7 +63,8 @@ class LabelledText(TextsWithLabels):
     numbers; not in predict).
 
     Args:
-        label: Column of the label: strings, class numbers from 0, or numbers on a scale.
+        label: Column of the label: texts, class numbers from 0, or numbers on a scale. They are matched as
+            texts; an empty one is an error.
         regression: Labels are numbers on a scale.
         common: Settings that all texts with labels share.
     """
@@ -72,10 +74,19 @@ class LabelledText(TextsWithLabels):
         self.regression = regression
         self.task_kinds = ("regression",) if regression else ("sequence-classification",)
 
-    def targets(self, rows: datasets.Dataset, split: str) -> list[Any]:
+    def targets(self, rows: datasets.Dataset) -> list[Any]:
         """Class numbers, or numbers on a scale."""
-        values, where = self.label_values(rows, split), self.where(split)
-        return scores(values, where) if self.regression else self.classes.encode(values, where)
+        cells = rows[self.label][:]
+        return (
+            [score(cell, self.where) for cell in cells] if self.regression else self.classes.encode(cells, self.where)
+        )
+
+    def check_label(self, cell: Any, row: Mapping[str, Any]) -> None:
+        """Raise `RowError` for a label that nobody knows, or that is no number."""
+        if self.regression:
+            score(cell, self.where)
+        else:
+            super().check_label(cell, row)
 
     @property
     def num_labels(self) -> int:

@@ -8,6 +8,8 @@ from typing import Any
 import datasets
 
 from lora_lightning.data.labelled import TextsWithLabels
+from lora_lightning.data.labels import require_label
+from lora_lightning.data.sources.faults import RowError
 from lora_lightning.errors import DataError, check
 
 
@@ -30,29 +32,27 @@ class MultiLabelText(TextsWithLabels):
         self.delimiter = delimiter
         check(bool(delimiter.strip()), self, "delimiter", "it must hold a mark that no label holds.")
 
-    def targets(self, rows: datasets.Dataset, split: str) -> list[Any]:
+    def targets(self, rows: datasets.Dataset) -> list[Any]:
         """1.0 for each of a row's labels, 0.0 for the others."""
         many_hot = []
-        for number, names in enumerate(self.label_values(rows, split)):
-            own = set(self.classes.encode(names, f"{self.where(split)}, row {number}"))
+        for cell in rows[self.label][:]:
+            own = set(self.classes.encode(self.labels_in(cell), self.where))
             many_hot.append([float(label in own) for label in range(self.num_labels)])
         return many_hot
 
-    def label_values(self, rows: datasets.Dataset, split: str) -> list[Sequence[Any]]:
-        """The labels of each row as a list."""
-        found: list[Sequence[Any]] = []
-        for number, value in enumerate(rows[self.label]):
-            if isinstance(value, str):
-                names = map(str.strip, value.split(self.delimiter))
-                found.append([name for name in names if name])
-            elif isinstance(value, list):
-                found.append(value)
-            else:
-                raise DataError(
-                    f"{self.where(split)}, row {number} (counted from 0): {value!r} is neither a list nor names with "
-                    f'"{self.delimiter}" between.'
-                )
-        return found
+    def labels_in(self, cell: Any) -> Sequence[Any]:
+        """The labels of a row as a list; raises `RowError`."""
+        if isinstance(cell, str):
+            names = map(str.strip, cell.split(self.delimiter))
+            return [name for name in names if name]
+        if not isinstance(cell, list):
+            raise RowError(
+                "without a label",
+                f'{self.where}: {cell!r} is neither a list nor names with "{self.delimiter}" between',
+            )
+        for label in cell:
+            require_label(label, self.where)
+        return cell
 
     def describe(self, example: Mapping[str, Any]) -> str:
         """The text with its labels."""
@@ -66,7 +66,7 @@ class MultiLabelText(TextsWithLabels):
             return row
         names = []
         for label in value:
-            number = self.classes.ids.get(label)
+            number = self.classes.find(label)
             names.append(str(label) if number is None else self.label_names[number])
         return {**row, self.label: ", ".join(names)}
 

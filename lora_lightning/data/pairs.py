@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from lora_lightning.data.batches.collate import Collate
-from lora_lightning.data.labels import scores
+from lora_lightning.data.labels import score
+from lora_lightning.data.sources.faults import RowError
 from lora_lightning.data.table import Collation
 from lora_lightning.data.text import TextData
 from lora_lightning.data.tokens.encoding import tokenised
-from lora_lightning.errors import DataError, check
+from lora_lightning.errors import check
 
 SIDES = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -82,7 +83,9 @@ class TextPairs(TextData):
             wanted = {"anchor": self.anchor, "positive": self.positive if self.score else None}
         columns = {f"TextPairs.{setting}": column for setting, column in wanted.items() if column is not None}
         texts = [column for setting, column in columns.items() if setting != "TextPairs.score"]
-        return self.sources.read(split, columns, texts=texts, hold_out_by=texts)
+        judged = [self.score] if self.score is not None and split != "predict" else []
+        judge = self._score if judged else None
+        return self.sources.read(split, columns, texts=texts, hold_out_by=texts, judge=judge, judged=judged)
 
     def encode(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:
         """Token ids of each text of a row; and its score."""
@@ -101,18 +104,17 @@ class TextPairs(TextData):
         examples = tokenised(rows, encode)
         if self.score is None or split == "predict":
             return examples
-        return examples.add_column("labels", self._scores(rows, split))
+        return examples.add_column("labels", [self._score({self.score: value}) for value in rows[self.score]])
 
-    def _scores(self, rows: datasets.Dataset, split: str) -> list[float]:
-        where = f'TextPairs.score: {split} column "{self.score}"'
-        numbers = scores(rows[self.score][:], where)
-        for row, number in enumerate(numbers):
-            if not -1 <= number <= 1:
-                raise DataError(
-                    f"{where}, row {row} (counted from 0): {number:g} is no cosine; a score must lie in [-1, 1]. "
-                    "Divide a scale from 0 to 5 by 5."
-                )
-        return numbers
+    def _score(self, row: Mapping[str, Any]) -> float:
+        where = f'TextPairs.score, column "{self.score}"'
+        number = score(row[str(self.score)], where)
+        if not -1 <= number <= 1:
+            raise RowError(
+                "with a score that is no cosine",
+                f"{where}: {number:g} is no cosine; a score must lie in [-1, 1]. Divide a scale from 0 to 5 by 5",
+            )
+        return number
 
     def collation(self, split: str, columns: Sequence[str], sampler: DistributedSampler[Any]) -> Collation:  # noqa: ARG002 - the same for every split
         """Texts side after side."""

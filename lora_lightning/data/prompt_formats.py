@@ -79,8 +79,15 @@ def fields(template: str) -> list[str]:
         names = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
     except ValueError as error:
         raise DataError(f"Completions.prompt_template is {template!r}; {error}. A literal brace is doubled.") from error
+    if odd := next((name for name in names if any(mark in name for mark in "\"'\n{") or name != name.strip()), None):
+        raise DataError(
+            f"Completions.prompt_template is {template!r}; {{{odd} ...}} names no column. A literal brace is doubled: "
+            "{{ and }}."
+        )
     if not all(names):
-        raise DataError(f"Completions.prompt_template is {template!r}; each {{}} must name a column.")
+        raise DataError(
+            f"Completions.prompt_template is {template!r}; each {{}} must name a column. A literal brace is doubled."
+        )
     if not names:
         raise DataError(f"Completions.prompt_template is {template!r}; it names no column in {{}}.")
     return names

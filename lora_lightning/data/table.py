@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,9 +16,13 @@ from lora_lightning.data.batches.collate import MODEL_INPUTS
 from lora_lightning.data.batches.loader import Batch, ResumableLoader
 from lora_lightning.data.batches.packing import Packs, PackSampler
 from lora_lightning.data.batches.process_rows import EachOnce, equal_batches
+from lora_lightning.data.sources.faults import Faults, OnError
+from lora_lightning.data.sources.lines import Reading
 from lora_lightning.data.sources.splits import Source, Sources
-from lora_lightning.data.sources.tables import OnError
-from lora_lightning.errors import DataError, check
+from lora_lightning.data.sources.stored import PLACE
+from lora_lightning.errors import DataError, SettingsError, check
+
+log = logging.getLogger(__name__)
 
 STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
 
@@ -31,14 +36,17 @@ class TableData(LightningDataModule, ABC):
     `inputs("predict")` that each of its rows comes from.
 
     Args:
-        train: Training data: a CSV, TSV, JSON, JSONL, Parquet or TXT file, a folder, or a hub id ("owner/name",
-            "owner/name:config", "owner/name::split"), or a table made on the spot ("builtin:NAME"). Several are given
-            as a list, or with weights, {a.jsonl: 2, b.jsonl: 1}: each row then comes from a source with a probability
-            after its weight, until all rows of all sources have come.
+        train: Training data: a CSV, TSV, JSON, JSONL, Parquet or TXT file (text also packed: .gz, .bz2, .xz, .zst), a
+            folder, or a hub id ("owner/name", "owner/name:config", "owner/name::split"), or a table made on the spot
+            ("builtin:NAME"). Several are given as a list, or with weights, {a.jsonl: 2, b.jsonl: 1}: each row then
+            comes from a source with a probability after its weight, until all rows of all sources have come.
         validation: Validation data; null holds `validation_fraction` of the training data out.
         test: Test data.
         predict: Data for predict; null takes test, else validation.
         columns: Column names of CSV and TSV files that have no header line.
+        encoding: Encoding of text files, such as cp1252 (Excel on Windows); null takes what a byte order mark tells,
+            else UTF-8.
+        separator: What stands between the fields of CSV and TSV files, such as ";"; null takes a comma and a tab.
         validation_fraction: Fraction of the training examples held out where `validation` is null, chosen by a hash of
             what they hold and so the same in every run; 0 holds nothing out.
         batch_size: Examples of a batch, per process.
@@ -48,7 +56,8 @@ class TableData(LightningDataModule, ABC):
         seed: Seed of the training order.
         limit: Use only so many examples of each split, for a quick try. They are taken at even steps, since many files
             are sorted by class.
-        on_error: What to do with a line of a file that cannot be read: raise, naming it, or skip it and count.
+        on_error: What to do with a row that cannot be read or used: raise, naming its file and line, or skip it and
+            count. Counts come by kind.
     """
 
     task_kinds: tuple[str, ...]
@@ -64,6 +73,8 @@ class TableData(LightningDataModule, ABC):
         test: Source | None = None,
         predict: Source | None = None,
         columns: Sequence[str] | None = None,
+        encoding: str | None = None,
+        separator: str | None = None,
         validation_fraction: float = 0.1,
         batch_size: int = 16,
         validation_batch_size: int | None = None,
@@ -90,14 +101,23 @@ class TableData(LightningDataModule, ABC):
             validation=validation,
             test=test,
             predict=predict,
-            columns=columns,
+            how=Reading(None if columns is None else tuple(columns), encoding, self._separator(separator)),
             validation_fraction=validation_fraction,
-            on_error=on_error,
+            faults=Faults(on_error),
         )
         self.count: Callable[[Batch], int] | None = None
         """Number whose sum over an accumulation window each training and validation batch carries."""
+        self._told: dict[str, str] = {}
         self._inputs: dict[str, datasets.Dataset | None] = {}
         self._examples: dict[str, datasets.Dataset] = {}
+
+    def _separator(self, given: str | None) -> str | None:
+        mark = {"\\t": "\t", "tab": "\t"}.get(given or "", given)
+        if mark is not None and (len(mark) != 1 or mark in '"\r\n'):
+            raise SettingsError(
+                f'{type(self).__name__}.separator is {given!r}; it must be one character, such as ";", or null.'
+            )
+        return mark
 
     @abstractmethod
     def read(self, split: str) -> datasets.Dataset | None:
@@ -124,13 +144,38 @@ class TableData(LightningDataModule, ABC):
         return DistributedSampler(examples, **options)
 
     def setup(self, stage: str) -> None:
-        """Read and prepare the splits of a stage; those that are there already are kept."""
+        """Read and prepare the splits of a stage; those that are there already are kept.
+
+        Raises:
+            DataError: the model has another task than the data, or see `read` and `encode`.
+        """
+        module = getattr(self.trainer, "lightning_module", None)
+        task = getattr(getattr(module, "task", None), "name", None)
+        if isinstance(task, str) and task not in self.task_kinds:
+            serve = " and ".join(self.task_kinds)
+            raise DataError(
+                f'model.task is "{task}", but the data ({type(self).__name__}) serve {serve}; set model.task to '
+                f'"{self.task_kinds[0]}", or give other data.'
+            )
         for split in STAGES[stage]:
             if stage == "fit" and split == "validation" and self._rows(split) is None:
                 # how Lightning sees that there is none; an empty list of loaders would make it warn
                 self.val_dataloader = None  # type: ignore[method-assign, assignment]
             else:
                 self.prepare(split)
+        self._tell_faults()
+        self.announce(stage)
+
+    def _tell_faults(self) -> None:
+        """Log what was left out, by kind, where that has changed."""
+        for field in self.sources.faults.found:
+            told = self.sources.faults.told(field)
+            if told and told != self._told.get(field):
+                log.warning("%s: rows of %s were left out: %s", type(self).__name__, field, told)
+            self._told[field] = told
+
+    def announce(self, stage: str) -> None:
+        """Say what is in the data of a stage, once they are ready."""
 
     def prepare(self, split: str) -> None:
         """Read and prepare one split."""
@@ -142,15 +187,19 @@ class TableData(LightningDataModule, ABC):
         Raises:
             DataError: the settings name no source for it.
         """
-        rows = self._rows(split)
-        if rows is None:
-            raise DataError(f"{type(self).__name__}.{split} is null; name a file, a folder or a hub data set.")
-        return rows
+        rows = self._placed(split)
+        return rows.remove_columns(PLACE) if PLACE in rows.column_names else rows
+
+    def places(self, rows: datasets.Dataset) -> list[str]:
+        """Where each row stands, as messages say it: file and line, or its number where it comes of no file."""
+        if PLACE not in rows.column_names:
+            return [f"row {row} (counted from 0)" for row in range(len(rows))]
+        return [self.sources.faults.places.words(int(place)) for place in rows[PLACE]]
 
     def examples(self, split: str) -> datasets.Dataset:
         """The prepared rows of a split."""
         if split not in self._examples:
-            self._examples[split] = self.encode(self.inputs(split), split)
+            self._examples[split] = self.encode(self._placed(split), split)
         return self._examples[split]
 
     @property
@@ -177,6 +226,13 @@ class TableData(LightningDataModule, ABC):
     def predict_dataloader(self) -> ResumableLoader:
         """In order, with `index` in each batch."""
         return self._loader("predict", self.validation_batch_size, columns=(*MODEL_INPUTS, "index"))
+
+    def _placed(self, split: str) -> datasets.Dataset:
+        """The rows of a split with the column `PLACE`, where they have one."""
+        rows = self._rows(split)
+        if rows is None:
+            raise DataError(f"{type(self).__name__}.{split} is null; name a file, a folder or a hub data set.")
+        return rows
 
     def _rows(self, split: str) -> datasets.Dataset | None:
         if split not in self._inputs:

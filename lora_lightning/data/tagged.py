@@ -10,6 +10,8 @@ import datasets
 
 from lora_lightning.data.batches.loader import count_labelled
 from lora_lightning.data.labelled_rows import LabelledRows
+from lora_lightning.data.labels import require_label
+from lora_lightning.data.sources.faults import RowError
 from lora_lightning.data.text import TextData
 from lora_lightning.data.tokens.causal import NO_LOSS
 from lora_lightning.data.tokens.encoding import tokenised
@@ -33,6 +35,7 @@ class TaggedWords(LabelledRows, TextData):
 
     task_kinds = ("token-classification",)
     label_setting = "tags"
+    inputs_are_texts = False
 
     def __init__(
         self, words: str = "tokens", tags: str = "tags", labels: Sequence[str] | None = None, **common: Any
@@ -61,10 +64,9 @@ class TaggedWords(LabelledRows, TextData):
                 batch[self.words], is_split_into_words=True, truncation=True, max_length=self.max_length
             )
             kept = []
-            for row, number in enumerate(numbers):
-                where = f"{self.where(split)}, row {number}"
+            for row in range(len(numbers)):
                 words = batch[self.words][row]
-                ids = labels.encode(batch[self.tags][row], where) if labels else [0] * len(words)
+                ids = labels.encode(batch[self.tags][row], self.where) if labels else [0] * len(words)
                 kept.append(_on_first_tokens(encoded.word_ids(row), ids))
             cut = [bool(encoding.overflowing) for encoding in encoded.encodings]
             return {**encoded, "labels": kept, "index": numbers, "truncated": cut}
@@ -86,16 +88,24 @@ class TaggedWords(LabelledRows, TextData):
             row = {**row, self.tags: [self.label_names[tag] for tag in tags]}
         return {**row, "tagged": tagged}
 
-    def check_rows(self, rows: datasets.Dataset, split: str) -> None:
-        """Raise `DataError` for a row whose words are no list of texts, or whose tags are not as many."""
-        tags: Sequence[Any] = rows[self.tags][:] if split != "predict" else rows[self.words][:]
-        for number, (words, own) in enumerate(zip(rows[self.words][:], tags, strict=True)):
-            where = f"TaggedWords: {split} row {number} (counted from 0)"
-            if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
-                raise DataError(f'{where}: column "{self.words}" must hold a list of words; it holds {words!r:.60}.')
-            if not isinstance(own, list) or len(own) != len(words):
-                found = f"{len(own)} tags" if isinstance(own, list) else "no list"
-                raise DataError(f'{where}: {len(words)} words, but column "{self.tags}" holds {found}.')
+    def labels_in(self, cell: Any) -> Sequence[Any]:
+        """The tags of a row."""
+        for tag in cell:
+            require_label(tag, self.where)
+        tags: Sequence[Any] = cell
+        return tags
+
+    def check_input(self, row: Mapping[str, Any], split: str) -> None:
+        """Raise `RowError` for a row whose words are no list of texts, or whose tags are not as many."""
+        words, kind = row[self.words], "with words or tags that do not fit"
+        if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+            raise RowError(
+                kind, f'TaggedWords: column "{self.words}" must hold a list of words; it holds {words!r:.60}'
+            )
+        own = row[self.tags] if split != "predict" else words
+        if not isinstance(own, list) or len(own) != len(words):
+            found = f"{len(own)} tags" if isinstance(own, list) else "no list"
+            raise RowError(kind, f'TaggedWords: {len(words)} words, but column "{self.tags}" holds {found}')
 
 
 def _on_first_tokens(word_ids: Sequence[int | None], tags: Sequence[int]) -> list[int]:

@@ -102,7 +102,7 @@ class TextData(TableData):
 
     def _cached(self, split: str) -> datasets.Dataset:
         """Examples from the disk, or made, and kept there if that took long."""
-        rows = self.inputs(split)
+        rows = self._placed(split)
         self.settle(split)
         names = list(getattr(self, "label_names", ())) if split != "predict" else []
         settings = {"split": split, "kind": type(self).__name__, "label_names": names, **self._settings()}
@@ -113,9 +113,10 @@ class TextData(TableData):
                 rule = "for lack of anything to learn"
                 log.warning("%s: left %d %s rows out %s", type(self).__name__, self.dropped[split], split, rule)
             return examples
-        began = time.monotonic()
+        began, faults = time.monotonic(), self.sources.faults.total()
         examples = self.encode(rows, split)
-        if time.monotonic() - began >= WORTH_KEEPING:
+        # rows that encoding has left out are counted by encoding them
+        if time.monotonic() - began >= WORTH_KEEPING and self.sources.faults.total() == faults:
             store(key, examples, self.dropped.get(split, 0))
         return examples
 
@@ -160,7 +161,7 @@ class TextData(TableData):
                 "examples": len(self.examples(split)),
                 "truncated": sum(self.examples(split)["truncated"]),
                 "dropped": self.dropped.get(split, 0),
-                "skipped": sum(self.sources.skipped.get(split, {}).values()),
+                "skipped": self.sources.faults.count(split),
             }
             for split in self.ready
         }

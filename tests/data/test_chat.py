@@ -156,9 +156,9 @@ def test_tools_and_their_calls(make):
     assert texts[0].startswith('[[<|im_start|>system\n[{"type": "function", "function": {"name": "weather"')
     assert ']]{"name": "weather", "arguments": {"city": "Rome"}}<|im_end|>[[' in texts[0]
     assert "tool\n35<|im_end|>\n<|im_start|>assistant\n]]yes<|im_end|>[[\n]]" in texts[0]
-    message = r'^Chat\.train, row 0 has tools, which the chat template "chatml" leaves out\. Give a chat_template'
+    message = r'^train\.jsonl, line 1: Chat\.messages has tools, which the chat template "chatml" leaves out\.'
     fails(make([{"messages": HI, "tools": described}]), message)
-    fails(make([{"messages": turns}]), r"^Chat\.train, row 0 has tool_calls, which the chat template")
+    fails(make([{"messages": turns}]), r"^train\.jsonl, line 1: Chat\.messages has tool_calls, which the chat template")
 
 
 # -- truncation --------------------------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def test_real_tokens(make, shared, template):
 
 def test_templates_that_rewrite_earlier_turns(make):
     message = (
-        r"^Chat\.train, row 0, turn 1: the chat template that was given writes this turn otherwise .*\.turns to last"
+        r"^train\.jsonl, line 1: Chat\.messages, turn 1: the chat template .* writes this turn otherwise .* to last"
     )
     fails(make([TWO], chat_template=FORGETFUL), message)
     assert shown(make([TWO], chat_template=FORGETFUL, turns="last"))[0].endswith(
@@ -252,7 +252,7 @@ def test_templates_in_files_and_those_that_cannot_render(make, tmp_path):
     assert shown(make([TWO], chat_template=str(tmp_path / "mine.jinja"))) == [EXPECTED]
     fails(
         make([HI], chat_template="{{ messages[0].content + 1 }}"),
-        r"row 0: the chat template .* cannot render it: can only",
+        r"line 1: Chat\.messages: the chat template .* cannot render it: can only",
     )
     refusing = "{{ raise_exception('roles must alternate') }}"
     fails(make([HI], chat_template=refusing), r"that was given cannot render it: roles must alternate")
@@ -262,9 +262,9 @@ def test_templates_in_files_and_those_that_cannot_render(make, tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": []}, r"^Chat\.train, row 0 holds no turns; it must be a list of role and content"),
+        ({"messages": []}, r"^train\.jsonl, line 1: Chat\.messages holds no turns; it must be a list of role"),
         ({"text": "hi"}, r"^Chat\.messages is null, and train has the columns text; name the one that holds turns\.$"),
-        ({"messages": HI, "tools": "[1]"}, r"row 0: tools is no list of tool descriptions"),
+        ({"messages": HI, "tools": "[1]"}, r"messages: tools is no list of tool descriptions"),
         ({"messages": [HI[0]]}, r"^Chat\.train: nothing is left of 1 conversations: 1 without an assistant turn\.$"),
     ],
 )  # fmt: skip
@@ -275,3 +275,82 @@ def test_rows_of_another_shape(make, row, message):
 def test_a_missing_column(make):
     fails(make([HI], messages="mesages"), r'^Chat\.messages is "mesages"; train\.jsonl .* Did you mean "messages"\?$')
     fails(make([HI], tools="tool"), r'^Chat\.tools is "tool"; train\.jsonl has the columns messages')
+
+
+# -- what turns and rows carry beside texts ----------------------------------------------------------------------------
+
+LEARNED_LAST = EXPECTED.replace("]]hello<|im_end|>[[", "hello<|im_end|>")
+
+
+@pytest.mark.parametrize("key", [{"weight": 0}, {"train": False}, {"loss": 0}])
+@pytest.mark.parametrize("template", ["chatml", UNMARKED])
+def test_turns_that_are_not_to_be_learned_are_read(make, caplog, key, template):
+    turns = [TWO[0], {**TWO[1], **key}, *TWO[2:]]
+    assert shown(make([turns], chat_template=template)) == [LEARNED_LAST]
+    assert "assistant turns are read and not learned: 1 with a weight of 0" in caplog.text
+    behind = [*TWO[:3], {**TWO[3], **key}]
+    assert shown(make([behind], chat_template=template)) == shown(make([HI], chat_template=template))
+
+
+@pytest.mark.parametrize("content", ["", None, []])
+def test_an_empty_answer_is_not_learned_and_counted(make, caplog, content):
+    empty = {"role": "assistant", "content": content}
+    assert shown(make([[TWO[0], empty, *TWO[2:]], [HI[0], empty]])) == [LEARNED_LAST.replace("hello", "")]
+    assert "assistant turns are read and not learned: 2 that are empty" in caplog.text
+    assert "left 1 of 2 train rows out: 1 whose assistant turns are empty or have a weight of 0" in caplog.text
+
+
+def test_parts_of_text_are_text(make):
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    assert shown(make([[HI[0], {"role": "assistant", "content": parts}]])) == shown(make([HI]))
+    assert shown(make([[HI[0], {"role": "assistant", "content": 0}]]))[0].endswith("]]0<|im_end|>[[\n]]")
+
+
+def test_a_system_column_is_the_first_turn(make):
+    expected = shown(make([[SYSTEM, *HI]]))
+    assert shown(make([{"system": "be kind", "messages": HI}])) == expected
+    assert (
+        shown(make([{"system": "be kind", "messages": [SYSTEM, *HI]}, {"system": "", "messages": HI}]))[0]
+        == expected[0]
+    )
+    fails(
+        make([{"system": "be rude", "messages": [SYSTEM, *HI]}]), "has a system turn and another text in its system col"
+    )
+
+
+def test_prompt_and_completion_are_one_conversation(make):
+    assert shown(make([{"prompt": TWO[:3], "completion": TWO[3:]}])) == [LEARNED_LAST]
+    fails(make([{"prompt": TWO[:3]}]), r"^Chat\.messages is null, and train has the columns prompt; name")
+
+
+def test_what_would_be_learned_and_is_not_written_is_an_error(make):
+    thinking = [HI[0], {**HI[1], "reasoning_content": "well"}]
+    fails(make([HI, thinking]), r"^train\.jsonl, line 2: Chat\.messages has reasoning_content, which the chat template")
+    template = UNMARKED.replace(
+        "message.content + '<|im_end|>'", "(message.reasoning_content or '') + message.content + '<|im_end|>'", 1
+    )
+    assert "]]wellhello<|im_end|>[[" in shown(make([thinking], chat_template=template))[0]
+    for name in ("images", "documents", "chat_template_kwargs"):
+        fails(
+            make([{"messages": HI, name: [1]}]),
+            rf'^train\.jsonl, line 1: .* the column "{name}", which Chat does not read',
+        )
+
+
+def test_other_fields_are_named_once_with_their_count(make, caplog):
+    rows = [{"id": n, "messages": [{**HI[0], "name": "Ann"}, {**HI[1], "mood": "calm"}]} for n in range(3)]
+    shown(make(rows))
+    assert caplog.text.count("does not write mood (3 turns), name (3 turns)") == 1
+    assert caplog.text.count("columns of 3 train rows that it does not know are not used: id") == 1
+
+
+def test_every_fault_of_a_row_can_be_left_out(make, caplog):
+    """Unknown roles, empty lists, content that is an object, no JSON: counted by kind, with lines of the file."""
+    rows = [HI, [{"role": "robot", "content": "x"}], TWO, [], [HI[0], {"role": "assistant", "content": {"a": 1}}]]
+    data = make([*rows, {"messages": "hi"}, {"messages": None}], on_error="skip")
+    data.setup("fit")
+    assert len(data.examples("train")) == 2
+    found = {kind: len(places) for kind, places in data.sources.faults.found["train"].items()}
+    assert found == {"with an unknown role": 1, "without turns": 3, "with content that is no text": 1}
+    assert "(first: train.jsonl, line 2)" in data.sources.faults.told("train")
+    assert data.facts()["train"]["skipped"] == 5

@@ -137,7 +137,7 @@ def test_missing_columns(make):
         make(completion="answer"),
         r'^Completions\.completion is "answer"; train\.json has the columns prompt, completion',
     )
-    message = r'^Completions\.prompt_template: field 2 is "promt"; train\.json has .* Did you mean "prompt"\?$'
+    message = r'^Completions\.prompt_template \(.*\): field 2 is "promt"; train\.json has .* Did you mean "prompt"\?$'
     fails(make(prompt_template="{prompt} {promt}"), message)
 
 
@@ -145,13 +145,16 @@ def test_bad_templates(make):
     fails(
         make(prompt_template="{prompt"), r"prompt_template is '{prompt'; expected '}' .* A literal brace is doubled\.$"
     )
-    fails(make(prompt_template="{} x"), r"prompt_template is '{} x'; each {} must name a column\.$")
+    fails(
+        make(prompt_template="{} x"),
+        r"prompt_template is '{} x'; each {} must name a column\. A literal brace is doubled\.$",
+    )
     fails(make(prompt_template="prompt"), r"prompt_template is 'prompt'; it names no column in {}\.$")
 
 
 def test_missing_and_empty_text(make):
     fails(
-        make([{"prompt": "a", "completion": "b"}, {"prompt": None, "completion": "b"}]), '"prompt" is missing in row 1'
+        make([{"prompt": "a", "completion": "b"}, {"prompt": None, "completion": "b"}]), 'row 1 .*: "prompt" is missing'
     )
     fails(make([{"prompt": "a", "completion": ""}]), r'^train\.json: "completion" is blank in every row\.$')
 
@@ -166,3 +169,38 @@ def test_rows_to_predict_need_no_completion(make, write):
     batches = list(data.predict_dataloader())
     assert sum(len(batch["index"]) for batch in batches) == len(ROWS)
     assert all(bool((batch["labels"] == -100).all()) for batch in batches)
+
+
+def ids_of(make, rows, **settings) -> list[list[int]]:
+    data = make(rows, **settings)
+    data.setup("fit")
+    return data.examples("train")["labels"][:]
+
+
+def test_zero_and_false_are_answers(make, shared):
+    tokenizer = str(shared / "models/stories260k")
+    data = make([{"prompt": "is 2 odd", "completion": value} for value in (0, False, 1, 0.0)], tokenizer=tokenizer)
+    data.setup("fit")
+    learned = [[token for token in labels if token != -100][:-1] for labels in data.examples("train")["labels"]]
+    assert [data.tokenizer_object.decode(ids).strip() for ids in learned] == ["0", "false", "1", "0.0"]
+
+
+def test_an_answer_that_is_an_object_is_learned_as_json(make, shared):
+    data = make([{"prompt": "x", "completion": {"a": 1, "b": None}}], tokenizer=str(shared / "models/stories260k"))
+    assert data.read("train")["completion"][:] == ['{"a": 1, "b": null}']
+
+
+def test_conversations_are_refused_by_name(make):
+    turns = {"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "assistant", "content": "ho"}]}
+    with pytest.raises(DataError, match=r'^train\.json, row 1 .*: "prompt" is a list of turns; Chat learns those'):
+        ids_of(make, [ROWS[0], turns])
+
+
+@pytest.mark.parametrize("column", ["system", "history", "images", "tools"])
+def test_columns_that_would_change_what_is_learned(make, column):
+    rows = [{**ROWS[0], column: "x"}]
+    with pytest.raises(
+        DataError, match=rf'^Completions\.train has the column "{column}", .* prompt_template, or remove'
+    ):
+        ids_of(make, rows)
+    assert ids_of(make, rows, prompt_template=f"{{{column}}} {{prompt}}")

@@ -102,7 +102,7 @@ def test_what_is_held_out_does_not_depend_on_the_place(folder, tmp_path):
 def test_errors_name_file_and_row(folder, tmp_path):
     rows = [{"image": "light/0.png", "label": "a"}, {"image": "light/00.png", "label": "b"}]
     (folder / "rows.json").write_text(json.dumps(rows))
-    with pytest.raises(DataError, match=r'LabelledImages.image: train row 1 .*: no file "light/00.png" in '):
+    with pytest.raises(DataError, match=r'row 1 .*: no file "light/00.png" in '):
         data_of(folder / "rows.json").setup("fit")
     (folder / "light" / "00.png").write_text("no picture")
     data = data_of(folder / "rows.json")

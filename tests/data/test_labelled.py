@@ -107,12 +107,12 @@ def fails(data: LabelledText, message: str, stage: str = "fit") -> None:
 def test_unknown_label(make, write):
     rows = [{"text": "a", "label": "positive"}, {"text": "b", "label": "postive"}]
     message = (
-        r'^LabelledText\.label: validation column "label", row 1 \(counted from 0\): \'postive\' is not a known label\.'
-        r' Did you mean "positive"\? Known: negative, positive\.$'
+        r'^dev\.json, row 1 \(counted from 0\): LabelledText\.label, column "label": \'postive\' is not a known label\.'
+        r' Did you mean "positive"\? Known: negative, positive\. data\.on_error: skip leaves such rows out\.$'
     )
     fails(make(validation=write("dev.json", rows)), message)
     fails(
-        make(labels=["positive"]), r"train column .*, row 1 .* 'negative' is not a known label\..* Known: positive\.$"
+        make(labels=["positive"]), r"^train\.json, row 1 .* 'negative' is not a known label\..* Known: positive\. data"
     )
 
 
@@ -122,7 +122,7 @@ def test_number_is_no_known_label_where_strings_were_learned(make, write):
 
 def test_regression_wants_numbers(make):
     rows = [{"text": "a", "label": "high"}]
-    fails(make(rows, regression=True), r"train column \"label\", row 0 \(counted from 0\): 'high' is not a number\.$")
+    fails(make(rows, regression=True), r"^train\.json, row 0 \(counted from 0\): .*'high' is not a number\. data")
 
 
 def test_missing_columns(make):
@@ -132,3 +132,80 @@ def test_missing_columns(make):
     )
     fails(make(text_pair="other"), r'^LabelledText\.text_pair is "other"; train\.json has')
     fails(make(label="labels"), r'^LabelledText\.label is "labels"; train\.json has .* Did you mean "label"\?$')
+
+
+# -- labels as people write them ---------------------------------------------------------------------------------------
+
+
+def read_csv(write, tokenizer, text: str, **settings) -> LabelledText:
+    settings = {"tokenizer": tokenizer, "validation_fraction": 0.0, **settings}
+    return LabelledText(train=write("train.csv", text), **settings)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("a,no\nb,yes\nc,\n", r"^train\.csv, line 4: .*the label is '', which is empty\. data\.on_error: skip"),
+        ('a,no\n"b\nb",yes\nc\n', r"^train\.csv, line 5: .*the label is missing\."),  # too few fields
+        ("a,no\nb,  \n", r"^train\.csv, line 3: .*the label is '  ', which is empty"),
+    ],
+)
+def test_a_label_that_is_empty_is_an_error_with_its_line(write, encoder_tokenizer, rows, message):
+    fails(read_csv(write, encoder_tokenizer, f"text,label\n{rows}"), message)
+
+
+def test_a_blank_number_is_named_with_its_own_line(write, encoder_tokenizer):
+    """Not with the first row, whose text the reader had made of a number."""
+    data = read_csv(write, encoder_tokenizer, "text,label\na,0.0\nb,1.5\nc,\n", regression=True)
+    fails(data, r"^train\.csv, line 4: LabelledText\.label, column \"label\": the label is '', which is empty")
+
+
+def test_labels_that_cannot_be_used_are_left_out_and_counted_by_kind(write, encoder_tokenizer, caplog):
+    text = "text,label\na,no\nb,\nc,yes\nd,maybe\ne,\nf,no\n"
+    data = read_csv(write, encoder_tokenizer, text, labels=["no", "yes"], on_error="skip")
+    assert in_order(data)["labels"].tolist() == [0, 1, 0]
+    told = data.sources.faults.told("train")
+    assert told == "2 without a label (first: train.csv, line 3), 1 with an unknown label (first: train.csv, line 5)"
+    assert data.facts()["train"]["skipped"] == 3
+    data.setup("fit")
+    assert caplog.text.count(f"LabelledText: rows of train were left out: {told}") == 1
+    assert data.inputs("train").column_names == ["text", "label"]
+
+
+def test_numbers_from_one_are_the_names_that_are_listed(write, encoder_tokenizer):
+    data = read_csv(write, encoder_tokenizer, "text,label\na,1\nb,2\nc,1\nd,3\n", labels=["1", "2", "3"])
+    assert in_order(data)["labels"].tolist() == [0, 1, 0, 2]
+    swapped = read_csv(write, encoder_tokenizer, "text,label\na,1\nb,0\n", labels=["1", "0"])
+    assert in_order(swapped)["labels"].tolist() == [0, 1]
+    by_data = read_csv(write, encoder_tokenizer, "text,label\na,5\nb,1\nc,3\n")
+    assert (in_order(by_data)["labels"].tolist(), by_data.label_names) == ([2, 0, 1], ["1", "3", "5"])
+
+
+def test_a_text_in_one_file_and_a_number_in_another_are_one_label(make, write):
+    dev = write("dev.json", [{"text": "a", "label": 0}, {"text": "b", "label": 1}])
+    data = make([{"text": "a", "label": "1"}, {"text": "b", "label": "0"}], validation=dev)
+    data.setup("fit")
+    assert data.examples("validation")["labels"][:] == [0, 1]
+
+
+def test_declared_names_stay_with_their_rows_where_names_are_listed_in_another_order(tmp_path, encoder_tokenizer):
+    import datasets
+
+    names = datasets.ClassLabel(names=["2", "1"])  # class number 0 is called "2"
+    features = datasets.Features({"text": datasets.Value("string"), "label": names})
+    datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features=features).save_to_disk(tmp_path / "set")
+    settings = {"train": str(tmp_path / "set"), "tokenizer": encoder_tokenizer, "validation_fraction": 0.0}
+    assert in_order(LabelledText(**settings))["labels"].tolist() == [0, 1]
+    assert in_order(LabelledText(**settings, labels=["1", "2"]))["labels"].tolist() == [1, 0]
+    features["label"] = datasets.ClassLabel(names=["no", "yes"])
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, -1]}, features=features)
+    rows.save_to_disk(tmp_path / "unlabelled")
+    fails(LabelledText(**{**settings, "train": str(tmp_path / "unlabelled")}), "row 1 .*: the label is missing")
+
+
+def test_classes_and_their_counts_are_printed_before_training(write, encoder_tokenizer, capsys):
+    data = read_csv(write, encoder_tokenizer, "text,label\na,Yes\nb,yes \nc,no\nd,Yes\n")
+    data.setup("fit")
+    assert capsys.readouterr().out == (
+        "classes     Yes 2, no 1, 'yes ' 1 ('Yes' and 'yes ' differ in blanks and case alone: are they one class?)\n"
+    )

@@ -80,7 +80,8 @@ def test_a_label_that_nobody_knows_is_named_with_split_column_and_row(make, kind
     setting, column = {"TaggedWords": ("tags", "tags"), "MultiLabelText": ("label", "labels")}.get(
         kind, ("label", "label")
     )
-    message = rf'^{kind}\.{setting}: validation column "{column}", row 1.*\'wram\' is not a known label\..*"warm"\?'
+    where = rf'^validation\.json, row 1 \(.*\): {kind}\.{setting}, column "{column}": '
+    message = rf'{where}.*\'wram\' is not a known label\..*"warm"\?'
     with pytest.raises(DataError, match=message):
         data.setup("fit")
 

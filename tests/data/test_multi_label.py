@@ -57,7 +57,7 @@ def test_rows_to_predict_need_no_labels(make, write):
         (
             [{"text": "a", "labels": 1.5}],
             {},
-            r'train column "labels", row 0 .*1.5 is neither a list nor names with ","',
+            r'row 0 .*1.5 is neither a list nor names with ","',
         ),
         ([{"text": "a", "labels": ["x"]}], {}, r"labels are \['x'\]; at least 2 are needed.*use LabelledText"),
         (

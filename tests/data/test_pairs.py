@@ -67,7 +67,7 @@ def test_rows_to_predict_may_be_single_texts(make, write):
 
 def test_scores_outside_the_cosines(make):
     data = make([*ROWS[:2], {**ROWS[2], "near": 4.5}], score="near")
-    with pytest.raises(DataError, match=r'train column "near", row 2 .*4.5 is no cosine; .* Divide'):
+    with pytest.raises(DataError, match=r'row 2 .*column "near": 4.5 is no cosine; .* Divide'):
         data.setup("fit")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lora_lightning.data import Completions
-from lora_lightning.data.prompt_formats import FORMATS
+from lora_lightning.data.prompt_formats import FORMATS, fields
 from lora_lightning.errors import DataError, SettingsError
 
 ROWS = [
@@ -85,3 +85,11 @@ def test_unknown_and_doubled_formats(make):
         r'^Completions\.format "question": column question is "question"; train\.json has the columns prompt, comp'
     )
     fails(make(format="question"), message)
+
+
+def test_braces_of_json_are_to_be_doubled():
+    for template in ('Return {"a": 1} for {q}', "{'a': 1} {q}", "{\n  a: {q}\n}", "{ q }", "{} {q}"):
+        with pytest.raises(DataError, match=r"A literal brace is doubled"):
+            fields(template)
+    assert fields('Return {{"a": 1}} for {q}') == ["q"]
+    assert fields("{my question}") == ["my question"]

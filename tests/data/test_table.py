@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -247,3 +248,14 @@ def test_overfit_batches(data, tmp_path):
     recorder = Recorder()
     trainer(tmp_path, overfit_batches=2, max_epochs=1, accumulate_grad_batches=2).fit(recorder, data)
     assert len(recorder.trained) == 2
+
+
+def test_the_task_that_was_forgotten_is_named_before_anything_of_the_data(make_stream, write):
+    """Chat data beside the default task: not the chat template, which is missing too, is what is wrong."""
+    data = make_stream(train=write("x.csv", "prompt,completion\na,b\n"), streaming=False)
+    data.trainer.lightning_module = SimpleNamespace(task=SimpleNamespace(name="sequence-classification"))
+    message = r'^model\.task is "sequence-classification", but the data \(Completions\) serve causal-lm; set'
+    with pytest.raises(DataError, match=message):
+        data.setup("fit")
+    data.trainer.lightning_module.task.name = "causal-lm"
+    data.setup("fit")

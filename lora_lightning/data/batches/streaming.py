@@ -15,7 +15,6 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from lora_lightning.data.batches.loader import Batch
 from lora_lightning.data.batches.packing import packed
-from lora_lightning.data.sources.lines import first_bad_line
 from lora_lightning.data.sources.tables import UNREADABLE
 from lora_lightning.errors import DataError
 from lora_lightning.seeds import generator
@@ -46,7 +45,7 @@ class Position:
 
 
 def shuffled(
-    stream: datasets.IterableDataset, size: int, seed: int, path: str, position: Position, sources: Sequence[str] = ()
+    stream: datasets.IterableDataset, size: int, seed: int, path: str, position: Position
 ) -> Iterator[tuple[Position, dict[str, Any]]]:
     """Rows of `stream` behind `position`, over and over, each with the position behind it.
 
@@ -54,15 +53,14 @@ def shuffled(
     block there is read again; a buffer that is refilled row by row could not be found again.
 
     Raises:
-        DataError: the stream cannot be read on (with the line, if one of `sources` is a file or folder that has a bad
-            one), or holds no rows.
+        DataError: the stream cannot be read on or holds no rows.
     """
     while True:
         stream.set_epoch(position.turn)
         if position.start is not None:
             stream.load_state_dict(position.start)
         blocks, read = stream.iter(size), False  # not iter(stream), which shares rows out to workers once more
-        while block := _next(blocks, sources):
+        while block := _next(blocks):
             read, path_of_turn = True, f"{path}, turn {position.turn}"
             order = torch.randperm(len(block), generator=generator(seed, "stream", position.block, path_of_turn))
             for offset in range(position.offset, len(block)):
@@ -73,13 +71,13 @@ def shuffled(
         position = replace(position, turn=position.turn + 1, block=0, offset=0, start=None)
 
 
-def _next(blocks: Iterator[dict[str, list[Any]]], sources: Sequence[str]) -> list[dict[str, Any]]:
+def _next(blocks: Iterator[dict[str, list[Any]]]) -> list[dict[str, Any]]:
     """Rows of the next block; none at the end."""
     try:
         block = next(blocks, {})
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise DataError(f"a stream cannot be read on: {first_bad_line(sources) or reason}.") from error
+        raise DataError(f"a stream cannot be read on: {reason}.") from error
     return [dict(zip(block, values, strict=True)) for values in zip(*block.values(), strict=True)]
 
 
@@ -100,7 +98,6 @@ class StreamBatches(IterableDataset[tuple[int, Batch, Position]]):
         block: Rows that are shuffled together.
         seed: Seed of their order.
         positions: Where workers go on, by number.
-        sources: What the stream is made of, for messages.
     """
 
     stream: datasets.IterableDataset
@@ -112,7 +109,6 @@ class StreamBatches(IterableDataset[tuple[int, Batch, Position]]):
     block: int
     seed: int
     positions: Mapping[int, Position]
-    sources: Sequence[str]
 
     def __iter__(self) -> Iterator[tuple[int, Batch, Position]]:
         info = get_worker_info()
@@ -130,7 +126,7 @@ class StreamBatches(IterableDataset[tuple[int, Batch, Position]]):
         position = self.positions.get(worker, Position())
         since = position.turn  # when something was last found to learn
         counts = Counter(position.counts)
-        rows = shuffled(stream, self.block, self.seed, f"worker {worker}", position, self.sources)
+        rows = shuffled(stream, self.block, self.seed, f"worker {worker}", position)
         for after, row in rows:
             if after.turn > since + 1:
                 raise DataError("a stream holds no example that has anything to learn.")
@@ -140,7 +136,7 @@ class StreamBatches(IterableDataset[tuple[int, Batch, Position]]):
             whole = [] if lost else list(made["input_ids"][0])
             ids = whole if self.fill == "chunks" else whole[: self.max_length]
             if not after.turn:
-                kind = "skipped" if unreadable else "dropped" if lost else "examples"
+                kind = "skipped" if unreadable or any(made.get("skipped", ())) else "dropped" if lost else "examples"
                 counts.update({kind: 1, "truncated": int(len(ids) < len(whole) or any(made.get("truncated", ())))})
                 if unreadable:
                     log.warning("left a row out: %s", unreadable)

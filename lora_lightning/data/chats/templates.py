@@ -91,7 +91,8 @@ def _named(tokenizer: Any, name: str) -> str:
         fits = [other for other, known in TEMPLATES.items() if all(token in vocabulary for token in known.tokens)]
         raise DataError(
             f'Chat.chat_template is "{name}"; the tokenizer {tokenizer.name_or_path} has no token {missing[0]}, so that'
-            f" it would be letters to the model. Templates that fit: {', '.join(fits)}."
+            f" it would be letters to the model. data.new_tokens: {missing!r} makes it fit: rows for them train along."
+            f" Templates that fit as it is: {', '.join(fits)}."
         )
     end_id(tokenizer)
     return template.jinja(start="".join(tokenizer.convert_ids_to_tokens(start_ids(tokenizer))))

@@ -6,7 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_lightning.errors import DataError, did_you_mean
+from lora_lightning.data.sources.faults import RowError
+from lora_lightning.data.sources.texts import as_text
+from lora_lightning.errors import did_you_mean
 
 Turn = dict[str, Any]
 
@@ -26,20 +28,28 @@ ROLES = {
 """Role by what data sets call it."""
 LAYOUTS = (("role", "content"), ("from", "value"))
 """Keys of a turn: those of chat templates, and those of ShareGPT."""
+WEIGHTS = ("weight", "train", "loss")
+"""Keys that tell whether a turn is learned."""
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys of what an assistant thinks before it answers."""
+LEARNED = "__learned__"
+"""Key of a turn that is not learned, which is False."""
+OTHER, PARTS = "with turns of another shape", "with content that is no text"
 
 
 def conversation(value: Any, where: str) -> list[Turn]:
     """The turns of one cell, a list or its JSON text, as chat templates take them: role, content, and other keys.
 
     Keys without a value are left out, since tables give every turn the keys of all. Arguments of tool calls that are
-    JSON text are read.
+    JSON text are read. Parts of text become one text. `LEARNED` says whether a turn is learned: as its weight, train or
+    loss has it, and not where it is empty.
 
     Raises:
-        DataError: no turns, a turn of another layout, or an unknown role.
+        RowError: no turns, a turn of another layout, an unknown role, or content that is no text.
     """
     turns = json_value(value, where)
     if not isinstance(turns, list) or not turns:
-        raise DataError(f"{where} holds no turns; it must be a list of role and content.")
+        raise RowError("without turns", f"{where} holds no turns; it must be a list of role and content")
     return [_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(turns)]
 
 
@@ -47,13 +57,13 @@ def tool_list(value: Any, where: str) -> list[dict[str, Any]] | None:
     """The tools of one cell, a list of descriptions or its JSON text; None where there are none.
 
     Raises:
-        DataError: it is neither.
+        RowError: it is neither.
     """
     tools = json_value(value, where) if value else None
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(f"{where} is no list of tool descriptions.")
+        raise RowError("with tools of another shape", f"{where} is no list of tool descriptions.")
     return [_filled(tool) for tool in tools]
 
 
@@ -64,12 +74,13 @@ def json_value(value: Any, where: str) -> Any:
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where} is text, but no JSON: {error}.") from error
+        raise RowError("without turns", f"{where} is text, but no JSON: {error}") from error
 
 
 def last_answer(turns: Sequence[Turn]) -> int:
-    """Number of the last assistant turn; -1 where there is none."""
-    return max((number for number, turn in enumerate(turns) if turn["role"] == "assistant"), default=-1)
+    """Number of the last assistant turn that is learned; -1 where there is none."""
+    answers = (n for n, turn in enumerate(turns) if turn["role"] == "assistant" and turn.get(LEARNED, True))
+    return max(answers, default=-1)
 
 
 def without_first_exchange(turns: Sequence[Turn]) -> list[Turn] | None:
@@ -79,20 +90,76 @@ def without_first_exchange(turns: Sequence[Turn]) -> list[Turn] | None:
     return None if later is None else [*turns[:front], *turns[later:]]
 
 
+def learned(turns: Sequence[Turn]) -> list[bool]:
+    """Whether each turn is learned if it is the assistant's."""
+    return [bool(turn.get(LEARNED, True)) for turn in turns]
+
+
+def plain(turns: Sequence[Turn]) -> list[Turn]:
+    """Turns as templates take them."""
+    return [{key: value for key, value in turn.items() if key != LEARNED} for turn in turns]
+
+
 def _turn(turn: Any, where: str) -> Turn:
     if not isinstance(turn, Mapping):
-        raise DataError(f"{where} is {turn!r}; it must have role and content, or from and value.")
+        raise RowError(OTHER, f"{where} is {turn!r}; it must have role and content, or from and value")
     given = {key: value for key, value in turn.items() if value is not None}
     role_key, text_key = next((keys for keys in LAYOUTS if keys[0] in given), ("", ""))
     if not role_key:
-        raise DataError(f"{where} has {', '.join(given) or 'nothing'}; it needs role and content, or from and value.")
+        raise RowError(
+            OTHER, f"{where} has {', '.join(given) or 'nothing'}; it needs role and content, or from and value"
+        )
     role = str(given.pop(role_key))
     if role not in ROLES:
-        raise DataError(f'{where} has the role "{role}".{did_you_mean(role, ROLES)} Roles: {", ".join(ROLES)}.')
-    content = given.pop(text_key, "")
+        known = f"{did_you_mean(role, ROLES)} Roles: {', '.join(ROLES)}"
+        raise RowError("with an unknown role", f'{where} has the role "{role}".{known}')
+    content = _content(given.pop(text_key, None), where)
+    weight = _weight(given, ROLES[role], where)
     if calls := given.get("tool_calls"):
         given["tool_calls"] = [_call(call, where) for call in calls]
-    return {"role": ROLES[role], "content": content, **given}
+    empty = not content and not calls and not any(given.get(key) for key in REASONING)
+    if content is None and empty and ROLES[role] != "assistant":
+        there = ", ".join(given) or "nothing else"
+        raise RowError("without content", f"{where} has the role {role} and no {text_key}, but {there}")
+    made = {"role": ROLES[role], "content": content or "", **given}
+    return made if weight and not (empty and ROLES[role] == "assistant") else {**made, LEARNED: False}
+
+
+def _content(content: Any, where: str) -> str | None:
+    """Content as text: of parts their texts one after another, of numbers their digits."""
+    if not isinstance(content, list):
+        if isinstance(content, Mapping):
+            keys = ", ".join(map(str, content))
+            raise RowError(
+                PARTS, f'{where}: its content is an object ({keys}); give text, or [{{"type": "text", "text": ...}}]'
+            )
+        return as_text(content)
+    texts = []
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, Mapping) else "text" if isinstance(part, str) else "list"
+        text = part.get("text") if isinstance(part, Mapping) else part
+        if kind != "text" or not isinstance(text, str):
+            what = kind if kind != "text" else "text without a text"
+            raise RowError(PARTS, f"{where}: its content has a part of type {what}; chats are learned as text alone")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _weight(given: Turn, role: str, where: str) -> bool:
+    """Whether the turn's weight, train or loss, which are taken out of `given`, leave it to be learned."""
+    wanted = True
+    for key in WEIGHTS:
+        value = given.pop(key, None)
+        if value not in (None, 0, 1):
+            raise RowError(
+                "with a weight", f"{where} has {key}: {value!r}; a turn is learned (1 or true) or not (0 or false)"
+            )
+        if value and role != "assistant" and key != "weight":
+            raise RowError(
+                "with a weight", f"{where} has {key}: {value!r} and the role {role}; only the assistant is learned"
+            )
+        wanted = wanted and value in (None, 1)
+    return wanted
 
 
 def _call(call: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from lora_lightning.data.sources.tables import (
-    UNREADABLE,
-    OnError,
-    read_stream,
-    read_table,
-    require_columns,
-    require_text,
-    stream_columns,
-)
+from lora_lightning.data.sources.faults import Faults, RowError
+from lora_lightning.data.sources.lines import PLAIN, Reading
+from lora_lightning.data.sources.stored import PLACE
+from lora_lightning.data.sources.tables import UNREADABLE, read_stream, read_table, require_columns, stream_columns
+from lora_lightning.data.sources.texts import as_text, declared_names, names_only, texts_only
 from lora_lightning.errors import DataError, SettingsError
+
+Judge = Callable[[Mapping[str, Any]], object]
+"""Raises `RowError` for a row that cannot be used."""
 
 
 def folded(text: str) -> str:
@@ -65,15 +64,17 @@ class Sources:
     validation: Source | None = None
     test: Source | None = None
     predict: Source | None = None
-    columns: Sequence[str] | None = None
+    how: Reading = PLAIN
+    """How files are read."""
     validation_fraction: float = 0.0
-    on_error: OnError = "raise"
     streaming: bool = False
     """Whether the training data are read while training."""
     held_out_rows: int = 0
     """Most rows that are held out of a stream."""
-    skipped: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict, compare=False)
-    """Rows that could not be read and were left out, by split and source; filled while reading."""
+    faults: Faults = dataclasses.field(default_factory=Faults, compare=False)
+    """Rows that cannot be used; filled while reading."""
+    declared: dict[str, list[str]] = dataclasses.field(default_factory=dict, compare=False)
+    """Class names in the order of their numbers, by column, where a table declares them; filled while reading."""
 
     def __post_init__(self) -> None:
         for field in ("train", "validation", "test", "predict"):
@@ -91,23 +92,37 @@ class Sources:
             streams = self._streams()
             return _common([stream_columns(stream, name) for name, stream in streams.items()]) if streams else None
         tables = self._tables(field) if field else {}
-        return _common([table.column_names for table in tables.values()]) if tables else None
+        names = [[name for name in table.column_names if name != PLACE] for table in tables.values()]
+        return _common(names) if names else None
 
-    def read(self, split: str, columns: Mapping[str, str], *, texts: Sequence[str], hold_out_by: Sequence[str]) -> Any:
+    def read(
+        self,
+        split: str,
+        columns: Mapping[str, str],
+        *,
+        texts: Sequence[str],
+        hold_out_by: Sequence[str],
+        judge: Judge | None = None,
+        judged: Sequence[str] = (),
+    ) -> Any:
         """Rows of a split, or None where no source is named: a table, or a stream of training data if so asked.
 
         Weighted sources of the training data are mixed: each row comes from a source with a probability after its
         weight, until every row of all of them has come; those of a source that ends before come again. Elsewhere
-        sources follow one another, each row once.
+        sources follow one another, each row once. A column that one of them lacks is empty there; one that has
+        several types is text. The column `PLACE` tells where each row stands.
 
         Args:
             split: "train", "validation", "test" or "predict".
             columns: Columns that must exist, by the setting that names them.
-            texts: Columns in which every row must have a text.
+            texts: Columns in which every row must have a text; whatever else they hold is made text.
             hold_out_by: Columns whose hash decides what is held out; rows equal in them stay on one side.
+            judge: Raises `RowError` for further rows that cannot be used; not asked of streams.
+            judged: Columns of the rows that `judge` gets.
 
         Raises:
-            DataError: the source, a column or a text is missing, or sources have columns of one name and other types.
+            DataError: the source or a column is missing, a row cannot be used (unless such rows are left out), or
+                sources have columns of one name that cannot be joined.
         """
         field = self._field(split)
         if self.streaming and field == "train":
@@ -118,7 +133,11 @@ class Sources:
             return None
         for source, table in tables.items():
             require_columns(table, source, columns)
-            require_text(table, source, texts)
+            for name in judged:
+                if names := declared_names(table.features[name]):
+                    self.declared.setdefault(name, names)
+                    table = names_only(table, name)
+            tables[source] = self._usable(field, source, texts_only(table, texts), texts, judge, judged)
         if field == "train" and self.validation is None and self.validation_fraction:
             rows = sum(map(len, tables.values()))
             tables = {name: self._part(table, split, hold_out_by) for name, table in tables.items()}
@@ -135,26 +154,14 @@ class Sources:
         sources = [] if given is None else [given] if isinstance(given, str) else list(given)
         what = f"{self.owner}.{field}"
         return {
-            source: _unread(
-                read_table(
-                    source,
-                    hub_split,
-                    columns=self.columns,
-                    field=what,
-                    on_error=self.on_error,
-                    skipped=self.skipped.setdefault(field, {}),
-                )
-            )
+            source: _unread(read_table(source, hub_split, self.how, field=what, faults=self.faults))
             for source in sources
         }
 
     def _streams(self) -> dict[str, datasets.IterableDataset]:
         sources = [] if self.train is None else [self.train] if isinstance(self.train, str) else list(self.train)
         what = f"{self.owner}.train"
-        return {
-            source: read_stream(source, "train", columns=self.columns, field=what, on_error=self.on_error)
-            for source in sources
-        }
+        return {source: read_stream(source, "train", self.how, field=what, faults=self.faults) for source in sources}
 
     def _stream(
         self, split: str, columns: Mapping[str, str], texts: Sequence[str], hold_out_by: Sequence[str]
@@ -165,9 +172,11 @@ class Sources:
             require_columns(stream, source, columns)
         if not streams:
             return None
-        names = _common([stream_columns(stream, name) for name, stream in streams.items()])
+        names = _union([stream_columns(stream, name) for name, stream in streams.items()])
         rows = [
-            stream.map(StreamedRow(source, tuple(texts))).select_columns([*names, UNREADABLE])
+            stream.map(StreamedRow(self.faults, source, tuple(texts), tuple(names))).select_columns(
+                [*names, UNREADABLE, PLACE]
+            )
             for source, stream in streams.items()
         ]
         if self.validation is None and self.validation_fraction:
@@ -193,7 +202,7 @@ class Sources:
 
     def _part(self, table: datasets.Dataset, split: str, hold_out_by: Sequence[str]) -> datasets.Dataset:
         """What is held out of `table` for validation, or what is left for training."""
-        held_out = [self._is_held_out(row) for row in zip(*(table[name] for name in hold_out_by), strict=True)]
+        held_out = [self._is_held_out(row) for row in zip(*(table[name][:] for name in hold_out_by), strict=True)]
         return table.select([row for row, held in enumerate(held_out) if held == (split != "train")])
 
     def _joined(
@@ -202,8 +211,7 @@ class Sources:
         parts = {name: table for name, table in tables.items() if len(table)}
         if len(parts) == 1:
             return next(iter(parts.values()))
-        names = _common([table.column_names for table in parts.values()])
-        rows = [table.select_columns(names) for table in parts.values()]
+        rows = _aligned(list(parts.values()))
         try:
             if weights is None:
                 return datasets.concatenate_datasets(rows)
@@ -214,6 +222,44 @@ class Sources:
             reason = str(error).strip().splitlines()[0]
             raise DataError(f"{self.owner}.{field}: its sources do not fit together: {reason}") from error
 
+    def _usable(
+        self,
+        field: str,
+        source: str,
+        table: datasets.Dataset,
+        texts: Sequence[str],
+        judge: Judge | None,
+        judged: Sequence[str],
+    ) -> datasets.Dataset:
+        """`table` without the rows that cannot be used.
+
+        Raises:
+            DataError: one of them, or a column without any text.
+        """
+        left_out: set[int] = set()
+        places = [int(place) for place in table[PLACE][:]]
+
+        def fault(row: int, kind: str, reason: str) -> None:
+            left_out.add(row)
+            self.faults.add(field, places[row], kind, reason)
+
+        for name in texts:
+            column = table[name][:]
+            for row, text in enumerate(column):
+                if text is None:
+                    fault(row, f'without "{name}"', f'"{name}" is missing')
+            if not any(text and text.strip() for text in column):
+                raise DataError(f'{Path(source).name}: "{name}" is blank in every row.')
+        for row, values in enumerate(_rows(table.select_columns(list(judged))) if judge is not None else ()):
+            if row not in left_out and judge is not None:
+                try:
+                    judge(values)
+                except RowError as found:
+                    fault(row, found.kind, str(found))
+        if len(left_out) == len(table):
+            raise DataError(f"{self.owner}.{field}: no row of {source} is left: {self.faults.told(field)}.")
+        return table.select([row for row in range(len(table)) if row not in left_out]) if left_out else table
+
     def _is_held_out(self, texts: Sequence[object]) -> bool:
         return in_fraction(" ".join(map(identity, texts)), self.validation_fraction)
 
@@ -223,6 +269,19 @@ class Sources:
         source = getattr(self, field) if field else None
         path = Path(source).expanduser() if isinstance(source, str) else None
         return path.parent if path and path.is_file() else None
+
+    def fault(self, split: str, place: int | None, fault: RowError) -> None:
+        """Leave a row out that turned out to be of no use later, and count it, unless faults are errors.
+
+        Raises:
+            DataError: they are.
+        """
+        place = self.faults.places.start(split, "row") if place is None else place
+        self.faults.add(self._field(split) or split, place, fault.kind, str(fault))
+
+    def told(self, split: str) -> str:
+        """Rows of the source of a split that were left out, by kind."""
+        return self.faults.told(self._field(split) or split)
 
     def _field(self, split: str) -> str | None:
         """The setting that names the source of `split`: its own, or for validation and predict the next best."""
@@ -245,22 +304,30 @@ def _unread(table: datasets.Dataset) -> datasets.Dataset:
 
 @dataclass(frozen=True)
 class StreamedRow:
-    """Rows of a stream as they are, with `UNREADABLE`, which is None for those that can be read."""
+    """Rows of a stream with texts in their columns, a place, and in `UNREADABLE` why one cannot be used, else None."""
 
+    faults: Faults
     source: str
     texts: tuple[str, ...]
+    names: tuple[str, ...]
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row.
 
         Raises:
-            DataError: a text is missing.
+            DataError: it cannot be used, and such rows are errors.
         """
-        reason = row.get(UNREADABLE)
-        for column in self.texts:
-            if row[column] is None and reason is None:
-                raise DataError(f'{Path(self.source).name}: "{column}" is missing in a row: {row}.')
-        return {**row, UNREADABLE: reason}
+        place, reason = row.get(PLACE), row.get(UNREADABLE)
+        made = {name: row.get(name) for name in self.names} | {name: as_text(row.get(name)) for name in self.texts}
+        missing = next((name for name in self.texts if made[name] is None), None)
+        if reason is None and missing is not None:
+            reason = f'"{missing}" is missing'
+        if reason is None:
+            return {**made, UNREADABLE: None, PLACE: place}
+        where = Path(self.source).name if place is None else self.faults.places.words(place)
+        if self.faults.on_error == "raise":
+            raise DataError(f"{where}: {reason}. data.on_error: skip leaves such rows out.")
+        return {**made, UNREADABLE: f"{where}: {reason}", PLACE: place}
 
 
 @dataclass(frozen=True)
@@ -281,3 +348,32 @@ class HeldOut:
 def _common(columns: Sequence[Sequence[str]]) -> list[str]:
     """Names that are in every list, in the order of the first."""
     return [name for name in columns[0] if all(name in others for others in columns)]
+
+
+def _union(columns: Sequence[Sequence[str]]) -> list[str]:
+    """Names that are in any list, in the order in which they first come."""
+    return list(dict.fromkeys(name for names in columns for name in names))
+
+
+def _aligned(tables: Sequence[datasets.Dataset]) -> list[datasets.Dataset]:
+    """Tables with the columns of all: empty where one has none, and text where theirs have several types."""
+    names = _union([table.column_names for table in tables])
+    types = {name: {str(table.features[name]) for table in tables if name in table.features} for name in names}
+    several = [name for name, found in types.items() if len(found) > 1]
+    features = {name: next(table.features[name] for table in tables if name in table.features) for name in names}
+    features |= dict.fromkeys(several, datasets.Value("string"))
+    made = []
+    for table in tables:
+        table = texts_only(table, [name for name in several if name in table.column_names])
+        for name in names:
+            if name not in table.column_names:
+                table = table.add_column(name, [None] * len(table), feature=features[name])
+        made.append(table.select_columns(names))
+    return made
+
+
+def _rows(table: datasets.Dataset) -> Iterator[dict[str, Any]]:
+    """Rows of a table, read many at a time."""
+    for batch in table.iter(batch_size=1000):
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))

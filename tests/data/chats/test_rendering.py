@@ -51,15 +51,15 @@ def test_labels_are_the_tokens_themselves(render):
     assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
 
 
-def test_what_a_template_leaves_out_is_named(render):
+def test_what_a_template_writes(render):
     tools = [{"name": "weather"}]
     calls = [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [{"name": "weather"}]}]
     deaf = render(MARKED)
-    assert deaf.ignored(TURNS, tools, "row 0") == "tools"
-    assert deaf.ignored(calls, None, "row 0") == "tool_calls"
-    assert deaf.ignored(TURNS, None, "row 0") == ""
+    assert not deaf.writes("tools", TURNS, tools, "row 0")
+    assert not deaf.writes("tool_calls", calls, None, "row 0")
     hearing = render("{{ tools }}{% for m in messages %}{{ m.content }}{{ m.tool_calls }}{% endfor %}")
-    assert hearing.ignored(calls, tools, "row 0") == ""
+    assert hearing.writes("tools", calls, tools, "row 0")
+    assert hearing.writes("tool_calls", calls, tools, "row 0")
 
 
 def test_templates_that_refuse_or_rewrite(render):

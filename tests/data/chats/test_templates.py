@@ -53,5 +53,6 @@ def test_templates_that_are_not_there(tokenizer, letters):
         choose_template(tokenizer, None)
     with pytest.raises(DataError, match=rf'is "chatlm"; no such file\. Did you mean "chatml"\? {choices}'):
         choose_template(tokenizer, "chatlm")
-    with pytest.raises(DataError, match=r"has no token <\|im_start\|>.* Templates that fit: zephyr, plain\.$"):
+    way = r"data\.new_tokens: \['<\|im_start\|>', '<\|im_end\|>'\] makes it fit"
+    with pytest.raises(DataError, match=rf"has no token <\|im_start\|>.* {way}.* fit as it is: zephyr, plain\.$"):
         choose_template(load_tokenizer(letters(markers=False)), "chatml")

@@ -6,7 +6,16 @@ import json
 
 import pytest
 
-from lora_lightning.data.chats.turns import conversation, json_value, last_answer, tool_list, without_first_exchange
+from lora_lightning.data.chats.turns import (
+    LEARNED,
+    conversation,
+    json_value,
+    last_answer,
+    learned,
+    plain,
+    tool_list,
+    without_first_exchange,
+)
 from lora_lightning.errors import DataError
 
 HI = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -102,3 +111,53 @@ def test_the_first_exchange_goes_with_all_that_it_led_to(letters, rest):
     shorter = without_first_exchange(turns)
     assert (None if shorter is None else roles(shorter)) == rest
     assert shorter is None or all(turn in turns for turn in shorter)
+
+
+def test_turns_that_are_not_learned():
+    answers = [
+        {},
+        {"weight": 0},
+        {"weight": 1},
+        {"train": False},
+        {"loss": 0},
+        {"weight": 1.0, "train": True},
+        {"weight": None},
+    ]
+    turns = conversation([{"role": "assistant", "content": "x", **keys} for keys in answers], "row 0")
+    assert learned(turns) == [True, False, True, False, False, True, True]
+    assert plain(turns) == [{"role": "assistant", "content": "x"}] * len(answers)
+    empty = conversation([{"role": "assistant", "content": ""}, {"role": "assistant", "reasoning": "x"}], "row 0")
+    assert learned(empty) == [False, True]
+    assert last_answer(turns[:2]) == 0
+    assert LEARNED in turns[1]
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        (
+            {"role": "assistant", "content": "x", "weight": 0.5},
+            r"^row 7, turn 0 has weight: 0\.5; a turn is learned \(1 or",
+        ),
+        ({"role": "user", "content": "x", "train": True}, r"has train: True and the role user; only the assistant is"),
+        ({"role": "user", "text": "x"}, r"^row 7, turn 0 has the role user and no content, but text$"),
+        ({"role": "user", "content": {"a": 1}}, r"its content is an object \(a\); give text, or \[{\"type\": \"text\""),
+        (
+            {"role": "user", "content": [{"type": "image"}]},
+            r"its content has a part of type image; chats are learned as text",
+        ),
+        ({"role": "user", "content": [{"type": "text"}]}, r"has a part of type text without a text"),
+        ({"role": "user", "content": [["x"]]}, r"has a part of type list"),
+    ],
+)
+def test_what_a_turn_cannot_carry(turn, message):
+    with pytest.raises(DataError, match=message):
+        conversation([turn], "row 7")
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [(0, "0"), (False, "false"), (1.5, "1.5"), (["a", {"type": "text", "text": "b"}], "ab"), ([], "")],
+)
+def test_content_is_text(content, text):
+    assert conversation([{"role": "user", "content": content}], "x") == [{"role": "user", "content": text}]

@@ -6,7 +6,9 @@ import hashlib
 import pytest
 
 from lora_lightning.data.sources import splits
+from lora_lightning.data.sources.faults import Faults, RowError
 from lora_lightning.data.sources.splits import Sources, folded, in_fraction
+from lora_lightning.data.sources.stored import PLACE
 from lora_lightning.errors import DataError, SettingsError
 
 
@@ -100,7 +102,8 @@ def test_weights_are_fractions_of_the_rows(two):
 def test_sources_without_weights_follow_one_another(two):
     rows = read(Sources(owner="X", train=list(two)), "train")
     assert rows["text"][:] == [f"a{n}" for n in range(1200)] + [f"b{n}" for n in range(300)]
-    assert rows.column_names == ["text"]
+    assert set(rows.column_names) == {"text", "more", PLACE}
+    assert set(rows["more"]) == {None, 1}
     assert Sources(owner="X", train=list(two)).column_names("train") == ["text"]
 
 
@@ -114,12 +117,43 @@ def test_what_is_held_out_of_a_mixture_comes_once_and_is_not_trained(two):
 
 def test_sources_that_do_not_fit(two, write):
     a, _ = two
-    other = write("c.jsonl", '{"text": ["x"]}')
-    with pytest.raises(DataError, match=r"^X\.train: its sources do not fit together: The features can't be aligned"):
-        Sources(owner="X", train={a: 1.0, other: 1.0}).read("train", {}, texts=[], hold_out_by=[])
     with pytest.raises(DataError, match=r"^X\.text is \"text\"; d\.jsonl has the columns txt"):
         read(Sources(owner="X", train=[a, write("d.jsonl", '{"txt": "x"}')]), "train")
     with pytest.raises(SettingsError, match=r"^X\.train is {'a': 0}; weights must be above 0\.$"):
         Sources(owner="X", train={"a": 0})
     with pytest.raises(SettingsError, match=r"^X\.test is \[\]; it must name a source, or be null\.$"):
         Sources(owner="X", test=[])
+
+
+def test_a_column_of_several_types_is_text(write):
+    """A column that nobody uses is a number in one source and a text in the other; one has it in lists."""
+    parts = [write(f"{n}.jsonl", f'{{"text": "{n}", "id": {value}}}') for n, value in enumerate(("1", '"x1"', "[2]"))]
+    assert read(Sources(owner="X", train=parts), "train")["id"][:] == ["1", "x1", "[2]"]
+
+
+def test_rows_that_cannot_be_used(write):
+    """An error that names the line of the file, or all of them left out and counted by kind, once each."""
+    source = write("x.csv", 'text,n\n"a\nb",1\nshort\nc,3\nd,x\n')
+
+    def judge(row):
+        if row["n"] is None or not row["n"].isdigit():
+            raise RowError("without a number", f"{row['n']!r} is no number")
+
+    def sources(**options):
+        return Sources(owner="X", train=source, **options).read(
+            "train", {"X.text": "text"}, texts=["text"], hold_out_by=["text"], judge=judge, judged=["n"]
+        )
+
+    with pytest.raises(DataError, match=r"^x\.csv, line 4: None is no number\. data\.on_error: skip leaves such"):
+        sources()
+    faults = Faults("skip")
+    for _ in range(2):
+        assert sources(faults=faults)["text"][:] == ["a\nb", "c"]
+    assert faults.told("train") == "2 without a number (first: x.csv, line 4)"
+
+
+def test_texts_that_are_missing_or_blank(write):
+    with pytest.raises(DataError, match=r'^x\.jsonl, line 3: "text" is missing'):
+        read(Sources(owner="X", train=write("x.jsonl", '{"text": "a"}\n\n{"text": null}\n')), "train")
+    with pytest.raises(DataError, match=r'^y\.csv: "text" is blank in every row\.$'):
+        read(Sources(owner="X", train=write("y.csv", "text,b\n ,1\n,2\n")), "train")

@@ -6,10 +6,18 @@ from pathlib import Path
 import datasets
 import pytest
 
-from lora_lightning.data.sources.tables import read_table, require_columns, require_text
+from lora_lightning.data.sources.faults import Faults
+from lora_lightning.data.sources.lines import PLAIN, Reading
+from lora_lightning.data.sources.stored import PLACE
+from lora_lightning.data.sources.tables import read_stream, read_table, require_columns
 from lora_lightning.errors import DataError
 
 ROWS = {"text": ["good film", 'a "bad film'], "label": [1, 0]}
+
+
+def rows_of(source: str, split: str = "train", how: Reading = PLAIN, **options) -> dict[str, list]:
+    table = read_table(source, split, how, **options)
+    return table.remove_columns(PLACE).to_dict()
 
 
 @pytest.mark.parametrize(
@@ -23,23 +31,23 @@ ROWS = {"text": ["good film", 'a "bad film'], "label": [1, 0]}
     ],
 )
 def test_files(write, name, content):
-    assert read_table(write(name, content), "train").to_dict() == ROWS
+    labels = [1, 0] if "json" in name else ["1", "0"]
+    assert rows_of(write(name, content)) == {**ROWS, "label": labels}
 
 
 def test_parquet(tmp_path):
     datasets.Dataset.from_dict(ROWS).to_parquet(str(tmp_path / "x.parquet"))
-    assert read_table(str(tmp_path / "x.parquet"), "train").to_dict() == ROWS
+    assert rows_of(str(tmp_path / "x.parquet"), "train") == ROWS
 
 
 def test_txt_has_an_example_per_line_that_is_not_empty(write):
-    assert read_table(write("x.txt", "one\n\n  \ntwo\n"), "train").to_dict() == {"text": ["one", "two"]}
+    assert rows_of(write("x.txt", "one\n\n  \ntwo\n"), "train") == {"text": ["one", "two"]}
 
 
 def test_columns_name_a_file_without_header(write):
-    table = read_table(
-        write("x.tsv", 'gj04\t1\t\tHe "said so.\n'), "train", columns=["source", "label", "mark", "text"]
-    )
-    assert table.to_dict() == {"source": ["gj04"], "label": [1], "mark": [""], "text": ['He "said so.']}
+    how = Reading(columns=("source", "label", "mark", "text"))
+    table = rows_of(write("x.tsv", 'gj04\t1\t\tHe "said so.\n'), "train", how)
+    assert table == {"source": ["gj04"], "label": ["1"], "mark": [""], "text": ['He "said so.']}
 
 
 @pytest.mark.parametrize("word", ["NA", "null", "None", "nan"])
@@ -53,12 +61,12 @@ def test_a_changed_file_is_read_again(write):
 
 
 def test_real_files(shared):
-    columns = ["source", "label", "mark", "sentence"]
-    cola = read_table(str(shared / "data/cola/in_domain_train.tsv"), "train", columns=columns)
-    sst2 = read_table(str(shared / "data/sst2/train.tsv"), "train", columns=["sentence", "label"])
+    named = Reading(columns=("source", "label", "mark", "sentence"))
+    cola = read_table(str(shared / "data/cola/in_domain_train.tsv"), "train", named)
+    sst2 = read_table(str(shared / "data/sst2/train.tsv"), "train", Reading(columns=("sentence", "label")))
     gsm8k = read_table(str(shared / "data/gsm8k/test.json"), "test")
     assert (len(cola), len(sst2), len(gsm8k)) == (8551, 6920, 1319)
-    assert set(cola["label"]) == set(sst2["label"]) == {0, 1}
+    assert set(cola["label"]) == set(sst2["label"]) == {"0", "1"}
 
 
 @pytest.fixture
@@ -70,7 +78,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_folder_of_parquet_files(folder):
-    assert read_table(str(folder), "train").to_dict() == ROWS
+    assert rows_of(str(folder), "train") == ROWS
     assert read_table(f"{folder}::test", "validation")["text"][:] == ["t"]
 
 
@@ -78,13 +86,16 @@ def test_folders_of_save_to_disk(tmp_path):
     table = datasets.Dataset.from_dict(ROWS)
     table.save_to_disk(tmp_path / "one")
     datasets.DatasetDict(train=table, test=table.select([1])).save_to_disk(tmp_path / "many")
-    assert read_table(str(tmp_path / "one"), "train").to_dict() == ROWS
+    assert rows_of(str(tmp_path / "one"), "train") == ROWS
     assert read_table(str(tmp_path / "many"), "test")["label"][:] == [0]
+
+
+ONE = datasets.Dataset.from_dict({"a": [1]})
 
 
 def test_hub_id_takes_config_and_split(monkeypatch):
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: asked.append((args, options)) or [1])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: asked.append((args, options)) or ONE)
     read_table("nyu-mll/glue:mnli:validation_matched", "validation")
     read_table("stanfordnlp/imdb", "train")
     assert asked == [
@@ -124,7 +135,7 @@ def test_field_is_named(tmp_path):
 
 
 def test_unknown_extension(write):
-    message = r'train\.xlsx"; a file must end in \.csv, \.tsv, \.json, \.jsonl, \.parquet, \.txt, not "\.xlsx"\.$'
+    message = r'train\.xlsx"; a file must end in \.csv, .*, \.txt; text .* with \.gz, .* behind, not "\.xlsx"\.$'
     fails(write("train.xlsx", "a"), message)
 
 
@@ -161,15 +172,19 @@ def test_corrupt_file(write, name, content, reason):
 )
 def test_corrupt_lines_are_left_out_and_counted_when_asked(tmp_path, caplog, name, content, kept):
     (tmp_path / name).write_bytes(content)
-    assert read_table(str(tmp_path / name), "train", on_error="skip")["b"][:] == kept
-    number = {"x.csv": 3, "x.tsv": 1, "x.jsonl": 4}[name]
+    faults = Faults("skip")
+    assert read_table(str(tmp_path / name), "train", faults=faults)["b"][:] == kept
+    assert faults.count("train") == {"x.csv": 3, "x.tsv": 1, "x.jsonl": 4}[name]
     first = {"x.csv": 3, "x.tsv": 3, "x.jsonl": 2}[name]
-    assert f"{name}: left {number} rows out, the first in line {first}: " in caplog.text
+    assert f"left out: {name}, line {first}: " in caplog.text
+    assert f"(first: {name}, line {first})" in faults.told("train")
 
 
 def test_wrong_encoding(tmp_path):
     (tmp_path / "x.txt").write_bytes(b"caf\xe9\n")
-    fails(str(tmp_path / "x.txt"), r"x\.txt\"; line 1 cannot be read: 'utf-8' codec can't decode byte 0xe9")
+    fails(
+        str(tmp_path / "x.txt"), r"x\.txt\"; line 1 cannot be read: byte 0xe9 is no utf-8; set data\.encoding .*cp1252"
+    )
 
 
 def test_cause_is_kept(write):
@@ -179,8 +194,8 @@ def test_cause_is_kept(write):
 
 
 def test_fewer_names_than_fields(write):
-    source = write("x.tsv", "1\t2\t3\n")
-    fails(source, r"its lines have more fields than data\.columns has names\.$", columns=["a", "b"])
+    source, how = write("x.tsv", "1\t2\t3\n"), Reading(columns=("a", "b"))
+    fails(source, r"line 1 cannot be read: 3 fields where there are 2 columns", how=how)
 
 
 @pytest.mark.parametrize(
@@ -223,10 +238,45 @@ def test_required_columns(write):
         require_columns(table, "owner/name", {"LabelledText.text": "zzzzzz"})
 
 
-def test_required_text():
-    table = datasets.Dataset.from_dict({"a": ["x", None], "b": ["", " "], "c": ["", "x"]})
-    require_text(table, "x.json", ["c"])
-    with pytest.raises(DataError, match=r'^x\.json: "a" is missing in row 1, counted from 0\.$'):
-        require_text(table, "x.json", ["a"])
-    with pytest.raises(DataError, match=r'^x\.json: "b" is blank in every row\.$'):
-        require_text(table, "x.json", ["b"])
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("text;label", r'looks as if ";" separated the columns: set data\.separator to ";"\.$'),
+        ("text\tlabel", r'looks as if "\\t" separated the columns: set data\.separator to "\\t"\.$'),
+        ("text|label", r'set data\.separator to "\|"\.$'),
+    ],
+)
+def test_another_separator_is_seen_in_the_header(write, header, message):
+    source = write("x.csv", f"{header}\na{header[4]}b\n")
+    with pytest.raises(DataError, match=message):
+        require_columns(read_table(source, "train"), source, {"X.text": "text"})
+    assert rows_of(source, how=Reading(separator=header[4])) == {"text": ["a"], "label": ["b"]}
+
+
+def test_cells_are_what_stands_in_the_file_streamed_or_not(write):
+    cells = ["02134", "1.50", "1e5", "TRUE", "0", "", "123456789012345678901234567890", "+3", "0x10", "1_000", " x "]
+    source = write("x.csv", "a,b\n" + "".join(f"{cell},{cell}\n" for cell in cells))
+    assert rows_of(source) == {"a": cells, "b": cells}
+    assert [row["b"] for row in read_stream(source, "train")] == cells
+
+
+def test_a_type_that_changes_behind_row_ten_thousand(write):
+    source = write("x.csv", "a,b\n" + "t,0\n" * 12_000 + "last,x\n")
+    assert read_table(source, "train")["b"][-1] == "x"
+    lines = '{"a": 1}\n' * 12_000 + '{"a": "x", "c": [1]}\n'
+    table = rows_of(write("x.jsonl", lines))
+    assert table["a"][-2:] == ["1", "x"]
+    assert table["c"][-2:] == [None, [1]]
+
+
+def test_paths_with_brackets_and_stars(tmp_path):
+    for name in ("a[1].csv", "b*.csv", "c?.jsonl", "d{1}.parquet", "e[0-9].parquet"):
+        file = tmp_path / name
+        if name.endswith("parquet"):
+            datasets.Dataset.from_dict({"x": ["1"]}).to_parquet(str(file))
+        else:
+            file.write_text("x\n1\n" if name.endswith("csv") else '{"x": "1"}\n')
+        assert rows_of(str(file)) == {"x": ["1"]}
+    (tmp_path / "f[1]").mkdir()
+    (tmp_path / "f[1]/train.csv").write_text("x\n1\n")
+    fails(str(tmp_path / "f[1]"), r"its path must hold none of \* \? \[\. Name its files")

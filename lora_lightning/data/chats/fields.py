@@ -1,0 +1,104 @@
+"""What conversations carry beside roles and texts: used, or refused by name, or named once with its count."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lora_lightning.data.chats.rendering import Renderer, Tools
+from lora_lightning.data.chats.turns import REASONING, Turn
+from lora_lightning.data.sources.faults import RowError
+
+log = logging.getLogger(__name__)
+
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+RENDERED = ("chat_template_kwargs", "documents")
+"""Columns that other tools hand to the template."""
+SYSTEM = ("system", "system_prompt")
+"""Columns of a system text."""
+LEARNED_KEYS = (*REASONING, "tool_calls", *MEDIA)
+"""Keys of a turn whose absence changes what is learned."""
+TEXT_KEYS = ("role", "content")
+
+
+def refuse_columns(row: Mapping[str, Any], where: str) -> None:
+    """Raise `RowError` for a row with a value in a column that would change what is learned, and cannot be used."""
+    for name in (*MEDIA, *RENDERED):
+        if row.get(name):
+            raise RowError(
+                f'with a value in "{name}"',
+                f'{where} has a value in the column "{name}", which Chat does not read: it learns text, '
+                "rendered from turns and tools. Remove the column, or rename it",
+            )
+
+
+def with_system(turns: list[Turn], row: Mapping[str, Any], where: str) -> list[Turn]:
+    """The turns behind the system text of a column.
+
+    Raises:
+        RowError: the turns begin with a system turn, too.
+    """
+    text = next((row[name] for name in SYSTEM if row.get(name)), None)
+    if text is None:
+        return turns
+    if turns[0]["role"] == "system" and turns[0]["content"] != text:
+        raise RowError("with two system texts", f"{where} has a system turn and another text in its system column")
+    return turns if turns[0]["role"] == "system" else [{"role": "system", "content": str(text)}, *turns]
+
+
+class Fields:
+    """What a template does with the keys of turns; each key is tried once where it can be told.
+
+    Args:
+        renderer: The template.
+    """
+
+    def __init__(self, renderer: Renderer) -> None:
+        self.renderer = renderer
+        self._written: dict[str, bool] = {}
+        self.left_out: Counter[str] = Counter()
+        """Turns by key that the template does not write, without consequence for what is learned."""
+
+    def check(self, turns: Sequence[Turn], tools: Tools, where: str) -> None:
+        """Try the keys of the turns.
+
+        Raises:
+            RowError: the template leaves out what should be learned: tools, their calls, reasoning, media.
+        """
+        if tools and not self._writes("tools", turns, tools, where):
+            raise self._refusal("tools", where)
+        for number, turn in enumerate(turns):
+            what = f"text in turns of the role {turn['role']}"
+            if turn["content"] and what not in self._written:
+                self._written[what] = self.renderer.writes_content(turns[: number + 1], tools, where)
+            if turn["content"] and not self._written[what]:
+                raise self._refusal(what, where)
+            for key in turn:
+                if key in TEXT_KEYS or not turn[key]:
+                    continue
+                # reasoning of earlier turns is left out by design: tried where the turn is the last
+                written = self._writes(key, turns[: number + 1], tools, where)
+                if not written and key in LEARNED_KEYS:
+                    raise self._refusal(key, where)
+                if not written:
+                    self.left_out[key] += 1
+
+    def tell(self, what: str) -> None:
+        """Name the keys that were left out, once each with their count."""
+        if self.left_out:
+            told = ", ".join(f"{key} ({count} turns)" for key, count in sorted(self.left_out.items()))
+            log.warning("%s: the chat template %s does not write %s", what, self.renderer.name, told)
+
+    def _writes(self, key: str, turns: Sequence[Turn], tools: Tools, where: str) -> bool:
+        if key not in self._written:
+            self._written[key] = self.renderer.writes(key, turns, tools, where)
+        return self._written[key]
+
+    def _refusal(self, key: str, where: str) -> RowError:
+        return RowError(
+            f"with {key} that the template leaves out",
+            f"{where} has {key}, which the chat template {self.renderer.name} leaves out. Give a chat_template that "
+            "writes them, or remove them from the data",
+        )
