@@ -407,6 +407,10 @@ REFUSED = {
     "a callback without what it needs": ["--trainer.callbacks+", "RankPruning", "--trainer.callbacks.final_rank", "1"],
     "other targets": ["--model.targets", "[key]"],
     "no steps": ["--trainer.max_steps", "0"],
+    "other rows": ["--data.train", "model/dev.csv", "--data.limit", "20"],
+    "as many other rows": ["--data.train", "model/others.csv"],
+    "another length of texts": ["--data.max_length", "8"],
+    "another order": ["--data.seed", "1"],
 }
 
 
@@ -431,9 +435,54 @@ def stopped(prepared, tmp_path_factory):
 def test_a_refused_resume_changes_no_byte_of_the_run(here, stopped, case):
     """So that the same run can go on afterwards as it was."""
     shutil.copytree(stopped, here / "runs")
+    labelled_file(here / "model" / "others.csv", rows=40, seed=7)
     before = bytes_in("runs")
     assert main(["fit", "--resume", "runs/tiny/001", *REFUSED[case]]) == 2
     assert bytes_in("runs") == before
+
+
+GOING_ON = """
+seed_everything: 5
+model:
+  pretrained: model
+  method: {class_path: LoRA, init_args: {rank: 2, dropout: 0.1}}
+  optimizer: {class_path: AdamW, init_args: {lr: 1.0e-2}}
+  lr_scheduler: {decay: constant, warmup_fraction: 0}
+  linear_baseline: false
+data: {class_path: LabelledText, init_args: {train: model/train.csv, validation: model/dev.csv, batch_size: 4}}
+trainer: {max_epochs: -1, log_every_n_steps: 1, enable_progress_bar: false, accelerator: cpu}
+"""
+
+
+@pytest.mark.parametrize("steps", [4, 10])
+def test_a_finished_run_goes_on_with_more_steps_as_if_it_had_not_ended(here, capsys, steps):
+    """In the middle of an epoch of ten batches and at its end; the rate is the same all along."""
+    Path("on.yaml").write_text(GOING_ON)
+    assert main(["fit", "--config", "on.yaml", "--trainer.max_steps", "14"]) == 0
+    assert main(["fit", "--config", "on.yaml", "--trainer.max_steps", str(steps)]) == 0
+    assert main(["fit", "--resume", "runs/on/002", "--trainer.max_steps", "14"]) == 0
+    assert f"resume: the run had ended and goes on from step {steps} to 14" in capsys.readouterr().out
+    one, two = (load_file(f"runs/on/00{n}/adapter/adapter.safetensors") for n in (1, 2))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    assert yaml.safe_load(Path("runs/on/002/config.yaml").read_text())["trainer"]["max_steps"] == 14
+    assert main(["fit", "--resume", "runs/on/002", "--trainer.max_steps", "9"]) == 2
+
+
+def test_a_run_that_a_callback_ended_goes_on(here, capsys):
+    """EarlyStopping and max_time end a run before its steps are done; with more steps, or with its own, it goes on."""
+    Path("on.yaml").write_text(GOING_ON)
+    stop = [
+        "--trainer.callbacks+=EarlyStopping",
+        "--trainer.callbacks.monitor=val_loss",
+        "--trainer.callbacks.mode=min",
+    ]
+    always = ["--trainer.callbacks.divergence_threshold=0.0"]  # stops at the first validation
+    never = ["--trainer.callbacks.divergence_threshold=null"]
+    line = ["fit", "--config", "on.yaml", "--trainer.max_steps", "14", *stop]
+    assert main([*line, *always]) == 0
+    assert json.loads(Path("runs/on/001/summary.json").read_text())["steps"] == 10
+    assert main(["fit", "--resume", "runs/on/001", *never, "--trainer.max_steps", "20"]) == 0
+    assert json.loads(Path("runs/on/001/summary.json").read_text())["steps"] == 20
 
 
 def bytes_in(folder) -> dict[str, bytes]:
