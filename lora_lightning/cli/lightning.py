@@ -27,10 +27,11 @@ import lora_lightning.data
 import lora_lightning.training.strategies.sharded  # noqa: F401 - and of our strategies
 from lora_lightning import plugins
 from lora_lightning.callbacks.step_counting import REPORTS
-from lora_lightning.cli import command_line
+from lora_lightning.cli import command_line, environment
 from lora_lightning.cli.parser import Parser
 from lora_lightning.cli.parser_errors import refused as refusal
 from lora_lightning.cli.run_folder import RunFolder
+from lora_lightning.cli.trust import trusted_config
 from lora_lightning.errors import (
     LoraLightningError,
     SettingsError,
@@ -60,9 +61,9 @@ _PARSER = {"prog": "lora_lightning", "default_env": True, "env_prefix": "LORA_LI
 _DEFAULTS = {"enable_model_summary": False}
 _START = "python -m lora_lightning"
 _REST = "[--config NAME|PATH ...] [-p no:NAME] [--SETTING VALUE ...]"
-_USAGE = {verb: f"{_START} {verb} [--run DIR] {_REST}" for verb in TRAINING_VERBS} | {
+_USAGE = {verb: f"{_START} {verb} [--run DIR [--trust-run]] {_REST}" for verb in TRAINING_VERBS} | {
     "fit": f"{_START} fit [--resume DIR] {_REST}",
-    "predict": f"{_START} predict [--run DIR] [--output FILE.csv|FILE.jsonl] {_REST}",
+    "predict": f"{_START} predict [--run DIR [--trust-run]] [--output FILE.csv|FILE.jsonl] {_REST}",
 }
 
 
@@ -112,7 +113,7 @@ class CLI(LightningCLI):
             save_config_kwargs={"overwrite": True, "save_to_log_dir": False, "run_folder": self.run_folder},
             seed_everything_default=0,
             trainer_defaults=dict(_DEFAULTS),
-            args=list(line.rest),
+            args=_believed(line),
             run=run,
         )
 
@@ -132,7 +133,10 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse the words given; `sys.argv` is another matter."""
+        used = environment.used(parser, self.line.verb)
         self.config = parser.parse_args(args)
+        for text in used:
+            print(text)
 
     def before_instantiate_classes(self) -> None:
         """A data module without a tokenizer or an image processor gets the model's, which is looked for first."""
@@ -241,6 +245,15 @@ def _export_format(module: AdapterModule) -> str | None:
     layers = [layer for _, layer in iter_adapters(module) if NAME in layer.adapters]
     exact = kind == "native" or (kind == "exact LoRA" and all(layer.low_rank(NAME) is not None for layer in layers))
     return "peft" if exact else "merged"
+
+
+def _believed(line: command_line.Line) -> list[str]:
+    """The words of a line, with a run folder's config as far as it is to be trusted."""
+    if line.folder is None or line.trusted:
+        return list(line.rest)
+    own = str(line.folder / "config.yaml")
+    first = line.rest.index(own)
+    return [*line.rest[:first], trusted_config(own), *line.rest[first + 1 :]]
 
 
 class Description(CLI):
