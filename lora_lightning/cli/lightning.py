@@ -174,8 +174,11 @@ class CLI(LightningCLI):
         else:
             folder = self.run_folder.begin(self.line.stem, root, rank)
         kwargs.setdefault("default_root_dir", folder)
-        if given.get("logger") in (None, True):
-            kwargs["logger"] = [CSVLogger(folder, name="", version=""), TensorBoardLogger(folder, "", "")]
+        logger = given.get("logger")
+        if logger is not False:  # others stand beside ours, so that the folder holds the run whatever they are
+            others = [TensorBoardLogger(folder, "", "")] if logger in (None, True) else logger
+            others = others if isinstance(others, list) else [others]
+            kwargs["logger"] = [CSVLogger(folder, name="", version=""), *others]
         kwargs["plugins"] = [*(given.get("plugins") or []), AtomicCheckpoints()]
         minutes = self._get(self.config_init, "checkpoint_minutes", default=5.0)
         self.trainer_defaults["callbacks"] = [LastCheckpoint(folder), SaveOften(folder, minutes), RunReport(folder)]

@@ -103,6 +103,10 @@ def test_a_fit_leaves_a_whole_run_folder(here, capsys):
     assert {"method", "metric", "values", "untrained", "linear_baseline", "trainable_parameters"} <= set(summary)
     assert {"surviving_parameters", "adapter_dir", "seconds", "seed", "threads", "versions"} <= set(summary)
     assert summary["method"] == "RoseLoRA"
+    assert (summary["settings"]["sparsity"], summary["rate"], summary["optimizer"]) == (0.5, 0.01, ["AdamW"])
+    hparams = yaml.safe_load((run / "hparams.yaml").read_text())
+    assert (hparams["method.sparsity"], hparams["rate"], hparams["total_steps"]) == (0.5, 0.01, 8)
+    assert any(re.fullmatch(r"step 8 of 8: .*train_loss [\d.]+.*", line) for line in out)
     assert summary["adapter_dir"] == "runs/tiny/001/adapter"
     tensors = load_file(run / "adapter" / "adapter.safetensors")
     factors = {name: value for name, value in tensors.items() if "lora_" in name}
@@ -497,7 +501,8 @@ def test_another_setting_with_a_run_is_refused(trained, capsys):
 def test_config_yaml_lies_in_the_run_folder_whatever_the_logger(here):
     flags = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs"]
     assert main(["fit", "--config", "tiny.yaml", *flags]) == 0
-    assert Path("runs/tiny/001/config.yaml").is_file()
+    assert {"config.yaml", "metrics.csv", "summary.json"} <= {path.name for path in Path("runs/tiny/001").iterdir()}
+    assert list(Path("logs").rglob("metrics.csv"))
     assert main(["validate", "--run", "runs/tiny/001"]) == 0
 
 

@@ -21,7 +21,13 @@ SOUND = {
         "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1}},
     },
     "data": {"class_path": "lora_lightning.data.Chat", "init_args": {"train": "a.jsonl"}},
-    "trainer": {"max_steps": 3, "precision": "32-true", "default_root_dir": "./here", "callbacks": None, "logger": True},
+    "trainer": {
+        "max_steps": 3,
+        "precision": "32-true",
+        "default_root_dir": "./here",
+        "callbacks": None,
+        "logger": True,
+    },
 }
 
 

@@ -177,7 +177,7 @@ class _ConfigCheck(Description):
 
     def _trainer(self) -> Trainer | None:
         """The trainer here; settings that it refuses are noted and left out."""
-        settings: dict[str, Any] = {"enable_checkpointing": False}
+        settings: dict[str, Any] = {}
         for name, value in self.config.trainer.as_dict().items():
             if value is not None:
                 settings[name] = self._built(f"trainer.{name}") if name in _PARTS else value
