@@ -16,7 +16,7 @@ from typing import Any
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -47,6 +47,7 @@ from lora_lightning.registry import TRAINING_VERBS
 from lora_lightning.training.assembly import NAME
 from lora_lightning.training.module import AdapterModule
 from lora_lightning.training.predictions import WritePredictions
+from lora_lightning.training.run_bar import RunBar
 from lora_lightning.training.run_report import RunReport
 from lora_lightning.training.save_often import SaveOften, stopped
 from lora_lightning.training.trainer_checkpoints import AtomicCheckpoints, LastCheckpoint
@@ -182,6 +183,10 @@ class CLI(LightningCLI):
         kwargs["plugins"] = [*(given.get("plugins") or []), AtomicCheckpoints()]
         minutes = self._get(self.config_init, "checkpoint_minutes", default=5.0)
         self.trainer_defaults["callbacks"] = [LastCheckpoint(folder), SaveOften(folder, minutes), RunReport(folder)]
+        callbacks = given.get("callbacks") or []
+        theirs = callbacks if isinstance(callbacks, list) else [callbacks]
+        if given.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in theirs):
+            self.trainer_defaults["callbacks"].append(RunBar())
         return super().instantiate_trainer(**kwargs)
 
     def _use_checkpoint(self) -> None:

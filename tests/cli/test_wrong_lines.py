@@ -101,7 +101,7 @@ DOCTOR = {
     f"{WATCH} EarlyStopping --trainer.callbacks.monitor val_accuracy": 'EarlyStopping.mode is "min", but of '
     'val_accuracy more is better; set it to "max"',
     f"{WATCH} ModelCheckpoint {WATCH[:-1]}.monitor val_acc": f'"val_acc"; {LOGGED}"val_mcc"',
-    "--trainer.callbacks+ KeepBest --trainer.callbacks.monitor val_bleu": 'KeepBest.monitor is "val_bleu"; the run logs',
+    "--trainer.callbacks+ KeepBest --trainer.callbacks.monitor val_bleu": 'KeepBest.monitor is "val_bleu"; the run',
     "--trainer.callbacks+ KeepBest --trainer.callbacks.monitor val_loss --data.validation_fraction 0": "It has no "
     "validation data",
     "--data.tokenizer bigger": "data.tokenizer has 143 tokens; BertForSequenceClassification has 50 rows",
