@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -51,7 +53,7 @@ def load(blocked: Collection[str] = ()) -> Registry:
     global _current
     registry = Registry()
     registry.manager.add_hookspecs(hookspecs)
-    found = sorted(importlib.metadata.entry_points(group=GROUP), key=lambda entry: entry.name)
+    found = entries()
     _check_names(blocked, {entry.name for entry in found})
     for entry in found:
         if entry.name in blocked:
@@ -64,6 +66,19 @@ def load(blocked: Collection[str] = ()) -> Registry:
             _load(registry, entry)
     _current = registry
     return registry
+
+
+def entries() -> list[importlib.metadata.EntryPoint]:
+    """The installed plugins by name; the current folder, where `python -m` looks first, is not searched."""
+    every = importlib.metadata.entry_points(group=GROUP)
+    return sorted((entry for entry in every if not _is_of_this_folder(entry)), key=lambda entry: entry.name)
+
+
+def _is_of_this_folder(entry: importlib.metadata.EntryPoint) -> bool:
+    """Whether a plugin lies in the current folder and nobody has asked for that one by PYTHONPATH."""
+    here = Path.cwd()
+    asked = [Path(place).resolve() for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
+    return entry.dist is not None and Path(str(entry.dist.locate_file(""))).resolve() == here and here not in asked
 
 
 def _load(registry: Registry, entry: importlib.metadata.EntryPoint) -> None:

@@ -391,6 +391,8 @@ def arguments(owner: type) -> dict[str, inspect.Parameter]:
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     found: dict[str, inspect.Parameter] = {}
     for cls in owner.__mro__:
+        if not {"__init__", "__new__"} & set(vars(cls)):  # takes what the next one takes
+            continue
         parameters = inspect.signature(cls).parameters
         found |= {name: p for name, p in parameters.items() if p.kind not in variadic and name not in found}
         if inspect.Parameter.VAR_KEYWORD not in {p.kind for p in parameters.values()}:

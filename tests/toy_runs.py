@@ -28,8 +28,9 @@ from lora_lightning.training.module import AdapterModule
 WORDS = [f"w{i}" for i in range(40)]
 
 
-def save_tokenizer(folder: Path) -> None:
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[EOS]", *WORDS])}
+def save_tokenizer(folder: Path, more: int = 0) -> None:
+    words = [*WORDS, *(f"x{i}" for i in range(more))]
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[EOS]", *words])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(

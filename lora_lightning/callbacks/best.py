@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -17,6 +18,21 @@ from lora_lightning.injection.records import injected_root, records
 from lora_lightning.storage.folded import make_room_for_folded, rewrite_weights
 from lora_lightning.storage.state import adapter_keys
 
+_LESS = ("loss", "error", "perplexity", "ppl", "mse", "mae", "rmse", "wer", "cer")
+_MORE = ("accuracy", "acc", "f1", "auc", "auroc", "precision", "recall", "bleu", "chrf", "rouge", "match", "pearson",
+         "spearman", "matthews", "mcc", "iou", "score")  # fmt: skip
+
+
+def direction(metric: str) -> Literal["max", "min"] | None:
+    """Whether more or less of a metric is better, by the words of its name; None where they do not say.
+
+    Example:
+        >>> direction("val_loss"), direction("val_exact_match"), direction("val_x")
+        ('min', 'max', None)
+    """
+    words = re.split(r"[^a-z0-9]+", metric.lower())
+    return "min" if any(word in _LESS for word in words) else "max" if any(word in _MORE for word in words) else None
+
 
 class KeepBest(Callback):
     """Puts the adapter and trained heads of the best validation back when training ends.
@@ -26,7 +42,8 @@ class KeepBest(Callback):
 
     Args:
         monitor: validation metric, as it was logged; None takes that of AdapterModule's task.
-        mode: whether more of it is better.
+        mode: whether more of it is better; None takes "min" for a loss, an error or a perplexity, and "max" for what is
+            known to grow, such as an accuracy.
 
     Raises:
         NoEffectError: no adapter, no validation after the schedules, or none that logged the metric.
@@ -34,9 +51,9 @@ class KeepBest(Callback):
 
     phase: ClassVar[int] = JUDGES
 
-    def __init__(self, monitor: str | None = None, mode: Literal["max", "min"] = "max") -> None:
+    def __init__(self, monitor: str | None = None, mode: Literal["max", "min"] | None = None) -> None:
         self.monitor, self.mode = monitor, mode
-        check(mode in ("max", "min"), self, "mode", 'it must be "max" or "min".')
+        check(mode in ("max", "min", None), self, "mode", 'it must be "max" or "min", or null.')
         self.step: int | None = None
         self.values: dict[str, float] = {}
         self._tensors: dict[str, Tensor] = {}
@@ -48,6 +65,9 @@ class KeepBest(Callback):
         if self.monitor is None and task is not None:
             self.monitor, self.mode = f"val_{task.metric}", "max" if task.higher_is_better else "min"
         check(self.monitor is not None, self, "monitor", "name the metric that the module logs in validation.")
+        self.mode = self.mode or direction(str(self.monitor))
+        rule = f'"{self.monitor}" does not say whether more of it is better; set it to "max" or "min".'
+        check(self.mode is not None, self, "mode", rule)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what will be kept."""

@@ -24,6 +24,7 @@ from lora_lightning.registry import arguments
 from lora_lightning.storage.folded import rewrite_weights
 
 _SECTION = "lora_lightning_resume"
+_LENGTH = "optimizer steps"
 _PLAIN = (int, float, str, bool, type(None))
 """Types of settings that are compared."""
 
@@ -38,14 +39,17 @@ class ExactResume(Callback):
     random numbers are others.
 
     Raises:
-        ResumeError: another number of batches or optimizer steps than the run was started with; another number of
-            processes inside an accumulation window.
+        ResumeError: another number of batches or optimizer steps than the run was started with, other training data or
+            settings of them; another number of processes inside an accumulation window.
+
+    A run that has ended goes on with more optimizer steps than it had; its rates are then those of the longer run.
     """
 
     phase: ClassVar[int] = JUDGES
 
     def __init__(self) -> None:
         self._pending: dict[str, Any] | None = None
+        self._data: dict[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save after every schedule has acted."""
@@ -56,7 +60,12 @@ class ExactResume(Callback):
         if trainer.state.fn != "fit" or trainer.state.status == "interrupted":
             return
         mine = {"rng": _random_states(), "gradients": _open_window(trainer, pl_module)}
-        checkpoint[_SECTION] = {"ranks": gather_objects(mine), "run": _run_facts(trainer, pl_module)}
+        if self._data is None:
+            self._data = _data_facts(trainer)
+        if trainer.state.finished:
+            _mend_last_epoch(checkpoint["loops"]["fit_loop"], trainer.num_training_batches)
+        run = _run_facts(trainer, pl_module) | self._data
+        checkpoint[_SECTION] = {"ranks": gather_objects(mine), "run": run, "ended": trainer.state.finished}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write what adapters had folded into the weights that have just been loaded; keep the section."""
@@ -88,9 +97,13 @@ class ExactResume(Callback):
             return
         _place_loaders(trainer)
         saved = _renamed_facts(self._pending["run"], trainer)
-        for name, value in _run_facts(trainer, pl_module).items():
-            before = saved[name]
-            if value != before:
+        self._data = _data_facts(trainer)
+        for name, value in (_run_facts(trainer, pl_module) | self._data).items():
+            before = saved.get(name, value)  # older checkpoints say less
+            if name == _LENGTH and _goes_on(self._pending, before, value, trainer):
+                if trainer.is_global_zero:
+                    print(f"resume: the run had ended and goes on from step {trainer.global_step} to {value}")
+            elif value != before:
                 raise ResumeError(
                     f"the run was started with {name} {before} and would go on with {value}; rates, schedules or "
                     f"batches would jump. Resume with the same settings{self._batch_size(trainer)}."
@@ -142,7 +155,7 @@ def _run_facts(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
     """What a resumed run must share, as plain data; optimizer settings as given, not as scheduled."""
     schedule = getattr(module, "lr_scheduler", None)
     facts: dict[str, Any] = {
-        "optimizer steps": total_steps(trainer),
+        _LENGTH: total_steps(trainer),
         "batches an epoch": float(trainer.num_training_batches),
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "gradient_clip_val": trainer.gradient_clip_val,
@@ -153,6 +166,37 @@ def _run_facts(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         settings = {"class": type(optimizer).__name__, "differentiable": False, **getattr(optimizer, "defaults", {})}
         facts[f"optimizer {number}"] = {k: v for k, v in settings.items() if isinstance(v, _PLAIN)}
     return facts
+
+
+def _mend_last_epoch(loop: dict[str, Any], batches: float) -> None:
+    """Make the state of an ended loop one that more steps go on from.
+
+    Lightning counts the last epoch as whole wherever the run ends, and then goes on with the next; and a whole one it
+    would end a second time.
+    """
+    done = loop["epoch_loop.batch_progress"]
+    if done["current"]["ready"] < batches:
+        for counts in (loop["epoch_progress"]["current"], loop["epoch_progress"]["total"]):
+            counts["processed"] -= 1
+            counts["completed"] -= 1
+    else:
+        done["current"] = dict.fromkeys(done["current"], 0)
+        done["is_last_batch"] = False
+        loop["state_dict"].pop("combined_loader", None)
+
+
+def _data_facts(trainer: Trainer) -> dict[str, Any]:
+    """What the data module says of the training data, where it does, and how many examples a batch has in all."""
+    data: Any = getattr(trainer, "datamodule", None)
+    known = getattr(data, "training_identity", None)
+    return {**known(), "examples a batch": data.batch_size * trainer.world_size} if known is not None else {}
+
+
+def _goes_on(section: Mapping[str, Any], before: int | None, now: int | None, trainer: Trainer) -> bool:
+    """Whether a run that has ended, by its length or by a callback, is given more steps."""
+    if before is None or now == before:
+        return False
+    return bool(section.get("ended") or trainer.global_step >= before) and (now is None or now > before)
 
 
 def _renamed_facts(saved: Mapping[str, Any], trainer: Trainer) -> dict[str, Any]:

@@ -7,6 +7,7 @@ comes first, and a second config argument is refused there.
     --config NAME|PATH   a file, or a config this package carries        also -c, and with "="
     --run DIR            validate, test, predict: DIR/config.yaml goes first, weights from DIR/last.ckpt
     --resume DIR         fit: the same, and training continues
+    --trust-run          with --run: take callbacks, loggers and classes of any package from DIR/config.yaml, too
     --output FILE        predict: where the predictions go, .csv or .jsonl
 
 `sys.argv` is left whole, because launchers of further processes start them from it.
@@ -14,6 +15,7 @@ comes first, and a second config argument is refused there.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +54,8 @@ class Line:
     """`folder`'s last.ckpt; None without a folder, or where --ckpt_path is given."""
     output: str = "predictions.csv"
     """File that `predict` writes."""
+    trusted: bool = False
+    """Whether everything that `folder`'s config names may be imported."""
     stem: str = "run"
     """Name for new run folders: the first config's, or the one under which `folder` stands."""
 
@@ -64,7 +68,8 @@ def read(argv: Sequence[str]) -> Line:
         SettingsError: a config that is neither a file nor carried by this package.
         RunFolderError: a run folder that is missing or incomplete, or given to the wrong verb.
     """
-    words = list(_split(argv))
+    trusted = "--trust-run" in argv
+    words = list(_split([word for word in argv if word != "--trust-run"]))
     verb = _take_verb(words)
     lead = () if verb is None else (verb,)
     blocked = tuple(_plugin(value) for flag, value in words if flag == "-p")
@@ -74,6 +79,8 @@ def read(argv: Sequence[str]) -> Line:
     outputs = [value for flag, value in words if flag == "--output" and verb == "predict"]
     output = outputs[-1] if outputs else "predictions.csv"
     rest = [word for flag, value in words for word in _for_parser(flag, value, verb)]
+    if trusted and not any(flag == "--run" for flag, _ in folders):
+        raise RunFolderError("--trust-run goes with --run DIR; a config given by --config is trusted.")
     if not folders:
         stem = Path(configs[0]).stem if configs and is_path(configs[0]) else "run"
         return Line((*lead, *rest), verb, blocked=blocked, configs=tuple(configs), output=output, stem=stem)
@@ -91,6 +98,7 @@ def read(argv: Sequence[str]) -> Line:
         output=output,
         folder=folder,
         resume=flag == "--resume",
+        trusted=trusted or flag == "--resume",
         checkpoint=None if own_checkpoint else folder / "last.ckpt",
         stem=folder.absolute().parent.name or "run",
     )
@@ -146,7 +154,7 @@ def _check_folder(flag: str, folder: Path, verb: str | None, *, needs_checkpoint
     if needs_checkpoint and not (folder / "last.ckpt").is_file():
         raise RunFolderError(
             f"{flag} {folder}: no last.ckpt in it; the run wrote no checkpoint. "
-            f"Start it again with fit --config {folder / 'config.yaml'}.{_near(folder, 'last.ckpt')}"
+            f"Start it again with fit --config {shlex.quote(str(folder / 'config.yaml'))}.{_near(folder, 'last.ckpt')}"
         )
 
 

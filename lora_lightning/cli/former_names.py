@@ -57,8 +57,36 @@ def understood(words: Sequence[str]) -> Iterator[list[str]]:
 
 
 def load(text: str) -> Any:
-    """What YAML holds, under today's names."""
+    """What YAML holds, under today's names.
+
+    Raises:
+        YAMLError: no YAML, or a key that stands twice, of which YAML would take the last.
+    """
+    check_keys(text)
     return current(get_loader("yaml")(text), _places.get() or PLACES)
+
+
+def check_keys(text: str) -> None:
+    """Raise `YAMLError` where a mapping has a key twice."""
+    root = yaml.compose(text, Loader=yaml.SafeLoader) if ":" in text else None
+    waiting = [(root, "")]
+    while waiting:
+        node, path = waiting.pop()
+        if isinstance(node, yaml.SequenceNode):
+            waiting += [(value, path) for value in node.value]
+        if not isinstance(node, yaml.MappingNode):
+            continue
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            inside = f"{path}.{name}".lstrip(".")
+            if name in lines and name != "<<":
+                raise yaml.YAMLError(
+                    f'the key "{inside}" stands twice, in lines {lines[name]} and {line}, and YAML would take the last '
+                    "only; put both together"
+                )
+            lines[name] = line
+            waiting.append((value, inside))
 
 
 def current(node: Any, places: Mapping[str, type[Any]], place: str = "") -> Any:

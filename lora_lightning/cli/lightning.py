@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -25,12 +26,14 @@ from torch.optim import Optimizer
 import lora_lightning.data
 import lora_lightning.training.strategies.sharded  # noqa: F401 - and of our strategies
 from lora_lightning import plugins
-from lora_lightning.cli import command_line, run_folder
+from lora_lightning.callbacks.step_counting import REPORTS
+from lora_lightning.cli import command_line, environment
 from lora_lightning.cli.parser import Parser
-from lora_lightning.cli.parser_errors import refused
+from lora_lightning.cli.parser_errors import refused as refusal
+from lora_lightning.cli.run_folder import RunFolder
+from lora_lightning.cli.trust import trusted_config
 from lora_lightning.errors import (
     LoraLightningError,
-    RunFolderError,
     SettingsError,
     TrainingError,
     raised_in,
@@ -44,7 +47,9 @@ from lora_lightning.registry import TRAINING_VERBS
 from lora_lightning.training.assembly import NAME
 from lora_lightning.training.module import AdapterModule
 from lora_lightning.training.predictions import WritePredictions
+from lora_lightning.training.run_bar import RunBar
 from lora_lightning.training.run_report import RunReport
+from lora_lightning.training.save_often import SaveOften, stopped
 from lora_lightning.training.trainer_checkpoints import AtomicCheckpoints, LastCheckpoint
 
 _CLASSES = {
@@ -57,14 +62,32 @@ _PARSER = {"prog": "lora_lightning", "default_env": True, "env_prefix": "LORA_LI
 _DEFAULTS = {"enable_model_summary": False}
 _START = "python -m lora_lightning"
 _REST = "[--config NAME|PATH ...] [-p no:NAME] [--SETTING VALUE ...]"
-_USAGE = {verb: f"{_START} {verb} [--run DIR] {_REST}" for verb in TRAINING_VERBS} | {
+_USAGE = {verb: f"{_START} {verb} [--run DIR [--trust-run]] {_REST}" for verb in TRAINING_VERBS} | {
     "fit": f"{_START} fit [--resume DIR] {_REST}",
-    "predict": f"{_START} predict [--run DIR] [--output FILE.csv|FILE.jsonl] {_REST}",
+    "predict": f"{_START} predict [--run DIR [--trust-run]] [--output FILE.csv|FILE.jsonl] {_REST}",
 }
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes config.yaml into the run folder, whatever the loggers are."""
+    """Writes config.yaml into the run folder, whatever the loggers are, once nothing has been refused."""
+
+    phase = REPORTS
+
+    def __init__(self, *args: Any, run_folder: RunFolder, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.run_folder = run_folder
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing yet: a run that is refused changes no file."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file."""
+        if trainer.is_global_zero:
+            self.save_config(trainer, pl_module, "fit")
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """From here on there is something to keep."""
+        self.run_folder.started = True
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002 - Lightning's signature
         """Write the file."""
@@ -74,9 +97,9 @@ class SaveConfig(SaveConfigCallback):
 class CLI(LightningCLI):
     """Fit in a new run folder, or in the one to resume; the other verbs read a run and write nothing there."""
 
-    def __init__(self, line: command_line.Line, run: bool = True) -> None:
+    def __init__(self, line: command_line.Line, run: bool = True, folder: RunFolder | None = None) -> None:
         self.line = line
-        self.folder: Path | None = None
+        self.run_folder = folder or RunFolder()
         plugins.load_classes(plugins.load(line.blocked), _CLASSES)
         set_parsing_settings(docstring_parse_attribute_docstrings=True, subclasses_enabled=[Method])
         verbs = {line.verb: {**_VERB, "usage": _USAGE[line.verb]}} if run and line.verb else {}
@@ -88,10 +111,10 @@ class CLI(LightningCLI):
             parser_class=Parser,
             parser_kwargs={**_PARSER, **verbs},
             save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
+            save_config_kwargs={"overwrite": True, "save_to_log_dir": False, "run_folder": self.run_folder},
             seed_everything_default=0,
             trainer_defaults=dict(_DEFAULTS),
-            args=list(line.rest),
+            args=_believed(line),
             run=run,
         )
 
@@ -100,9 +123,21 @@ class CLI(LightningCLI):
         every = LightningCLI.subcommands()
         return {verb: every[verb] for verb in every if verb == self.line.verb}
 
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        """Our own settings."""
+        parser.add_argument(
+            "--checkpoint_minutes",
+            type=float | None,
+            default=5.0,
+            help="Minutes between two last.ckpt of a fit; null writes them where it validates only.",
+        )
+
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse the words given; `sys.argv` is another matter."""
+        used = environment.used(parser, self.line.verb)
         self.config = parser.parse_args(args)
+        for text in used:
+            print(text)
 
     def before_instantiate_classes(self) -> None:
         """A data module without a tokenizer or an image processor gets the model's, which is looked for first."""
@@ -119,7 +154,7 @@ class CLI(LightningCLI):
             super().instantiate_classes()
         except ValueError as error:
             ours = wrapped_error(error)
-            if ours is None and (text := refused(str(error))):
+            if ours is None and (text := refusal(str(error))):
                 ours = SettingsError(text)
             if ours is None or isinstance(error, LoraLightningError):
                 raise
@@ -136,19 +171,22 @@ class CLI(LightningCLI):
             return super().instantiate_trainer(**{"logger": False, "enable_checkpointing": False, **kwargs})
         root, rank = Path(given.get("default_root_dir") or "runs"), getattr(rank_zero_only, "rank", 0)
         if self.line.resume and self.line.folder is not None:
-            folder = self.line.folder
-            if (folder / "summary.json").is_file():
-                raise RunFolderError(f"--resume {folder}: the run has finished; its adapter is {folder / 'adapter'}.")
-            if rank == 0:
-                run_folder.keep_metrics(folder)
+            folder = self.run_folder.resume(self.line.folder, rank)
         else:
-            folder = run_folder.new_folder(self.line.stem, root, rank)
-        self.folder = folder
+            folder = self.run_folder.begin(self.line.stem, root, rank)
         kwargs.setdefault("default_root_dir", folder)
-        if given.get("logger") in (None, True):
-            kwargs["logger"] = [CSVLogger(folder, name="", version=""), TensorBoardLogger(folder, "", "")]
+        logger = given.get("logger")
+        if logger is not False:  # others stand beside ours, so that the folder holds the run whatever they are
+            others = [TensorBoardLogger(folder, "", "")] if logger in (None, True) else logger
+            others = others if isinstance(others, list) else [others]
+            kwargs["logger"] = [CSVLogger(folder, name="", version=""), *others]
         kwargs["plugins"] = [*(given.get("plugins") or []), AtomicCheckpoints()]
-        self.trainer_defaults["callbacks"] = [LastCheckpoint(folder), RunReport(folder)]
+        minutes = self._get(self.config_init, "checkpoint_minutes", default=5.0)
+        self.trainer_defaults["callbacks"] = [LastCheckpoint(folder), SaveOften(folder, minutes), RunReport(folder)]
+        callbacks = given.get("callbacks") or []
+        theirs = callbacks if isinstance(callbacks, list) else [callbacks]
+        if given.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in theirs):
+            self.trainer_defaults["callbacks"].append(RunBar())
         return super().instantiate_trainer(**kwargs)
 
     def _use_checkpoint(self) -> None:
@@ -172,18 +210,39 @@ class CLI(LightningCLI):
     before_fit = before_validate = before_test = before_predict = _use_checkpoint
 
     def after_fit(self) -> None:
-        """Say where everything lies, last of all."""
-        if self.folder is None:
+        """Say where everything lies, last of all.
+
+        Raises:
+            TrainingError: no step was taken.
+        """
+        if self.run_folder.path is None:
             return
-        self.folder = Path(self.trainer.strategy.broadcast(str(self.folder)))
-        self.trainer.save_checkpoint(self.folder / "last.ckpt", weights_only=False)  # with optimizer and schedules
+        folder = Path(self.trainer.strategy.broadcast(str(self.run_folder.path)))
+        if not self.run_folder.started:
+            raise TrainingError(self._nothing_left(folder))
+        self.trainer.save_checkpoint(folder / "last.ckpt", weights_only=False)  # with optimizer and schedules
         to = _export_format(self.model)  # of an adapter sharded every process is asked
         if self.trainer.is_global_zero:
-            print(f"try next: python -m lora_lightning validate --run {self.folder}")
+            run, target = shlex.quote(str(folder)), shlex.quote(f"{folder}/{to}")
+            print(f"try next: {_START} validate --run {run}")
             if to:
-                words = f"{self.folder} --format {to} --output {self.folder}/{to}"
-                print(f"          python -m lora_lightning export {words}")
-            print(f"run: {self.folder}", flush=True)
+                print(f"          {_START} export {run} --format {to} --output {target}")
+            print(f"run: {folder}", flush=True)
+
+    def _nothing_left(self, folder: Path) -> str:
+        """Why a fit has taken no step, and the setting that gives it some."""
+        steps, epochs = self.trainer.max_steps, self.trainer.max_epochs
+        bound = (
+            f"trainer.max_steps is {steps}" if steps is not None and steps >= 0 else f"trainer.max_epochs is {epochs}"
+        )
+        if not self.line.resume:
+            return f"{bound}, so nothing was trained; give a larger one."
+        done = self.trainer.global_step
+        more = f"max_steps {2 * done or 1}" if "steps" in bound else f"max_epochs {2 * (epochs or 1)}"
+        return (
+            f"--resume {folder}: the run has finished, with {done} optimizer steps ({bound}); its adapter is "
+            f"{folder / 'adapter'}. To go on, give more: fit --resume {shlex.quote(str(folder))} --trainer.{more}"
+        )
 
 
 def _export_format(module: AdapterModule) -> str | None:
@@ -194,6 +253,15 @@ def _export_format(module: AdapterModule) -> str | None:
     layers = [layer for _, layer in iter_adapters(module) if NAME in layer.adapters]
     exact = kind == "native" or (kind == "exact LoRA" and all(layer.low_rank(NAME) is not None for layer in layers))
     return "peft" if exact else "merged"
+
+
+def _believed(line: command_line.Line) -> list[str]:
+    """The words of a line, with a run folder's config as far as it is to be trusted."""
+    if line.folder is None or line.trusted:
+        return list(line.rest)
+    own = str(line.folder / "config.yaml")
+    first = line.rest.index(own)
+    return [*line.rest[:first], trusted_config(own), *line.rest[first + 1 :]]
 
 
 class Description(CLI):
@@ -222,28 +290,39 @@ def main(args: Sequence[str]) -> int:
         LoraLightningError: anything a user can mend.
     """
     silence_warnings()
-    line = command_line.read(args)
+    line, folder = command_line.read(args), RunFolder()
     try:
-        CLI(line)
-    except SIGTERMException as stop:  # a SystemExit, which would mean success
-        raise TrainingError(_stopped(line)) from stop
-    except (MisconfigurationException, ValueError) as error:
-        if isinstance(error, ValueError) and not raised_in(error, "lightning"):
+        CLI(line, folder=folder)
+    except BaseException as error:
+        ours = _told(error, line, folder.path)
+        folder.close(refused=ours is not None)
+        if ours is None or ours is error:
             raise
-        raise SettingsError(f"trainer: {' '.join(str(error).split())}") from error
-    finally:
-        run_folder.forget(getattr(rank_zero_only, "rank", 0))
+        raise ours from error
+    folder.close(refused=False)
     return 0
 
 
-def _stopped(line: command_line.Line) -> str:
+def _told(error: BaseException, line: command_line.Line, folder: Path | None) -> LoraLightningError | None:
+    """What a user can mend about an error; None for all others."""
+    if isinstance(error, LoraLightningError):
+        return error
+    if isinstance(error, SIGTERMException):  # a SystemExit, which would mean success
+        return TrainingError(_stopped(line, folder, "SIGTERM"))
+    if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
+        return TrainingError(_stopped(line, folder, "Ctrl-C"))
+    if isinstance(error, MisconfigurationException) or (
+        isinstance(error, ValueError) and raised_in(error, "lightning")
+    ):
+        return SettingsError(f"trainer: {' '.join(str(error).split())}")
+    return None
+
+
+def _stopped(line: command_line.Line, folder: Path | None, why: str) -> str:
     """What a run was stopped at, and how it goes on."""
-    folder = line.folder or run_folder.current()
     if line.verb != "fit" or folder is None:
-        return f"{line.verb} was stopped by SIGTERM; start it again."
-    if not (folder / "last.ckpt").is_file():
-        return f"the run in {folder} was stopped by SIGTERM before its first checkpoint; start it again."
-    return f"the run was stopped by SIGTERM before its end; it goes on with fit --resume {folder}"
+        return f"{line.verb} was stopped by {why}; start it again."
+    return stopped(why, folder)
 
 
 def build(args: Sequence[str]) -> tuple[AdapterModule, LightningDataModule]:

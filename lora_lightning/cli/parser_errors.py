@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from lora_lightning import plugins
-from lora_lightning.cli import configs
+from lora_lightning.cli import configs, other_tools
 from lora_lightning.cli.classes import (
     bases_of,
     hint_of,
@@ -98,6 +98,8 @@ def refused(message: str) -> str:
 
 def unknown_class(name: str, bases: Sequence[type]) -> str:
     """Why none of `bases` has a subclass called `name`, and which is nearest."""
+    if takes_method(bases) and name.lower() in other_tools.METHODS:
+        return f'no method "{name}": it is {other_tools.METHODS[name.lower()]}.'
     if takes_method(bases):
         return plugins.registry().explain_unknown(name)
     unusable = plugins.registry().explain_unusable(name)  # its plugin has it, and fails
@@ -150,7 +152,7 @@ def _in_a_setting(problem: Problem, problems: Sequence[Problem], parser: argpars
     if unknown:
         fields, word = [] if owner is None else parameters_of(owner), _quoted(text)
         takes = f" It takes: {', '.join(fields)}." if fields else ""
-        return f'{key}: {name} has no "{word}".{did_you_mean(word, fields)}{takes}'
+        return f'{key}: {name} has no "{word}".{_meant(word, fields, key) or did_you_mean(word, fields)}{takes}'
     if text.startswith("Expected a "):
         return _wrong_value(problem, [other.text for other in problems if other.trail == problem.trail])
     if text.startswith(("No module named", "module '")):
@@ -195,7 +197,15 @@ def unknown_key(key: str, parser: argparse.ArgumentParser) -> str:
     beside = dict.fromkeys(dest.removeprefix(group).partition(".")[0] for dest in known if dest.startswith(group))
     takes = f"{group[:-1]} takes" if group else "Top level"
     listed = f" {takes}: {', '.join(beside if group else sorted(beside))}." if len(beside) <= 24 else ""
-    return f'no setting "{key}".{did_you_mean(key, known)}{listed}'
+    meant = _meant(key.rpartition(".")[2], [], "") if not group or group in ("model.", "trainer.", "data.") else ""
+    return f'no setting "{key}".{meant or did_you_mean(key, known)}{listed}'
+
+
+def _meant(word: str, fields: Sequence[str], key: str) -> str:
+    """The setting that is called `word` elsewhere; it may be one of `fields` of the class at `key`."""
+    place = other_tools.SETTINGS.get(word, "")
+    own = place.rpartition(".")[2]
+    return f" Here it is {f'{key}.{own}' if own in fields else place}." if place else ""
 
 
 def _required(keys: Sequence[str], parser: argparse.ArgumentParser) -> str:

@@ -16,6 +16,7 @@ from lora_lightning.data.batches.collate import MODEL_INPUTS
 from lora_lightning.data.batches.loader import Batch, ResumableLoader
 from lora_lightning.data.batches.packing import Packs, PackSampler
 from lora_lightning.data.batches.process_rows import EachOnce, equal_batches
+from lora_lightning.data.identity import files_digest, rows_digest, settings_of, source_names
 from lora_lightning.data.sources.faults import Faults, OnError
 from lora_lightning.data.sources.lines import Reading
 from lora_lightning.data.sources.splits import Source, Sources
@@ -206,6 +207,12 @@ class TableData(LightningDataModule, ABC):
     def ready(self) -> list[str]:
         """The splits that `setup` has prepared."""
         return list(self._examples)
+
+    def training_identity(self) -> dict[str, Any]:
+        """What a resumed run must share, as plain data: the settings of the examples, and the training rows."""
+        streams = getattr(self, "streaming", False)
+        rows = files_digest(source_names(self.sources.train)) if streams else rows_digest(self.inputs("train"))
+        return {**settings_of(self), "training data": rows}
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled by epoch, with an exact position for resume."""

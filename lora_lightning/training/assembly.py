@@ -81,6 +81,7 @@ class Assembly:
             **({"quantize": quantize} if quantize else {}),
         )
         self.check_length(net)
+        self.check_vocabulary(net)
         self._add_tokens(net, seed)
         return net
 
@@ -212,6 +213,12 @@ class Assembly:
         """Classes of the head: the setting's, else the data's; None for a task without a head."""
         if not self.task.has_head:
             return None
+        names = self._label_names()
+        if len(names) == 1 and "multi" not in self.task.name and "classification" in self.task.name:
+            raise DataError(
+                f'the data have one class only, "{names[0]}", so that nothing can be learned; look at the column of '
+                "labels, or name all classes in data.labels."
+            )
         labels = self.num_labels if self.num_labels is not None else getattr(self._data, "num_labels", None)
         classes = len(self._label_names())
         if labels is not None and labels < classes:
@@ -232,6 +239,19 @@ class Assembly:
         if longest and length and length > longest:
             raise SettingsError(
                 f"data.max_length is {length}; {type(net).__name__} has {longest} positions, so at most that."
+            )
+
+    def check_vocabulary(self, net: nn.Module) -> None:
+        """Raise `SettingsError` where the data's tokenizer knows more tokens than the model has rows for."""
+        tokenizer = self._data.__dict__.get("tokenizer_object") if self._data is not None else None
+        rows = getattr(getattr(net, "config", None), "vocab_size", None)
+        if tokenizer is None or rows is None:
+            return
+        known = max(tokenizer.get_vocab().values(), default=-1) + 1 - len(getattr(self._data, "new_tokens", ()))
+        if known > rows:
+            raise SettingsError(
+                f"data.tokenizer has {known} tokens; {type(net).__name__} has {rows} rows, so that a token may have "
+                "none. Take the model's own tokenizer (data.tokenizer null), or a model with the tokens added."
             )
 
     def _add_tokens(self, net: nn.Module, seed: int) -> None:

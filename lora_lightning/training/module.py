@@ -306,10 +306,12 @@ class AdapterModule(LightningModule):
 
     def predict_context(self) -> PredictContext:
         """What predictions, and texts that are measured, need beside the model."""
+        data = getattr(self._trainer, "datamodule", None)
         return PredictContext(
             label_names=list(getattr(cast(Any, self.model).config, "id2label", {}).values()),
-            tokenizer=getattr(getattr(self._trainer, "datamodule", None), "tokenizer_object", None),
+            tokenizer=getattr(data, "tokenizer_object", None),
             max_new_tokens=self.max_new_tokens,
+            in_turns=hasattr(type(data), "renderer"),
         )
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:

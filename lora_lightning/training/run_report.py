@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -19,10 +21,11 @@ from lora_lightning.callbacks.best import KeepBest
 from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.schedule import ScheduleCallback
 from lora_lightning.callbacks.sparsity import SparsitySchedule
-from lora_lightning.callbacks.step_counting import REPORTS, StepCallback, outside_step
+from lora_lightning.callbacks.step_counting import REPORTS, StepCallback, outside_step, total_steps
 from lora_lightning.distributed import assembled, is_sharded, local, reshard, summed
 from lora_lightning.injection.records import adapters_named, injected_root, iter_adapters, records
 from lora_lightning.injection.report import injection_table
+from lora_lightning.methods import plain_settings
 from lora_lightning.models.anatomy import survey
 from lora_lightning.models.paths import plain
 from lora_lightning.models.tasks.base import evaluate
@@ -31,7 +34,7 @@ from lora_lightning.optim.wrapper import innermost
 from lora_lightning.storage.atomic import write_json
 from lora_lightning.storage.folder import save_adapter
 from lora_lightning.training.linear_baseline import LinearBaseline, validation_batches
-from lora_lightning.training.summary import draw, summary_table
+from lora_lightning.training.summary import draw, progress_line, summary_table
 from lora_lightning.version import __version__
 
 
@@ -64,6 +67,14 @@ class RunReport(StepCallback):
             self.directory = trainer.strategy.broadcast(str(self.directory))
         self._began = time.monotonic()
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the loggers the settings of the method and the rate."""
+        super().on_train_start(trainer, pl_module)
+        record = records(injected_root(pl_module)).get(self.name)
+        settings = {f"method.{k}": v for k, v in plain_settings(record.method).items()} if record else {}
+        for logger in trainer.loggers:
+            logger.log_hyperparams({**settings, "rate": _rate(trainer), "total_steps": total_steps(trainer)})
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what was adapted."""
         injection = getattr(pl_module, "injection", None)
@@ -91,6 +102,8 @@ class RunReport(StepCallback):
             wanted["train_loss"] = float(torch.stack(self._losses).mean())
             self._losses = []
         self.history.append({"step": step, **wanted})
+        if wanted and trainer.is_global_zero and not sys.stdout.isatty():  # a log has no bar
+            print(progress_line(step, total_steps(trainer), wanted), flush=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the adapter, summary.json and report.png."""
@@ -171,6 +184,11 @@ class RunReport(StepCallback):
             "metric": task.metric if task else "loss",
             "values": values,
             "has_head": bool(task and task.has_head),
+            "higher_is_better": bool(task and task.higher_is_better),
+            "chance": _chance(trainer, task),
+            "rate": _rate(trainer),
+            "settings": plain_settings(record.method),
+            "optimizer": [type(optimizer).__name__ for optimizer in trainer.optimizers],
             "untrained": baseline.untrained if baseline else {},
             "linear_baseline": baseline.linear if baseline else None,
             "linear_baseline_rate": baseline.rate if baseline else None,
@@ -198,6 +216,23 @@ class RunReport(StepCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the curves of a resumed run."""
         self.history, self._before = list(state_dict["history"]), state_dict["seconds"]
+
+
+def _chance(trainer: Trainer, task: Any) -> float | None:
+    """Fraction of validation examples of the most frequent class, where the task's metric is an accuracy of classes."""
+    data: Any = getattr(trainer, "datamodule", None)
+    if task is None or task.metric != "accuracy" or not task.has_head or not hasattr(data, "examples"):
+        return None
+    if "validation" not in data.ready or "labels" not in data.examples("validation").column_names:
+        return None
+    counts = Counter(data.examples("validation").with_format(None)["labels"])
+    return max(counts.values()) / counts.total() if counts else None
+
+
+def _rate(trainer: Trainer) -> float | None:
+    """The full rate of the first group of the first optimizer."""
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    return float(groups[0].get("initial_lr", groups[0]["lr"])) if groups else None
 
 
 def _data_facts(trainer: Trainer) -> dict[str, dict[str, int]]:

@@ -47,9 +47,37 @@ def summary_table(summary: Mapping[str, Any]) -> Group:
         for kind, reason in (("dropped", "examples had nothing to learn"), ("skipped", "rows could not be read")):
             if counts.get(kind):
                 lines.append(f"data        {counts[kind]:,} {split} {reason} and were left out")
+    lines += [f"result      {text}" for text in verdicts(summary)]
     lines.append(f"time        {summary['seconds']:.0f} s")
     lines.append(f"adapter     {summary['adapter_dir']}")
     return Group(table, Text("\n".join(lines)))
+
+
+def progress_line(step: int, total: int | None, values: Mapping[str, float]) -> str:
+    """One line of a log: the step, of how many, and the numbers."""
+    numbers = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+    return f"step {step}{f' of {total}' if total else ''}: {numbers}"
+
+
+def verdicts(summary: Mapping[str, Any]) -> list[str]:
+    """What speaks against a run: no better than it began, than chance, or than the linear baseline; empty otherwise."""
+    metric, values = summary["metric"], summary["values"]
+    now, before = values.get(metric), summary["untrained"].get(metric)
+    if now is None:
+        return []
+    sign = 1 if summary.get("higher_is_better", metric != "loss") else -1
+    rate = summary.get("rate")
+    advice = f"; the rate was {rate:g}, try others" if rate is not None else "; try other rates"
+    found = []
+    if before is not None and not sign * now > sign * before:  # a number that is none is no better
+        found.append(f"no better than before training ({metric} {_number(now)}, it was {_number(before)}){advice}")
+    chance = summary.get("chance")
+    if chance is not None and now <= chance:
+        found.append(f"no better than always naming the most frequent class ({metric} {_number(chance)}){advice}")
+    linear = (summary["linear_baseline"] or {}).get(metric)
+    if not found and linear is not None and sign * now < sign * linear:
+        found.append(f"worse than a linear head on frozen features ({metric} {_number(linear)}){advice}")
+    return found
 
 
 def _raised(counts: Mapping[str, int]) -> str:

@@ -61,3 +61,6 @@ class LastCheckpoint(ModelCheckpoint):
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder, "last", save_top_k=1, enable_version_counter=False)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing: a folder that was moved since has its checkpoint at another path."""

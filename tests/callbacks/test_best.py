@@ -9,6 +9,7 @@ from projects import Plain, fit, loader
 from ll_lora import LoRA
 from ll_rose import RoseLoRA
 from lora_lightning.callbacks import InjectAdapters, KeepBest
+from lora_lightning.callbacks.best import direction
 from lora_lightning.errors import NoEffectError
 from lora_lightning.storage.state import adapter_keys
 
@@ -76,3 +77,22 @@ def test_an_unknown_metric_is_an_error(tmp_path):
 def test_no_validation_after_the_schedule_is_an_error(tmp_path):
     with pytest.raises(NoEffectError, match="no validation with a finite value came while"):
         run(tmp_path, KeepBest("val_score"), RoseLoRA(rank=2, sparsity=0.5, start=2, end=5), val_check_interval=4)
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode"),
+    [
+        ("val_loss", "min"),
+        ("loss/val", "min"),
+        ("val_perplexity", "min"),
+        ("eval.wer", "min"),
+        ("val_accuracy", "max"),
+        ("val/F1", "max"),
+        ("val_exact_match", "max"),
+        ("val_x", None),
+        ("glossary", None),
+        ("val_closs", None),
+    ],
+)
+def test_the_direction_is_in_the_name_of_a_metric_or_must_be_given(metric, mode):
+    assert direction(metric) == mode

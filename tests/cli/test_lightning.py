@@ -103,6 +103,10 @@ def test_a_fit_leaves_a_whole_run_folder(here, capsys):
     assert {"method", "metric", "values", "untrained", "linear_baseline", "trainable_parameters"} <= set(summary)
     assert {"surviving_parameters", "adapter_dir", "seconds", "seed", "threads", "versions"} <= set(summary)
     assert summary["method"] == "RoseLoRA"
+    assert (summary["settings"]["sparsity"], summary["rate"], summary["optimizer"]) == (0.5, 0.01, ["AdamW"])
+    hparams = yaml.safe_load((run / "hparams.yaml").read_text())
+    assert (hparams["method.sparsity"], hparams["rate"], hparams["total_steps"]) == (0.5, 0.01, 8)
+    assert any(re.fullmatch(r"step 8 of 8: .*train_loss [\d.]+.*", line) for line in out)
     assert summary["adapter_dir"] == "runs/tiny/001/adapter"
     tensors = load_file(run / "adapter" / "adapter.safetensors")
     factors = {name: value for name, value in tensors.items() if "lora_" in name}
@@ -194,13 +198,28 @@ def test_a_run_that_sigterm_stops_has_not_succeeded(here, capsys, monkeypatch):
     monkeypatch.setattr(AdapterModule, "on_train_batch_start", stop)
     line = ["--config", "tiny.yaml", "--model.linear_baseline", "false"]
     stopped_at = 2
-    first = "error: the run in runs/tiny/001 was stopped by SIGTERM before its first checkpoint; start it again."
-    assert error(*line) == first
-    then = "error: the run was stopped by SIGTERM before its end; it goes on with fit --resume runs/tiny/002"
-    stopped_at = 5
+    then = "error: the run was stopped by SIGTERM before its end; it goes on with fit --resume runs/tiny/001"
     assert error(*line) == then
-    stopped_at = 7
-    assert error("--resume", "runs/tiny/002") == then
+    stopped_at = 5
+    assert error("--resume", "runs/tiny/001") == then
+    stopped_at = 99
+    assert main(["fit", "--resume", "runs/tiny/001"]) == 0
+    assert main(["fit", *line]) == 0
+    one, two = (load_file(f"runs/tiny/00{n}/adapter/adapter.safetensors") for n in (1, 2))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def test_a_stop_before_the_first_batch_leaves_no_folder(here, capsys, monkeypatch):
+    """SIGTERM there is noticed behind the batch; Ctrl-C before training begins ends it where it is."""
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AdapterModule, "configure_model", interrupted)
+    assert main(["fit", "--config", "tiny.yaml"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == "error: the run in runs/tiny/001 was stopped by Ctrl-C before its first checkpoint; start it again."
+    assert not Path("runs").exists()
 
 
 def test_a_causal_language_model_on_completions(here, capsys):
@@ -273,7 +292,6 @@ ERRORS = {
     ),
     "unknown callback": (["--trainer.callbacks+", "SparsitySchedul"], 'Did you mean "SparsitySchedule"?'),
     "unknown setting": (["--trainer.max_step", "3"], '"trainer.max_step". Did you mean "trainer.max_steps"?'),
-    "rank above the layer": (["--model.method.rank", "17"], "rank is 17; a layer of 16 inputs"),
     "rank zero": (["--model.method.rank", "0"], "RoseLoRA.rank is 0; it must be at least 1"),
     "schedule backwards": (
         ["--model.method.start", "0.9", "--model.method.end", "0.2"],
@@ -317,7 +335,7 @@ def test_bad_input_is_one_line_and_exit_code_2(here, capsys, case):
     assert message in error[-1]
     assert error[-1].startswith("error: ")
     assert not any("Traceback" in line for line in error)
-    assert not [folder for folder in here.glob("runs/*/*") if not any(folder.iterdir())]
+    assert not Path("runs").exists()
 
 
 def test_an_unknown_label_and_an_empty_split(here, capsys):
@@ -373,10 +391,106 @@ def test_untrained_weights_are_not_measured_in_silence(here, capsys, verb):
 
 
 def test_a_finished_run_is_not_resumed(trained, capsys):
-    before = sorted(path.name for path in Path("runs/tiny/001").iterdir())
+    before = bytes_in("runs/tiny/001")
     assert main(["fit", "--resume", "runs/tiny/001"]) == 2
-    assert "the run has finished; its adapter is runs/tiny/001/adapter" in capsys.readouterr().err
-    assert sorted(path.name for path in Path("runs/tiny/001").iterdir()) == before
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        "the run has finished, with 8 optimizer steps (trainer.max_steps is 8); its adapter is runs/tiny/001" in error
+    )
+    assert error.endswith("To go on, give more: fit --resume runs/tiny/001 --trainer.max_steps 16")
+    assert bytes_in("runs/tiny/001") == before
+
+
+REFUSED = {
+    "another rate": ["--model.optimizer.lr", "0.02"],
+    "another rank": ["--model.method.rank", "3"],
+    "another length": ["--trainer.max_steps", "12"],
+    "another model": ["--model.pretrained", "gone"],
+    "a file that is not there": ["--data.train", "model/gone.csv"],
+    "a setting that is none": ["--trainer.max_step", "12"],
+    "a callback without what it needs": ["--trainer.callbacks+", "RankPruning", "--trainer.callbacks.final_rank", "1"],
+    "other targets": ["--model.targets", "[key]"],
+    "no steps": ["--trainer.max_steps", "0"],
+    "other rows": ["--data.train", "model/dev.csv", "--data.limit", "20"],
+    "as many other rows": ["--data.train", "model/others.csv"],
+    "another length of texts": ["--data.max_length", "8"],
+    "another order": ["--data.seed", "1"],
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(prepared, tmp_path_factory):
+    """What a fit leaves that was stopped behind its fifth step."""
+
+    def stop(self, batch, batch_idx):
+        if self.trainer.global_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    place = tmp_path_factory.mktemp("stopped")
+    shutil.copytree(prepared, place, dirs_exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setattr(AdapterModule, "on_train_batch_start", stop)
+        assert main(["fit", "--config", "tiny.yaml", "--model.linear_baseline", "false"]) == 2
+    return place / "runs"
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refused_resume_changes_no_byte_of_the_run(here, stopped, case):
+    """So that the same run can go on afterwards as it was."""
+    shutil.copytree(stopped, here / "runs")
+    labelled_file(here / "model" / "others.csv", rows=40, seed=7)
+    before = bytes_in("runs")
+    assert main(["fit", "--resume", "runs/tiny/001", *REFUSED[case]]) == 2
+    assert bytes_in("runs") == before
+
+
+GOING_ON = """
+seed_everything: 5
+model:
+  pretrained: model
+  method: {class_path: LoRA, init_args: {rank: 2, dropout: 0.1}}
+  optimizer: {class_path: AdamW, init_args: {lr: 1.0e-2}}
+  lr_scheduler: {decay: constant, warmup_fraction: 0}
+  linear_baseline: false
+data: {class_path: LabelledText, init_args: {train: model/train.csv, validation: model/dev.csv, batch_size: 4}}
+trainer: {max_epochs: -1, log_every_n_steps: 1, enable_progress_bar: false, accelerator: cpu}
+"""
+
+
+@pytest.mark.parametrize("steps", [4, 10])
+def test_a_finished_run_goes_on_with_more_steps_as_if_it_had_not_ended(here, capsys, steps):
+    """In the middle of an epoch of ten batches and at its end; the rate is the same all along."""
+    Path("on.yaml").write_text(GOING_ON)
+    assert main(["fit", "--config", "on.yaml", "--trainer.max_steps", "14"]) == 0
+    assert main(["fit", "--config", "on.yaml", "--trainer.max_steps", str(steps)]) == 0
+    assert main(["fit", "--resume", "runs/on/002", "--trainer.max_steps", "14"]) == 0
+    assert f"resume: the run had ended and goes on from step {steps} to 14" in capsys.readouterr().out
+    one, two = (load_file(f"runs/on/00{n}/adapter/adapter.safetensors") for n in (1, 2))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    assert yaml.safe_load(Path("runs/on/002/config.yaml").read_text())["trainer"]["max_steps"] == 14
+    assert main(["fit", "--resume", "runs/on/002", "--trainer.max_steps", "9"]) == 2
+
+
+def test_a_run_that_a_callback_ended_goes_on(here, capsys):
+    """EarlyStopping and max_time end a run before its steps are done; with more steps, or with its own, it goes on."""
+    Path("on.yaml").write_text(GOING_ON)
+    stop = [
+        "--trainer.callbacks+=EarlyStopping",
+        "--trainer.callbacks.monitor=val_loss",
+        "--trainer.callbacks.mode=min",
+    ]
+    always = ["--trainer.callbacks.divergence_threshold=0.0"]  # stops at the first validation
+    never = ["--trainer.callbacks.divergence_threshold=null"]
+    line = ["fit", "--config", "on.yaml", "--trainer.max_steps", "14", *stop]
+    assert main([*line, *always]) == 0
+    assert json.loads(Path("runs/on/001/summary.json").read_text())["steps"] == 10
+    assert main(["fit", "--resume", "runs/on/001", *never, "--trainer.max_steps", "20"]) == 0
+    assert json.loads(Path("runs/on/001/summary.json").read_text())["steps"] == 20
+
+
+def bytes_in(folder) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 def test_another_setting_with_a_run_is_refused(trained, capsys):
@@ -387,7 +501,8 @@ def test_another_setting_with_a_run_is_refused(trained, capsys):
 def test_config_yaml_lies_in_the_run_folder_whatever_the_logger(here):
     flags = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs"]
     assert main(["fit", "--config", "tiny.yaml", *flags]) == 0
-    assert Path("runs/tiny/001/config.yaml").is_file()
+    assert {"config.yaml", "metrics.csv", "summary.json"} <= {path.name for path in Path("runs/tiny/001").iterdir()}
+    assert list(Path("logs").rglob("metrics.csv"))
     assert main(["validate", "--run", "runs/tiny/001"]) == 0
 
 

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
-from lora_lightning.training.summary import draw, summary_table
+from lora_lightning.training.summary import draw, progress_line, summary_table, verdicts
 
 
 def text(renderable) -> str:
@@ -65,3 +65,57 @@ def test_the_summary_of_a_folded_layer_and_raised_damping():
     assert "was raised at 1 step for a, 2 steps for b, 3 steps for c, and for 1 pair more" in shown
     assert "before training" in shown
     assert "linear baseline" not in shown
+
+
+BASE = {"metric": "accuracy", "higher_is_better": True, "untrained": {"accuracy": 0.3}, "linear_baseline": None}
+VERDICTS = {
+    "better": ({"values": {"accuracy": 0.9}, "chance": 0.5}, []),
+    "nothing measured": ({"values": {}}, []),
+    "where it began": (
+        {"values": {"accuracy": 0.3}},
+        ["no better than before training (accuracy 0.3000, it was 0.3000)"],
+    ),
+    "at chance": (
+        {"values": {"accuracy": 0.5}, "chance": 0.5},
+        ["no better than always naming the most frequent class"],
+    ),
+    "both": ({"values": {"accuracy": 0.2}, "chance": 0.5}, ["no better than before", "no better than always"]),
+    "behind a linear head": (
+        {"values": {"accuracy": 0.7}, "linear_baseline": {"accuracy": 0.8}},
+        ["worse than a linear head on frozen features (accuracy 0.8000)"],
+    ),
+    "a loss that grew": (
+        {
+            "metric": "loss",
+            "higher_is_better": False,
+            "untrained": {"loss": 2.0},
+            "values": {"loss": 4.3},
+            "rate": 0.005,
+        },
+        ["no better than before training (loss 4.3000, it was 2.0000); the rate was 0.005, try others"],
+    ),
+    "a loss that fell": (
+        {"metric": "loss", "higher_is_better": False, "untrained": {"loss": 2.0}, "values": {"loss": 1.0}},
+        [],
+    ),
+    "a loss that is no number": (
+        {"metric": "loss", "higher_is_better": False, "untrained": {"loss": 2.0}, "values": {"loss": float("nan")}},
+        ["no better than before training"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", VERDICTS)
+def test_a_run_that_ends_no_better_than_it_began_says_so(case):
+    changes, expected = VERDICTS[case]
+    found = verdicts({**BASE, **changes})
+    assert len(found) == len(expected)
+    assert all(text.startswith(start) for text, start in zip(found, expected, strict=True)), found
+
+
+def test_a_line_of_a_log():
+    assert (
+        progress_line(4, 8, {"train_loss": 1.23456, "val_loss": 2e-7})
+        == "step 4 of 8: train_loss 1.235, val_loss 2e-07"
+    )
+    assert progress_line(4, None, {"train_loss": 1.0}) == "step 4: train_loss 1"

@@ -26,7 +26,7 @@ from lora_lightning.callbacks.schedule import ScheduleCallback
 from lora_lightning.cli import command_line as argv
 from lora_lightning.cli.lightning import Description, silence_warnings
 from lora_lightning.cli.parser_errors import explain
-from lora_lightning.cli.preflight import unparsed
+from lora_lightning.cli.preflight import monitors, unparsed
 from lora_lightning.cli.preflight.trace import without_values
 from lora_lightning.errors import LoraLightningError, PluginError, SettingsError, wrapped_error
 from lora_lightning.injection.also_train import trained_parameters
@@ -133,6 +133,9 @@ class _ConfigCheck(Description):
             if self._source is not None:
                 self._check_refusals(module, data)
             self._check_conflicts(trainer, callbacks, self._length(trainer, data, examples))
+            validates = data is not None and trainer.limit_val_batches != 0 and _validates(data)
+            for text in monitors.problems(callbacks, module.task, validates):
+                self.findings.problem(text)
         if self._source is not None:
             self._check_model(module, data, callbacks)
 
@@ -174,7 +177,7 @@ class _ConfigCheck(Description):
 
     def _trainer(self) -> Trainer | None:
         """The trainer here; settings that it refuses are noted and left out."""
-        settings: dict[str, Any] = {"enable_checkpointing": False}
+        settings: dict[str, Any] = {}
         for name, value in self.config.trainer.as_dict().items():
             if value is not None:
                 settings[name] = self._built(f"trainer.{name}") if name in _PARTS else value
@@ -257,6 +260,7 @@ class _ConfigCheck(Description):
         labels = module.num_labels or _safely(lambda: data.num_labels)
         net = load_skeleton(module.assembly().source(0), module.task, labels, label_names=names)
         self.findings.attempt(lambda: module.assembly().check_length(net))
+        self.findings.attempt(lambda: module.assembly().check_vocabulary(net))
         if tokens := getattr(data, "new_tokens", ()):
             from lora_lightning.models.new_tokens import Vocabulary, add_rows
 
@@ -330,6 +334,12 @@ def _refused(settings: Mapping[str, Any]) -> str | None:
 
 def _keep(rows: dict[str, Any], split: str, read: Callable[[str], Any]) -> None:
     rows[split] = read(split)
+
+
+def _validates(data: Any) -> bool:
+    """Whether there are validation data, as far as the settings say."""
+    sources = getattr(data, "sources", None)
+    return sources is None or sources.validation is not None or sources.validation_fraction > 0
 
 
 def _safely(read: Callable[[], Any]) -> Any:

@@ -15,7 +15,9 @@ from lora_lightning.plugins import load_classes, registry
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The configs."""
-    parser.add_argument("configs", metavar="CONFIG", nargs="+", help="config files, or names as --config takes them")
+    parser.add_argument(
+        "configs", metavar="CONFIG", nargs="+", help="config files, names as --config takes them, or names of classes"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -26,13 +28,23 @@ def run(args: argparse.Namespace) -> int:
     """
     entries: dict[str, None] = {}
     for config in args.configs:
-        for cls in classes_in(config):
+        named = named_class(config)
+        for cls in classes_in(config) if named is None else [named]:
             bibtex = getattr(cls, "bibtex", "")
             if bibtex or _is_of_a_plugin(cls):
                 entries[bibtex or f"% {cls.__name__}: its plugin gives no BibTeX entry."] = None
     nothing = f"{', '.join(args.configs)}: no method is named, nothing to cite."
     print("\n\n".join(entries) or nothing)
     return 0
+
+
+def named_class(name: str) -> type[Any] | None:
+    """The method, optimizer or callback that is called so; None where there is none, so that it is a config."""
+    known = registry()
+    if name in known.methods:
+        return known.methods[name]
+    component = known.components.get(name)
+    return component.load() if component is not None else None
 
 
 def classes_in(config: str) -> Iterator[type[Any]]:
@@ -90,4 +102,8 @@ def _settings(config: str) -> dict[str, Any]:
 
 
 def _is_of_a_plugin(cls: type[Any]) -> bool:
-    return issubclass(cls, Method) or cls in (known for _, known in registry().classes.values())
+    return (
+        issubclass(cls, Method)
+        or cls.__name__ in registry().components
+        or cls in (known for _, known in registry().classes.values())
+    )

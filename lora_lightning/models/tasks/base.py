@@ -24,6 +24,8 @@ class PredictContext:
     label_names: Sequence[str] = ()
     tokenizer: Any = None
     max_new_tokens: int = 64
+    in_turns: bool = False
+    """Whether the texts are turns of conversations, as the tokenizer's chat template writes them."""
 
 
 @dataclass(frozen=True)

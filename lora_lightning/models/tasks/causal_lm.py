@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torchmetrics import MeanMetric, Metric
 
 from lora_lightning.errors import DataError, check
+from lora_lightning.models.generation import before_end, end_ids, end_text
 from lora_lightning.models.tasks.base import IGNORED, Batch, Loss, PredictContext, Task
 from lora_lightning.models.tasks.generated import add_texts, label_texts, should_generate, text_metrics
 
@@ -67,7 +68,11 @@ class CausalLM(Task):
                 f"model.task_settings.generate_batches is {self.generate_batches}, but the data have no prompts to go "
                 "on from. Set it to 0, or use Completions or Chat."
             )
-        expected = label_texts(map(_first_answer, labels), context.tokenizer)
+        ends = end_ids(model, context.tokenizer) if context.tokenizer is not None else []
+        answers = [before_end(_first_answer(row).tolist(), ends) for row in labels]
+        expected = label_texts(answers, context.tokenizer)
+        if context.in_turns and (last := end_text(context.tokenizer)):
+            expected = [text.removesuffix(last).rstrip() for text in expected]
         generated = [text.strip() for text in _continue(model, prompts, context)]
         add_texts(metrics, generated, expected)
         right = [a == b for a, b in zip(generated, expected, strict=True)]
@@ -106,16 +111,21 @@ def _first_answer(labels: Tensor) -> Tensor:
 
 
 def _continue(model: Any, prompts: list[Tensor], context: PredictContext) -> list[str]:
+    """The greedy continuation of each prompt, without what ends it."""
     tokenizer = context.tokenizer
     ids = pad_sequence(prompts, batch_first=True, padding_value=tokenizer.pad_token_id, padding_side="left")
     mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left")
+    ends = end_ids(model, tokenizer)
+    last = end_text(tokenizer) if context.in_turns else ""
     generated = model.generate(
         input_ids=ids,
         attention_mask=mask,
         max_new_tokens=context.max_new_tokens,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends or None,
+        **({"stop_strings": [last], "tokenizer": tokenizer} if last else {}),
     )
-    texts: list[str] = tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
-    return texts
+    answers = [before_end(row, ends) for row in generated[:, ids.shape[1] :].tolist()]
+    texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return [text.partition(last)[0] for text in texts] if last else texts

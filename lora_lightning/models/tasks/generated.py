@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.text import CHRFScore, SacreBLEUScore
@@ -31,7 +32,7 @@ def add_texts(metrics: Mapping[str, Metric], generated: Sequence[str], expected:
         metrics[name].update(generated, [[text] for text in expected])
 
 
-def label_texts(labels: Iterable[Tensor], tokenizer: Any) -> list[str]:
+def label_texts(labels: Iterable[Tensor | Sequence[int]], tokenizer: Any) -> list[str]:
     """The texts of rows of labels. Places without a label and special tokens are left out.
 
     Raises:
@@ -39,5 +40,5 @@ def label_texts(labels: Iterable[Tensor], tokenizer: Any) -> list[str]:
     """
     if tokenizer is None:
         raise DataError("model.task_settings.generate_batches needs data with a tokenizer, such as TextToText.")
-    rows = [row[row >= 0] for row in labels]
+    rows = [[token for token in torch.as_tensor(row).tolist() if token >= 0] for row in labels]
     return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]

@@ -1,0 +1,56 @@
+"""Where a generated text ends: at what the model, its tokenizer or its chat template call the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+_ANSWER = "hello"
+
+
+def end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens of which each ends a text.
+
+    They are those of the model's generation config (of its config where it has none), the tokenizer's end of text, and
+    the token with which the tokenizer's chat template ends an assistant's turn.
+    """
+    config = getattr(model, "generation_config", None) or getattr(model, "config", None)
+    own = getattr(config, "eos_token_id", None)
+    ends = list(own) if isinstance(own, Sequence) else [own]
+    behind = _behind_answer(tokenizer)
+    return list(
+        dict.fromkeys(end for end in (*ends, tokenizer.eos_token_id, _mark(behind, tokenizer)) if end is not None)
+    )
+
+
+def end_text(tokenizer: Any) -> str:
+    """The text with which the chat template ends an assistant's turn, before the token that does; mostly empty."""
+    behind = _behind_answer(tokenizer)
+    mark = _mark(behind, tokenizer)
+    return (behind if mark is None else behind.partition(tokenizer.convert_ids_to_tokens(mark))[0]).strip()
+
+
+def before_end(ids: Sequence[int], ends: Sequence[int]) -> Sequence[int]:
+    """`ids` up to the first of `ends`."""
+    return next((ids[:place] for place, token in enumerate(ids) if token in ends), ids)
+
+
+def _behind_answer(tokenizer: Any) -> str:
+    """What the chat template writes behind the last turn, an assistant's; empty without a template."""
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except (TemplateError, TypeError, ValueError):  # it wants other turns
+        return ""
+    return text.rpartition(_ANSWER)[2]
+
+
+def _mark(text: str, tokenizer: Any) -> int | None:
+    """The first token of `text` that is special or was added."""
+    marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return next((token for token in found if token in marks), None)
