@@ -307,7 +307,7 @@ def test_what_a_plugin_prints_is_in_no_light_verbs_output(install, capsys):
     body = f"print('at import')\n        {SGD}"
     install("ll_loud", answering("lora_lightning_optimizers", "print('in a hook'); return {'MySGD': 'll_loud2:MySGD'}"))
     install("ll_loud2", answering("lora_lightning_callbacks", "return {}", body))
-    for words in (["--version"], ["schema"], ["show", "MySGD"], ["-p", "no:ll_loud", "methods"]):
+    for words in (["--version"], ["cite", "LoRA"], ["show", "MySGD"], ["-p", "no:ll_loud", "methods"]):
         sys.modules.pop("ll_loud2", None)
         assert program.main(words) == 0
         out = capsys.readouterr().out

@@ -105,7 +105,7 @@ class Classifier(LightningModule):
 # -- 1: a classifier by LightningCLI -----------------------------------------------------------------------------------
 
 
-class Rows(LightningDataModule):
+class FewRows(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         return rows()
 
@@ -126,7 +126,7 @@ def test_a_classifier_by_lightning_cli(tmp_path: Path, monkeypatch: pytest.Monke
     config["trainer"] |= {"default_root_dir": str(tmp_path), "enable_model_summary": False}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     words = ["--config", str(tmp_path / "config.yaml")]
-    cli = LightningCLI(Classifier, Rows, run=False, save_config_callback=None, args=words, seed_everything_default=3)
+    cli = LightningCLI(Classifier, FewRows, run=False, save_config_callback=None, args=words, seed_everything_default=3)
     base = state(cli.model)
     cli.trainer.fit(cli.model, cli.datamodule)
     assert_trained(cli.model, base)

@@ -229,4 +229,4 @@ def _advice(word: str, bases: Sequence[type]) -> str:
 
 def _choices(bases: Sequence[type]) -> str:
     names = short_names(bases)
-    return f"Installed: {', '.join(names)}." if 0 < len(names) <= 60 else ""
+    return f"Installed: {', '.join(names)}." if 0 < len(names) <= 100 else ""

@@ -18,7 +18,7 @@ from lora_lightning.training.packing_check import PackingCheck, packing_differen
 from lora_lightning.training.run_report import RunReport
 from lora_lightning.training.summary import summary_table
 
-SMALL = {"vocab_size": 40, "hidden_size": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SMALL = {"vocab_size": 50, "hidden_size": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2}
 REFUSED = {
     "bloom": {**SMALL, "n_layer": 2, "n_head": 2},
