@@ -53,7 +53,10 @@ def test_python_blocks_run_one_after_the_other(page, tmp_path, monkeypatch):
 def test_the_plugin_of_the_page_passes_its_contract(tmp_path):
     file = tmp_path / "test_tiny.py"
     file.write_text("\n".join(blocks(TEXTS["plugins.md"], "python")))
-    assert pytest.main([str(file), "-q", "-p", "no:cacheprovider", "-k", "start or merge"]) == 0
+    assert (
+        pytest.main([str(file), "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path}/own", "-k", "start or merge"])
+        == 0
+    )
 
 
 @pytest.mark.parametrize("page", [name for name, text in (TEXTS | CARDS).items() if blocks(text, "yaml")])

@@ -86,6 +86,7 @@ def test_the_wheel_holds_what_runs_and_nothing_else(wheel):
     assert {name.rpartition("/")[2] for name in about} == {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "LICENSE"}
 
 
+@pytest.mark.slow
 def test_the_installed_wheel_finds_its_plugins_and_configs(wheel, tmp_path):
     target = tmp_path / "installed"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)]

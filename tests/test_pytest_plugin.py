@@ -48,10 +48,14 @@ def test_every_mark_that_the_suite_uses_is_registered() -> None:
 
 def test_a_mark_of_ours_is_known_and_another_is_not(tmp_path: Path) -> None:
     (tmp_path / "test_marks.py").write_text("import pytest\n\n@pytest.mark.slow\ndef test_it():\n    pass\n")
-    code, out = run("-m", "pytest", "--strict-markers", "-q", "-p", "no:cacheprovider", cwd=tmp_path)
+    code, out = run(
+        "-m", "pytest", "--strict-markers", "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path}/own", cwd=tmp_path
+    )
     assert (code, "1 passed" in out) == (0, True), out
     (tmp_path / "test_marks.py").write_text("import pytest\n\n@pytest.mark.slwo\ndef test_it():\n    pass\n")
-    code, out = run("-m", "pytest", "--strict-markers", "-q", "-p", "no:cacheprovider", cwd=tmp_path)
+    code, out = run(
+        "-m", "pytest", "--strict-markers", "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path}/own", cwd=tmp_path
+    )
     assert code != 0
     assert "'slwo' not found in `markers` configuration option" in out
 
@@ -61,10 +65,11 @@ def test_a_run_of_pytest_imports_neither_torch_nor_lightning_for_it(tmp_path: Pa
         "import sys\n\ndef test_it():\n    assert 'lora_lightning.pytest_plugin' in sys.modules\n"
         "    assert not {'torch', 'lightning', 'numpy', 'jsonargparse'} & set(sys.modules)\n"
     )
-    code, out = run("-m", "pytest", "-q", "-p", "no:cacheprovider", cwd=tmp_path)
+    code, out = run("-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path}/own", cwd=tmp_path)
     assert code == 0, out
 
 
+@pytest.mark.slow
 def test_a_package_that_new_plugin_wrote_is_collected_with_strict_markers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,7 +80,16 @@ def test_a_package_that_new_plugin_wrote_is_collected_with_strict_markers(
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ll-tilt\nVersion: 0.1.0\n")
     (info / "entry_points.txt").write_text("[lora_lightning]\nll_tilt = ll_tilt\n")
-    words = ["-m", "pytest", "--strict-markers", "--strict-config", "-q", "-p", "no:cacheprovider"]
+    words = [
+        "-m",
+        "pytest",
+        "--strict-markers",
+        "--strict-config",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--basetemp={tmp_path}/own",
+    ]
     code, out = run(*words, "--collect-only", "-m", "slow", cwd=tmp_path / "made", path=tmp_path / "made")
     assert code == 0, out
     assert re.search(r"test_quantized_base_compiles\[nf4\]", out), out

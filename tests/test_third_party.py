@@ -178,6 +178,15 @@ def test_their_own_tests_pass_on_what_was_installed(place, tmp_path, package, co
     """The whole contract suite among them, once for each set of settings."""
     suite = shutil.copytree(place / package / "tests", tmp_path / "suite")
     words = ["-q", "-p", "no:cacheprovider", "-W", "ignore"]
-    out = python("-m", "pytest", *words, suite, cwd=tmp_path, path=place / "installed", timeout=1100)
+    out = python(
+        "-m",
+        "pytest",
+        f"--basetemp={tmp_path}/own",
+        *words,
+        suite,
+        cwd=tmp_path,
+        path=place / "installed",
+        timeout=1100,
+    )
     tests = sum(name.startswith("test_") for name in dir(MethodContract))
     assert int(re.search(r"(\d+) passed", out)[1]) > contracts * tests

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,24 +150,3 @@ def test_the_trainer_of_transformers_says_so_too(tmp_path: Path) -> None:
     trainer = transformers.Trainer(adapted(), arguments)
     with pytest.raises(AdapterStateError, match=REFUSED):
         trainer.save_model()
-
-
-READ = """
-import pickle, sys
-from transformers import LlamaForCausalLM
-try:
-    pickle.load(open(sys.argv[1], "rb")).save_pretrained(sys.argv[2])
-except Exception as error:
-    print(type(error).__name__)
-"""
-
-
-def test_another_process_that_reads_a_pickle_of_the_model_is_told(tmp_path: Path) -> None:
-    """As processes that a launcher starts do; the class's methods were never touched there."""
-    import pickle
-
-    (tmp_path / "model.pickle").write_bytes(pickle.dumps(adapted()))
-    command = [sys.executable, "-c", READ, str(tmp_path / "model.pickle"), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "AdapterStateError"
-    assert not (tmp_path / "out").exists()

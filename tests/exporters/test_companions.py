@@ -56,6 +56,7 @@ def adapted(auto: Any, folder: Path, **options: Any) -> Any:
     return model
 
 
+@pytest.mark.slow
 def test_pipelines_open_what_python_has_exported_in_a_fresh_process(tmp_path: Path) -> None:
     models = {
         "text-generation": (transformers.AutoModelForCausalLM, chat_folder(tmp_path / "chat"), TURNS[:1]),

@@ -48,6 +48,7 @@ def test_merged_from_an_adapter_folder(trained: Path) -> None:
     torch.testing.assert_close(logits(model), torch.load("logits.pt"), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_another_path_to_the_base(trained: Path) -> None:
     Path("base").rename("moved")
     with pytest.raises(ExportError, match=r"which cannot be loaded: .* with --pretrained"):

@@ -28,6 +28,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("trained")
 def test_a_base_that_is_another_in_the_other_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """What differs between this process and the disk is found: here the base model changes in between."""
