@@ -125,8 +125,9 @@ def lora_lightning_exporters() -> Mapping[str, str]:
     """Further formats of `export`: name to import path of a module.
 
     Runs once, after the methods. The module has `write(source, folder, rank, verify) -> Written`, which writes an
-    adapter (`exporters.source.Source`) into an empty folder, and `TAKES_RANK = True` where it can limit the rank. It is
-    imported when the format is asked for. A format that exists already makes the plugin fail, with `PluginError`.
+    adapter (`exporters.source.Source`) into an empty folder, and `TAKES_RANK = True` where it can limit the rank. A run
+    says before it begins what its `check(source)`, if it has one, raises `ExportError` for. It is imported when the
+    format is asked for. A format that exists already makes the plugin fail, with `PluginError`.
     """
     raise NotImplementedError("a specification: plugins implement it")
 

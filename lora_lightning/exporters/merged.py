@@ -38,34 +38,28 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     Raises:
         ExportError: no Hugging Face model, an input-routed method, a tied weight, or a bias the architecture lacks.
     """
-    from transformers import PreTrainedModel
-
-    if not isinstance(source.host, PreTrainedModel):
-        raise ExportError(
-            f"{type(source.host).__name__} is no PreTrainedModel of transformers, so it has no folder format. "
-            "Merge in place instead: merge(model, keep_original=False), then eject(model), and save its state_dict."
-        )
-    _check_mergeable(source)
+    check(source)
+    host: Any = source.host
     dequantized, anatomy = Dequantized(), source.anatomy
     extended = list(anatomy.extended.values())
     plain = (_plain(source, dequantized), without_linked(anatomy.model), _unquantized(source))
-    files = companion_files(source.host, source.processor, source.tokenizer)
+    files = companion_files(host, source.processor, source.tokenizer)
     with ExitStack() as stack:
-        for context in (*plain, plain_vocabulary(extended, anatomy.places), ending_turns(source.host, files)):
+        for context in (*plain, plain_vocabulary(extended, anatomy.places), ending_turns(host, files)):
             stack.enter_context(context)
-        state = source.host.state_dict(keep_vars=True)
+        state = host.state_dict(keep_vars=True)
         check_finite("the model", state.values())
-        with _own_config(source.host):
-            source.host.save_pretrained(folder)
+        with _own_config(host):
+            host.save_pretrained(folder)
             write_below(files, folder)
-            difference = _compare(type(source.host), state, folder) if verify else None
+            difference = _compare(type(host), state, folder) if verify else None
     notes = [str(dequantized)] if dequantized.layers else []
     if len({t.dtype for t in state.values() if isinstance(t, nn.Parameter) and t.is_floating_point()}) > 1:
         notes.append("its tensors have several dtypes; from_pretrained makes them one unless told otherwise")
     if not files:
         notes.append(
             f"no tokenizer and no processor: none lies beside the base model "
-            f'("{source.host.config._name_or_path}"); give it to export as `processor`'
+            f'("{host.config._name_or_path}"); give it to export as `processor`'
         )
     return Written(kind="merged", layers=len(source.layers), difference=difference, notes=tuple(notes))
 
@@ -81,7 +75,15 @@ def _own_config(model: Any) -> Iterator[None]:
         model.config.__dict__.update(before)
 
 
-def _check_mergeable(source: Source) -> None:
+def check(source: Source) -> None:
+    """Raise `ExportError` for what `write` will refuse whatever values are trained."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(source.host, PreTrainedModel):
+        raise ExportError(
+            f"{type(source.host).__name__} is no PreTrainedModel of transformers, so it has no folder format. "
+            "Merge in place instead: merge(model, keep_original=False), then eject(model), and save its state_dict."
+        )
     for path, layer in source.layers.items():
         adapter = source.adapter(path)
         source.check_fixed(path)

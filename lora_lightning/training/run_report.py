@@ -23,6 +23,7 @@ from lora_lightning.callbacks.schedule import ScheduleCallback
 from lora_lightning.callbacks.sparsity import SparsitySchedule
 from lora_lightning.callbacks.step_counting import REPORTS, StepCallback, outside_step, total_steps
 from lora_lightning.distributed import assembled, is_sharded, local, reshard, summed
+from lora_lightning.exporters.preview import refusals
 from lora_lightning.injection.records import adapters_named, injected_root, iter_adapters, records
 from lora_lightning.injection.report import injection_table
 from lora_lightning.methods import plain_settings
@@ -83,6 +84,8 @@ class RunReport(StepCallback):
         schedules = [c for c in trainer.callbacks if isinstance(c, SparsitySchedule)]  # type: ignore[attr-defined]
         density = 1 - schedules[0].sparsity if schedules else None
         Console().print(injection_table(injection, density, survey(pl_module).frozen_bytes))
+        for form, why in refusals(pl_module, self.name).items():
+            print(f"export --format {form} will be refused: {why}")
 
     def after_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         """Record training numbers as often as the trainer logs; the loss as its mean since the last time."""

@@ -29,6 +29,7 @@ from lora_lightning.cli.parser_errors import explain
 from lora_lightning.cli.preflight import monitors, unparsed
 from lora_lightning.cli.preflight.trace import without_values
 from lora_lightning.errors import LoraLightningError, PluginError, SettingsError, wrapped_error
+from lora_lightning.exporters.preview import refusals
 from lora_lightning.injection.also_train import trained_parameters
 from lora_lightning.injection.inject import inject, settings_by_layer
 from lora_lightning.injection.records import adapters_named
@@ -281,6 +282,8 @@ class _ConfigCheck(Description):
                 overrides[pattern] = fields
         inject(net, module.method, targets, exclude, overrides, also_train, name=NAME, seed=0)
         self.findings.attempt(lambda: build_optimizer(net, module.optimizer_factory), "model.optimizer")
+        for form, why in refusals(net, NAME).items():
+            self.findings.notes.append(f"export --format {form} will be refused: {why}")
         adapters = adapters_named(net, NAME)
         for one in callbacks:
             if isinstance(one, ScheduleCallback):

@@ -91,6 +91,17 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     )
 
 
+def check(source: Source) -> None:
+    """Raise `ExportError` for what `write` will refuse whatever values are trained: layers, heads, settings."""
+    factors, _ = find_factors(source, None)
+    heads = find_heads(source)
+    _paths_in_file(source, peft_experts.find_stacks(source.here(source.anatomy.layers)))
+    with_bias = any(f.bias is not None for f in factors.values())
+    for path, layer in source.layers.items():
+        _layer_tensors(path, layer, factors[path], with_bias)
+    _config(source, factors, heads, with_bias, source.extended)
+
+
 def write_afresh(source: Source, folder: Path, written: Written, origin: Origin) -> Written:
     """What was written, after peft has opened it in a process of its own, where it is installed.
 
