@@ -22,17 +22,23 @@ def test_a_refusal_is_kept_with_its_message() -> None:
     assert "takes no new tokens" in cell.refused["new tokens"]
 
 
+EVERY = 8
+"""Of the classes that the slow test takes; `python tests/class_cells.py` takes all, for about a quarter of an hour."""
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of models' own code
-def test_all_are_right_or_refused_before_training() -> None:
+def test_every_eighth_class_is_right_or_refused_before_training() -> None:
     cells, wrong = {}, []
-    for found in buildable():
+    for number, found in enumerate(buildable()):
+        if number % EVERY:
+            continue
         try:
             cells[found] = outcome(found)
         except Exception as error:
             wrong.append(f"{found.name}: {error}")
     assert wrong == []
-    assert len(cells) > 450
+    assert len(cells) > 450 / EVERY
     assert "Leave new_tokens out" in table(cells)
 
 
