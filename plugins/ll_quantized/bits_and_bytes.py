@@ -27,7 +27,7 @@ class FourBitBase(QuantizedBase):
         name = f"{state.quant_type}-double" if state.nested else state.quant_type
         transposed = _from_conv1d(module)
         if layer.out_features % _CPU_ROWS or layer.in_features % state.blocksize:
-            layer.support_avx512bf16_for_cpu = False  # else the package fails in evaluation where it cannot pack a layer
+            layer.support_avx512bf16_for_cpu = False  # else the package fails in evaluation: it cannot pack the layer
         super().__init__(module, name, layer.in_features, layer.out_features, state.dtype, transposed)
 
     @property
