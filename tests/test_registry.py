@@ -210,6 +210,7 @@ def test_a_module_that_never_was_is_still_missing():
     assert former_homes("torch.tasks") == former_homes("lora_lightning") == []
 
 
+@pytest.mark.slow
 def test_former_names_cost_nothing_where_modules_are_found():
     """The finder stands last, is never asked for a module that is there, and its table is not imported for the root."""
     script = (

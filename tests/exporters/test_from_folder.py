@@ -28,6 +28,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_peft_from_an_adapter_folder(trained: Path) -> None:
     assert read_folder("adapter").base == "base"
     text = export_folder(Path("adapter"), Path("out"), "peft")

@@ -46,6 +46,7 @@ def test_a_base_that_is_another_in_the_other_process(monkeypatch: pytest.MonkeyP
     assert not Path("out").exists()
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_is_no_verdict(trained: nn.Module) -> None:
     ll.export(trained, "out")
     verdict = fresh.verify_afresh(sources.find(trained, "default"), Path("out"), Origin(Path("adapter"), "gone"), False)
