@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lora_lightning.adapters.base import trains
-from lora_lightning.distributed import local, put
+from lora_lightning.distributed import from_first, local, put, reshard
 from lora_lightning.injection.records import adapters_named, find_root, records
 from lora_lightning.models.paths import join
 
@@ -30,6 +30,8 @@ class _Heads:
     """The base model's values, by name of the tensor in the model."""
     waiting: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     """Values of adapters that are not in the model now, by (adapter, name)."""
+    sent: set[str] = field(default_factory=set)
+    """Names whose base values all processes have: where a model is sharded, the first one alone has read them."""
     shown: dict[str, str | None] = field(default_factory=dict)
     """Whose values the model holds, by name; None for the base model's."""
 
@@ -76,7 +78,8 @@ def _show(root: nn.Module, owners: Mapping[str, str | None], trained: Collection
         tensor = _tensor(root, key)
         if before is not None:
             heads.waiting[before, key] = _copy(tensor)
-        _write(tensor, heads.base[key] if owner is None else heads.waiting.pop((owner, key), heads.base[key]))
+        own = None if owner is None else heads.waiting.pop((owner, key), None)
+        _write(tensor, _base_value(heads, key, tensor) if own is None else own)
         heads.shown[key] = owner
         if isinstance(tensor, nn.Parameter):
             if trained is None and owner is not None:
@@ -101,10 +104,15 @@ def heads_of(root: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Inside the block the model has the heads of these adapters, or the base model's; afterwards those of before."""
     before = dict(_heads(root).shown)
     trained = {key: tensor.requires_grad for key in before if isinstance(tensor := _tensor(root, key), nn.Parameter)}
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if several:
+        reshard(root)
     show_heads(root, names)
     try:
         yield
     finally:
+        if several:
+            reshard(root)  # a forward inside leaves whole tensors in the place of shards
         _show(root, before, trained=())
         for key, was in trained.items():
             root.get_parameter(key).requires_grad_(was)
@@ -137,6 +145,15 @@ def _tensor(root: nn.Module, name: str) -> Tensor:
     owner, _, leaf = name.rpartition(".")
     module = root.get_submodule(owner)
     return cast(Tensor, module._parameters.get(leaf, module._buffers.get(leaf)))
+
+
+def _base_value(heads: _Heads, key: str, tensor: Tensor) -> Tensor:
+    """The base model's value; of a sharded tensor all processes ask, and the first one's is sent, once."""
+    if isinstance(tensor, DTensor) and key not in heads.sent:
+        value = heads.base[key]
+        heads.base[key] = from_first(lambda: value)
+        heads.sent.add(key)
+    return heads.base[key]
 
 
 def _copy(tensor: Tensor) -> Tensor:
