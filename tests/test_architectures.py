@@ -187,9 +187,6 @@ def test_routed_adapters_work_on_all_others(name: str) -> None:
 
 
 NOT_FOR_PEFT = {
-    "Qwen3-MoE": "peft takes the name for the fused experts",
-    "DeepSeek-V3": "peft takes the name for the fused experts",
-    "Qwen3-Next": "peft takes the name for the fused experts",
     "Mamba": "MambaMixer reads the weight without calling the layer, so that peft's factors have no effect",
     "Mamba-2": "peft refuses out_proj and conv1d in models of type mamba2",
     "Jamba": "JambaMambaMixer reads the weight without calling the layer, so that peft's factors have no effect",
