@@ -20,6 +20,7 @@ from lora_lightning.injection.probe import Probe
 from lora_lightning.injection.ranks import fit_ranks
 from lora_lightning.injection.records import AdapterRecord, iter_adapters, records
 from lora_lightning.injection.report import InjectionReport, report_on
+from lora_lightning.injection.statistics import layers_with_statistics
 from lora_lightning.injection.targets import Targets, select
 from lora_lightning.methods import Method, Plan, check_overridable, replace
 from lora_lightning.models.anatomy import Anatomy, Heads, survey
@@ -215,7 +216,7 @@ def _read_notes(anatomy: Anatomy, layers: Iterable[str]) -> list[str]:
 
 def _statistics_notes(anatomy: Anatomy, trained: Sequence[str]) -> list[str]:
     owners = {name.rpartition(".")[0] for name in trained}
-    still = [p for p, m in anatomy.modules.items() if m._buffers.get("running_mean") is not None and p not in owners]
+    still = [path for path in layers_with_statistics(anatomy) if path not in owners]
     if not still:
         return []
     return [

@@ -13,19 +13,16 @@ from torch import nn
 from lora_lightning.models.anatomy import Anatomy
 
 
-def hold_statistics(anatomy: Anatomy) -> list[str]:
-    """Let every layer with running statistics evaluate while its parameters are frozen.
+def layers_with_statistics(anatomy: Anatomy) -> dict[str, nn.Module]:
+    """Layers that keep running statistics, by path."""
+    return {path: module for path, module in anatomy.modules.items() if module._buffers.get("running_mean") is not None}
 
-    Returns:
-        The paths of these layers.
-    """
-    found = []
-    for path, module in anatomy.modules.items():
-        if module._buffers.get("running_mean") is not None:
-            found.append(path)
-            if evaluate_if_frozen not in module._forward_pre_hooks.values():
-                module.register_forward_pre_hook(evaluate_if_frozen)
-    return found
+
+def hold_statistics(anatomy: Anatomy) -> None:
+    """Let every layer with running statistics evaluate while its parameters are frozen."""
+    for module in layers_with_statistics(anatomy).values():
+        if evaluate_if_frozen not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(evaluate_if_frozen)
 
 
 def release_statistics(anatomy: Anatomy) -> None:
