@@ -56,14 +56,8 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     factors, options = find_factors(source, rank)
     heads = find_heads(source)
     stacks = peft_experts.find_stacks(source.here(source.anatomy.layers))
-    tensors: dict[str, Tensor] = {}
     with_bias = any(f.bias is not None for f in factors.values())
-    in_file = _paths_in_file(source, stacks)
-    for path, layer in source.layers.items():
-        found = _layer_tensors(path, layer, factors[path], with_bias)
-        if heads.biases and "bias" in layer.originals():  # peft trains that of an adapted layer then, too
-            found.append((".base_layer.bias", layer.originals()["bias"].detach().cpu()))
-        tensors |= {f"{PREFIX}{in_file[path]}{end}": tensor for end, tensor in found}
+    tensors = _adapter_tensors(source, factors, heads, stacks, with_bias)
     whole = whole_vocabulary(source)
     rows = {path: layer.new_rows.detach().cpu() for path, layer in source.extended.items() if not whole}
     tensors |= {f"{PREFIX}{path}{ROWS}": values for path, values in rows.items()}
@@ -95,10 +89,9 @@ def check(source: Source) -> None:
     """Raise `ExportError` for what `write` will refuse whatever values are trained: layers, heads, settings."""
     factors, _ = find_factors(source, None)
     heads = find_heads(source)
-    _paths_in_file(source, peft_experts.find_stacks(source.here(source.anatomy.layers)))
+    stacks = peft_experts.find_stacks(source.here(source.anatomy.layers))
     with_bias = any(f.bias is not None for f in factors.values())
-    for path, layer in source.layers.items():
-        _layer_tensors(path, layer, factors[path], with_bias)
+    _adapter_tensors(source, factors, heads, stacks, with_bias)
     _config(source, factors, heads, with_bias, source.extended)
 
 
@@ -127,6 +120,20 @@ def _paths_in_file(source: Source, stacks: Stacks) -> dict[str, str]:
 
 def _expert_parameters(source: Source) -> list[str]:
     return [path for path, layer in source.layers.items() if layer.base_layer.kind == "experts"]
+
+
+def _adapter_tensors(
+    source: Source, factors: Mapping[str, Factors], heads: Heads, stacks: Stacks, with_bias: bool
+) -> dict[str, Tensor]:
+    """Tensors of all adapted layers by their names in the file."""
+    tensors: dict[str, Tensor] = {}
+    in_file = _paths_in_file(source, stacks)
+    for path, layer in source.layers.items():
+        found = _layer_tensors(path, layer, factors[path], with_bias)
+        if heads.biases and "bias" in layer.originals():  # peft trains that of an adapted layer then, too
+            found.append((".base_layer.bias", layer.originals()["bias"].detach().cpu()))
+        tensors |= {f"{PREFIX}{in_file[path]}{end}": tensor for end, tensor in found}
+    return tensors
 
 
 def _layer_tensors(path: str, layer: AdaptedLayer, factors: Factors, with_bias: bool) -> list[tuple[str, Tensor]]:
