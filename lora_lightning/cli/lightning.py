@@ -44,6 +44,7 @@ from lora_lightning.methods import Method
 from lora_lightning.models.pretrained import resolve
 from lora_lightning.models.random import is_random
 from lora_lightning.registry import TRAINING_VERBS
+from lora_lightning.storage.inside import shortened
 from lora_lightning.training.assembly import NAME
 from lora_lightning.training.module import AdapterModule
 from lora_lightning.training.predictions import WritePredictions
@@ -218,16 +219,17 @@ class CLI(LightningCLI):
         if self.run_folder.path is None:
             return
         folder = Path(self.trainer.strategy.broadcast(str(self.run_folder.path)))
+        shown = shortened(folder, self.run_folder.start)
         if not self.run_folder.started:
-            raise TrainingError(self._nothing_left(folder))
+            raise TrainingError(self._nothing_left(shown))
         self.trainer.save_checkpoint(folder / "last.ckpt", weights_only=False)  # with optimizer and schedules
         to = _export_format(self.model)  # of an adapter sharded every process is asked
         if self.trainer.is_global_zero:
-            run, target = shlex.quote(str(folder)), shlex.quote(f"{folder}/{to}")
+            run, target = shlex.quote(str(shown)), shlex.quote(f"{shown}/{to}")
             print(f"try next: {_START} validate --run {run}")
             if to:
                 print(f"          {_START} export {run} --format {to} --output {target}")
-            print(f"run: {folder}", flush=True)
+            print(f"run: {shown}", flush=True)
 
     def _nothing_left(self, folder: Path) -> str:
         """Why a fit has taken no step, and the setting that gives it some."""
@@ -294,7 +296,7 @@ def main(args: Sequence[str]) -> int:
     try:
         CLI(line, folder=folder)
     except BaseException as error:
-        ours = _told(error, line, folder.path)
+        ours = _told(error, line, folder)
         folder.close(refused=ours is not None)
         if ours is None or ours is error:
             raise
@@ -303,7 +305,7 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-def _told(error: BaseException, line: command_line.Line, folder: Path | None) -> LoraLightningError | None:
+def _told(error: BaseException, line: command_line.Line, folder: RunFolder) -> LoraLightningError | None:
     """What a user can mend about an error; None for all others."""
     if isinstance(error, LoraLightningError):
         return error
@@ -318,11 +320,11 @@ def _told(error: BaseException, line: command_line.Line, folder: Path | None) ->
     return None
 
 
-def _stopped(line: command_line.Line, folder: Path | None, why: str) -> str:
+def _stopped(line: command_line.Line, folder: RunFolder, why: str) -> str:
     """What a run was stopped at, and how it goes on."""
-    if line.verb != "fit" or folder is None:
+    if line.verb != "fit" or folder.path is None:
         return f"{line.verb} was stopped by {why}; start it again."
-    return stopped(why, folder)
+    return stopped(why, folder.path, folder.start)
 
 
 def build(args: Sequence[str]) -> tuple[AdapterModule, LightningDataModule]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from lora_lightning.errors import RunFolderError
 from lora_lightning.storage.atomic import write_all
+from lora_lightning.storage.inside import shortened
 
 try:
     import fcntl
@@ -28,13 +29,16 @@ class RunFolder:
     """The folder of one fit.
 
     Attributes:
-        path: the folder; None until `begin` or `resume`.
+        path: the folder, absolute, so that a program that changes its directory goes on writing there; None until
+            `begin` or `resume`.
+        start: the directory that the program was started in.
         started: whether training has begun, from when on `close` keeps what is there.
     """
 
     def __init__(self) -> None:
         self.path: Path | None = None
         self.started = False
+        self.start = Path.cwd()
         self._made: list[Path] = []
         self._before: dict[Path, bytes | None] = {}
         self._lock: Lock | None = None
@@ -49,11 +53,11 @@ class RunFolder:
             RunFolderError: the folder cannot be made, or the environment names one that holds a run.
         """
         told = os.environ.get(VARIABLE)
+        parent = root.absolute() / stem
         if rank > 0:
-            self.path = Path(told) if told else root / stem / "pending"
+            self.path = Path(told) if told else parent / "pending"
             return self.path
-        parent = root / stem
-        folder = Path(told) if told else parent / f"{_last_number(parent) + 1:03d}"
+        folder = Path(told).absolute() if told else parent / f"{_last_number(parent) + 1:03d}"
         if there := next((name for name in _OF_A_RUN if told and (folder / name).exists()), None):
             raise RunFolderError(
                 f"the environment sets {VARIABLE}={told}, where a run has left {there}, which this one would replace. "
@@ -69,6 +73,7 @@ class RunFolder:
         Raises:
             RunFolderError: another process is at work there.
         """
+        folder = folder.absolute()
         self.path = folder
         if rank > 0:
             return folder
@@ -100,7 +105,9 @@ class RunFolder:
                 folder = folder.with_name(f"{int(folder.name) + 1:03d}")
                 continue
             except OSError as error:
-                raise RunFolderError(f'cannot make the run folder "{folder}": {error.strerror}.') from error
+                raise RunFolderError(
+                    f'cannot make the run folder "{shortened(folder, self.start)}": {error.strerror}.'
+                ) from error
             self._made = missing
             os.environ[VARIABLE] = str(folder)
             return folder

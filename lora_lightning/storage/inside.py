@@ -25,6 +25,11 @@ def read_inside(folder: Path, name: str) -> bytes:
         raise AdapterFileError(f'"{path}" cannot be read: {getattr(error, "strerror", None) or error}.') from error
 
 
+def shortened(path: Path, start: Path) -> Path:
+    """A path as it is printed: as seen from a folder that it lies in, else unchanged."""
+    return path.relative_to(start) if path.is_relative_to(start) else path
+
+
 def names_inside(folder: Path, name: str) -> list[str]:
     """Names of the files in a folder of a folder, hidden ones and folders left out; none where there is no such one.
 

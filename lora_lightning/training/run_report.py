@@ -34,6 +34,7 @@ from lora_lightning.optim.pair_optimizer import PairOptimizer
 from lora_lightning.optim.wrapper import innermost
 from lora_lightning.storage.atomic import write_json
 from lora_lightning.storage.folder import save_adapter
+from lora_lightning.storage.inside import shortened
 from lora_lightning.training.linear_baseline import LinearBaseline, validation_batches
 from lora_lightning.training.summary import draw, progress_line, summary_table
 from lora_lightning.version import __version__
@@ -57,6 +58,7 @@ class RunReport(StepCallback):
         self.directory, self.name = directory, name
         self.history: list[dict[str, float]] = []
         self.summary: dict[str, Any] | None = None
+        self._start = Path.cwd()
         self._before = 0.0
         self._began = 0.0
         self._losses: list[torch.Tensor] = []
@@ -201,7 +203,7 @@ class RunReport(StepCallback):
             "data": facts,
             "changed": _changed(guard.changed() if guard else {}, root, self.name),
             "damping_raised": _damping(trainer),
-            "adapter_dir": str(adapter),
+            "adapter_dir": str(shortened(Path(adapter), self._start)),
             "steps": trainer.global_step,
             "seconds": round(self._before + time.monotonic() - self._began, 1),
             "seed": record.seed,

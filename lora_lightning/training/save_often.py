@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from lora_lightning.errors import TrainingError, check
+from lora_lightning.storage.inside import shortened
 
 
 class SaveOften(Checkpoint):
@@ -34,6 +35,7 @@ class SaveOften(Checkpoint):
     def __init__(self, folder: str | Path, minutes: float | None = 5.0) -> None:
         self.folder, self.checkpoint_minutes = Path(folder), minutes
         check(minutes is None or minutes > 0, self, "checkpoint_minutes", "it must be above 0, or null for none.")
+        self._start = Path.cwd()
         self._saved_at = 0.0
         self._asked = False
         self._handler: Any = None
@@ -81,7 +83,7 @@ class SaveOften(Checkpoint):
     def _stop_if_asked(self, trainer: Trainer) -> None:
         if why := self._why_stop(trainer):
             self._save(trainer)
-            raise TrainingError(stopped(why, self.folder))
+            raise TrainingError(stopped(why, self.folder, self._start))
 
     def _why_stop(self, trainer: Trainer) -> str:
         if trainer.world_size > 1:  # they would not agree on the batch
@@ -120,8 +122,9 @@ class SaveOften(Checkpoint):
             self._handler = None
 
 
-def stopped(why: str, folder: Path) -> str:
-    """What a run was stopped at, and the line with which it goes on."""
+def stopped(why: str, folder: Path, start: Path) -> str:
+    """What a run was stopped at, and the line with which it goes on; the folder as seen from `start`."""
+    shown = shortened(folder, start)
     if not (folder / "last.ckpt").is_file():
-        return f"the run in {folder} was stopped by {why} before its first checkpoint; start it again."
-    return f"the run was stopped by {why} before its end; it goes on with fit --resume {shlex.quote(str(folder))}"
+        return f"the run in {shown} was stopped by {why} before its first checkpoint; start it again."
+    return f"the run was stopped by {why} before its end; it goes on with fit --resume {shlex.quote(str(shown))}"

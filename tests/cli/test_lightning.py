@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
 from safetensors.torch import load_file
 from toy_runs import completion_file, decoder_folder, encoder_folder, labelled_file
 
@@ -88,6 +89,34 @@ def test_a_refused_value_of_the_data_is_one_line(here, capsys):
     err = capsys.readouterr().err
     assert err.startswith("error: LabelledText.batch_size is 0; it must be at least 1.")
     assert err.count("\n") == 1
+
+
+class Moves(Callback):
+    """What a user's code may do while it trains: change the directory."""
+
+    def on_train_batch_end(self, trainer, *args):
+        os.chdir("/")
+
+
+def test_a_program_that_changes_its_directory_still_writes_into_the_run_folder(here, capsys):
+    line = [
+        "fit",
+        "--config",
+        "tiny.yaml",
+        "--trainer.callbacks+",
+        f"{__name__}.Moves",
+        "--checkpoint_minutes",
+        "0.0001",
+    ]
+    assert main(line) == 0
+    assert Path.cwd() == Path("/")
+    assert lines(capsys)[-1] == "run: runs/tiny/001"
+    run = here / "runs/tiny/001"
+    assert {"adapter", "last.ckpt", "metrics.csv", "summary.json"} <= {path.name for path in run.iterdir()}
+    assert json.loads((run / "summary.json").read_text())["adapter_dir"] == "runs/tiny/001/adapter"
+    events = [path for path in run.iterdir() if path.name.startswith("events.out.tfevents")]
+    assert len(events) == 1
+    assert "train_loss" in events[0].read_bytes().decode("latin-1")
 
 
 def test_a_fit_leaves_a_whole_run_folder(here, capsys):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lora_lightning.errors import AdapterFileError
-from lora_lightning.storage.inside import names_inside, read_inside
+from lora_lightning.storage.inside import names_inside, read_inside, shortened
 
 
 @pytest.fixture
@@ -76,3 +76,8 @@ def test_a_snapshot_of_the_hugging_face_cache_is_links_to_blobs_beside_it(folder
     (snapshot / "planted").symlink_to("../../blobs/key")
     with pytest.raises(AdapterFileError, match="is a link out of its folder"):
         read_inside(snapshot, "planted")
+
+
+def test_a_path_is_shown_as_seen_from_a_folder_that_it_lies_in(tmp_path: Path) -> None:
+    assert shortened(tmp_path / "runs" / "001", tmp_path) == Path("runs/001")
+    assert shortened(tmp_path / "runs", tmp_path / "elsewhere") == tmp_path / "runs"

@@ -168,7 +168,9 @@ def test_minutes_are_above_zero(tmp_path, minutes):
 
 def test_what_is_said_can_be_pasted(tmp_path):
     place = tmp_path / "my runs" / "001"
-    assert stopped("SIGTERM", place).endswith("before its first checkpoint; start it again.")
+    assert stopped("SIGTERM", place, tmp_path).endswith("before its first checkpoint; start it again.")
     place.mkdir(parents=True)
     (place / "last.ckpt").touch()
-    assert stopped("SIGTERM", place).endswith(f"it goes on with fit --resume '{place}'")
+    assert stopped("SIGTERM", place, tmp_path).endswith("it goes on with fit --resume 'my runs/001'")
+    elsewhere = tmp_path / "elsewhere"
+    assert stopped("SIGTERM", place, elsewhere).endswith(f"it goes on with fit --resume '{place}'")
