@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import datasets
 from lora_lightning.data.batches.streaming import Encoder
 from lora_lightning.data.causal_text import CausalText
 from lora_lightning.data.chats.fields import MEDIA, RENDERED, SYSTEM, Fields, refuse_columns, with_system
-from lora_lightning.data.chats.rendering import Renderer, Tools
+from lora_lightning.data.chats.rendering import Example, Renderer, Tools
 from lora_lightning.data.chats.templates import choose_template
 from lora_lightning.data.chats.turns import (
     LEARNED,
@@ -107,7 +107,7 @@ class Chat(CausalText):
         self._unlearned.clear()
         encoded = tokenised(rows, self.encoder(split))
         lost = encoded["lost"][:]
-        self._count_lost(split, Counter(filter(None, lost)), len(rows))
+        self._count_lost(split, Counter(filter(None, lost)), len(rows), len(encoded))
         kept = encoded.remove_columns(["lost", "skipped"])
         return kept.select([number for number, reason in enumerate(lost) if not reason]) if any(lost) else kept
 
@@ -120,11 +120,11 @@ class Chat(CausalText):
             for place, number in enumerate(numbers):
                 row = {name: values[place] for name, values in batch.items()}
                 try:
-                    made = self._example(row, column, split)
+                    made = self._of_row(row, column, split)
                 except RowError as fault:
                     self.sources.fault(split, row.get(PLACE), fault)
-                    made = {**_example([], [], False), "lost": SKIPPED}
-                examples.append({**made, "index": number, "skipped": made["lost"] == SKIPPED})
+                    made = [{**_example([], [], False), "lost": SKIPPED}]
+                examples += [{**one, "index": number, "skipped": one["lost"] == SKIPPED} for one in made]
             names = ("input_ids", "attention_mask", "labels", "index", "truncated", "lost", "skipped")
             return {name: [example[name] for example in examples] for name in names}
 
@@ -159,8 +159,8 @@ class Chat(CausalText):
             )
         return column
 
-    def _example(self, row: Mapping[str, Any], column: str, split: str) -> dict[str, Any]:
-        """One example of a row, or why there is none; raises `RowError`."""
+    def _of_row(self, row: Mapping[str, Any], column: str, split: str) -> list[dict[str, Any]]:
+        """The examples of a row, mostly one, or why there is none; raises `RowError`."""
         where = "Chat.messages"
         refuse_columns(row, where)
         turns = conversation(row[column], where)
@@ -170,10 +170,12 @@ class Chat(CausalText):
         turns = with_system(turns, row, where)
         described = tool_list(row.get(self.tools or "tools"), f"{where}: tools")
         self.fields.check(plain(turns), described, where)
-        return (self._to_predict if split == "predict" else self._to_learn)(turns, described, where)
+        if split == "predict":
+            return [self._to_predict(turns, described, where)]
+        return self._to_learn(turns, described, where)
 
-    def _to_learn(self, turns: list[Turn], tools: Tools, where: str) -> dict[str, Any]:
-        """One example, or why there is none."""
+    def _to_learn(self, turns: list[Turn], tools: Tools, where: str) -> list[dict[str, Any]]:
+        """The examples, or why there is none."""
         answers = [turn for turn in turns if turn["role"] == "assistant"]
         kept = [learned([turn])[0] for turn in answers]
         for turn, keep in zip(answers, kept, strict=True):
@@ -181,17 +183,30 @@ class Chat(CausalText):
                 self._unlearned["with a weight of 0" if turn["content"] else "that are empty"] += 1
         turns = turns[: last_answer(turns) + 1]
         if not turns:
-            return {**_example([], [], True), "lost": NOT_LEARNED if answers else NO_ANSWER}
+            return [{**_example([], [], True), "lost": NOT_LEARNED if answers else NO_ANSWER}]
 
-        def rendered(part: list[Turn]) -> tuple[list[int], list[int]]:
-            return self.renderer.example(plain(part), tools, where, learned(part))
+        def rendered(part: list[Turn]) -> list[Example]:
+            return self.renderer.examples(plain(part), tools, where, learned(part))
 
-        ids, labels = rendered(turns)
-        whole = len(ids)
-        while len(ids) > self.max_length and (shorter := without_first_exchange(turns)) and last_answer(shorter) >= 0:
+        first = rendered(turns)
+        if len(first) == 1:
+            return [self._within(first[0], turns, rendered)]
+        parts = [_learning_only(turns, example.turns) for example in first]
+        return [self._within(example, part, rendered) for example, part in zip(first, parts, strict=True)]
+
+    def _within(
+        self, example: Example, turns: list[Turn], rendered: Callable[[list[Turn]], list[Example]]
+    ) -> dict[str, Any]:
+        """The example within max_length, without its first exchanges where it is longer; or why there is none."""
+        whole = len(example.ids)
+        while (
+            len(example.ids) > self.max_length
+            and (shorter := without_first_exchange(turns))
+            and last_answer(shorter) >= 0
+        ):
             turns = shorter
-            ids, labels = rendered(turns)
-        ids, labels = ids[: self.max_length], labels[: self.max_length]
+            example = rendered(turns)[-1]
+        ids, labels = example.ids[: self.max_length], example.labels[: self.max_length]
         found = any(label != NO_LOSS for label in labels[1:])
         return {**_example(ids, labels, len(ids) < whole), "lost": "" if found else TOO_LONG}
 
@@ -205,12 +220,14 @@ class Chat(CausalText):
             asked = shorter
             prompt = self.renderer.prompt(asked, tools, where)
         last = Renderer(self.tokenizer_object, self.renderer.name, last_only=True)
-        ids, labels = last.example([*asked, turns[-1]], tools, where) if answer else (prompt, [NO_LOSS] * len(prompt))
+        ids, labels = prompt, [NO_LOSS] * len(prompt)
+        if answer:
+            ids, labels, _ = last.examples([*asked, turns[-1]], tools, where)[-1]
         learned = [number for number, label in enumerate(labels) if label != NO_LOSS] or [len(ids)]
         example = completion_example([], ids[: learned[0]], ids[learned[0] : learned[-1] + 1], self.max_length)
         return {**example, "truncated": len(asked) + answer < len(turns) or len(ids) > self.max_length, "lost": ""}
 
-    def _count_lost(self, split: str, lost: Counter[str], rows: int) -> None:
+    def _count_lost(self, split: str, lost: Counter[str], rows: int, examples: int) -> None:
         skipped = lost.pop(SKIPPED, 0)
         self.dropped[split] = lost.total()
         self.fields.tell(f"Chat: {split}")
@@ -218,12 +235,26 @@ class Chat(CausalText):
             told = " and ".join(f"{count} {what}" for what, count in self._unlearned.items())
             log.warning("Chat: %s: assistant turns are read and not learned: %s", split, told)
         reasons = ", ".join(f"{count} {reason}" for reason, count in lost.items())
-        if lost.total() + skipped == rows:
+        if lost.total() + skipped == examples:
             faults = self.sources.told(split) if skipped else ""
             reasons = "; ".join(filter(None, (reasons, faults)))
             raise DataError(f"Chat.{split}: nothing is left of {rows} conversations: {reasons}.")
+        if examples > rows:
+            log.warning(
+                "Chat: %s: %d conversations are %d examples, as the chat template writes answers otherwise once turns "
+                "follow them",
+                split,
+                rows,
+                examples,
+            )
         if lost:
-            log.warning("Chat: left %d of %d %s rows out: %s", lost.total(), rows, split, reasons)
+            log.warning("Chat: left %d of %d %s rows out: %s", lost.total(), examples, split, reasons)
+
+
+def _learning_only(turns: list[Turn], numbers: Sequence[int]) -> list[Turn]:
+    """The turns up to the last of those with the numbers, which alone are learned."""
+    part = turns[: numbers[-1] + 1]
+    return [turn if number in numbers else {**turn, LEARNED: False} for number, turn in enumerate(part)]
 
 
 def _example(ids: list[int], labels: list[int], truncated: bool) -> dict[str, Any]:

@@ -30,6 +30,10 @@ FORGETFUL = (  # as templates that drop the reasoning of earlier answers
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}(thinking) "
     "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+MARKING = (
+    "assistant' %}{% generation %}{% if loop.last %}(thinking) {% endif %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}"
+)
 TOOLS = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>"
     "{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}<|im_end|>\n"
@@ -236,14 +240,27 @@ def test_real_tokens(make, shared, template):
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
-def test_templates_that_rewrite_earlier_turns(make):
-    message = (
-        r"^train\.jsonl, line 1: Chat\.messages, turn 1: the chat template .* writes this turn otherwise .* to last"
+def test_templates_that_rewrite_earlier_turns(make, caplog):
+    """Each turn is learned as it is written where it is the last: what the model is asked for when it answers."""
+    first = "[[<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n]](thinking) hello<|im_end|>[[\n]]"
+    behind = "[[<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n"
+    second = (
+        f"{behind}<|im_start|>user\ntea?<|im_end|>\n<|im_start|>assistant\n]](thinking) yes\nplease<|im_end|>[[\n]]"
     )
-    fails(make([TWO], chat_template=FORGETFUL), message)
-    assert shown(make([TWO], chat_template=FORGETFUL, turns="last"))[0].endswith(
-        "]](thinking) yes\nplease<|im_end|>[[\n]]"
-    )
+    marked = FORGETFUL.replace("assistant' and loop.last %}(thinking) {% endif %}{{ m.content }}<|im_end|>\n", MARKING)
+    for template in (FORGETFUL, marked):
+        assert shown(make([TWO, HI], chat_template=template)) == [first, second, first]
+        assert shown(make([TWO], chat_template=template, turns="last")) == [second]
+    assert "2 conversations are 3 examples, as the chat template writes answers otherwise" in caplog.text
+    only_first = [TWO[0], TWO[1], TWO[2], {**TWO[3], "weight": 0}]
+    assert shown(make([only_first], chat_template=FORGETFUL)) == [first]
+
+
+def test_of_a_conversation_that_is_cut_each_example_is(make):
+    """Each keeps its last exchange; the longer one has lost the first."""
+    data = make([TWO], chat_template=FORGETFUL, max_length=50)
+    assert [text.rpartition("]]")[0].partition("\n")[2].partition("<")[0] for text in shown(data)] == ["hi", "tea?"]
+    assert list(data.examples("train")["truncated"]) == [False, True]
 
 
 def test_templates_in_files_and_those_that_cannot_render(make, tmp_path):

@@ -38,6 +38,8 @@ class Position:
     """Rows of the block that have been taken."""
     start: dict[str, Any] | None = None
     """State of the stream where the block begins; None at its beginning."""
+    part: int = 0
+    """Examples of the next row that have been taken, where a row gives several."""
     used: int = 0
     """Tokens of the next example that have been taken, where examples are cut into chunks."""
     counts: dict[str, int] = field(default_factory=dict)
@@ -126,24 +128,31 @@ class StreamBatches(IterableDataset[tuple[int, Batch, Position]]):
         position = self.positions.get(worker, Position())
         since = position.turn  # when something was last found to learn
         counts = Counter(position.counts)
-        rows = shuffled(stream, self.block, self.seed, f"worker {worker}", position)
-        for after, row in rows:
+        before, first = position, position.part
+        for after, row in shuffled(stream, self.block, self.seed, f"worker {worker}", replace(position, part=0)):
             if after.turn > since + 1:
                 raise DataError("a stream holds no example that has anything to learn.")
             unreadable = row.pop(UNREADABLE, None)
             made = {} if unreadable else self.encode({name: [value] for name, value in row.items()}, [0])
-            lost = not made.get("input_ids") or any(made.get("lost", ()))
-            whole = [] if lost else list(made["input_ids"][0])
-            ids = whole if self.fill == "chunks" else whole[: self.max_length]
-            if not after.turn:
-                kind = "skipped" if unreadable or any(made.get("skipped", ())) else "dropped" if lost else "examples"
-                counts.update({kind: 1, "truncated": int(len(ids) < len(whole) or any(made.get("truncated", ())))})
-                if unreadable:
-                    log.warning("left a row out: %s", unreadable)
-            if not lost:
-                since = after.turn
-                example = {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": _labels(made, ids)}
-                yield replace(after, used=0, counts=dict(counts)), example
+            parts = [{name: values[n] for name, values in made.items()} for n in range(len(made.get("input_ids", ())))]
+            if not parts and not after.turn:
+                counts.update({"skipped" if unreadable else "dropped": 1})
+            if unreadable and not after.turn:
+                log.warning("left a row out: %s", unreadable)
+            for number, part in enumerate(parts[first:], start=first + 1):
+                lost = not part["input_ids"] or bool(part.get("lost"))
+                whole = [] if lost else list(part["input_ids"])
+                ids = whole if self.fill == "chunks" else whole[: self.max_length]
+                if not after.turn:
+                    kind = "skipped" if part.get("skipped") else "dropped" if lost else "examples"
+                    counts.update({kind: 1, "truncated": int(len(ids) < len(whole) or bool(part.get("truncated")))})
+                if not lost:
+                    since = after.turn
+                    labels = list(part["labels"]) if "labels" in part else ids
+                    behind = after if number == len(parts) else replace(before, part=number)
+                    example = {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+                    yield replace(behind, used=0, counts=dict(counts)), example
+            before, first = after, 0
 
     def _packs(self, examples: Iterator[tuple[Position, Example]]) -> Iterator[tuple[Position, Example]]:
         """Rows that are filled until the next example does not fit, with the position behind their last example."""
@@ -174,7 +183,3 @@ class StreamBatches(IterableDataset[tuple[int, Batch, Position]]):
                 yield behind, {"input_ids": chunk, "attention_mask": [1] * len(chunk), "labels": chunk}
             held += ids
             before = after
-
-
-def _labels(made: Mapping[str, list[Any]], ids: list[int]) -> list[int]:
-    return list(made["labels"][0]) if "labels" in made else ids

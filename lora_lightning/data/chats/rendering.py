@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
 
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -16,12 +16,26 @@ from lora_lightning.data.tokens.causal import NO_LOSS
 
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """How a template says where an assistant's text begins."""
+TAGS = re.compile(r"</?\w+>")
+"""What templates look for in texts, such as </think>."""
 PROBE = "xProbe7Zq"
 """A text that stands in no template, and that none escapes."""
 Tools = list[dict[str, Any]] | None
 Span = tuple[int, int]
 """The first one, and the one behind the last."""
+Spans = dict[int, list[Span]]
+"""Of tokens, by the number of the turn whose they are."""
 Result = TypeVar("Result")
+
+
+class Example(NamedTuple):
+    """A rendered conversation, or its part up to a turn."""
+
+    ids: list[int]
+    labels: list[int]
+    """The ids that are learned; `NO_LOSS` elsewhere."""
+    turns: list[int]
+    """Numbers of the turns that are learned here."""
 
 
 @dataclass(frozen=True)
@@ -34,27 +48,36 @@ class Renderer:
         tokenizer: The tokenizer, which renders its `chat_template`.
         name: What to call the template in messages.
         last_only: Whether only the last assistant turn is learned.
+        options: Further variables of the template, such as enable_thinking.
     """
 
     tokenizer: Any
     name: str
     last_only: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    _layouts: dict[Any, tuple[list[int], frozenset[int]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def prompt(self, turns: Sequence[Turn], tools: Tools, where: str) -> list[int]:
         """Tokens up to where the assistant's next turn begins."""
         ids: list[int] = _rendered(
             lambda: self.tokenizer.apply_chat_template(
-                list(turns), tools=tools, add_generation_prompt=True, return_dict=False
+                list(turns), tools=tools, add_generation_prompt=True, return_dict=False, **self.options
             ),
             self.name,
             where,
         )
         return ids
 
-    def example(
+    def examples(
         self, turns: Sequence[Turn], tools: Tools, where: str, learned: Sequence[bool] | None = None
-    ) -> tuple[list[int], list[int]]:
+    ) -> list[Example]:
         """Token ids, and labels on assistant turns with the tokens that end them.
+
+        A template may write a turn otherwise once others follow it, as those do that leave out earlier reasoning. Such
+        a turn is learned as the model will write it, in an example of its own that ends with it. Most conversations are
+        one example.
 
         Args:
             turns: The conversation; its last turn is the assistant's.
@@ -63,21 +86,31 @@ class Renderer:
             learned: Whether each turn is learned if it is the assistant's; None for all.
 
         Raises:
-            DataError: the template refuses the turns, does not mark one of them, or writes one otherwise once others
-                follow it.
+            RowError: the template refuses the turns, does not mark one of them, or writes an answer otherwise than
+                its own prompt begins it.
         """
         wanted = [n for n, turn in enumerate(turns) if turn["role"] == "assistant" and (learned is None or learned[n])]
         wanted = wanted[-1:] if self.last_only else wanted
         if not self.tokenizer.is_fast:
-            ids, spans = self._by_ids(turns, tools, where, wanted)
+            by = self._by_ids
         elif MARKS.search(self.tokenizer.get_chat_template(None, tools)):
-            ids, spans = self._by_marks(turns, tools, where, wanted)
+            by = self._by_marks
         else:
-            ids, spans = self._by_texts(turns, tools, where, wanted)
-        labels = [NO_LOSS] * len(ids)
-        for first, end in spans:
-            labels[first:end] = ids[first:end]
-        return ids, labels
+            by = self._by_texts
+        found: list[Example] = []
+        while True:
+            ids, spans = by(turns, tools, where, wanted)
+            labels = [NO_LOSS] * len(ids)
+            for first, end in (span for of_turn in spans.values() for span in of_turn):
+                labels[first:end] = ids[first:end]
+            if spans or not wanted:
+                found.append(Example(ids, labels, list(spans)))
+            wanted = [number for number in wanted if number not in spans]
+            if not wanted:
+                return found[::-1]
+            if len(turns) == wanted[-1] + 1:  # nothing follows it
+                raise self._unlike_its_prompt(wanted[-1], where)
+            turns = turns[: wanted[-1] + 1]
 
     def writes(self, key: str, turns: Sequence[Turn], tools: Tools, where: str) -> bool:
         """Whether the template writes what turns hold under `key`, or, for "tools", the tools."""
@@ -95,7 +128,7 @@ class Renderer:
         return str(
             _rendered(
                 lambda: self.tokenizer.apply_chat_template(
-                    list(turns), tools=tools, tokenize=False, add_generation_prompt=prompt
+                    list(turns), tools=tools, tokenize=False, add_generation_prompt=prompt, **self.options
                 ),
                 self.name,
                 where,
@@ -110,7 +143,7 @@ class Renderer:
                 tools=tools,
                 chat_template=self.tokenizer.get_chat_template(None, tools),
                 return_assistant_tokens_mask=True,
-                **self.tokenizer.special_tokens_map,
+                **{**self.tokenizer.special_tokens_map, **self.options},
             ),
             self.name,
             where,
@@ -119,8 +152,8 @@ class Renderer:
 
     def _by_marks(
         self, turns: Sequence[Turn], tools: Tools, where: str, wanted: Sequence[int]
-    ) -> tuple[list[int], list[Span]]:
-        """Spans that the template marks.
+    ) -> tuple[list[int], Spans]:
+        """Spans that the template marks, of turns that it writes as it does where they are the last.
 
         `return_assistant_tokens_mask` of transformers marks the rest of a text whose marked end is a blank that belongs
         to no token; the overlap with offsets does not. Where marks stop short of the token that ends a turn, it is
@@ -129,7 +162,7 @@ class Renderer:
         text, marks = self._marked(turns, tools, where)
         ids, offsets = self._tokens(text)
         spans = [_overlap(offsets, start, end) for start, end in marks]
-        owners = self._owners(turns, tools, where, len(marks))
+        owners, unlike = self._layout(turns, tools, where, [text[slice(*mark)] for mark in marks])
         if unmarked := sorted(set(wanted) - set(owners)):
             raise RowError(
                 "with a turn that the template does not mark",
@@ -138,19 +171,49 @@ class Renderer:
             )
         last = spans[-1][1] if spans else len(ids)
         end = ids[last] if last < len(ids) and ids[last] in self._special() else None
-        found = zip(owners, spans, strict=True)
-        return ids, [(first, self._with_end(ids, first, stop, end)) for turn, (first, stop) in found if turn in wanted]
+        found: Spans = {}
+        for turn, (first, stop) in zip(owners, spans, strict=True):
+            if turn in wanted and turn not in unlike:
+                found.setdefault(turn, []).append((first, self._with_end(ids, first, stop, end)))
+        return ids, found
 
-    def _owners(self, turns: Sequence[Turn], tools: Tools, where: str, marks: int) -> list[int]:
-        """The turn that each marked span belongs to: a template may mark none of a turn, or several spans."""
+    def _layout(
+        self, turns: Sequence[Turn], tools: Tools, where: str, marked: list[str]
+    ) -> tuple[list[int], frozenset[int]]:
+        """The turn that each marked text belongs to, and the turns that are marked otherwise where no turn follows.
+
+        Found out once for conversations of one shape: roles, keys, and tags in texts.
+        """
+        shape = (bool(tools), len(marked), *map(_shape, turns))
+        if shape not in self._layouts:
+            owners = self._owners(turns, tools, where, marked)
+            unlike = set()
+            for number in sorted(set(owners))[:-1]:
+                part = turns[: number + 1]
+                texts = self._marked_texts(part, tools, where)
+                alone = zip(texts, self._owners(part, tools, where, texts), strict=True)
+                here = [one for one, owner in zip(marked, owners, strict=True) if owner == number]
+                if [one for one, owner in alone if owner == number] != here:
+                    unlike.add(number)
+            self._layouts[shape] = owners, frozenset(unlike)
+        return self._layouts[shape]
+
+    def _owners(self, turns: Sequence[Turn], tools: Tools, where: str, marked: list[str]) -> list[int]:
+        """The turn that each marked text belongs to: the one with which it changes, else the one that comes next."""
         answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
-        if marks == len(answers):
-            return answers
+        if len(answers) < 2:
+            return answers * len(marked)
         owners: list[int] = []
         for number in answers:
-            until = len(self._marked(turns[: number + 1], tools, where)[1])
-            owners += [number] * (until - len(owners))
-        return owners[:marks] + answers[-1:] * (marks - len(owners))
+            changed = self._marked_texts([*turns[:number], _changed(turns[number]), *turns[number + 1 :]], tools, where)
+            back = _common(marked[::-1], changed[::-1])
+            if _common(marked, changed) < len(marked):
+                owners += [number] * (len(marked) - back - len(owners))
+        return owners + owners[-1:] * (len(marked) - len(owners))
+
+    def _marked_texts(self, turns: Sequence[Turn], tools: Tools, where: str) -> list[str]:
+        text, marks = self._marked(turns, tools, where)
+        return [text[slice(*mark)] for mark in marks]
 
     def _with_end(self, ids: Sequence[int], first: int, stop: int, end: int | None) -> int:
         """`stop`, or behind the token that ends a turn, where it follows and the span does not hold it."""
@@ -160,21 +223,21 @@ class Renderer:
 
     def _by_texts(
         self, turns: Sequence[Turn], tools: Tools, where: str, wanted: Sequence[int]
-    ) -> tuple[list[int], list[Span]]:
+    ) -> tuple[list[int], Spans]:
         """Spans between the text before a turn and the text with it."""
         text = self._text(turns, tools, where)
         ids, offsets = self._tokens(text)
-        spans = []
+        spans: Spans = {}
         for number in wanted:
             before = self._text(turns[:number], tools, where, prompt=True) if number else ""
             through = self._text(turns[: number + 1], tools, where)
             if not (text.startswith(before) and text.startswith(through)):
-                raise self._rewritten(number, where)
+                continue
             start = len(before)
             if not number or before == self._text(turns[:number], tools, where):  # it knows no generation prompt
                 start = self._start_of(turns[: number + 1], tools, start, where)
             first, end = _overlap(offsets, start, len(through))
-            spans.append((first, self._trimmed(ids, first, end)))
+            spans[number] = [(first, self._trimmed(ids, first, end))]
         return ids, spans
 
     def _start_of(self, turns: Sequence[Turn], tools: Tools, before: int, where: str) -> int:
@@ -191,23 +254,23 @@ class Renderer:
 
     def _by_ids(
         self, turns: Sequence[Turn], tools: Tools, where: str, wanted: Sequence[int]
-    ) -> tuple[list[int], list[Span]]:
+    ) -> tuple[list[int], Spans]:
         """The same by token ids, for tokenizers that do not tell which characters a token has."""
-        ids, spans = self._ids(turns, tools, where), []
+        ids = self._ids(turns, tools, where)
+        spans: Spans = {}
         for number in wanted:
             before = self.prompt(turns[:number], tools, where) if number else []
             through = self._ids(turns[: number + 1], tools, where)
-            if ids[: len(before)] != before or ids[: len(through)] != through:
-                raise self._rewritten(number, where)
-            spans.append((len(before), self._trimmed(ids, len(before), len(through))))
+            if ids[: len(before)] == before and ids[: len(through)] == through:
+                spans[number] = [(len(before), self._trimmed(ids, len(before), len(through)))]
         return ids, spans
 
-    def _rewritten(self, number: int, where: str) -> RowError:
+    def _unlike_its_prompt(self, number: int, where: str) -> RowError:
         return RowError(
-            "with a turn that the template rewrites",
-            f"{where}, turn {number}: the chat template {self.name} writes this turn otherwise once others "
-            "follow it, so that the model would learn what it never sees. Set Chat.turns to last, or give a "
-            "chat_template that marks assistant turns with {% generation %}",
+            "with an answer unlike its prompt",
+            f"{where}, turn {number}: the chat template {self.name} begins an answer otherwise than it writes this "
+            "one, so that the model would learn what it is never asked for. Give a chat_template whose prompt begins "
+            "its answers, or that marks them with {% generation %}",
         )
 
     def _tokens(self, text: str) -> tuple[list[int], list[Span]]:
@@ -216,7 +279,9 @@ class Renderer:
 
     def _ids(self, turns: Sequence[Turn], tools: Tools, where: str) -> list[int]:
         ids: list[int] = _rendered(
-            lambda: self.tokenizer.apply_chat_template(list(turns), tools=tools, return_dict=False), self.name, where
+            lambda: self.tokenizer.apply_chat_template(list(turns), tools=tools, return_dict=False, **self.options),
+            self.name,
+            where,
         )
         return ids
 
@@ -229,6 +294,30 @@ class Renderer:
 
     def _special(self) -> set[int]:
         return {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+
+
+def _shape(turn: Turn) -> tuple[Any, ...]:
+    """What a template may look at besides the texts themselves."""
+    return turn["role"], *sorted(key for key, value in turn.items() if value), *sorted(set(TAGS.findall(str(turn))))
+
+
+def _changed(turn: Turn) -> Turn:
+    """The turn with other texts, and other names of called tools."""
+    texts = {key: f"{value}{PROBE}" for key, value in turn.items() if key != "role" and isinstance(value, str)}
+    calls = [_renamed(call) for call in turn.get("tool_calls") or []]
+    return {**turn, **texts, **({"tool_calls": calls} if calls else {})}
+
+
+def _renamed(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function", call)
+    other = {**function, "name": f"{function.get('name')}{PROBE}"}
+    return {**call, "function": other} if "function" in call else other
+
+
+def _common(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many texts are the same from the first on."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((number for number, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _overlap(offsets: Iterable[tuple[int, int]], start: int, end: int) -> tuple[int, int]:

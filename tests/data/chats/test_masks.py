@@ -86,7 +86,7 @@ def ids_of(tokenizer, text: str, learned: str) -> list[tuple[int, bool]]:
 def rendered(tokenizer, template: str, talk: list[tuple[str, str]], **options) -> list[tuple[int, bool]]:
     tokenizer.chat_template = template
     turns = [{"role": role, "content": content} for role, content in talk]
-    ids, labels = Renderer(tokenizer, "of the test").example(turns, None, "row 0", **options)
+    [(ids, labels, _)] = Renderer(tokenizer, "of the test").examples(turns, None, "row 0", **options)
     assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
     return list(zip(ids, (label != -100 for label in labels), strict=True))
 
@@ -147,9 +147,9 @@ def test_a_template_that_marks_several_spans_of_a_turn(tokenizer):
         ([True, False, True, True], "yes\nplease<|im_end|>"),
         ([True, True, True, False], "(hm)hello<|im_end|>"),
     ):
-        _, labels = Renderer(tokenizer, "x").example(talk, None, "row 0", learned)
+        [(_, labels, _)] = Renderer(tokenizer, "x").examples(talk, None, "row 0", learned)
         assert tokenizer.decode([label for label in labels if label != -100]) == wanted
-    _, labels = Renderer(tokenizer, "x", last_only=True).example(talk, None, "row 0")
+    [(_, labels, _)] = Renderer(tokenizer, "x", last_only=True).examples(talk, None, "row 0")
     assert tokenizer.decode([label for label in labels if label != -100]) == "yes\nplease<|im_end|>"
 
 
@@ -179,18 +179,23 @@ def test_templates_of_trl(tokenizer, file):
     renderer = Renderer(tokenizer, "x")
     try:
         Fields(renderer).check(turns, None, "row 0")
-        ids, labels = renderer.example(turns, None, "row 0")
+        examples = renderer.examples(turns, None, "row 0")
     except RowError as error:
         refused = error.kind
     else:
         refused = ""
     if refused:
-        assert refused.split()[-1] in ("rewrites", "render", "out")  # it rewrites turns, cannot render, leaves text out
-    elif MARKS_OF.search(tokenizer.chat_template):
+        assert refused.split()[-1] in ("prompt", "render", "out")  # begins answers otherwise, cannot render, leaves out
+        return
+    if MARKS_OF.search(tokenizer.chat_template) and len(examples) == 1:
         theirs = tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
-        assert ids == theirs["input_ids"]
-        assert [int(label != -100) for label in labels] == theirs["assistant_masks"]
-    else:
+        assert examples[0].ids == theirs["input_ids"]
+        assert [int(label != -100) for label in examples[0].labels] == theirs["assistant_masks"]
+        return
+    for ids, labels, numbers in examples:
+        prefix = tokenizer.apply_chat_template(turns[: numbers[-1] + 1], return_dict=False)
+        assert ids == prefix[: len(ids)]
         learned = tokenizer.decode([label for label in labels if label != -100])
-        assert re.search("hello.*yes\nplease", learned, re.DOTALL)
-        assert not re.search("tea|user|hi<", learned)
+        assert re.search(".*".join(turns[number]["content"] for number in numbers), learned, re.DOTALL)
+        assert not re.search("tea|hi<", learned)
+    assert sorted(number for example in examples for number in example.turns) == [1, 3]

@@ -33,21 +33,23 @@ def render(letters):
 @pytest.mark.parametrize("last_only", [False, True])
 def test_marks_and_prefixes_say_the_same(render, last_only):
     by_marks, by_prefixes = (render(template, last_only) for template in (MARKED, UNMARKED))
-    assert by_marks.example(TURNS, None, "row 0") == by_prefixes.example(TURNS, None, "row 0")
+    assert by_marks.examples(TURNS, None, "row 0") == by_prefixes.examples(TURNS, None, "row 0")
 
 
 @pytest.mark.parametrize("template", [MARKED, UNMARKED])
 def test_the_prompt_is_what_stands_before_the_answer(render, template):
     renderer = render(template, last_only=True)
     prompt = renderer.prompt(TURNS[:3], None, "row 0")
-    ids, labels = renderer.example(TURNS, None, "row 0")
+    [(ids, labels, turns)] = renderer.examples(TURNS, None, "row 0")
+    assert turns == [3]
     assert ids[: len(prompt)] == prompt
     assert labels[: len(prompt)] == [-100] * len(prompt)
     assert mark(ids, labels, renderer.tokenizer).endswith("assistant\n]]yes\nplease<|im_end|>[[\n]]")
 
 
 def test_labels_are_the_tokens_themselves(render):
-    ids, labels = render(MARKED).example(TURNS, None, "row 0")
+    [(ids, labels, turns)] = render(MARKED).examples(TURNS, None, "row 0")
+    assert turns == [1, 3]
     assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
 
 
@@ -62,11 +64,13 @@ def test_what_a_template_writes(render):
     assert hearing.writes("tool_calls", calls, tools, "row 0")
 
 
-def test_templates_that_refuse_or_rewrite(render):
+def test_templates_that_refuse_or_begin_answers_otherwise(render):
     with pytest.raises(
         DataError, match=r"^row 3: the chat template of the test cannot render it: roles must alternate"
     ):
-        render("{{ raise_exception('roles must alternate') }}").example(TURNS, None, "row 3")
-    forgetful = "{% for m in messages %}{{ m.role }}{% if loop.last %}!{% endif %}{{ m.content }}{% endfor %}"
-    with pytest.raises(DataError, match=r"^row 3, turn 1: the chat template of the test writes this turn otherwise"):
-        render(forgetful).example(TURNS, None, "row 3")
+        render("{{ raise_exception('roles must alternate') }}").examples(TURNS, None, "row 3")
+    unlike = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}{% endfor %}{% if add_generation_prompt %}model:{% endif %}"
+    )
+    with pytest.raises(DataError, match=r"^row 3, turn 3: the chat template of the test begins an answer otherwise"):
+        render(unlike).examples(TURNS, None, "row 3")
