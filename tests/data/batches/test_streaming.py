@@ -13,6 +13,7 @@ from toy_runs import decoder_folder
 
 from lora_lightning.cli.main import main
 from lora_lightning.data import Chat, PlainText
+from lora_lightning.data.batches.streaming import StreamBatches
 from lora_lightning.errors import DataError
 
 SOME = [(0, 1), (0, 3), (1, 1), (2, 2)]
@@ -208,3 +209,25 @@ def test_rows_that_cannot_be_used(make_stream, write, stream_folder):
         list(islice(bad.train_dataloader(), 30))
     with pytest.raises(DataError, match=r'many"; train-2\.jsonl, line 6 cannot be read: a list, not'):
         make_stream(train=str(stream_folder))
+
+
+@pytest.mark.parametrize("fill", ["examples", "packs", "chunks"])
+def test_rows_that_give_several_examples(fill):
+    """Each comes once a turn, and reading goes on between two examples of a row."""
+
+    def thrice(batch, numbers):
+        value = batch["value"][0]
+        return {"input_ids": [[10 * value + part] * 3 for part in range(value % 3 + 1)]}
+
+    def batches(positions):
+        stream = datasets.Dataset.from_list([{"value": value} for value in range(5)]).to_iterable_dataset()
+        collate = lambda examples: [list(example["input_ids"]) for example in examples]  # noqa: E731
+        return iter(StreamBatches(stream, thrice, collate, 1, 7, fill, 2, seed=0, positions=positions))
+
+    whole = list(islice(batches({}), 30))
+    found = [token for _, [tokens], _ in whole for token in tokens][::3]
+    assert sorted(found[:9]) == [0, 10, 11, 20, 21, 22, 30, 40, 41]
+    assert any(position.part for _, _, position in whole)
+    for stop, (_, _, position) in enumerate(whole[:12], start=1):
+        again = list(islice(batches({0: position}), 10))
+        assert [made for _, made, _ in again] == [made for _, made, _ in whole[stop : stop + 10]]
