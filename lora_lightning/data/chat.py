@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -12,7 +14,8 @@ import datasets
 
 from lora_lightning.data.batches.streaming import Encoder
 from lora_lightning.data.causal_text import CausalText
-from lora_lightning.data.chats.fields import MEDIA, RENDERED, SYSTEM, Fields, refuse_columns, with_system
+from lora_lightning.data.chats import options
+from lora_lightning.data.chats.fields import MEDIA, RENDERED, SYSTEM, Fields, refuse_columns, tell, with_system
 from lora_lightning.data.chats.rendering import Example, Renderer, Tools
 from lora_lightning.data.chats.templates import choose_template
 from lora_lightning.data.chats.turns import (
@@ -52,7 +55,8 @@ class Chat(CausalText):
     too; turns behind the last learned one are left out. A turn with weight: 0, train: false or loss: false is read and
     not learned, and so is an empty one. A column "system" becomes the first turn. Columns prompt and completion, both
     of turns, are one conversation of which the completion is learned. Other keys of turns go to the template; one that
-    it does not write is named, and is an error where it would change what is learned.
+    it does not write is named, and is an error where it would change what is learned. Where a template writes an answer
+    otherwise once turns follow it, as those do that drop earlier reasoning, it is learned in an example of its own.
 
     A conversation longer than max_length loses its first exchanges, but not its system turn, then tokens on the right.
     What keeps nothing to learn is dropped and counted.
@@ -63,7 +67,9 @@ class Chat(CausalText):
         messages: Column of the turns; null takes "messages" or "conversations".
         tools: Column of tool descriptions (a list, or its JSON text); null takes "tools" where there is one.
         chat_template: chatml, llama-3, zephyr or plain, a file, or a Jinja text; null takes the tokenizer's own.
-        turns: Learn all assistant turns, or only the last one, which is right for templates that rewrite earlier turns.
+        turns: Learn all assistant turns, or only the last one.
+        chat_template_kwargs: Further variables of the template, such as `{enable_thinking: false}`; a column of that
+            name gives those of a row.
         common: Settings that all text data share.
     """
 
@@ -73,6 +79,7 @@ class Chat(CausalText):
         tools: str | None = None,
         chat_template: str | None = None,
         turns: Literal["all", "last"] = "all",
+        chat_template_kwargs: dict[str, Any] | None = None,
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -80,6 +87,8 @@ class Chat(CausalText):
         self.tools = tools
         self.chat_template = chat_template
         self.turns = turns
+        self.chat_template_kwargs = chat_template_kwargs
+        self._fields: dict[str, Fields] = {}
         self._named: set[str] = set()
         self._unlearned: Counter[str] = Counter()
 
@@ -94,7 +103,7 @@ class Chat(CausalText):
         if self.tools is not None:
             required["Chat.tools"] = self.tools
         rows = self.sources.read(split, required, texts=[], hold_out_by=[required["Chat.messages"]])
-        known = {*required.values(), "tools", *SYSTEM, *MEDIA, *RENDERED}
+        known = {*required.values(), "tools", options.NAME, *SYSTEM, *MEDIA, *RENDERED}
         other = [name for name in there if name not in known | self._named]
         if other:
             self._named |= set(other)
@@ -135,10 +144,23 @@ class Chat(CausalText):
         column = self._column(list(row), "predict")
         return {**row, column: json_value(row[column], "Chat.messages")}
 
-    @cached_property
-    def fields(self) -> Fields:
-        """What the template does with the keys of turns."""
-        return Fields(self.renderer)
+    def fields(self, of_row: Any, where: str) -> Fields:
+        """The template with the variables of a row, and what it does with the keys of turns.
+
+        Raises:
+            RowError: a variable that the template does not read.
+        """
+        given = json_value(of_row, f"{where}: {options.NAME}") if of_row else {}
+        if not isinstance(given, Mapping):
+            message = f"{where}: {options.NAME} is {given!r}; it must be an object of names and values"
+            raise RowError("with template variables of another shape", message)
+        given = {name: value for name, value in given.items() if value is not None}
+        key = json.dumps(given, sort_keys=True, default=str)
+        if key not in self._fields:
+            renderer = self.renderer
+            options.check_options(renderer.tokenizer.get_chat_template(), given, f"{where}: {options.NAME}")
+            self._fields[key] = Fields(replace(renderer, options={**renderer.options, **given}))
+        return self._fields[key]
 
     @cached_property
     def renderer(self) -> Renderer:
@@ -146,7 +168,9 @@ class Chat(CausalText):
         template, name = choose_template(self.tokenizer_object, self.chat_template)
         if template is not None:
             self.tokenizer_object.chat_template = template
-        return Renderer(self.tokenizer_object, name, self.turns == "last")
+        given = self.chat_template_kwargs or {}
+        options.check_options(self.tokenizer_object.get_chat_template(), given, f"Chat.{options.NAME}")
+        return Renderer(self.tokenizer_object, name, self.turns == "last", given)
 
     def _column(self, there: list[str], split: str) -> str:
         column = self.messages or next((name for name in COLUMNS if name in there), None)
@@ -169,12 +193,13 @@ class Chat(CausalText):
             turns = [*asked, *conversation(row[PAIR[1]], f"{where}: completion")]
         turns = with_system(turns, row, where)
         described = tool_list(row.get(self.tools or "tools"), f"{where}: tools")
-        self.fields.check(plain(turns), described, where)
+        fields = self.fields(row.get(options.NAME), where)
+        fields.check(plain(turns), described, where)
         if split == "predict":
-            return [self._to_predict(turns, described, where)]
-        return self._to_learn(turns, described, where)
+            return [_to_predict(fields.renderer, self.max_length, turns, described, where)]
+        return self._to_learn(fields.renderer, turns, described, where)
 
-    def _to_learn(self, turns: list[Turn], tools: Tools, where: str) -> list[dict[str, Any]]:
+    def _to_learn(self, renderer: Renderer, turns: list[Turn], tools: Tools, where: str) -> list[dict[str, Any]]:
         """The examples, or why there is none."""
         answers = [turn for turn in turns if turn["role"] == "assistant"]
         kept = [learned([turn])[0] for turn in answers]
@@ -186,7 +211,7 @@ class Chat(CausalText):
             return [{**_example([], [], True), "lost": NOT_LEARNED if answers else NO_ANSWER}]
 
         def rendered(part: list[Turn]) -> list[Example]:
-            return self.renderer.examples(plain(part), tools, where, learned(part))
+            return renderer.examples(plain(part), tools, where, learned(part))
 
         first = rendered(turns)
         if len(first) == 1:
@@ -210,27 +235,10 @@ class Chat(CausalText):
         found = any(label != NO_LOSS for label in labels[1:])
         return {**_example(ids, labels, len(ids) < whole), "lost": "" if found else TOO_LONG}
 
-    def _to_predict(self, turns: list[Turn], tools: Tools, where: str) -> dict[str, Any]:
-        """The prompt of the last answer, and that answer where there is one."""
-        turns = plain(turns)
-        answer = last_answer(turns) == len(turns) - 1
-        asked = turns[:-1] if answer else turns
-        prompt = self.renderer.prompt(asked, tools, where)
-        while len(prompt) >= self.max_length and (shorter := without_first_exchange(asked)):
-            asked = shorter
-            prompt = self.renderer.prompt(asked, tools, where)
-        last = Renderer(self.tokenizer_object, self.renderer.name, last_only=True)
-        ids, labels = prompt, [NO_LOSS] * len(prompt)
-        if answer:
-            ids, labels, _ = last.examples([*asked, turns[-1]], tools, where)[-1]
-        learned = [number for number, label in enumerate(labels) if label != NO_LOSS] or [len(ids)]
-        example = completion_example([], ids[: learned[0]], ids[learned[0] : learned[-1] + 1], self.max_length)
-        return {**example, "truncated": len(asked) + answer < len(turns) or len(ids) > self.max_length, "lost": ""}
-
     def _count_lost(self, split: str, lost: Counter[str], rows: int, examples: int) -> None:
         skipped = lost.pop(SKIPPED, 0)
         self.dropped[split] = lost.total()
-        self.fields.tell(f"Chat: {split}")
+        tell((fields for fields in self._fields.values()), f"Chat: {split}")
         if self._unlearned:
             told = " and ".join(f"{count} {what}" for what, count in self._unlearned.items())
             log.warning("Chat: %s: assistant turns are read and not learned: %s", split, told)
@@ -249,6 +257,23 @@ class Chat(CausalText):
             )
         if lost:
             log.warning("Chat: left %d of %d %s rows out: %s", lost.total(), examples, split, reasons)
+
+
+def _to_predict(renderer: Renderer, max_length: int, turns: list[Turn], tools: Tools, where: str) -> dict[str, Any]:
+    """The prompt of the last answer, and that answer where there is one."""
+    turns = plain(turns)
+    answer = last_answer(turns) == len(turns) - 1
+    asked = turns[:-1] if answer else turns
+    prompt = renderer.prompt(asked, tools, where)
+    while len(prompt) >= max_length and (shorter := without_first_exchange(asked)):
+        asked = shorter
+        prompt = renderer.prompt(asked, tools, where)
+    ids, labels = prompt, [NO_LOSS] * len(prompt)
+    if answer:
+        ids, labels, _ = replace(renderer, last_only=True).examples([*asked, turns[-1]], tools, where)[-1]
+    learned = [number for number, label in enumerate(labels) if label != NO_LOSS] or [len(ids)]
+    example = completion_example([], ids[: learned[0]], ids[learned[0] : learned[-1] + 1], max_length)
+    return {**example, "truncated": len(asked) + answer < len(turns) or len(ids) > max_length, "lost": ""}
 
 
 def _learning_only(turns: list[Turn], numbers: Sequence[int]) -> list[Turn]:

@@ -347,11 +347,29 @@ def test_what_would_be_learned_and_is_not_written_is_an_error(make):
         "message.content + '<|im_end|>'", "(message.reasoning_content or '') + message.content + '<|im_end|>'", 1
     )
     assert "]]wellhello<|im_end|>[[" in shown(make([thinking], chat_template=template))[0]
-    for name in ("images", "documents", "chat_template_kwargs"):
+    for name in ("images", "documents"):
         fails(
             make([{"messages": HI, name: [1]}]),
             rf'^train\.jsonl, line 1: .* the column "{name}", which Chat does not read',
         )
+
+
+def test_further_variables_of_the_template(make, write):
+    """Of the settings, and of a row, whose own ones win."""
+    template = "{{ tone }}|" + UNMARKED
+    settings = {"chat_template": template, "chat_template_kwargs": {"tone": "dry"}}
+    rows = [{"messages": HI}, {"messages": HI, "chat_template_kwargs": {"tone": "warm"}}]
+    assert [text.partition("|")[0] for text in shown(make(rows, **settings))] == ["[[dry", "[[warm"]
+    asked = make(rows, predict=write("ask.jsonl", "\n".join(map(json.dumps, rows))), **settings)
+    assert [text.partition("|")[0] for text in shown(asked, "predict")] == ["[[dry", "[[warm"]
+    wrong = r"Chat\.chat_template_kwargs\.tune is 'dry'; the chat template does not read it: it reads tone\. Did you"
+    fails(make([HI], chat_template=template, chat_template_kwargs={"tune": "dry"}), wrong)
+    wrong = r"Chat\.chat_template_kwargs\.tools is \[\]; the data and the tokenizer give it to the template"
+    fails(make([HI], chat_template=template, chat_template_kwargs={"tools": []}), wrong)
+    wrong = r"line 1: Chat\.messages: chat_template_kwargs\.x is 1; the chat template does not read it: it reads none"
+    fails(make([{"messages": HI, "chat_template_kwargs": {"x": 1}}]), wrong)
+    wrong = r"line 1: Chat\.messages: chat_template_kwargs is \[1\]; it must be an object"
+    fails(make([{"messages": HI, "chat_template_kwargs": [1]}]), wrong)
 
 
 def test_other_fields_are_named_once_with_their_count(make, caplog):

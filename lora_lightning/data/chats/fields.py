@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_lightning.data.chats.rendering import Renderer, Tools
@@ -14,8 +14,8 @@ from lora_lightning.data.sources.faults import RowError
 log = logging.getLogger(__name__)
 
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-RENDERED = ("chat_template_kwargs", "documents")
-"""Columns that other tools hand to the template."""
+RENDERED = ("documents",)
+"""Columns that other tools hand to the template, and Chat does not."""
 SYSTEM = ("system", "system_prompt")
 """Columns of a system text."""
 LEARNED_KEYS = (*REASONING, "tool_calls", *MEDIA)
@@ -85,12 +85,6 @@ class Fields:
                 if not written:
                     self.left_out[key] += 1
 
-    def tell(self, what: str) -> None:
-        """Name the keys that were left out, once each with their count."""
-        if self.left_out:
-            told = ", ".join(f"{key} ({count} turns)" for key, count in sorted(self.left_out.items()))
-            log.warning("%s: the chat template %s does not write %s", what, self.renderer.name, told)
-
     def _writes(self, key: str, turns: Sequence[Turn], tools: Tools, where: str) -> bool:
         if key not in self._written:
             self._written[key] = self.renderer.writes(key, turns, tools, where)
@@ -102,3 +96,14 @@ class Fields:
             f"{where} has {key}, which the chat template {self.renderer.name} leaves out. Give a chat_template that "
             "writes them, or remove them from the data",
         )
+
+
+def tell(fields: Iterable[Fields], what: str) -> None:
+    """Name the keys that were left out, once each with their count over all of `fields`."""
+    by_template: dict[str, Counter[str]] = {}
+    for one in fields:
+        by_template.setdefault(one.renderer.name, Counter()).update(one.left_out)
+    for name, left_out in by_template.items():
+        told = ", ".join(f"{key} ({count} turns)" for key, count in sorted(left_out.items()))
+        if told:
+            log.warning("%s: the chat template %s does not write %s", what, name, told)

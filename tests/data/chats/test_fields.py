@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lora_lightning.data.chats.fields import Fields, refuse_columns, with_system
+from lora_lightning.data.chats.fields import Fields, refuse_columns, tell, with_system
 from lora_lightning.data.chats.rendering import Renderer
 from lora_lightning.data.tokens.tokenizers import load_tokenizer
 from lora_lightning.errors import DataError
@@ -48,7 +48,7 @@ def test_other_keys_are_counted(fields, caplog):
     found = fields("{% for m in messages %}{{ m.name }}{{ m.content }}{% endfor %}")
     for _ in range(2):
         found.check([{**HI[0], "name": "Ann", "id": 1}, {**HI[1], "mood": ""}], None, "X")
-    found.tell("Chat: train")
+    tell([found, Fields(found.renderer)], "Chat: train")
     assert caplog.text.endswith("Chat: train: the chat template of the test does not write id (2 turns)\n")
 
 
