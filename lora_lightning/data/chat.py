@@ -66,7 +66,8 @@ class Chat(CausalText):
     Args:
         messages: Column of the turns; null takes "messages" or "conversations".
         tools: Column of tool descriptions (a list, or its JSON text); null takes "tools" where there is one.
-        chat_template: chatml, llama-3, zephyr or plain, a file, or a Jinja text; null takes the tokenizer's own.
+        chat_template: A name (chatml, llama-3, llama-3.1, qwen-2.5, qwen-3, gemma-3, mistral, phi-3, phi-4, harmony,
+            deepseek-v3, deepseek-r1, zephyr, plain), a file, or a Jinja text; null takes the tokenizer's own.
         turns: Learn all assistant turns, or only the last one.
         chat_template_kwargs: Further variables of the template, such as `{enable_thinking: false}`; a column of that
             name gives those of a row.

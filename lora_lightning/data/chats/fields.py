@@ -72,7 +72,7 @@ class Fields:
         for number, turn in enumerate(turns):
             what = f"text in turns of the role {turn['role']}"
             if turn["content"] and what not in self._written:
-                self._written[what] = self.renderer.writes_content(turns[: number + 1], tools, where)
+                self._written[what] = self.renderer.writes_content(number, turns, tools, where)
             if turn["content"] and not self._written[what]:
                 raise self._refusal(what, where)
             for key in turn:

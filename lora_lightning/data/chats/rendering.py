@@ -120,9 +120,10 @@ class Renderer:
         without = [{name: value for name, value in turn.items() if name != key} for turn in turns]
         return text != self._text(without, tools, where)
 
-    def writes_content(self, turns: Sequence[Turn], tools: Tools, where: str) -> bool:
-        """Whether the template writes the text of the last turn."""
-        return PROBE in self._text([*turns[:-1], {**turns[-1], "content": PROBE}], tools, where)
+    def writes_content(self, number: int, turns: Sequence[Turn], tools: Tools, where: str) -> bool:
+        """Whether the template writes the text of a turn, which may be once others follow it."""
+        other = [*turns[:number], {**turns[number], "content": PROBE}, *turns[number + 1 :]]
+        return PROBE in self._text(other[: number + 1], tools, where) or PROBE in self._text(other, tools, where)
 
     def _text(self, turns: Sequence[Turn], tools: Tools, where: str, prompt: bool = False) -> str:
         return str(
@@ -188,7 +189,7 @@ class Renderer:
         if shape not in self._layouts:
             owners = self._owners(turns, tools, where, marked)
             unlike = set()
-            for number in sorted(set(owners))[:-1]:
+            for number in set(owners) - {len(turns) - 1}:
                 part = turns[: number + 1]
                 texts = self._marked_texts(part, tools, where)
                 alone = zip(texts, self._owners(part, tools, where, texts), strict=True)
@@ -303,8 +304,9 @@ def _shape(turn: Turn) -> tuple[Any, ...]:
 
 def _changed(turn: Turn) -> Turn:
     """The turn with other texts, and other names of called tools."""
-    texts = {key: f"{value}{PROBE}" for key, value in turn.items() if key != "role" and isinstance(value, str)}
     calls = [_renamed(call) for call in turn.get("tool_calls") or []]
+    named = [key for key, value in turn.items() if key != "role" and isinstance(value, str) and (value or not calls)]
+    texts = {key: f"{turn[key]}{PROBE}" for key in named}
     return {**turn, **texts, **({"tool_calls": calls} if calls else {})}
 
 

@@ -1,4 +1,4 @@
-"""Chat templates: the tokenizer's own, one of ours by name, a file, or Jinja text."""
+"""Chat templates: the tokenizer's own, one of ours by name, that of a family of models, a file, or Jinja text."""
 
 from __future__ import annotations
 
@@ -51,10 +51,45 @@ TEMPLATES = {
         gap="",
         tokens=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     ),
+    "phi-3": ChatTemplate(
+        head=r"'<|' + role + '|>\n'",
+        end="'<|end|>'",
+        answer_end="'<|end|>'",
+        tokens=("<|user|>", "<|assistant|>", "<|end|>"),
+    ),
+    "phi-4": ChatTemplate(
+        head="'<|im_start|>' + role + '<|im_sep|>'",
+        end="'<|im_end|>'",
+        answer_end="'<|im_end|>'",
+        gap="",
+        tokens=("<|im_start|>", "<|im_sep|>", "<|im_end|>"),
+    ),
     "zephyr": ChatTemplate(head=r"'<|' + role + '|>\n'", end="eos_token", answer_end="eos_token"),
     "plain": ChatTemplate(head=r"role | capitalize + ':\n'", end="''", answer_end="eos_token"),
 }
 """zephyr and plain are of ordinary text and the end-of-text token, so that any tokenizer can do with them."""
+
+_DEEPSEEK = tuple(f"<\uff5c{name}\uff5c>" for name in ("User", "Assistant", "end\u2581of\u2581sentence"))
+FAMILIES = {
+    "deepseek-r1": (*_DEEPSEEK, "<think>"),
+    "deepseek-v3": _DEEPSEEK,
+    "gemma-3": ("<start_of_turn>", "<end_of_turn>"),
+    "harmony": ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>"),
+    "llama-3.1": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "mistral": ("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
+    "qwen-2.5": ("<|im_start|>", "<|im_end|>"),
+    "qwen-3": ("<|im_start|>", "<|im_end|>"),
+}
+"""Tokens of the templates in the folder families, which write tools and reasoning as those models know them."""
+
+
+NAMES = {**{name: template.tokens for name, template in TEMPLATES.items()}, **FAMILIES}
+"""Templates by name, with the tokens that they are made of."""
+
+
+def family(name: str) -> str:
+    """The template of a family of models, Jinja text."""
+    return (Path(__file__).parent / "families" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 def choose_template(tokenizer: Any, setting: str | None) -> tuple[str | None, str]:
@@ -67,35 +102,37 @@ def choose_template(tokenizer: Any, setting: str | None) -> tuple[str | None, st
     Raises:
         DataError: no such template, or the tokenizer lacks tokens that it is made of.
     """
-    choices = f"Choose one of {', '.join(TEMPLATES)}, or give a file or a Jinja text."
+    choices = f"Choose one of {', '.join(NAMES)}, or give a file or a Jinja text."
     if setting is None:
         if not tokenizer.chat_template:
             raise DataError(
                 f"Chat.chat_template is null, and the tokenizer {tokenizer.name_or_path} has no template. {choices}"
             )
         return None, f"of {tokenizer.name_or_path}"
-    if setting in TEMPLATES:
+    if setting in NAMES:
         return _named(tokenizer, setting), f'"{setting}"'
     if "{{" in setting or "{%" in setting:
         return setting, "that was given"
     path = Path(setting).expanduser()
     if not path.is_file():
-        raise DataError(f'Chat.chat_template is "{setting}"; no such file.{did_you_mean(setting, TEMPLATES)} {choices}')
+        raise DataError(f'Chat.chat_template is "{setting}"; no such file.{did_you_mean(setting, NAMES)} {choices}')
     return path.read_text(encoding="utf-8"), f"in {path.name}"
 
 
 def _named(tokenizer: Any, name: str) -> str:
-    template, vocabulary = TEMPLATES[name], tokenizer.get_vocab()
-    missing = [token for token in template.tokens if token not in vocabulary]
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in NAMES[name] if token not in vocabulary]
     if missing:
-        fits = [other for other, known in TEMPLATES.items() if all(token in vocabulary for token in known.tokens)]
+        fits = [other for other, tokens in NAMES.items() if all(token in vocabulary for token in tokens)]
         raise DataError(
             f'Chat.chat_template is "{name}"; the tokenizer {tokenizer.name_or_path} has no token {missing[0]}, so that'
             f" it would be letters to the model. data.new_tokens: {missing!r} makes it fit: rows for them train along."
             f" Templates that fit as it is: {', '.join(fits)}."
         )
+    if name in FAMILIES:
+        return family(name)
     end_id(tokenizer)
-    return template.jinja(start="".join(tokenizer.convert_ids_to_tokens(start_ids(tokenizer))))
+    return TEMPLATES[name].jinja(start="".join(tokenizer.convert_ids_to_tokens(start_ids(tokenizer))))
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
