@@ -13,6 +13,8 @@ from lora_lightning.injection.place import set_module
 from lora_lightning.injection.records import check_known, injected_root, iter_adapters, records
 from lora_lightning.injection.statistics import release_statistics
 from lora_lightning.models.anatomy import survey
+from lora_lightning.models.new_tokens import holds_rows
+from lora_lightning.models.token_rows import remove_token_rows, write_into_base
 
 
 def merge(model: nn.Module, keep_original: bool = True) -> None:
@@ -86,6 +88,9 @@ def eject(model: nn.Module, name: str | None = None) -> None:
     if all(layer.can_unmerge for layer in layers.values()):
         active = dict.fromkeys(other for layer in layers.values() for other in layer.active)
         show_heads(root, [other for other in active if other not in names])
+    else:
+        write_into_base(anatomy)
+    rows = [parameter for one in names for parameter in records(root)[one].trained if holds_rows(parameter)]
     for layer in layers.values():
         if layer.can_unmerge:
             layer.unmerge()
@@ -100,5 +105,7 @@ def eject(model: nn.Module, name: str | None = None) -> None:
         detach(root, adapter_name, records(root)[adapter_name].linked)
         forget_heads(root, adapter_name)
         del records(root)[adapter_name]
+    kept = {parameter for record in records(root).values() for parameter in record.trained}
+    remove_token_rows(root, set(rows) - kept)
     if not records(root):
         release_statistics(anatomy)

@@ -48,6 +48,9 @@ def describe_adapter(anatomy: Anatomy, name: str) -> dict[str, Any]:
         "linked": [plain(path) for path in record.linked],
         "trained": [plain(parameter) for parameter in record.trained],
         "labels": _labels(root) if record.trained else None,
+        "tokens": {
+            plain(path): {"ids": list(rows.ids), "tokens": list(rows.tokens)} for path, rows in record.tokens.items()
+        },
         "seed": record.seed,
         "vocabulary": None if added is None else {"first": added.first, "tokens": list(added.tokens)},
         "base": getattr(getattr(root, "config", None), "_name_or_path", None) or None,

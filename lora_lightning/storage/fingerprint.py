@@ -207,6 +207,8 @@ def _base_parameters(anatomy: Anatomy) -> dict[str, Tensor]:
     inside = starting_with(above, listed)
     found: dict[str, Tensor] = {plain(name): listed[name] for name in listed if name not in inside}
     for path in anatomy.extended:
+        for rows in ("new_rows", "token_rows"):  # they stand in the place of rows that count
+            found.pop(f"{plain(path)}.{rows}", None)
         place, inside_it = plain(path), f"{plain(path)}.base."
         found = {
             f"{place}.{key.removeprefix(inside_it)}" if key.startswith(inside_it) else key: found[key] for key in found
