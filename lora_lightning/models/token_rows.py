@@ -60,8 +60,8 @@ def as_ids(tokens: Tokens, tokenizer: Any) -> Tokens:
     for text in texts:
         if text not in known:
             raise SettingsError(
-                f'{SETTING}: "{text}" is no token of the tokenizer.{did_you_mean(text, known)} A text that is to become '
-                "one is a new token: add_tokens, or data.new_tokens."
+                f'{SETTING}: "{text}" is no token of the tokenizer.{did_you_mean(text, known)} A text that is to '
+                "become one is a new token: add_tokens, or data.new_tokens."
             )
     return [known[token] if isinstance(token, str) else token for token in tokens]
 
@@ -76,16 +76,12 @@ def choose_rows(anatomy: Anatomy, tokens: Tokens, tokenizer: Any = None) -> dict
     ids = as_ids(tokens, tokenizer)
     if not isinstance(ids, Mapping):
         ids = {_input_embedding(anatomy): ids} if ids else {}
-    found: dict[str, TokenRows] = {}
+    each: list[tuple[str, TokenRows]] = []
     for name, own in ids.items():
         for path in _named(anatomy, name):
             rows = TokenRows(tuple(sorted(_checked(anatomy, path, cast("Sequence[int]", own)))))
-            if found.get(path, rows) != rows:
-                raise SettingsError(
-                    f"{SETTING} names rows {rows} of {name}, and others of a layer that shares its weight, {path}; name "
-                    "the same for both, or leave one out."
-                )
-            found[path] = rows
+            each.append((path, rows))
+    found = _once(anatomy, each)
     if tokenizer is None:
         return found
     texts = {path: tuple(map(str, tokenizer.convert_ids_to_tokens(list(rows.ids)))) for path, rows in found.items()}
@@ -112,8 +108,8 @@ def _embeddings(anatomy: Anatomy) -> str:
     return f"It has {', '.join(paths[:4])}." if paths else "It has no embedding."
 
 
-def _named(anatomy: Anatomy, name: str) -> Iterator[str]:
-    """Paths of the layers that a name means, of those that share a weight the first."""
+def _named(anatomy: Anatomy, name: str) -> list[str]:
+    """Paths of the layers that a name means."""
     matched = [
         path
         for path, module in anatomy.modules.items()
@@ -125,8 +121,20 @@ def _named(anatomy: Anatomy, name: str) -> Iterator[str]:
             f'{SETTING}: "{name}" is no embedding and no linear layer.{did_you_mean(name, with_rows)} '
             f"{_embeddings(anatomy)}"
         )
-    for path in matched:
-        yield next(iter(_sharing(anatomy, path)))
+    return matched
+
+
+def _once(anatomy: Anatomy, each: Iterable[tuple[str, TokenRows]]) -> dict[str, TokenRows]:
+    """Rows of layers by path; of layers that share a matrix, of the first."""
+    found: dict[str, TokenRows] = {}
+    for path, rows in each:
+        first = next(iter(_sharing(anatomy, path)))
+        if found.setdefault(first, rows).ids != rows.ids:
+            raise SettingsError(
+                f"{SETTING}: rows {found[first]} and {rows} of layers that share one matrix ({first}, {path}); name "
+                "the same for both, or untie them: tie_word_embeddings=False in the model's configuration."
+            )
+    return found
 
 
 def _weight(module: nn.Module) -> nn.Parameter | None:
@@ -263,7 +271,7 @@ def rows_at(anatomy: Anatomy, rows: Mapping[str, TokenRows]) -> dict[str, TokenR
         if path not in paths:
             raise TargetError(f"{path} is no embedding and no linear layer here.{did_you_mean(path, paths)}")
         _checked(anatomy, paths[path], own.ids)
-    return {paths[path]: own for path, own in rows.items()}
+    return _once(anatomy, ((paths[path], own) for path, own in rows.items()))
 
 
 def row_parameters(anatomy: Anatomy, wanted: Iterable[str]) -> list[str]:

@@ -50,9 +50,9 @@ def plain_copy(source: Source, brought: Iterable[str]) -> Iterator[nn.Module]:
             ) from error
         _spoil(plain, brought)
         state = tensors_of(plain)
-        for path, layer in source.extended.items():
+        for path, (ids, _) in source.rows.items():
             with torch.no_grad():
-                state[f"{path}.weight"][layer.first : layer.first + len(layer.new_rows)] = torch.nan
+                state[f"{path}.weight"][list(ids)] = torch.nan
         yield plain.eval()
     finally:
         for parameter, flag in flags:

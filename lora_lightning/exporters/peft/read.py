@@ -23,7 +23,14 @@ from lora_lightning.exporters.peft.read_heads import TRAINED_BIASES, find_heads,
 from lora_lightning.exporters.peft.rules import TYPE
 from lora_lightning.exporters.peft.selection import dead_settings, expected_modules
 from lora_lightning.exporters.peft.start_factors import changes_base, with_start
-from lora_lightning.exporters.peft.tokens import check_matrices, fill_rows, new_tokens, room_for, whole_matrices
+from lora_lightning.exporters.peft.tokens import (
+    check_matrices,
+    fill_rows,
+    known_tokens,
+    new_tokens,
+    room_for,
+    whole_matrices,
+)
 from lora_lightning.exporters.source import plain_modules
 from lora_lightning.injection.merge_model import eject
 from lora_lightning.injection.place import build_adapter, check_ready, place_adapters
@@ -32,6 +39,7 @@ from lora_lightning.injection.report import InjectionReport, report_on
 from lora_lightning.injection.targets import Selection
 from lora_lightning.methods import Method, replace
 from lora_lightning.models.anatomy import Anatomy, survey
+from lora_lightning.models.token_rows import TokenRows, room_for_rows, row_notes
 from lora_lightning.plugins import registry
 
 _READ = frozenset({"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout"})
@@ -68,10 +76,12 @@ def import_folder(model: nn.Module, directory: str | Path, name: str) -> Injecti
     modules = plain_modules(model)
     folder = with_present_names(folder, anatomy, tensors_in(modules), directory)
     added, folder, matrices = whole_matrices(model, folder, tensors_in(modules), directory)
-    with room_for(model, added or new_tokens(folder, directory), directory) as added_rows:
-        if added_rows:
-            anatomy, modules = survey(model), plain_modules(model)
-        return _import(anatomy, modules, folder, matrices, directory, name)
+    added = added or new_tokens(model, folder, directory)
+    with room_for(model, added, directory) as added_rows:
+        anatomy = survey(model) if added_rows else anatomy
+        known = known_tokens(anatomy, folder, added, directory)
+        with room_for_rows(anatomy, known) as anatomy:
+            return _import(anatomy, plain_modules(model), folder, matrices, known, directory, name)
 
 
 def _import(
@@ -79,6 +89,7 @@ def _import(
     modules: Mapping[str, nn.Module],
     folder: PeftFolder,
     matrices: Mapping[str, Tensor],
+    known: Mapping[str, TokenRows],
     directory: str | Path,
     name: str,
 ) -> InjectionReport:
@@ -93,12 +104,13 @@ def _import(
             f"rank {folder.config['r']}: the start factors, which peft takes out of the base weights, are part of it",
         )
     heads = find_heads(anatomy, modules, folder, directory)
+    notes += tuple(row_notes(anatomy, known))
     method, settings = _settings(reader, folder, base_layers, directory)
     seed = torch.initial_seed()
     adapters = {path: build_adapter(settings[path], path, base, seed) for path, base in base_layers.items()}
-    rows = fill_rows(anatomy, folder, directory)
+    rows = fill_rows(anatomy, folder, known, directory)
     check_matrices(anatomy, matrices, directory)
-    record = AdapterRecord(method, settings, (*_trained(anatomy, modules, heads), *rows), seed)
+    record = AdapterRecord(method, settings, (*_trained(anatomy, modules, heads), *rows), seed, tokens=known)
     layers = place_adapters(anatomy, name, adapters, record, base_layers, linked={})
     before = {key: tensor.detach().clone() for key, tensor in tensors_in(modules).items() if key in heads}
     try:
