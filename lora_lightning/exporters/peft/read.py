@@ -27,6 +27,7 @@ from lora_lightning.exporters.peft.tokens import (
     check_matrices,
     fill_rows,
     known_tokens,
+    names_of_rows,
     new_tokens,
     room_for,
     whole_matrices,
@@ -108,14 +109,15 @@ def _import(
     method, settings = _settings(reader, folder, base_layers, directory)
     seed = torch.initial_seed()
     adapters = {path: build_adapter(settings[path], path, base, seed) for path, base in base_layers.items()}
-    rows = fill_rows(anatomy, folder, known, directory)
-    check_matrices(anatomy, matrices, directory)
+    rows = names_of_rows(anatomy, folder, known)
     record = AdapterRecord(method, settings, (*_trained(anatomy, modules, heads), *rows), seed, tokens=known)
     layers = place_adapters(anatomy, name, adapters, record, base_layers, linked={})
     before = {key: tensor.detach().clone() for key, tensor in tensors_in(modules).items() if key in heads}
     try:
         for path, adapter in adapters.items():
             _fill(adapter, folder.layers[path], layers[path].originals().get("bias"))
+        fill_rows(anatomy, folder, directory)
+        check_matrices(anatomy, matrices, directory)
         _write_heads(modules, heads)
         check_read_back(anatomy, folder, name, directory)
     except BaseException:

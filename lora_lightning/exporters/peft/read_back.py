@@ -34,9 +34,9 @@ def check_read_back(anatomy: Anatomy, folder: PeftFolder, name: str, directory: 
         expected |= {(path, role): pair for role, pair in found.items()}
     expected |= {(key, "head"): (value, state[key]) for key, value in folder.heads.items()}
     for path, values in folder.rows.items():
-        layer = now.extended[path]
-        order = [layer.own_ids.index(i) for i in folder.ids(path)]
-        expected[path, "rows"] = (values, layer.own_rows[order])
+        extended = now.extended[path]
+        order = [extended.own_ids.index(i) for i in folder.ids(path)]
+        expected[path, "rows"] = (values, extended.own_rows[order])
     for what, key in folder.keys.items():
         if what not in expected:
             raise AdapterFileError(f'"{directory}": tensor {key} was read, but nothing in the model has taken it.')

@@ -153,10 +153,10 @@ def _layers_of_tokens(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _last_added(stated: Sequence[Sequence[int]], tokenizer: Any) -> list[int]:
-    """Those ids, the same for all layers, that are the last of a tokenizer and were added to it."""
-    if tokenizer is None or any(set(ids) != set(stated[0]) for ids in stated):
+    """Those ids, common to all layers, that are the last of a tokenizer and were added to it."""
+    if tokenizer is None:
         return []
-    added, first = set(tokenizer.get_added_vocab().values()) & set(stated[0]), len(tokenizer)
+    added, first = set(tokenizer.get_added_vocab().values()).intersection(*stated), len(tokenizer)
     while first - 1 in added:
         first -= 1
     return list(range(first, len(tokenizer)))
@@ -217,15 +217,21 @@ def room_for(model: nn.Module, added: Vocabulary | None, directory: str | Path) 
         raise
 
 
-def fill_rows(anatomy: Anatomy, folder: PeftFolder, known: Mapping[str, TokenRows], directory: str | Path) -> list[str]:
-    """Write the folder's rows into the model; the names of the parameters that hold them.
+def names_of_rows(anatomy: Anatomy, folder: PeftFolder, known: Mapping[str, TokenRows]) -> list[str]:
+    """Names of the parameters that hold the rows of a folder."""
+    new = anatomy.row_names if folder.rows or folder.config.get(SETTING) else []
+    return [*new, *row_parameters(anatomy, known)]
+
+
+def fill_rows(anatomy: Anatomy, folder: PeftFolder, directory: str | Path) -> None:
+    """Write the folder's rows into the model.
 
     Raises:
         AdapterFileError: rows of a layer that has none, of another shape, or missing for one that has.
     """
     layers = anatomy.extended
     if not folder.rows and not folder.config.get(SETTING):
-        return []
+        return
     rows_once(folder, {path: id(_parameters(layer)[0]) for path, layer in layers.items()}, directory)
     filled = set()
     for path, values in folder.rows.items():
@@ -237,8 +243,8 @@ def fill_rows(anatomy: Anatomy, folder: PeftFolder, known: Mapping[str, TokenRow
         needed = (len(layer.own_ids), layer.own_rows.shape[1])
         if tuple(values.shape) != needed or sorted(ids) != sorted(layer.own_ids):
             raise AdapterFileError(
-                f'"{directory}": the rows of {path} are {tuple(values.shape)}, for {len(ids)} ids; the model needs '
-                f"{needed}, for {TokenRows(layer.own_ids)}."
+                f'"{directory}": the rows of {path} are {tuple(values.shape)}; the model needs {needed}, those '
+                f"of {TokenRows(layer.own_ids)}."
             )
         parts = values[[ids.index(i) for i in layer.own_ids]].split([len(rows) for rows in _parameters(layer)])
         for rows, part in zip(_parameters(layer), parts, strict=True):
@@ -247,7 +253,6 @@ def fill_rows(anatomy: Anatomy, folder: PeftFolder, known: Mapping[str, TokenRow
     for path, layer in layers.items():
         if layer.new_rows is not None and id(layer.new_rows) not in filled:
             raise AdapterFileError(f'"{directory}" has no rows of new tokens for {path}, which does not share others.')
-    return [*anatomy.row_names, *row_parameters(anatomy, known)]
 
 
 def _parameters(layer: ExtendedLayer) -> list[Tensor]:
