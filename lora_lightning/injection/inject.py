@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -27,6 +28,7 @@ from lora_lightning.models.anatomy import Anatomy, Heads, survey
 from lora_lightning.models.base_layers import check_quantized
 from lora_lightning.models.paths import join, within
 from lora_lightning.models.token_rows import Tokens, choose_rows, room_for_rows, row_notes, row_parameters
+from lora_lightning.models.untied import apart, untied_note
 from lora_lightning.seeds import common_seed
 
 
@@ -43,6 +45,7 @@ def inject(
     planned: Plan | None = None,
     train_tokens: Tokens = (),
     tokenizer: Any = None,
+    untie: bool = False,
 ) -> InjectionReport:
     """Put an adapter on every matched layer of `model`, in place, and freeze the rest.
 
@@ -65,6 +68,8 @@ def inject(
         train_tokens: texts or ids of known tokens whose rows train in the input's embedding, and in an output layer
             that shares its weight; or a mapping from names of layers to texts or ids.
         tokenizer: knows the texts of `train_tokens`.
+        untie: give an output layer that shares the embedding's weight a copy of its own before anything else, so that
+            each of them can be adapted, trained and merged.
 
     Returns:
         What matched, what trains, what was left out and why.
@@ -72,16 +77,19 @@ def inject(
     Raises:
         TargetError: a pattern that matches nothing, or what it matches cannot be adapted.
         SettingsError: a setting that a layer cannot have.
+        ModelError: nothing is tied, or more than an embedding and an output layer.
         AdapterStateError: the name is taken, or the model is merged, sharded already or without weights (meta device).
             The model is unchanged then.
     """
     check_name(name)
     anatomy = survey(model)
     check_ready(anatomy, name)
-    wanted = choose_rows(anatomy, train_tokens, tokenizer)
-    check_rows_free(anatomy, wanted)
     run_seed = common_seed() if seed is None else seed
-    with room_for_rows(anatomy, wanted) as anatomy:
+    with ExitStack() as stack:
+        anatomy = stack.enter_context(apart(anatomy, untie))
+        wanted = choose_rows(anatomy, train_tokens, tokenizer)
+        check_rows_free(anatomy, wanted)
+        anatomy = stack.enter_context(room_for_rows(anatomy, wanted))
         selection = select(anatomy, targets, exclude)
         trained = [*trained_parameters(anatomy, also_train), *row_parameters(anatomy, wanted)]
         check_disjoint(anatomy, selection.layers, trained)
@@ -98,7 +106,12 @@ def inject(
             if planned is None:
                 ask_start(method, adapters, bound)
         _check_mergeable(anatomy, method, adapters)
-        notes = [*_notes(anatomy, selection.layers, trained, also_train), *cut, *row_notes(anatomy, wanted)]
+        notes = [
+            *_notes(anatomy, selection.layers, trained, also_train),
+            *cut,
+            *row_notes(anatomy, wanted),
+            *untied_note(model),
+        ]
         record = AdapterRecord(method, settings, tuple(trained), run_seed, plan, tuple(linked), wanted)
         place_adapters(anatomy, name, adapters, record, selection.layers, linked)
     return report_on(anatomy, name, record, adapters, selection, notes)

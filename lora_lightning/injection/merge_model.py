@@ -15,6 +15,7 @@ from lora_lightning.injection.statistics import release_statistics
 from lora_lightning.models.anatomy import survey
 from lora_lightning.models.new_tokens import holds_rows
 from lora_lightning.models.token_rows import remove_token_rows, write_into_base
+from lora_lightning.models.untied import forget_untied, retie
 
 
 def merge(model: nn.Module, keep_original: bool = True) -> None:
@@ -40,7 +41,8 @@ def merge(model: nn.Module, keep_original: bool = True) -> None:
         if layer.tied_to and layer.active:
             raise AdapterStateError(
                 f"{path} shares its weight with {', '.join(layer.tied_to)}, which a merge would change too; "
-                "keep the adapter unmerged, or untie the weight first."
+                "keep the adapter unmerged, or train one with untie=True, which gives the output layer a weight of its "
+                "own."
             )
         try:
             layer.check_mergeable()
@@ -85,7 +87,8 @@ def eject(model: nn.Module, name: str | None = None) -> None:
     for path, layer in layers.items():
         if name is not None and not layer.can_unmerge:
             raise AdapterStateError(f"{path}: merged with keep_original=False; eject all adapters or none.")
-    if all(layer.can_unmerge for layer in layers.values()):
+    final = not all(layer.can_unmerge for layer in layers.values())
+    if not final:
         active = dict.fromkeys(other for layer in layers.values() for other in layer.active)
         show_heads(root, [other for other in active if other not in names])
     else:
@@ -107,5 +110,9 @@ def eject(model: nn.Module, name: str | None = None) -> None:
         del records(root)[adapter_name]
     kept = {parameter for record in records(root).values() for parameter in record.trained}
     remove_token_rows(root, set(rows) - kept)
+    if final:
+        forget_untied(root)
+    elif not records(root):
+        retie(root)
     if not records(root):
         release_statistics(anatomy)

@@ -132,7 +132,7 @@ def _once(anatomy: Anatomy, each: Iterable[tuple[str, TokenRows]]) -> dict[str, 
         if found.setdefault(first, rows).ids != rows.ids:
             raise SettingsError(
                 f"{SETTING}: rows {found[first]} and {rows} of layers that share one matrix ({first}, {path}); name "
-                "the same for both, or untie them: tie_word_embeddings=False in the model's configuration."
+                "the same for both, or give each its own weight, with untie=True."
             )
     return found
 

@@ -35,6 +35,7 @@ from lora_lightning.models.anatomy import Anatomy, survey
 from lora_lightning.models.new_tokens import add_rows, check_same_tokens, remove_rows, vocabulary
 from lora_lightning.models.paths import join, plain, starting_with, unwrap
 from lora_lightning.models.token_rows import put_rows, remove_token_rows, row_parameters, rows_at
+from lora_lightning.models.untied import retie, untie, untied
 from lora_lightning.plugins import registry, restore_settings
 from lora_lightning.registry import one_line
 from lora_lightning.storage.fingerprint import (
@@ -83,7 +84,7 @@ def load_stored(model: nn.Module, stored: Stored, directory: str | Path, name: s
     method_class = registry().method(stored.method, where=f'"{directory}"')
     root = _root_for(model)
     anatomy = survey(root)
-    had_rows = vocabulary(root) is not None
+    had_rows, was_tied = vocabulary(root) is not None, untied(root) is None
     with heads_of(root, []):
         _check_fingerprint(anatomy, stored, directory)
     if name not in records(root):
@@ -96,6 +97,8 @@ def load_stored(model: nn.Module, stored: Stored, directory: str | Path, name: s
         _place(plan, stored, name)
     except BaseException:
         remove_token_rows(root, fresh)
+        if was_tied:
+            retie(root)
         if not had_rows:
             remove_rows(root)
         raise
@@ -153,6 +156,7 @@ def _with_rows(anatomy: Anatomy, stored: Stored, directory: str | Path, fresh: l
         if vocabulary(root) is None:
             add_rows(root, stored.vocabulary)
             anatomy = survey(root)
+    anatomy = _as_tied(anatomy, stored, directory)
     try:
         wanted = rows_at(anatomy, stored.tokens)
         check_rows_free(anatomy, wanted)
@@ -160,6 +164,21 @@ def _with_rows(anatomy: Anatomy, stored: Stored, directory: str | Path, fresh: l
     except (SettingsError, TargetError) as error:
         raise AdapterFileError(f'"{directory}": {error}') from error
     return survey(root) if fresh else anatomy
+
+
+def _as_tied(anatomy: Anatomy, stored: Stored, directory: str | Path) -> Anatomy:
+    """Untie the model where the adapter was trained on an untied one."""
+    own = untied(anatomy.model)
+    if own is None and stored.untied:
+        own = untie(anatomy)
+        anatomy = survey(anatomy.model)
+    found = () if own is None else (plain(own.output),)
+    if found != stored.untied:
+        raise AdapterStateError(
+            f'"{directory}" was trained with {", ".join(stored.untied) or "nothing"} untied; in the model '
+            f"{', '.join(found)} is. Load it into a model of its own."
+        )
+    return anatomy
 
 
 @dataclass(frozen=True)
@@ -270,7 +289,7 @@ def _folded(
         if isinstance(update, DenseUpdate) and paths[path] in tied:
             raise AdapterFileError(
                 f'"{directory}" holds a dense update of {path}, whose weight is shared with {tied[paths[path]][0]}, '
-                "which would change too; untie it first."
+                "which would change too. Train it with untie=True, which gives the output layer a weight of its own."
             )
         for key, value in tensors.items():
             put(update.get_buffer(key), value)

@@ -48,6 +48,9 @@ def check_same(model: nn.Module, name: str, theirs: Mapping[str, Any]) -> None:
     rows, before = ({path: stated["ids"] for path, stated in d.get("tokens", {}).items()} for d in (own, theirs))
     if rows != before:
         raise ResumeError(f"the checkpoint was trained with other rows of tokens: {_difference(before, rows)}.")
+    if own["untied"] != theirs.get("untied", []):
+        was = ", ".join(theirs.get("untied", [])) or "nothing"
+        raise ResumeError(f"the checkpoint was trained with {was} untied; give model.untie the same value.")
     for key in ("layers", "trained", "labels"):
         if own[key] != theirs[key]:
             raise ResumeError(f"the checkpoint was trained with other {key}: {_difference(theirs[key], own[key])}.")

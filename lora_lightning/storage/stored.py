@@ -54,6 +54,8 @@ class Stored:
     """Paths of modules that own what layers share."""
     tokens: dict[str, TokenRows] = dataclasses.field(default_factory=dict)
     """Known tokens whose rows have trained, by the path of the layer."""
+    untied: tuple[str, ...] = ()
+    """Paths of output layers that had been given a weight of their own."""
     description: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     """All that the file states, as it stands there."""
 
@@ -129,7 +131,7 @@ _STATED: dict[str, type | tuple[type, ...]] = {
     "versions": dict,
     "base": (str, type(None)),
 }
-_LATER: dict[str, type[Any]] = {"plan": dict, "linked": list, "tokens": dict}
+_LATER: dict[str, type[Any]] = {"plan": dict, "linked": list, "tokens": dict, "untied": list}
 """Fields of a description by the type of their value; the later ones were not written by 0.1."""
 
 
@@ -144,7 +146,7 @@ def _fields(content: dict[str, Any]) -> dict[str, Any]:
         for path, value in given[field].items():
             if not isinstance(value, dict):
                 raise ValueError(f"{field}[{path}] is {value!r}")
-    for field in ("trained", "linked"):
+    for field in ("trained", "linked", "untied"):
         given[field] = tuple(map(str, given[field]))
     for part in ("architecture", "names", "weights"):
         if not isinstance(given["fingerprint"][part], str | None):

@@ -49,6 +49,7 @@ class Assembly:
     overrides: dict[str, dict[str, Any]]
     also_train: Literal["heads"] | list[str]
     train_tokens: Tokens
+    untie: bool
     num_labels: int | None
     dtype: str | None
     half_adapters: bool
@@ -108,6 +109,7 @@ class Assembly:
             planned=known,
             train_tokens=self.train_tokens,
             tokenizer=getattr(self._data, "tokenizer_object", None) if self.train_tokens else None,
+            untie=self.untie,
         )
         if self.half_adapters:
             lower_adapters(net, NAME)

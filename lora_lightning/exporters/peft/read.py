@@ -41,6 +41,7 @@ from lora_lightning.injection.targets import Selection
 from lora_lightning.methods import Method, replace
 from lora_lightning.models.anatomy import Anatomy, survey
 from lora_lightning.models.token_rows import TokenRows, room_for_rows, row_notes
+from lora_lightning.models.untied import apart, untied_note
 from lora_lightning.plugins import registry
 
 _READ = frozenset({"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout"})
@@ -67,12 +68,18 @@ _MERGE_IN_PEFT = "Where peft can merge it, use the model of its merge_and_unload
 _STARTS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
-def import_folder(model: nn.Module, directory: str | Path, name: str) -> InjectionReport:
+def import_folder(model: nn.Module, directory: str | Path, name: str, untie: bool = False) -> InjectionReport:
     """Inject the adapter of a peft folder; see `lora_lightning.exporters.export.import_peft`."""
     check_name(name)
     anatomy = survey(model)
     check_ready(anatomy, name)
     _refuse_variants(peft_file.read_config(directory), directory)
+    with apart(anatomy, untie) as anatomy:
+        return _import_into(anatomy, directory, name)
+
+
+def _import_into(anatomy: Anatomy, directory: str | Path, name: str) -> InjectionReport:
+    model = anatomy.model
     folder = peft_file.read(directory, find_stacks(anatomy.layers))
     modules = plain_modules(model)
     folder = with_present_names(folder, anatomy, tensors_in(modules), directory)
@@ -105,7 +112,7 @@ def _import(
             f"rank {folder.config['r']}: the start factors, which peft takes out of the base weights, are part of it",
         )
     heads = find_heads(anatomy, modules, folder, directory)
-    notes += tuple(row_notes(anatomy, known))
+    notes += (*row_notes(anatomy, known), *untied_note(anatomy.model))
     method, settings = _settings(reader, folder, base_layers, directory)
     seed = torch.initial_seed()
     adapters = {path: build_adapter(settings[path], path, base, seed) for path, base in base_layers.items()}

@@ -78,5 +78,5 @@ def rows_once(folder: PeftFolder, shared: Mapping[str, int], directory: object) 
         if not torch.equal(values, folder.rows[other]):
             raise AdapterFileError(
                 f'"{directory}": {folder.keys[other, "rows"]} and {folder.keys[path, "rows"]} differ, while these '
-                "layers share their rows in this model. Load it with tie_word_embeddings=False in its configuration."
+                "layers share their rows in this model. import_peft(..., untie=True) gives each its own."
             )

@@ -151,4 +151,4 @@ def _refuse_shared(
         raise AdapterFileError(f'"{directory}" adapts {both[0]}, which trains in full as well; one of the two only.')
 
 
-_UNTIE = "Untie the weight first: load the model with tie_word_embeddings=False in its configuration."
+_UNTIE = "import_peft(..., untie=True) gives the output layer a weight of its own."

@@ -194,7 +194,7 @@ def _check_tied(anatomy: Anatomy, path: str, folder: PeftFolder) -> None:
     if len(layers) > 1 and not (follow and any(anatomy.modules[p] is embedding for p in layers if p in folder.rows)):
         raise TargetError(
             f"{path} shares its matrix with {', '.join(p for p in layers if p != path)}, and peft has trained rows of "
-            "it alone. Untie the weight first: load the model with tie_word_embeddings=False in its configuration."
+            "it alone. import_peft(..., untie=True) gives the output layer a weight of its own."
         )
 
 

@@ -35,6 +35,7 @@ from lora_lightning.exporters.peft.verify import Verdict
 from lora_lightning.exporters.peft.verify import verify as check_export
 from lora_lightning.exporters.report import Origin, Written
 from lora_lightning.exporters.source import Source, check_finite, write_files
+from lora_lightning.models.untied import untied
 from lora_lightning.storage.atomic import write_json
 
 TAKES_RANK = True
@@ -53,6 +54,7 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     Raises:
         ExportError: the update has no such form, or peft's format cannot say it.
     """
+    _check_rows(source)
     factors, options = find_factors(source, rank)
     heads = find_heads(source)
     stacks = peft_experts.find_stacks(source.here(source.anatomy.layers))
@@ -87,12 +89,21 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
 
 def check(source: Source) -> None:
     """Raise `ExportError` for what `write` will refuse whatever values are trained: layers, heads, settings."""
+    _check_rows(source)
     factors, _ = find_factors(source, None)
     heads = find_heads(source)
     stacks = peft_experts.find_stacks(source.here(source.anatomy.layers))
     with_bias = any(f.bias is not None for f in factors.values())
     _adapter_tensors(source, factors, heads, stacks, with_bias)
     _config(source, factors, heads, with_bias, source.extended)
+
+
+def _check_rows(source: Source) -> None:
+    if source.extended and untied(source.anatomy.model) is not None:
+        raise ExportError(
+            f"rows of tokens of {next(iter(source.extended))} train in an untied model, and peft would tie them again. "
+            'Use format="merged".'
+        )
 
 
 def write_afresh(source: Source, folder: Path, written: Written, origin: Origin) -> Written:
