@@ -61,6 +61,8 @@ class ExtendedLayer(nn.Module):
 
     renames_weights = True
     ids: Tensor
+    new_rows: nn.Parameter | None
+    token_rows: nn.Parameter | None
 
     def __init__(self, base: nn.Module, rows: nn.Parameter | None = None, first: int | None = None) -> None:
         super().__init__()

@@ -138,8 +138,10 @@ def _find(anatomy: Anatomy) -> tuple[Untied, nn.Module, nn.Module]:
     names = {id(module): path for path, module in anatomy.modules.items()}
     for path, host in anatomy.pretrained.items():
         output = output_embeddings(host)
-        embedding = cast(Any, host).get_input_embeddings() if output is not None else None
-        if output is None or _plain(output).weight is not _plain(embedding).weight:
+        if output is None:
+            continue
+        embedding = cast(nn.Module, cast(Any, host).get_input_embeddings())
+        if _plain(output).weight is not _plain(embedding).weight:
             continue
         _check_alone(anatomy, host, output, embedding)
         flags = tuple(getattr(one, _FLAG) for one in _configs(cast(Any, host).config))

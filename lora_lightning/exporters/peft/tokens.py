@@ -177,9 +177,20 @@ def known_tokens(
         check_rows_free(anatomy, found)
         for path in wanted:
             _check_tied(anatomy, path, folder)
+        having = layers_with(anatomy, [path for path in wanted if path in anatomy.modules])
     except (SettingsError, TargetError) as error:
         raise AdapterFileError(f'"{directory}" has {SETTING} {folder.config.get(SETTING)}: {error}') from error
+    stated = folder.config.get(SETTING) or []
+    if stated and not having:
+        raise AdapterFileError(_saved_in_part(directory, stated, "the embedding"))
+    for name in stated if isinstance(stated, dict) else ():
+        if not any(path == name or path.endswith(f".{name}") for path in having):
+            raise AdapterFileError(_saved_in_part(directory, stated, name))
     return found
+
+
+def _saved_in_part(directory: str | Path, stated: object, name: str) -> str:
+    return f'"{directory}" has {SETTING} {stated}, but no rows of {name}. The file was saved in part; save it whole.'
 
 
 def _check_tied(anatomy: Anatomy, path: str, folder: PeftFolder) -> None:
