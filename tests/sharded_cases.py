@@ -200,6 +200,8 @@ CASES: dict[str, Case] = {
     ),
     "tied embedding": Case(LoRA(rank=3), model="decoder", module={"targets": ["embed_tokens", "q_proj"]}),
     "new tokens": Case(LoRA(rank=3), model="decoder", data={"new_tokens": ["<a>", "<b>", "<c>"]}),
+    "known tokens": Case(LoRA(rank=3), model="decoder", module={"train_tokens": [5, 7, 11]}),
+    "untied": Case(LoRA(rank=3), model="decoder", module={"targets": ["embed_tokens", "lm_head"], "untie": True}),
 }
 
 

@@ -46,8 +46,8 @@ class BaseWeight:
         """Raise `AdapterStateError` unless `what` may be written into the weight: it is shared, or quantized."""
         if tied_to:
             raise AdapterStateError(
-                f"the weight is shared with {', '.join(tied_to)}, which would change too; untie it first, or "
-                "leave the layer out."
+                f"the weight is shared with {', '.join(tied_to)}, which would change too; untie it first "
+                "(untie=True), or leave the layer out."
             )
         if isinstance(self.base_layer, QuantizedBase):
             raise AdapterStateError(

@@ -72,6 +72,8 @@ class InjectAdapters(Callback):
         overrides: other settings for some layers.
         also_train: base parameters that are fully trained: "heads" of a Hugging Face model inside, or names.
         seed: seed of the start values.
+        untie: give an output layer that shares the embedding's weight one of its own; see `inject`.
+        train_tokens: ids of known tokens whose rows train; see `inject`.
         directory: folder the adapter is written to when the fit ends; None writes none.
         checkpoint: "full" keeps the project's own contents beside the adapter; "adapter" drops everything frozen.
     """
@@ -86,9 +88,13 @@ class InjectAdapters(Callback):
         seed: int | None = None,
         directory: str | Path | None = None,
         checkpoint: Literal["full", "adapter"] = "full",
+        train_tokens: list[int] | dict[str, list[int]] | None = None,
+        untie: bool = False,
     ) -> None:
         self.method, self.targets, self.exclude, self.overrides = method, targets, exclude, overrides
         self.also_train, self.seed, self.directory, self.checkpoint = also_train, seed, directory, checkpoint
+        self.train_tokens: Any = train_tokens or []
+        self.untie = untie
         self.name = "default"
         self.report: InjectionReport | None = None
 
@@ -134,6 +140,8 @@ class InjectAdapters(Callback):
             self.also_train,
             name=self.name,
             seed=self.seed,
+            train_tokens=self.train_tokens,
+            untie=self.untie,
         )
         print(self.report)
         ignore_adapter_buffers(module)

@@ -127,7 +127,7 @@ def _files_of_earlier(folder: Path) -> list[str]:
         return []
 
 
-def import_peft(model: nn.Module, directory: str | Path, name: str = "default") -> InjectionReport:
+def import_peft(model: nn.Module, directory: str | Path, name: str = "default", untie: bool = False) -> InjectionReport:
     """Inject the adapter of a peft LORA folder into `model`, in place; all or nothing. It trains, as after `inject`.
 
     Which layers are adapted, and with which rank, is read from the tensors of the file. `rank_pattern`,
@@ -138,6 +138,7 @@ def import_peft(model: nn.Module, directory: str | Path, name: str = "default") 
         model: the base model the adapter was trained on.
         directory: a folder with adapter_config.json and adapter_model.safetensors; pickles are not opened.
         name: name to inject it under.
+        untie: give an output layer that shares the embedding's weight one of its own first; see `inject`.
 
     Returns:
         What was injected, as from `inject`; targets that the file names but has no tensors for are in the notes.
@@ -148,4 +149,4 @@ def import_peft(model: nn.Module, directory: str | Path, name: str = "default") 
         PluginError: no installed method, or more than one, reads the format with these options.
     """
     finish_interrupted(Path(directory).expanduser().resolve())
-    return peft_import.import_folder(model, directory, name)
+    return peft_import.import_folder(model, directory, name, untie)

@@ -90,7 +90,7 @@ def check(source: Source) -> None:
         if layer.tied_to:
             raise ExportError(
                 f"{path} shares its weight with {', '.join(layer.tied_to)}, so a merged model would change both. Use "
-                'format="peft", which keeps the update apart, or untie the weight before training.'
+                'format="peft", which keeps the update apart, or train with untie=True (model.untie).'
             )
         if "bias" not in layer.originals() and adapter.merged_bias(None) is not None:
             raise ExportError(

@@ -17,7 +17,7 @@ from lora_lightning.errors import AdapterStateError, ExportError, did_you_mean
 from lora_lightning.injection.records import AdapterRecord, injected_root, records
 from lora_lightning.models.anatomy import Anatomy, survey
 from lora_lightning.models.experts import stands_for_parameter
-from lora_lightning.models.new_tokens import ExtendedLayer, vocabulary
+from lora_lightning.models.new_tokens import ExtendedLayer, holds_rows, vocabulary
 from lora_lightning.models.paths import join, plain
 
 T = TypeVar("T")
@@ -49,8 +49,8 @@ class Source:
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """Those of `trained` that are no rows of new tokens."""
-        return tuple(name for name in self.trained if not name.endswith(".new_rows"))
+        """Those of `trained` that are no rows of tokens."""
+        return tuple(name for name in self.trained if not holds_rows(name))
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
@@ -64,11 +64,17 @@ class Source:
 
     @cached_property
     def extended(self) -> dict[str, ExtendedLayer]:
-        """Layers with rows of new tokens, by path; of those that share them, the first."""
-        found: dict[int, tuple[str, ExtendedLayer]] = {}
+        """Layers with rows of tokens that belong to this adapter, by path; of those that share them, the first."""
+        found: dict[tuple[int, int], tuple[str, ExtendedLayer]] = {}
         for path, layer in self.here(self.anatomy.extended).items():
-            found.setdefault(id(layer.new_rows), (plain(path), layer))
+            if any(f"{plain(path)}.{rows}" in self.trained for rows in ("new_rows", "token_rows")):
+                found.setdefault((id(layer.new_rows), id(layer.token_rows)), (plain(path), layer))
         return dict(found.values())
+
+    @property
+    def rows(self) -> dict[str, tuple[tuple[int, ...], Tensor]]:
+        """Ids of the tokens that such a layer has rows of, and the rows, (ids, width)."""
+        return {path: (layer.own_ids, layer.own_rows.detach()) for path, layer in self.extended.items()}
 
     @property
     def tokenizer(self) -> Mapping[str, bytes]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from lora_lightning.errors import TargetError, nearest
+from lora_lightning.injection.records import records
 from lora_lightning.injection.targets import as_patterns
 from lora_lightning.models.anatomy import Anatomy, Heads
 from lora_lightning.models.paths import segments, starting_with, within
+from lora_lightning.models.token_rows import TokenRows, layers_with
 
 
 def trained_parameters(anatomy: Anatomy, also_train: Heads) -> list[str]:
@@ -17,7 +19,10 @@ def trained_parameters(anatomy: Anatomy, also_train: Heads) -> list[str]:
         TargetError: a pattern that matches no parameter.
     """
     adapted = starting_with((f"{path}." for path in anatomy.adapted), anatomy.parameters)
-    names = [name for name in anatomy.parameters if name not in adapted]
+    known = {id(layer.token_rows) for layer in anatomy.extended.values()}  # these train where they are asked for
+    names = [
+        name for name, parameter in anatomy.parameters.items() if name not in adapted and id(parameter) not in known
+    ]
     if also_train == "heads":
         whole = {*anatomy.heads, *anatomy.row_names}
         below = starting_with((f"{head}." for head in anatomy.heads), names)
@@ -30,6 +35,45 @@ def trained_parameters(anatomy: Anatomy, also_train: Heads) -> list[str]:
             raise TargetError(_no_match(pattern, names))
         found |= dict.fromkeys(hits)
     return list(found)
+
+
+def check_disjoint(anatomy: Anatomy, layers: Iterable[str], trained: Sequence[str]) -> None:
+    """Raise `TargetError` unless each layer is adapted, or trains in full, or in rows, under every adapter's name."""
+    before = {parameter: name for name, record in records(anatomy.model).items() for parameter in record.trained}
+    owners = {parameter.rpartition(".")[0] for parameter in trained} | set(trained)
+    owners_before = {parameter.rpartition(".")[0]: name for parameter, name in before.items()} | before
+    for path in layers:
+        if path in owners:
+            raise TargetError(f"{path} would be adapted and trained in full; exclude it, or take it out of also_train.")
+        if path in owners_before:
+            raise TargetError(f'{path} trains in full with adapter "{owners_before[path]}"; exclude it.')
+    own = {id(anatomy.parameters[name]): name for name in trained}
+    for path, layer in anatomy.extended.items():
+        whole = next((own[id(p)] for p in layer.base.parameters() if id(p) in own), None)
+        if layer.token_rows is None or whole is None:
+            continue
+        if id(layer.token_rows) not in own:
+            raise TargetError(
+                f"{whole} would train in full, and rows of {path} train with another adapter; eject that one, or take "
+                "it out of also_train."
+            )
+        if own.get(id(layer.base.weight)):
+            raise TargetError(
+                f"{path} would train in full, and rows of it besides; take it out of also_train, or the rows out of "
+                "train_tokens."
+            )
+
+
+def check_rows_free(anatomy: Anatomy, wanted: Mapping[str, TokenRows]) -> None:
+    """Raise `TargetError` where something of a layer that is to have rows trains with another adapter."""
+    for name, record in records(anatomy.model).items():
+        taken = {parameter.rpartition(".")[0]: parameter for parameter in record.trained}
+        for path in layers_with(anatomy, wanted):
+            if path in taken and path not in anatomy.extended:
+                raise TargetError(
+                    f'train_tokens: {taken[path]} trains in full with adapter "{name}"; eject that one, or leave the '
+                    "rows out."
+                )
 
 
 def _no_match(pattern: str, names: Sequence[str]) -> str:

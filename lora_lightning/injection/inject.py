@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -12,13 +13,13 @@ from lora_lightning.adapters.folded import UPDATE_TENSORS
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.adapters.linked import Linked
 from lora_lightning.errors import TargetError, did_you_mean
-from lora_lightning.injection.also_train import trained_parameters
+from lora_lightning.injection.also_train import check_disjoint, check_rows_free, trained_parameters
 from lora_lightning.injection.links import link
 from lora_lightning.injection.place import build_adapter, check_ready, place_adapters
 from lora_lightning.injection.plan import SKIPPED, ask_plan, ask_start, planned_settings
 from lora_lightning.injection.probe import Probe
 from lora_lightning.injection.ranks import fit_ranks
-from lora_lightning.injection.records import AdapterRecord, iter_adapters, records
+from lora_lightning.injection.records import AdapterRecord, iter_adapters
 from lora_lightning.injection.report import InjectionReport, report_on
 from lora_lightning.injection.statistics import layers_with_statistics
 from lora_lightning.injection.targets import Targets, select
@@ -26,6 +27,8 @@ from lora_lightning.methods import Method, Plan, check_overridable, replace
 from lora_lightning.models.anatomy import Anatomy, Heads, survey
 from lora_lightning.models.base_layers import check_quantized
 from lora_lightning.models.paths import join, within
+from lora_lightning.models.token_rows import Tokens, choose_rows, room_for_rows, row_notes, row_parameters
+from lora_lightning.models.untied import apart, untied_note
 from lora_lightning.seeds import common_seed
 
 
@@ -40,6 +43,9 @@ def inject(
     seed: int | None = None,
     probe: Probe | None = None,
     planned: Plan | None = None,
+    train_tokens: Tokens = (),
+    tokenizer: Any = None,
+    untie: bool = False,
 ) -> InjectionReport:
     """Put an adapter on every matched layer of `model`, in place, and freeze the rest.
 
@@ -59,6 +65,11 @@ def inject(
         seed: start values are a function of it and the layer's path; None takes torch's initial seed.
         probe: calibration batches, for methods whose ranks or start values depend on data.
         planned: the plan of an earlier run, whose tensors are loaded next: the method is asked for neither.
+        train_tokens: texts or ids of known tokens whose rows train in the input's embedding, and in an output layer
+            that shares its weight; or a mapping from names of layers to texts or ids.
+        tokenizer: knows the texts of `train_tokens`.
+        untie: give an output layer that shares the embedding's weight a copy of its own before anything else, so that
+            each of them can be adapted, trained and merged.
 
     Returns:
         What matched, what trains, what was left out and why.
@@ -66,32 +77,43 @@ def inject(
     Raises:
         TargetError: a pattern that matches nothing, or what it matches cannot be adapted.
         SettingsError: a setting that a layer cannot have.
+        ModelError: nothing is tied, or more than an embedding and an output layer.
         AdapterStateError: the name is taken, or the model is merged, sharded already or without weights (meta device).
             The model is unchanged then.
     """
     check_name(name)
     anatomy = survey(model)
     check_ready(anatomy, name)
-    selection = select(anatomy, targets, exclude)
-    trained = trained_parameters(anatomy, also_train)
-    _check_disjoint(model, selection.layers, trained)
-    check_quantized(anatomy.quantized, trained, selection.layers)
     run_seed = common_seed() if seed is None else seed
-    with (probe or Probe()).on(model, dict(selection.layers)) as bound:
-        plan = ask_plan(method, model, bound.layers, bound) if planned is None else planned
-        settings = settings_by_layer(method, selection.layers, overrides or {}, plan)
-        selection.skip([path for path in selection.layers if path not in settings], SKIPPED)
-        settings, cut = fit_ranks(settings, selection.layers)
-        adapters = {
-            path: build_adapter(settings[path], path, base, run_seed) for path, base in selection.layers.items()
-        }
-        linked = link(method, model, adapters, run_seed)
-        if planned is None:
-            ask_start(method, adapters, bound)
-    _check_mergeable(anatomy, method, adapters)
-    notes = [*_notes(anatomy, selection.layers, trained, also_train), *cut]
-    record = AdapterRecord(method, settings, tuple(trained), run_seed, plan, tuple(linked))
-    place_adapters(anatomy, name, adapters, record, selection.layers, linked)
+    with ExitStack() as stack:
+        anatomy = stack.enter_context(apart(anatomy, untie))
+        wanted = choose_rows(anatomy, train_tokens, tokenizer)
+        check_rows_free(anatomy, wanted)
+        anatomy = stack.enter_context(room_for_rows(anatomy, wanted))
+        selection = select(anatomy, targets, exclude)
+        trained = [*trained_parameters(anatomy, also_train), *row_parameters(anatomy, wanted)]
+        check_disjoint(anatomy, selection.layers, trained)
+        check_quantized(anatomy.quantized, trained, selection.layers)
+        with (probe or Probe()).on(model, dict(selection.layers)) as bound:
+            plan = ask_plan(method, model, bound.layers, bound) if planned is None else planned
+            settings = settings_by_layer(method, selection.layers, overrides or {}, plan)
+            selection.skip([path for path in selection.layers if path not in settings], SKIPPED)
+            settings, cut = fit_ranks(settings, selection.layers)
+            adapters = {
+                path: build_adapter(settings[path], path, base, run_seed) for path, base in selection.layers.items()
+            }
+            linked = link(method, model, adapters, run_seed)
+            if planned is None:
+                ask_start(method, adapters, bound)
+        _check_mergeable(anatomy, method, adapters)
+        notes = [
+            *_notes(anatomy, selection.layers, trained, also_train),
+            *cut,
+            *row_notes(anatomy, wanted),
+            *untied_note(model),
+        ]
+        record = AdapterRecord(method, settings, tuple(trained), run_seed, plan, tuple(linked), wanted)
+        place_adapters(anatomy, name, adapters, record, selection.layers, linked)
     return report_on(anatomy, name, record, adapters, selection, notes)
 
 
@@ -129,18 +151,6 @@ def ignore_adapter_buffers(root: nn.Module) -> None:
 def _buffer_names(path: str, module: nn.Module) -> list[str]:
     """Names of all buffers below the module at `path`."""
     return [join(inside, buffer) for inside, part in module.named_modules(prefix=path) for buffer in part._buffers]
-
-
-def _check_disjoint(model: nn.Module, layers: Iterable[str], trained: Sequence[str]) -> None:
-    """A layer is adapted, or trains in full, but never both, under no adapter's name."""
-    before = {parameter: name for name, record in records(model).items() for parameter in record.trained}
-    owners = {parameter.rpartition(".")[0] for parameter in trained} | set(trained)
-    owners_before = {parameter.rpartition(".")[0]: name for parameter, name in before.items()} | before
-    for path in layers:
-        if path in owners:
-            raise TargetError(f"{path} would be adapted and trained in full; exclude it, or take it out of also_train.")
-        if path in owners_before:
-            raise TargetError(f'{path} trains in full with adapter "{owners_before[path]}"; exclude it.')
 
 
 def _check_mergeable(anatomy: Anatomy, method: Method, adapters: Mapping[str, Adapter]) -> None:

@@ -13,6 +13,9 @@ from lora_lightning.injection.place import set_module
 from lora_lightning.injection.records import check_known, injected_root, iter_adapters, records
 from lora_lightning.injection.statistics import release_statistics
 from lora_lightning.models.anatomy import survey
+from lora_lightning.models.new_tokens import holds_rows
+from lora_lightning.models.token_rows import remove_token_rows, write_into_base
+from lora_lightning.models.untied import forget_untied, retie
 
 
 def merge(model: nn.Module, keep_original: bool = True) -> None:
@@ -38,7 +41,8 @@ def merge(model: nn.Module, keep_original: bool = True) -> None:
         if layer.tied_to and layer.active:
             raise AdapterStateError(
                 f"{path} shares its weight with {', '.join(layer.tied_to)}, which a merge would change too; "
-                "keep the adapter unmerged, or untie the weight first."
+                "keep the adapter unmerged, or train one with untie=True, which gives the output layer a weight of its "
+                "own."
             )
         try:
             layer.check_mergeable()
@@ -83,9 +87,13 @@ def eject(model: nn.Module, name: str | None = None) -> None:
     for path, layer in layers.items():
         if name is not None and not layer.can_unmerge:
             raise AdapterStateError(f"{path}: merged with keep_original=False; eject all adapters or none.")
-    if all(layer.can_unmerge for layer in layers.values()):
+    final = not all(layer.can_unmerge for layer in layers.values())
+    if not final:
         active = dict.fromkeys(other for layer in layers.values() for other in layer.active)
         show_heads(root, [other for other in active if other not in names])
+    else:
+        write_into_base(anatomy)
+    rows = [parameter for one in names for parameter in records(root)[one].trained if holds_rows(parameter)]
     for layer in layers.values():
         if layer.can_unmerge:
             layer.unmerge()
@@ -100,5 +108,11 @@ def eject(model: nn.Module, name: str | None = None) -> None:
         detach(root, adapter_name, records(root)[adapter_name].linked)
         forget_heads(root, adapter_name)
         del records(root)[adapter_name]
+    kept = {parameter for record in records(root).values() for parameter in record.trained}
+    remove_token_rows(root, set(rows) - kept)
+    if final:
+        forget_untied(root)
+    elif not records(root):
+        retie(root)
     if not records(root):
         release_statistics(anatomy)

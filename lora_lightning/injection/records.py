@@ -13,6 +13,7 @@ from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.linked import Linked
 from lora_lightning.errors import AdapterStateError, did_you_mean
 from lora_lightning.methods import Method, Plan
+from lora_lightning.models.token_rows import TokenRows
 
 _RECORDS = "_lora_lightning_records"
 _TRAINED = "_lora_lightning_trained"
@@ -32,6 +33,8 @@ class AdapterRecord:
     """What the method itself has set for some layers, by path."""
     linked: tuple[str, ...] = ()
     """Owners of modules above one layer, by path; each holds this adapter's at `<owner>.adapters.<name>`."""
+    tokens: Mapping[str, TokenRows] = field(default_factory=dict)
+    """Known tokens whose rows train, by the path of the layer."""
 
 
 def records(model: nn.Module) -> dict[str, AdapterRecord]:

@@ -17,6 +17,7 @@ from lora_lightning.injection.targets import Selection
 from lora_lightning.methods import Method
 from lora_lightning.models.anatomy import Anatomy
 from lora_lightning.models.base_layers import count_numbers, kind_of
+from lora_lightning.models.new_tokens import holds_rows
 from lora_lightning.models.paths import inside
 
 
@@ -155,8 +156,8 @@ def _settings_and_counts(report: InjectionReport) -> list[tuple[str, str]]:
 
 
 def _owner(name: str) -> str:
-    """The module that a parameter belongs to; rows of new tokens, which are a part of one, by their own name."""
-    return name if name.endswith(".new_rows") else name.rpartition(".")[0]
+    """The module that a parameter belongs to; rows of tokens, which are a part of one, by their own name."""
+    return name if holds_rows(name) else name.rpartition(".")[0]
 
 
 def _name(path: str) -> str:

@@ -18,6 +18,7 @@ from torch import nn
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.errors import TargetError, did_you_mean, nearest
 from lora_lightning.models.anatomy import Anatomy
+from lora_lightning.models.new_tokens import ExtendedLayer
 from lora_lightning.models.paths import full_match, inside, join, segments, within
 from lora_lightning.models.scopes import ALL, SCOPES, TOWERS, is_scope
 
@@ -146,12 +147,13 @@ def _named_matrices(anatomy: Anatomy, pattern: str, hits: Sequence[str]) -> list
 
 
 def _way_out(anatomy: Anatomy, path: str, module: nn.Module) -> str:
+    if isinstance(module, ExtendedLayer):
+        return "Rows of its tokens train already; leave it out of targets."
     own = [inner for inner in _matrices(anatomy) if inner.rpartition(".")[0] == path]
     if own:
         names = ", ".join(f'"{segments(path)[-1]}.{segments(inner)[-1]}"' for inner in own)
         return f"Its matrices do: targets=[{names}]."
-    held = [name for name, _ in module.named_parameters(recurse=False)]
-    return f'Train it in full instead: also_train=["{join(path, held[0])}"].'
+    return f'Train it in full instead: also_train=["{path}"].'
 
 
 def _meant(anatomy: Anatomy, word: str) -> list[str]:
@@ -201,10 +203,34 @@ def _no_match(anatomy: Anatomy, where: str, pattern: Targets) -> str:
     word = segments(pattern if isinstance(pattern, str) else pattern[0])[-1]
     close = nearest(word, names) or [name for name, _ in names.most_common(5)]
     listed = ", ".join(f'"{name}" ({names[name]} layer{"s" * (names[name] > 1)})' for name in close) or "none"
+    if where == "targets":
+        _refuse_parameter(anatomy, shown, pattern)
     return (
         f"{where}={shown} matched none of the {len(anatomy.adaptable)} adaptable layers of {_kind(anatomy.model)}. "
         f"Nearest: {listed}."
     )
+
+
+def _refuse_parameter(anatomy: Anatomy, shown: str, pattern: Targets) -> None:
+    """Raise `TargetError` where a pattern names parameters that no layer with adapters reads."""
+    if isinstance(pattern, str):
+        names = [name for name in anatomy.parameters if full_match(pattern, name, "targets")]
+    else:
+        names = [name for name in anatomy.parameters if _ends(name, pattern[0])]
+    if names:
+        module = anatomy.modules[names[0].rpartition(".")[0]]
+        shape = tuple(anatomy.parameters[names[0]].shape)
+        raise TargetError(
+            f"targets={shown} names {names[0]} {shape}, a parameter that {type(module).__name__} reads itself and that "
+            f"takes no adapter: {_why_none(module, shape)}. Train it in full instead: "
+            f'also_train=["{pattern if isinstance(pattern, str) else pattern[0]}"].'
+        )
+
+
+def _why_none(module: nn.Module, shape: tuple[int, ...]) -> str:
+    if isinstance(module, nn.RNNBase):
+        return "all of its weights go into one call of a kernel"
+    return "it is no matrix, and no stack of experts" if len(shape) != 2 else "nothing says how it is read"
 
 
 def _kind(model: nn.Module) -> str:
@@ -296,7 +322,10 @@ def _refuse_both_sides(selection: Selection) -> None:
     for path, others in selection.tied.items():
         both = [other for other in others if other in selection.layers]
         if both:
-            raise TargetError(f"{path} and {both[0]} share one weight; adapt one of them and exclude the other.")
+            raise TargetError(
+                f"{path} and {both[0]} share one weight; adapt one of them and exclude the other, or, of an "
+                "embedding and its output layer, give each its own with untie=True."
+            )
 
 
 def _means_fused(anatomy: Anatomy, word: str, path: str) -> bool:

@@ -3,6 +3,9 @@
     embedding   W[id]                     for a known id;   rows[id - first]   for a new one
     output      x W'^T                    W' = W with the rows at first .. first + n
 
+Known tokens can have such rows too (`token_rows.py`): `<path>.token_rows` (n, width), in the place of those of the
+matrix.
+
 The pretrained matrices stay as they are, at `<path>.base.weight`, and frozen unless they are named; `<path>.new_rows`
 (n, width) trains in full and is saved with the adapter. Where the output layer shares the embedding's weight, it shares
 the new rows too. New ids may fall on rows that a padded matrix has already, behind its last token; these rows are then
@@ -48,48 +51,90 @@ class Vocabulary:
 
 
 class ExtendedLayer(nn.Module):
-    """An embedding or output layer with new rows.
+    """An embedding or output layer with rows of its own for new tokens, for known ones, or for both.
 
     Args:
         base: nn.Embedding or nn.Linear, frozen, at `.base`.
-        rows: (n, width), trained.
+        rows: (n, width), trained; None where there are no new tokens.
         first: id of the first new row.
     """
 
     renames_weights = True
+    ids: Tensor
+    new_rows: nn.Parameter | None
+    token_rows: nn.Parameter | None
 
-    def __init__(self, base: nn.Module, rows: nn.Parameter, first: int) -> None:
+    def __init__(self, base: nn.Module, rows: nn.Parameter | None = None, first: int | None = None) -> None:
         super().__init__()
         check_foreign_saving()
-        self.base, self.first = base, first
-        self.new_rows: Tensor = rows
+        self.base = base
+        self.first = len(cast(Tensor, base.weight)) if first is None else first
+        self.register_parameter("new_rows", rows)
+        self.register_parameter("token_rows", None)
+        self.set_token_rows((), None)
         self.train(base.training)
+
+    def set_token_rows(self, ids: Sequence[int], rows: nn.Parameter | None) -> None:
+        """Give known tokens, by their ascending ids, rows of their own (n, width); none for None."""
+        device = cast(Tensor, self.base.weight).device
+        self.register_buffer("ids", torch.tensor(ids, dtype=torch.long, device=device), persistent=False)
+        self.token_ids = tuple(ids)
+        self.token_rows = rows
+
+    @property
+    def own_ids(self) -> tuple[int, ...]:
+        """Ids of all tokens that have rows here: known ones, and then new ones."""
+        count = 0 if self.new_rows is None else len(self.new_rows)
+        return (*self.token_ids, *range(self.first, self.first + count))
+
+    @property
+    def own_rows(self) -> Tensor:
+        """Their rows, (len(own_ids), width)."""
+        return torch.cat([rows for rows in (self.token_rows, self.new_rows) if rows is not None])
 
     @property
     def weight(self) -> Tensor:
         """The whole matrix, (vocabulary, width), in the dtype of the pretrained one."""
-        own, rows = cast(Tensor, self.base.weight), self.new_rows
+        own = cast(Tensor, self.base.weight)
+        if self.token_rows is not None:
+            own = own.index_copy(0, self.ids, self.token_rows.to(own.dtype))
+        if self.new_rows is None:
+            return own
+        rows = self.new_rows
         return torch.cat([own[: self.first], rows.to(own.dtype), own[self.first + len(rows) :]])
 
     @property
     def bias(self) -> Tensor | None:
         """The output layer's bias, zero for rows that are added."""
         bias = cast("Tensor | None", getattr(self.base, "bias", None))
-        added = self.first + len(self.new_rows) - (0 if bias is None else len(bias))
+        added = self.num_embeddings - (0 if bias is None else len(bias))
         return F.pad(bias, (0, added)) if bias is not None and added > 0 else bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Embeddings of the ids x, or scores of the states x (..., width) for each token."""
         if type(self.base).forward is nn.Embedding.forward:
-            rows = self.new_rows
-            offset = x - self.first
-            new = (offset >= 0) & (offset < len(rows))
-            known = cast(Tensor, self.base(x.masked_fill(new, 0)))
-            return torch.where(new[..., None], F.embedding(offset.clamp(0, len(rows) - 1), rows).to(known.dtype), known)
+            return self._embedded(x)
         tensors = {"weight": self.weight}
         if self.bias is not None:
             tensors["bias"] = self.bias
         return cast(Tensor, functional_call(self.base, tensors, (x,)))
+
+    def _embedded(self, x: Tensor) -> Tensor:
+        """As a plain embedding, without a copy of the matrix."""
+        parts = []
+        if self.new_rows is not None:
+            place = x - self.first
+            new = (place >= 0) & (place < len(self.new_rows))
+            parts.append((new, place, self.new_rows))
+            x = x.masked_fill(new, 0)
+        if self.token_rows is not None:
+            place = torch.searchsorted(self.ids, x)
+            parts.insert(0, (self.ids[place.clamp_max(len(self.ids) - 1)] == x, place, self.token_rows))
+        found = cast(Tensor, self.base(x))
+        for own, place, rows in parts:
+            values = F.embedding(place.clamp(0, len(rows) - 1), rows)
+            found = torch.where(own[..., None], values.to(found.dtype), found)
+        return found
 
     def tensors(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Weight and, where there is one, bias: the pretrained one, and the whole one."""
@@ -120,9 +165,15 @@ class ExtendedLayer(nn.Module):
     @property
     def num_embeddings(self) -> int:
         """Rows."""
-        return max(len(cast(Tensor, self.base.weight)), self.first + len(self.new_rows))
+        count = 0 if self.new_rows is None else len(self.new_rows)
+        return max(len(cast(Tensor, self.base.weight)), self.first + count)
 
     out_features = num_embeddings
+
+
+def holds_rows(name: str) -> bool:
+    """Whether a parameter of this name holds rows of tokens, which are a part of a layer's matrix."""
+    return name.endswith((".new_rows", ".token_rows"))
 
 
 def vocabulary(model: nn.Module) -> Vocabulary | None:
@@ -131,7 +182,7 @@ def vocabulary(model: nn.Module) -> Vocabulary | None:
 
 
 def extended_layers(model: nn.Module) -> dict[str, ExtendedLayer]:
-    """Layers with new rows, by path."""
+    """Layers with rows of tokens, by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, ExtendedLayer)}
 
 
@@ -219,6 +270,10 @@ def add_rows(model: nn.Module, added: Vocabulary, seed: int = 0) -> None:
     Raises:
         ModelError: it has no embedding of tokens, or keeps something else for each of them.
     """
+    if extended_layers(model):
+        raise AdapterStateError(
+            "rows of known tokens train in the model already; add new tokens, or load the adapter that has them, first."
+        )
     follows = following(model)
     where = places(model.modules())
     size = max(len(follows.embedding.weight), added.first + len(added.tokens))
@@ -268,14 +323,21 @@ def remove_rows(model: nn.Module) -> None:
     """Take new rows off again; the model is as it was before `add_rows`."""
     where = places(model.modules())
     for layer in extended_layers(model).values():
-        for parent, name in where[id(layer)]:
-            setattr(parent, name, layer.base)
+        layer.new_rows, layer.first = None, len(cast(Tensor, layer.base.weight))
+        take_off(layer, where)
     model.__dict__.pop(_KEY, None)
     before = model.__dict__.pop(_BEFORE, _Before({}, []))
     for name, buffer in before.buffers.items():
         _set_buffer(model, name, buffer.to(model.get_buffer(name).device))
     for holder, name, number in before.numbers:
         setattr(holder, name, number)
+
+
+def take_off(layer: ExtendedLayer, where: Mapping[int, Sequence[tuple[nn.Module, str]]]) -> None:
+    """Put the plain layer back in all of its places, by id, unless there are rows left."""
+    if layer.new_rows is None and layer.token_rows is None:
+        for parent, name in where[id(layer)]:
+            setattr(parent, name, layer.base)
 
 
 def without_rows(name: str, names: Collection[str]) -> str:

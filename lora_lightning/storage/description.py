@@ -13,6 +13,7 @@ from lora_lightning.methods import plain_settings
 from lora_lightning.models.anatomy import Anatomy
 from lora_lightning.models.new_tokens import vocabulary
 from lora_lightning.models.paths import plain
+from lora_lightning.models.untied import untied
 from lora_lightning.plugins import registry
 from lora_lightning.storage.fingerprint import fingerprint
 from lora_lightning.storage.sealed import SCHEMA
@@ -28,7 +29,7 @@ def describe_adapter(anatomy: Anatomy, name: str) -> dict[str, Any]:
     """
     root = anatomy.model
     record = records(root)[name]
-    common, added = plain_settings(record.method), vocabulary(root)
+    common, added, own = plain_settings(record.method), vocabulary(root), untied(root)
     layers = {
         plain(path): {key: value for key, value in plain_settings(method).items() if value != common[key]}
         for path, method in record.layers.items()
@@ -48,6 +49,10 @@ def describe_adapter(anatomy: Anatomy, name: str) -> dict[str, Any]:
         "linked": [plain(path) for path in record.linked],
         "trained": [plain(parameter) for parameter in record.trained],
         "labels": _labels(root) if record.trained else None,
+        "tokens": {
+            plain(path): {"ids": list(rows.ids), "tokens": list(rows.tokens)} for path, rows in record.tokens.items()
+        },
+        "untied": [] if own is None else [plain(own.output)],
         "seed": record.seed,
         "vocabulary": None if added is None else {"first": added.first, "tokens": list(added.tokens)},
         "base": getattr(getattr(root, "config", None), "_name_or_path", None) or None,

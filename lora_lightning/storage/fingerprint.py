@@ -29,6 +29,7 @@ from lora_lightning.injection.records import records
 from lora_lightning.models.anatomy import Anatomy, survey
 from lora_lightning.models.new_tokens import without_rows
 from lora_lightning.models.paths import plain, starting_with, unwrap
+from lora_lightning.models.untied import untied
 
 _SAMPLE = 64
 _KEPT = "_lora_lightning_fingerprint"
@@ -207,6 +208,8 @@ def _base_parameters(anatomy: Anatomy) -> dict[str, Tensor]:
     inside = starting_with(above, listed)
     found: dict[str, Tensor] = {plain(name): listed[name] for name in listed if name not in inside}
     for path in anatomy.extended:
+        for rows in ("new_rows", "token_rows"):  # they stand in the place of rows that count
+            found.pop(f"{plain(path)}.{rows}", None)
         place, inside_it = plain(path), f"{plain(path)}.base."
         found = {
             f"{place}.{key.removeprefix(inside_it)}" if key.startswith(inside_it) else key: found[key] for key in found
@@ -218,6 +221,9 @@ def _base_parameters(anatomy: Anatomy) -> dict[str, Tensor]:
             if f"{path}.base.{name}" in listed and not made_by_merge:
                 key = layer.base_layer.weight_name(path) if name == "weight" else f"{path}.{name}"
                 found[plain(key)] = originals.get(name, parameter)
+    apart = untied(anatomy.model)
+    if apart is not None:  # a copy of one that counts
+        found.pop(apart.weight, None)
     return found
 
 

@@ -16,7 +16,15 @@ from lora_lightning.adapters.folded import DenseUpdate, FoldedUpdate, update_lik
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.adapters.linked import Linked
 from lora_lightning.distributed import local, own_rows, put
-from lora_lightning.errors import AdapterFileError, AdapterStateError, LoraLightningError, SettingsError, did_you_mean
+from lora_lightning.errors import (
+    AdapterFileError,
+    AdapterStateError,
+    LoraLightningError,
+    SettingsError,
+    TargetError,
+    did_you_mean,
+)
+from lora_lightning.injection.also_train import check_rows_free
 from lora_lightning.injection.heads import heads_of, show_heads
 from lora_lightning.injection.links import link
 from lora_lightning.injection.place import build_adapter, check_ready, place_adapters
@@ -26,6 +34,8 @@ from lora_lightning.methods import Method, plain_settings
 from lora_lightning.models.anatomy import Anatomy, survey
 from lora_lightning.models.new_tokens import add_rows, check_same_tokens, remove_rows, vocabulary
 from lora_lightning.models.paths import join, plain, starting_with, unwrap
+from lora_lightning.models.token_rows import put_rows, remove_token_rows, row_parameters, rows_at
+from lora_lightning.models.untied import retie, untie, untied
 from lora_lightning.plugins import registry, restore_settings
 from lora_lightning.registry import one_line
 from lora_lightning.storage.fingerprint import (
@@ -74,17 +84,21 @@ def load_stored(model: nn.Module, stored: Stored, directory: str | Path, name: s
     method_class = registry().method(stored.method, where=f'"{directory}"')
     root = _root_for(model)
     anatomy = survey(root)
-    had_rows = vocabulary(root) is not None
+    had_rows, was_tied = vocabulary(root) is not None, untied(root) is None
     with heads_of(root, []):
         _check_fingerprint(anatomy, stored, directory)
     if name not in records(root):
         check_ready(anatomy, name)
+    fresh: list[str] = []
     try:
         with _blaming(directory):
-            anatomy = _with_rows(anatomy, stored, directory)
+            anatomy = _with_rows(anatomy, stored, directory, fresh)
             plan = _plan(anatomy, stored, method_class, name, directory, stored.seed)
         _place(plan, stored, name)
     except BaseException:
+        remove_token_rows(root, fresh)
+        if was_tied:
+            retie(root)
         if not had_rows:
             remove_rows(root)
         raise
@@ -120,7 +134,7 @@ def check_loads(anatomy: Anatomy, stored: Stored, directory: str | Path) -> None
     _refuse_other_base(outline(plain_one, stored.trained), stored, directory, ("architecture", "names"))
     method_class = registry().method(stored.method, where=f'"{directory}"')
     with _blaming(directory):
-        _plan(_with_rows(plain_one, stored, directory), stored, method_class, stored.name, directory, None)
+        _plan(_with_rows(plain_one, stored, directory, []), stored, method_class, stored.name, directory, None)
 
 
 @contextmanager
@@ -134,16 +148,37 @@ def _blaming(directory: str | Path) -> Iterator[None]:
         raise AdapterFileError(f'"{directory}" states what cannot be built: {one_line(error)}.') from error
 
 
-def _with_rows(anatomy: Anatomy, stored: Stored, directory: str | Path) -> Anatomy:
-    """Give the model the rows of the adapter's new tokens, where it has none."""
-    if stored.vocabulary is None:
-        return anatomy
+def _with_rows(anatomy: Anatomy, stored: Stored, directory: str | Path, fresh: list[str]) -> Anatomy:
+    """Give the model the rows of the adapter's tokens, where it has none; `fresh` takes names of known ones' rows."""
     root = anatomy.model
-    check_same_tokens(root, stored.vocabulary, f'"{directory}"')
-    if vocabulary(root) is not None:
-        return anatomy
-    add_rows(root, stored.vocabulary)
-    return survey(root)
+    if stored.vocabulary is not None:
+        check_same_tokens(root, stored.vocabulary, f'"{directory}"')
+        if vocabulary(root) is None:
+            add_rows(root, stored.vocabulary)
+            anatomy = survey(root)
+    anatomy = _as_tied(anatomy, stored, directory)
+    try:
+        wanted = rows_at(anatomy, stored.tokens)
+        check_rows_free(anatomy, wanted)
+        fresh += put_rows(anatomy, wanted)
+    except (SettingsError, TargetError) as error:
+        raise AdapterFileError(f'"{directory}": {error}') from error
+    return survey(root) if fresh else anatomy
+
+
+def _as_tied(anatomy: Anatomy, stored: Stored, directory: str | Path) -> Anatomy:
+    """Untie the model where the adapter was trained on an untied one."""
+    own = untied(anatomy.model)
+    if own is None and stored.untied:
+        own = untie(anatomy)
+        anatomy = survey(anatomy.model)
+    found = () if own is None else (plain(own.output),)
+    if found != stored.untied:
+        raise AdapterStateError(
+            f'"{directory}" was trained with {", ".join(stored.untied) or "nothing"} untied; in the model '
+            f"{', '.join(found)} is. Load it into a model of its own."
+        )
+    return anatomy
 
 
 @dataclass(frozen=True)
@@ -254,7 +289,7 @@ def _folded(
         if isinstance(update, DenseUpdate) and paths[path] in tied:
             raise AdapterFileError(
                 f'"{directory}" holds a dense update of {path}, whose weight is shared with {tied[paths[path]][0]}, '
-                "which would change too; untie it first."
+                "which would change too. Train it with untie=True, which gives the output layer a weight of its own."
             )
         for key, value in tensors.items():
             put(update.get_buffer(key), value)
@@ -279,10 +314,14 @@ def _record(
     except SettingsError as error:
         raise AdapterFileError(f'"{directory}": {error}') from error
     trained = tuple(parameters.get(name, name) for name in stored.trained)
+    rows = rows_at(anatomy, stored.tokens)
+    for name in row_parameters(anatomy, rows):
+        if name not in trained:
+            raise AdapterFileError(f'"{directory}" names tokens, but {name} is none of what it has trained.')
     every = {plain(path): path for path in anatomy.modules}
     plan = {paths.get(path, path): fields for path, fields in stored.plan.items()}
     linked = tuple(every.get(path, path) for path in stored.linked)
-    return AdapterRecord(method, layers, trained, stored.seed, plan, linked)
+    return AdapterRecord(method, layers, trained, stored.seed, plan, linked, rows)
 
 
 def _check_same(own: AdapterRecord, theirs: AdapterRecord, name: str, directory: str | Path) -> None:
@@ -302,6 +341,8 @@ def _check_same(own: AdapterRecord, theirs: AdapterRecord, name: str, directory:
                 raise AdapterFileError(
                     f'{where} has {field}={want[field]!r} on {path}; adapter "{name}" has {have[field]!r}; {hint}.'
                 )
+    if {path: rows.ids for path, rows in own.tokens.items()} != {p: rows.ids for p, rows in theirs.tokens.items()}:
+        raise AdapterFileError(f'{where} trains rows of other tokens than adapter "{name}"; {hint}.')
     if set(own.trained) != set(theirs.trained):
         parameter = min(set(own.trained) ^ set(theirs.trained))
         raise AdapterFileError(f'{where} trains other heads than adapter "{name}", such as {parameter}; {hint}.')

@@ -45,6 +45,12 @@ def check_same(model: nn.Module, name: str, theirs: Mapping[str, Any]) -> None:
             f"the checkpoint was trained with another plan of {own['method']}: {_difference(planned, own['plan'])}. It "
             "is read before the adapter is built where trainer.ckpt_path is set before fit is called."
         )
+    rows, before = ({path: stated["ids"] for path, stated in d.get("tokens", {}).items()} for d in (own, theirs))
+    if rows != before:
+        raise ResumeError(f"the checkpoint was trained with other rows of tokens: {_difference(before, rows)}.")
+    if own["untied"] != theirs.get("untied", []):
+        was = ", ".join(theirs.get("untied", [])) or "nothing"
+        raise ResumeError(f"the checkpoint was trained with {was} untied; give model.untie the same value.")
     for key in ("layers", "trained", "labels"):
         if own[key] != theirs[key]:
             raise ResumeError(f"the checkpoint was trained with other {key}: {_difference(theirs[key], own[key])}.")

@@ -15,6 +15,7 @@ from lora_lightning.adapters.linked import LinkedAdapters
 from lora_lightning.models.anatomy import Anatomy
 from lora_lightning.models.experts import stands_for_parameter
 from lora_lightning.models.new_tokens import ExtendedLayer, buffers_before
+from lora_lightning.models.untied import say_tied, untied
 
 _OURS = "_lora_lightning_"
 
@@ -25,7 +26,10 @@ def skeleton(anatomy: Anatomy) -> nn.Module:
     Modules are new objects, and so is the model's configuration; what else they refer to is shared. A layer that only
     shows by its values that it can take an adapter (quantized, or with a forward of its own) is the model's own.
     """
-    copies = _Copies(anatomy)
+    copies, apart = _Copies(anatomy), untied(anatomy.model)
+    if apart is not None:
+        output, embedding = (_weight(anatomy.modules[path]) for path in (apart.output, apart.embedding))
+        copies.tensors[id(output)] = copies.tensor(embedding)
     found = copies.module(anatomy.model)
     for name, buffer in buffers_before(anatomy.model).items():
         owner, _, leaf = name.rpartition(".")
@@ -33,7 +37,18 @@ def skeleton(anatomy: Anatomy) -> nn.Module:
     config = getattr(found, "config", None)
     if hasattr(config, "get_text_config"):
         found.__dict__["config"] = copy.deepcopy(config)  # the number of tokens is written there
+    if apart is not None:
+        host: Any = found.get_submodule(apart.host)
+        host.__dict__["config"] = copy.deepcopy(host.config)
+        say_tied(host, apart)
     return found
+
+
+def _weight(module: nn.Module) -> Tensor:
+    """The pretrained weight of an embedding or output layer, adapted or not."""
+    while isinstance(module, AdaptedLayer | ExtendedLayer):
+        module = module.base_layer.module if isinstance(module, AdaptedLayer) else module.base
+    return cast(Tensor, module.weight)
 
 
 class _Copies:

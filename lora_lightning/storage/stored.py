@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lora_lightning.errors import AdapterFileError, nearest
 from lora_lightning.models.new_tokens import Vocabulary
+from lora_lightning.models.token_rows import TokenRows
 from lora_lightning.storage.commit import Layout, settled
 from lora_lightning.storage.description import described_formats
 from lora_lightning.storage.inside import names_inside, read_inside
@@ -51,6 +52,10 @@ class Stored:
     """What the method itself had set for some layers."""
     linked: tuple[str, ...] = ()
     """Paths of modules that own what layers share."""
+    tokens: dict[str, TokenRows] = dataclasses.field(default_factory=dict)
+    """Known tokens whose rows have trained, by the path of the layer."""
+    untied: tuple[str, ...] = ()
+    """Paths of output layers that had been given a weight of their own."""
     description: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     """All that the file states, as it stands there."""
 
@@ -126,14 +131,14 @@ _STATED: dict[str, type | tuple[type, ...]] = {
     "versions": dict,
     "base": (str, type(None)),
 }
-_LATER: dict[str, type | tuple[type, ...]] = {"plan": dict, "linked": list}
+_LATER: dict[str, type[Any]] = {"plan": dict, "linked": list, "tokens": dict, "untied": list}
 """Fields of a description by the type of their value; the later ones were not written by 0.1."""
 
 
 def _fields(content: dict[str, Any]) -> dict[str, Any]:
     """What a description gives of the fields of `Stored`."""
     given: dict[str, Any] = {field: content[field] for field in _STATED}
-    given |= {field: content.get(field, kind()) for field, kind in (("plan", dict), ("linked", list))}
+    given |= {field: content.get(field, kind()) for field, kind in _LATER.items()}
     for field, kind in {**_STATED, **_LATER}.items():
         if not isinstance(given[field], kind):
             raise ValueError(f"{field} is {given[field]!r}")
@@ -141,14 +146,23 @@ def _fields(content: dict[str, Any]) -> dict[str, Any]:
         for path, value in given[field].items():
             if not isinstance(value, dict):
                 raise ValueError(f"{field}[{path}] is {value!r}")
-    for field in ("trained", "linked"):
+    for field in ("trained", "linked", "untied"):
         given[field] = tuple(map(str, given[field]))
     for part in ("architecture", "names", "weights"):
         if not isinstance(given["fingerprint"][part], str | None):
             raise ValueError(f"fingerprint.{part} is {given['fingerprint'][part]!r}")
+    given["tokens"] = {path: _token_rows(path, rows) for path, rows in given["tokens"].items()}
     given["quantization"] = described_formats(content)
     _added(content)
     return given
+
+
+def _token_rows(path: str, stated: Any) -> TokenRows:
+    ids, tokens = stated["ids"], stated["tokens"]
+    good = isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids) and ids == sorted(set(ids)) != []
+    if not (good and isinstance(tokens, list) and len(tokens) in (0, len(ids))):
+        raise ValueError(f"tokens[{path}] is {stated!r}")
+    return TokenRows(tuple(ids), tuple(map(str, tokens)))
 
 
 def _added(content: Mapping[str, Any]) -> tuple[int, tuple[str, ...]] | None:

@@ -26,6 +26,7 @@ from lora_lightning.models.new_tokens import add_rows_for
 from lora_lightning.models.quantized_loading import Loading, Quantization, check_format, loading
 from lora_lightning.models.random import full_name, is_random, tokenizer_settings
 from lora_lightning.models.tasks.base import Task
+from lora_lightning.models.token_rows import Tokens
 from lora_lightning.training.calibration import calibration, planned
 from lora_lightning.training.strategies.choice import check_strategy
 
@@ -47,6 +48,8 @@ class Assembly:
     exclude: list[str]
     overrides: dict[str, dict[str, Any]]
     also_train: Literal["heads"] | list[str]
+    train_tokens: Tokens
+    untie: bool
     num_labels: int | None
     dtype: str | None
     half_adapters: bool
@@ -104,6 +107,9 @@ class Assembly:
             seed=seed,
             probe=calibration(self.method, self.task, self.trainer) if known is None else None,
             planned=known,
+            train_tokens=self.train_tokens,
+            tokenizer=getattr(self._data, "tokenizer_object", None) if self.train_tokens else None,
+            untie=self.untie,
         )
         if self.half_adapters:
             lower_adapters(net, NAME)

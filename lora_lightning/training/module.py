@@ -31,6 +31,7 @@ from lora_lightning.models.quantized_loading import Quantization
 from lora_lightning.models.random import is_random
 from lora_lightning.models.tasks import find_task
 from lora_lightning.models.tasks.base import Batch, PredictContext, metrics, update_metrics, update_text_metrics
+from lora_lightning.models.token_rows import Tokens
 from lora_lightning.optim.groups import build_optimizer
 from lora_lightning.optim.warmup import WarmUp
 from lora_lightning.registry import arguments
@@ -61,6 +62,11 @@ class AdapterModule(LightningModule):
         overrides: other settings for some layers, such as `{layer.0: {rank: 4}}`.
         also_train: base parameters that are fully trained: "heads", or names. What it names need not be in the files of
             `pretrained`; it then starts at random.
+        train_tokens: texts or ids of known tokens whose rows train in the embedding, and in an output layer that shares
+            its weight, such as `["<|im_start|>", 128005]`; or layers with texts or ids, `{lm_head: [3]}`. Texts take
+            the data module's tokenizer. New tokens are `data.new_tokens`.
+        untie: give an output layer that shares the embedding's weight a copy of its own, so that each of them can be
+            adapted, trained and merged.
         optimizer: the optimizer; null takes the method's own, else AdamW at a rate of 1e-3.
         lr_scheduler: warm-up and decay of the rate.
         num_labels: classes of a classification head; null takes the data module's.
@@ -103,6 +109,8 @@ class AdapterModule(LightningModule):
         task_settings: dict[str, Any] | None = None,
         random_config: dict[str, Any] | None = None,
         quantization: Quantization | None = None,
+        train_tokens: list[str | int] | dict[str, list[str | int]] | None = None,
+        untie: bool = False,
     ) -> None:
         super().__init__()
         self.pretrained, self.method, self.task = pretrained, method, find_task(task, task_settings)
@@ -112,6 +120,8 @@ class AdapterModule(LightningModule):
         self.half_adapters = half_adapters
         self.linear_baseline, self.max_new_tokens, self.seed = linear_baseline, max_new_tokens, seed
         self.random_config, self.quantization = random_config or {}, quantization
+        self.train_tokens: Tokens = train_tokens or []
+        self.untie = untie
         if random_config and not is_random(pretrained):
             raise SettingsError(
                 f'model.random_config is {random_config}, but model.pretrained is "{pretrained}"; it belongs to '
@@ -143,6 +153,8 @@ class AdapterModule(LightningModule):
             exclude=self.exclude,
             overrides=self.overrides,
             also_train=self.also_train,
+            train_tokens=self.train_tokens,
+            untie=self.untie,
             num_labels=self.num_labels,
             dtype=self.dtype_name,
             half_adapters=self.half_adapters,

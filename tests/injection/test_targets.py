@@ -226,7 +226,7 @@ def test_overrides_by_layer_the_later_wins() -> None:
         (
             tiny_moe,
             {"targets": ["norm"]},
-            r'"norm" names model.norm \(Qwen3MoeRMSNorm\), a kind of module .* also_train=\["model.norm.weight"\]',
+            r'"norm" names model.norm \(Qwen3MoeRMSNorm\), a kind of module .* also_train=\["model.norm"\]',
         ),
         (
             tiny_gpt2,

@@ -21,6 +21,7 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 
 from lora_lightning.callbacks.schedule import ScheduleCallback
 from lora_lightning.cli import command_line as argv
@@ -34,10 +35,12 @@ from lora_lightning.injection.also_train import trained_parameters
 from lora_lightning.injection.inject import inject, settings_by_layer
 from lora_lightning.injection.records import adapters_named
 from lora_lightning.injection.targets import select
-from lora_lightning.models.anatomy import survey
+from lora_lightning.models.anatomy import Anatomy, survey
 from lora_lightning.models.loading import load_skeleton
 from lora_lightning.models.pretrained import check_weights, resolve
 from lora_lightning.models.random import is_random
+from lora_lightning.models.token_rows import TokenRows, choose_rows
+from lora_lightning.models.untied import apart, retie
 from lora_lightning.optim.groups import build_optimizer
 from lora_lightning.registry import one_line
 from lora_lightning.training.assembly import NAME, enable_checkpointing
@@ -280,7 +283,22 @@ class _ConfigCheck(Description):
             fits = self.findings.attempt(partial(settings_by_layer, module.method, layers, {pattern: fields}))
             if fits:
                 overrides[pattern] = fields
-        inject(net, module.method, targets, exclude, overrides, also_train, name=NAME, seed=0)
+        untie = module.untie and self.findings.attempt(lambda: _try_untie(net), "model.untie")
+        rows: dict[str, TokenRows] = {}
+        self.findings.attempt(lambda: rows.update(_rows(anatomy, module, data)), "model.train_tokens")
+        tokens = {path: own.ids for path, own in rows.items()}
+        inject(
+            net,
+            module.method,
+            targets,
+            exclude,
+            overrides,
+            also_train,
+            name=NAME,
+            seed=0,
+            train_tokens=tokens,
+            untie=untie,
+        )
         self.findings.attempt(lambda: build_optimizer(net, module.optimizer_factory), "model.optimizer")
         for form, why in refusals(net, NAME).items():
             self.findings.notes.append(f"export --format {form} will be refused: {why}")
@@ -301,6 +319,17 @@ class _ConfigCheck(Description):
                 self.findings.problem(error)
             return good if good and good != given else otherwise
         return given
+
+
+def _rows(anatomy: Anatomy, module: AdapterModule, data: Any) -> dict[str, TokenRows]:
+    """Rows of known tokens that are to train; raises as `choose_rows`."""
+    return choose_rows(anatomy, module.train_tokens, getattr(data, "tokenizer_object", None))
+
+
+def _try_untie(net: nn.Module) -> None:
+    with apart(survey(net), wanted=True):
+        pass
+    retie(net)
 
 
 def _drop(part: Namespace | list[Any], setting: tuple[str, str]) -> bool:

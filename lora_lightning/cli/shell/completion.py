@@ -26,8 +26,8 @@ from lora_lightning.registry import LIGHT_VERBS, SETTINGS, TRAINING_VERBS, Compo
 _OWN = {"fit": ("--resume",), "validate": ("--run",), "test": ("--run",), "predict": ("--run", "--output")}
 _OF_CONFIGS = ("targets", "inspect-data", "estimate", "doctor", "cite")
 _MODEL = (
-    "pretrained method task targets exclude overrides also_train optimizer lr_scheduler num_labels dtype "
-    "half_adapters gradient_checkpointing linear_baseline max_new_tokens seed task_settings random_config "
+    "pretrained method task targets exclude overrides also_train train_tokens untie optimizer lr_scheduler num_labels "
+    "dtype half_adapters gradient_checkpointing linear_baseline max_new_tokens seed task_settings random_config "
     "quantization"
 )
 _TRAINER = (

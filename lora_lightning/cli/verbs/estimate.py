@@ -134,6 +134,7 @@ def count(
     from lora_lightning.cli.preflight.memory import Parts
     from lora_lightning.cli.preflight.trace import largest_linear, trace_step, units, without_values
     from lora_lightning.models.loading import load_skeleton
+    from lora_lightning.models.token_rows import as_ids
     from lora_lightning.optim.groups import build_optimizer
 
     autocast = _autocast(precision)
@@ -154,6 +155,8 @@ def count(
 
     if module.num_labels is None:
         module.num_labels = getattr(datamodule, "num_labels", None)
+    if module.train_tokens:
+        module.train_tokens = as_ids(module.train_tokens, getattr(datamodule, "tokenizer_object", None))
     with without_values() as meter:
         module.assemble(load)
         module.train()

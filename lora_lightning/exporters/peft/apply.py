@@ -76,15 +76,11 @@ def _write_parameter(owner: nn.Module, name: str, layer: PeftLayer | None, path:
 
 def _write_rows(folder: PeftFolder, model: nn.Module) -> None:
     """Rows of tokens; a layer that has them is computed without its bias, and so is one that shares its weight."""
-    stated: Any = folder.config.get("trainable_token_indices") or []
     for path, values in folder.rows.items():
-        ids = stated
-        if isinstance(stated, dict):
-            ids = next((ids for key, ids in stated.items() if path == key or path.endswith(f".{key}")), [])
         module: Any = model.get_submodule(path)
         shared = module.weight
         weight = shared.detach().clone()
-        weight[torch.tensor(ids, device=weight.device)] = values.to(weight)
+        weight[torch.tensor(folder.ids(path), device=weight.device)] = values.to(weight)
         for other in model.modules():
             if other._parameters.get("weight") is shared:
                 other.weight = nn.Parameter(weight, requires_grad=False)

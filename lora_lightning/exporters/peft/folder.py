@@ -106,6 +106,13 @@ class PeftFolder:
     former: tuple[str, ...] = ()
     """Paths of the layers in the file, where the model has other names now."""
 
+    def ids(self, path: str) -> list[int]:
+        """Ids of the tokens that `rows` of a layer belong to, in their order."""
+        stated = self.config.get("trainable_token_indices") or []
+        if isinstance(stated, dict):
+            stated = next((ids for key, ids in stated.items() if path == key or path.endswith(f".{key}")), [])
+        return list(stated)
+
 
 def read(directory: str | Path, stacks: Stacks) -> PeftFolder:
     """Read such a folder.

@@ -52,6 +52,13 @@ def _in_extended(source: Source, name: str) -> bool:
     return any(name.startswith(f"{plain(path)}.") for path in source.here(source.anatomy.extended))
 
 
+def _matrices_train(source: Source) -> bool:
+    """Whether matrices of the vocabulary are saved as ones that trained; those of new tokens are a larger base's."""
+    if any(_in_extended(source, name) for name in source.heads):
+        return True
+    return not any(layer.new_rows is not None for layer in source.extended.values()) and bool(whole_vocabulary(source))
+
+
 def find_heads(source: Source) -> Heads:
     """Modules to save whole, with the task if peft's own additions for it do no harm.
 
@@ -61,7 +68,7 @@ def find_heads(source: Source) -> Heads:
     modules = source.modules
     extended = [plain(path) for path in source.here(source.anatomy.extended)]
     own, biases = _whole_modules(source)
-    if any(_in_extended(source, name) for name in source.heads):
+    if _matrices_train(source):
         own += extended
     for task in dict.fromkeys((peft_rules.task_type(source.host), None)):
         heads = Heads(task, own, biases=biases)

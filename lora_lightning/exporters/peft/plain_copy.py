@@ -23,6 +23,7 @@ from lora_lightning.injection.records import records
 from lora_lightning.models import experts
 from lora_lightning.models.new_tokens import plain_vocabulary
 from lora_lightning.models.paths import unwrap
+from lora_lightning.models.untied import retie, untied
 
 
 class CopyError(Exception):
@@ -48,11 +49,12 @@ def plain_copy(source: Source, brought: Iterable[str]) -> Iterator[nn.Module]:
             raise CopyError(
                 f"{type(source.host).__name__} cannot be copied ({type(error).__name__}: {error})"
             ) from error
-        _spoil(plain, brought)
+        retie(plain, set(brought))  # as the base model lies on the disk
+        _spoil(plain, brought, alone=untied(source.anatomy.model) is not None)
         state = tensors_of(plain)
-        for path, layer in source.extended.items():
+        for path, (ids, _) in source.rows.items():
             with torch.no_grad():
-                state[f"{path}.weight"][layer.first : layer.first + len(layer.new_rows)] = torch.nan
+                state[f"{path}.weight"][list(ids)] = torch.nan
         yield plain.eval()
     finally:
         for parameter, flag in flags:
@@ -111,9 +113,15 @@ def _base_of(layer: AdaptedLayer, memo: dict[int, Any]) -> nn.Module:
     return plain
 
 
-def _spoil(model: nn.Module, names: Iterable[str]) -> None:
-    """Put NaN in the place of tensors, in every module that shares them."""
+def _spoil(model: nn.Module, names: Iterable[str], alone: bool) -> None:
+    """Put NaN in the place of tensors, in every module that shares them, unless the export means them `alone`."""
     state = tensors_of(model)
+    if alone:
+        for name in set(names) & state.keys():
+            owner, _, leaf = name.rpartition(".")
+            if leaf in (module := model.get_submodule(owner))._parameters:
+                module._parameters[leaf] = nn.Parameter(torch.full_like(state[name], torch.nan), requires_grad=False)
+        return
     wanted = {id(state[name]): state[name] for name in names if name in state}
     bad = {key: torch.full_like(own, torch.nan) for key, own in wanted.items() if own.is_floating_point()}
     fresh = {key: nn.Parameter(t, requires_grad=False) for key, t in bad.items() if type(wanted[key]) is nn.Parameter}

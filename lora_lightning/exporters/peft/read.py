@@ -23,7 +23,15 @@ from lora_lightning.exporters.peft.read_heads import TRAINED_BIASES, find_heads,
 from lora_lightning.exporters.peft.rules import TYPE
 from lora_lightning.exporters.peft.selection import dead_settings, expected_modules
 from lora_lightning.exporters.peft.start_factors import changes_base, with_start
-from lora_lightning.exporters.peft.tokens import check_matrices, fill_rows, new_tokens, room_for, whole_matrices
+from lora_lightning.exporters.peft.tokens import (
+    check_matrices,
+    fill_rows,
+    known_tokens,
+    names_of_rows,
+    new_tokens,
+    room_for,
+    whole_matrices,
+)
 from lora_lightning.exporters.source import plain_modules
 from lora_lightning.injection.merge_model import eject
 from lora_lightning.injection.place import build_adapter, check_ready, place_adapters
@@ -32,6 +40,8 @@ from lora_lightning.injection.report import InjectionReport, report_on
 from lora_lightning.injection.targets import Selection
 from lora_lightning.methods import Method, replace
 from lora_lightning.models.anatomy import Anatomy, survey
+from lora_lightning.models.token_rows import TokenRows, room_for_rows, row_notes
+from lora_lightning.models.untied import apart, untied_note
 from lora_lightning.plugins import registry
 
 _READ = frozenset({"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout"})
@@ -58,20 +68,28 @@ _MERGE_IN_PEFT = "Where peft can merge it, use the model of its merge_and_unload
 _STARTS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
-def import_folder(model: nn.Module, directory: str | Path, name: str) -> InjectionReport:
+def import_folder(model: nn.Module, directory: str | Path, name: str, untie: bool = False) -> InjectionReport:
     """Inject the adapter of a peft folder; see `lora_lightning.exporters.export.import_peft`."""
     check_name(name)
     anatomy = survey(model)
     check_ready(anatomy, name)
     _refuse_variants(peft_file.read_config(directory), directory)
+    with apart(anatomy, untie) as anatomy:
+        return _import_into(anatomy, directory, name)
+
+
+def _import_into(anatomy: Anatomy, directory: str | Path, name: str) -> InjectionReport:
+    model = anatomy.model
     folder = peft_file.read(directory, find_stacks(anatomy.layers))
     modules = plain_modules(model)
     folder = with_present_names(folder, anatomy, tensors_in(modules), directory)
     added, folder, matrices = whole_matrices(model, folder, tensors_in(modules), directory)
-    with room_for(model, added or new_tokens(folder, directory), directory) as added_rows:
-        if added_rows:
-            anatomy, modules = survey(model), plain_modules(model)
-        return _import(anatomy, modules, folder, matrices, directory, name)
+    added = added or new_tokens(model, folder, directory)
+    with room_for(model, added, directory) as added_rows:
+        anatomy = survey(model) if added_rows else anatomy
+        known = known_tokens(anatomy, folder, added, directory)
+        with room_for_rows(anatomy, known) as anatomy:
+            return _import(anatomy, plain_modules(model), folder, matrices, known, directory, name)
 
 
 def _import(
@@ -79,6 +97,7 @@ def _import(
     modules: Mapping[str, nn.Module],
     folder: PeftFolder,
     matrices: Mapping[str, Tensor],
+    known: Mapping[str, TokenRows],
     directory: str | Path,
     name: str,
 ) -> InjectionReport:
@@ -93,17 +112,19 @@ def _import(
             f"rank {folder.config['r']}: the start factors, which peft takes out of the base weights, are part of it",
         )
     heads = find_heads(anatomy, modules, folder, directory)
+    notes += (*row_notes(anatomy, known), *untied_note(anatomy.model))
     method, settings = _settings(reader, folder, base_layers, directory)
     seed = torch.initial_seed()
     adapters = {path: build_adapter(settings[path], path, base, seed) for path, base in base_layers.items()}
-    rows = fill_rows(anatomy, folder, directory)
-    check_matrices(anatomy, matrices, directory)
-    record = AdapterRecord(method, settings, (*_trained(anatomy, modules, heads), *rows), seed)
+    rows = names_of_rows(anatomy, folder, known)
+    record = AdapterRecord(method, settings, (*_trained(anatomy, modules, heads), *rows), seed, tokens=known)
     layers = place_adapters(anatomy, name, adapters, record, base_layers, linked={})
     before = {key: tensor.detach().clone() for key, tensor in tensors_in(modules).items() if key in heads}
     try:
         for path, adapter in adapters.items():
             _fill(adapter, folder.layers[path], layers[path].originals().get("bias"))
+        fill_rows(anatomy, folder, directory)
+        check_matrices(anatomy, matrices, directory)
         _write_heads(modules, heads)
         check_read_back(anatomy, folder, name, directory)
     except BaseException:

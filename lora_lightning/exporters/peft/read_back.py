@@ -33,8 +33,10 @@ def check_read_back(anatomy: Anatomy, folder: PeftFolder, name: str, directory: 
         found = _layer(now, path, layer, name)
         expected |= {(path, role): pair for role, pair in found.items()}
     expected |= {(key, "head"): (value, state[key]) for key, value in folder.heads.items()}
-    rows = {path: layer.new_rows for path, layer in now.extended.items()}
-    expected |= {(path, "rows"): (values, rows[path]) for path, values in folder.rows.items()}
+    for path, values in folder.rows.items():
+        extended = now.extended[path]
+        order = [extended.own_ids.index(i) for i in folder.ids(path)]
+        expected[path, "rows"] = (values, extended.own_rows[order])
     for what, key in folder.keys.items():
         if what not in expected:
             raise AdapterFileError(f'"{directory}": tensor {key} was read, but nothing in the model has taken it.')
@@ -76,5 +78,5 @@ def rows_once(folder: PeftFolder, shared: Mapping[str, int], directory: object) 
         if not torch.equal(values, folder.rows[other]):
             raise AdapterFileError(
                 f'"{directory}": {folder.keys[other, "rows"]} and {folder.keys[path, "rows"]} differ, while these '
-                "layers share their rows in this model. Load it with tie_word_embeddings=False in its configuration."
+                "layers share their rows in this model. import_peft(..., untie=True) gives each its own."
             )

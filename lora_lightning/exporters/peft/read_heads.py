@@ -135,12 +135,12 @@ def _refuse_shared(
                 "has one set of heads, so import it into a model of its own."
             )
         for other in by_id.get(id(state[key]), ()):
-            if other not in heads:
+            if other not in heads and not same(value, state[key]):
                 raise AdapterFileError(
                     f'"{directory}" carries {key}, which shares its weight with {other} in this model, while peft '
                     f"trained a copy. {_UNTIE}"
                 )
-            if not torch.equal(value, heads[other]):
+            if other in heads and not torch.equal(value, heads[other]):
                 raise AdapterFileError(
                     f'"{directory}" carries {key} and {other}, which differ, while they are one parameter of this '
                     f"model. {_UNTIE}"
@@ -151,4 +151,4 @@ def _refuse_shared(
         raise AdapterFileError(f'"{directory}" adapts {both[0]}, which trains in full as well; one of the two only.')
 
 
-_UNTIE = "Untie the weight first: load the model with tie_word_embeddings=False in its configuration."
+_UNTIE = "import_peft(..., untie=True) gives the output layer a weight of its own."

@@ -1,31 +1,36 @@
-"""Rows of new tokens in a folder of peft's format, which names them by their ids only."""
+"""Rows of tokens, new or known, in a folder of peft's format, which names them by their ids only."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import write_values
-from lora_lightning.errors import AdapterFileError, did_you_mean
+from lora_lightning.errors import AdapterFileError, ModelError, SettingsError, TargetError, did_you_mean
 from lora_lightning.exporters.peft.folder import PeftFolder
 from lora_lightning.exporters.peft.read_back import rows_once
 from lora_lightning.exporters.peft.read_heads import same, tensors_of
+from lora_lightning.injection.also_train import check_rows_free
 from lora_lightning.models.anatomy import Anatomy
 from lora_lightning.models.new_tokens import (
+    ExtendedLayer,
     Vocabulary,
     add_rows,
     check_extendable,
     check_same_tokens,
+    extended_layers,
     plain_vocabulary,
     remove_rows,
     tokenizer_files,
     vocabulary,
 )
+from lora_lightning.models.token_rows import TokenRows, layers_with, row_parameters, rows_at
+from lora_lightning.models.vocabulary_size import following
 
 SETTING = "trainable_token_indices"
 
@@ -103,34 +108,105 @@ def _tokenizer(directory: str | Path) -> Any:
     return AutoTokenizer.from_pretrained(directory, trust_remote_code=False) if there else None
 
 
-def new_tokens(folder: PeftFolder, directory: str | Path) -> Vocabulary | None:
+def new_tokens(model: nn.Module, folder: PeftFolder, directory: str | Path) -> Vocabulary | None:
     """The new tokens that a folder has rows of, named by the tokenizer that lies beside them; None for none.
 
+    They are a tokenizer's last ones that it has added, with rows for all layers that have one for each token. Other
+    ids are those of known tokens.
+
     Raises:
-        AdapterFileError: other tokens than a tokenizer's last ones, or no tokenizer that tells what they are.
+        AdapterFileError: an id without a row in the model, and no tokenizer that says which token it is.
     """
-    stated = folder.config.get(SETTING) or []
-    lists = list(stated.values()) if isinstance(stated, dict) else [stated]
-    ids = list(lists[0])
-    if not ids:
+    stated = {path: folder.ids(path) for path in folder.rows}
+    if not stated:
         return None
-    if any(list(other) != list(range(ids[0], ids[0] + len(ids))) for other in lists):
-        raise AdapterFileError(
-            f'"{directory}" has {SETTING} {stated}; only new tokens are read: the last ids, one after the other, the '
-            "same for each layer. Rows of known tokens can be trained with also_train."
-        )
     tokenizer = _tokenizer(directory)
+    layers = _layers_of_tokens(model)
+    size = max((len(cast(Tensor, layer.weight)) for layer in layers.values()), default=0)
+    ids = _last_added(list(stated.values()), tokenizer)
+    shared = {id(getattr(layers[path], "base", layers[path]).weight) for path in stated if path in layers}
+    covered = all(id(getattr(layer, "base", layer).weight) in shared for layer in layers.values())
+    if ids and (covered or ids[-1] >= size):
+        return Vocabulary(tuple(tokenizer.convert_ids_to_tokens(ids)), ids[0], tokenizer_files(tokenizer))
+    beyond = [i for own in stated.values() for i in own if i >= size]
+    if beyond and layers:
+        why = "no tokenizer that says which token it is"
+        if tokenizer is not None:
+            why = f"its tokenizer, of {len(tokenizer)} tokens, has it not among the last that were added"
+        raise AdapterFileError(
+            f'"{directory}" has {SETTING} {folder.config.get(SETTING)}; the model has no row {beyond[0]} (it has {size}'
+            f"), and {why}. Save the tokenizer it was trained with into the folder, or call "
+            f"model.resize_token_embeddings({max(beyond) + 1}) first."
+        )
+    return None
+
+
+def _layers_of_tokens(model: nn.Module) -> dict[str, nn.Module]:
+    """Layers with a row for each token, by path; none where the model does not say."""
+    if vocabulary(model) is not None:
+        found: dict[str, nn.Module] = {p: one for p, one in extended_layers(model).items() if one.new_rows is not None}
+        return found
+    try:
+        return following(model).layers
+    except ModelError:
+        return {}
+
+
+def _last_added(stated: Sequence[Sequence[int]], tokenizer: Any) -> list[int]:
+    """Those ids, common to all layers, that are the last of a tokenizer and were added to it."""
     if tokenizer is None:
-        raise AdapterFileError(
-            f'"{directory}" has {SETTING} {stated}, but no tokenizer that says which tokens these are. Save the one it '
-            "was trained with into the folder."
+        return []
+    added, first = set(tokenizer.get_added_vocab().values()).intersection(*stated), len(tokenizer)
+    while first - 1 in added:
+        first -= 1
+    return list(range(first, len(tokenizer)))
+
+
+def known_tokens(
+    anatomy: Anatomy, folder: PeftFolder, new: Vocabulary | None, directory: str | Path
+) -> dict[str, TokenRows]:
+    """Rows of known tokens that a folder has, by the path of the layer.
+
+    Raises:
+        AdapterFileError: rows that no layer of the model has, or other ones for layers that share their weight.
+    """
+    added = range(new.first, new.first + len(new.tokens)) if new else ()
+    wanted = {path: TokenRows(tuple(sorted(set(folder.ids(path)) - set(added)))) for path in folder.rows}
+    try:
+        found = rows_at(anatomy, {path: rows for path, rows in wanted.items() if rows.ids})
+        check_rows_free(anatomy, found)
+        for path in wanted:
+            _check_tied(anatomy, path, folder)
+        having = layers_with(anatomy, [path for path in wanted if path in anatomy.modules])
+    except (SettingsError, TargetError) as error:
+        raise AdapterFileError(f'"{directory}" has {SETTING} {folder.config.get(SETTING)}: {error}') from error
+    stated = folder.config.get(SETTING) or []
+    if stated and not having:
+        raise AdapterFileError(_saved_in_part(directory, stated, "the embedding"))
+    for name in stated if isinstance(stated, dict) else ():
+        if not any(path == name or path.endswith(f".{name}") for path in having):
+            raise AdapterFileError(_saved_in_part(directory, stated, name))
+    return found
+
+
+def _saved_in_part(directory: str | Path, stated: object, name: str) -> str:
+    return f'"{directory}" has {SETTING} {stated}, but no rows of {name}. The file was saved in part; save it whole.'
+
+
+def _check_tied(anatomy: Anatomy, path: str, folder: PeftFolder) -> None:
+    """Raise `TargetError` where peft gives rows to one of the layers that share a matrix.
+
+    It lets layers follow the input's embedding, in a model whose configuration ties them.
+    """
+    model: Any = anatomy.model
+    layers = layers_with(anatomy, [path])
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    follow = hasattr(model, "config") and model.config.to_dict().get("tie_word_embeddings")
+    if len(layers) > 1 and not (follow and any(anatomy.modules[p] is embedding for p in layers if p in folder.rows)):
+        raise TargetError(
+            f"{path} shares its matrix with {', '.join(p for p in layers if p != path)}, and peft has trained rows of "
+            "it alone. import_peft(..., untie=True) gives the output layer a weight of its own."
         )
-    if ids[-1] + 1 != len(tokenizer):
-        raise AdapterFileError(
-            f'"{directory}" has {SETTING} {stated}; its tokenizer has {len(tokenizer)} tokens, so these are not its '
-            "last. Only new tokens are read."
-        )
-    return Vocabulary(tuple(tokenizer.convert_ids_to_tokens(ids)), ids[0], tokenizer_files(tokenizer))
 
 
 @contextmanager
@@ -152,30 +228,44 @@ def room_for(model: nn.Module, added: Vocabulary | None, directory: str | Path) 
         raise
 
 
-def fill_rows(anatomy: Anatomy, folder: PeftFolder, directory: str | Path) -> list[str]:
-    """Write the folder's rows into the model; the names of the parameters that hold them.
+def names_of_rows(anatomy: Anatomy, folder: PeftFolder, known: Mapping[str, TokenRows]) -> list[str]:
+    """Names of the parameters that hold the rows of a folder."""
+    new = anatomy.row_names if folder.rows or folder.config.get(SETTING) else []
+    return [*new, *row_parameters(anatomy, known)]
+
+
+def fill_rows(anatomy: Anatomy, folder: PeftFolder, directory: str | Path) -> None:
+    """Write the folder's rows into the model.
 
     Raises:
         AdapterFileError: rows of a layer that has none, of another shape, or missing for one that has.
     """
     layers = anatomy.extended
     if not folder.rows and not folder.config.get(SETTING):
-        return []
-    rows_once(folder, {path: id(layer.new_rows) for path, layer in layers.items()}, directory)
+        return
+    rows_once(folder, {path: id(_parameters(layer)[0]) for path, layer in layers.items()}, directory)
     filled = set()
     for path, values in folder.rows.items():
         if path not in layers:
             raise AdapterFileError(
-                f'"{directory}" has rows of new tokens for {path}, which has none here.{did_you_mean(path, layers)}'
+                f'"{directory}" has rows of tokens for {path}, which has none here.{did_you_mean(path, layers)}'
             )
-        rows = layers[path].new_rows
-        if rows.shape != values.shape:
+        layer, ids = layers[path], folder.ids(path)
+        needed = (len(layer.own_ids), layer.own_rows.shape[1])
+        if tuple(values.shape) != needed or sorted(ids) != sorted(layer.own_ids):
             raise AdapterFileError(
-                f'"{directory}": the rows of {path} are {tuple(values.shape)}; the model needs {tuple(rows.shape)}.'
+                f'"{directory}": the rows of {path} are {tuple(values.shape)}; the model needs {needed}, those '
+                f"of {TokenRows(layer.own_ids)}."
             )
-        write_values(rows, values)
-        filled.add(id(rows))
-    bare = [path for path, layer in layers.items() if id(layer.new_rows) not in filled]
-    if bare:
-        raise AdapterFileError(f'"{directory}" has no rows of new tokens for {bare[0]}, which does not share others.')
-    return anatomy.row_names
+        parts = values[[ids.index(i) for i in layer.own_ids]].split([len(rows) for rows in _parameters(layer)])
+        for rows, part in zip(_parameters(layer), parts, strict=True):
+            write_values(rows, part)
+            filled.add(id(rows))
+    for path, layer in layers.items():
+        if layer.new_rows is not None and id(layer.new_rows) not in filled:
+            raise AdapterFileError(f'"{directory}" has no rows of new tokens for {path}, which does not share others.')
+
+
+def _parameters(layer: ExtendedLayer) -> list[Tensor]:
+    """Those whose rows `own_rows` lists, in its order."""
+    return [rows for rows in (layer.token_rows, layer.new_rows) if rows is not None]

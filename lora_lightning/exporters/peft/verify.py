@@ -129,7 +129,7 @@ def _by_rules(content: PeftFolder) -> Loader:
 
 
 def _new_ids(source: Source) -> list[int]:
-    return [i for layer in source.extended.values() for i in range(layer.first, layer.first + len(layer.new_rows))][:8]
+    return [i for ids, _ in source.rows.values() for i in ids][:8]
 
 
 @torch.no_grad()

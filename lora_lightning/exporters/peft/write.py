@@ -35,6 +35,7 @@ from lora_lightning.exporters.peft.verify import Verdict
 from lora_lightning.exporters.peft.verify import verify as check_export
 from lora_lightning.exporters.report import Origin, Written
 from lora_lightning.exporters.source import Source, check_finite, write_files
+from lora_lightning.models.untied import untied
 from lora_lightning.storage.atomic import write_json
 
 TAKES_RANK = True
@@ -53,13 +54,14 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     Raises:
         ExportError: the update has no such form, or peft's format cannot say it.
     """
+    _check_rows(source)
     factors, options = find_factors(source, rank)
     heads = find_heads(source)
     stacks = peft_experts.find_stacks(source.here(source.anatomy.layers))
     with_bias = any(f.bias is not None for f in factors.values())
     tensors = _adapter_tensors(source, factors, heads, stacks, with_bias)
     whole = whole_vocabulary(source)
-    rows = {path: layer.new_rows.detach().cpu() for path, layer in source.extended.items() if not whole}
+    rows = {path: values.cpu() for path, (_, values) in source.rows.items() if not whole}
     tensors |= {f"{PREFIX}{path}{ROWS}": values for path, values in rows.items()}
     heads.tensors |= whole
     tensors |= {f"{PREFIX}{name}": tensor for name, tensor in heads.tensors.items()}
@@ -87,12 +89,21 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
 
 def check(source: Source) -> None:
     """Raise `ExportError` for what `write` will refuse whatever values are trained: layers, heads, settings."""
+    _check_rows(source)
     factors, _ = find_factors(source, None)
     heads = find_heads(source)
     stacks = peft_experts.find_stacks(source.here(source.anatomy.layers))
     with_bias = any(f.bias is not None for f in factors.values())
     _adapter_tensors(source, factors, heads, stacks, with_bias)
     _config(source, factors, heads, with_bias, source.extended)
+
+
+def _check_rows(source: Source) -> None:
+    if source.extended and untied(source.anatomy.model) is not None:
+        raise ExportError(
+            f"rows of tokens of {next(iter(source.extended))} train in an untied model, and peft would tie them again. "
+            'Use format="merged".'
+        )
 
 
 def write_afresh(source: Source, folder: Path, written: Written, origin: Origin) -> Written:
@@ -210,13 +221,16 @@ def _bias_notes(source: Source, with_bias: bool) -> list[str]:
 
 
 def _token_indices(source: Source) -> dict[str, list[int]] | list[int]:
-    """Ids of new tokens, by the layer that holds their rows; where layers share them, peft finds the other."""
-    ids = {path: list(range(layer.first, layer.first + len(layer.new_rows))) for path, layer in source.extended.items()}
-    return ids if len(ids) > 1 else next(iter(ids.values()), [])
+    """Ids of tokens, by the layer that holds their rows; where layers share them, peft finds the other."""
+    found = {path: list(ids) for path, (ids, _) in source.rows.items()}
+    embedding = getattr(source.host, "get_input_embeddings", lambda: None)()
+    alone = len(found) == 1 and all(source.extended[path] is embedding for path in found)
+    return next(iter(found.values())) if alone else found
 
 
 def _token_notes(source: Source, whole: bool) -> list[str]:
-    size = max((layer.num_embeddings for layer in source.extended.values()), default=0)
+    new = [layer for layer in source.extended.values() if layer.new_rows is not None]
+    size = max((layer.num_embeddings for layer in new), default=0)
     notes = [f"before peft loads it, the model needs room: resize_token_embeddings({size})"] if size else []
     if whole:
         notes.append("whole matrices of the vocabulary are in the file, because rows alone do not say the same in peft")
@@ -244,7 +258,7 @@ def _verified(
         raise ExportError("the files do not read back: they list other layers or heads than were written.")
     for path, values in rows.items():
         if not torch.equal(written.rows.get(path, torch.empty(0)), values):
-            raise ExportError(f"the new tokens' rows of {path} do not read back bit for bit.")
+            raise ExportError(f"the rows of tokens of {path} do not read back bit for bit.")
     for name, value in written.heads.items():
         if not torch.equal(value, heads.tensors[name]):
             raise ExportError(f"{name} does not read back bit for bit.")

@@ -32,8 +32,11 @@ def change_config(folder: Path, **values: Any) -> None:
     [
         ({"peft_type": "LOHA"}, "peft_type 'LOHA'; only \"LORA\" is read"),
         ({"use_dora": True}, "q_proj: the file has no lora_magnitude_vector, while .* has use_dora=True; they belong"),
-        ({"trainable_token_indices": [1, 3]}, r"has trainable_token_indices \[1, 3\]; only new tokens are read"),
-        ({"trainable_token_indices": [1]}, r"has trainable_token_indices \[1\], but no tokenizer that says which"),
+        ({"trainable_token_indices": [1]}, r"has trainable_token_indices \[1\], but no rows of the embedding"),
+        (
+            {"trainable_token_indices": {"lm_head": [1]}},
+            r"has trainable_token_indices .*, but no rows of the embedding",
+        ),
         ({"layer_replication": [[0, 1]]}, "uses layer_replication"),
         ({"some_later_option": {"a": 1}}, "uses some_later_option"),
         ({"bias": "some"}, 'has bias=\'some\'; "none", "all" and "lora_only" are read'),

@@ -14,7 +14,7 @@ from peft_models import PEFT_WARNINGS, LoRA, llama, randomise, seeded
 import lora_lightning as ll
 from lora_lightning.errors import AdapterFileError
 from lora_lightning.exporters.peft.folder import PeftFolder
-from lora_lightning.exporters.peft.tokens import SETTING, fill_rows, new_tokens, room_for
+from lora_lightning.exporters.peft.tokens import SETTING, fill_rows, known_tokens, names_of_rows, new_tokens, room_for
 from lora_lightning.models.anatomy import survey
 from lora_lightning.models.new_tokens import Vocabulary, vocabulary
 from lora_lightning.testing import tiny_decoder
@@ -44,19 +44,38 @@ def folder(indices: Any = None, rows: Any = None) -> PeftFolder:
 
 
 def test_without_the_setting_there_are_no_new_tokens(tmp_path: Path) -> None:
-    assert new_tokens(folder(), tmp_path) is None
-    assert fill_rows(survey(tiny_decoder()), folder(), tmp_path) == []
+    assert new_tokens(tiny_decoder(), folder(), tmp_path) is None
+    assert names_of_rows(survey(tiny_decoder()), folder(), {}) == []
 
 
-@pytest.mark.parametrize("indices", [[3, 5], {"embed_tokens": [3, 4], "lm_head": [4, 5]}])
-def test_scattered_ids_are_refused(indices: Any, tmp_path: Path) -> None:
-    with pytest.raises(AdapterFileError, match=f"has {SETTING} .*; only new tokens are read: the last ids"):
-        new_tokens(folder(indices), tmp_path)
+def test_ids_beyond_the_model_need_a_tokenizer_that_has_added_them(tmp_path: Path) -> None:
+    rows = {EMBEDDING: torch.zeros(2, 16)}
+    with pytest.raises(
+        AdapterFileError,
+        match=r"no row 33 \(it has 32\), and no tokenizer .*call model\.resize_token_embeddings\(34\) first",
+    ):
+        new_tokens(tiny_decoder(), folder([3, 33], rows), tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(
+        AdapterFileError, match="its tokenizer, of 40 tokens, has it not among the last that were added"
+    ):
+        new_tokens(tiny_decoder(), folder([3, 33], rows), tmp_path)
 
 
-def test_without_a_tokenizer_nobody_knows_what_they_are(tmp_path: Path) -> None:
-    with pytest.raises(AdapterFileError, match="no tokenizer that says which tokens these are"):
-        new_tokens(folder([3, 4]), tmp_path)
+def test_last_tokens_are_new_ones_where_every_layer_has_their_rows(tmp_path: Path) -> None:
+    """The last tokens of a pretrained tokenizer are often added ones that nobody uses."""
+    reserved = tokenizer()
+    reserved.add_tokens(["<a>", "<b>"])
+    reserved.save_pretrained(tmp_path)
+    rows = torch.zeros(3, 16)
+    padded, untied = llama(tie_word_embeddings=True), llama()
+    padded.resize_token_embeddings(64)
+    untied.resize_token_embeddings(64)
+    assert new_tokens(padded, folder([3, 40, 41], {EMBEDDING: rows}), tmp_path) == Vocabulary(("<a>", "<b>"), 40)
+    one_side = folder([3, 40, 41], {EMBEDDING: rows})
+    assert new_tokens(untied, one_side, tmp_path) is None
+    found = known_tokens(survey(untied), one_side, None, tmp_path)
+    assert {path: own.ids for path, own in found.items()} == {EMBEDDING: (3, 40, 41)}
 
 
 def test_room_is_taken_back_after_an_error(tmp_path: Path) -> None:
@@ -81,7 +100,9 @@ def test_rows_are_written_and_shared_ones_need_one_side_only(tmp_path: Path) -> 
     with room_for(model, added(), tmp_path):
         anatomy = survey(model)
     rows = torch.arange(32.0).view(2, 16)
-    assert fill_rows(anatomy, folder([40, 41], {EMBEDDING: rows}), tmp_path) == [f"{EMBEDDING}.new_rows"]
+    ids = [added().first, added().first + 1]
+    assert names_of_rows(anatomy, folder(ids, {EMBEDDING: rows}), {}) == [f"{EMBEDDING}.new_rows"]
+    fill_rows(anatomy, folder(ids, {EMBEDDING: rows}), tmp_path)
     assert torch.equal(model.get_parameter("lm_head.new_rows"), rows)
 
 
@@ -96,7 +117,7 @@ def test_rows_are_written_and_shared_ones_need_one_side_only(tmp_path: Path) -> 
 def test_rows_that_do_not_fit(rows: Any, message: str, tmp_path: Path) -> None:
     model = tiny_decoder()
     with room_for(model, added(), tmp_path), pytest.raises(AdapterFileError, match=message):
-        fill_rows(survey(model), folder([40, 41], rows), tmp_path)
+        fill_rows(survey(model), folder([added().first, added().first + 1], rows), tmp_path)
 
 
 WITH_A_BIAS = {
@@ -180,3 +201,88 @@ def test_whole_matrices_of_another_base_model_are_refused(tmp_path: Path) -> Non
     other.model.embed_tokens.weight.data[3] += 1
     with pytest.raises(AdapterFileError, match=r"has shape \(41,.*call model\.resize_token_embeddings\(41\) first"):
         ll.import_peft(other, tmp_path / "out")
+
+
+# -- known tokens ------------------------------------------------------------------------------------------------------
+
+SOME = torch.tensor([[5, 3, 9, 7, 2]])
+ONE_SIDE = {
+    "Llama, untied": lambda: llama(),
+    "Llama, tied": lambda: llama(tie_word_embeddings=True),
+    "GPT-2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=16, bos_token_id=1, eos_token_id=2
+        )
+    ),
+    "Phi": WITH_A_BIAS["Phi"],
+    "GPT-J": WITH_A_BIAS["GPT-J"],
+    "BERT": WITH_A_BIAS["BERT"],
+    "RoBERTa": WITH_A_BIAS["RoBERTa"],
+}
+
+
+@pytest.mark.parametrize("build", ONE_SIDE.values(), ids=ONE_SIDE)
+def test_rows_of_known_tokens_travel_to_peft_and_back(build: Any, tmp_path: Path) -> None:
+    model, again = with_biases(build), with_biases(build)
+    ll.inject(model, LoRA(rank=2), train_tokens=[9, 3])
+    randomise(model)
+    report = ll.export(model, tmp_path / "out")
+    assert report.verified_by.startswith("peft 0.")
+    assert "resize_token_embeddings" not in str(report)
+    expected = model.eval()(SOME)[0]
+    opened = peft.PeftModel.from_pretrained(with_biases(build), tmp_path / "out").eval()
+    torch.testing.assert_close(opened(input_ids=SOME)[0], expected, atol=1e-5, rtol=1e-5)
+    ll.import_peft(again, tmp_path / "out")
+    torch.testing.assert_close(again.eval()(SOME)[0], expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.filterwarnings(r"ignore:(You have requested .|)ensure_weight_tying:UserWarning")
+@pytest.mark.parametrize("ensure", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("indices", [[7, 3], {"embed_tokens": [3, 7], "lm_head": [3, 7]}, {"embed_tokens": [7]}])
+def test_rows_of_known_tokens_that_peft_trained(indices: Any, tied: bool, ensure: bool, tmp_path: Path) -> None:
+    model = llama(tie_word_embeddings=tied)
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], trainable_token_indices=indices, ensure_weight_tying=ensure
+    )
+    theirs = peft.get_peft_model(model, config).eval()
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    again = llama(tie_word_embeddings=tied)
+    report = ll.import_peft(again, tmp_path)
+    assert "model.embed_tokens.token_rows" in report.trained
+    torch.testing.assert_close(again.eval()(SOME)[0], theirs(input_ids=SOME)[0], atol=1e-6, rtol=1e-6)
+    with ll.disable_adapters(again):
+        assert torch.equal(again(SOME)[0], llama(tie_word_embeddings=tied).eval()(SOME)[0])
+
+
+@pytest.mark.parametrize("indices", [{"lm_head": [5]}, {"embed_tokens": [3], "lm_head": [5]}])
+def test_rows_of_one_side_of_a_tied_weight_are_refused_and_untying_is_the_way_out(indices: Any, tmp_path: Path) -> None:
+    model = llama(tie_word_embeddings=True)
+    theirs = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=indices)
+    ).eval()
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(AdapterFileError, match=r"share.*untie=True"):
+        ll.import_peft(llama(tie_word_embeddings=True), tmp_path)
+    untied = llama(tie_word_embeddings=True)
+    ll.import_peft(untied, tmp_path, untie=True)
+    torch.testing.assert_close(untied.eval()(SOME)[0], theirs(input_ids=SOME)[0], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_and_known_tokens_travel_together(tied: bool, tmp_path: Path) -> None:
+    model, theirs, again = (llama(tie_word_embeddings=tied) for _ in range(3))
+    ll.add_tokens(model, tokenizer(), ["<a>", "<b>"])
+    ll.inject(model, LoRA(rank=2), train_tokens=[39, 3])
+    randomise(model)
+    ll.export(model, tmp_path / "out")
+    expected = model.eval()(IDS)[0]
+    theirs.resize_token_embeddings(42)
+    opened = peft.PeftModel.from_pretrained(theirs, tmp_path / "out").eval()
+    torch.testing.assert_close(opened(input_ids=IDS)[0], expected, atol=1e-5, rtol=1e-5)
+    report = ll.import_peft(again, tmp_path / "out")
+    assert torch.equal(again.eval()(IDS)[0], expected)
+    assert {"model.embed_tokens.new_rows", "model.embed_tokens.token_rows"} <= report.trained.keys()
+    assert vocabulary(again) == Vocabulary(("<a>", "<b>"), 40)
