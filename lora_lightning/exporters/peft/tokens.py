@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import write_values
-from lora_lightning.errors import AdapterFileError, did_you_mean
+from lora_lightning.errors import AdapterFileError, ModelError, did_you_mean
 from lora_lightning.exporters.peft.folder import PeftFolder
 from lora_lightning.exporters.peft.read_back import rows_once
 from lora_lightning.exporters.peft.read_heads import same, tensors_of
@@ -26,6 +26,7 @@ from lora_lightning.models.new_tokens import (
     tokenizer_files,
     vocabulary,
 )
+from lora_lightning.models.vocabulary_size import token_embedding
 
 SETTING = "trainable_token_indices"
 
@@ -82,8 +83,10 @@ def check_matrices(anatomy: Anatomy, matrices: Mapping[str, Tensor], directory: 
 
 
 def _embedding_name(model: nn.Module, state: Mapping[str, Tensor]) -> str:
-    getter = getattr(model, "get_input_embeddings", None)
-    weight = getattr(getter(), "weight", None) if getter else None
+    try:
+        weight = token_embedding(model).weight
+    except ModelError:  # a model of images, say
+        return ""
     return next((name for name, tensor in state.items() if tensor is weight), "")
 
 
