@@ -28,6 +28,7 @@ from lora_lightning.exporters.peft.experts import Stacks
 from lora_lightning.exporters.peft.factors import Factors, delta, find_factors, original
 from lora_lightning.exporters.peft.folder import PeftLayer
 from lora_lightning.exporters.peft.fresh import verify_afresh
+from lora_lightning.exporters.peft.grouped import block_diagonal
 from lora_lightning.exporters.peft.heads import Heads, find_heads, whole_vocabulary
 from lora_lightning.exporters.peft.keys import ROWS
 from lora_lightning.exporters.peft.rules import CONFIG, PREFIX, TENSORS, TYPE
@@ -147,7 +148,8 @@ def _layer_tensors(path: str, layer: AdaptedLayer, factors: Factors, with_bias: 
         found = [(".lora_embedding_A", A), (".lora_embedding_B", B)]
     else:
         if base.kind == "conv":
-            A, B = base._store(A), B.reshape(*B.shape, *[1] * (base.stored.dim() - 2))
+            A = block_diagonal(base._store(A).expand(factors.groups, *[-1] * base.stored.dim()))
+            B = B.reshape(*B.shape, *[1] * (base.stored.dim() - 2))
         if base.kind == "experts":
             A, B = peft_experts.side_by_side(A, B)
         found = [(".lora_A.weight", A), (".lora_B.weight", B)]
