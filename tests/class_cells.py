@@ -6,6 +6,7 @@ wrong. It takes some minutes.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import io
@@ -14,7 +15,7 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 import peft
 import tokenizers
 import torch
+import transformers
 from model_classes import TASKS, VOCABULARY, ModelClass, model_classes
 from pages import DOCS
 from torch import Tensor, nn
@@ -66,9 +68,11 @@ def added() -> Vocabulary:
         return Vocabulary(NEW, VOCABULARY, {path.name: path.read_bytes() for path in Path(folder).iterdir()})
 
 
-def buildable(part: int = 0, parts: int = 1) -> Iterator[ModelClass]:
+def buildable(part: int = 0, parts: int = 1, skip: Collection[str] = ()) -> Iterator[ModelClass]:
     """Classes whose smallest model can be built here, and is small; every `parts`-th one, from number `part` on."""
     for found in list(model_classes())[part::parts]:
+        if found.name in skip:
+            continue
         with contextlib.suppress(Exception):  # it wants a library, or settings that fit together
             with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
                 warnings.simplefilter("ignore")
@@ -335,43 +339,68 @@ that is not given, or experts that no token is sent to. A fit names the former a
 """Parts of the page by what their lines are about: title, text, head of the last column."""
 
 
-def run(names: Iterable[str] = (), part: int = 0, parts: int = 1) -> tuple[dict[ModelClass, Cell], dict[str, str]]:
-    """Go through classes, all where none is named; gives their cells, and what is wrong in which."""
-    import transformers
+Found = tuple[ModelClass, Cell | str]
+"""A class with what came of it, or with what is wrong."""
 
-    cells: dict[ModelClass, Cell] = {}
-    wrong: dict[str, str] = {}
-    before = torch.get_num_threads()
+
+def run(names: Iterable[str] = (), part: int = 0, parts: int = 1, skip: Iterable[str] = ()) -> Iterator[Found]:
+    """Go through classes, all where none is named, but for those to skip."""
+    before, left_out = torch.get_num_threads(), set(skip)
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)  # such small products take longer on more
     try:
-        for found in buildable(part, parts):
+        for found in buildable(part, parts, left_out):
             if names and found.name not in names:
                 continue
             try:
                 with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # of models' own code
-                    cells[found] = outcome(found)
+                    came = outcome(found)
             except Exception as error:
-                wrong[found.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                yield found, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            else:
+                yield found, came
     finally:
         torch.set_num_threads(before)
         transformers.logging.enable_progress_bar()
-    return cells, wrong
 
 
-def _run(part: int) -> tuple[dict[ModelClass, Cell], dict[str, str]]:
-    return run(sys.argv[1:], part, 2)
+def _run_into(file: Path, names: list[str], part: int) -> None:
+    """Append what comes of every second class to a file, but for classes that stand there."""
+    for found, came in run(names, part, 2, _kept(file)):
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps([found.name, came]) + "\n")
+
+
+def _kept(file: Path) -> dict[str, Cell | str]:
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return {
+        name: came if isinstance(came, str) else Cell(came[0], tuple(came[1]), came[2])
+        for name, came in map(json.loads, lines)
+    }
+
+
+def main() -> int:
+    """Write the page, or show what came of the classes named."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("names", nargs="*", help="classes; all where none is named")
+    parser.add_argument("--into", type=Path, help="file that keeps what has been done; given again, it goes on there")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        file = given.into or Path(folder, "cells.jsonl")
+        with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+            for done in [pool.submit(_run_into, file, given.names, part) for part in range(2)]:
+                done.result()
+        kept = _kept(file)
+    wrong = [f"{name}: {came}" for name, came in kept.items() if isinstance(came, str)]
+    cells = {found: came for found in model_classes() if isinstance(came := kept.get(found.name), Cell)}
+    if given.names:
+        print(*(f"{found.name}: {cell}" for found, cell in cells.items()), sep="\n")
+    elif not wrong:
+        PAGE.write_text(page(cells), encoding="utf-8")
+    print(*(f"WRONG {line}" for line in wrong), sep="\n")
+    return len(wrong)
 
 
 if __name__ == "__main__":
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        halves = list(pool.map(_run, range(2)))
-    done = {found: cell for cells, _ in halves for found, cell in cells.items()}
-    failed = {name: message for _, wrong in halves for name, message in wrong.items()}
-    if sys.argv[1:]:
-        print(*(f"{found.name}: {cell}" for found, cell in done.items()), sep="\n")
-    elif not failed:
-        PAGE.write_text(page({found: done[found] for found in model_classes() if found in done}), encoding="utf-8")
-    print(*(f"WRONG {name}: {message}" for name, message in failed.items()), sep="\n")
-    sys.exit(bool(failed))
+    sys.exit(bool(main()))

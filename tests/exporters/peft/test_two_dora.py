@@ -1,4 +1,4 @@
-"""Two DoRA adapters on one layer: each travels, and is switched to, as in peft; both at once are two functions there."""
+"""Two DoRA adapters on one layer: each travels, and is switched to, as in peft; both at once are two there."""
 
 from __future__ import annotations
 
