@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -75,8 +75,12 @@ _BY_TYPE: dict[str, dict[str, Any]] = {
     "codegen": {"n_head": 4, "rotary_dim": 4},
     "convnext": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "patch_size": 2},
     "convnextv2": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "patch_size": 2},
+    "audio-spectrogram-transformer": {"max_length": 32, "frequency_stride": 4, "time_stride": 4, "patch_size": 4},
+    "bamba": {"attn_layer_indices": [1]},
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "esm": {"vocab_size": VOCABULARY, "mask_token_id": 3},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "hgnet_v2": {
         "hidden_sizes": [8, 8, 8, 16],
         "stem_channels": [3, 4, 8],
@@ -89,6 +93,9 @@ _BY_TYPE: dict[str, dict[str, Any]] = {
     },
     "levit": {"hidden_sizes": [8, 16, 16], "depths": [1, 1, 1], "num_attention_heads": [1, 2, 2], "key_dim": [4] * 3},
     "t5_gemma_module": {"cross_attention_hidden_size": _WIDTH},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "layoutlmv3": {"coordinate_size": 2, "shape_size": 4, "visual_embed": False},
+    "lilt": {"hidden_size": 24},
     "mpt": {"n_heads": 2, "d_model": 16},
     "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
     "perceiver": {"num_latents": 4, "d_latents": 16, "num_self_attends_per_block": 1, "num_self_attention_heads": 2}
@@ -97,14 +104,20 @@ _BY_TYPE: dict[str, dict[str, Any]] = {
     "pvt": {"hidden_sizes": [8, 8, 8, 16], "depths": [1] * 4, "num_attention_heads": [1] * 4, "image_size": 32},
     "pvt_v2": {"hidden_sizes": [8, 8, 8, 16], "depths": [1] * 4, "num_attention_heads": [1] * 4},
     "regnet": {"hidden_sizes": [8, 8, 8, 16], "depths": [1, 1, 1, 1], "embedding_size": 8, "groups_width": 4},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "resnet": {"hidden_sizes": [8, 8, 8, 16], "depths": [1, 1, 1, 1], "embedding_size": 8},
     "roc_bert": {"pronunciation_vocab_size": 8, "shape_vocab_size": 8, "pronunciation_embed_dim": 8}
     | {"shape_embed_dim": 8},
+    "swin": {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2, "patch_size": 4},
+    "t5": {"decoder_start_token_id": 0},
+    "xmod": {"default_language": "en_XX"},
     "mobilebert": {"embedding_size": 8, "hidden_size": 16, "intra_bottleneck_size": 16, "true_hidden_size": 16},
 }
 _TWO_LAYERS = {"num_hidden_layers": 2}
 _MADE_WITH: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), _TWO_LAYERS),
+    "bros": {"hidden_size": _WIDTH, "num_attention_heads": 2},
+    "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 2},
     **{kind: {"text_config": _TWO_LAYERS} for kind in ("gemma4", "gemma4_unified")},
 }
 """What settings that follow from others must be made with."""
@@ -134,13 +147,51 @@ class ModelClass(NamedTuple):
 
     def batch(self, model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
         """Inputs of the model, made of `ids` (batch, length) where it reads text."""
+        if self.kind in _INPUTS and not (self.kind == "whisper" and self.task == "causal LM"):
+            return _INPUTS[self.kind](model.config, ids)
         if self.task == "image classification":
-            size, channels = getattr(model.config, "image_size", 32), getattr(model.config, "num_channels", 3)
+            shown = (
+                model.config if hasattr(model.config, "image_size") else getattr(model.config, "vision_config", None)
+            )
+            size, channels = getattr(shown, "image_size", 32), getattr(model.config, "num_channels", 3)
             return {"pixel_values": _noise(len(ids), channels, *([size] * 2 if isinstance(size, int) else size))}
         if self.task == "audio classification":
             wave = _noise(len(ids), 400)
             return {model.main_input_name: wave}  # type: ignore[dict-item]
         return {"input_ids": ids} | ({"decoder_input_ids": ids} if self.task.startswith("sequence-to") else {})
+
+
+def _boxes(config: Any, ids: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": ids, "bbox": torch.tensor([1, 2, 3, 4]).expand(*ids.shape, 4)}
+
+
+def _scaled_boxes(config: Any, ids: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": ids, "bbox": torch.tensor([0.1, 0.2, 0.3, 0.4]).expand(*ids.shape, 4)}
+
+
+def _patches(config: Any, ids: Tensor) -> dict[str, Tensor]:
+    vision = config.vision_config
+    return {
+        "pixel_values": _noise(len(ids), 4, vision.num_channels * vision.patch_size**2),
+        "pixel_attention_mask": torch.ones(len(ids), 4, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[2, 2]] * len(ids)),
+    }
+
+
+_INPUTS: dict[str, Callable[[Any, Tensor], dict[str, Tensor]]] = {
+    **dict.fromkeys(("layoutlm", "layoutlmv2", "layoutlmv3", "lilt"), _boxes),
+    "bros": _scaled_boxes,
+    "siglip2": _patches,
+    "imagegpt": lambda _, ids: {"input_ids": ids},
+    "audio-spectrogram-transformer": lambda config, ids: {
+        "input_values": _noise(len(ids), config.max_length, config.num_mel_bins)
+    },
+    "whisper": lambda config, ids: {
+        "input_features": _noise(len(ids), config.num_mel_bins, 2 * config.max_source_positions)
+    },
+    "wav2vec2-bert": lambda config, ids: {"input_features": _noise(len(ids), 12, config.feature_projection_input_dim)},
+}
+"""What classes of a type read, where it is not what their task reads."""
 
 
 def _noise(*shape: int) -> Tensor:

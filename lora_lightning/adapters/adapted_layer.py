@@ -123,7 +123,9 @@ class AdaptedLayer(nn.Module):
             raise AdapterStateError(f"{', '.join(names)} names an adapter twice; its update would be applied twice.")
         if len(adapters) > 1 and not all(adapter.additive for adapter in adapters):
             kinds = ", ".join(f"{name} ({type(a).__name__})" for name, a in zip(names, adapters, strict=True))
-            raise AdapterStateError(f"{kinds} cannot be active together: only additive updates sum on one layer.")
+            raise AdapterStateError(
+                f"{kinds} cannot be active together: only additive updates sum on one layer. Activate one of them."
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """The base layer with the active adapters applied."""

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lora_lightning.callbacks.injected import check_injected, refuse_thawed
 from lora_lightning.callbacks.step_counting import JUDGES, StepCallback, announce, gradients_finite, inside_window
+from lora_lightning.callbacks.unreached import layers_of, leave_out, unreached
 from lora_lightning.distributed import gather_nested, local, shard_like, summed
 from lora_lightning.errors import TrainingError
 from lora_lightning.injection.records import iter_adapters, trainable_adapters
@@ -34,11 +35,17 @@ class TrainingGuard(StepCallback):
     up from below a hundredth of the full one: that may be too little to change a number. A loss that is no number stops
     the run at once, unless a gradient scaler is at work, which skips such steps.
 
+    A layer whose adapter has no gradient at the first step, nor has any of that name in another block, has no part in
+    the loss. It is named at once, with the `exclude` that leaves it out, as a note or, with `stop_unreached`, as the
+    error. Of experts and blocks that other data would reach nothing is said.
+
     What `inject` let train must still train when training starts, and lie in an optimizer; the weights under adapters
     must stay frozen. A fine-tuning callback may have changed either. Works in any Lightning project.
 
     Args:
         patience_steps: real steps a tensor has to get a gradient and change.
+        stop_unreached: stop before the first step where a layer has no part in its loss. It suits a module whose loss
+            is made of the same parts in each batch.
 
     Raises:
         TrainingError: nothing trains; adapters are merged, frozen since they were injected, or in no optimizer; base
@@ -47,9 +54,9 @@ class TrainingGuard(StepCallback):
 
     phase: ClassVar[int] = JUDGES
 
-    def __init__(self, patience_steps: int = 3) -> None:
+    def __init__(self, patience_steps: int = 3, stop_unreached: bool = False) -> None:
         super().__init__()
-        self.patience_steps = patience_steps
+        self.patience_steps, self.stop_unreached = patience_steps, stop_unreached
         self._watched: dict[str, nn.Parameter] = {}
         self._start: dict[str, Tensor] = {}
         self._real: dict[str, int] = {}
@@ -108,8 +115,30 @@ class TrainingGuard(StepCallback):
         if getattr(trainer.strategy, "hides_gradients", False):
             self._had_gradient |= set(real)  # that they change says it
         else:
+            self._name_unreached(trainer, pl_module, [name for name in real if self._real[name] == 1])
             self._note_gradients(real)
         self._note_changes(real)  # before the step as well: a new stage may put a factor back to where it started
+
+    def _name_unreached(self, trainer: Trainer, module: LightningModule, names: list[str]) -> None:
+        """Say which layers have no part in the loss of the first step of these tensors."""
+        layers = layers_of(module, set(names) - self._idle(module))
+        flags = [float(any(self._watched[name].grad is not None for name in own)) for own in layers.values()]
+        if not flags:
+            return
+        device = trainer.strategy.root_device
+        flags = trainer.strategy.reduce(torch.tensor(flags, device=device), reduce_op="sum").tolist()  # type: ignore[union-attr]
+        reached = {path: flag > 0 for path, flag in zip(layers, flags, strict=True)}
+        lost = unreached(reached)
+        if not lost:
+            return
+        said = (
+            f"{len(lost)} of {len(reached)} adapted layers have no part in the loss of the first step: "
+            f"{', '.join(lost[:8])}{', ...' if len(lost) > 8 else ''}.{leave_out(lost, reached.keys() - set(lost))}"
+        )
+        if self.stop_unreached:
+            raise TrainingError(said)
+        if trainer.is_global_zero:
+            print(f"note: {said}")
 
     def _note_gradients(self, names: list[str]) -> None:
         unknown = [name for name in names if name not in self._had_gradient]
@@ -164,7 +193,7 @@ class TrainingGuard(StepCallback):
         if due:
             for name in self._slow.intersection(due):
                 self._real[name] = 1  # the last slow step may be the first of those that count
-            self._judge([name for name in due if name not in self._slow], self._idle(pl_module))
+            self._judge([name for name in due if name not in self._slow], pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge what a short run left unjudged, before anything is written."""
@@ -183,9 +212,10 @@ class TrainingGuard(StepCallback):
                 "checkpoint."
             )
         still = [name for name in never if name not in self._changed and name not in slow]
-        self._judge(short + still, self._idle(pl_module))
+        self._judge(short + still, pl_module)
 
-    def _judge(self, names: list[str], idle: set[str]) -> None:
+    def _judge(self, names: list[str], module: nn.Module) -> None:
+        idle = self._idle(module)
         untrained: list[str] = []
         self._note_changes(names)
         for name in names:
@@ -202,8 +232,14 @@ class TrainingGuard(StepCallback):
             raise TrainingError(
                 f"{len(untrained)} of {len(self._watched)} trainable tensors are not training {steps}: "
                 f"{', '.join(untrained[:8])}"
-                f"{', ...' if len(untrained) > 8 else ''}.{self._diverged() or _MEND}"
+                f"{', ...' if len(untrained) > 8 else ''}.{self._diverged() or _MEND}{self._leave_out(module)}"
             )
+
+    def _leave_out(self, module: nn.Module) -> str:
+        """How to leave out the layers that never had a gradient."""
+        layers = layers_of(module, self._watched)
+        lost = [path for path, own in layers.items() if not self._had_gradient.intersection(own)]
+        return leave_out(lost, layers.keys() - set(lost))
 
     @staticmethod
     def _idle(module: nn.Module) -> set[str]:

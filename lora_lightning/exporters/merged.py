@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.adapters.layers.quantized import QuantizedBase
+from lora_lightning.adapters.low_rank import NO_BIAS
 from lora_lightning.errors import AdapterStateError, ExportError
 from lora_lightning.exporters.companions import companion_files, ending_turns, write_below
 from lora_lightning.exporters.report import Written
@@ -93,9 +94,13 @@ def check(source: Source) -> None:
                 'format="peft", which keeps the update apart, or train with untie=True (model.untie).'
             )
         if "bias" not in layer.originals() and adapter.merged_bias(None) is not None:
+            beside = next((other for other, one in source.layers.items() if one.base_layer.kind in NO_BIAS), None)
+            way_out = 'Use format="peft", or train with bias=False.'
+            if beside:  # which peft's format refuses
+                way_out = f'Train with bias=False; or leave out {beside}, and use format="peft".'
             raise ExportError(
                 f"{path} has no bias in {type(source.host).__name__}, but the adapter trained one, which a plain model "
-                'would drop on loading. Use format="peft", or train with bias=False.'
+                f"would drop on loading. {way_out}"
             )
 
 

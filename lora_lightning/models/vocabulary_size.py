@@ -132,7 +132,17 @@ def _forgotten(model: nn.Module, rows: int) -> set[str]:
             for name, buffer in module.named_buffers(recurse=False)
             if buffer.dim() > 1 and len(buffer) == rows and not buffer.is_floating_point()
         }
-    return found
+    return found | set(_beside_output(model, rows))
+
+
+def _beside_output(model: Any, rows: int) -> Iterator[str]:
+    """Names of biases that the owner of the output layer adds to what that layer gives, as ESM does."""
+    output = model.get_output_embeddings()
+    for path, module in model.named_modules():
+        if output is not None and any(child is output for child in module.children()):
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.shape == (rows,):
+                    yield join(path, name)
 
 
 # -- the copy that transformers resizes --------------------------------------------------------------------------------

@@ -3,18 +3,20 @@
     architecture   the class
     names          sha256 of the names and plain shapes of parameters
     weights        sha256 of up to 64 entries a tensor, rounded to bfloat16: the same in any dtype, up to rounding
-    dtypes         data types, as the tensors are stored
-    sums           sha256 of the sums of every row and every column, taken over the tensors' bits: exact, in one dtype
+    dtypes         data types, as the tensors are stored; of quantized ones the format, and what had quantized them
+    content        sha256 of the XXH3 of every row's bytes, in order: exact, where weights are stored alike
 
-Where both sides store the weights in the same data types, `sums` decides, and one changed entry is noticed. Elsewhere,
-and for files of 0.1, which lack `sums`, `weights` does. Sums are of integers, modulo 2^64, so that order, device and
-sharding do not matter. They are no protection against someone who wants two models to have the same ones.
+Where both sides store the weights alike, `content` decides, and whatever differs is noticed. Elsewhere, and for older
+files, which lack it, `weights` does; of quantized weights, names and shapes. Rows are hashed one by one, so that it
+does not matter how they are sharded. XXH3 does not protect from someone who wants two models to have the same content.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, cast
 
 import numpy as np
@@ -22,7 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from xxhash import xxh3_64_intdigest
 
+from lora_lightning.adapters.layers.quantized import QuantizedBase, flattened
 from lora_lightning.distributed import first_entry, local
 from lora_lightning.errors import AdapterStateError
 from lora_lightning.injection.records import records
@@ -33,16 +37,17 @@ from lora_lightning.models.untied import untied
 
 _SAMPLE = 64
 _KEPT = "_lora_lightning_fingerprint"
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers by their size in bytes."""
-_CACHED = 2**20
-"""Bytes that are summed at once on the CPU."""
+_WIDE = 1024
+"""Bytes of a row from which on it has a hash of its own; narrower rows are taken as they are."""
+_AT_ONCE = 2**26
+"""Bytes that are brought from a device at once."""
 
 
 def fingerprint(anatomy: Anatomy, without: Iterable[str] = ()) -> dict[str, Any]:
     """What identifies the base model, as plain data; see the module.
 
-    A quantized layer has the name and shape of the plain one; `weights` and `sums` are None where there is one.
+    A quantized layer has the name and shape of the plain one; `weights` is None where there is one, and `content` too
+    where it is sharded.
 
     Args:
         anatomy: of a plain module, or one with adapters (which do not count, even when merged).
@@ -63,12 +68,19 @@ def fingerprint(anatomy: Anatomy, without: Iterable[str] = ()) -> dict[str, Any]
                 "trained on. Load the base model's weights first: from_pretrained without a meta device, or "
                 "model.to_empty(device=...) and load_state_dict."
             )
-    tensors = list(found.values())
+    quantized = {plain(base.weight_name(path)): base for path, base in anatomy.quantized.items()}
+    tensors, kinds = list(found.values()), []
+    stored: list[Tensor] = []
+    for key, tensor in found.items():
+        parts = quantized[key].parts if key in quantized else flattened(tensor)
+        kinds.append(_quantized_by(quantized[key]) if key in quantized else str(tensor.dtype).removeprefix("torch."))
+        stored += parts
+    whole = not any(isinstance(found[key], DTensor) for key in quantized.keys() & found.keys())
     return {
         **outline(anatomy, without),
         "weights": hashlib.sha256(_sample(tensors)).hexdigest() if readable else None,
-        "dtypes": _dtypes(tensors) if readable else None,
-        "sums": hashlib.sha256(_sums(tensors)).hexdigest() if readable else None,
+        "dtypes": _dtypes(kinds),
+        "content": hashlib.sha256(_content(stored)).hexdigest() if whole else None,
     }
 
 
@@ -85,7 +97,7 @@ def outline(anatomy: Anatomy, without: Iterable[str] = ()) -> dict[str, str]:
 def differences(own: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """Which of "architecture", "names" and "weights" two fingerprints differ in, as far as both state them."""
     found = [part for part in ("architecture", "names") if own[part] != theirs[part]]
-    part = "sums" if _exact(own, theirs) else "weights"
+    part = "content" if _exact(own, theirs) else "weights"
     if None not in (own[part], theirs[part]) and own[part] != theirs[part]:
         found.append("weights")
     return found
@@ -93,7 +105,8 @@ def differences(own: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
 
 def _exact(own: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
     """Whether all weights can be compared, bit for bit."""
-    return own.get("sums") is not None and theirs.get("sums") is not None and own["dtypes"] == theirs["dtypes"]
+    there = own.get("content") is not None and theirs.get("content") is not None
+    return there and own["dtypes"] == theirs["dtypes"]
 
 
 def counted(anatomy: Anatomy, without: Iterable[str]) -> dict[str, Tensor]:
@@ -140,63 +153,59 @@ def _at_places(parameter: Tensor) -> Tensor:
     return values
 
 
-def _dtypes(tensors: Iterable[Tensor]) -> str:
+def _dtypes(each: list[str]) -> str:
     """Their data type; of a mixed model, all of them and a hash of which tensor has which."""
-    each = [str(tensor.dtype).removeprefix("torch.") for tensor in tensors]
     names = " and ".join(sorted(set(each)))
     return names if len(set(each)) < 2 else f"{names} ({hashlib.sha256(' '.join(each).encode()).hexdigest()[:16]})"
 
 
-def _sums(parameters: list[Tensor]) -> bytes:
-    """Sums along rows and columns of each tensor's bits; every process gets those of the whole tensors."""
-    parts = [_row_and_column_sums(parameter) for parameter in parameters]
+def _quantized_by(base: QuantizedBase) -> str:
+    """The format, and what rounds in a way of its own: the package and its version, and the device."""
+    package = type(base.stored.data).__module__.partition(".")[0]
+    if package == "torch":
+        package = type(base.module).__module__.partition(".")[0]
+    with contextlib.suppress(PackageNotFoundError):  # a layer of a project's own
+        package = f"{package} {version(package)}"
+    device = base.stored.device
+    return (
+        f"{base.format} of {package} on {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}"
+    )
+
+
+def _content(parameters: list[Tensor]) -> bytes:
+    """Hashes of rows, or narrow rows themselves; every process gets those of the whole tensors."""
+    parts = [_rows(parameter) for parameter in parameters]
     sharded = [i for i, parameter in enumerate(parameters) if isinstance(parameter, DTensor)]
-    if sharded:  # sums of each row are there on one process, those of columns in part on all
+    if sharded:  # what stands for a row is there on one process, and zero on the others
         mesh = cast(DTensor, parameters[sharded[0]]).device_mesh
-        total = torch.cat([parts[i].to(mesh.device_type) for i in sharded])
+        total = torch.cat([parts[i] for i in sharded]).to(mesh.device_type)
         torch.distributed.all_reduce(total, group=mesh.get_group())
         for i, part in zip(sharded, total.split([len(parts[i]) for i in sharded]), strict=True):
             parts[i] = part
-    return b"".join(part.cpu().numpy().tobytes() for part in parts)
+    shapes = [f"{tuple(parameter.shape)};".encode() for parameter in parameters]
+    return b"".join(b for part, shape in zip(parts, shapes, strict=True) for b in (shape, part.cpu().numpy().tobytes()))
 
 
-def _row_and_column_sums(parameter: Tensor) -> Tensor:
-    """Of one tensor, as (rows, whatever a row holds): its row sums, then its column sums, modulo 2^64.
-
-    Of a sharded parameter, zeros for rows that this process does not hold, and column sums of those it holds.
-    """
-    rows = parameter.shape[0] if parameter.dim() else 1
-    words, first = _as_words(local(parameter).detach(), parameter), first_entry(parameter)
-    of_rows, of_columns = _summed_both_ways(words)
-    sums = of_rows.new_zeros(rows)
-    start = first * rows // max(parameter.numel(), 1)
-    sums[start : start + len(of_rows)] = of_rows
-    return torch.cat([sums, of_columns])
-
-
-def _summed_both_ways(words: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of each row and of each column of a matrix of integers."""
-    if words.device.type != "cpu":
-        return words.sum(1, dtype=torch.int64), words.sum(0, dtype=torch.int64)
-    held = words.numpy()  # rows that fit into a cache are read from memory once; torch's sum of columns is slower
-    of_rows = np.empty(held.shape[0], np.int64)
-    of_columns = np.zeros(held.shape[1], np.int64)
-    step = max(1, _CACHED // max(held.shape[1] * held.itemsize, 1))
-    for start in range(0, len(held), step):
-        some = held[start : start + step]
-        of_rows[start : start + step] = some.sum(1, dtype=np.int64)
-        of_columns += some.sum(0, dtype=np.int64)
-    return torch.from_numpy(of_rows), torch.from_numpy(of_columns)
+def _rows(parameter: Tensor) -> Tensor:
+    """What stands for the rows of a tensor, in integers of 64 bits; zeros for rows that another process holds."""
+    width = parameter.shape[1:].numel() if parameter.dim() else 1
+    held, first = local(parameter).detach().reshape(-1), first_entry(parameter)
+    size, entries = parameter.element_size(), parameter.numel()
+    if width * size < _WIDE:
+        own = torch.zeros(-(-entries * size // 8) * 8, dtype=torch.uint8)
+        own[first * size : (first + len(held)) * size] = _bytes(held)
+        return own.view(torch.int64)
+    hashes = np.zeros(entries // width, np.uint64)
+    start, step = first // width, max(1, _AT_ONCE // (width * size))
+    for row in range(0, len(held) // width, step):
+        some = _bytes(held[row * width : (row + step) * width]).numpy().reshape(-1, width * size)
+        hashes[start + row : start + row + len(some)] = [xxh3_64_intdigest(each) for each in some]
+    return torch.from_numpy(hashes.view(np.int64))
 
 
-def _as_words(held: Tensor, parameter: Tensor) -> Tensor:
-    """The bits of rows that are held as integers, (rows, words a row), as wide as a row's size in bytes allows."""
-    entries = parameter.shape[1:].numel() if parameter.dim() else 1
-    held = held.contiguous().reshape(-1, entries) if parameter.numel() else held.new_zeros(0, entries)
-    size = parameter.element_size()
-    if entries * size % 8 == 0 and held.storage_offset() * size % 8:
-        held = held.clone()  # wide words must start at their own multiples
-    return held.view(torch.int64 if entries * size % 8 == 0 else _WORDS[size])
+def _bytes(held: Tensor) -> Tensor:
+    """The bytes of a flat tensor, on the CPU."""
+    return held.cpu().contiguous().view(torch.uint8)
 
 
 def _base_parameters(anatomy: Anatomy) -> dict[str, Tensor]:
@@ -230,16 +239,21 @@ def _base_parameters(anatomy: Anatomy) -> dict[str, Tensor]:
 def say_how_compared(
     own: Mapping[str, Any], theirs: Mapping[str, Any], own_format: str | None, their_format: str | None
 ) -> None:
-    """Print that not all base weights were compared, and why: quantized, in another data type, or a file of 0.1."""
+    """Print that not all base weights were compared, and why: quantized, in another data type, or an older file."""
+    if _exact(own, theirs):
+        return
     if None in (own["weights"], theirs["weights"]):
-        sides = {"here": own_format, "in training": their_format}
+        here, there = own_format, their_format
+        if own_format == their_format and theirs.get("content") and own["content"]:
+            here, there = own["dtypes"], theirs["dtypes"]
+        sides = {"here": here, "in training": there}
         stored = " and ".join(f"{'as ' + name if name else 'plain'} {where}" for where, name in sides.items())
         print(f"note: base weights were compared by name and shape only; they are stored {stored}")
-    elif not _exact(own, theirs):
-        why = "its file is of version 0.1"
-        if theirs.get("dtypes"):
-            why = f"they are {own['dtypes']} here and {theirs['dtypes']} in training"
-        print(f"note: base weights were compared at {_SAMPLE} places a tensor only; {why}")
+        return
+    why = "its file is of an older version"
+    if theirs.get("content"):
+        why = f"they are {own['dtypes']} here and {theirs['dtypes']} in training"
+    print(f"note: base weights were compared at {_SAMPLE} places a tensor only; {why}")
 
 
 def _architecture(model: nn.Module) -> str:

@@ -47,7 +47,7 @@ from lora_lightning.storage.fingerprint import (
     say_how_compared,
 )
 from lora_lightning.storage.folded import folded_tensors
-from lora_lightning.storage.skeleton import skeleton
+from lora_lightning.storage.skeleton import new_skeleton
 from lora_lightning.storage.state import surveyed_state
 from lora_lightning.storage.stored import Stored, read_folder
 
@@ -120,14 +120,13 @@ def check_loads(anatomy: Anatomy, stored: Stored, directory: str | Path) -> None
     Raises:
         AdapterFileError: a plain model could not load it.
     """
-    if has_kept_fingerprint(anatomy.model):  # parameters cannot be read, nor copied in their shapes
-        return
-    trains = {id(anatomy.parameters[name]) for name in records(anatomy.model)[stored.name].trained}
-    for key, parameter in counted(anatomy, stored.trained).items():
-        if id(parameter) in trains:
-            raise AdapterFileError(f'"{directory}": {key} trains, and is counted as a weight of the base model.')
+    if not has_kept_fingerprint(anatomy.model):  # else parameters lie in flat ones, and have no names
+        trains = {id(anatomy.parameters[name]) for name in records(anatomy.model)[stored.name].trained}
+        for key, parameter in counted(anatomy, stored.trained).items():
+            if id(parameter) in trains:
+                raise AdapterFileError(f'"{directory}": {key} trains, and is counted as a weight of the base model.')
     try:
-        plain_one = survey(skeleton(anatomy))
+        plain_one = survey(new_skeleton(anatomy))
     except Exception as error:  # whatever the modules of a project do when they are copied
         print(f'note: "{directory}" reads back from the disk, but no second model could be made to try it on: {error}')
         return

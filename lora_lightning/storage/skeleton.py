@@ -12,12 +12,14 @@ from torch.distributed.fsdp import FSDPModule
 from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.adapters.layers.kinds import ExpertStack, core_base_layer
 from lora_lightning.adapters.linked import LinkedAdapters
-from lora_lightning.models.anatomy import Anatomy
+from lora_lightning.models.anatomy import Anatomy, survey
 from lora_lightning.models.experts import stands_for_parameter
 from lora_lightning.models.new_tokens import ExtendedLayer, buffers_before
+from lora_lightning.models.paths import unwrap
 from lora_lightning.models.untied import say_tied, untied
 
 _OURS = "_lora_lightning_"
+_KEPT = f"{_OURS}skeleton"
 
 
 def skeleton(anatomy: Anatomy) -> nn.Module:
@@ -49,6 +51,17 @@ def _weight(module: nn.Module) -> Tensor:
     while isinstance(module, AdaptedLayer | ExtendedLayer):
         module = module.base_layer.module if isinstance(module, AdaptedLayer) else module.base
     return cast(Tensor, module.weight)
+
+
+def keep_skeleton(model: nn.Module) -> None:
+    """Remember the skeleton of a model whose parameters will not be readable any more, as under FSDP1."""
+    model.__dict__[_KEPT] = skeleton(survey(model))
+
+
+def new_skeleton(anatomy: Anatomy) -> nn.Module:
+    """A skeleton of the model, or of the one that `keep_skeleton` has remembered."""
+    kept = unwrap(anatomy.model).__dict__.get(_KEPT)
+    return skeleton(anatomy if kept is None else survey(kept))
 
 
 class _Copies:

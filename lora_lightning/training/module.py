@@ -204,7 +204,7 @@ class AdapterModule(LightningModule):
         """The guard, checks, exact resume, and what the method needs; each yields to one given to the trainer."""
         ours = [
             *self.method.callbacks(),
-            TrainingGuard(),
+            TrainingGuard(stop_unreached=True),
             LinearBaseline(self.linear_baseline),
             PackingCheck(),
             ExactResume(),

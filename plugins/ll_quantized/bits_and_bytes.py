@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lora_lightning.adapters.layers.quantized import QuantizedBase, stored_bytes
+from lora_lightning.adapters.layers.quantized import QuantizedBase
 
 _CPU_ROWS = 32
 """Rows of a block in the format that bitsandbytes packs four-bit weights into on a processor with AVX512-BF16."""
@@ -31,20 +31,22 @@ class FourBitBase(QuantizedBase):
         super().__init__(module, name, layer.in_features, layer.out_features, state.dtype, transposed)
 
     @property
-    def held(self) -> int:
-        """Bytes of the numbers and of their scales."""
-        state = cast(Any, self.module.weight).quant_state
-        inner = state.state2.absmax if state.nested else None
-        scales = [state.absmax, *([inner] if inner is not None else [])]
-        return stored_bytes(self.stored) + sum(stored_bytes(scale) for scale in scales)
+    def parts(self) -> list[Tensor]:
+        """The numbers and their scales."""
+        self._unpack()
+        weight = cast(Any, self.module.weight)
+        state = weight.quant_state
+        return [weight.data, state.absmax, *([state.state2.absmax, state.offset] if state.nested else [])]
+
+    def _unpack(self) -> None:
+        if getattr(cast(Any, self.module.weight).quant_state, "packing_format_for_cpu", False):
+            self.module.state_dict()  # an inference has packed the numbers for the processor; saving unpacks them
 
     def dequantize(self) -> Tensor:
         """The weight, as the package's own function gives it."""
         from bitsandbytes.functional import dequantize_4bit
 
-        weight = cast(Any, self.module.weight)
-        if getattr(weight.quant_state, "packing_format_for_cpu", False):
-            self.module.state_dict()  # an inference has packed the numbers for the processor; saving unpacks them
+        self._unpack()
         weight = cast(Any, self.module.weight)
         return cast(Tensor, dequantize_4bit(weight.data, weight.quant_state))
 
@@ -57,9 +59,14 @@ class EightBitBase(QuantizedBase):
         super().__init__(module, "int8", layer.in_features, layer.out_features, None, _from_conv1d(module))
 
     @property
-    def held(self) -> int:
-        """Bytes of the numbers and of their scales."""
-        return stored_bytes(self.stored) + stored_bytes(self._scale)
+    def parts(self) -> list[Tensor]:
+        """The numbers and their scales."""
+        return [self._numbers, self._scale]
+
+    @property
+    def _numbers(self) -> Tensor:
+        state = cast(Any, self.module.state)
+        return cast(Tensor, state.CB if state.CB is not None else cast(Any, self.module.weight).data)
 
     @property
     def _scale(self) -> Tensor:
@@ -69,9 +76,7 @@ class EightBitBase(QuantizedBase):
 
     def dequantize(self) -> Tensor:
         """Each row's numbers times its scale / 127, in float32."""
-        weight, state = cast(Any, self.module.weight), cast(Any, self.module.state)
-        numbers = state.CB if state.CB is not None else weight.data
-        return cast(Tensor, numbers.float().mul_(self._scale.float().unsqueeze(1) / 127))
+        return cast(Tensor, self._numbers.float().mul_(self._scale.float().unsqueeze(1) / 127))
 
 
 def _from_conv1d(module: nn.Module) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -19,6 +21,41 @@ from lora_lightning.injection.merge_model import merge
 def test_a_layer_outside_the_loss_stops_the_run_with_its_name(tmp_path):
     with pytest.raises(TrainingError, match=r"not training after 3 optimizer steps .*unused.*lora_A \(no gradient\)"):
         fit(Plain(), tmp_path, [InjectAdapters(LoRA(rank=2)), TrainingGuard()])
+
+
+def test_a_layer_outside_the_loss_is_named_before_the_first_step_with_what_leaves_it_out(tmp_path, capsys):
+    said = (
+        r'1 of 3 adapted layers have no part in the loss of the first step: unused. To leave .*: exclude=\["unused"\]'
+    )
+    module = Plain()
+    with pytest.raises(TrainingError, match=said):
+        fit(module, tmp_path, [InjectAdapters(LoRA(rank=2)), TrainingGuard(stop_unreached=True)])
+    assert module.trainer.global_step == 0
+    with pytest.raises(TrainingError, match=r'not training after 3 .* mend .*To leave them out: exclude=\["unused"\]'):
+        fit(Plain(), tmp_path, [InjectAdapters(LoRA(rank=2))])
+    assert re.search(f"note: {said}", capsys.readouterr().out)
+    fit(Plain(), tmp_path, [InjectAdapters(LoRA(rank=2), exclude=["unused"]), TrainingGuard(stop_unreached=True)])
+
+
+class Routed(Plain):
+    """Its inputs go to one of two experts, by turns."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.turn = 0
+
+    def training_step(self, batch):
+        x, y = batch
+        self.turn += 1
+        return nn.functional.cross_entropy(self.head(self.unused[self.turn % 2](self.used(x))), y)
+
+
+def test_an_expert_that_no_input_is_sent_to_at_first_is_left_alone(tmp_path, capsys):
+    guard = TrainingGuard(patience_steps=4, stop_unreached=True)
+    fit(Routed(), tmp_path, [InjectAdapters(LoRA(rank=2)), guard], max_steps=8)
+    assert "no part in the loss" not in capsys.readouterr().out
+    assert all(distance > 0 for distance in guard.changed().values())
 
 
 def test_all_used_layers_pass_and_the_distances_are_reported(tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from adapted_models import tiny_moe
 from exported_models import Gain, LoRA, adapted, assert_untouched, bert, llama, logits, randomise, state_of
 from quantized_layers import Steps, serve
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,7 @@ from torch import nn
 import lora_lightning as ll
 from lora_lightning.errors import ExportError
 from lora_lightning.methods import Method
+from lora_lightning.testing import perturb
 
 
 @pytest.mark.parametrize(
@@ -117,6 +119,30 @@ def test_merged_refuses_tied_weights_and_new_biases(tmp_path: Path) -> None:
         ll.export(tied, tmp_path / "out", format="merged")
     with pytest.raises(ExportError, match="q_proj has no bias in LlamaForCausalLM"):
         ll.export(adapted(method=LoRA(rank=2, bias=True), targets=["q_proj"]), tmp_path / "out", format="merged")
+
+
+def test_biases_beside_experts_are_refused_with_a_way_out_that_works(tmp_path: Path) -> None:
+    """peft's format has no bias for experts, a plain model has none for a bare layer."""
+    experts = r"mlp.experts.\w+"
+
+    def biased(**options: Any) -> nn.Module:
+        model = tiny_moe()
+        ll.inject(model, LoRA(rank=2, bias=True), ["q_proj", "experts"], also_train=(), seed=0, **options)
+        for layer in (layer for layer in model.modules() if hasattr(layer, "adapters")):
+            perturb(layer.adapter("default"))
+        return model
+
+    model = biased(overrides={"experts": {"bias": False}})
+    with pytest.raises(
+        ExportError, match=rf"q_proj has no bias .* Train with bias=False; or leave out \S+{experts}, and"
+    ):
+        ll.export(model, tmp_path / "merged", format="merged")
+    with pytest.raises(ExportError, match=rf"{experts}: peft's lora_bias .* cannot have it. Train with bias=False, or"):
+        ll.export(model, tmp_path / "peft")
+    ll.export(biased(exclude=["experts"]), tmp_path / "peft")
+    plain = biased(overrides={"experts": {"bias": False}, "q_proj": {"bias": False}})
+    ll.export(plain, tmp_path / "plain")
+    ll.export(plain, tmp_path / "merged", format="merged")
 
 
 def test_quantized_layers_are_plain_in_the_file_whatever_is_on_them(

@@ -7,10 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from model_classes import model_class
+from torch.utils.data import DataLoader
+from toy_runs import trainer
+from transformers import Zamba2Config, Zamba2ForCausalLM
 
 import lora_lightning as ll
 from ll_lora import LoRA
+from lora_lightning.callbacks import InjectAdapters, TrainingGuard
 from lora_lightning.errors import AdapterStateError, TargetError
 from lora_lightning.testing import perturb
 
@@ -58,3 +63,46 @@ def test_sharers_that_are_named_are_refused() -> None:
         ll.inject(zamba(), LoRA(rank=2), targets=["q_proj"])
     report = ll.inject(zamba(), LoRA(rank=2), targets=["q_proj"], exclude=["model.layers.1"])
     assert list(report.layers) == ["model.layers.3.shared_transf.self_attn.q_proj"]
+
+
+class Zamba2(LightningModule):
+    """Two shared transformers, each in two hybrid blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+        mamba = {"mamba_d_state": 4, "mamba_headdim": 8, "mamba_ngroups": 1, "n_mamba_heads": 4, "chunk_size": 4}
+        config = Zamba2Config(
+            **sizes, **mamba, num_hidden_layers=5, num_key_value_heads=2, num_mem_blocks=2, adapter_rank=2,
+            layers_block_type=["mamba", *["hybrid"] * 4], hybrid_layer_ids=[1, 2, 3, 4], use_mem_rope=False,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        self.net = Zamba2ForCausalLM(config)
+
+    def training_step(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.net(batch, labels=batch).loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of kernels that are not installed, and of the loader
+def test_zamba2_trains_under_all_linear(tmp_path: Path) -> None:
+    module = Zamba2()
+    base = module.net.eval()(IDS).logits
+    guard = TrainingGuard(stop_unreached=True)
+    inject = InjectAdapters(LoRA(rank=2), directory=tmp_path / "adapter")
+    module.net.train()
+    trainer(tmp_path, [inject, guard], max_steps=3).fit(module, DataLoader(IDS.expand(6, -1), batch_size=2))
+    assert inject.report is not None
+    assert any("shares its weight with" in why for why in inject.report.skipped.values())
+    assert all(distance > 0 for distance in guard.changed().values())
+    module.net.eval()
+    assert not torch.allclose(module.net(IDS).logits, base, atol=1e-4)
+    fresh = Zamba2()
+    ll.load_adapter(fresh, tmp_path / "adapter")
+    assert torch.equal(fresh.net.eval()(IDS).logits, module.net(IDS).logits)
+    with ll.disable_adapters(module):
+        assert torch.equal(module.net(IDS).logits, base)

@@ -151,6 +151,7 @@ def test_embeddings_that_train_beside_new_tokens(tied: bool, trained: str, tmp_p
         ("DeepseekV4ForCausalLM", r"keeps model.layers.0.mlp.gate.tid2eid \(71, 2\) for its tokens"),
         ("MobileBertForMaskedLM", r"keeps cls.predictions.dense.weight \(8, 71\) for its tokens"),
         ("CpmAntForCausalLM", r"keeps lm_head.weight \(71, 16\) for its tokens"),
+        ("EsmForMaskedLM", r"keeps lm_head.bias \(71,\) for its tokens"),
         ("FSMTForConditionalGeneration", "an output layer that it does not name"),
         ("EncoderDecoderModel", "since transformers does not resize it"),
     ],

@@ -13,7 +13,7 @@ from lora_lightning import plugins
 from lora_lightning.adapters.folded import DenseUpdate, FactoredUpdate
 from lora_lightning.adapters.layers.quantized import QuantizedBase
 from lora_lightning.adapters.noise import Noise
-from lora_lightning.errors import AdapterStateError, TargetError
+from lora_lightning.errors import AdapterFileError, AdapterStateError, TargetError
 from lora_lightning.models.anatomy import survey
 from lora_lightning.models.base_layers import base_layer_of
 from lora_lightning.storage.fingerprint import fingerprint
@@ -158,10 +158,10 @@ def test_what_would_train_in_few_bits_is_refused(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "held"),  # 64 x 32 weights, and scales: of blocks of 64, of rows (in float32), of groups of 8
+    ("kind", "held"),  # 64 x 32 weights, and scales: of blocks of 64 (doubled: and an offset), of rows, of groups of 8
     [
         ("nf4", 1024 + 32 * 4),
-        ("nf4-double", 1024 + 32 + 4),
+        ("nf4-double", 1024 + 32 + 4 + 4),
         ("int8", 2048 + 32 * 4),
         ("torchao-int8", 2048 + 32 * (4 + 1)),
         ("torchao-int4", 2048 + 256 * (4 + 1)),
@@ -217,3 +217,38 @@ def test_a_float_layer_of_bitsandbytes_is_none_of_these():
     assert not isinstance(base_layer_of(layer), QuantizedBase)
     assert not isinstance(base_layer_of(bnb.nn.Linear4bit(16, 8)), QuantizedBase)
     assert not isinstance(base_layer_of(bnb.nn.Embedding(4, 8)), QuantizedBase)
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_a_changed_quantized_weight_is_noticed_on_load(kind, tmp_path, capsys):
+    """In the numbers, or in their scales; the same weight in the same format is loaded without a word."""
+
+    def base():
+        return nn.Sequential(quantized(kind))
+
+    model = base()
+    ll.inject(model, LoRA(rank=2), ["0"], also_train=())
+    ll.save_adapter(model, tmp_path)
+    fresh = base()
+    ll.load_adapter(fresh, tmp_path)
+    assert "compared" not in capsys.readouterr().out
+    for number in range(len(survey(base()).quantized["0"].parts)):
+        other = base()
+        part = survey(other).quantized["0"].parts[number].view(-1)
+        with torch.no_grad():
+            part[-1:] = part[-1:] + 1
+        with pytest.raises(AdapterFileError, match="was trained on other base weights than this model has"):
+            ll.load_adapter(other, tmp_path)
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_what_another_version_had_quantized_is_compared_by_names_and_that_is_said(kind, tmp_path, capsys, monkeypatch):
+    model, fresh = nn.Sequential(quantized(kind)), nn.Sequential(quantized(kind))
+    ll.inject(model, LoRA(rank=2), ["0"], also_train=())
+    ll.save_adapter(model, tmp_path)
+    monkeypatch.setattr("lora_lightning.storage.fingerprint.version", lambda _: "0.0")
+    ll.load_adapter(fresh, tmp_path)
+    said = capsys.readouterr().out
+    assert "base weights were compared by name and shape only; they are stored as " in said
+    assert f"{kind} of " in said
+    assert " 0.0 on cpu" in said

@@ -86,7 +86,7 @@ def test_one_frozen_weight_that_changed_is_noticed() -> None:
 def test_a_checkpoint_of_0_1_is_compared_at_sampled_places(capsys: pytest.CaptureFixture[str]) -> None:
     model = adapted()
     theirs = described(model)
-    for part in ("dtypes", "sums"):
+    for part in ("dtypes", "content"):
         del theirs["fingerprint"][part]
     check_same(model, "default", theirs)
-    assert "compared at 64 places a tensor only; its file is of version 0.1" in capsys.readouterr().out
+    assert "compared at 64 places a tensor only; its file is of an older version" in capsys.readouterr().out

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +13,14 @@ from torch import nn
 
 import lora_lightning as ll
 from ll_lora import LoRA
+from lora_lightning.errors import AdapterFileError
+from lora_lightning.injection.records import records
 from lora_lightning.models.anatomy import survey
 from lora_lightning.models.new_tokens import Vocabulary, add_rows, vocabulary
-from lora_lightning.storage.fingerprint import outline
-from lora_lightning.storage.skeleton import skeleton
+from lora_lightning.storage.fingerprint import keep_fingerprint, outline
+from lora_lightning.storage.load import check_loads
+from lora_lightning.storage.skeleton import keep_skeleton, skeleton
+from lora_lightning.storage.stored import FILE, read_folder
 from lora_lightning.testing import TinyMLP, tiny_decoder, tiny_encoder
 
 
@@ -107,3 +113,29 @@ def test_it_holds_no_memory() -> None:
     assert all(tensor.is_meta for tensor in (*made.parameters(), *made.buffers()))
     with pytest.raises((NotImplementedError, RuntimeError)):
         made(X)
+
+
+def test_a_model_whose_weights_lie_flat_is_tried_on_the_skeleton_that_was_kept(tmp_path: Path) -> None:
+    """As under FSDP1, which puts the weights of a block into one flat parameter."""
+    model = adapted(rows(tiny_decoder()), targets=["q_proj"])
+    trained = ll.save_adapter(model, tmp_path / "before")
+    keep_skeleton(model)
+    keep_fingerprint(model, [name for record in records(model).values() for name in record.trained])
+    for name, parameter in list(model.named_parameters()):
+        if not parameter.requires_grad:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(parameter.detach().flatten(), requires_grad=False))
+    ll.save_adapter(model, tmp_path / "after")
+    assert (trained / FILE).read_bytes() == (tmp_path / "after" / FILE).read_bytes()
+    stored = read_folder(tmp_path / "after")
+    for wrong, message in (
+        (
+            dataclasses.replace(stored, layers={**stored.layers, "model.layers.0.lost": {}}),
+            "lost, which this model lacks",
+        ),
+        (dataclasses.replace(stored, fingerprint={**stored.fingerprint, "names": "0"}), "other names or shapes"),
+    ):
+        with pytest.raises(AdapterFileError, match=message):
+            check_loads(survey(model), wrong, tmp_path)
+    fresh = tiny_decoder()
+    ll.load_adapter(fresh, tmp_path / "after")

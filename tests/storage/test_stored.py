@@ -52,7 +52,7 @@ def as_0_1(folder: Path) -> Path:
     """The folder without digests, as version 0.1 wrote it."""
     tensors, description = load_file(folder / FILE), json.loads((folder / DESCRIPTION).read_text())
     description["schema_version"] = 1
-    for part in ("dtypes", "sums"):
+    for part in ("dtypes", "content"):
         del description["fingerprint"][part]
     save_file(tensors, folder / FILE, {"format": "lora_lightning", "adapter": json.dumps(description)})
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")

@@ -176,7 +176,12 @@ class BaseLayer(ABC):
 
 
 def plus_product(onto: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
-    """Sum onto + scale * left @ right of matrices, or of stacks of them, without a second tensor like `onto`."""
+    """Sum onto + scale * left @ right of matrices, or of stacks of them, without a second tensor like `onto`.
+
+    It lies in memory as `onto` does, since a kernel that reads it may sum in another order for another layout.
+    """
+    if onto.mT.is_contiguous() and not onto.is_contiguous():
+        return plus_product(onto.mT, right.mT, left.mT, scale).mT
     add = torch.addmm if onto.dim() == 2 else torch.baddbmm
     return add(onto, left, right, alpha=scale)
 

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from lora_lightning.adapters.layers.base import BaseLayer, add_product
@@ -114,9 +115,14 @@ class QuantizedBase(BaseLayer):
         raise AdapterStateError(f"the weight is stored as {self.format}, which cannot be written without another loss.")
 
     @property
+    def parts(self) -> list[Tensor]:
+        """Plain tensors that the weight is stored in; a kind that keeps scales elsewhere adds them."""
+        return flattened(self.stored.data)
+
+    @property
     def held(self) -> int:
         """Bytes of the weight as it is stored."""
-        return stored_bytes(self.stored)
+        return sum(part.numel() * part.element_size() for part in self.parts)
 
     def plain(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """A frozen plain layer with this weight (d_out, d_in) and bias, rounded once, and with the layer's hooks."""
@@ -171,12 +177,12 @@ def _give_back_dtype(module: nn.Module, _: Any, output: Tensor) -> Tensor:
     return output.to(module.__dict__.pop("_input_dtype"))
 
 
-def stored_bytes(tensor: Tensor) -> int:
-    """Bytes that a tensor holds, or the tensors inside one that stands for others."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return tensor.numel() * tensor.element_size()
+def flattened(tensor: Tensor) -> list[Tensor]:
+    """The tensor, or the plain ones inside one that stands for others, in their order."""
+    if isinstance(tensor, DTensor) or not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
     names, _ = tensor.__tensor_flatten__()
-    return sum(stored_bytes(getattr(tensor, name)) for name in names)
+    return [part for name in names for part in flattened(getattr(tensor, name))]
 
 
 class FrozenProduct(torch.autograd.Function):

@@ -9,7 +9,7 @@ Factors keep their own values where the adapter states a pair; otherwise the sca
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -36,11 +36,13 @@ class Factors:
     """Fraction of the update's energy that a truncation left out."""
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors beside the factors, (d_out,), by their names in the format."""
+    groups: int = 1
+    """Of a convolution; there peft's factors are as many times as wide."""
 
     @property
     def rank(self) -> int:
-        """Inner width."""
-        return self.A.shape[-2]
+        """Inner width in the file."""
+        return self.A.shape[-2] * self.groups
 
 
 def find_factors(source: Source, rank: int | None) -> tuple[dict[str, Factors], Mapping[str, object]]:
@@ -60,7 +62,12 @@ def find_factors(source: Source, rank: int | None) -> tuple[dict[str, Factors], 
     if len(own) == len(found) and all(rank is None or factors.rank <= rank for factors in own.values()):
         return own, type(source.record.method).peft_options
     obstacles = {path: reason for path, reason in found.items() if isinstance(reason, str)}
-    return {path: _low_rank_factors(source, path, rank, obstacles) for path in source.layers}, {}
+    plain = {path: _low_rank_factors(source, path, rank, obstacles) for path in source.layers}
+    return {path: replace(factors, groups=_groups(source, path)) for path, factors in plain.items()}, {}
+
+
+def _groups(source: Source, path: str) -> int:
+    return int(getattr(source.layers[path].base_layer, "groups", 1))
 
 
 def _check_layer(source: Source, path: str) -> None:
@@ -80,6 +87,8 @@ def _own_factors(source: Source, path: str) -> Factors | str:
         return f"peft's {options} needs a factor pair on every layer, and this one trains without"
     if source.name in layer.shifts:
         return f"peft's {options} has no place for the updates of earlier stages, which are folded into the layer"
+    if _groups(source, path) > 1:
+        return f"peft's {options} takes the lengths of other rows on a convolution of several groups"
     if layer.base_layer.kind == "experts":
         return f"peft's {options} does not work on stacked experts"
     A, B, scaling = own

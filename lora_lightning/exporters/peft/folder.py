@@ -31,6 +31,7 @@ from torch import Tensor
 
 from lora_lightning.errors import AdapterFileError, nearest
 from lora_lightning.exporters.peft.experts import Stacks, is_target, named_in_file, stacked
+from lora_lightning.exporters.peft.grouped import per_group
 from lora_lightning.exporters.peft.keys import MAGNITUDE, Name, understand
 from lora_lightning.exporters.peft.rules import CONFIG, DEFAULT_ALPHA, DEFAULT_RANK, TENSORS, pattern_value
 
@@ -183,6 +184,9 @@ def _layer(path: str, experts: int, parts: dict[str, Tensor], config: dict[str, 
             f"{config.get('use_dora', False)}; they belong together."
         )
     A, B = stacked(parts["A"], parts["B"], experts) if experts else (parts["A"], parts["B"])
+    if not experts and B.shape[1] != width:
+        A, B = _of_groups(path, A, B, bool(extra))
+        alpha = scaling * (math.sqrt(len(A)) if config.get("use_rslora") else len(A))
     return path, PeftLayer(
         A=A,
         B=B,
@@ -195,6 +199,23 @@ def _layer(path: str, experts: int, parts: dict[str, Tensor], config: dict[str, 
         base_bias=parts.get("base_bias"),
         trains_base_bias=config.get("bias", "none") != "none",
     )
+
+
+def _of_groups(path: str, A: Tensor, B: Tensor, directed: bool) -> tuple[Tensor, Tensor]:
+    """Factors of a grouped convolution as they are here; `directed` are those of DoRA."""
+    found, what = per_group(A, B), f"{path} is a convolution of {len(A) // B.shape[1]} groups"
+    if directed:
+        raise AdapterFileError(
+            f"{what} with use_dora, of which peft takes the lengths of other rows than it adds up, and which it cannot "
+            "merge. Train it here, and export it merged."
+        )
+    if found is None:
+        raise AdapterFileError(
+            f"{what}, and its factors let a group see the channels "
+            "of others: no weight of it says that, and peft cannot merge it either. Leave the layer out of "
+            "target_modules in peft, or train it here, where a group sees its own channels, and peft computes the same."
+        )
+    return found
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:

@@ -229,6 +229,13 @@ def _base_layer(
     anatomy: Anatomy, modules: Mapping[str, nn.Module], path: str, layer: PeftLayer, directory: str | Path
 ) -> BaseLayer:
     """The layer at `path`, after its shapes were compared."""
+    owner = path.partition(".base_layer.")[0]
+    if isinstance(modules.get(owner), nn.MultiheadAttention):
+        raise AdapterFileError(
+            f'"{directory}" adapts {owner}, an nn.MultiheadAttention, as peft\'s own layer for it does; here its '
+            f"projections are layers of their own, {owner}.in_proj_weight and {owner}.out_proj, which a method can "
+            f"train. {_MERGE_IN_PEFT}"
+        )
     if path not in anatomy.layers:
         raise AdapterFileError(
             f'"{directory}" adapts {path}, which {type(anatomy.model).__name__} lacks.'

@@ -196,8 +196,6 @@ def unlike(path: str, modules: Mapping[str, nn.Module], layer: nn.Module) -> str
 
 
 def _unlike_conv(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str | None:
-    if layer.groups > 1:
-        return f"groups={layer.groups}, and peft lets its factors see all input channels"
     if set(layer.dilation) != {1}:
         return f"dilation={layer.dilation}, which peft drops for its factors"
     if layer.padding_mode != "zeros":

@@ -30,7 +30,7 @@ from lora_lightning.models.new_tokens import (
     vocabulary,
 )
 from lora_lightning.models.token_rows import TokenRows, layers_with, row_parameters, rows_at
-from lora_lightning.models.vocabulary_size import following
+from lora_lightning.models.vocabulary_size import following, token_embedding
 
 SETTING = "trainable_token_indices"
 
@@ -87,8 +87,10 @@ def check_matrices(anatomy: Anatomy, matrices: Mapping[str, Tensor], directory: 
 
 
 def _embedding_name(model: nn.Module, state: Mapping[str, Tensor]) -> str:
-    getter = getattr(model, "get_input_embeddings", None)
-    weight = getattr(getter(), "weight", None) if getter else None
+    try:
+        weight = token_embedding(model).weight
+    except ModelError:  # a model of images, say
+        return ""
     return next((name for name, tensor in state.items() if tensor is weight), "")
 
 

@@ -28,6 +28,7 @@ from lora_lightning.exporters.peft.experts import Stacks
 from lora_lightning.exporters.peft.factors import Factors, delta, find_factors, original
 from lora_lightning.exporters.peft.folder import PeftLayer
 from lora_lightning.exporters.peft.fresh import verify_afresh
+from lora_lightning.exporters.peft.grouped import block_diagonal
 from lora_lightning.exporters.peft.heads import Heads, find_heads, whole_vocabulary
 from lora_lightning.exporters.peft.keys import ROWS
 from lora_lightning.exporters.peft.rules import CONFIG, PREFIX, TENSORS, TYPE
@@ -139,6 +140,8 @@ def _adapter_tensors(
     """Tensors of all adapted layers by their names in the file."""
     tensors: dict[str, Tensor] = {}
     in_file = _paths_in_file(source, stacks)
+    if with_bias:
+        _check_biases(source, factors)
     for path, layer in source.layers.items():
         found = _layer_tensors(path, layer, factors[path], with_bias)
         if heads.biases and "bias" in layer.originals():  # peft trains that of an adapted layer then, too
@@ -147,18 +150,25 @@ def _adapter_tensors(
     return tensors
 
 
+def _check_biases(source: Source, factors: Mapping[str, Factors]) -> None:
+    bare = any(f.bias is not None and "bias" not in source.layers[path].originals() for path, f in factors.items())
+    for path, layer in source.layers.items():
+        if what := NO_BIAS.get(layer.base_layer.kind):
+            way_out = "Train with bias=False" if bare else 'Use format="merged"'  # which drops a bias of a bare layer
+            raise ExportError(
+                f"{path}: peft's lora_bias holds for all layers or none, and {what} cannot have it. {way_out}, or "
+                "leave it out."
+            )
+
+
 def _layer_tensors(path: str, layer: AdaptedLayer, factors: Factors, with_bias: bool) -> list[tuple[str, Tensor]]:
     base, A, B = layer.base_layer, factors.A, factors.B
-    if with_bias and (what := NO_BIAS.get(base.kind)):
-        raise ExportError(
-            f"{path}: peft's lora_bias holds for all layers or none, and {what} cannot have it. Use "
-            'format="merged", or leave it out.'
-        )
     if base.kind == "embedding":
         found = [(".lora_embedding_A", A), (".lora_embedding_B", B)]
     else:
         if base.kind == "conv":
-            A, B = base._store(A), B.reshape(*B.shape, *[1] * (base.stored.dim() - 2))
+            A = block_diagonal(base._store(A).expand(factors.groups, *[-1] * base.stored.dim()))
+            B = B.reshape(*B.shape, *[1] * (base.stored.dim() - 2))
         if base.kind == "experts":
             A, B = peft_experts.side_by_side(A, B)
         found = [(".lora_A.weight", A), (".lora_B.weight", B)]

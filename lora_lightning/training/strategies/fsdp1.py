@@ -21,6 +21,7 @@ from lora_lightning.adapters.base import Adapter
 from lora_lightning.errors import AdapterStateError
 from lora_lightning.injection.records import injected_root, records
 from lora_lightning.storage.fingerprint import keep_fingerprint
+from lora_lightning.storage.skeleton import keep_skeleton
 from lora_lightning.storage.state import adapter_state
 from lora_lightning.training.strategies.sharded import check_base_unread, load_optimizers, optimizer_state, set_up
 from lora_lightning.training.strategies.units import find_blocks
@@ -81,6 +82,7 @@ class FSDP1(FSDPStrategy):
                 'checkpoint="adapter". FSDP2 writes all of a module.'
             )
         record = records(root)
+        keep_skeleton(root)
         keep_fingerprint(root, [name for own in record.values() for name in own.trained])
         owners = [root.get_submodule(name.rpartition(".")[0]) for own in record.values() for name in own.trained]
         apart = [module for module in root.modules() if isinstance(module, Adapter)] + owners

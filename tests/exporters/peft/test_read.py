@@ -7,12 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from model_classes import model_class
 from peft_models import DoRA, Q, change_tensors, from_peft, llama
+from peft_situations import SITUATIONS, trained
 
 import lora_lightning as ll
+from ll_lora import LoRA
 from lora_lightning import plugins
 from lora_lightning.errors import AdapterFileError, AdapterStateError, PluginError
 from lora_lightning.exporters.peft import rules as peft_rules
+from lora_lightning.testing import perturb
 
 pytestmark = pytest.mark.filterwarnings(
     # peft 0.21.2 reads a name that transformers 5.23 has renamed
@@ -161,3 +165,24 @@ def test_without_the_method_that_reads_the_format(saved: Path) -> None:
     finally:
         plugins.load()
     assert not list(ll.iter_adapters(model))
+
+
+def test_a_convolutional_classifier_without_an_embedding_is_read(tmp_path: Path) -> None:
+    """transformers raises NotImplementedError where such a model is asked for its embedding."""
+    found = model_class("ResNetForImageClassification")
+    model, fresh = found.build(), found.build()
+    ll.inject(model, LoRA(rank=2), targets=["convolution"], seed=0)
+    for index, (_, layer) in enumerate(ll.iter_adapters(model)):
+        perturb(layer.adapters, index)
+    ll.export(model, tmp_path / "p", verify=False)
+    ll.import_peft(fresh, tmp_path / "p")
+    pixels = found.batch(model, torch.zeros(2, 1))
+    torch.testing.assert_close(fresh(**pixels).logits, model(**pixels).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_the_attention_of_torch_is_refused_with_the_names_it_has_here(tmp_path: Path) -> None:
+    situation = SITUATIONS["nn.MultiheadAttention"]
+    trained(situation, tmp_path)
+    with pytest.raises(AdapterFileError, match=r"adapts mha, an nn.MultiheadAttention.*mha.in_proj_weight and"):
+        ll.import_peft(situation.build(), tmp_path)
+    ll.inject(situation.build(), LoRA(rank=2), targets=["mha.in_proj_weight", "mha.out_proj"], also_train=())

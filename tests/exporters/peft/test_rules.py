@@ -25,7 +25,6 @@ pytestmark = [
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"groups": 4}, "groups=4, and peft lets its factors see all input channels"),
         ({"dilation": 2}, r"dilation=\(2, 2\), which peft drops"),
         ({"padding": 1, "padding_mode": "reflect"}, 'padding_mode="reflect"'),
     ],
