@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,14 +21,26 @@ from lora_lightning.errors import AdapterFileError, AdapterStateError, LoraLight
 from lora_lightning.injection.heads import heads_of, show_heads
 from lora_lightning.injection.links import link
 from lora_lightning.injection.place import build_adapter, check_ready, place_adapters
-from lora_lightning.injection.records import AdapterRecord, injected_root, linked_named, records, refuse_merged
-from lora_lightning.injection.switches import activate
+from lora_lightning.injection.records import (
+    AdapterRecord,
+    Below,
+    injected_root,
+    linked_named,
+    note_read,
+    records,
+    refuse_merged,
+    stack_of,
+    trained_in,
+)
+from lora_lightning.injection.switches import activate, set_active
 from lora_lightning.methods import Method, plain_settings
 from lora_lightning.models.anatomy import Anatomy, survey
+from lora_lightning.models.meta import values_follow
 from lora_lightning.models.new_tokens import add_rows, check_same_tokens, remove_rows, vocabulary
 from lora_lightning.models.paths import join, plain, starting_with, unwrap
 from lora_lightning.plugins import registry, restore_settings
 from lora_lightning.registry import one_line
+from lora_lightning.storage.below import find_below
 from lora_lightning.storage.fingerprint import (
     counted,
     differences,
@@ -44,6 +57,8 @@ from lora_lightning.storage.stored import Stored, read_folder
 
 def load_adapter(model: nn.Module, directory: str | Path, name: str = "default") -> Path:
     """Read an adapter folder into a model, all or nothing; the adapter becomes the only active one.
+
+    One that was trained on top of others needs them in the model, as they were loaded, and is active with them.
 
     Onto a model without an adapter of that name the adapters are built from the file, and stay frozen like everything
     that does not train already; `set_trainable` trains them on. Onto an adapter of that name, which must have the same
@@ -75,20 +90,27 @@ def load_stored(model: nn.Module, stored: Stored, directory: str | Path, name: s
     root = _root_for(model)
     anatomy = survey(root)
     had_rows = vocabulary(root) is not None
-    with heads_of(root, []):
-        _check_fingerprint(anatomy, stored, directory)
+    below = find_below(root, stored, directory)
+    has_values = not values_follow(root)  # else the first process, which has them, compares and sends them
+    if has_values:
+        with heads_of(root, []):
+            _check_fingerprint(anatomy, stored, trained_in(root, [one.name for one in below]), directory)
     if name not in records(root):
         check_ready(anatomy, name)
     try:
         with _blaming(directory):
             anatomy = _with_rows(anatomy, stored, directory)
-            plan = _plan(anatomy, stored, method_class, name, directory, stored.seed)
+            plan = _plan(anatomy, stored, method_class, name, directory, stored.seed, below)
         _place(plan, stored, name)
     except BaseException:
         if not had_rows:
             remove_rows(root)
         raise
-    _check_loaded(root, stored, name, directory)
+    if has_values:
+        _check_loaded(root, stored, name, directory)
+    note_read(root, name, stored.digest)
+    if below:
+        set_active(root, stack_of(root, name))
     return Path(directory)
 
 
@@ -108,8 +130,9 @@ def check_loads(anatomy: Anatomy, stored: Stored, directory: str | Path) -> None
     """
     if has_kept_fingerprint(anatomy.model):  # parameters cannot be read, nor copied in their shapes
         return
-    trains = {id(anatomy.parameters[name]) for name in records(anatomy.model)[stored.name].trained}
-    for key, parameter in counted(anatomy, stored.trained).items():
+    trained = trained_in(anatomy.model, stack_of(anatomy.model, stored.name))
+    trains = {id(anatomy.parameters[name]) for name in trained}
+    for key, parameter in counted(anatomy, trained).items():
         if id(parameter) in trains:
             raise AdapterFileError(f'"{directory}": {key} trains, and is counted as a weight of the base model.')
     try:
@@ -117,7 +140,7 @@ def check_loads(anatomy: Anatomy, stored: Stored, directory: str | Path) -> None
     except Exception as error:  # whatever the modules of a project do when they are copied
         print(f'note: "{directory}" reads back from the disk, but no second model could be made to try it on: {error}')
         return
-    _refuse_other_base(outline(plain_one, stored.trained), stored, directory, ("architecture", "names"))
+    _refuse_other_base(outline(plain_one, trained), stored, directory, ("architecture", "names"))
     method_class = registry().method(stored.method, where=f'"{directory}"')
     with _blaming(directory):
         _plan(_with_rows(plain_one, stored, directory), stored, method_class, stored.name, directory, None)
@@ -165,6 +188,7 @@ def _plan(
     name: str,
     directory: str | Path,
     seed: int | None,
+    below: tuple[Below, ...] = (),
 ) -> _Plan:
     """Find where each tensor of a file belongs in a model whose base fits, and build what the model lacks.
 
@@ -173,7 +197,7 @@ def _plan(
     root = anatomy.model
     present = name in records(root)
     base_layers = _base_layers(anatomy, stored, directory)
-    record = _record(method_class, anatomy, base_layers, stored, directory)
+    record = dataclasses.replace(_record(method_class, anatomy, base_layers, stored, directory), below=below)
     if present:
         refuse_merged(anatomy.adapted)
         _check_same(records(root)[name], record, name, directory)
@@ -302,6 +326,8 @@ def _check_same(own: AdapterRecord, theirs: AdapterRecord, name: str, directory:
                 raise AdapterFileError(
                     f'{where} has {field}={want[field]!r} on {path}; adapter "{name}" has {have[field]!r}; {hint}.'
                 )
+    if [one.digest for one in own.below] != [one.digest for one in theirs.below]:
+        raise AdapterFileError(f'{where} was trained on top of other adapters than adapter "{name}"; {hint}.')
     if set(own.trained) != set(theirs.trained):
         parameter = min(set(own.trained) ^ set(theirs.trained))
         raise AdapterFileError(f'{where} trains other heads than adapter "{name}", such as {parameter}; {hint}.')
@@ -314,8 +340,9 @@ def _root_for(model: nn.Module) -> nn.Module:
         return unwrap(model)
 
 
-def _check_fingerprint(anatomy: Anatomy, stored: Stored, directory: str | Path) -> None:
-    own = fingerprint(anatomy, stored.trained)
+def _check_fingerprint(anatomy: Anatomy, stored: Stored, below: Iterable[str], directory: str | Path) -> None:
+    """Compare the base; `below` are parameters that adapters below train in full."""
+    own = fingerprint(anatomy, [*stored.trained, *below])
     _refuse_other_base(own, stored, directory, differences(own, stored.fingerprint))
     say_how_compared(own, stored.fingerprint, anatomy.formats, stored.quantization)
 

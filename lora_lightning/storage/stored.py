@@ -53,6 +53,10 @@ class Stored:
     """Paths of modules that own what layers share."""
     description: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     """All that the file states, as it stands there."""
+    below: tuple[dict[str, str], ...] = ()
+    """Adapters that it was trained on top of: digest and source of each."""
+    digest: str = ""
+    """sha256 of adapter.safetensors, which tells this adapter from every other one."""
 
 
 def read_folder(directory: str | Path) -> Stored:
@@ -73,7 +77,8 @@ def read_settled(folder: Path) -> Stored:
     """As `read_folder`, of a folder that nobody writes, and where no save was interrupted."""
     path = folder / FILE
     try:
-        sealed = unseal(read_inside(folder, FILE))
+        content = read_inside(folder, FILE)
+        sealed = unseal(content)
         given = _fields(sealed.description)
     except AdapterFileError as error:
         raise AdapterFileError(f'"{path}" {error}' if not str(error).startswith('"') else str(error)) from error
@@ -82,7 +87,7 @@ def read_settled(folder: Path) -> Stored:
         raise AdapterFileError(f'"{path}" is truncated or damaged: {reason}. Save the adapter again.') from error
     _check_description(folder, sealed.description)
     given["vocabulary"] = _vocabulary(folder, sealed)
-    return Stored(**given, tensors=sealed.tensors, description=sealed.description)
+    return Stored(**given, tensors=sealed.tensors, description=sealed.description, digest=digest(content))
 
 
 def _check_description(folder: Path, description: dict[str, Any]) -> None:
@@ -147,8 +152,17 @@ def _fields(content: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(given["fingerprint"][part], str | None):
             raise ValueError(f"fingerprint.{part} is {given['fingerprint'][part]!r}")
     given["quantization"] = described_formats(content)
+    given["below"] = tuple(map(_below, content.get("below", [])))
     _added(content)
     return given
+
+
+def _below(item: Mapping[str, Any]) -> dict[str, str]:
+    """An adapter below, as a description states it."""
+    found = {key: item[key] for key in ("digest", "source")}
+    if not all(isinstance(value, str) for value in found.values()):
+        raise ValueError(f"below is {item!r}")
+    return found
 
 
 def _added(content: Mapping[str, Any]) -> tuple[int, tuple[str, ...]] | None:

@@ -87,6 +87,7 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
 
 def check(source: Source) -> None:
     """Raise `ExportError` for what `write` will refuse whatever values are trained: layers, heads, settings."""
+    source.refuse_below()
     factors, _ = find_factors(source, None)
     heads = find_heads(source)
     stacks = peft_experts.find_stacks(source.here(source.anatomy.layers))
