@@ -224,9 +224,10 @@ def _place(plan: _Plan, stored: Stored, name: str) -> None:
         layers = place_adapters(
             plan.anatomy, name, plan.adapters, plan.record, plan.base_layers, plan.linked, trainable=False
         )
+    # looked up anew: heads may have become float32; where values follow, the process that has them sends them
+    targets = {} if values_follow(plan.anatomy.model) else _targets(plan.anatomy, stored, plan.adapters, plan.linked)
     with torch.no_grad():
-        # heads may have become float32
-        for key, target in _targets(plan.anatomy, stored, plan.adapters, plan.linked).items():
+        for key, target in targets.items():
             put(target.data, stored.tensors[key])
     for path, layer in layers.items():
         if name in layer.adapters:
@@ -280,7 +281,7 @@ def _folded(
                 f'"{directory}" holds a dense update of {path}, whose weight is shared with {tied[paths[path]][0]}, '
                 "which would change too; untie it first."
             )
-        for key, value in tensors.items():
+        for key, value in tensors.items() if not values_follow(anatomy.model) else ():
             put(update.get_buffer(key), value)
         found[paths[path]] = update
     return found
