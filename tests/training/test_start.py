@@ -95,7 +95,9 @@ def continued(encoder: Path, adapter: Any, method: Any = None, **options: Any) -
     return AdapterModule(str(encoder), method, adapter=adapter, **settings)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [name if name in ("lora", "rose") else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+)
 def test_before_its_first_step_a_continued_run_computes_what_the_loaded_adapter_does(
     encoder: Path, adapters: dict[str, Path], name: str, tmp_path: Path
 ) -> None:
@@ -138,6 +140,7 @@ def test_a_finished_sparsity_schedule_begins_anew(
     assert records(module.model)["default"].method.sparsity == 0.25
 
 
+@pytest.mark.slow
 def test_components_that_an_earlier_run_has_pruned_begin_at_zero(
     encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -175,6 +178,7 @@ def test_folded_updates_stay_and_new_stages_are_folded_on_top(
 
 
 @pytest.mark.parametrize("name", ["lora", "rose", "lorasc", "moe-lora"])
+@pytest.mark.slow
 def test_a_continued_run_resumes_exactly(encoder: Path, adapters: dict[str, Path], name: str, tmp_path: Path) -> None:
     def module() -> AdapterModule:
         return continued(encoder, str(adapters[name]))
@@ -187,6 +191,7 @@ def test_a_continued_run_resumes_exactly(encoder: Path, adapters: dict[str, Path
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's call
+@pytest.mark.slow
 def test_peft_adapter_with_a_head_trains_on(encoder: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     export_folder(adapters["dora"], tmp_path / "peft", "peft")
@@ -289,6 +294,7 @@ def test_a_folder_that_holds_no_adapter(encoder: Path, tmp_path: Path) -> None:
 # -- classes of the data -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_other_classes_than_the_heads_are_refused_with_a_way_out_that_works(
     encoder: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -381,6 +387,7 @@ def test_only_the_new_adapter_trains_and_the_first_step_computes_what_those_belo
     assert torch.equal(outputs(bare), after)
 
 
+@pytest.mark.slow
 def test_a_stack_resumes_exactly_and_not_on_other_adapters(
     encoder: Path, adapters: dict[str, Path], second: Path, tmp_path: Path
 ) -> None:
@@ -412,6 +419,7 @@ def test_a_stack_is_merged_and_exported_as_a_whole_or_not_at_all(
     assert torch.allclose(outputs(module.model), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_sum_of_all_folders_of_a_stack_is_the_stack(encoder: Path, tmp_path: Path) -> None:
     low = trained(encoder, tmp_path / "low", LoRA(rank=2), also_train=[])
     module = stacked(encoder, [low], also_train=[])
