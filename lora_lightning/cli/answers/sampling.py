@@ -84,7 +84,8 @@ class Sampling:
                 f'there is no setting "{name}".{did_you_mean(name, kinds)} Settings: {", ".join(kinds)}.'
             )
         if text in ("null", "none", "None") and name not in ("max_new_tokens", "greedy"):
-            return dataclasses.replace(self, **{name: None})
+            cleared: dict[str, Any] = {name: None}
+            return dataclasses.replace(self, **cleared)
         truths = {"true": True, "false": False, "on": True, "off": False, "1": True, "0": False}
         try:
             value: Any = truths[text.lower()] if kinds[name] is bool else kinds[name](text)
