@@ -38,6 +38,8 @@ LIGHT_VERBS = (
     "estimate",
     "doctor",
     "export",
+    "chat",
+    "generate",
     "new-plugin",
     "schema",
     "completion",

@@ -56,6 +56,10 @@ class FactoredUpdate(nn.Module):
         self.slow_weight = torch.cat([older * (1 - blend if rule == "figure_ema" else 0), new])
         self.log_weight = torch.cat([self.log_weight, torch.zeros_like(new)]) + self.slow_weight
 
+    def forget_average(self) -> None:
+        """S = 0; D stays."""
+        self.slow_weight.zero_()
+
     def forward(self, x: Tensor, base: BaseLayer) -> Tensor:
         """base(x) + D x."""
         if not len(self.log_weight):  # nothing folded yet; a convolution cannot have no output channel
@@ -97,6 +101,11 @@ class DenseUpdate(nn.Module):
         if not hasattr(self, "slow"):
             self.register_buffer("slow", zeros_sharded_like(self.delta, self.delta.dtype))
         delta.add_(local(self.slow).mul_(1 - blend).add_(own, alpha=blend))
+
+    def forget_average(self) -> None:
+        """S = 0; D stays."""
+        if hasattr(self, "slow"):
+            local(self.slow).zero_()
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """W + D, a full tensor."""

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.adapters.base import Adapter
-from lora_lightning.adapters.folded import DenseUpdate, FactoredUpdate
+from lora_lightning.adapters.folded import DenseUpdate, FactoredUpdate, FoldedUpdate
 from lora_lightning.adapters.layers.kinds import core_base_layer
 from lora_lightning.adapters.layers.quantized import QuantizedBase
 from lora_lightning.callbacks.noise import WRITES_NOISE, NoiseInjection, StageNoise, is_zero
@@ -116,11 +116,23 @@ class Cascade(CascadeSettings, ScheduleCallback):
         stages = math.ceil(total / self.length) if total is not None else None
         if self.blend < 1 and stages == 1:
             log.warning("Cascade: one stage only; blend=%g shrinks its update by that.", self.blend)
-        for path, adapter in adapters.items():
-            layer, name, _ = adapted_layer(self.module, path)
+        layers = [adapted_layer(self.module, path)[:2] for path in adapters]
+        if not self.trainer.global_step:
+            self._start_anew([cast(FoldedUpdate, layer.shifts[name]) for layer, name in layers if name in layer.shifts])
+        for (path, adapter), (layer, name) in zip(adapters.items(), layers, strict=True):
             self._open(layer, name, path, adapter, stages)
         if self._noise.placed:
             self._noise.place(self.module, adapters, self.stage, self.seed)
+
+    def _start_anew(self, folded: Sequence[FoldedUpdate]) -> None:
+        """Keep what an earlier run has folded, and begin the moving average of its updates again."""
+        for update in folded:
+            update.forget_average()
+        if folded and self.trainer.is_global_zero:
+            print(
+                f"{type(self).__name__}: an earlier run has folded updates of {len(folded)} layers; they stay, and new "
+                "stages are folded on top"
+            )
 
     def check_run(self, total: int | None, others: Sequence[Callback]) -> None:
         """Refuse schedules that act against stages, and a rate that follows them in a run that nothing bounds."""

@@ -12,7 +12,7 @@ from lora_lightning.adapters.base import Adapter
 from lora_lightning.callbacks.keep_masks import keep_top, kept_density
 from lora_lightning.callbacks.schedule import ScheduleCallback
 from lora_lightning.callbacks.step_counting import MASKS, resolve_ramp
-from lora_lightning.distributed import assembled
+from lora_lightning.distributed import assembled, local
 from lora_lightning.errors import SettingsError, check
 
 
@@ -63,6 +63,26 @@ class RankPruning(ScheduleCallback):
                     f"RankPruning.final_rank is {self.final_rank}; {path} has rank {len(adapter.rank_mask)}, "
                     "so it must be at most that."
                 )
+
+        if not self.trainer.global_step:
+            self._start_anew(adapters)
+
+    def _start_anew(self, adapters: Mapping[str, Adapter]) -> None:
+        """Let components that an earlier run has removed compete again, from zero: nothing is computed otherwise."""
+        removed = 0
+        for adapter in adapters.values():
+            mask = adapter.rank_mask
+            if mask is None or bool(mask.all()):
+                continue
+            removed += int((~mask).sum())
+            for pair in adapter.factor_pairs():
+                local(pair.lora_B.data).mul_(mask.to(pair.lora_B.dtype))
+            mask.fill_(True)
+        if removed and self.trainer.is_global_zero:
+            print(
+                f"{type(self).__name__}: an earlier run has removed {removed:,} rank components; they compete again, "
+                "and the schedule begins anew"
+            )
 
     def on_stepped(self, step: int, adapters: Mapping[str, Adapter]) -> None:
         """Keep the components of largest norm."""

@@ -97,12 +97,29 @@ class SparsitySchedule(SparsityFields, ScheduleCallback):
                 stack.names.append(plain(f"{path}.{names[id(entry.param)]}"))
                 stack.entries.append(entry)
         self._stacks = list(stacks.values())
+        if not self.trainer.global_step:
+            self._start_anew()
         for stack in self._stacks:
             stack.mask = stack.rows([entry.mask for entry in stack.entries])
             stack.factor = stack.mask.to(stack.entries[0].param.dtype)
             stack.keep = int(stack.mask.sum(-1).max())
         if self._saved:
             self._restore()
+
+    def _start_anew(self) -> None:
+        """Let what an earlier run has removed compete again, from a value of zero: nothing is computed otherwise."""
+        removed = total = 0
+        for stack in self._stacks:
+            for entry in stack.entries:
+                removed, total = removed + int((~entry.mask).sum()), total + entry.mask.numel()
+                if entry.effect == "mask":
+                    local(entry.param.data).mul_(own_rows(entry.mask.to(entry.param.dtype), entry.param))
+                entry.mask.fill_(True)
+        if removed and self.trainer.is_global_zero:
+            print(
+                f"{type(self).__name__}: an earlier run has removed {removed:,} of {total:,} entries; they compete "
+                "again, and the schedule begins anew"
+            )
 
     def _restore(self) -> None:
         for stack in self._stacks:

@@ -51,6 +51,7 @@ from lora_lightning.training.predictions import WritePredictions
 from lora_lightning.training.run_bar import RunBar
 from lora_lightning.training.run_report import RunReport
 from lora_lightning.training.save_often import SaveOften, stopped
+from lora_lightning.training.start import tokenizer_of
 from lora_lightning.training.trainer_checkpoints import AtomicCheckpoints, LastCheckpoint
 
 _CLASSES = {
@@ -141,10 +142,12 @@ class CLI(LightningCLI):
             print(text)
 
     def before_instantiate_classes(self) -> None:
-        """A data module without a tokenizer or an image processor gets the model's, which is looked for first."""
+        """A data module without a tokenizer or an image processor gets the adapter's, or else the model's."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         resolve(config.model.pretrained)
         settings = config.data.get("init_args", {}) if config.data else {}
+        if settings.get("tokenizer", "") is None and not settings.get("new_tokens"):
+            settings["tokenizer"] = tokenizer_of(config.model.get("adapter"))
         for name in ("tokenizer", "processor"):
             if name in settings and settings[name] is None and not is_random(config.model.pretrained):
                 settings[name] = config.model.pretrained

@@ -34,6 +34,7 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     Raises:
         ExportError: an input-routed method, or numbers that are not finite.
     """
+    check(source)
     tensors = {key: value for path in source.layers for key, value in _layer(source, path).items()}
     full = list(source.trained)
     for name in full:
@@ -44,6 +45,13 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     if verify:
         _compare(folder, tensors)
     return Written(kind="dense update", layers=len(source.layers), difference=0.0 if verify else None)
+
+
+def check(source: Source) -> None:
+    """Raise `ExportError` for what `write` will refuse whatever values are trained."""
+    source.refuse_below()
+    for path in source.layers:
+        source.check_fixed(path)
 
 
 def _layer(source: Source, path: str) -> dict[str, Tensor]:

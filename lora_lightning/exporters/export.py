@@ -77,7 +77,7 @@ def export(
     check_only_ours(folder, _files_of_earlier(folder))
 
     def fill(beside: Path) -> tuple[Written, tuple[str, ...]]:
-        with heads_of(source.anatomy.model, [name]):
+        with heads_of(source.anatomy.model, source.stack):
             written = writer.write(source, beside, rank, verify)
         if not isinstance(written, Written):
             raise PluginError(f'format "{format}": {writer.__name__}.write returned {written!r}, which is no Written.')

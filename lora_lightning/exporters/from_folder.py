@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,10 @@ from lora_lightning.exporters.companions import run_processor
 from lora_lightning.exporters.export import export, find_writer
 from lora_lightning.exporters.folder import check_free
 from lora_lightning.exporters.report import Origin
+from lora_lightning.exporters.trained_adapter import TrainedAdapter, find_adapter
 from lora_lightning.models.pretrained import resolve
 from lora_lightning.models.quantized_loading import Loading, check_format
 from lora_lightning.models.random import build_random, config_of, is_random
-from lora_lightning.storage.load import load_stored
 from lora_lightning.storage.stored import Stored, read_folder
 
 
@@ -42,6 +44,7 @@ def export_folder(
     find_writer(format, rank)
     check_free(output)
     stored = read_folder(adapter)
+    whole = with_below(find_adapter(str(adapter)))
     base = pretrained or stored.base
     if base is None:
         raise ExportError(f'"{adapter}" does not say which base model it was trained on; give it with --pretrained.')
@@ -50,11 +53,36 @@ def export_folder(
         folder = resolve(base, field=where)
     except ModelError as error:
         raise ExportError(f"{error}{'' if pretrained else ' Give the base model with --pretrained.'}") from error
-    model = load_base(folder, stored, where, "auto" if format == "merged" else torch.float32)
-    load_stored(model, stored, adapter, stored.name)
+    model = load_base(folder, stored_whole(whole), where, "auto" if format == "merged" else torch.float32)
+    whole[-1].load(model, stored.name)
     processor = run_processor(adapter) if format == "merged" else None
     origin = Origin(adapter, base)
     return str(export(model, output, format, stored.name, rank, origin=origin, processor=processor))
+
+
+def with_below(adapter: TrainedAdapter) -> list[TrainedAdapter]:
+    """An adapter behind all those that it was trained on top of.
+
+    Raises:
+        AdapterFileError: one of them is not where it lay.
+    """
+    return [*(one for under in adapter.below() for one in with_below(under)), adapter]
+
+
+def stored_whole(adapters: Sequence[TrainedAdapter]) -> Stored:
+    """What the last of these adapters states, with the heads and tensors of all.
+
+    Raises:
+        ExportError: the last one is in peft's format.
+    """
+    known = [one.stored for one in adapters if one.stored is not None]
+    if not known or known[-1] is not adapters[-1].stored:
+        raise ExportError(f"{adapters[-1]} does not state the class of its model; it is in peft's format already.")
+    return replace(
+        known[-1],
+        tensors={key: tensor for one in known for key, tensor in one.tensors.items()},
+        trained=tuple(dict.fromkeys(name for one in known for name in one.trained)),
+    )
 
 
 def load_base(folder: str, stored: Stored, where: str, dtype: torch.dtype | str = torch.float32) -> nn.Module:

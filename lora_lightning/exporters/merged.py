@@ -31,7 +31,7 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     """Write the merged model into `folder` with `save_pretrained`.
 
     Args:
-        source: the adapter; other adapters of the model do not count.
+        source: the adapter, and those below it; other adapters of the model do not count.
         folder: an empty folder.
         rank: no rank limits a merged model.
         verify: load the model again and compare every tensor bit for bit.
@@ -102,14 +102,19 @@ def check(source: Source) -> None:
                 f"{path} has no bias in {type(source.host).__name__}, but the adapter trained one, which a plain model "
                 f"would drop on loading. {way_out}"
             )
+    for path, layer in source.anatomy.adapted.items():
+        under = [name for name in source.stack[:-1] if name in layer.adapters]
+        if under and (layer.tied_to or not all(layer.adapter(name).mergeable for name in under)):
+            why = "its weight is shared with another module" if layer.tied_to else "its update depends on the input"
+            raise ExportError(f'{path} carries the adapter below, "{under[0]}", which cannot be merged: {why}.')
 
 
 @contextmanager
 def _plain(source: Source, dequantized: Dequantized) -> Iterator[None]:
-    """Inside, the model is the plain one with exactly this adapter merged; afterwards it is as before, bit for bit."""
+    """Inside, the model is plain, with exactly this adapter and those below it merged; afterwards as before."""
     layers, where = source.anatomy.adapted, source.anatomy.places
     before = {path: (layer.active, layer.merged) for path, layer in layers.items()}
-    wanted = {path: (source.name,) if source.name in layer.adapters else () for path, layer in layers.items()}
+    wanted = {path: tuple(name for name in source.stack if name in layer.adapters) for path, layer in layers.items()}
     try:
         for path, layer in layers.items():
             try:

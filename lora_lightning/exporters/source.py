@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.errors import AdapterStateError, ExportError, did_you_mean
-from lora_lightning.injection.records import AdapterRecord, injected_root, records
+from lora_lightning.injection.records import AdapterRecord, injected_root, records, stack_of
 from lora_lightning.models.anatomy import Anatomy, survey
 from lora_lightning.models.experts import stands_for_parameter
 from lora_lightning.models.new_tokens import ExtendedLayer, holds_rows, vocabulary
@@ -86,6 +86,20 @@ class Source:
     def method(self) -> str:
         """The method's name."""
         return type(self.record.method).__name__
+
+    @property
+    def stack(self) -> tuple[str, ...]:
+        """Names of the adapters below, and of this one."""
+        return stack_of(self.anatomy.model, self.name)
+
+    def refuse_below(self) -> None:
+        """Raise `ExportError` for an adapter that another program would load without those below it."""
+        if self.record.below:
+            below = ", ".join(f'"{one.source}"' for one in self.record.below)
+            raise ExportError(
+                f"{self.method} was trained on top of {below}, and would be loaded without. --format merged writes all "
+                "of them as one model; lora_lightning.compose adds up folders of low-rank updates as one adapter."
+            )
 
     @property
     def export_class(self) -> str:

@@ -10,7 +10,7 @@ from lora_lightning.injection.heads import forget_heads, show_heads
 from lora_lightning.injection.links import detach
 from lora_lightning.injection.merge_quantized import Dequantized
 from lora_lightning.injection.place import set_module
-from lora_lightning.injection.records import check_known, injected_root, iter_adapters, records
+from lora_lightning.injection.records import check_known, injected_root, iter_adapters, records, stack_of
 from lora_lightning.injection.statistics import release_statistics
 from lora_lightning.models.anatomy import survey
 from lora_lightning.models.new_tokens import holds_rows
@@ -77,11 +77,15 @@ def eject(model: nn.Module, name: str | None = None) -> None:
     that were trained. Nothing is unfrozen, and no other adapter becomes active.
 
     Raises:
-        AdapterStateError: no such adapter, or one of several that were merged with `keep_original=False`.
+        AdapterStateError: no such adapter, one of several that were merged with `keep_original=False`, or one that
+            another adapter was trained on top of.
     """
     root = injected_root(model)
     reshard(root)
     names = check_known(root, list(records(root)) if name is None else [name])
+    for other in records(root):
+        if other not in names and (under := [one for one in stack_of(root, other)[:-1] if one in names]):
+            raise AdapterStateError(f'adapter "{other}" was trained on top of "{under[0]}"; eject "{other}" first.')
     anatomy = survey(root)
     layers = anatomy.adapted
     for path, layer in layers.items():

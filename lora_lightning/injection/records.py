@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from torch import nn
@@ -17,6 +17,18 @@ from lora_lightning.models.token_rows import TokenRows
 
 _RECORDS = "_lora_lightning_records"
 _TRAINED = "_lora_lightning_trained"
+
+
+@dataclass(frozen=True)
+class Below:
+    """An adapter that another one was trained on top of, frozen."""
+
+    name: str
+    """Its name in the model."""
+    digest: str
+    """What tells it from every other one: the digest of its files."""
+    source: str
+    """Where it lay, as it was given."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,10 @@ class AdapterRecord:
     """Owners of modules above one layer, by path; each holds this adapter's at `<owner>.adapters.<name>`."""
     tokens: Mapping[str, TokenRows] = field(default_factory=dict)
     """Known tokens whose rows train, by the path of the layer."""
+    below: tuple[Below, ...] = ()
+    """Adapters that this one was trained on top of, in their order."""
+    digest: str | None = field(default=None, compare=False)
+    """The digest of the files that it was read from; None once it trains, or where it was never read."""
 
 
 def records(model: nn.Module) -> dict[str, AdapterRecord]:
@@ -43,8 +59,10 @@ def records(model: nn.Module) -> dict[str, AdapterRecord]:
 
 
 def note_trained(model: nn.Module, names: Sequence[str]) -> None:
-    """Note on `model` which adapters are meant to train."""
+    """Note on `model` which adapters are meant to train; these are no longer what their files say."""
     model.__dict__[_TRAINED] = tuple(names)
+    for name in names:
+        records(model)[name] = replace(records(model)[name], digest=None)
 
 
 def meant_to_train(model: nn.Module) -> tuple[str, ...]:
@@ -55,6 +73,27 @@ def meant_to_train(model: nn.Module) -> tuple[str, ...]:
 def add_record(model: nn.Module, name: str, record: AdapterRecord) -> None:
     """Note on `model` what was injected under `name`."""
     model.__dict__.setdefault(_RECORDS, {})[name] = record
+
+
+def note_read(model: nn.Module, name: str, digest: str) -> None:
+    """Note which files an adapter of exactly this module was read from, unless it trains."""
+    if name not in meant_to_train(model):
+        records(model)[name] = replace(records(model)[name], digest=digest)
+
+
+def stand_on(model: nn.Module, name: str, below: Sequence[Below]) -> None:
+    """Note which adapters of exactly this module another one of it is trained on top of."""
+    records(model)[name] = replace(records(model)[name], below=tuple(below))
+
+
+def stack_of(model: nn.Module, name: str) -> tuple[str, ...]:
+    """An adapter of exactly this module, behind those that it was trained on top of: what is active when it is used."""
+    return (*(one.name for one in records(model)[name].below), name)
+
+
+def trained_in(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Parameters that one of these adapters of exactly this module trains in full."""
+    return list(dict.fromkeys(parameter for name in names for parameter in records(model)[name].trained))
 
 
 def injected_root(model: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from jinja2 import TemplateError
 
 _ANSWER = "hello"
@@ -54,3 +55,38 @@ def _mark(text: str, tokenizer: Any) -> int | None:
     marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return next((token for token in found if token in marks), None)
+
+
+def continued_texts(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    last: str = "",
+    config: Any = None,
+    **options: Any,
+) -> list[str]:
+    """The continuation of each prompt, without what ends it; prompts are padded on the left.
+
+    Args:
+        model: a model that generates.
+        tokenizer: its tokenizer, with a token to pad with.
+        prompts: token ids, none empty; of a model with an encoder, what it reads.
+        last: text that ends an answer too, see `end_text`.
+        config: a generation config that says where answers end; None takes the model's own, and says it.
+        options: further arguments of `generate`.
+    """
+    width = max(map(len, prompts))
+    pad = tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    ends = end_ids(model, tokenizer)
+    if config is not None:
+        options["generation_config"] = config
+    else:
+        options |= {"pad_token_id": pad, "eos_token_id": ends or None, **({"stop_strings": [last]} if last else {})}
+    with torch.no_grad():
+        generated = model.generate(input_ids=ids, attention_mask=mask, tokenizer=tokenizer, **options)
+    begins = 1 if getattr(model.config, "is_encoder_decoder", False) else width
+    answers = [before_end(row, ends) for row in generated[:, begins:].tolist()]
+    texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return [text.partition(last)[0] for text in texts] if last else texts

@@ -28,6 +28,7 @@ from lora_lightning.adapters.layers.kinds import core_base_layer
 from lora_lightning.errors import AdapterFileError, SettingsError
 from lora_lightning.methods import Method, plain_settings
 from lora_lightning.plugins import registry, restore_settings
+from lora_lightning.storage.below import SHOWN
 from lora_lightning.storage.fingerprint import differences
 from lora_lightning.storage.folded import folded_tensors
 from lora_lightning.storage.folder import write_adapter
@@ -176,6 +177,12 @@ def _check_fit(stored: Sequence[Stored], folders: Sequence[str | Path], heads: s
         for part in differences(one.fingerprint, stored[0].fingerprint):
             if same_heads or part == "architecture":
                 raise AdapterFileError(f'"{folder}" was trained on another base model than "{folders[0]}" ({part}).')
+        for under in one.below:
+            if under["digest"] not in {other.digest for other in stored}:
+                raise AdapterFileError(
+                    f'"{folder}" was trained on top of "{under["source"]}" (sha256 {under["digest"][:SHOWN]}), which '
+                    "is not among the folders; add it, and the sum holds both."
+                )
         if one.vocabulary is not None:
             raise AdapterFileError(f'"{folder}" has rows of new tokens, which do not add up.')
         if one.trained and heads == "refuse":
@@ -210,7 +217,7 @@ def _write(folder: Path, stored: Stored, sums: Mapping[str, Update], source: Map
         pair.lora_B.data.copy_(B / pair.scaling)
         tensors |= {f"{path}.adapters.{NAME}.{key}": value.detach() for key, value in adapter.state_dict().items()}
     description = {
-        **stored.description,
+        **{key: value for key, value in stored.description.items() if key != "below"},
         "schema_version": SCHEMA,
         "name": NAME,
         "method": plain.__name__,

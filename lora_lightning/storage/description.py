@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_lightning.injection.records import records
+from lora_lightning.injection.records import records, stack_of, trained_in
 from lora_lightning.methods import plain_settings
 from lora_lightning.models.anatomy import Anatomy
 from lora_lightning.models.new_tokens import vocabulary
@@ -16,7 +16,7 @@ from lora_lightning.models.paths import plain
 from lora_lightning.models.untied import untied
 from lora_lightning.plugins import registry
 from lora_lightning.storage.fingerprint import fingerprint
-from lora_lightning.storage.sealed import SCHEMA
+from lora_lightning.storage.sealed import SCHEMA, STACKED
 from lora_lightning.version import __version__
 
 
@@ -39,8 +39,9 @@ def describe_adapter(anatomy: Anatomy, name: str) -> dict[str, Any]:
     versions["lora_lightning"] = __version__
     if provider is not None:
         versions[provider.package] = provider.version
+    below = {"below": [{"digest": one.digest, "source": one.source} for one in record.below]} if record.below else {}
     return {
-        "schema_version": SCHEMA,
+        "schema_version": STACKED if below else SCHEMA,
         "name": name,
         "method": type(record.method).__name__,
         "settings": common,
@@ -56,9 +57,10 @@ def describe_adapter(anatomy: Anatomy, name: str) -> dict[str, Any]:
         "seed": record.seed,
         "vocabulary": None if added is None else {"first": added.first, "tokens": list(added.tokens)},
         "base": getattr(getattr(root, "config", None), "_name_or_path", None) or None,
-        "fingerprint": fingerprint(anatomy, record.trained),
+        "fingerprint": fingerprint(anatomy, trained_in(root, stack_of(root, name))),
         "quantization": anatomy.formats,
         "versions": versions,
+        **below,
     }
 
 

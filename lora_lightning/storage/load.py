@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,16 +29,28 @@ from lora_lightning.injection.also_train import check_rows_free
 from lora_lightning.injection.heads import heads_of, show_heads
 from lora_lightning.injection.links import link
 from lora_lightning.injection.place import build_adapter, check_ready, place_adapters
-from lora_lightning.injection.records import AdapterRecord, injected_root, linked_named, records, refuse_merged
-from lora_lightning.injection.switches import activate
+from lora_lightning.injection.records import (
+    AdapterRecord,
+    Below,
+    injected_root,
+    linked_named,
+    note_read,
+    records,
+    refuse_merged,
+    stack_of,
+    trained_in,
+)
+from lora_lightning.injection.switches import activate, set_active
 from lora_lightning.methods import Method, plain_settings
 from lora_lightning.models.anatomy import Anatomy, survey
+from lora_lightning.models.meta import values_follow
 from lora_lightning.models.new_tokens import add_rows, check_same_tokens, remove_rows, vocabulary
 from lora_lightning.models.paths import join, plain, starting_with, unwrap
 from lora_lightning.models.token_rows import put_rows, remove_token_rows, row_parameters, rows_at
 from lora_lightning.models.untied import retie, untie, untied
 from lora_lightning.plugins import registry, restore_settings
 from lora_lightning.registry import one_line
+from lora_lightning.storage.below import find_below
 from lora_lightning.storage.fingerprint import (
     counted,
     differences,
@@ -54,6 +67,8 @@ from lora_lightning.storage.stored import Stored, read_folder
 
 def load_adapter(model: nn.Module, directory: str | Path, name: str = "default") -> Path:
     """Read an adapter folder into a model, all or nothing; the adapter becomes the only active one.
+
+    One that was trained on top of others needs them in the model, as they were loaded, and is active with them.
 
     Onto a model without an adapter of that name the adapters are built from the file, and stay frozen like everything
     that does not train already; `set_trainable` trains them on. Onto an adapter of that name, which must have the same
@@ -85,15 +100,18 @@ def load_stored(model: nn.Module, stored: Stored, directory: str | Path, name: s
     root = _root_for(model)
     anatomy = survey(root)
     had_rows, was_tied = vocabulary(root) is not None, untied(root) is None
-    with heads_of(root, []):
-        _check_fingerprint(anatomy, stored, directory)
+    below = find_below(root, stored, directory)
+    has_values = not values_follow(root)  # else the first process, which has them, compares and sends them
+    if has_values:
+        with heads_of(root, []):
+            _check_fingerprint(anatomy, stored, trained_in(root, [one.name for one in below]), directory)
     if name not in records(root):
         check_ready(anatomy, name)
     fresh: list[str] = []
     try:
         with _blaming(directory):
             anatomy = _with_rows(anatomy, stored, directory, fresh)
-            plan = _plan(anatomy, stored, method_class, name, directory, stored.seed)
+            plan = _plan(anatomy, stored, method_class, name, directory, stored.seed, below)
         _place(plan, stored, name)
     except BaseException:
         remove_token_rows(root, fresh)
@@ -102,7 +120,11 @@ def load_stored(model: nn.Module, stored: Stored, directory: str | Path, name: s
         if not had_rows:
             remove_rows(root)
         raise
-    _check_loaded(root, stored, name, directory)
+    if has_values:
+        _check_loaded(root, stored, name, directory)
+    note_read(root, name, stored.digest)
+    if below:
+        set_active(root, stack_of(root, name))
     return Path(directory)
 
 
@@ -120,9 +142,10 @@ def check_loads(anatomy: Anatomy, stored: Stored, directory: str | Path) -> None
     Raises:
         AdapterFileError: a plain model could not load it.
     """
+    trained = trained_in(anatomy.model, stack_of(anatomy.model, stored.name))
     if not has_kept_fingerprint(anatomy.model):  # else parameters lie in flat ones, and have no names
-        trains = {id(anatomy.parameters[name]) for name in records(anatomy.model)[stored.name].trained}
-        for key, parameter in counted(anatomy, stored.trained).items():
+        trains = {id(anatomy.parameters[name]) for name in trained}
+        for key, parameter in counted(anatomy, trained).items():
             if id(parameter) in trains:
                 raise AdapterFileError(f'"{directory}": {key} trains, and is counted as a weight of the base model.')
     try:
@@ -130,7 +153,7 @@ def check_loads(anatomy: Anatomy, stored: Stored, directory: str | Path) -> None
     except Exception as error:  # whatever the modules of a project do when they are copied
         print(f'note: "{directory}" reads back from the disk, but no second model could be made to try it on: {error}')
         return
-    _refuse_other_base(outline(plain_one, stored.trained), stored, directory, ("architecture", "names"))
+    _refuse_other_base(outline(plain_one, trained), stored, directory, ("architecture", "names"))
     method_class = registry().method(stored.method, where=f'"{directory}"')
     with _blaming(directory):
         _plan(_with_rows(plain_one, stored, directory, []), stored, method_class, stored.name, directory, None)
@@ -199,6 +222,7 @@ def _plan(
     name: str,
     directory: str | Path,
     seed: int | None,
+    below: tuple[Below, ...] = (),
 ) -> _Plan:
     """Find where each tensor of a file belongs in a model whose base fits, and build what the model lacks.
 
@@ -207,7 +231,7 @@ def _plan(
     root = anatomy.model
     present = name in records(root)
     base_layers = _base_layers(anatomy, stored, directory)
-    record = _record(method_class, anatomy, base_layers, stored, directory)
+    record = dataclasses.replace(_record(method_class, anatomy, base_layers, stored, directory), below=below)
     if present:
         refuse_merged(anatomy.adapted)
         _check_same(records(root)[name], record, name, directory)
@@ -234,9 +258,10 @@ def _place(plan: _Plan, stored: Stored, name: str) -> None:
         layers = place_adapters(
             plan.anatomy, name, plan.adapters, plan.record, plan.base_layers, plan.linked, trainable=False
         )
+    # looked up anew: heads may have become float32; where values follow, the process that has them sends them
+    targets = {} if values_follow(plan.anatomy.model) else _targets(plan.anatomy, stored, plan.adapters, plan.linked)
     with torch.no_grad():
-        # heads may have become float32
-        for key, target in _targets(plan.anatomy, stored, plan.adapters, plan.linked).items():
+        for key, target in targets.items():
             put(target.data, stored.tensors[key])
     for path, layer in layers.items():
         if name in layer.adapters:
@@ -290,7 +315,7 @@ def _folded(
                 f'"{directory}" holds a dense update of {path}, whose weight is shared with {tied[paths[path]][0]}, '
                 "which would change too. Train it with untie=True, which gives the output layer a weight of its own."
             )
-        for key, value in tensors.items():
+        for key, value in tensors.items() if not values_follow(anatomy.model) else ():
             put(update.get_buffer(key), value)
         found[paths[path]] = update
     return found
@@ -342,6 +367,8 @@ def _check_same(own: AdapterRecord, theirs: AdapterRecord, name: str, directory:
                 )
     if {path: rows.ids for path, rows in own.tokens.items()} != {p: rows.ids for p, rows in theirs.tokens.items()}:
         raise AdapterFileError(f'{where} trains rows of other tokens than adapter "{name}"; {hint}.')
+    if [one.digest for one in own.below] != [one.digest for one in theirs.below]:
+        raise AdapterFileError(f'{where} was trained on top of other adapters than adapter "{name}"; {hint}.')
     if set(own.trained) != set(theirs.trained):
         parameter = min(set(own.trained) ^ set(theirs.trained))
         raise AdapterFileError(f'{where} trains other heads than adapter "{name}", such as {parameter}; {hint}.')
@@ -354,8 +381,9 @@ def _root_for(model: nn.Module) -> nn.Module:
         return unwrap(model)
 
 
-def _check_fingerprint(anatomy: Anatomy, stored: Stored, directory: str | Path) -> None:
-    own = fingerprint(anatomy, stored.trained)
+def _check_fingerprint(anatomy: Anatomy, stored: Stored, below: Iterable[str], directory: str | Path) -> None:
+    """Compare the base; `below` are parameters that adapters below train in full."""
+    own = fingerprint(anatomy, [*stored.trained, *below])
     _refuse_other_base(own, stored, directory, differences(own, stored.fingerprint))
     say_how_compared(own, stored.fingerprint, anatomy.formats, stored.quantization)
 

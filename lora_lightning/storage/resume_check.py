@@ -51,6 +51,12 @@ def check_same(model: nn.Module, name: str, theirs: Mapping[str, Any]) -> None:
     if own["untied"] != theirs.get("untied", []):
         was = ", ".join(theirs.get("untied", [])) or "nothing"
         raise ResumeError(f"the checkpoint was trained with {was} untied; give model.untie the same value.")
+    below, before = own.get("below", []), theirs.get("below", [])
+    if [one["digest"] for one in below] != [one["digest"] for one in before]:
+        raise ResumeError(
+            f"the checkpoint was trained on top of other adapters: {_difference(before, below)}. Put those back where "
+            "model.adapter names them."
+        )
     for key in ("layers", "trained", "labels"):
         if own[key] != theirs[key]:
             raise ResumeError(f"the checkpoint was trained with other {key}: {_difference(theirs[key], own[key])}.")

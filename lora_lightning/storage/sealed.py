@@ -5,7 +5,7 @@
                digests   JSON: {"adapter": sha256, "tensors": {name: sha256}, "files": {name in the folder: sha256}}
 
 The same content always gives the same bytes. A tensor's digest is of its type, shape and bytes. Files of 0.1 have no
-digests; schema 2 needs them.
+digests; schema 2 needs them, and schema 3 states adapters below.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from lora_lightning.errors import AdapterFileError
 FORMAT = "lora_lightning"
 SCHEMA = 2
 """Version of the description; 1 has no digests."""
+STACKED = 3
+"""Version of one that states adapters below, which a reader that does not know of them has to refuse."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,8 @@ def unseal(content: bytes) -> Sealed:
     schema = description["schema_version"]
     if type(schema) is not int or schema < 1:
         raise ValueError(f"schema_version is {schema!r}")
-    if schema > SCHEMA:
-        raise AdapterFileError(f"has schema version {schema}; this library reads up to {SCHEMA}. Update it.")
+    if schema > STACKED:
+        raise AdapterFileError(f"has schema version {schema}; this library reads up to {STACKED}. Update it.")
     files = None
     if schema > 1 or "digests" in metadata:
         files = _check_digests(json.loads(metadata["digests"]), metadata["adapter"], tensors)

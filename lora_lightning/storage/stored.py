@@ -58,6 +58,10 @@ class Stored:
     """Paths of output layers that had been given a weight of their own."""
     description: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     """All that the file states, as it stands there."""
+    below: tuple[dict[str, str], ...] = ()
+    """Adapters that it was trained on top of: digest and source of each."""
+    digest: str = ""
+    """sha256 of adapter.safetensors, which tells this adapter from every other one."""
 
 
 def read_folder(directory: str | Path) -> Stored:
@@ -78,7 +82,8 @@ def read_settled(folder: Path) -> Stored:
     """As `read_folder`, of a folder that nobody writes, and where no save was interrupted."""
     path = folder / FILE
     try:
-        sealed = unseal(read_inside(folder, FILE))
+        content = read_inside(folder, FILE)
+        sealed = unseal(content)
         given = _fields(sealed.description)
     except AdapterFileError as error:
         raise AdapterFileError(f'"{path}" {error}' if not str(error).startswith('"') else str(error)) from error
@@ -87,7 +92,7 @@ def read_settled(folder: Path) -> Stored:
         raise AdapterFileError(f'"{path}" is truncated or damaged: {reason}. Save the adapter again.') from error
     _check_description(folder, sealed.description)
     given["vocabulary"] = _vocabulary(folder, sealed)
-    return Stored(**given, tensors=sealed.tensors, description=sealed.description)
+    return Stored(**given, tensors=sealed.tensors, description=sealed.description, digest=digest(content))
 
 
 def _check_description(folder: Path, description: dict[str, Any]) -> None:
@@ -153,6 +158,7 @@ def _fields(content: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"fingerprint.{part} is {given['fingerprint'][part]!r}")
     given["tokens"] = {path: _token_rows(path, rows) for path, rows in given["tokens"].items()}
     given["quantization"] = described_formats(content)
+    given["below"] = tuple(map(_below, content.get("below", [])))
     _added(content)
     return given
 
@@ -163,6 +169,14 @@ def _token_rows(path: str, stated: Any) -> TokenRows:
     if not (good and isinstance(tokens, list) and len(tokens) in (0, len(ids))):
         raise ValueError(f"tokens[{path}] is {stated!r}")
     return TokenRows(tuple(ids), tuple(map(str, tokens)))
+
+
+def _below(item: Mapping[str, Any]) -> dict[str, str]:
+    """An adapter below, as a description states it."""
+    found = {key: item[key] for key in ("digest", "source")}
+    if not all(isinstance(value, str) for value in found.values()):
+        raise ValueError(f"below is {item!r}")
+    return found
 
 
 def _added(content: Mapping[str, Any]) -> tuple[int, tuple[str, ...]] | None:

@@ -8,13 +8,13 @@ adapt        plan, inject, lower, recompute
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Trainer
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lightning.errors import DataError, LoraLightningError, ModelError, SettingsError
 from lora_lightning.injection.gates import recomputation
@@ -28,6 +28,7 @@ from lora_lightning.models.random import full_name, is_random, tokenizer_setting
 from lora_lightning.models.tasks.base import Task
 from lora_lightning.models.token_rows import Tokens
 from lora_lightning.training.calibration import calibration, planned
+from lora_lightning.training.start import Start
 from lora_lightning.training.strategies.choice import check_strategy
 
 NAME = "default"
@@ -57,6 +58,10 @@ class Assembly:
     random_config: dict[str, Any]
     quantization: Quantization | None
     trainer: Trainer | None
+    start: Start | None = None
+    """What `model.adapter` names."""
+    said: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that choose layers and heads as they were given, None for those that were not."""
 
     def loader(self) -> Callable[..., nn.Module]:
         """What loads the model here; under some strategies the first process alone reads values, and sends them."""
@@ -72,6 +77,8 @@ class Assembly:
             SettingsError: a setting that does not fit the data, the trainer or the model.
         """
         self.check_data()
+        for error in self._unfit_start():
+            raise error
         quantize = self.quantizing()
         self.check_trainer()
         net = load(
@@ -80,7 +87,7 @@ class Assembly:
             self.labels(),
             dtype=self.frozen_dtype(),
             label_names=self._label_names(),
-            also_train=() if self.also_train == "heads" else self.also_train,
+            also_train=self._may_lack_weights(),
             **({"quantize": quantize} if quantize else {}),
         )
         self.check_length(net)
@@ -95,6 +102,24 @@ class Assembly:
             TargetError: the targets do not fit the model.
             SettingsError: a setting that a layer cannot have.
         """
+        report = self._adapt(net, seed)
+        if self.half_adapters:
+            lower_adapters(net, NAME)
+        if is_random(self.pretrained):
+            note = f"nothing is pretrained: what is frozen stays as it was drawn ({self.source(seed)})"
+            report = replace(report, notes=(*report.notes, note))
+        if self.gradient_checkpointing:
+            enable_checkpointing(net)
+        return report
+
+    def _adapt(self, net: nn.Module, seed: int) -> InjectionReport:
+        """A new adapter, one on top of others, or a trained one."""
+        if self.start is not None and not self.start.stacked:
+            return self.start.train_on(net, NAME, self.method, self.said)
+        heads: Mapping[str, Tensor] = {}
+        if self.start is not None:
+            self.start.load_below(net)
+            heads = self.start.kept_heads(net)
         known = planned(self.trainer)
         report = inject(
             net,
@@ -111,13 +136,9 @@ class Assembly:
             tokenizer=getattr(self._data, "tokenizer_object", None) if self.train_tokens else None,
             untie=self.untie,
         )
-        if self.half_adapters:
-            lower_adapters(net, NAME)
-        if is_random(self.pretrained):
-            note = f"nothing is pretrained: what is frozen stays as it was drawn ({self.source(seed)})"
-            report = replace(report, notes=(*report.notes, note))
-        if self.gradient_checkpointing:
-            enable_checkpointing(net)
+        if self.start is not None:
+            self.start.put_on_top(net, NAME, heads)
+            report = replace(report, notes=(*self.start.lines, *report.notes))
         return report
 
     def refusals(self) -> list[LoraLightningError]:
@@ -128,7 +149,19 @@ class Assembly:
                 check_one()
             except LoraLightningError as error:
                 found.append(error)
-        return found
+        return [*found, *self._unfit_start()]
+
+    def _unfit_start(self) -> list[LoraLightningError]:
+        """What of the data does not fit the adapters that the run begins with."""
+        if self.start is None:
+            return []
+        names, tokens = self._label_names(), getattr(self._data, "new_tokens", ())
+        return self.start.refusals(names, tokens, getattr(self._data, "tokenizer_object", None))
+
+    def _may_lack_weights(self) -> Sequence[str]:
+        """Parameters that the files of the model need not have: they start at random, or an adapter brings them."""
+        named = () if self.also_train == "heads" else self.also_train
+        return (*named, *(self.start.trained() if self.start is not None else ()))
 
     @property
     def _strategy(self) -> Any:
@@ -226,7 +259,9 @@ class Assembly:
                 "labels, or name all classes in data.labels."
             )
         labels = self.num_labels if self.num_labels is not None else getattr(self._data, "num_labels", None)
-        classes = len(self._label_names())
+        classes = len(names)
+        if self._data is None and labels is None and classes:
+            labels = classes  # those of the head that an adapter brings
         if labels is not None and labels < classes:
             raise SettingsError(f"model.num_labels is {labels}; the data have {classes} classes, so at least that.")
         if labels is None and self.task.model_options(None) == {}:
@@ -236,7 +271,10 @@ class Assembly:
         return labels
 
     def _label_names(self) -> list[str]:
-        return list(getattr(self._data, "label_names", ())) if self.task.has_head else []
+        if not self.task.has_head:
+            return []
+        own = list(getattr(self._data, "label_names", ()))
+        return own if self._data is not None or self.start is None else self.start.labels
 
     def check_length(self, net: nn.Module) -> None:
         """Raise `SettingsError` where the data's texts are longer than a model can take."""
@@ -253,7 +291,9 @@ class Assembly:
         rows = getattr(getattr(net, "config", None), "vocab_size", None)
         if tokenizer is None or rows is None:
             return
-        known = max(tokenizer.get_vocab().values(), default=-1) + 1 - len(getattr(self._data, "new_tokens", ()))
+        added = {*getattr(self._data, "new_tokens", ())}
+        added |= {token for one in (self.start.adapters if self.start else ()) for token in one.new_tokens}
+        known = max((number for token, number in tokenizer.get_vocab().items() if token not in added), default=-1) + 1
         if known > rows:
             raise SettingsError(
                 f"data.tokenizer has {known} tokens; {type(net).__name__} has {rows} rows, so that a token may have "

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -117,7 +117,8 @@ def fit_baseline(
     """Train the heads alone at each candidate rate, and measure them beside the untrained ones.
 
     Args:
-        model: the model with its adapters disabled; its parameters are left as they are.
+        model: the model as it is before training, its adapters disabled unless the run begins with trained ones; its
+            parameters are left as they are.
         heads: names of the parameters that are fully trained.
         task: loss and metrics.
         windows: the run's batches, one sequence an optimizer step.
@@ -200,7 +201,8 @@ class LinearBaseline(Callback):
         trained = {name for record in records(root).values() for name in record.trained}
         every_head = trained_parameters(survey(root), "heads")
         heads = [name for name in every_head if name in trained]
-        comparable = self.enabled and module.task.has_head and heads and heads == every_head
+        start = getattr(module, "start", None)  # trained adapters, which are what the run begins with
+        comparable = start is None and self.enabled and module.task.has_head and heads and heads == every_head
         if is_sharded(root):
             if comparable and trainer.is_global_zero:
                 print("linear baseline: not fitted, because the model is sharded; a run under DDP fits one", flush=True)
@@ -209,7 +211,7 @@ class LinearBaseline(Callback):
         began = time.monotonic()
         if steps and trainer.is_global_zero:
             print(f"linear baseline: the head alone, {steps} steps on frozen features ...", flush=True)
-        with torch.random.fork_rng(), disable_adapters(root):
+        with torch.random.fork_rng(), disable_adapters(root) if start is None else nullcontext():
             torch.manual_seed(0)
             self.result = outside_step(
                 trainer,

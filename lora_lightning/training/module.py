@@ -23,7 +23,7 @@ from lora_lightning.distributed import fail_together
 from lora_lightning.errors import DataError, LoraLightningError, ModelError, ResumeError, SettingsError
 from lora_lightning.injection.heads import waiting_heads
 from lora_lightning.injection.inject import ignore_adapter_buffers
-from lora_lightning.injection.records import adapters_named, check_unmerged
+from lora_lightning.injection.records import adapters_named, check_unmerged, records
 from lora_lightning.injection.report import InjectionReport
 from lora_lightning.methods import Method
 from lora_lightning.models.anatomy import survey
@@ -43,6 +43,7 @@ from lora_lightning.storage.state import adapter_keys
 from lora_lightning.training.assembly import NAME, Assembly
 from lora_lightning.training.linear_baseline import LinearBaseline
 from lora_lightning.training.packing_check import PackingCheck
+from lora_lightning.training.start import find_start
 
 
 class AdapterModule(LightningModule):
@@ -51,17 +52,17 @@ class AdapterModule(LightningModule):
     Args:
         pretrained: folder, hub id, `pkg:IMPORT_NAME/FOLDER` for weights that an installed package carries, or
             `random:MODEL_TYPE` (of transformers) for a model that knows nothing yet; data.tokenizer is then needed.
-        method: the adapter method and its settings.
+        method: the adapter method and its settings; null takes those of `adapter`.
         task: "sequence-classification", "multi-label-classification", "token-classification", "regression",
             "image-classification", "causal-lm", "seq2seq-lm", "masked-lm", "sentence-embedding" or
             "sentence-similarity".
         targets: "all-linear", a scope ("attention", "mixer", "mlp", "experts", "vision", "vision.mlp", ...), a list of
             name suffixes and scopes, or one regular expression. Of a vision-language model, a scope without a tower
-            means the language tower.
+            means the language tower. Null takes "all-linear", or the layers of `adapter`.
         exclude: names of layers to leave out.
         overrides: other settings for some layers, such as `{layer.0: {rank: 4}}`.
         also_train: base parameters that are fully trained: "heads", or names. What it names need not be in the files of
-            `pretrained`; it then starts at random.
+            `pretrained`; it then starts at random. Null takes "heads", or what `adapter` has.
         train_tokens: texts or ids of known tokens whose rows train in the embedding, and in an output layer that shares
             its weight, such as `["<|im_start|>", 128005]`; or layers with texts or ids, `{lm_head: [3]}`. Texts take
             the data module's tokenizer. New tokens are `data.new_tokens`.
@@ -84,6 +85,8 @@ class AdapterModule(LightningModule):
         quantization: quantize the linear layers of the backbone while loading: "nf4" (4 bits), "nf4-double" (4 bits,
             scales quantized too), "int8" or "torchao-int8" (8 bits). What trains stays in float32. A checkpoint that
             is quantized already needs null.
+        adapter: a trained adapter to train on: a run folder, an adapter folder of this library or of peft, or a hub id.
+            A list of them stays as it is, and a new adapter of `method` trains on top.
     """
 
     strict_loading = False
@@ -91,12 +94,12 @@ class AdapterModule(LightningModule):
     def __init__(
         self,
         pretrained: str,
-        method: Method,
+        method: Method | None = None,
         task: str = "sequence-classification",
-        targets: str | list[str] = "all-linear",
+        targets: str | list[str] | None = None,
         exclude: list[str] | None = None,
         overrides: dict[str, dict[str, Any]] | None = None,
-        also_train: Literal["heads"] | list[str] = "heads",
+        also_train: Literal["heads"] | list[str] | None = None,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: WarmUp = WarmUp(),  # noqa: B008 - frozen
         num_labels: int | None = None,
@@ -111,11 +114,15 @@ class AdapterModule(LightningModule):
         quantization: Quantization | None = None,
         train_tokens: list[str | int] | dict[str, list[str | int]] | None = None,
         untie: bool = False,
+        adapter: str | list[str] | None = None,
     ) -> None:
         super().__init__()
-        self.pretrained, self.method, self.task = pretrained, method, find_task(task, task_settings)
-        self.targets, self.exclude, self.overrides = targets, exclude or [], overrides or {}
-        self.also_train, self.optimizer_factory, self.lr_scheduler = also_train, optimizer, lr_scheduler
+        self.start, self.method = find_start(adapter, method)
+        self.pretrained, self.task = pretrained, find_task(task, task_settings)
+        self.targets, self.exclude, self.overrides = targets or "all-linear", exclude or [], overrides or {}
+        self.also_train: Literal["heads"] | list[str] = "heads" if also_train is None else also_train
+        self._said = {"targets": targets, "exclude": exclude, "overrides": overrides, "also_train": also_train}
+        self.optimizer_factory, self.lr_scheduler = optimizer, lr_scheduler
         self.num_labels, self.dtype_name, self.gradient_checkpointing = num_labels, dtype, gradient_checkpointing
         self.half_adapters = half_adapters
         self.linear_baseline, self.max_new_tokens, self.seed = linear_baseline, max_new_tokens, seed
@@ -162,6 +169,8 @@ class AdapterModule(LightningModule):
             random_config=self.random_config,
             quantization=self.quantization,
             trainer=self._trainer,
+            start=self.start,
+            said=self._said,
         )
 
     def assemble(self, load: Callable[..., nn.Module]) -> None:
@@ -173,6 +182,7 @@ class AdapterModule(LightningModule):
         with fail_together():  # a plan is asked of the first process, so all must have come this far
             self.injection = assembly.adapt(net, seed)
         self.net = net
+        self.method = records(net)[NAME].method
         ignore_adapter_buffers(self)
 
     def refusals(self) -> list[LoraLightningError]:

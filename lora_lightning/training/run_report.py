@@ -194,6 +194,7 @@ class RunReport(StepCallback):
             "rate": _rate(trainer),
             "settings": plain_settings(record.method),
             "optimizer": [type(optimizer).__name__ for optimizer in trainer.optimizers],
+            "started_from": start.facts if (start := getattr(module, "start", None)) is not None else [],
             "untrained": baseline.untrained if baseline else {},
             "linear_baseline": baseline.linear if baseline else None,
             "linear_baseline_rate": baseline.rate if baseline else None,

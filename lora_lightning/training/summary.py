@@ -20,7 +20,8 @@ def summary_table(summary: Mapping[str, Any]) -> Group:
     table = Table(title=f"validation {metric}", title_justify="left")
     table.add_column("model")
     table.add_column(metric, justify="right")
-    untrained = "untrained head" if summary["has_head"] else "before training"
+    started = summary.get("started_from", [])
+    untrained = "untrained head" if summary["has_head"] and not started else "before training"
     table.add_row(untrained, _number(summary["untrained"].get(metric)))
     if summary["linear_baseline"] is not None:
         table.add_row("linear baseline, as many steps", _number(summary["linear_baseline"].get(metric)))
@@ -48,6 +49,8 @@ def summary_table(summary: Mapping[str, Any]) -> Group:
             if counts.get(kind):
                 lines.append(f"data        {counts[kind]:,} {split} {reason} and were left out")
     lines += [f"result      {text}" for text in verdicts(summary)]
+    for one in started:
+        lines.append(f"{one['role']:<12}{one['adapter']} ({one['format']}, sha256 {one['sha256'][:12]})")
     lines.append(f"time        {summary['seconds']:.0f} s")
     lines.append(f"adapter     {summary['adapter_dir']}")
     return Group(table, Text("\n".join(lines)))

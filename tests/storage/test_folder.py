@@ -101,7 +101,7 @@ def test_a_description_without_a_field(folder: Path, key: str) -> None:
 
 def test_a_newer_schema(folder: Path) -> None:
     rewrite(folder, lambda description, tensors: description.update(schema_version=99))
-    refused(TinyMLP(), folder, "has schema version 99; this library reads up to 2. Update it")
+    refused(TinyMLP(), folder, "has schema version 99; this library reads up to 3. Update it")
 
 
 def test_what_does_not_read_back_is_not_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,12 +31,14 @@ from lora_lightning.cli.preflight import monitors, unparsed
 from lora_lightning.cli.preflight.trace import without_values
 from lora_lightning.errors import LoraLightningError, PluginError, SettingsError, wrapped_error
 from lora_lightning.exporters.preview import refusals
+from lora_lightning.exporters.trained_adapter import OURS
 from lora_lightning.injection.also_train import trained_parameters
 from lora_lightning.injection.inject import inject, settings_by_layer
 from lora_lightning.injection.records import adapters_named
 from lora_lightning.injection.targets import select
 from lora_lightning.models.anatomy import Anatomy, survey
 from lora_lightning.models.loading import load_skeleton
+from lora_lightning.models.meta import expect_values
 from lora_lightning.models.pretrained import check_weights, resolve
 from lora_lightning.models.random import is_random
 from lora_lightning.models.token_rows import TokenRows, choose_rows
@@ -45,6 +47,7 @@ from lora_lightning.optim.groups import build_optimizer
 from lora_lightning.registry import one_line
 from lora_lightning.training.assembly import NAME, enable_checkpointing
 from lora_lightning.training.module import AdapterModule
+from lora_lightning.training.start import SETTING, tokenizer_of
 
 _USER_ERRORS = (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError, OSError)
 """What libraries raise for a setting that cannot be."""
@@ -111,6 +114,8 @@ class _ConfigCheck(Description):
         if self._source is not None and not self.findings.attempt(lambda: check_weights(self._source)):
             self._source = self._source if self.findings.attempt(lambda: resolve(self._source)) else None
         settings = self.config.get("data.init_args") or {}
+        if settings.get("tokenizer", "") is None and not settings.get("new_tokens"):
+            settings["tokenizer"] = _safely(lambda: tokenizer_of(self.config.get("model.adapter")))
         for name in ("tokenizer", "processor"):
             if name in settings and settings[name] is None and self._source and not is_random(self._source):
                 settings[name] = self._source
@@ -169,6 +174,8 @@ class _ConfigCheck(Description):
         settings["pretrained"] = self._source or ""
         kinds: tuple[str, ...] = getattr(data, "task_kinds", ())  # the data know which task is meant
         defaults: list[dict[str, Any]] = [{}, {"task_settings": None}, {"random_config": None}]
+        if settings.get("adapter") is not None:
+            defaults += [{"method": None}, {"adapter": None}]
         if kinds:
             defaults.insert(1, {"task": kinds[0]})
         for default in defaults:
@@ -262,9 +269,15 @@ class _ConfigCheck(Description):
     def _check_skeleton(self, module: AdapterModule, data: Any, callbacks: Sequence[Callback]) -> None:
         names = _safely(lambda: list(data.label_names)) or []
         labels = module.num_labels or _safely(lambda: data.num_labels)
+        if module.start is not None and module.task.has_head:  # where the data have other classes, that has been said
+            names = module.start.labels or names
+            labels = len(names) or labels
         net = load_skeleton(module.assembly().source(0), module.task, labels, label_names=names)
         self.findings.attempt(lambda: module.assembly().check_length(net))
         self.findings.attempt(lambda: module.assembly().check_vocabulary(net))
+        if module.start is not None:
+            self._check_start(module, net, callbacks)
+            return
         if tokens := getattr(data, "new_tokens", ()):
             from lora_lightning.models.new_tokens import Vocabulary, add_rows
 
@@ -299,6 +312,19 @@ class _ConfigCheck(Description):
             train_tokens=tokens,
             untie=untie,
         )
+        self._check_injected(module, net, callbacks)
+
+    def _check_start(self, module: AdapterModule, net: nn.Module, callbacks: Sequence[Callback]) -> None:
+        """The adapters that the run begins with, on a model without values."""
+        assert module.start is not None
+        self.findings.notes += [f"{SETTING}: {line}" for line in module.start.lines]
+        if peft := [str(one) for one in module.start.adapters if one.format != OURS]:
+            self.findings.notes.append(f"{peft[0]} is compared with the model when it is loaded")
+            return
+        module.assembly().adapt(expect_values(net), 0)
+        self._check_injected(module, net, callbacks)
+
+    def _check_injected(self, module: AdapterModule, net: nn.Module, callbacks: Sequence[Callback]) -> None:
         self.findings.attempt(lambda: build_optimizer(net, module.optimizer_factory), "model.optimizer")
         for form, why in refusals(net, NAME).items():
             self.findings.notes.append(f"export --format {form} will be refused: {why}")

@@ -25,10 +25,11 @@ from lora_lightning.registry import LIGHT_VERBS, SETTINGS, TRAINING_VERBS, Compo
 
 _OWN = {"fit": ("--resume",), "validate": ("--run",), "test": ("--run",), "predict": ("--run", "--output")}
 _OF_CONFIGS = ("targets", "inspect-data", "estimate", "doctor", "cite")
+_OF_ADAPTERS = ("chat", "generate", "export")
 _MODEL = (
     "pretrained method task targets exclude overrides also_train train_tokens untie optimizer lr_scheduler num_labels "
     "dtype half_adapters gradient_checkpointing linear_baseline max_new_tokens seed task_settings random_config "
-    "quantization"
+    "quantization adapter"
 )
 _TRAINER = (
     "accelerator strategy devices num_nodes precision logger callbacks fast_dev_run max_epochs min_epochs "
@@ -77,6 +78,8 @@ def _all(before: Sequence[str], last: str, verb: str | None, current: str) -> It
     flags = ["--config", "-p"]
     if verb in TRAINING_VERBS:
         return [*flags, *_OWN[verb], *_settings(before, current)]
+    if verb in _OF_ADAPTERS and not current.startswith("-"):
+        return [str(path.parent.parent) for path in Path("runs").glob("*/*/adapter/adapter.safetensors")]
     if verb not in _OF_CONFIGS:
         return [*_flags(verb), "-p"]
     return [*_flags(verb), *configs.config_names(), *flags, *_settings(before, current)]

@@ -134,6 +134,7 @@ def count(
     from lora_lightning.cli.preflight.memory import Parts
     from lora_lightning.cli.preflight.trace import largest_linear, trace_step, units, without_values
     from lora_lightning.models.loading import load_skeleton
+    from lora_lightning.models.meta import expect_values
     from lora_lightning.models.token_rows import as_ids
     from lora_lightning.optim.groups import build_optimizer
 
@@ -146,6 +147,8 @@ def count(
         meter.answer = False  # a weight is drawn again until none of its values is out of bounds
         net = load_skeleton(*args, **options)
         meter.answer = True
+        if module.start is not None:
+            return expect_values(net)
         tokens = getattr(datamodule, "new_tokens", ())
         if tokens:
             from lora_lightning.models.new_tokens import Vocabulary, add_rows
@@ -224,8 +227,10 @@ def _assumptions(module: AdapterModule, asked: Request) -> str:
     again = "recomputed in backward" if module.gradient_checkpointing else "kept for backward"
     steps = f"{asked.batches} batch{'es' * (asked.batches > 1)} a step"
     examples = f"{asked.batch_size} x {asked.length} tokens" if asked.length > 1 else f"{asked.batch_size} examples"
+    started = module.start.lines if module.start is not None else []
     return (
         f"{model} with {type(module.method).__name__}: batches of {examples}, {steps}, "
         f"{asked.precision}, frozen weights in {frozen}, activations {again}. "
+        f"{' '.join(f'It {line}.' for line in started)} "
         "The CUDA context and the allocator's gaps come on top."
     )

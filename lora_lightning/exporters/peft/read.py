@@ -202,6 +202,24 @@ def _refuse_variants(config: Mapping[str, Any], directory: str | Path) -> None:
         )
 
 
+def stated_method(config: Mapping[str, Any]) -> Method:
+    """The installed method that a configuration means, with what it states for all layers; biases show in tensors.
+
+    Raises:
+        PluginError: no installed method, or more than one, reads it.
+    """
+    return replace(
+        _reader(config)(),
+        peft_rules.CONFIG,
+        {
+            "rank": config.get("r", peft_rules.DEFAULT_RANK),
+            "alpha": float(config.get("lora_alpha", peft_rules.DEFAULT_ALPHA)),
+            "dropout": config.get("lora_dropout", 0.0),
+            "scaling_rule": "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r",
+        },
+    )
+
+
 def _speaking() -> list[type[Method]]:
     return [method for method in registry().methods.values() if method.peft_type == TYPE]
 
@@ -305,17 +323,7 @@ def _settings(
             f'"{directory}" has trained the bias of {next(path for path in trained if trained[path])}, which '
             f"{reader.__name__} cannot. {_MERGE_IN_PEFT}"
         )
-    method = replace(
-        reader(),
-        peft_rules.CONFIG,
-        {
-            "rank": config.get("r", peft_rules.DEFAULT_RANK),
-            "alpha": float(config.get("lora_alpha", peft_rules.DEFAULT_ALPHA)),
-            "dropout": config.get("lora_dropout", 0.0),
-            "scaling_rule": "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r",
-            **with_bias,
-        },
-    )
+    method = replace(stated_method(config), peft_rules.CONFIG, with_bias)
     settings = {}
     for path, layer in folder.layers.items():
         own: dict[str, Any] = {"rank": layer.rank, "alpha": float(layer.alpha)}

@@ -56,6 +56,7 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
         ExportError: the update has no such form, or peft's format cannot say it.
     """
     _check_rows(source)
+    source.refuse_below()
     factors, options = find_factors(source, rank)
     heads = find_heads(source)
     stacks = peft_experts.find_stacks(source.here(source.anatomy.layers))
@@ -91,6 +92,7 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
 def check(source: Source) -> None:
     """Raise `ExportError` for what `write` will refuse whatever values are trained: layers, heads, settings."""
     _check_rows(source)
+    source.refuse_below()
     factors, _ = find_factors(source, None)
     heads = find_heads(source)
     stacks = peft_experts.find_stacks(source.here(source.anatomy.layers))

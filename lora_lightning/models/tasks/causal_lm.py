@@ -9,11 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
-from torch.nn.utils.rnn import pad_sequence
 from torchmetrics import MeanMetric, Metric
 
 from lora_lightning.errors import DataError, check
-from lora_lightning.models.generation import before_end, end_ids, end_text
+from lora_lightning.models.generation import before_end, continued_texts, end_ids, end_text
 from lora_lightning.models.tasks.base import IGNORED, Batch, Loss, PredictContext, Task
 from lora_lightning.models.tasks.generated import add_texts, label_texts, should_generate, text_metrics
 
@@ -112,20 +111,6 @@ def _first_answer(labels: Tensor) -> Tensor:
 
 def _continue(model: Any, prompts: list[Tensor], context: PredictContext) -> list[str]:
     """The greedy continuation of each prompt, without what ends it."""
-    tokenizer = context.tokenizer
-    ids = pad_sequence(prompts, batch_first=True, padding_value=tokenizer.pad_token_id, padding_side="left")
-    mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left")
-    ends = end_ids(model, tokenizer)
-    last = end_text(tokenizer) if context.in_turns else ""
-    generated = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=context.max_new_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=ends or None,
-        **({"stop_strings": [last], "tokenizer": tokenizer} if last else {}),
-    )
-    answers = [before_end(row, ends) for row in generated[:, ids.shape[1] :].tolist()]
-    texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return [text.partition(last)[0] for text in texts] if last else texts
+    last = end_text(context.tokenizer) if context.in_turns else ""
+    ids = [prompt.tolist() for prompt in prompts]
+    return continued_texts(model, context.tokenizer, ids, last, max_new_tokens=context.max_new_tokens, do_sample=False)

@@ -128,3 +128,43 @@ def test_flags_are_looked_at_like_configs(checked):
         "LabelledText.batch_size is 0",
         "RoseLoRA.rank is 0",
     ]
+
+
+@pytest.fixture
+def started(model_folder, tmp_path):
+    """A folder with an adapter of rank 2 on the sound config's model, of classes c0, c1 and c2."""
+    import lora_lightning as ll
+    from ll_rose import RoseLoRA
+    from lora_lightning.models.loading import load_model
+    from lora_lightning.models.tasks import find_task
+
+    net = load_model(str(model_folder), find_task("sequence-classification"), 3, label_names=["c0", "c1", "c2"])
+    ll.inject(net, RoseLoRA(rank=2, sparsity=0.25), ["query", "value"])
+    return str(ll.save_adapter(net, tmp_path / "started"))
+
+
+def test_an_adapter_to_train_on_is_told_and_fits(checked, started):
+    found = checked({"model.adapter": started, "model.targets": None, "model.method": None})
+    assert found.problems == []
+    assert f'model.adapter: trains on from "{started}" (RoseLoRA, lora_lightning, sha256 ' in found.notes[0]
+    assert checked({"model.adapter": started}).problems == []  # the same targets and rank, another schedule
+    on_top = checked({"model.adapter": [started]})
+    assert on_top.problems == []
+    assert "trains on top of" in on_top.notes[0]
+
+
+def test_settings_and_data_that_do_not_fit_the_adapter_to_train_on(checked, started, model_folder):
+    from toy_runs import labelled_file
+
+    changes = {"model.adapter": started, "model.method.init_args": {"rank": 4}, "model.targets": ["query"]}
+    changes["data.init_args.train"] = str(labelled_file(model_folder / "five.csv", labels=5))
+    said = checked(changes).problems
+    wanted = ["model.method.rank is 4, but", "A head of other classes starts anew", "model.targets means 2 layers, but"]
+    assert len(said) == len(wanted), said
+    for one in wanted:
+        assert any(one in text for text in said), (one, said)
+
+
+def test_a_folder_that_is_no_adapter_to_train_on(checked, tmp_path):
+    said = checked({"model.adapter": str(tmp_path)}).problems
+    assert any("holds neither adapter.safetensors nor adapter_config.json" in text for text in said), said

@@ -167,3 +167,21 @@ def test_the_example_of_a_task_is_a_batch_it_can_be_trained_on(task):
     assert loss.total.isfinite()
     assert loss.total.requires_grad
     assert int(loss.count) > 0
+
+
+def test_an_adapter_to_train_on_counts_as_a_new_one_does(tmp_path, capsys):
+    import lora_lightning as ll
+    from lora_lightning.models.loading import load_model
+    from lora_lightning.models.tasks import find_task
+
+    net = load_model(full_name("random:llama", CONFIG, 0), find_task("causal-lm"))
+    inject(net, ll.method("LoRA")(rank=2))
+    folder = str(ll.save_adapter(net, tmp_path / "adapter"))
+    words = [*WORDS, "--markdown"]
+    assert main(words) == 0
+    new = rows(capsys.readouterr().out)
+    words = [word for word in words if "method" not in word]
+    assert main([*words, "--model.method=null", f"--model.adapter={folder}", "--model.targets=null"]) == 0
+    out = capsys.readouterr().out
+    assert rows(out) == new
+    assert f'It trains on from "{folder}"' in out

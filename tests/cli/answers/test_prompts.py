@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoTokenizer
+
+from lora_lightning.cli.answers.prompts import Prompter, batches, read_rows
+from lora_lightning.cli.answers.voices import Voice
+from lora_lightning.errors import DataError
+
+
+def voice(base: Path, data: dict[str, Any] | None = None, folder: Path | None = None) -> Voice:
+    adapter: Any = None
+    if data is not None and folder is not None:
+        (folder / "adapter").mkdir()
+        (folder / "config.yaml").write_text(yaml.safe_dump({"data": data}))
+        adapter = SimpleNamespace(folder=folder / "adapter")
+    return Voice("toy", AutoTokenizer.from_pretrained(base), (), adapter)
+
+
+def text(prompter: Prompter, row: dict[str, Any], room: int | None = None) -> str:
+    return str(prompter.voice.tokenizer.decode(prompter.ids(row, "row 0", room)))
+
+
+TURNS = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}, {"role": "user", "content": "w7"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "w5"}, "w1 w5 [EOS] w2"),
+        ({"id": 3, "text": "w5"}, "w1 w5 [EOS] w2"),
+        ({"messages": TURNS}, "w1 w5 [EOS] w2 w6 [EOS] w1 w7 [EOS] w2"),
+        ({"messages": [*TURNS, {"role": "assistant", "content": "w9"}]}, "w1 w5 [EOS] w2 w6 [EOS] w1 w7 [EOS] w2"),
+        ({"conversations": '[{"from": "human", "value": "w5"}]'}, "w1 w5 [EOS] w2"),
+    ],
+)
+def test_rows_as_people_have_them(base: Path, row: dict[str, Any], expected: str) -> None:
+    assert text(Prompter(voice(base), None, ""), row) == expected
+
+
+def test_texts_without_a_template_are_gone_on_with_and_cut_on_the_left(base: Path, plain_base: Path) -> None:
+    bare = Prompter(voice(plain_base), None, "")
+    assert text(bare, {"prompt": "w5 w6"}) == "w5 w6"
+    assert text(bare, {"prompt": "w5 w6 w7"}, room=2) == "w6 w7"
+    assert text(Prompter(voice(base), None, "", as_plain=True), {"prompt": "w5"}) == "w5"
+    with pytest.raises(DataError, match="row 0 holds turns; toy has no chat template that would write them"):
+        bare.ids({"messages": TURNS}, "row 0", None)
+    with pytest.raises(DataError, match="row 0 is empty, so there is nothing to go on from"):
+        bare.ids({"prompt": " "}, "row 0", None)
+
+
+def test_prompts_are_made_as_the_run_made_them(base: Path, tmp_path: Path) -> None:
+    data = {"class_path": "lora_lightning.data.Completions", "init_args": {"prompt_template": "w3 {q} w4"}}
+    assert text(Prompter(voice(base, data, tmp_path), None, ""), {"q": "w5"}) == "w3 w5 w4"
+
+
+def test_which_column_holds_the_prompts(base: Path) -> None:
+    assert text(Prompter(voice(base), "b", ""), {"prompt": "w5", "b": "w6"}) == "w1 w6 [EOS] w2"
+    with pytest.raises(DataError, match=r'--column is "promt". Did you mean "prompt"\? Columns: prompt, b'):
+        Prompter(voice(base), "promt", "").ids({"prompt": "w5", "b": "w6"}, "row 0", None)
+    with pytest.raises(DataError, match="--column is not given, and the rows have a, b; name the one of the prompts"):
+        Prompter(voice(base), None, "").ids({"a": "w5", "b": "w6"}, "row 0", None)
+
+
+def test_what_the_template_refuses_and_what_is_too_long(base: Path) -> None:
+    with pytest.raises(DataError, match="no system here"):
+        Prompter(voice(base), None, "w3").ids({"prompt": "w5"}, "row 0", None)
+    with pytest.raises(DataError, match="row 0 has 4 tokens; the model has room for 3 beside the answer"):
+        Prompter(voice(base), None, "").ids({"prompt": "w5"}, "row 0", 3)
+
+
+def test_files_are_read_as_data_are(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    (tmp_path / "b.csv").write_bytes("prompt,n\nété,02\n".encode("utf-8-sig"))
+    assert [list(row.values()) for row in read_rows(str(tmp_path / "a.txt"))] == [["one"], ["two"]]
+    assert read_rows(str(tmp_path / "b.csv")) == [{"prompt": "été", "n": "02"}]
+    with pytest.raises(DataError, match=r'--input is ".*c.csv"; no such file'):
+        read_rows(str(tmp_path / "c.csv"))
+
+
+def test_batches_hold_prompts_of_similar_length() -> None:
+    assert batches([3, 9, 4, 8, 1], 2) == [[1, 3], [2, 0], [4]]
