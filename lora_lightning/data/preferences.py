@@ -381,9 +381,10 @@ def _columns(parts: Sequence[tuple[list[int], list[int]]]) -> list[list[list[int
 
 
 def _split(ids: Sequence[int], labels: Sequence[int]) -> Text:
-    """A text at its first label."""
-    first = next((n for n, label in enumerate(labels) if label != NO_LOSS), len(ids))
-    return Text(list(ids[:first]), list(ids[first:]), list(labels[first:]))
+    """A text at its first label; what stands behind the last one is left out."""
+    marked = [n for n, label in enumerate(labels) if label != NO_LOSS] or [len(ids)]
+    first, end = marked[0], marked[-1] + 1
+    return Text(list(ids[:first]), list(ids[first:end]), list(labels[first:end]))
 
 
 def _side(example: Mapping[str, Any], number: int) -> dict[str, Any]:
