@@ -188,7 +188,11 @@ def test_lengths_are_those_of_the_longer_text(made):
         (LABELLED, {}, r'Preferences.chosen is "chosen"; train.jsonl has the columns prompt, completion'),
         (PAIRS, {"label": "label"}, r'Preferences.completion is "completion"; train.jsonl has'),
         ([{**LABELLED[0], "label": "good"}], {"label": "label"}, r"line 1: .* is 'good'; it must be true or false"),
-        ([{k: v for k, v in LABELLED[0].items() if k != "prompt"}], {"label": "label"}, r'Preferences.prompt is "prompt"; train.jsonl has the columns completion'),
+        (
+            [{k: v for k, v in LABELLED[0].items() if k != "prompt"}],
+            {"label": "label"},
+            r'Preferences.prompt is "prompt"; train.jsonl has the columns completion',
+        ),
         (PAIRS, {"prompt": "promt"}, r'Preferences.prompt is "promt"; .* Did you mean "prompt"'),
         (
             CHATS,

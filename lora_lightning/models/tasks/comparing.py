@@ -51,10 +51,8 @@ def add_rewards(metrics: Mapping[str, Metric], chosen: Tensor, rejected: Tensor,
         right: of each comparison 1 where it comes out right, 1/2 for a tie.
     """
     metrics["accuracy"].update(right)
-    if chosen.numel():
-        metrics["reward_chosen"].update(chosen)
-    if rejected.numel():
-        metrics["reward_rejected"].update(rejected)
+    metrics["reward_chosen"].update(chosen)
+    metrics["reward_rejected"].update(rejected)
     metrics["margin"].update(chosen, rejected)
 
 
