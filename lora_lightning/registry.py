@@ -87,6 +87,7 @@ _DATA_MODULES = {
     "MaskedText": "masked",
     "MultiLabelText": "multi_label",
     "PlainText": "plain",
+    "Preferences": "preferences",
     "TaggedWords": "tagged",
     "TextPairs": "pairs",
     "TextToText": "text_to_text",

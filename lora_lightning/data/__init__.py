@@ -1,4 +1,4 @@
-"""Data modules: texts with labels, tags or masks, pairs, completions, translations, chats, images."""
+"""Data modules: texts with labels, tags or masks, pairs, completions, preferences, translations, chats, images."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lora_lightning.data.masked import MaskedText
 from lora_lightning.data.multi_label import MultiLabelText
 from lora_lightning.data.pairs import TextPairs
 from lora_lightning.data.plain import PlainText
+from lora_lightning.data.preferences import Preferences
 from lora_lightning.data.tagged import TaggedWords
 from lora_lightning.data.text_to_text import TextToText
 from lora_lightning.plugins import registry
@@ -26,6 +27,7 @@ __all__ = [
     "MaskedText",
     "MultiLabelText",
     "PlainText",
+    "Preferences",
     "ResumableLoader",
     "TaggedWords",
     "TextPairs",

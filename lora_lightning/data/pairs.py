@@ -27,17 +27,22 @@ class CollateSides:
     """Collation of rows that hold several texts each: first all first texts, then all second ones, and so on.
 
     The batch carries `sides`, the number of texts of a row; its other tensors have one entry a row.
+
+    Args:
+        inner: Collation of texts.
+        each: Columns that hold one list for each text of a row.
     """
 
     inner: Collate
+    each: tuple[str, ...] = SIDES
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """One tensor per column."""
         sides = len(rows[0]["input_ids"])
         texts: list[dict[str, Any]] = []
         for side in range(sides):
-            texts += [{name: row[name][side] for name in SIDES if name in row} for row in rows]
-        rest = [{name: value for name, value in row.items() if name not in SIDES} for row in rows]
+            texts += [{name: row[name][side] for name in self.each if name in row} for row in rows]
+        rest = [{name: value for name, value in row.items() if name not in self.each} for row in rows]
         return {**self.inner(texts), **self.inner(rest), "sides": torch.tensor(sides)}
 
 

@@ -190,6 +190,8 @@ class Assembly:
                 f'model.task is "{self.task.name}", but the data ({type(self._data).__name__}) serve '
                 f"{' and '.join(kinds)}."
             )
+        if self._data is not None:
+            self.task.check_data(self._data)
 
     def check_trainer(self) -> None:
         """Raise `SettingsError` for a strategy that knows nothing of adapters, or no whole window."""

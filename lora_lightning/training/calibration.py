@@ -22,6 +22,7 @@ from lora_lightning.errors import DataError
 from lora_lightning.injection.probe import Probe
 from lora_lightning.methods import Method, Plan
 from lora_lightning.models.tasks.base import Batch, Task
+from lora_lightning.models.tasks.gathering import alone
 from lora_lightning.storage.checkpoint import check_checkpoint
 
 SECTION = "lora_lightning"
@@ -44,7 +45,11 @@ def calibration(method: Method, task: Task, trainer: Trainer | None) -> Probe | 
         )
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        summed = task.loss(task.logits(model, batch), batch)
+        with alone():  # one process asks while others wait
+            logits = task.logits(model, batch)
+            if task.needs_reference:  # before there is an adapter, the model is its own
+                batch = {**batch, "reference": task.reference(logits.detach())}
+            summed = task.loss(logits, batch)
         return summed.total / summed.count.clamp_min(1)
 
     # a model that is to be sharded may be too large for one device, so it is read where it is

@@ -43,6 +43,7 @@ from lora_lightning.storage.state import adapter_keys
 from lora_lightning.training.assembly import NAME, Assembly
 from lora_lightning.training.linear_baseline import LinearBaseline
 from lora_lightning.training.packing_check import PackingCheck
+from lora_lightning.training.reference import ReferenceValues
 from lora_lightning.training.start import find_start
 
 
@@ -54,8 +55,8 @@ class AdapterModule(LightningModule):
             `random:MODEL_TYPE` (of transformers) for a model that knows nothing yet; data.tokenizer is then needed.
         method: the adapter method and its settings; null takes those of `adapter`.
         task: "sequence-classification", "multi-label-classification", "token-classification", "regression",
-            "image-classification", "causal-lm", "seq2seq-lm", "masked-lm", "sentence-embedding" or
-            "sentence-similarity".
+            "image-classification", "causal-lm", "seq2seq-lm", "masked-lm", "preference", "reward",
+            "sentence-embedding" or "sentence-similarity".
         targets: "all-linear", a scope ("attention", "mixer", "mlp", "experts", "vision", "vision.mlp", ...), a list of
             name suffixes and scopes, or one regular expression. Of a vision-language model, a scope without a tower
             means the language tower. Null takes "all-linear", or the layers of `adapter`.
@@ -217,6 +218,7 @@ class AdapterModule(LightningModule):
             TrainingGuard(stop_unreached=True),
             LinearBaseline(self.linear_baseline),
             PackingCheck(),
+            ReferenceValues(),
             ExactResume(),
         ]
         given = self.trainer.callbacks  # type: ignore[attr-defined]
@@ -269,9 +271,12 @@ class AdapterModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, scaled so that Lightning's mean over the window is the mean over its tokens."""
-        loss = self.task.loss(self.task.logits(self.model, batch), batch)
+        logits = self.task.logits(self.model, batch)
+        loss = self.task.loss(logits, batch)
         mean = loss.total / loss.count.clamp_min(1)
         self.log("train_loss", mean.detach(), prog_bar=True, batch_size=int(loss.count))
+        for name, value in self.task.step_metrics(logits.detach(), batch).items():
+            self.log(f"train_{name}", value, batch_size=int(loss.count))
         if self.task.per_token:
             mean = loss.total * self._window_scale(batch, loss.count)
         penalty = self.method.penalty(self.adapters())

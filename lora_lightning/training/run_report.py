@@ -231,7 +231,8 @@ def _chance(trainer: Trainer, task: Any) -> float | None:
         return None
     if "validation" not in data.ready or "labels" not in data.examples("validation").column_names:
         return None
-    counts = Counter(data.examples("validation").with_format(None)["labels"])
+    labels = data.examples("validation").with_format(None)["labels"][:]
+    counts = Counter(label for label in labels if not isinstance(label, list))  # lists are of tokens
     return max(counts.values()) / counts.total() if counts else None
 
 

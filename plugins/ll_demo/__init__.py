@@ -26,6 +26,8 @@ def lora_lightning_tables() -> Mapping[str, str]:
         "python-kin": "ll_demo.kin:table",
         "python-sizes": "ll_demo.sizes:table",
         "dates": "ll_demo.dates:table",
+        "chosen-dates": "ll_demo.chosen_dates:table",
+        "chosen-docs": "ll_demo.chosen_docs:table",
         "weekdays": "ll_demo.weekdays:table",
         "shapes": "ll_demo.shapes:table",
     }

@@ -37,6 +37,16 @@ def end_id(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id)
 
 
+def end_ids(tokenizer: Any) -> list[int]:
+    """The token that ends a text: the end-of-text token, or what an encoder's tokenizer writes behind one.
+
+    Raises:
+        DataError: the tokenizer has neither.
+    """
+    behind = tokenizer("a")["input_ids"][len(start_ids(tokenizer)) + len(plain_ids(tokenizer, ["a"])[0]) :]
+    return behind if tokenizer.eos_token_id is None and behind else [end_id(tokenizer)]
+
+
 def completion_example(
     start: Sequence[int], prompt: Sequence[int], completion: Sequence[int], max_length: int
 ) -> dict[str, Any]:

@@ -45,7 +45,8 @@ class Task(ABC):
         metric: the metric of the summary.
         higher_is_better: its direction.
         has_head: whether a head is trained from scratch, so that a linear baseline makes sense.
-        per_token: whether the loss is averaged over tokens, across an accumulation window and all processes.
+        per_token: whether the loss is averaged over what it counts (tokens; pairs of a preference), across an
+            accumulation window and all processes.
         unused: names of modules that the task passes by, so that a file without their weights will do.
     """
 
@@ -81,9 +82,25 @@ class Task(ABC):
         labels = torch.zeros_like(ids if self.per_token else ids[:, 0])
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with the base model's answers, which a batch then carries as `reference`."""
+        return False
+
+    def reference(self, logits: Tensor) -> Tensor:
+        """What of the base model's logits the loss compares with, (rows, values)."""
+        raise NotImplementedError(f"{self.name} compares with nothing.")
+
+    def check_data(self, data: Any) -> None:  # noqa: B027 - most tasks know their data by `task_kinds`
+        """Raise `DataError` for a data module whose rows have another form than the task's settings need."""
+
     @abstractmethod
     def loss(self, logits: Tensor, batch: Batch) -> Loss:
         """Summed loss of a batch."""
+
+    def step_metrics(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:  # noqa: ARG002 - one question for all
+        """Numbers beside the loss that are logged for each training batch."""
+        return {}
 
     @abstractmethod
     def metrics(self, num_labels: int) -> dict[str, Metric]:

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
+
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process computes by itself: others wait for it, and would not take part."""
+    before = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(before)
+
+
+def _together() -> bool:
+    return not _alone.get() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 class _Gather(torch.autograd.Function):
@@ -30,7 +49,15 @@ def gather(mine: Tensor) -> tuple[Tensor, int]:
     Each process gets back the sum of all gradients of its own tensor. Where every process computes a loss from all
     tensors, the mean over processes therefore has the gradients of the joint loss.
     """
-    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+    if not _together():
         return mine.unsqueeze(0), 0
     every: Tensor = _Gather.apply(mine)  # type: ignore[no-untyped-call]
     return every, distributed.get_rank()
+
+
+def mean_of_all(values: Tensor) -> Tensor:
+    """The mean of all processes' values, a scalar without gradient."""
+    tally = torch.stack([values.detach().sum(), values.new_tensor(float(values.numel()))])
+    if _together():
+        distributed.all_reduce(tally)
+    return tally[0] / tally[1].clamp_min(1)

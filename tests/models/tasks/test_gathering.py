@@ -7,7 +7,7 @@ import torch
 
 from lora_lightning.models.tasks import find_task
 from lora_lightning.models.tasks.base import metrics, update_metrics
-from lora_lightning.models.tasks.gathering import gather
+from lora_lightning.models.tasks.gathering import alone, gather, mean_of_all
 
 
 def _part_of_a_batch(rank: int, folder: str, results) -> None:
@@ -16,6 +16,12 @@ def _part_of_a_batch(rank: int, folder: str, results) -> None:
     gradient, loss, metrics = _step(task, weight, sides[:, 3 * rank : 3 * rank + 3])
     torch.distributed.all_reduce(gradient)
     torch.distributed.all_reduce(loss)
+    counts = torch.arange(4.0)[: 1 + 2 * rank]  # of 0, and of 0, 1, 2
+    assert float(mean_of_all(counts)) == 0.75
+    if rank == 1:  # the other one does not take part
+        with alone():
+            assert float(mean_of_all(counts)) == 1.0
+            assert gather(counts)[0].shape == (1, 3)
     results.put((rank, gradient.div(2).tolist(), loss.div(2).item(), metrics))
     torch.distributed.destroy_process_group()
 
@@ -70,3 +76,10 @@ def test_one_process_has_its_own_tensor_with_its_gradient():
     assert (tuple(every.shape), place) == ((1, 2, 3), 0)
     every.sum().backward()
     assert torch.equal(mine.grad, torch.ones(2, 3))
+
+
+def test_the_mean_of_one_process_is_its_own_and_has_no_gradient():
+    values = torch.tensor([1.0, 2.0], requires_grad=True)
+    assert float(mean_of_all(values)) == 1.5
+    assert not mean_of_all(values).requires_grad
+    assert float(mean_of_all(torch.tensor([]))) == 0.0
