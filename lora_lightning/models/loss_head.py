@@ -16,6 +16,7 @@ gives known numbers, and whether a few tokens have the log-probabilities that th
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 from torch.utils.checkpoint import checkpoint
@@ -76,6 +78,18 @@ def set_loss_head(model: nn.Module, head: LossHead) -> None:
 def next_tokens(labels: Tensor) -> Tensor:
     """Targets of a causal model, (b, l): at each place the label of the next one, and none at the last."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def decoder_inputs(model: nn.Module, labels: Tensor) -> dict[str, Tensor]:
+    """What a decoder gets to give `labels`, (b, l), as the model itself makes it of them.
+
+    Raises:
+        UnsuitedError: the model has no such function.
+    """
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift is None:
+        raise UnsuitedError(f"{type(model).__name__} shifts labels inside its forward only")
+    return {"decoder_input_ids": shift(labels=labels)}
 
 
 def token_log_probs(model: nn.Module, inputs: Mapping[str, Any], targets: Tensor) -> Tensor:
@@ -179,7 +193,14 @@ def _selected(model: nn.Module, inputs: Mapping[str, Any], chosen: Tensor) -> Te
 
 def _states(model: nn.Module, inputs: Mapping[str, Any], chosen: Tensor) -> Tensor:
     """What the output layer gets at the chosen places, (n, width), times what the model multiplies logits by."""
-    return _through(model, inputs, lambda states: _picked(states, chosen)).squeeze(0)
+    dtype = torch.float32
+
+    def keep(states: Tensor) -> Tensor:
+        nonlocal dtype
+        dtype = states.dtype
+        return _picked(states, chosen)
+
+    return _through(model, inputs, keep).squeeze(0).to(dtype)
 
 
 # -- in chunks ---------------------------------------------------------------------------------------------------------
@@ -189,21 +210,18 @@ def _in_chunks(layer: nn.Module, states: Tensor, wanted: Tensor, reduce: str) ->
     """Cross-entropy of states (n, width) through an output layer; no more than `CHUNK` logits at a time."""
     rows = max(1, CHUNK // int(cast(Any, layer.out_features)))
     if reduce == "sum" and _fused(layer, states):
-        options = torch.nn.LinearCrossEntropyOptions(
-            batch_chunk_size=rows, chunking_method=None, acc_policy="compact", allow_retain_graph=True
-        )
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None, acc_policy="compact")
         weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
         return F.linear_cross_entropy(
             states, weight, wanted, linear_bias=bias, reduction="sum", ignore_index=IGNORED, options=options
         )
-    dtype = cast(Tensor, layer.weight).dtype
 
     def one(states: Tensor, wanted: Tensor) -> Tensor:
         return _cross_entropy(layer(states), wanted, reduce)
 
     pieces = [
         cast(Tensor, checkpoint(one, *piece, use_reentrant=False))
-        for piece in zip(states.to(dtype).split(rows), wanted.split(rows), strict=True)
+        for piece in zip(states.split(rows), wanted.split(rows), strict=True)
     ]
     return torch.cat(pieces) if reduce == "none" else torch.stack(pieces).sum()
 
@@ -213,9 +231,12 @@ def _fused(layer: nn.Module, states: Tensor) -> bool:
 
     In half precision it would round the sum; autocast does not reach into it.
     """
+    weight = layer._parameters.get("weight")
     return (
         type(layer).forward is nn.Linear.forward
-        and states.dtype == layer.weight.dtype
+        and weight is not None
+        and type(weight.data) is Tensor
+        and states.dtype == weight.dtype
         and states.dtype in (torch.float32, torch.float64)
         and not torch.is_autocast_enabled(states.device.type)
     )
@@ -242,7 +263,8 @@ def choose(model: nn.Module) -> LossHead:
                 except UnsuitedError as error:
                     reasons.append(str(error))
                 except Exception as error:  # whatever a model does with what it does not expect
-                    reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())[:100]}")
+                    what = " ".join(str(error).split())[:100]
+                    reasons.append(f"its forward does not take this: {type(error).__name__}: {what}")
         return LossHead("plain", "; ".join(dict.fromkeys(reasons)))
     finally:
         for module, mode in modes.items():
@@ -257,10 +279,11 @@ def _check_chunks(model: nn.Module) -> None:
     layer = _output_layer(model)
     if layer._forward_hooks or layer._forward_pre_hooks:
         raise UnsuitedError("its output layer has hooks")
+    if any(isinstance(module, FSDPModule) for module in layer.modules()):
+        raise UnsuitedError("its output layer has shards of its own, which are gathered inside the model's forward")
     _check_scaled(model)
     _check_equal(model, "chunks")
-    weight = cast(Tensor, layer.weight)
-    if isinstance(weight, DTensor) or weight.dim() != 2:
+    if any(isinstance(parameter, DTensor) for parameter in layer.parameters()):
         raise UnsuitedError("its output layer is whole inside the model's forward only")
 
 
@@ -291,7 +314,11 @@ def _check_equal(model: nn.Module, way: Way) -> None:
     """Raise `UnsuitedError` unless a few tokens have the log-probabilities that they have the plain way."""
     inputs, targets = _sample(model)
     chosen, wanted = _chosen(targets)
-    plain, found = (_by(each, model, inputs, chosen, wanted, "none") for each in ("plain", way))
+    whole = dict(inputs)
+    if whole.pop("decoder_input_ids", None) is not None:
+        whole["labels"] = targets
+    plain = _by("plain", model, whole, chosen, wanted, "none")
+    found = _by(way, model, inputs, chosen, wanted, "none")
     size = min(p.element_size() for p in model.parameters() if p.is_floating_point())
     far = float(((found - plain).abs() / plain.abs().clamp_min(1)).max())
     if not far <= _TOLERANCE.get(size, 0.1):
@@ -300,12 +327,14 @@ def _check_equal(model: nn.Module, way: Way) -> None:
 
 def _sample(model: nn.Module) -> tuple[dict[str, Any], Tensor]:
     """Inputs of two rows of eight tokens, and targets for half of their places."""
-    config: Any = model.config
-    rows = min(layer.num_embeddings for layer in model.modules() if isinstance(layer, nn.Embedding))
+    hf_model: Any = model
+    rows = getattr(hf_model.get_input_embeddings(), "num_embeddings", 19)
     ids = (torch.arange(3, 19, device=next(model.parameters()).device) % rows).view(2, 8)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids
+    if "use_cache" in inspect.signature(hf_model.forward).parameters:
+        inputs["use_cache"] = False
     targets = ids.flip(1).clone()
     targets[:, ::2] = IGNORED
+    if hf_model.config.is_encoder_decoder:
+        inputs |= decoder_inputs(model, targets)
     return inputs, targets

@@ -44,7 +44,7 @@ def calibration(method: Method, task: Task, trainer: Trainer | None) -> Probe | 
         )
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        summed = task.loss(task.logits(model, batch), batch)
+        summed = task.loss_of(model, batch)
         return summed.total / summed.count.clamp_min(1)
 
     # a model that is to be sharded may be too large for one device, so it is read where it is

@@ -18,8 +18,8 @@ from lora_lightning.adapters.precision import kept
 from lora_lightning.callbacks.cascade import Cascade
 from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.resume import ExactResume
-from lora_lightning.callbacks.step_counting import total_steps
-from lora_lightning.distributed import fail_together
+from lora_lightning.callbacks.step_counting import outside_step, total_steps
+from lora_lightning.distributed import fail_together, reshard
 from lora_lightning.errors import DataError, LoraLightningError, ModelError, ResumeError, SettingsError
 from lora_lightning.injection.heads import waiting_heads
 from lora_lightning.injection.inject import ignore_adapter_buffers
@@ -27,10 +27,11 @@ from lora_lightning.injection.records import adapters_named, check_unmerged
 from lora_lightning.injection.report import InjectionReport
 from lora_lightning.methods import Method
 from lora_lightning.models.anatomy import survey
+from lora_lightning.models.loss_head import LossHead, choose, loss_head, set_loss_head
 from lora_lightning.models.quantized_loading import Quantization
 from lora_lightning.models.random import is_random
 from lora_lightning.models.tasks import find_task
-from lora_lightning.models.tasks.base import Batch, PredictContext, metrics, update_metrics, update_text_metrics
+from lora_lightning.models.tasks.base import Batch, PredictContext, measure, metrics, update_text_metrics
 from lora_lightning.optim.groups import build_optimizer
 from lora_lightning.optim.warmup import WarmUp
 from lora_lightning.registry import arguments
@@ -75,6 +76,8 @@ class AdapterModule(LightningModule):
         task_settings: settings of the task, such as `{temperature: 0.02}` of "sentence-embedding".
         random_config: settings of a `random:` model, such as `{hidden_size: 64}`; the vocabulary's size and the marks
             around a text follow from the tokenizer. Its weights are drawn from `seed`.
+        loss_head: "auto" computes a language model's loss without logits of tokens that carry no label, in chunks where
+            its output layer allows it; "plain" computes all logits.
         quantization: quantize the linear layers of the backbone while loading: "nf4" (4 bits), "nf4-double" (4 bits,
             scales quantized too), "int8" or "torchao-int8" (8 bits). What trains stays in float32. A checkpoint that
             is quantized already needs null.
@@ -103,6 +106,7 @@ class AdapterModule(LightningModule):
         task_settings: dict[str, Any] | None = None,
         random_config: dict[str, Any] | None = None,
         quantization: Quantization | None = None,
+        loss_head: Literal["auto", "plain"] = "auto",
     ) -> None:
         super().__init__()
         self.pretrained, self.method, self.task = pretrained, method, find_task(task, task_settings)
@@ -112,6 +116,7 @@ class AdapterModule(LightningModule):
         self.half_adapters = half_adapters
         self.linear_baseline, self.max_new_tokens, self.seed = linear_baseline, max_new_tokens, seed
         self.random_config, self.quantization = random_config or {}, quantization
+        self.loss_head = loss_head
         if random_config and not is_random(pretrained):
             raise SettingsError(
                 f'model.random_config is {random_config}, but model.pretrained is "{pretrained}"; it belongs to '
@@ -158,6 +163,8 @@ class AdapterModule(LightningModule):
         assembly = self.assembly()
         with fail_together():
             net = assembly.load(load, seed)
+        if self.loss_head == "plain":
+            set_loss_head(net, LossHead("plain", 'model.loss_head is "plain"'))
         with fail_together():  # a plan is asked of the first process, so all must have come this far
             self.injection = assembly.adapt(net, seed)
         self.net = net
@@ -242,12 +249,20 @@ class AdapterModule(LightningModule):
     # -- steps ---------------------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Train mode for the whole model: Hugging Face models arrive in eval mode, and Lightning leaves them there."""
+        """Train mode for the whole model: Hugging Face models arrive in eval mode, and Lightning leaves them there.
+
+        The way that losses are computed is chosen here, where adapters and shards are in place.
+        """
         self.train()
+        if self.task.by_loss_head:
+            if self.loss_head == "auto":
+                set_loss_head(self.model, outside_step(self.trainer, lambda: choose(self.model)))
+                reshard(self.model)
+            self.print(f"loss head: {loss_head(self.model)}")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, scaled so that Lightning's mean over the window is the mean over its tokens."""
-        loss = self.task.loss(self.task.logits(self.model, batch), batch)
+        loss = self.task.loss_of(self.model, batch)
         mean = loss.total / loss.count.clamp_min(1)
         self.log("train_loss", mean.detach(), prog_bar=True, batch_size=int(loss.count))
         if self.task.per_token:
@@ -278,8 +293,7 @@ class AdapterModule(LightningModule):
         return self.stage_metrics[stage]
 
     def _update_metrics(self, stage: str, batch: Batch) -> None:
-        logits = self.task.logits(self.model, batch)
-        update_metrics(self.task, self._metrics(stage), logits, batch)
+        measure(self.task, self._metrics(stage), self.model, batch)
         update_text_metrics(self.task, self._metrics(stage), self.model, batch, self.predict_context())
 
     def _log_metrics(self, stage: str) -> None:
