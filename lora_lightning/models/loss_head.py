@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from lora_lightning.models.heads import output_embeddings
@@ -232,7 +234,7 @@ def _fused(layer: nn.Module, states: Tensor) -> bool:
     return (
         type(layer).forward is nn.Linear.forward
         and weight is not None
-        and type(weight.data) is Tensor
+        and not is_traceable_wrapper_subclass(weight)
         and states.dtype == weight.dtype
         and states.dtype in (torch.float32, torch.float64)
         and not torch.is_autocast_enabled(states.device.type)
@@ -268,6 +270,53 @@ def choose(model: nn.Module) -> LossHead:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def choose_without_values(model: nn.Module) -> LossHead:
+    """What `choose` would find, for a model of fake tensors: by the operations between output layer and logits.
+
+    Products with a number, casts and views leave logits multiples of what the output layer gives.
+    """
+    if output_embeddings(model) is None:
+        return LossHead("plain", f"{type(model).__name__} does not say which its output layer is")
+    try:
+        with torch.no_grad():
+            inputs, targets = _sample(model)
+            _selected(model, inputs, torch.ones_like(targets, dtype=torch.bool))
+            tail = _Tail()
+            size = int(cast(Any, _output_layer(model).out_features))
+            with tail:
+                found = _through(model, inputs, lambda states: tail.begin(states.new_zeros(*states.shape[:-1], size)))
+            return LossHead("chunks" if tail.scales and found.shape[-1] == size else "labelled")
+    except Exception as error:  # whatever a model does with what it does not expect
+        return LossHead("plain", f"{type(error).__name__}: {' '.join(str(error).split())[:100]}")
+
+
+class _Tail(TorchDispatchMode):
+    """Notes whether what comes of a tensor are multiples of it."""
+
+    _SCALING = frozenset({"_to_copy", "view", "_unsafe_view", "alias", "detach", "slice", "clone", "neg", "mul", "div"})
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.scales = True
+        self._come: dict[int, Tensor] = {}
+
+    def begin(self, tensor: Tensor) -> Tensor:
+        """The tensor, from which on operations are noted."""
+        self._come[id(tensor)] = tensor
+        return tensor
+
+    def __torch_dispatch__(  # type: ignore[no-untyped-def]
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ):
+        """Run the operation; note one that reads the tensor, or what came of it."""
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if any(id(tensor) in self._come for tensor in tensors):
+            self.scales &= len(tensors) == 1 and func.overloadpacket.__name__ in self._SCALING
+            self._come |= {id(leaf): leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
+        return result
 
 
 def _check_labelled(model: nn.Module) -> None:

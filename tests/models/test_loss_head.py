@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 
 import pytest
@@ -13,12 +14,14 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 import lora_lightning as ll
 from ll_lora import LoRA
+from lora_lightning.cli.preflight.trace import without_values
 from lora_lightning.models import loss_head as module
 from lora_lightning.models.loss_head import (
     IGNORED,
     LossHead,
     UnsuitedError,
     choose,
+    choose_without_values,
     decoder_inputs,
     loss_head,
     next_tokens,
@@ -301,6 +304,8 @@ def check_class(found):
     ids = torch.randint(3, 40, (2, 8), generator=torch.Generator().manual_seed(3))
     inputs, labels = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids.flip(0).clone()
     labels[:, :3] = IGNORED
+    if "use_cache" in inspect.signature(net.forward).parameters:
+        inputs["use_cache"] = False
     head = choose(net)
     set_loss_head(net, head)
     whole = inputs | {"labels": labels} if net.config.is_encoder_decoder else inputs
@@ -316,6 +321,12 @@ def check_class(found):
     with torch.no_grad():
         loss = summed_loss(net, whole, labels)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    with without_values() as meter:
+        meter.answer = False
+        skeleton = found.build()
+        meter.answer = True
+        skeleton.config.decoder_start_token_id = net.config.to_dict().get("decoder_start_token_id")
+        assert choose_without_values(skeleton).way == head.way
     return head.way
 
 
