@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, Literal, Self, cast
 
 from lightning.pytorch import LightningModule
@@ -27,6 +28,7 @@ from lora_lightning.injection.records import adapters_named, check_unmerged
 from lora_lightning.injection.report import InjectionReport
 from lora_lightning.methods import Method
 from lora_lightning.models.anatomy import survey
+from lora_lightning.models.attention import Attention
 from lora_lightning.models.loss_head import LossHead, choose, loss_head, set_loss_head
 from lora_lightning.models.quantized_loading import Quantization
 from lora_lightning.models.random import is_random
@@ -41,6 +43,7 @@ from lora_lightning.storage.folded import make_room_for_folded
 from lora_lightning.storage.resume_check import check_fits, check_same
 from lora_lightning.storage.state import adapter_keys
 from lora_lightning.training.assembly import NAME, Assembly
+from lora_lightning.training.compilation import compiled
 from lora_lightning.training.linear_baseline import LinearBaseline
 from lora_lightning.training.packing_check import PackingCheck
 
@@ -78,6 +81,9 @@ class AdapterModule(LightningModule):
             around a text follow from the tokenizer. Its weights are drawn from `seed`.
         loss_head: "auto" computes a language model's loss without logits of tokens that carry no label, in chunks where
             its output layer allows it; "plain" computes all logits.
+        attention: kernel of attention: "sdpa", "flash_attention_2", "flex_attention" or "eager"; null takes
+            transformers' choice.
+        compile: "blocks" compiles each of the model's repeated blocks for the time of a fit; "off" does not.
         quantization: quantize the linear layers of the backbone while loading: "nf4" (4 bits), "nf4-double" (4 bits,
             scales quantized too), "int8" or "torchao-int8" (8 bits). What trains stays in float32. A checkpoint that
             is quantized already needs null.
@@ -107,6 +113,8 @@ class AdapterModule(LightningModule):
         random_config: dict[str, Any] | None = None,
         quantization: Quantization | None = None,
         loss_head: Literal["auto", "plain"] = "auto",
+        attention: Attention | None = None,
+        compile: Literal["off", "blocks"] = "off",
     ) -> None:
         super().__init__()
         self.pretrained, self.method, self.task = pretrained, method, find_task(task, task_settings)
@@ -116,7 +124,8 @@ class AdapterModule(LightningModule):
         self.half_adapters = half_adapters
         self.linear_baseline, self.max_new_tokens, self.seed = linear_baseline, max_new_tokens, seed
         self.random_config, self.quantization = random_config or {}, quantization
-        self.loss_head = loss_head
+        self.loss_head, self.attention, self.compiling = loss_head, attention, compile
+        self._compiled = ExitStack()
         if random_config and not is_random(pretrained):
             raise SettingsError(
                 f'model.random_config is {random_config}, but model.pretrained is "{pretrained}"; it belongs to '
@@ -154,6 +163,7 @@ class AdapterModule(LightningModule):
             gradient_checkpointing=self.gradient_checkpointing,
             random_config=self.random_config,
             quantization=self.quantization,
+            attention=self.attention,
             trainer=self._trainer,
         )
 
@@ -259,6 +269,12 @@ class AdapterModule(LightningModule):
                 set_loss_head(self.model, outside_step(self.trainer, lambda: choose(self.model)))
                 reshard(self.model)
             self.print(f"loss head: {loss_head(self.model)}")
+        if self.compiling == "blocks":
+            self._compiled.enter_context(compiled(self.model))
+
+    def teardown(self, stage: str) -> None:
+        """Leave the model as it was before a fit."""
+        self._compiled.close()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, scaled so that Lightning's mean over the window is the mean over its tokens."""
