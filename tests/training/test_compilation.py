@@ -17,6 +17,7 @@ from lora_lightning.training.assembly import enable_checkpointing
 from lora_lightning.training.compilation import compiled
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's own, of parts that it imports to compile
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # likewise
 ]
@@ -82,7 +83,6 @@ def test_recomputed_activations(name):
     check(net, find_task("causal-lm"), name)
 
 
-@pytest.mark.slow
 def test_with_inductor():
     net = tiny_decoder().train()
     ll.inject(net, plugins.method("LoRA")(), seed=0)
