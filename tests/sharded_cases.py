@@ -144,6 +144,13 @@ CASES: dict[str, Case] = {
         trainer={"gradient_clip_val": 0.05},
     ),
     "LoRA, decoder, checkpointed": Case(LoRA(rank=3), model="decoder", module={"gradient_checkpointing": True}),
+    "LoRA, decoder, output layer adapted": Case(
+        LoRA(rank=3), model="decoder", module={"targets": ["q_proj", "lm_head"]}, trainer={"accumulate_grad_batches": 2}
+    ),
+    "LoRA, decoder, output layer trained in full": Case(
+        LoRA(rank=3), adamw, model="decoder", module={"also_train": ["embed_tokens"], "dtype": "float32"}
+    ),
+    "LoRA, decoder, packed": Case(LoRA(rank=3), model="decoder", data={"packing": True, "max_length": 64}),
     "DoRA": Case(DoRA(rank=3), callbacks=lambda: [WeightDecomposition(at=[2])], reads_base=True),
     "DoRA, full gradient": Case(DoRA(rank=3, detach_norm=False), module={"targets": "all-linear"}),
     "DoRA, magnitude": Case(DoRA(mode="magnitude"), model="decoder"),

@@ -13,6 +13,7 @@ from torch import nn
 
 from lora_lightning.errors import ModelError
 from lora_lightning.models.anatomy import survey
+from lora_lightning.models.attention import Attention
 from lora_lightning.models.meta import expect_values
 from lora_lightning.models.paths import inside, within
 from lora_lightning.models.pretrained import resolve
@@ -31,6 +32,7 @@ def load_model(
     label_names: Sequence[str] = (),
     also_train: Sequence[str] = (),
     quantize: Loading | None = None,
+    attention: Attention | None = None,
 ) -> nn.Module:
     """The pretrained model with the task's head.
 
@@ -42,6 +44,7 @@ def load_model(
         label_names: names of the classes, kept in the model's configuration.
         also_train: names of parameters that will train in full, and so may start at random.
         quantize: how linear layers of the backbone are quantized, or are already; None for a plain model.
+        attention: kernel of attention; None for transformers' choice.
 
     Raises:
         ModelError: missing folder or weights, a model class without such a head, backbone weights the files lack, or
@@ -50,7 +53,7 @@ def load_model(
     source = resolve(pretrained)
     options = _options(task, num_labels, label_names)
     if is_random(pretrained):
-        return _from_config(pretrained, task, config_of(pretrained, **options), dtype)
+        return _from_config(pretrained, task, config_of(pretrained, **options), dtype, attention)
     if quantize is not None:
         options |= _quantized(source, task, options, quantize, also_train)
     try:
@@ -63,6 +66,7 @@ def load_model(
                 use_safetensors=True,
                 trust_remote_code=False,
                 ignore_mismatched_sizes=True,
+                **_kernel(attention),
                 **options,
             )
     except OSError as error:
@@ -155,6 +159,7 @@ def load_skeleton(
     label_names: Sequence[str] = (),
     also_train: Sequence[str] = (),  # noqa: ARG001 - an argument of `load_model`
     quantize: Loading | None = None,
+    attention: Attention | None = None,
 ) -> nn.Module:
     """As `load_model`, but from the configuration alone: weights start at random, and files of weights are not read.
 
@@ -177,16 +182,21 @@ def load_skeleton(
         except ValueError as error:
             _refuse_class(error, pretrained, task)
             raise
-    return _from_config(pretrained, task, config, dtype)
+    return _from_config(pretrained, task, config, dtype, attention)
 
 
-def _from_config(name: str, task: Task, config: Any, dtype: Dtype) -> nn.Module:
+def _kernel(attention: Attention | None) -> dict[str, Any]:
+    return {"attn_implementation": attention} if attention else {}
+
+
+def _from_config(name: str, task: Task, config: Any, dtype: Dtype, attention: Attention | None) -> nn.Module:
     if dtype == "auto":
         dtype = config.dtype
 
     def make() -> nn.Module:
         cls: Any = getattr(transformers, task.auto_class)
-        return cast(nn.Module, cls.from_config(config, dtype=dtype or torch.float32, trust_remote_code=False))
+        options = {"dtype": dtype or torch.float32, "trust_remote_code": False, **_kernel(attention)}
+        return cast(nn.Module, cls.from_config(config, **options))
 
     try:
         model = build_random(name, make) if is_random(name) else make().eval()

@@ -21,7 +21,8 @@ from lora_lightning.injection.gates import recomputation
 from lora_lightning.injection.inject import inject, lower_adapters
 from lora_lightning.injection.report import InjectionReport
 from lora_lightning.methods import Method
-from lora_lightning.models.loading import checkpoint_format, load_model, load_without_values
+from lora_lightning.models.attention import Attention, check_attention
+from lora_lightning.models.loading import checkpoint_format, load_model, load_skeleton, load_without_values
 from lora_lightning.models.new_tokens import add_rows_for
 from lora_lightning.models.quantized_loading import Loading, Quantization, check_format, loading
 from lora_lightning.models.random import full_name, is_random, tokenizer_settings
@@ -57,6 +58,7 @@ class Assembly:
     gradient_checkpointing: bool
     random_config: dict[str, Any]
     quantization: Quantization | None
+    attention: Attention | None
     trainer: Trainer | None
     start: Start | None = None
     """What `model.adapter` names."""
@@ -81,6 +83,7 @@ class Assembly:
             raise error
         quantize = self.quantizing()
         self.check_trainer()
+        self.check_attention()
         net = load(
             self.source(seed),
             self.task,
@@ -89,6 +92,7 @@ class Assembly:
             label_names=self._label_names(),
             also_train=self._may_lack_weights(),
             **({"quantize": quantize} if quantize else {}),
+            **({"attention": self.attention} if self.attention else {}),
         )
         self.check_length(net)
         self.check_vocabulary(net)
@@ -144,7 +148,11 @@ class Assembly:
     def refusals(self) -> list[LoraLightningError]:
         """Everything that `load` would refuse before it loads the model."""
         found: list[LoraLightningError] = []
-        for check_one in (self.check_data, self.quantizing, self.check_trainer, self.labels, self.frozen_dtype):
+        checks = (
+            *(self.check_data, self.quantizing, self.check_trainer, self.labels, self.frozen_dtype),
+            self.check_attention,
+        )
+        for check_one in checks:
             try:
                 check_one()
             except LoraLightningError as error:
@@ -202,6 +210,13 @@ class Assembly:
             raise SettingsError(
                 f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}; it must be at least 1."
             )
+
+    def check_attention(self) -> None:
+        """Raise `SettingsError` where the model cannot compute attention as it is told to, before weights are read."""
+        if self.attention is not None:
+            with torch.device("meta"):
+                skeleton = load_skeleton(self.source(0), self.task, self.num_labels)
+            check_attention(skeleton, self.attention)
 
     def quantizing(self) -> Loading | None:
         """How the base is quantized, after everything that could not work has been refused."""

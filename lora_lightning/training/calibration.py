@@ -46,10 +46,10 @@ def calibration(method: Method, task: Task, trainer: Trainer | None) -> Probe | 
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         with alone():  # one process asks while others wait
-            logits = task.logits(model, batch)
             if task.needs_reference:  # before there is an adapter, the model is its own
-                batch = {**batch, "reference": task.reference(logits.detach())}
-            summed = task.loss(logits, batch)
+                with torch.no_grad():
+                    batch = {**batch, "reference": task.reference(task.logits(model, batch))}
+            summed = task.loss_of(model, batch)
         return summed.total / summed.count.clamp_min(1)
 
     # a model that is to be sharded may be too large for one device, so it is read where it is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, Literal, Self, cast
 
 from lightning.pytorch import LightningModule
@@ -18,8 +19,8 @@ from lora_lightning.adapters.precision import kept
 from lora_lightning.callbacks.cascade import Cascade
 from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.resume import ExactResume
-from lora_lightning.callbacks.step_counting import total_steps
-from lora_lightning.distributed import fail_together
+from lora_lightning.callbacks.step_counting import outside_step, total_steps
+from lora_lightning.distributed import fail_together, reshard
 from lora_lightning.errors import DataError, LoraLightningError, ModelError, ResumeError, SettingsError
 from lora_lightning.injection.heads import waiting_heads
 from lora_lightning.injection.inject import ignore_adapter_buffers
@@ -27,10 +28,12 @@ from lora_lightning.injection.records import adapters_named, check_unmerged, rec
 from lora_lightning.injection.report import InjectionReport
 from lora_lightning.methods import Method
 from lora_lightning.models.anatomy import survey
+from lora_lightning.models.attention import Attention
+from lora_lightning.models.loss_head import LossHead, choose, loss_head, set_loss_head
 from lora_lightning.models.quantized_loading import Quantization
 from lora_lightning.models.random import is_random
 from lora_lightning.models.tasks import find_task
-from lora_lightning.models.tasks.base import Batch, PredictContext, metrics, update_metrics, update_text_metrics
+from lora_lightning.models.tasks.base import Batch, PredictContext, measure, metrics, update_text_metrics
 from lora_lightning.models.token_rows import Tokens
 from lora_lightning.optim.groups import build_optimizer
 from lora_lightning.optim.warmup import WarmUp
@@ -41,6 +44,7 @@ from lora_lightning.storage.folded import make_room_for_folded
 from lora_lightning.storage.resume_check import check_fits, check_same
 from lora_lightning.storage.state import adapter_keys
 from lora_lightning.training.assembly import NAME, Assembly
+from lora_lightning.training.compilation import compiled
 from lora_lightning.training.linear_baseline import LinearBaseline
 from lora_lightning.training.packing_check import PackingCheck
 from lora_lightning.training.reference import ReferenceValues
@@ -83,6 +87,11 @@ class AdapterModule(LightningModule):
         task_settings: settings of the task, such as `{temperature: 0.02}` of "sentence-embedding".
         random_config: settings of a `random:` model, such as `{hidden_size: 64}`; the vocabulary's size and the marks
             around a text follow from the tokenizer. Its weights are drawn from `seed`.
+        loss_head: "auto" computes a language model's loss without logits of tokens that carry no label, in chunks where
+            its output layer allows it; "plain" computes all logits.
+        attention: kernel of attention: "sdpa", "flash_attention_2", "flex_attention" or "eager"; null takes
+            transformers' choice.
+        compile: "blocks" compiles each of the model's repeated blocks for the time of a fit; "off" does not.
         quantization: quantize the linear layers of the backbone while loading: "nf4" (4 bits), "nf4-double" (4 bits,
             scales quantized too), "int8" or "torchao-int8" (8 bits). What trains stays in float32. A checkpoint that
             is quantized already needs null.
@@ -116,6 +125,9 @@ class AdapterModule(LightningModule):
         train_tokens: list[str | int] | dict[str, list[str | int]] | None = None,
         untie: bool = False,
         adapter: str | list[str] | None = None,
+        loss_head: Literal["auto", "plain"] = "auto",
+        attention: Attention | None = None,
+        compile: Literal["off", "blocks"] = "off",
     ) -> None:
         super().__init__()
         self.start, self.method = find_start(adapter, method)
@@ -130,6 +142,8 @@ class AdapterModule(LightningModule):
         self.random_config, self.quantization = random_config or {}, quantization
         self.train_tokens: Tokens = train_tokens or []
         self.untie = untie
+        self.loss_head, self.attention, self.compiling = loss_head, attention, compile
+        self._compiled = ExitStack()
         if random_config and not is_random(pretrained):
             raise SettingsError(
                 f'model.random_config is {random_config}, but model.pretrained is "{pretrained}"; it belongs to '
@@ -169,6 +183,7 @@ class AdapterModule(LightningModule):
             gradient_checkpointing=self.gradient_checkpointing,
             random_config=self.random_config,
             quantization=self.quantization,
+            attention=self.attention,
             trainer=self._trainer,
             start=self.start,
             said=self._said,
@@ -180,6 +195,8 @@ class AdapterModule(LightningModule):
         assembly = self.assembly()
         with fail_together():
             net = assembly.load(load, seed)
+        if self.loss_head == "plain":
+            set_loss_head(net, LossHead("plain", 'model.loss_head is "plain"'))
         with fail_together():  # a plan is asked of the first process, so all must have come this far
             self.injection = assembly.adapt(net, seed)
         self.net = net
@@ -266,16 +283,29 @@ class AdapterModule(LightningModule):
     # -- steps ---------------------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Train mode for the whole model: Hugging Face models arrive in eval mode, and Lightning leaves them there."""
+        """Train mode for the whole model: Hugging Face models arrive in eval mode, and Lightning leaves them there.
+
+        The way that losses are computed is chosen here, where adapters and shards are in place.
+        """
         self.train()
+        if self.task.by_loss_head:
+            if self.loss_head == "auto":
+                set_loss_head(self.model, outside_step(self.trainer, lambda: choose(self.model)))
+                reshard(self.model)
+            self.print(f"loss head: {loss_head(self.model)}")
+        if self.compiling == "blocks":
+            self._compiled.enter_context(compiled(self.model))
+
+    def teardown(self, stage: str) -> None:
+        """Leave the model as it was before a fit."""
+        self._compiled.close()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, scaled so that Lightning's mean over the window is the mean over its tokens."""
-        logits = self.task.logits(self.model, batch)
-        loss = self.task.loss(logits, batch)
+        loss = self.task.loss_of(self.model, batch)
         mean = loss.total / loss.count.clamp_min(1)
         self.log("train_loss", mean.detach(), prog_bar=True, batch_size=int(loss.count))
-        for name, value in self.task.step_metrics(logits.detach(), batch).items():
+        for name, value in loss.beside.items():
             self.log(f"train_{name}", value, batch_size=int(loss.count))
         if self.task.per_token:
             mean = loss.total * self._window_scale(batch, loss.count)
@@ -305,8 +335,7 @@ class AdapterModule(LightningModule):
         return self.stage_metrics[stage]
 
     def _update_metrics(self, stage: str, batch: Batch) -> None:
-        logits = self.task.logits(self.model, batch)
-        update_metrics(self.task, self._metrics(stage), logits, batch)
+        measure(self.task, self._metrics(stage), self.model, batch)
         update_text_metrics(self.task, self._metrics(stage), self.model, batch, self.predict_context())
 
     def _log_metrics(self, stage: str) -> None:

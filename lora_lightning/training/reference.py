@@ -37,7 +37,7 @@ from lora_lightning.injection.records import injected_root, records
 from lora_lightning.injection.switches import disable_adapters
 from lora_lightning.models.anatomy import survey
 from lora_lightning.models.tasks.base import Batch
-from lora_lightning.models.tasks.log_probabilities import completion_lengths
+from lora_lightning.models.tasks.completion_lengths import completion_lengths
 from lora_lightning.storage.atomic import write_atomically
 from lora_lightning.storage.fingerprint import fingerprint
 

@@ -134,6 +134,7 @@ def count(
     from lora_lightning.cli.preflight.memory import Parts
     from lora_lightning.cli.preflight.trace import largest_linear, trace_step, units, without_values
     from lora_lightning.models.loading import load_skeleton
+    from lora_lightning.models.loss_head import choose_without_values, set_loss_head
     from lora_lightning.models.meta import expect_values
     from lora_lightning.models.token_rows import as_ids
     from lora_lightning.optim.groups import build_optimizer
@@ -163,10 +164,12 @@ def count(
     with without_values() as meter:
         module.assemble(load)
         module.train()
+        if module.task.by_loss_head and module.loss_head == "auto":
+            set_loss_head(module.model, choose_without_values(module.model))
         batch = module.task.example(module.model.config, batch_size, length)
 
         def loss() -> torch.Tensor:
-            made = module.task.loss(module.task.logits(module.model, batch), batch)
+            made = module.task.loss_of(module.model, batch)
             penalty = module.method.penalty(module.adapters())
             mean = made.total / made.count.clamp_min(1)
             return mean if penalty is None else mean + penalty

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -34,6 +34,8 @@ class Loss:
 
     total: Tensor
     count: Tensor
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
+    """Further numbers that are logged for each training batch."""
 
 
 class Task(ABC):
@@ -47,6 +49,8 @@ class Task(ABC):
         has_head: whether a head is trained from scratch, so that a linear baseline makes sense.
         per_token: whether the loss is averaged over what it counts (tokens; pairs of a preference), across an
             accumulation window and all processes.
+        by_loss_head: whether the model's `loss_head` computes the loss, so that it can do without most logits.
+        reads_logits: whether metrics read logits, so that validation needs those of all tokens.
         unused: names of modules that the task passes by, so that a file without their weights will do.
     """
 
@@ -56,19 +60,29 @@ class Task(ABC):
     higher_is_better: ClassVar[bool]
     has_head: ClassVar[bool] = True
     per_token: ClassVar[bool] = False
+    by_loss_head: ClassVar[bool] = False
+    reads_logits: ClassVar[bool] = True
     unused: ClassVar[tuple[str, ...]] = ()
 
     def model_options(self, num_labels: int | None) -> dict[str, Any]:
         """Extra arguments of `from_pretrained`; none where no head is trained."""
         return {"num_labels": num_labels} if self.has_head and num_labels is not None else {}
 
-    def logits(self, model: Callable[..., Any], batch: Batch) -> Tensor:
-        """The model's logits for a batch."""
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """What the model gets of a batch."""
         inputs: dict[str, Any] = {key: batch[key] for key in MODEL_INPUTS if key in batch}
         if "position_ids" in inputs:  # with a cache, transformers takes a packed row for one text
             inputs["use_cache"] = False
-        logits: Tensor = model(**inputs).logits
+        return inputs
+
+    def logits(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+        """The model's logits for a batch."""
+        logits: Tensor = model(**self.inputs(batch)).logits
         return logits
+
+    def loss_of(self, model: nn.Module, batch: Batch) -> Loss:
+        """Summed loss of a batch, computed with the model; a language model's without the logits of other tokens."""
+        return self.loss(self.logits(model, batch), batch)
 
     def example(self, config: Any, size: int, length: int) -> dict[str, Tensor]:  # noqa: ARG002 - one question for all
         """A batch of zeros in the shapes of training: what memory is counted with.
@@ -98,10 +112,6 @@ class Task(ABC):
     def loss(self, logits: Tensor, batch: Batch) -> Loss:
         """Summed loss of a batch."""
 
-    def step_metrics(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:  # noqa: ARG002 - one question for all
-        """Numbers beside the loss that are logged for each training batch."""
-        return {}
-
     @abstractmethod
     def metrics(self, num_labels: int) -> dict[str, Metric]:
         """Fresh metrics by name; `loss` is always measured as well."""
@@ -128,9 +138,22 @@ def metrics(task: Task, model: nn.Module) -> MetricCollection:
 
 def update_metrics(task: Task, collection: MetricCollection, logits: Tensor, batch: Batch) -> None:
     """Add a batch to metrics made by `metrics`, but for texts that the model has to generate."""
-    loss = task.loss(logits, batch)
-    collection["loss"].update(loss.total / loss.count.clamp_min(1), weight=loss.count)
+    _update_loss(collection, task.loss(logits, batch))
     task.update_metrics(_own(collection), logits, batch)
+
+
+def measure(task: Task, collection: MetricCollection, model: nn.Module, batch: Batch) -> None:
+    """As `update_metrics`, with logits only where the task's metrics read them."""
+    if task.reads_logits:
+        logits = task.logits(model, batch)
+        update_metrics(task, collection.to(logits.device), logits, batch)
+    else:
+        loss = task.loss_of(model, batch)
+        _update_loss(collection.to(loss.total.device), loss)
+
+
+def _update_loss(collection: MetricCollection, loss: Loss) -> None:
+    collection["loss"].update(loss.total / loss.count.clamp_min(1), weight=loss.count)
 
 
 def update_text_metrics(
@@ -147,8 +170,7 @@ def evaluate(task: Task, model: nn.Module, batches: Iterable[Batch], context: Pr
     model.eval()
     collection = metrics(task, model)
     for batch in batches:
-        logits = task.logits(model, batch)
-        update_metrics(task, collection.to(logits.device), logits, batch)
+        measure(task, collection, model, batch)
         update_text_metrics(task, collection, model, batch, context)
     for module, mode in modes.items():
         module.training = mode

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 from torchmetrics import MeanMetric, Metric
 
 from lora_lightning.errors import DataError, check
 from lora_lightning.models.generation import before_end, continued_texts, end_ids, end_text
+from lora_lightning.models.loss_head import next_tokens, summed_loss, token_log_probs
 from lora_lightning.models.tasks.base import IGNORED, Batch, Loss, PredictContext, Task
 from lora_lightning.models.tasks.generated import add_texts, label_texts, should_generate, text_metrics
 
@@ -31,6 +32,8 @@ class CausalLM(Task):
     higher_is_better: ClassVar[bool] = False
     has_head: ClassVar[bool] = False
     per_token: ClassVar[bool] = True
+    by_loss_head: ClassVar[bool] = True
+    reads_logits: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check(self.generate_batches >= 0, self, "generate_batches", "it must be at least 0, which generates none.")
@@ -42,6 +45,11 @@ class CausalLM(Task):
             logits[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
         return Loss(total, (labels != IGNORED).sum())
+
+    def loss_of(self, model: nn.Module, batch: Batch) -> Loss:
+        """The same, by the model's loss head."""
+        targets = next_tokens(batch["labels"])
+        return Loss(summed_loss(model, self.inputs(batch), targets), (targets != IGNORED).sum())
 
     def metrics(self, num_labels: int) -> dict[str, Metric]:  # noqa: ARG002 - a language model has no labels
         """None beside the loss, unless texts are generated."""
@@ -79,10 +87,9 @@ class CausalLM(Task):
 
     def predict(self, model: Any, batch: Batch, context: PredictContext) -> list[dict[str, Any]]:
         """Mean loss of each example's labelled tokens, if any, and, where it has a prompt, the greedy continuation."""
-        labels = batch["labels"][:, 1:]
-        logits = self.logits(model, batch)[:, :-1].float()
-        losses = F.cross_entropy(logits.mT, labels, ignore_index=IGNORED, reduction="none").sum(-1)
-        counts = (labels != IGNORED).sum(-1)
+        targets = next_tokens(batch["labels"])
+        losses = -token_log_probs(model, self.inputs(batch), targets).sum(-1)
+        counts = (targets != IGNORED).sum(-1)
         rows: list[dict[str, Any]] = [
             {"loss": round(float(loss / n), 6) if n else None, "tokens": int(n)}
             for loss, n in zip(losses, counts, strict=True)

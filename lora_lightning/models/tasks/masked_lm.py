@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.text import Perplexity
 
 from lora_lightning.errors import check
+from lora_lightning.models.loss_head import summed_loss
 from lora_lightning.models.tasks.base import IGNORED, Batch, Loss, PredictContext, Task
 
 
@@ -28,6 +29,7 @@ class MaskedLM(Task):
     higher_is_better: ClassVar[bool] = True
     has_head: ClassVar[bool] = False
     per_token: ClassVar[bool] = True
+    by_loss_head: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check(self.top >= 1, self, "top", "it must be at least 1.")
@@ -36,6 +38,11 @@ class MaskedLM(Task):
         """Cross-entropy summed over hidden tokens."""
         hidden = batch["labels"] != IGNORED
         return Loss(F.cross_entropy(logits[hidden].float(), batch["labels"][hidden], reduction="sum"), hidden.sum())
+
+    def loss_of(self, model: nn.Module, batch: Batch) -> Loss:
+        """The same, by the model's loss head."""
+        labels = batch["labels"]
+        return Loss(summed_loss(model, self.inputs(batch), labels), (labels != IGNORED).sum())
 
     def metrics(self, num_labels: int) -> dict[str, Metric]:  # noqa: ARG002 - a language model has no labels
         """Fraction of hidden tokens found at first guess, and perplexity over them."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lora_lightning.errors import DataError, check, did_you_mean
+from lora_lightning.models.loss_head import next_tokens, token_log_probs
 from lora_lightning.models.tasks.base import IGNORED, MODEL_INPUTS, Batch, Loss, PredictContext, Task
 from lora_lightning.models.tasks.comparing import (
     add_rewards,
@@ -20,8 +21,8 @@ from lora_lightning.models.tasks.comparing import (
     reward_rows,
     step_rewards,
 )
+from lora_lightning.models.tasks.completion_lengths import completion_lengths
 from lora_lightning.models.tasks.gathering import mean_of_all
-from lora_lightning.models.tasks.log_probabilities import completion_lengths, completion_log_probabilities
 from lora_lightning.models.tasks.preference_losses import dpo, ipo, kto, odds_ratio, simpo
 
 
@@ -88,6 +89,7 @@ class Preference(Task):
     higher_is_better: ClassVar[bool] = True
     has_head: ClassVar[bool] = False
     per_token: ClassVar[bool] = True
+    by_loss_head: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         nearest = did_you_mean(str(self.loss_type), _KINDS)
@@ -150,11 +152,12 @@ class Preference(Task):
 
     def _log_probabilities(self, model: Callable[..., Any], batch: Batch, rows: slice) -> Tensor:
         inputs: dict[str, Any] = {key: batch[key][rows] for key in MODEL_INPUTS if key in batch}
-        logits: Tensor = model(**inputs).logits
-        found = [completion_log_probabilities(logits, batch["labels"][rows])]
-        if self.likelihood == "text":
-            found.append(completion_log_probabilities(logits, _every_token(batch)[rows]))
-        return torch.stack(found, -1)
+        labels = batch["labels"][rows]
+        whole = self.likelihood == "text"
+        targets = next_tokens(_every_token(batch)[rows] if whole else labels)
+        each = token_log_probs(cast(nn.Module, model), inputs, targets)
+        completions = each.where(next_tokens(labels) != IGNORED, 0.0).sum(-1)
+        return torch.stack([completions, each.sum(-1)] if whole else [completions], -1)
 
     def reference(self, logits: Tensor) -> Tensor:
         """Log-probabilities of completions, (rows, sides)."""
@@ -173,7 +176,8 @@ class Preference(Task):
             raise DataError(f'model.task_settings.loss_type is "{self.loss_type}"; its batches need {needs}.')
         if not self._kind.pairs:
             kl, weights = mean_of_all(scores[1]).clamp_min(0), (self.desirable_weight, self.undesirable_weight)
-            return Loss(kto(scores[0], batch["desirable"].bool(), kl, self._beta, weights).sum(), count)
+            total = kto(scores[0], batch["desirable"].bool(), kl, self._beta, weights).sum()
+            return Loss(total, count, step_rewards(*self._compared(logits, batch)))
         chosen, rejected = scores
         if self.loss_type == "orpo":
             total = odds_ratio(chosen, rejected, self._beta).sum() + self._unlikelihood(logits, batch)
@@ -184,7 +188,7 @@ class Preference(Task):
             total = ipo(chosen, rejected, self._beta).sum()
         else:
             total = dpo(chosen, rejected, self._beta, self.label_smoothing).sum()
-        return Loss(total, count)
+        return Loss(total, count, step_rewards(*self._compared(logits, batch)))
 
     def metrics(self, num_labels: int) -> dict[str, Metric]:  # noqa: ARG002 - a language model has no labels
         """Accuracy, mean rewards of chosen and of rejected (undesirable) completions, and their difference."""
@@ -193,10 +197,6 @@ class Preference(Task):
     def update_metrics(self, metrics: Mapping[str, Metric], logits: Tensor, batch: Batch) -> None:
         """Add rewards."""
         add_rewards(metrics, *self._compared(logits, batch))
-
-    def step_metrics(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Rewards of one batch."""
-        return step_rewards(*self._compared(logits, batch))
 
     def predict(self, model: Any, batch: Batch, context: PredictContext) -> list[dict[str, Any]]:  # noqa: ARG002
         """Rewards of both completions and their difference; of a single completion its reward."""

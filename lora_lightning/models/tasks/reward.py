@@ -61,7 +61,7 @@ class Reward(Task):
         """Summed over pairs."""
         chosen, rejected = logits
         losses = logistic(chosen - rejected, 0.0) + self.center * (chosen + rejected) ** 2
-        return Loss(losses.sum(), torch.tensor(len(losses)))
+        return Loss(losses.sum(), torch.tensor(len(losses)), step_rewards(*_compared(logits.detach())))
 
     def metrics(self, num_labels: int) -> dict[str, Metric]:  # noqa: ARG002 - always one output
         """Share of pairs in the right order, a tie counts half; mean rewards and their difference."""
@@ -70,10 +70,6 @@ class Reward(Task):
     def update_metrics(self, metrics: Mapping[str, Metric], logits: Tensor, batch: Batch) -> None:  # noqa: ARG002
         """Add rewards."""
         add_rewards(metrics, *_compared(logits))
-
-    def step_metrics(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:  # noqa: ARG002
-        """Rewards of one batch."""
-        return step_rewards(*_compared(logits))
 
     def predict(self, model: Any, batch: Batch, context: PredictContext) -> list[dict[str, Any]]:  # noqa: ARG002
         """Rewards of both texts and their difference; of a single text its reward."""

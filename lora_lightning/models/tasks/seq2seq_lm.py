@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 from torchmetrics import MeanMetric, Metric
 
 from lora_lightning.errors import check
-from lora_lightning.models.tasks.base import IGNORED, MODEL_INPUTS, Batch, Loss, PredictContext, Task
+from lora_lightning.models.loss_head import decoder_inputs, loss_head, summed_loss
+from lora_lightning.models.tasks.base import IGNORED, Batch, Loss, PredictContext, Task
 from lora_lightning.models.tasks.generated import add_texts, label_texts, should_generate, text_metrics
 
 
@@ -29,15 +30,23 @@ class Seq2SeqLM(Task):
     higher_is_better: ClassVar[bool] = True
     has_head: ClassVar[bool] = False
     per_token: ClassVar[bool] = True
+    by_loss_head: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check(self.generate_batches >= 0, self, "generate_batches", "it must be at least 0, which generates none.")
 
     def logits(self, model: Callable[..., Any], batch: Batch) -> Tensor:
         """Scores of each target token given the source and the target before it."""
-        inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
-        logits: Tensor = model(**inputs, labels=batch["labels"]).logits  # the model shifts them its own way
+        logits: Tensor = model(**self.inputs(batch), labels=batch["labels"]).logits  # the model shifts them its own way
         return logits
+
+    def loss_of(self, model: nn.Module, batch: Batch) -> Loss:
+        """The same as `loss`, by the model's loss head."""
+        if loss_head(model).way == "plain":
+            return self.loss(self.logits(model, batch), batch)
+        labels = batch["labels"]
+        inputs = self.inputs(batch) | decoder_inputs(model, labels)
+        return Loss(summed_loss(model, inputs, labels), (labels != IGNORED).sum())
 
     def loss(self, logits: Tensor, batch: Batch) -> Loss:
         """Cross-entropy summed over target tokens."""

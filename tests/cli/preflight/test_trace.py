@@ -19,6 +19,8 @@ from lora_lightning.cli.preflight.trace import (
     units,
     without_values,
 )
+from lora_lightning.models import loss_head
+from lora_lightning.models.loss_head import LossHead, set_loss_head
 from lora_lightning.models.tasks import find_task
 from lora_lightning.optim.groups import build_optimizer
 from lora_lightning.testing import tiny_decoder, tiny_encoder
@@ -46,37 +48,40 @@ def model(kind):
         "encoder": lambda: BertForSequenceClassification(BertConfig(vocab_size=500, **SMALL)),
         "decoder": lambda: LlamaForCausalLM(LlamaConfig(vocab_size=500, **SMALL)),
         "decoder of experts": lambda: MixtralForCausalLM(MixtralConfig(vocab_size=32, **EXPERTS)),
+        "wide decoder": lambda: LlamaForCausalLM(LlamaConfig(vocab_size=4000, **WIDE)),
         "five-block encoder": lambda: BertForSequenceClassification(BertConfig(vocab_size=32, **TINY)),
         "five-block decoder": lambda: LlamaForCausalLM(LlamaConfig(vocab_size=32, **TINY)),
     }
     return made[kind]()
 
 
-def ready(kind, method, checkpointing):
+def ready(kind, method, checkpointing, way="chunks"):
     """A model with adapters in train mode, its loss, and the batch of it."""
     net = model(kind).train()
     ll.inject(net, plugins.method(method)(rank=4), seed=0)
     if checkpointing:
         enable_checkpointing(net)
     task = find_task("causal-lm" if "decoder" in kind else "sequence-classification")
-    batch = task.example(net.config, 4, 16)
+    batch = task.example(net.config, 1 if "wide" in kind else 4, 64 if "wide" in kind else 16)
+    if task.by_loss_head:
+        set_loss_head(net, LossHead(way))
 
     def loss():
-        made = task.loss(task.logits(net, batch), batch)
+        made = task.loss_of(net, batch)
         return made.total / made.count.clamp_min(1)
 
     return net, loss, batch
 
 
-def counted(kind, method, checkpointing, autocast=None, whole=False):
+def counted(kind, method, checkpointing, autocast=None, whole=False, way="chunks"):
     with without_values(gpu=False) as meter:
-        net, loss, _ = ready(kind, method, checkpointing)
+        net, loss, _ = ready(kind, method, checkpointing, way)
         return trace_step(meter, net, loss, lambda: build_optimizer(net, None), autocast, whole)
 
 
-def measured(kind, method, checkpointing, autocast=None):
+def measured(kind, method, checkpointing, autocast=None, way="chunks"):
     """(activations, optimizer state) of the second step of a real run: bytes from the CPU allocator's events."""
-    net, loss, batch = ready(kind, method, checkpointing)
+    net, loss, batch = ready(kind, method, checkpointing, way)
     optimizer = build_optimizer(net, None)
     batch["attention_mask"][0, -3:] = 0
 
@@ -98,20 +103,30 @@ def measured(kind, method, checkpointing, autocast=None):
     return most, sum(t.numel() * t.element_size() for t in tensors)
 
 
-def check(kind, method, checkpointing, autocast=None):
+def check(kind, method, checkpointing, autocast=None, way="chunks"):
     step, (most, state) = (
-        counted(kind, method, checkpointing, autocast),
-        measured(kind, method, checkpointing, autocast),
+        counted(kind, method, checkpointing, autocast, way=way),
+        measured(kind, method, checkpointing, autocast, way=way),
     )
     # beside the tensors, kernels for bfloat16 take room to work in, and a recomputed block keeps 5 kB of random state
     print(f"counted {step.activations}, measured {most}, ratio {step.activations / most:.4f}")
-    assert step.activations == pytest.approx(most, rel=0.05 if autocast else 0.02, abs=25_000 if checkpointing else 0)
+    assert step.activations == pytest.approx(most, rel=0.05 if autocast else 0.03, abs=25_000 if checkpointing else 0)
     assert step.optimizer == state
 
 
 @pytest.mark.parametrize("kind", ["tiny encoder", "tiny decoder", "decoder of experts"])
 def test_a_step_holds_what_was_counted(kind):
     check(kind, "LoRA", checkpointing=False)
+
+
+WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16-mixed"])
+@pytest.mark.parametrize("way", ["chunks", "labelled", "plain"])
+def test_a_step_with_a_large_vocabulary_holds_what_was_counted(way, autocast, monkeypatch):
+    monkeypatch.setattr(loss_head, "CHUNK", 8 * 4000)
+    check("wide decoder", "LoRA", checkpointing=False, autocast=autocast, way=way)
 
 
 @pytest.mark.slow

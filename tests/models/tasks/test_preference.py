@@ -134,7 +134,7 @@ def test_rewards_are_measured(measured, model):
     found = measured(task, [(logits, batch)])
     assert found["margin"] == pytest.approx(float((rewards[0] - rewards[1]).mean()), rel=1e-5)
     assert found["accuracy"] == pytest.approx(float((rewards[0] > rewards[1]).double().mean()))
-    step = {name: float(value) for name, value in task.step_metrics(logits, batch).items()}
+    step = {name: float(value) for name, value in task.loss(logits, batch).beside.items()}
     assert step == pytest.approx({name: found[name] for name in step}, rel=1e-5)
     rows = task.predict(model, batch, PredictContext())
     assert [row["margin"] for row in rows] == pytest.approx((rewards[0] - rewards[1]).tolist(), abs=1e-5)

@@ -32,7 +32,7 @@ def test_the_loss_is_bradley_terrys(center, measured):
     assert int(loss.count) == 3
     found = measured(task, [(logits, batch)])
     assert (found["accuracy"], found["margin"]) == pytest.approx((0.5, (0.5 - 0.75) / 3))
-    assert task.step_metrics(logits, batch).keys() == found.keys() - {"loss"}
+    assert loss.beside.keys() == found.keys() - {"loss"}
 
 
 def test_predictions():

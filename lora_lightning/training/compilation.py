@@ -1,0 +1,48 @@
+"""Compiling the repeated blocks of a model in place, for the time of a fit.
+
+Each block is compiled by itself, so that names of modules and tensors stay, and so that what stands between blocks
+(checkpointing, sharding, gates' hooks on the model) goes on as always. Blocks of one kind share what is compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from lora_lightning.models.scopes import pretrained_models
+from lora_lightning.training.strategies.units import find_blocks
+
+BACKEND = "inductor"
+"""Of torch.compile; on the CPU it needs a C++ compiler."""
+
+
+@contextmanager
+def compiled(model: nn.Module, backend: str | None = None) -> Iterator[list[str]]:
+    """Inside, each repeated block of a model is compiled when it is first called; afterwards it computes as before.
+
+    Inside, forwards keep no keys and values of attention either: these know the number of their block, so that each
+    block would be compiled by itself.
+
+    Args:
+        model: with its adapters.
+        backend: of torch.compile; None for `BACKEND`.
+
+    Yields:
+        Paths of the blocks.
+    """
+    found = find_blocks(model)
+    configs = [part.config.get_text_config() for part in pretrained_models(dict(model.named_modules())).values()]
+    caching = [config for config in configs if getattr(config, "use_cache", None)]
+    for config in caching:
+        config.use_cache = False
+    for block in found.values():
+        block.compile(backend=backend or BACKEND)
+    try:
+        yield list(found)
+    finally:
+        for block in found.values():
+            block._compiled_call_impl = None
+        for config in caching:
+            config.use_cache = True

@@ -1,0 +1,97 @@
+"""Compiled blocks train every method as plain ones do, without graph breaks, under names that stay."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import lora_lightning as ll
+from lora_lightning import plugins
+from lora_lightning.models.tasks import find_task
+from lora_lightning.optim.groups import build_optimizer
+from lora_lightning.testing import tiny_decoder, tiny_encoder
+from lora_lightning.training.assembly import enable_checkpointing
+from lora_lightning.training.compilation import compiled
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's own, of parts that it imports to compile
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # likewise
+]
+METHODS = sorted(plugins.registry().methods)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def steps(net, task, count=5):
+    """Losses of optimizer steps on batches of two lengths."""
+    optimizer, losses = build_optimizer(net, None), []
+    for step in range(count):
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.randint(3, 32, (2, 8 + 4 * (step % 2)), generator=generator)
+        labels = ids if task.per_token else ids[:, 0] % 2
+        loss = task.loss_of(net, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+        (loss.total / loss.count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.total.detach()))
+    return losses
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method(name, kind):
+    make, task = {
+        "decoder": (tiny_decoder, find_task("causal-lm")),
+        "encoder": (tiny_encoder, find_task("sequence-classification")),
+    }[kind]
+    net = make().train()
+    ll.inject(net, plugins.method(name)(), seed=0)
+    check(net, task, name)
+
+
+def check(net, task, name, backend="aot_eager"):
+    plain = copy.deepcopy(net)
+    torch.manual_seed(0)
+    expected = steps(plain, task)
+    torch.manual_seed(0)
+    names = list(net.state_dict())
+    with compiled(net, backend) as blocks:
+        found = steps(net, task)
+        assert list(net.state_dict()) == names
+    assert blocks
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert not counters["graph_break"], dict(counters["graph_break"])
+    assert 0 < counters["stats"]["unique_graphs"] <= 4, counters["stats"]
+    assert all(module._compiled_call_impl is None for module in net.modules())
+
+
+@pytest.mark.parametrize("name", ["LoRA", "DoRA"])
+def test_recomputed_activations(name):
+    net = tiny_decoder().train()
+    ll.inject(net, plugins.method(name)(), seed=0)
+    enable_checkpointing(net)
+    check(net, find_task("causal-lm"), name)
+
+
+def test_with_inductor():
+    net = tiny_decoder().train()
+    ll.inject(net, plugins.method("LoRA")(), seed=0)
+    check(net, find_task("causal-lm"), "LoRA", "inductor")
+
+
+def test_keys_and_values_are_kept_again_afterwards():
+    net = tiny_decoder()
+    assert net.config.use_cache
+    with compiled(net, "aot_eager"):
+        assert not net.config.use_cache
+    assert net.config.use_cache
