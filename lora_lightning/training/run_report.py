@@ -21,7 +21,7 @@ from lora_lightning.callbacks.best import KeepBest
 from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.schedule import ScheduleCallback
 from lora_lightning.callbacks.sparsity import SparsitySchedule
-from lora_lightning.callbacks.step_counting import REPORTS, StepCallback, outside_step, total_steps
+from lora_lightning.callbacks.step_counting import REPORTS, StepCallback, logs_at, outside_step, total_steps
 from lora_lightning.distributed import assembled, is_sharded, local, reshard, summed
 from lora_lightning.exporters.preview import refusals
 from lora_lightning.injection.records import adapters_named, injected_root, iter_adapters, records
@@ -61,7 +61,6 @@ class RunReport(StepCallback):
         self._start = Path.cwd()
         self._before = 0.0
         self._began = 0.0
-        self._losses: list[torch.Tensor] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Record after every schedule has acted."""
@@ -90,10 +89,8 @@ class RunReport(StepCallback):
             print(f"export --format {form} will be refused: {why}")
 
     def after_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
-        """Record training numbers as often as the trainer logs; the loss as its mean since the last time."""
-        if "train_loss" in trainer.callback_metrics:
-            self._losses.append(trainer.callback_metrics["train_loss"].detach())
-        if step % trainer.log_every_n_steps == 0 or step == 1:  # type: ignore[attr-defined]
+        """Record training numbers, as the loggers get them and as often."""
+        if logs_at(trainer, step) or step == 1:
             self._record(trainer, step, validation=False)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -103,9 +100,6 @@ class RunReport(StepCallback):
 
     def _record(self, trainer: Trainer, step: int, validation: bool) -> None:
         wanted = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_") == validation}
-        if not validation and self._losses:
-            wanted["train_loss"] = float(torch.stack(self._losses).mean())
-            self._losses = []
         self.history.append({"step": step, **wanted})
         if wanted and trainer.is_global_zero and not sys.stdout.isatty():  # a log has no bar
             print(progress_line(step, total_steps(trainer), wanted), flush=True)
