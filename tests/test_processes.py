@@ -79,9 +79,9 @@ def run(folder: Path, *words: str, launcher: tuple[str, ...] = (), **environment
 
 
 def logged_losses(folder: Path) -> list[float]:
-    """Training losses in the metrics file of a run."""
-    with (folder / "metrics.csv").open() as file:
-        return [float(row["train_loss"]) for row in csv.DictReader(file) if row.get("train_loss")]
+    """Training losses in the metrics files of a run, of which a resumed one has two."""
+    rows = [row for path in sorted(folder.glob("metrics*.csv")) for row in csv.DictReader(path.open())]
+    return [float(row["train_loss"]) for row in rows if row.get("train_loss")]
 
 
 def write_config(folder: Path, batch: int, method: str = ROSE) -> Path:

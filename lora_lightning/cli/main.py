@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -23,6 +24,8 @@ TRAINING = {
     "predict": "Predict; --run DIR as above, --output FILE names the .csv or .jsonl file.",
 }
 
+DEBUG = "LORA_LIGHTNING_DEBUG"
+"""Environment variable with which an error of a plugin's verb comes with its traceback."""
 HELP = """usage: python -m lora_lightning VERB ...
 
 {verbs}
@@ -76,8 +79,24 @@ def _run(words: Sequence[str]) -> int:
         found = f'no verb "{line.verb}".' if line.verb else "the verb comes first."
         known = (*TRAINING, *LIGHT_VERBS, *commands)
         raise LoraLightningError(f"{found}{did_you_mean(line.verb or '', known)} Verbs: {', '.join(known)}.")
-    verb = imported(commands[line.verb])
-    return int(verb.run(_parse(line, verb)))
+    return _of_plugin(line, commands[line.verb])
+
+
+def _of_plugin(line: command_line.Line, module: str) -> int:
+    """The exit code of a plugin's verb, whose errors are the plugin's; `LORA_LIGHTNING_DEBUG` brings the traceback."""
+    try:
+        verb = imported(module)
+        return int(verb.run(_parse(line, verb)))
+    except (LoraLightningError, BrokenPipeError):
+        raise
+    except Exception as error:
+        if os.environ.get(DEBUG):
+            raise
+        plugin = plugins.registry().owners[str(line.verb)]
+        raise LoraLightningError(
+            f"{line.verb}: it failed in {module}, of the plugin {plugin} ({' '.join(plugins.package_of(plugin))}): "
+            f"{one_line(error)}. The environment variable {DEBUG}=1 brings the traceback."
+        ) from error
 
 
 def help_text() -> str:

@@ -40,6 +40,9 @@ _WORDS = {
 _TYPES = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "NoneType": "null",
           "list": "a list", "dict": "a mapping", "tuple": "a list"}  # fmt: skip
 
+_READ = {"{": "a mapping", "[": "a list", "True": "true", "False": "false"}
+"""What YAML has made of a text, by how Python shows it."""
+
 
 class Problem(NamedTuple):
     """One thing that is wrong."""
@@ -174,7 +177,9 @@ def _wrong_value(problem: Problem, sentences: Iterable[str]) -> str:
             name = kind.removeprefix("<class '").removesuffix("'>").rpartition(".")[2]
             kinds.append(_TYPES.get(name, name))
     rule = " or ".join(dict.fromkeys([*(f'"{choice}"' for choice in choices), *kinds]))
-    return f'{problem.key} is "{problem.value}"; it must be {rule}.{did_you_mean(problem.value, choices)}'
+    read = next((what for start, what in _READ.items() if problem.value.startswith(start)), "a number")
+    quotes = f" YAML reads it as {read}; put the text in quotes." if kinds and set(kinds) <= {"text", "null"} else ""
+    return f'{problem.key} is "{problem.value}"; it must be {rule}.{quotes}{did_you_mean(problem.value, choices)}'
 
 
 def _unknown_flags(words: Sequence[str], parser: argparse.ArgumentParser) -> str:

@@ -195,6 +195,7 @@ class RunReport(StepCallback):
             "surviving_parameters": _not_zero([*own, *_folded(root, self.name)]),
             "report": told,
             "data": facts,
+            "left_out": _left_out(trainer, facts),
             "changed": _changed(guard.changed() if guard else {}, root, self.name),
             "damping_raised": _damping(trainer),
             "adapter_dir": str(shortened(Path(adapter), self._start)),
@@ -238,6 +239,13 @@ def _data_facts(trainer: Trainer) -> dict[str, dict[str, int]]:
     """Numbers of examples, where the data module counts them; all processes take part."""
     facts: Callable[[], dict[str, dict[str, int]]] | None = getattr(getattr(trainer, "datamodule", None), "facts", None)
     return facts() if facts else {}
+
+
+def _left_out(trainer: Trainer, facts: dict[str, dict[str, int]]) -> dict[str, str]:
+    """Rows that on_error: skip left out, by kind and with the line of the first, where the data module says so."""
+    sources = getattr(getattr(trainer, "datamodule", None), "sources", None)
+    told = {split: sources.told(split) for split in facts} if sources is not None else {}
+    return {split: text for split, text in told.items() if text}
 
 
 def _damping(trainer: Trainer) -> dict[str, int]:
