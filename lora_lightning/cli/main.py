@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from lora_lightning import plugins
 from lora_lightning.cli import command_line, configs
+from lora_lightning.cli.other_tools import VERBS
 from lora_lightning.errors import LoraLightningError, did_you_mean
 from lora_lightning.plugin_code import imported
 from lora_lightning.registry import LIGHT_VERBS, one_line
@@ -78,7 +79,9 @@ def _run(words: Sequence[str]) -> int:
     if line.verb not in commands:
         found = f'no verb "{line.verb}".' if line.verb else "the verb comes first."
         known = (*TRAINING, *LIGHT_VERBS, *commands)
-        raise LoraLightningError(f"{found}{did_you_mean(line.verb or '', known)} Verbs: {', '.join(known)}.")
+        meant = VERBS.get(line.verb or "")
+        hint = f' Here it is "{meant}".' if meant else did_you_mean(line.verb or "", known)
+        raise LoraLightningError(f"{found}{hint} Verbs: {', '.join(known)}.")
     return _of_plugin(line, commands[line.verb])
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
+from jsonargparse import get_loader
 
 from lora_lightning.cli.given_settings import setting_of
 from lora_lightning.registry import arguments
@@ -51,6 +52,8 @@ def is_text(setting: str, places: Mapping[str, type[Any]]) -> bool | None:
 
 def _read(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return get_loader("yaml")(text)
+    except TypeError:  # a key without a name
+        return None
     except yaml.YAMLError:
         return text  # the parser takes it as it stands
