@@ -67,7 +67,11 @@ def test_hydra_makes_the_callbacks_of_the_page(tmp_path, monkeypatch):
     instantiate = pytest.importorskip("hydra.utils").instantiate
     monkeypatch.chdir(tmp_path)
     text = (DOCS / "lightning.md").read_text(encoding="utf-8")
-    block = next(block for block in re.findall(r"^```yaml\n(.*?)^```", text, flags=re.M | re.S) if "_target_" in block)
+    block = next(
+        block
+        for block in re.findall(r"^```{code-block} yaml\n(.*?)^```", text, flags=re.M | re.S)
+        if "_target_" in block
+    )
     callbacks = list(instantiate(yaml.safe_load(block.replace("[trunk]", "[used]"))["callbacks"]))
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     Trainer(max_steps=4, callbacks=callbacks, **options).fit(Plain(), loader())
@@ -90,7 +94,7 @@ def test_the_words_of_the_page_train_an_adapter(tmp_path):
     assert line[:2] == ["python", "project.py"]
     done = python(tmp_path, *(word.strip("'") for word in line[1:]))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "ModelSummary" in CONFIG and "Trainable params" in done.stdout + done.stderr  # the config's own stays
+    assert "Trainable params" in done.stdout + done.stderr  # the callback of the config stays
     adapter = load_file(tmp_path / "adapter" / "adapter.safetensors")
     (key,) = (key for key in adapter if key.endswith("lora_B"))
     assert adapter[key].shape == (8, 2)

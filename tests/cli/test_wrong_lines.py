@@ -131,7 +131,7 @@ LOGGED = "the run logs train_loss, val_loss, val_accuracy, val_f1, val_mcc. Did 
 WATCH = "--trainer.callbacks+"
 PLATEAU = "--model.lr_scheduler.decay plateau"
 DOCTOR = {
-    f"{PLATEAU} --model.lr_scheduler.monitor eval_loss": f'model.lr_scheduler.monitor is "eval_loss"; {LOGGED}"val_loss"?',
+    f"{PLATEAU} --model.lr_scheduler.monitor eval_loss": f'monitor is "eval_loss"; {LOGGED}"val_loss"?',
     f"{PLATEAU} --model.lr_scheduler.mode max": 'model.lr_scheduler.mode is "max", but of val_loss less is better',
     f"{WATCH} EarlyStopping --trainer.callbacks.monitor eval_loss": f'"eval_loss"; {LOGGED}"val_loss"?',
     f"{WATCH} EarlyStopping --trainer.callbacks.monitor val_accuracy": 'EarlyStopping.mode is "min", but of '
