@@ -56,12 +56,13 @@ def understood(words: Sequence[str]) -> Iterator[list[str]]:
         return
     places = PLACES | _classes_in(words)
     now = [_current_flag(word, places) for word in words]
-    tokens = _places.set(places), _texts.set(texts_in(now, places)), _files.set(_configs_in(now))
+    place, text, file = _places.set(places), _texts.set(texts_in(now, places)), _files.set(_configs_in(now))
     try:
         yield now
     finally:
-        for variable, token in zip((_places, _texts, _files), tokens, strict=True):
-            variable.reset(token)  # type: ignore[arg-type]
+        _places.reset(place)
+        _texts.reset(text)
+        _files.reset(file)
 
 
 def load(text: str) -> Any:
