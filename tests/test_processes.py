@@ -80,7 +80,9 @@ def run(folder: Path, *words: str, launcher: tuple[str, ...] = (), **environment
 
 def logged_losses(folder: Path) -> list[float]:
     """Training losses in the metrics files of a run, of which a resumed one has two."""
-    rows = [row for path in sorted(folder.glob("metrics*.csv")) for row in csv.DictReader(path.open())]
+    rows = [
+        row for path in sorted(folder.glob("metrics*.csv")) for row in csv.DictReader(path.read_text().splitlines())
+    ]
     return [float(row["train_loss"]) for row in rows if row.get("train_loss")]
 
 
