@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
+from importlib import metadata
+from importlib.metadata import EntryPoint
 from types import FrameType, ModuleType
 from typing import Any
 
@@ -208,3 +210,27 @@ def _interrupts() -> Iterator[list[int]]:
     finally:
         if signal.getsignal(signal.SIGINT) is note:  # else the plugin has set one of its own
             signal.signal(signal.SIGINT, handler)
+
+
+def entry_points(group: str) -> tuple[list[EntryPoint], dict[str, PluginError]]:
+    """What installed packages offer under a name, and the cause by package whose entry_points.txt cannot be read.
+
+    Of a package that is found twice the first counts, as for Python itself.
+    """
+    try:
+        return list(metadata.entry_points(group=group)), {}
+    except Exception:  # one package is broken: asked one by one, the others answer
+        found: list[EntryPoint] = []
+        broken: dict[str, PluginError] = {}
+        seen: set[str] = set()
+        for package in metadata.distributions():
+            name = package.name or ""
+            if name in seen:
+                continue
+            seen.add(name)
+            try:
+                found += package.entry_points.select(group=group)
+            except Exception as error:
+                why = f"its entry_points.txt cannot be read ({type(error).__name__}: {error})"
+                broken[name] = PluginError(f"{why}; install {name} again, or remove it")
+        return found, broken

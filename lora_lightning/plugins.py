@@ -21,7 +21,7 @@ import pluggy
 from lora_lightning import hookspecs
 from lora_lightning.errors import DuplicateMethodError, PluginError, did_you_mean
 from lora_lightning.methods import Method, check_names, renamed
-from lora_lightning.plugin_code import REQUIRES, check_api, explained, plugin_code
+from lora_lightning.plugin_code import REQUIRES, check_api, entry_points, explained, plugin_code
 from lora_lightning.registry import KNOWN, LIGHT_VERBS, TRAINING_VERBS, Component, Provider, Registry, one_line
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def load(blocked: Collection[str] = ()) -> Registry:
     registry = Registry()
     registry.manager.add_hookspecs(hookspecs)
     found = entries()
+    registry.failed |= unreadable_entries()
     _check_names(blocked, {entry.name for entry in found})
     for entry in found:
         if entry.name in blocked:
@@ -70,8 +71,13 @@ def load(blocked: Collection[str] = ()) -> Registry:
 
 def entries() -> list[importlib.metadata.EntryPoint]:
     """The installed plugins by name; the current folder, where `python -m` looks first, is not searched."""
-    every = importlib.metadata.entry_points(group=GROUP)
+    every, _ = entry_points(GROUP)
     return sorted((entry for entry in every if not _is_of_this_folder(entry)), key=lambda entry: entry.name)
+
+
+def unreadable_entries() -> dict[str, PluginError]:
+    """Causes by package, for those whose plugins nobody can know: their entry_points.txt cannot be read."""
+    return entry_points(GROUP)[1]
 
 
 def _is_of_this_folder(entry: importlib.metadata.EntryPoint) -> bool:
@@ -92,6 +98,7 @@ def _load(registry: Registry, entry: importlib.metadata.EntryPoint) -> None:
         tables = _named(registry, entry.name, "lora_lightning_tables", "table", registry.tables)
         _add(registry, entry, methods)
         registry.commands |= commands
+        registry.owners |= dict.fromkeys(commands, entry.name)
         registry.formats |= formats
         registry.tables |= tables
         for hook in _KINDS:
@@ -350,8 +357,7 @@ def _package(entry: importlib.metadata.EntryPoint) -> tuple[str, str]:
 
 def package_of(plugin: str) -> tuple[str, str]:
     """Name and version of the distribution that carries an installed plugin."""
-    [entry, *_] = importlib.metadata.entry_points(group=GROUP, name=plugin)
-    return _package(entry)
+    return _package(next(entry for entry in entry_points(GROUP)[0] if entry.name == plugin))
 
 
 _current: Registry | None = None

@@ -172,6 +172,8 @@ class Registry:
     """Import path of the function that makes it, "module:function", by the name of a built-in table."""
     commands: dict[str, str] = field(default_factory=dict)
     """Import path of the module by verb."""
+    owners: dict[str, str] = field(default_factory=dict)
+    """Plugin by verb."""
     formats: dict[str, str] = field(default_factory=lambda: dict(FORMATS))
     """Import path of the module that writes it, by export format; core's first."""
     slow: dict[str, tuple[str, ...]] = field(default_factory=dict)

@@ -1,3 +1,4 @@
+import builtins
 import gc
 import importlib
 import os
@@ -640,6 +641,59 @@ def test_hook_lora_lightning_commands(install, capsys):
     assert program.main(["hello", "you", "--loud"]) == 2
     assert program.main(["-p", "no:ll_hello", "hello", "you"]) == 2
     assert 'no verb "hello"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        ("raise RuntimeError('disk\\nfull')", "RuntimeError: disk full"),
+        ("raise KeyError('x')", "KeyError: 'x'"),
+        ("assert False", "AssertionError"),
+        ("import nothing_there", "ModuleNotFoundError: No module named 'nothing_there'"),
+        ("return None", "TypeError: "),
+        ("return 'done'", "ValueError: "),
+        ("raise OSError(28, 'No space left')", "OSError: [Errno 28] No space left"),
+    ],
+)
+def test_a_verb_that_raises_anything_is_one_line_with_its_plugin(install, capsys, monkeypatch, raised, told):
+    body = f'"""Say hello."""\n        def add_arguments(parser): pass\n        def run(args): {raised}'
+    install("ll_hello", answering("lora_lightning_commands", "return {'hello': 'll_hello'}", body).lstrip())
+    assert program.main(["hello"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "error: hello: it failed in ll_hello, of the plugin ll_hello (" in error
+    assert told in error
+    assert "LORA_LIGHTNING_DEBUG=1 brings the traceback" in error
+    monkeypatch.setenv("LORA_LIGHTNING_DEBUG", "1")
+    with pytest.raises(getattr(builtins, told.partition(":")[0])):
+        program.main(["hello"])
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        (b"\xff\xfe[lora", "stranger"),
+        (b"[lora_lightning]\nx\n", "stranger"),
+        (b"[other]\n\xe9 = x\n", "stranger"),
+        (b"[lora_lightning]\n= x\n", ""),
+        (b"[lora_lightning]\nx = \n", "x"),
+        (b"[lora_lightning]\nx = !!\n", "x"),
+    ],
+)
+def test_a_strangers_corrupt_entry_points_are_survived_and_named(install, tmp_path, monkeypatch, capsys, text, key):
+    """Those that Python can read no line of by the package, others by the name that they give."""
+    install("ll_mine", code("Mine"))
+    folder = tmp_path / "stranger" / "stranger-1.0.dist-info"
+    folder.mkdir(parents=True)
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_bytes(text)
+    monkeypatch.syspath_prepend(str(folder.parent))
+    registry = plugins.load()
+    assert set(registry.methods) >= OURS | {"Mine"}
+    assert ("entry_points.txt cannot be read" in str(registry.failed[key])) == (key == "stranger")
+    assert program.main(["methods"]) == 0
+    assert f"failed: {key}" in capsys.readouterr().out
+    assert plugins.package_of("ll_mine")
 
 
 HALVES = """import torch

@@ -78,6 +78,14 @@ def run(folder: Path, *words: str, launcher: tuple[str, ...] = (), **environment
     return done.stdout
 
 
+def logged_losses(folder: Path) -> list[float]:
+    """Training losses in the metrics files of a run, of which a resumed one has two."""
+    rows = [
+        row for path in sorted(folder.glob("metrics*.csv")) for row in csv.DictReader(path.read_text().splitlines())
+    ]
+    return [float(row["train_loss"]) for row in rows if row.get("train_loss")]
+
+
 def write_config(folder: Path, batch: int, method: str = ROSE) -> Path:
     encoder = encoder_folder(folder / "encoder", dropout=0.0)
     path = folder / "small.yaml"
@@ -118,7 +126,7 @@ def test_two_processes_train_what_one_does_on_the_joint_batch(tmp_path: Path, na
 
     Validation has an odd number of rows, each of which counts once.
     """
-    adapters, summaries = [], []
+    adapters, summaries, losses = [], [], []
     for folder, batch, words in ((tmp_path / "one", 4, ()), (tmp_path / "two", 2, on_two(strategy))):
         folder.mkdir()
         write_config(folder, batch, METHODS[name])
@@ -132,12 +140,18 @@ def test_two_processes_train_what_one_does_on_the_joint_batch(tmp_path: Path, na
             "--data.train",
             "even.csv",
         )
-        baseline = ("--model.linear_baseline", "false", "--model.dtype", "float64")
+        baseline = (
+            *("--model.linear_baseline", "false", "--model.dtype", "float64"),
+            *("--trainer.log_every_n_steps", "3"),
+        )
         output = run(folder, "fit", "--config", "small.yaml", *extra, *baseline, *words)
         assert output.splitlines()[-1] == "run: runs/small/001"
         done = folder / "runs" / "small" / "001"
         adapters.append(load_file(done / "adapter" / "adapter.safetensors"))
         summaries.append(json.loads((done / "summary.json").read_text()))
+        losses.append(logged_losses(done))
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6)
+    assert len(losses[0]) == 2  # after steps 3 and 6
     for values in ("untrained", "values"):
         assert summaries[1][values] == pytest.approx(summaries[0][values], abs=1e-6)
     one, two = adapters

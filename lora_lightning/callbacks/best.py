@@ -23,13 +23,19 @@ _MORE = ("accuracy", "acc", "f1", "auc", "auroc", "precision", "recall", "bleu",
          "spearman", "matthews", "mcc", "iou", "score")  # fmt: skip
 
 
-def direction(metric: str) -> Literal["max", "min"] | None:
-    """Whether more or less of a metric is better, by the words of its name; None where they do not say.
+def direction(metric: str, task: Any = None) -> Literal["max", "min"] | None:
+    """Whether more or less of a metric is better: by the task, if it is its, else by its name; None if neither says.
+
+    Args:
+        metric: name as it is logged.
+        task: of an AdapterModule, with `metric` and `higher_is_better`.
 
     Example:
         >>> direction("val_loss"), direction("val_exact_match"), direction("val_x")
         ('min', 'max', None)
     """
+    if task is not None and metric == f"val_{task.metric}":
+        return "max" if task.higher_is_better else "min"
     words = re.split(r"[^a-z0-9]+", metric.lower())
     return "min" if any(word in _LESS for word in words) else "max" if any(word in _MORE for word in words) else None
 
@@ -63,9 +69,9 @@ class KeepBest(Callback):
         order_callbacks(trainer)
         task = getattr(pl_module, "task", None)
         if self.monitor is None and task is not None:
-            self.monitor, self.mode = f"val_{task.metric}", "max" if task.higher_is_better else "min"
+            self.monitor, self.mode = f"val_{task.metric}", None
         check(self.monitor is not None, self, "monitor", "name the metric that the module logs in validation.")
-        self.mode = self.mode or direction(str(self.monitor))
+        self.mode = self.mode or direction(str(self.monitor), task)
         rule = f'"{self.monitor}" does not say whether more of it is better; set it to "max" or "min".'
         check(self.mode is not None, self, "mode", rule)
 

@@ -207,7 +207,7 @@ def _renamed_facts(saved: Mapping[str, Any], trainer: Trainer) -> dict[str, Any]
     facts = dict(saved)
     schedule = "learning-rate schedule"
     if facts.get(schedule) is not None:
-        facts[schedule] = renamed(facts[schedule], WarmUp.former_fields)
+        facts[schedule] = dataclasses.asdict(WarmUp()) | renamed(facts[schedule], WarmUp.former_fields)
     for number, optimizer in enumerate(trainer.optimizers):
         name = f"optimizer {number}"
         facts[name] = renamed(saved[name], former_names(optimizer))

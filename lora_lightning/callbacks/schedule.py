@@ -109,6 +109,10 @@ class ScheduleCallback(StepCallback):
         """Numbers to log after a step, shown in the progress bar."""
         return {}
 
+    def metric_names(self) -> Sequence[str]:
+        """Names in `metrics`, as they are asked before a run; to be written out where `metrics` needs one."""
+        return list(self.metrics())
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the adapters and resolve the schedule.
 

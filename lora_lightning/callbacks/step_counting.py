@@ -104,6 +104,12 @@ def total_passes(trainer: Trainer) -> int | None:
     return min(bounds, default=None)
 
 
+def logs_at(trainer: Trainer, step: int) -> bool:
+    """Whether the trainer logs training numbers after optimizer step `step`; with `log_every_n_steps` 0 never."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return every > 0 and step % every == 0
+
+
 def inside_window(trainer: Trainer) -> bool:
     """Whether a strategy that accumulates gradients itself, and is called for each batch, will not step with this."""
     return trainer.strategy.handles_gradient_accumulation and trainer.fit_loop.epoch_loop._should_accumulate()

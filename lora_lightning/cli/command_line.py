@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_lightning.cli import other_tools
 from lora_lightning.cli.configs import find_config, is_path
 from lora_lightning.errors import LoraLightningError, PluginError, RunFolderError, nearest
 from lora_lightning.registry import TRAINING_VERBS
@@ -142,6 +143,8 @@ def _for_parser(flag: str, value: str, verb: str | None) -> Sequence[str]:
 
 def _check_folder(flag: str, folder: Path, verb: str | None, *, needs_checkpoint: bool) -> None:
     verbs = ("fit",) if flag == "--resume" else TRAINING_VERBS[1:]
+    if meant := other_tools.VERBS.get(verb or ""):
+        raise RunFolderError(f'no verb "{verb}". Here it is "{meant}".')
     if verb not in verbs:
         other = "fit continues a run with --resume DIR" if flag == "--run" else "the others read one with --run DIR"
         raise RunFolderError(f"{flag} {folder}: only {', '.join(verbs)} takes {flag}; {other}.")

@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 
 from lora_lightning import plugins
 from lora_lightning.cli.classes import imported_class, named_classes
-from lora_lightning.cli.given_settings import given_settings, setting_of
+from lora_lightning.cli.given_settings import config_text, given_settings, setting_of
+from lora_lightning.cli.text_settings import texts_in
 from lora_lightning.methods import renamed
 from lora_lightning.optim.warmup import WarmUp
 from lora_lightning.registry import TRAINING_VERBS, arguments
@@ -36,6 +37,11 @@ PLACES: dict[str, type[Any]] = {"model": AdapterModule, "model.lr_scheduler": Wa
 MODE = "lora_lightning"
 """What jsonargparse knows `load` as."""
 
+ADVICE = '; a text that holds ": " or " #", or begins with one of [ ] { } @ % & * ! | > - or a quote, needs quotes'
+"""What is said where YAML cannot be read."""
+
+_files: ContextVar[Mapping[str, str]] = ContextVar("files", default={})  # noqa: B039 - never changed
+_texts: ContextVar[frozenset[str]] = ContextVar("texts", default=frozenset())
 _places: ContextVar[Mapping[str, type[Any]] | None] = ContextVar("places", default=None)
 
 
@@ -49,26 +55,47 @@ def understood(words: Sequence[str]) -> Iterator[list[str]]:
         yield list(words)
         return
     places = PLACES | _classes_in(words)
-    token = _places.set(places)
+    now = [_current_flag(word, places) for word in words]
+    place, text, file = _places.set(places), _texts.set(texts_in(now, places)), _files.set(_configs_in(now))
     try:
-        yield [_current_flag(word, places) for word in words]
+        yield now
     finally:
-        _places.reset(token)
+        _places.reset(place)
+        _texts.reset(text)
+        _files.reset(file)
 
 
 def load(text: str) -> Any:
-    """What YAML holds, under today's names.
+    """What YAML holds, under today's names; a flag's value for a setting that is text is that text.
 
     Raises:
         YAMLError: no YAML, or a key that stands twice, of which YAML would take the last.
     """
-    check_keys(text)
-    return current(get_loader("yaml")(text), _places.get() or PLACES)
+    if text in _texts.get():
+        return text
+    try:
+        check_keys(text)
+        found = get_loader("yaml")(text)
+    except yaml.YAMLError as error:
+        quotes = ADVICE if isinstance(error, yaml.MarkedYAMLError) else ""
+        place = _files.get().get(text, "the text given")
+        raise yaml.YAMLError(f"{' '.join(str(error).split())}{quotes}".replace('"<unicode string>"', place)) from error
+    return current(found, _places.get() or PLACES)
+
+
+def _configs_in(words: Sequence[str]) -> dict[str, str]:
+    """Names of config files by what they hold."""
+    named = [
+        word.partition("=")[2] or following
+        for word, following in zip(words, [*words[1:], ""], strict=True)
+        if word.partition("=")[0] == "--config"
+    ]
+    return {config_text(name): name for name in named}
 
 
 def check_keys(text: str) -> None:
     """Raise `YAMLError` where a mapping has a key twice."""
-    root = yaml.compose(text, Loader=yaml.SafeLoader) if ":" in text else None
+    root = yaml.compose(text, Loader=yaml.SafeLoader) if ":" in text or "?" in text else None
     waiting = [(root, "")]
     while waiting:
         node, path = waiting.pop()
@@ -78,6 +105,10 @@ def check_keys(text: str) -> None:
             continue
         lines: dict[str, int] = {}
         for key, value in node.value:
+            if key.tag.endswith(":null"):
+                raise yaml.YAMLError(
+                    f"a key in line {key.start_mark.line + 1} has no name; a text that has ? or : in quotes"
+                )
             name, line = str(key.value), key.start_mark.line + 1
             inside = f"{path}.{name}".lstrip(".")
             if name in lines and name != "<<":

@@ -23,7 +23,7 @@ def given_settings(words: Sequence[str], load: Callable[[str], Any]) -> dict[str
         flag, equals, value = word.partition("=")
         value = value if equals else following
         if flag == "--config":
-            found |= _flat(_loaded(_text(value), load))
+            found |= _flat(_loaded(config_text(value), load))
         elif flag.startswith("--"):
             found[setting_of(flag)] = _loaded(value, load)
     return found
@@ -34,7 +34,7 @@ def setting_of(flag: str) -> str:
     return flag.lstrip("-").replace(".init_args", "").removesuffix("+")
 
 
-def _text(config: str) -> str:
+def config_text(config: str) -> str:
     """What a config holds: a file, or YAML itself."""
     try:
         return Path(config).read_text(encoding="utf-8")
@@ -45,7 +45,7 @@ def _text(config: str) -> str:
 def _loaded(text: str, load: Callable[[str], Any]) -> Any:
     try:
         return load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, TypeError):  # jsonargparse's loader raises the second for a key without a name
         return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -11,6 +12,7 @@ from typing import NoReturn
 
 from lora_lightning import plugins
 from lora_lightning.cli import command_line, configs
+from lora_lightning.cli.other_tools import VERBS
 from lora_lightning.errors import LoraLightningError, did_you_mean
 from lora_lightning.plugin_code import imported
 from lora_lightning.registry import LIGHT_VERBS, one_line
@@ -23,6 +25,8 @@ TRAINING = {
     "predict": "Predict; --run DIR as above, --output FILE names the .csv or .jsonl file.",
 }
 
+DEBUG = "LORA_LIGHTNING_DEBUG"
+"""Environment variable with which an error of a plugin's verb comes with its traceback."""
 HELP = """usage: python -m lora_lightning VERB ...
 
 {verbs}
@@ -75,9 +79,27 @@ def _run(words: Sequence[str]) -> int:
     if line.verb not in commands:
         found = f'no verb "{line.verb}".' if line.verb else "the verb comes first."
         known = (*TRAINING, *LIGHT_VERBS, *commands)
-        raise LoraLightningError(f"{found}{did_you_mean(line.verb or '', known)} Verbs: {', '.join(known)}.")
-    verb = imported(commands[line.verb])
-    return int(verb.run(_parse(line, verb)))
+        meant = VERBS.get(line.verb or "")
+        hint = f' Here it is "{meant}".' if meant else did_you_mean(line.verb or "", known)
+        raise LoraLightningError(f"{found}{hint} Verbs: {', '.join(known)}.")
+    return _of_plugin(line, commands[line.verb])
+
+
+def _of_plugin(line: command_line.Line, module: str) -> int:
+    """The exit code of a plugin's verb, whose errors are the plugin's; `LORA_LIGHTNING_DEBUG` brings the traceback."""
+    try:
+        verb = imported(module)
+        return int(verb.run(_parse(line, verb)))
+    except (LoraLightningError, BrokenPipeError):
+        raise
+    except Exception as error:
+        if os.environ.get(DEBUG):
+            raise
+        plugin = plugins.registry().owners[str(line.verb)]
+        raise LoraLightningError(
+            f"{line.verb}: it failed in {module}, of the plugin {plugin} ({' '.join(plugins.package_of(plugin))}): "
+            f"{one_line(error)}. The environment variable {DEBUG}=1 brings the traceback."
+        ) from error
 
 
 def help_text() -> str:

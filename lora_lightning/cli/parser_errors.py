@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from lora_lightning import plugins
 from lora_lightning.cli import configs, other_tools
@@ -39,6 +39,9 @@ _WORDS = {
 """Sentences of the parser that say too little."""
 _TYPES = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "NoneType": "null",
           "list": "a list", "dict": "a mapping", "tuple": "a list"}  # fmt: skip
+
+_READ = {"{": "a mapping", "[": "a list", "True": "true", "False": "false"}
+"""What YAML has made of a text, by how Python shows it."""
 
 
 class Problem(NamedTuple):
@@ -102,6 +105,8 @@ def unknown_class(name: str, bases: Sequence[type]) -> str:
         return f'no method "{name}": it is {other_tools.METHODS[name.lower()]}.'
     if takes_method(bases):
         return plugins.registry().explain_unknown(name)
+    if noun(bases) == "data module" and name.lower() in other_tools.DATA:
+        return f'no data module "{name}": here it is {other_tools.DATA[name.lower()]}.'
     unusable = plugins.registry().explain_unusable(name)  # its plugin has it, and fails
     return unusable or f'no {noun(bases)} "{name}".{_advice(name, bases)}'.rstrip()
 
@@ -159,6 +164,8 @@ def _in_a_setting(problem: Problem, problems: Sequence[Problem], parser: argpars
         missing = _quoted(text).split(".")  # or what the module itself imports is missing
         near = _advice(name, bases) if problem.owner.split(".")[: len(missing)] == missing or "attr" in text else ""
         return f"{key}: cannot import {problem.owner}: {text}.{near}"
+    if text.startswith("it must be a mapping"):
+        return f"{key}: {text.rstrip('.')}.{_inside(key, problem.value or _quoted_last(text), parser)}"
     named = f"{name}: " if owner is not None and name not in text else ""
     return f"{key}: {named}{text.rstrip('.')}. {_choices(bases) if 'subclass of' in text else ''}"
 
@@ -174,7 +181,30 @@ def _wrong_value(problem: Problem, sentences: Iterable[str]) -> str:
             name = kind.removeprefix("<class '").removesuffix("'>").rpartition(".")[2]
             kinds.append(_TYPES.get(name, name))
     rule = " or ".join(dict.fromkeys([*(f'"{choice}"' for choice in choices), *kinds]))
-    return f'{problem.key} is "{problem.value}"; it must be {rule}.{did_you_mean(problem.value, choices)}'
+    read = next((what for start, what in _READ.items() if problem.value.startswith(start)), "a number")
+    textual = "text" in kinds and set(kinds) <= {"text", "null"} and not choices
+    quotes = f" YAML reads it as {read}; put the text in quotes." if textual else ""
+    return f'{problem.key} is "{problem.value}"; it must be {rule}.{quotes}{_meant_value(problem.value, choices)}'
+
+
+def _meant_value(value: str, choices: Sequence[str]) -> str:
+    meant = other_tools.VALUES.get(value)
+    return f' Here it is "{meant}".' if meant in choices else did_you_mean(value, choices)
+
+
+def _quoted_last(text: str) -> str:
+    return text.split('"')[-2] if text.count('"') > 1 else ""
+
+
+def _inside(key: str, value: str, parser: argparse.ArgumentParser) -> str:
+    """Settings in the section `key`, and the one among them that takes `value` or what it stands for."""
+    actions = {a.dest: a for a in parser._actions if a.dest.startswith(f"{key}.") and not a.dest.endswith("help")}
+    for dest, action in actions.items():
+        choices = get_args(getattr(action, "_typehint", None))
+        for choice in (value, other_tools.VALUES.get(value)):
+            if choice is not None and choice in choices:
+                return f" Did you mean {dest} {choice}?"
+    return f" It takes: {', '.join(dest.rpartition('.')[2] for dest in actions)}." if actions else ""
 
 
 def _unknown_flags(words: Sequence[str], parser: argparse.ArgumentParser) -> str:

@@ -201,13 +201,14 @@ def _no_match(anatomy: Anatomy, where: str, pattern: Targets) -> str:
     shown = f'["{pattern[0]}"]' if not isinstance(pattern, str) and len(pattern) == 1 else f"{pattern!r}"
     names = Counter(segments(path)[-1] for path in anatomy.adaptable)
     word = segments(pattern if isinstance(pattern, str) else pattern[0])[-1]
+    several = f" Several names are a list: [{', '.join(word.split(','))}]." if "," in word else ""
     close = nearest(word, names) or [name for name, _ in names.most_common(5)]
     listed = ", ".join(f'"{name}" ({names[name]} layer{"s" * (names[name] > 1)})' for name in close) or "none"
     if where == "targets":
         _refuse_parameter(anatomy, shown, pattern)
     return (
         f"{where}={shown} matched none of the {len(anatomy.adaptable)} adaptable layers of {_kind(anatomy.model)}. "
-        f"Nearest: {listed}."
+        f"Nearest: {listed}.{several}"
     )
 
 

@@ -1,4 +1,4 @@
-"""The learning-rate schedule: a linear warm-up, then linear, cosine or no decay, counted in optimizer steps."""
+"""The learning-rate schedule: a linear warm-up, then linear, cosine, no decay, or one by a metric that is watched."""
 
 from __future__ import annotations
 
@@ -34,12 +34,28 @@ class WarmUp:
 
     warmup_fraction: float = 0.06
     """Fraction of all optimizer steps over which the rate rises from near zero; 0 for none."""
-    decay: Literal["linear", "cosine", "constant"] = "linear"
-    """What follows: down to zero in a line or a half cosine, or no decay."""
+    decay: Literal["linear", "cosine", "constant", "plateau"] = "linear"
+    """What follows: down to zero in a line or a half cosine, no decay, or a smaller rate whenever `monitor` has stopped
+    getting better (torch's ReduceLROnPlateau, after each validation)."""
+    monitor: str = "val_loss"
+    """For decay "plateau": what the run logs and the rate follows. What is no validation metric counts once a log."""
+    mode: Literal["max", "min"] | None = None
+    """For decay "plateau": whether more of it is better; null takes what its name or the task says."""
+    factor: float = 0.5
+    """For decay "plateau": what the rate is multiplied with."""
+    patience: int = 3
+    """For decay "plateau": validations without a better value that are put up with."""
 
     def __post_init__(self) -> None:
         rule = "it must lie in [0, 1). Fraction of all steps spent warming up."
         check(0 <= self.warmup_fraction < 1, self, "warmup_fraction", rule)
+        check(0 < self.factor < 1, self, "factor", "it must lie between 0 and 1. The rate is multiplied with it.")
+        check(self.patience >= 0, self, "patience", "it must be at least 0. Validations without a better value.")
+        check(self.mode in ("max", "min", None), self, "mode", 'it must be "max" or "min", or null.')
+        rule = f'decay is "{self.decay}", which watches nothing; set decay to "plateau", or leave it out.'
+        for name in ("monitor", "mode", "factor", "patience"):
+            is_default = getattr(self, name) == type(self).__dataclass_fields__[name].default
+            check(is_default or self.decay == "plateau", self, name, rule)
 
     def schedule(self, optimizer: Optimizer, total_steps: int, stage_ends: StageEnds | None = None) -> LambdaLR:
         """The scheduler for a run of `total_steps` optimizer steps, to be stepped after each.
@@ -77,7 +93,7 @@ def factor(step: int, total_steps: int, warmup_steps: int, decay: str) -> float:
     """Factor on the base rate for the step after `step` completed ones; never zero before the last step is done."""
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
-    if decay == "constant":
+    if decay in ("constant", "plateau"):
         return 1.0
     done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return max(0.0, 1 - done) if decay == "linear" else 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

@@ -18,9 +18,10 @@ from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.precision import kept
 from lora_lightning.callbacks.cascade import Cascade
 from lora_lightning.callbacks.guard import TrainingGuard
+from lora_lightning.callbacks.plateau import FollowPlateau
 from lora_lightning.callbacks.resume import ExactResume
-from lora_lightning.callbacks.step_counting import outside_step, total_steps
-from lora_lightning.distributed import fail_together, reshard
+from lora_lightning.callbacks.step_counting import logs_at, outside_step, total_steps
+from lora_lightning.distributed import fail_together, gather_objects, reshard
 from lora_lightning.errors import DataError, LoraLightningError, ModelError, ResumeError, SettingsError
 from lora_lightning.injection.heads import waiting_heads
 from lora_lightning.injection.inject import ignore_adapter_buffers
@@ -33,7 +34,7 @@ from lora_lightning.models.loss_head import LossHead, choose, loss_head, set_los
 from lora_lightning.models.quantized_loading import Quantization
 from lora_lightning.models.random import is_random
 from lora_lightning.models.tasks import find_task
-from lora_lightning.models.tasks.base import Batch, PredictContext, measure, metrics, update_text_metrics
+from lora_lightning.models.tasks.base import Batch, Loss, PredictContext, measure, metrics, update_text_metrics
 from lora_lightning.models.token_rows import Tokens
 from lora_lightning.optim.groups import build_optimizer
 from lora_lightning.optim.warmup import WarmUp
@@ -49,6 +50,7 @@ from lora_lightning.training.linear_baseline import LinearBaseline
 from lora_lightning.training.packing_check import PackingCheck
 from lora_lightning.training.reference import ReferenceValues
 from lora_lightning.training.start import find_start
+from lora_lightning.training.window_mean import WindowMean
 
 
 class AdapterModule(LightningModule):
@@ -152,6 +154,12 @@ class AdapterModule(LightningModule):
         self.net: nn.Module | None = None
         self.injection: InjectionReport | None = None
         self.stage_metrics: dict[str, MetricCollection] = {}
+        self.window_mean = WindowMean()
+
+    def setup(self, stage: str) -> None:
+        """Begin with an empty window of losses."""
+        if stage == "fit":
+            self.window_mean = WindowMean()
 
     # -- building ------------------------------------------------------------------------------------------------------
 
@@ -228,10 +236,15 @@ class AdapterModule(LightningModule):
         """The adapters by layer path."""
         return adapters_named(self.model, NAME)
 
+    def settings_callbacks(self) -> list[Callback]:
+        """What the method and the schedule of the rate need."""
+        follows = [FollowPlateau(self.lr_scheduler)] if self.lr_scheduler.decay == "plateau" else []
+        return [*(self.method.callbacks() if self.method is not None else ()), *follows]
+
     def configure_callbacks(self) -> list[Callback]:
-        """The guard, checks, exact resume, and what the method needs; each yields to one given to the trainer."""
+        """The guard, checks, exact resume, and what settings need; each yields to one given to the trainer."""
         ours = [
-            *self.method.callbacks(),
+            *self.settings_callbacks(),
             TrainingGuard(stop_unreached=True),
             LinearBaseline(self.linear_baseline),
             PackingCheck(),
@@ -304,9 +317,9 @@ class AdapterModule(LightningModule):
         """Loss of one micro-batch, scaled so that Lightning's mean over the window is the mean over its tokens."""
         loss = self.task.loss_of(self.model, batch)
         mean = loss.total / loss.count.clamp_min(1)
-        self.log("train_loss", mean.detach(), prog_bar=True, batch_size=int(loss.count))
+        self._log_loss(loss)
         for name, value in loss.beside.items():
-            self.log(f"train_{name}", value, batch_size=int(loss.count))
+            self.log(f"train_{name}", value)
         if self.task.per_token:
             mean = loss.total * self._window_scale(batch, loss.count)
         penalty = self.method.penalty(self.adapters())
@@ -315,9 +328,24 @@ class AdapterModule(LightningModule):
             mean = mean + penalty
         return mean
 
+    def _log_loss(self, loss: Loss) -> None:
+        """Log at each step's end the mean since the run has last logged, the last micro-batch with it."""
+        self.window_mean.add(loss)
+        if self.trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        self.log("train_loss", self.window_mean.mean(self._over_processes), prog_bar=True)
+        if logs_at(self.trainer, self.trainer.global_step + 1):
+            self.window_mean.close()
+
+    def _over_processes(self, values: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self.trainer.world_size == 1:
+            return values
+        return cast(Tensor, self.trainer.strategy.reduce(values, reduce_op="sum"))
+
     def _window_scale(self, batch: Batch, count: Tensor) -> Tensor:
         """(batches in a window) * (processes) / (tokens of the window on all processes)."""
-        batches, processes = self.trainer.accumulate_grad_batches, self.trainer.world_size
+        batches = self.trainer.accumulate_grad_batches
         if "window_tokens" not in batch and batches > 1:
             raise DataError(
                 f"accumulate_grad_batches is {batches}, but the training loader does not say how many tokens a window "
@@ -325,9 +353,7 @@ class AdapterModule(LightningModule):
                 "as lora_lightning.data.ResumableLoader, or set it to 1."
             )
         tokens = batch.get("window_tokens", count).to(count.device)
-        if processes > 1:
-            tokens = cast(Tensor, self.trainer.strategy.reduce(tokens.clone(), reduce_op="sum"))
-        return batches * processes / tokens.clamp_min(1)
+        return batches * self.trainer.world_size / self._over_processes(tokens.clone()).clamp_min(1)
 
     def _metrics(self, stage: str) -> MetricCollection:
         if stage not in self.stage_metrics:
@@ -384,6 +410,7 @@ class AdapterModule(LightningModule):
         state = {key: value for key, value in checkpoint["state_dict"].items() if key in own}
         checkpoint["state_dict"] = state | waiting_heads(self, NAME)
         checkpoint["lora_lightning"] = describe_adapter(survey(self.model), NAME)
+        checkpoint["lora_lightning_loss"] = gather_objects(self.window_mean.state())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compare keys, shapes and the base model exactly.
@@ -395,6 +422,8 @@ class AdapterModule(LightningModule):
             raise ResumeError("the checkpoint was not written by AdapterModule: it has no adapter section.")
         check_unmerged(self.model)
         check_same(self, NAME, checkpoint["lora_lightning"])
+        if sums := checkpoint.get("lora_lightning_loss"):  # older ones have none
+            self.window_mean.load(sums, self.trainer.global_rank, self.trainer.world_size)
         make_room_for_folded(self, NAME, checkpoint["state_dict"])
         check_fits(self, NAME, checkpoint["state_dict"])
 

@@ -21,7 +21,7 @@ from lora_lightning.callbacks.best import KeepBest
 from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.schedule import ScheduleCallback
 from lora_lightning.callbacks.sparsity import SparsitySchedule
-from lora_lightning.callbacks.step_counting import REPORTS, StepCallback, outside_step, total_steps
+from lora_lightning.callbacks.step_counting import REPORTS, StepCallback, logs_at, outside_step, total_steps
 from lora_lightning.distributed import assembled, is_sharded, local, reshard, summed
 from lora_lightning.exporters.preview import refusals
 from lora_lightning.injection.records import adapters_named, injected_root, iter_adapters, records
@@ -61,7 +61,6 @@ class RunReport(StepCallback):
         self._start = Path.cwd()
         self._before = 0.0
         self._began = 0.0
-        self._losses: list[torch.Tensor] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Record after every schedule has acted."""
@@ -90,10 +89,8 @@ class RunReport(StepCallback):
             print(f"export --format {form} will be refused: {why}")
 
     def after_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
-        """Record training numbers as often as the trainer logs; the loss as its mean since the last time."""
-        if "train_loss" in trainer.callback_metrics:
-            self._losses.append(trainer.callback_metrics["train_loss"].detach())
-        if step % trainer.log_every_n_steps == 0 or step == 1:  # type: ignore[attr-defined]
+        """Record training numbers, as the loggers get them and as often."""
+        if logs_at(trainer, step) or step == 1:
             self._record(trainer, step, validation=False)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -103,9 +100,6 @@ class RunReport(StepCallback):
 
     def _record(self, trainer: Trainer, step: int, validation: bool) -> None:
         wanted = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_") == validation}
-        if not validation and self._losses:
-            wanted["train_loss"] = float(torch.stack(self._losses).mean())
-            self._losses = []
         self.history.append({"step": step, **wanted})
         if wanted and trainer.is_global_zero and not sys.stdout.isatty():  # a log has no bar
             print(progress_line(step, total_steps(trainer), wanted), flush=True)
@@ -202,6 +196,7 @@ class RunReport(StepCallback):
             "surviving_parameters": _not_zero([*own, *_folded(root, self.name)]),
             "report": told,
             "data": facts,
+            "left_out": _left_out(trainer, facts),
             "changed": _changed(guard.changed() if guard else {}, root, self.name),
             "damping_raised": _damping(trainer),
             "adapter_dir": str(shortened(Path(adapter), self._start)),
@@ -246,6 +241,13 @@ def _data_facts(trainer: Trainer) -> dict[str, dict[str, int]]:
     """Numbers of examples, where the data module counts them; all processes take part."""
     facts: Callable[[], dict[str, dict[str, int]]] | None = getattr(getattr(trainer, "datamodule", None), "facts", None)
     return facts() if facts else {}
+
+
+def _left_out(trainer: Trainer, facts: dict[str, dict[str, int]]) -> dict[str, str]:
+    """Rows that on_error: skip left out, by kind and with the line of the first, where the data module says so."""
+    sources = getattr(getattr(trainer, "datamodule", None), "sources", None)
+    told = {split: sources.told(split) for split in facts} if sources is not None else {}
+    return {split: text for split, text in told.items() if text}
 
 
 def _damping(trainer: Trainer) -> dict[str, int]:

@@ -45,9 +45,11 @@ def summary_table(summary: Mapping[str, Any]) -> Group:
     if summary["damping_raised"]:
         lines.append(f"damping     {_raised(summary['damping_raised'])}")
     for split, counts in summary.get("data", {}).items():
-        for kind, reason in (("dropped", "examples had nothing to learn"), ("skipped", "rows could not be read")):
-            if counts.get(kind):
-                lines.append(f"data        {counts[kind]:,} {split} {reason} and were left out")
+        if counts.get("dropped"):
+            lines.append(f"data        {counts['dropped']:,} {split} examples had nothing to learn and were left out")
+        if counts.get("skipped"):
+            why = summary.get("left_out", {}).get(split, "")
+            lines.append(f"data        {counts['skipped']:,} {split} rows were left out{f': {why}' if why else ''}")
     lines += [f"result      {text}" for text in verdicts(summary)]
     for one in started:
         lines.append(f"{one['role']:<12}{one['adapter']} ({one['format']}, sha256 {one['sha256'][:12]})")

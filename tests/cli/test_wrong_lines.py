@@ -38,6 +38,39 @@ FIT = {
     "--output_dir x": "Here it is trainer.default_root_dir",
     "--bf16 true": "Here it is trainer.precision (bf16-true or bf16-mixed)",
     "--seed 3": "Here it is seed_everything",
+    "--model.lr_scheduler cosine": "Did you mean model.lr_scheduler.decay cosine?",
+    "--model.lr_scheduler ReduceLROnPlateau": "Did you mean model.lr_scheduler.decay plateau?",
+    "--model.lr_scheduler step": 'this is "step". It takes: warmup_fraction, decay, monitor, mode, factor, patience',
+    "--model.lr_scheduler.decay ReduceLROnPlateau": '"constant" or "plateau". Here it is "plateau"',
+    "--model.lr_scheduler.warmup_steps 10": 'Did you mean "model.lr_scheduler.warmup_fraction"?',
+    "--model.lr_scheduler.patience 2": 'WarmUp.patience is 2; decay is "linear", which watches nothing',
+    "--lr_scheduler_type cosine": "Here it is model.lr_scheduler.decay",
+    "--warmup_steps 10": "Here it is model.lr_scheduler.warmup_fraction (of all steps)",
+    "--adapter lora": "Here it is model.method",
+    "--finetuning_type lora": "Here it is model.method",
+    "--use_dora true": "Here it is a method of its own (model.method)",
+    "--model.method.use_rslora true": "Here it is model.method.scaling_rule (alpha/sqrt(r))",
+    "--lora_target all": "Here it is model.targets",
+    "--model.targets all": 'is neither "all-linear" nor a scope',
+    "--model.targets q_proj,v_proj": "Several names are a list: [q_proj, v_proj]",
+    "--quantization_bit 4": "Here it is model.quantization (nf4 or int8)",
+    "--model.quantization 4bit": 'or null. Here it is "nf4"',
+    "--model.quantization 8": 'or null. Here it is "int8"',
+    "--trainer.precision fp16": 'or null. Here it is "16-mixed"',
+    "--model.method.bias all": 'model.method.bias is "all"; it must be true or false',
+    "--optim adamw_torch": "Here it is model.optimizer",
+    "--model.optimizer adamw_8bit": 'no optimizer "adamw_8bit". Did you mean "AdamW"?',
+    "--deepspeed ds_z3.json": "Here it is --config strategies/deepspeed",
+    "--eval_strategy steps": "Here it is trainer.val_check_interval",
+    "--report_to wandb": "Here it is trainer.logger",
+    "--trainer.logger wandb": 'no logger "wandb". Did you mean "WandbLogger"?',
+    "--early_stopping_patience 3": "Here it is trainer.callbacks (EarlyStopping, with patience)",
+    "--load_best_model_at_end true": "Here it is trainer.callbacks (KeepBest)",
+    "--data alpaca": 'no data module "alpaca": here it is Completions, with format alpaca',
+    "--data json": "here it is data.train that names a file, and data the kind of its rows",
+    "--data.path x.csv": 'LabelledText has no "path". Here it is data.train',
+    "--packing true": "Here it is data.packing (of Chat, Completions and PlainText)",
+    "--trainer.max_steps 1k": 'trainer.max_steps is "1k"; it must be a whole number',
     # misspelt
     "--model.methd LoRA": 'no setting "model.methd". Did you mean "model.method"?',
     "--model.method LoRa": 'Did you mean "LoRA"?',
@@ -96,7 +129,10 @@ FIT = {
 
 LOGGED = "the run logs train_loss, val_loss, val_accuracy, val_f1, val_mcc. Did you mean "
 WATCH = "--trainer.callbacks+"
+PLATEAU = "--model.lr_scheduler.decay plateau"
 DOCTOR = {
+    f"{PLATEAU} --model.lr_scheduler.monitor eval_loss": f'monitor is "eval_loss"; {LOGGED}"val_loss"?',
+    f"{PLATEAU} --model.lr_scheduler.mode max": 'model.lr_scheduler.mode is "max", but of val_loss less is better',
     f"{WATCH} EarlyStopping --trainer.callbacks.monitor eval_loss": f'"eval_loss"; {LOGGED}"val_loss"?',
     f"{WATCH} EarlyStopping --trainer.callbacks.monitor val_accuracy": 'EarlyStopping.mode is "min", but of '
     'val_accuracy more is better; set it to "max"',
@@ -174,6 +210,10 @@ def test_a_key_that_stands_twice_is_an_error_everywhere(here, capsys, case, verb
 @pytest.mark.parametrize(
     ("words", "text"),
     [
+        (["train", "--config", "tiny.yaml"], 'no verb "train". Here it is "fit"'),
+        (["merge", "runs/x"], 'no verb "merge". Here it is "export --format merged"'),
+        (["eval", "--run", "runs/x"], 'no verb "eval". Here it is "validate"'),
+        (["chat", "--run", "runs/x"], 'no verb "chat". Here it is "predict"'),
         (["ft"], 'no verb "ft". Did you mean "fit"?'),
         (["--config", "tiny.yaml"], "the verb comes first"),
         (["cite", "DoRAA"], 'config "DoRAA": no file and no config of that name. Did you mean'),

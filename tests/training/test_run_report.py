@@ -8,12 +8,13 @@ import json
 import pytest
 from projects import Plain, loader
 from rich.console import Console
-from toy_runs import classification, encoder_folder, labelled_data, trainer
+from toy_runs import classification, encoder_folder, labelled_data, labelled_file, trainer
 
 from ll_lora import LoRA
 from ll_rose import RoseLoRA
 from lora_lightning import load_adapter
 from lora_lightning.callbacks import InjectAdapters, TrainingGuard
+from lora_lightning.data import LabelledText
 from lora_lightning.training.run_report import RunReport
 from lora_lightning.training.summary import summary_table
 
@@ -64,7 +65,7 @@ def test_training_loss_is_recorded_as_its_mean_and_curves_survive_a_resume(encod
     trainer(tmp_path, [report], max_steps=10, log_every_n_steps=5).fit(module, datamodule=labelled_data(encoder))
     points = {point["step"]: point["train_loss"] for point in report.history if "train_loss" in point}
     assert points[1] == pytest.approx(losses[0])
-    assert points[5] == pytest.approx(sum(losses[1:5]) / 4)
+    assert points[5] == pytest.approx(sum(losses[:5]) / 5)
     assert points[10] == pytest.approx(sum(losses[5:10]) / 5)
     resumed = RunReport(tmp_path)
     resumed.load_state_dict(report.state_dict())
@@ -85,3 +86,19 @@ def test_final_values_are_those_of_the_state_that_is_written(encoder, tmp_path):
     assert "density bound" in text(summary_table(report.summary))
     small = text(summary_table(report.summary | {"report": {"dM": 0.00214, "dD": 4.25e-5, "zero_rows": 0}}))
     assert "dM 0.00214, dD 4.25e-05, zero rows 0" in small
+
+
+def test_the_summary_says_why_rows_were_left_out(encoder, tmp_path):
+    """An empty label and a row with too many fields are no rows that could not be read; their lines are the file's."""
+    file = tmp_path / "rows.csv"
+    rows = labelled_file(file).read_text().splitlines()
+    file.write_text("\n".join([*rows[:5], "w1 w2,", *rows[5:9], "w1,c0,more", *rows[9:], "w3,"]) + "\n")
+    report = RunReport(tmp_path)
+    data = LabelledText(train=str(file), validation_fraction=0.0, tokenizer=str(encoder), on_error="skip", cache=False)
+    trainer(tmp_path, [report], max_steps=2, limit_val_batches=0).fit(
+        classification(encoder, LoRA(rank=2)), datamodule=data
+    )
+    why = "2 without a label (first: rows.csv, line 6), 1 with more fields than columns (first: rows.csv, line 11)"
+    assert report.summary["left_out"] == {"train": why}
+    shown = " ".join(text(summary_table(report.summary)).split())
+    assert f"data 3 train rows were left out: {why}" in shown

@@ -54,7 +54,16 @@ def test_the_summary_tells_every_number():
     assert "facts density 0.2500" in rows
     assert "changed all 2 trained tensors, the least by 0.12 (b)" in rows
     assert "data 3 train examples had nothing to learn and were left out" in rows
-    assert not any("rows could not be read" in row or row.startswith("damping") for row in rows)
+    assert not any("rows were left out" in row or row.startswith("damping") for row in rows)
+
+
+def test_rows_that_were_left_out_are_told_by_kind():
+    why = "2 with an unknown role (first: x.jsonl, line 3), 1 no JSON object (first: x.jsonl, line 9)"
+    facts = {"train": {"dropped": 0, "skipped": 3}, "validation": {"dropped": 0, "skipped": 1}}
+    shown = " ".join(text(summary_table(summary(data=facts, left_out={"train": why}))).split())
+    assert f"data 3 train rows were left out: {why}" in shown
+    assert "data 1 validation rows were left out time" in shown
+    assert "could not be read" not in shown
 
 
 def test_the_summary_of_a_folded_layer_and_raised_damping():

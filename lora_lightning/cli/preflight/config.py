@@ -134,7 +134,7 @@ class _ConfigCheck(Description):
             module.trainer = trainer
             trainer.datamodule = data  # type: ignore[attr-defined]
         callbacks = list(trainer.callbacks) if trainer is not None else []  # type: ignore[attr-defined]
-        for one in module.method.callbacks() if module.method is not None else ():
+        for one in module.settings_callbacks():
             if not any(isinstance(other, type(one)) for other in callbacks):
                 callbacks.append(one)
         if trainer is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
@@ -11,6 +10,7 @@ from lora_lightning.callbacks.best import direction
 from lora_lightning.callbacks.schedule import ScheduleCallback
 from lora_lightning.errors import nearest
 from lora_lightning.models.tasks.base import Task
+from lora_lightning.registry import one_line
 
 
 def problems(callbacks: Sequence[Callback], task: Task, validates: bool) -> Iterator[str]:
@@ -22,10 +22,10 @@ def problems(callbacks: Sequence[Callback], task: Task, validates: bool) -> Iter
         validates: whether the run has validation data.
     """
     measured = [f"val_{name}" for name in ("loss", *task.metrics(2))] if validates else []
-    others = [name for one in callbacks if isinstance(one, ScheduleCallback) for name in _metrics(one)]
+    others, silent = _of_schedules(callbacks)
     logged = ["train_loss", *measured, "penalty", *others]
     for one in callbacks:
-        monitor, owner = getattr(one, "monitor", None), type(one).__name__
+        monitor, owner = getattr(one, "monitor", None), getattr(one, "place", type(one).__name__)
         if not isinstance(monitor, str):
             continue
         if monitor not in logged:
@@ -33,9 +33,9 @@ def problems(callbacks: Sequence[Callback], task: Task, validates: bool) -> Iter
             hint = f' Did you mean "{close[0]}"?' if close else ""
             why = "" if validates else " It has no validation data."
             shown = [name for name in logged if name != "penalty"]
-            yield f'{owner}.monitor is "{monitor}"; the run logs {", ".join(shown)}.{hint}{why}'
+            yield f'{owner}.monitor is "{monitor}"; the run logs {", ".join(shown)}.{hint}{why}{silent}'
             continue
-        right, given = _direction(monitor, task), getattr(one, "mode", None)
+        right, given = direction(monitor, task), getattr(one, "mode", None)
         if right is not None and given in ("min", "max") and given != right:
             yield f'{owner}.mode is "{given}", but of {monitor} {_WORDS[right]} is better; set it to "{right}".'
 
@@ -43,15 +43,14 @@ def problems(callbacks: Sequence[Callback], task: Task, validates: bool) -> Iter
 _WORDS = {"min": "less", "max": "more"}
 
 
-def _direction(monitor: str, task: Task) -> str | None:
-    if monitor == f"val_{task.metric}":
-        return "max" if task.higher_is_better else "min"
-    return direction(monitor)
-
-
-def _metrics(callback: Any) -> Sequence[str]:
-    """Names of what a schedule logs; those that it cannot tell before it runs are left out."""
-    try:
-        return list(callback.metrics())
-    except Exception:
-        return ["sparsity", "rank", "stage"]
+def _of_schedules(callbacks: Sequence[Callback]) -> tuple[list[str], str]:
+    """Names of what schedules log, and a sentence on those that cannot tell before they run."""
+    names, silent = [], ""
+    for one in callbacks:
+        if isinstance(one, ScheduleCallback):
+            try:
+                names += one.metric_names()
+            except Exception as error:  # a plugin's
+                owner = type(one).__name__
+                silent += f" {owner} cannot say what it logs ({one_line(error)}); its metric_names() would tell."
+    return names, silent
