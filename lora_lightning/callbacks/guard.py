@@ -126,7 +126,7 @@ class TrainingGuard(StepCallback):
         if not flags:
             return
         device = trainer.strategy.root_device
-        flags = trainer.strategy.reduce(torch.tensor(flags, device=device), reduce_op="sum").tolist()  # type: ignore[union-attr]
+        flags = trainer.strategy.reduce(torch.tensor(flags, device=device), reduce_op="sum").tolist()
         reached = {path: flag > 0 for path, flag in zip(layers, flags, strict=True)}
         lost = unreached(reached)
         if not lost:

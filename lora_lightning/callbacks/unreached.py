@@ -36,7 +36,8 @@ def exclude_for(lost: Collection[str], kept: Iterable[str]) -> list[str]:
         lost: paths of layers.
         kept: paths of other layers.
     """
-    found, left, others = [], list(lost), list(kept)
+    found: list[str] = []
+    left, others = list(lost), list(kept)
     while left:
         fitting = [run for run in _runs(left) if not any(within(run, path) for path in others)]
         if not fitting:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ import datasets
 from lora_lightning.data.batches.streaming import Encoder
 from lora_lightning.data.causal_text import CausalText
 from lora_lightning.data.chats import options
-from lora_lightning.data.chats.fields import MEDIA, RENDERED, SYSTEM, Fields, refuse_columns, tell, with_system
+from lora_lightning.data.chats.fields import MEDIA, RENDERED, SYSTEM, Rendering, refuse_columns, with_system
 from lora_lightning.data.chats.rendering import Example, Renderer, Tools
 from lora_lightning.data.chats.templates import choose_template
 from lora_lightning.data.chats.turns import (
@@ -89,7 +88,6 @@ class Chat(CausalText):
         self.chat_template = chat_template
         self.turns = turns
         self.chat_template_kwargs = chat_template_kwargs
-        self._fields: dict[str, Fields] = {}
         self._named: set[str] = set()
         self._unlearned: Counter[str] = Counter()
 
@@ -145,23 +143,10 @@ class Chat(CausalText):
         column = self._column(list(row), "predict")
         return {**row, column: json_value(row[column], "Chat.messages")}
 
-    def fields(self, of_row: Any, where: str) -> Fields:
-        """The template with the variables of a row, and what it does with the keys of turns.
-
-        Raises:
-            RowError: a variable that the template does not read.
-        """
-        given = json_value(of_row, f"{where}: {options.NAME}") if of_row else {}
-        if not isinstance(given, Mapping):
-            message = f"{where}: {options.NAME} is {given!r}; it must be an object of names and values"
-            raise RowError("with template variables of another shape", message)
-        given = {name: value for name, value in given.items() if value is not None}
-        key = json.dumps(given, sort_keys=True, default=str)
-        if key not in self._fields:
-            renderer = self.renderer
-            options.check_options(renderer.tokenizer.get_chat_template(), given, f"{where}: {options.NAME}")
-            self._fields[key] = Fields(replace(renderer, options={**renderer.options, **given}))
-        return self._fields[key]
+    @cached_property
+    def rendering(self) -> Rendering:
+        """The template with the variables of each row."""
+        return Rendering(self.renderer)
 
     @cached_property
     def renderer(self) -> Renderer:
@@ -194,7 +179,7 @@ class Chat(CausalText):
             turns = [*asked, *conversation(row[PAIR[1]], f"{where}: completion")]
         turns = with_system(turns, row, where)
         described = tool_list(row.get(self.tools or "tools"), f"{where}: tools")
-        fields = self.fields(row.get(options.NAME), where)
+        fields = self.rendering.of(row, where)
         fields.check(plain(turns), described, where)
         if split == "predict":
             return [_to_predict(fields.renderer, self.max_length, turns, described, where)]
@@ -239,7 +224,7 @@ class Chat(CausalText):
     def _count_lost(self, split: str, lost: Counter[str], rows: int, examples: int) -> None:
         skipped = lost.pop(SKIPPED, 0)
         self.dropped[split] = lost.total()
-        tell((fields for fields in self._fields.values()), f"Chat: {split}")
+        self.rendering.tell(f"Chat: {split}")
         if self._unlearned:
             told = " and ".join(f"{count} {what}" for what, count in self._unlearned.items())
             log.warning("Chat: %s: assistant turns are read and not learned: %s", split, told)

@@ -16,9 +16,10 @@ from torch.utils.data import DistributedSampler
 from lora_lightning.data.batches.collate import MODEL_INPUTS
 from lora_lightning.data.batches.grouping import LengthGroupedSampler
 from lora_lightning.data.batches.loader import Batch
+from lora_lightning.data.chats import options
 from lora_lightning.data.chats.compared import Texts, Turns, compared, desirable
-from lora_lightning.data.chats.fields import MEDIA, RENDERED, SYSTEM, Fields, refuse_columns, with_system
-from lora_lightning.data.chats.rendering import Renderer
+from lora_lightning.data.chats.fields import MEDIA, RENDERED, SYSTEM, Rendering, refuse_columns, with_system
+from lora_lightning.data.chats.rendering import Example, Renderer
 from lora_lightning.data.chats.templates import choose_template
 from lora_lightning.data.chats.turns import LEARNED, json_value, learned, plain, tool_list, without_first_exchange
 from lora_lightning.data.pairs import SIDES, CollateSides
@@ -78,7 +79,8 @@ class Preferences(TextData):
         label: Column that says whether the completion is good (true or false, 1 or 0); null where rows are pairs.
         unpair: Make two rows of each pair, a good and a bad completion, for losses that take labels.
         tools: Column of tool descriptions for the chat template; null takes "tools" where there is one.
-        chat_template: chatml, llama-3, zephyr or plain, a file, or a Jinja text; null takes the tokenizer's own.
+        chat_template: A name as of Chat, a file, or a Jinja text; null takes the tokenizer's own.
+        chat_template_kwargs: Further variables of the template; a column of that name gives those of a row.
         common: Settings that all text data share.
     """
 
@@ -92,12 +94,14 @@ class Preferences(TextData):
         unpair: bool = False,
         tools: str | None = None,
         chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         **common: Any,
     ) -> None:
         super().__init__(**common)
         self.prompt, self.chosen, self.rejected = prompt, chosen, rejected
         self.completion, self.label, self.unpair = completion, label, unpair
         self.tools, self.chat_template = tools, chat_template
+        self.chat_template_kwargs = chat_template_kwargs
         check(not (unpair and label), self, "unpair", "rows with a label are no pairs; set one of them to null.")
         self.judged = unpair or label is not None
         """Whether examples are completions with a label."""
@@ -150,7 +154,7 @@ class Preferences(TextData):
         return self.prompt or ("prompt" if "prompt" in there else None)
 
     def _tell_unused(self, used: Sequence[str], there: Sequence[str]) -> None:
-        known = {*used, "tools", *SYSTEM, *MEDIA, *RENDERED}
+        known = {*used, "tools", options.NAME, *SYSTEM, *MEDIA, *RENDERED}
         other = [name for name in there if name not in known | self._named]
         self._named |= set(other)
         if other:
@@ -208,7 +212,8 @@ class Preferences(TextData):
 
         encoded = tokenised(rows, encode)
         self.dropped[split] = lost.total()
-        self.fields.tell(f"Preferences: {split}") if "fields" in self.__dict__ else None
+        if "rendering" in self.__dict__:
+            self.rendering.tell(f"Preferences: {split}")
         if not len(encoded):
             faults = self.sources.told(split)
             reasons = "; ".join(
@@ -238,14 +243,17 @@ class Preferences(TextData):
         where = "Preferences"
         tools = tool_list(columns.get(self.tools or "tools"), f"{where}: tools")
         prompt, cut = [{**turn, LEARNED: False} for turn in row.prompt], False
+        fields = self.rendering.of(columns, where)
         for side in row.completions:
-            self.fields.check(plain([*prompt, *side]), tools, where)
+            fields.check(plain([*prompt, *side]), tools, where)
         while True:
             sides = [[*prompt, *side] for side in row.completions]
-            made = [self.renderer.example(plain(turns), tools, where, learned(turns)) for turns in sides]
+            made = [
+                _one(fields.renderer.examples(plain(turns), tools, where, learned(turns)), where) for turns in sides
+            ]
             shorter = without_first_exchange(prompt)
-            if max(len(ids) for ids, _ in made) <= self.max_length or shorter is None:
-                return [_split(ids, labels) for ids, labels in made], cut
+            if max(len(example.ids) for example in made) <= self.max_length or shorter is None:
+                return [_split(example.ids, example.labels) for example in made], cut
             prompt, cut = shorter, True
 
     def _example(self, texts: Sequence[Text], cut: bool, number: int) -> dict[str, Any]:
@@ -284,9 +292,9 @@ class Preferences(TextData):
         return datasets.concatenate_datasets([both, rest], axis=1)
 
     @cached_property
-    def fields(self) -> Fields:
-        """What the template does with the keys of turns."""
-        return Fields(self.renderer)
+    def rendering(self) -> Rendering:
+        """The template with the variables of each row."""
+        return Rendering(self.renderer)
 
     @cached_property
     def renderer(self) -> Renderer:
@@ -297,7 +305,9 @@ class Preferences(TextData):
             raise DataError(str(error).replace("Chat.chat_template", "Preferences.chat_template")) from error
         if template is not None:
             self.tokenizer_object.chat_template = template
-        return Renderer(self.tokenizer_object, name)
+        given = self.chat_template_kwargs or {}
+        options.check_options(self.tokenizer_object.get_chat_template(), given, f"Preferences.{options.NAME}")
+        return Renderer(self.tokenizer_object, name, options=given)
 
     def settle(self, split: str) -> None:  # noqa: ARG002 - the same for every split
         """A template that is given becomes the tokenizer's own."""
@@ -372,12 +382,23 @@ def longest(examples: datasets.Dataset) -> list[int]:
 
 def _carried(there: Sequence[str]) -> list[str]:
     """Columns beside the texts that a row is judged by."""
-    return [name for name in (*SYSTEM, *MEDIA, *RENDERED) if name in there]
+    return [name for name in (*SYSTEM, *MEDIA, *RENDERED, options.NAME) if name in there]
 
 
 def _columns(parts: Sequence[tuple[list[int], list[int]]]) -> list[list[list[int]]]:
     """Token ids, masks and labels of several texts."""
     return [[ids for ids, _ in parts], [[1] * len(ids) for ids, _ in parts], [labels for _, labels in parts]]
+
+
+def _one(examples: Sequence[Example], where: str) -> Example:
+    """The only example of a conversation."""
+    if len(examples) > 1:
+        raise RowError(
+            "with several answers that the template rewrites",
+            f"{where} has a completion of several answers, of which the chat template writes one otherwise once turns "
+            "follow it. Give the last answer as the completion, and the turns before it as the prompt",
+        )
+    return examples[0]
 
 
 def _split(ids: Sequence[int], labels: Sequence[int]) -> Text:

@@ -199,7 +199,7 @@ def _rows(parameter: Tensor) -> Tensor:
     start, step = first // width, max(1, _AT_ONCE // (width * size))
     for row in range(0, len(held) // width, step):
         some = _bytes(held[row * width : (row + step) * width]).numpy().reshape(-1, width * size)
-        hashes[start + row : start + row + len(some)] = [xxh3_64_intdigest(each) for each in some]
+        hashes[start + row : start + row + len(some)] = [xxh3_64_intdigest(each.data) for each in some]
     return torch.from_numpy(hashes.view(np.int64))
 
 

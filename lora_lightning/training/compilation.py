@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 from torch import nn
 
@@ -33,7 +34,8 @@ def compiled(model: nn.Module, backend: str | None = None) -> Iterator[list[str]
         Paths of the blocks.
     """
     found = find_blocks(model)
-    configs = [part.config.get_text_config() for part in pretrained_models(dict(model.named_modules())).values()]
+    parts = pretrained_models(dict(model.named_modules())).values()
+    configs = [cast(Any, part).config.get_text_config() for part in parts]
     caching = [config for config in configs if getattr(config, "use_cache", None)]
     for config in caching:
         config.use_cache = False

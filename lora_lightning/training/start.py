@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ class Start:
         """
         found: list[LoraLightningError] = []
         for one in self.adapters:
-            for check_one in (lambda: _check_labels(one, names), lambda: _check_tokens(one, tokens, tokenizer)):  # noqa: B023
+            for check_one in (partial(_check_labels, one, names), partial(_check_tokens, one, tokens, tokenizer)):
                 try:
                     check_one()
                 except LoraLightningError as error:

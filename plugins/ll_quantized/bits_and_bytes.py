@@ -76,7 +76,7 @@ class EightBitBase(QuantizedBase):
 
     def dequantize(self) -> Tensor:
         """Each row's numbers times its scale / 127, in float32."""
-        return cast(Tensor, self._numbers.float().mul_(self._scale.float().unsqueeze(1) / 127))
+        return self._numbers.float().mul_(self._scale.float().unsqueeze(1) / 127)
 
 
 def _from_conv1d(module: nn.Module) -> bool:

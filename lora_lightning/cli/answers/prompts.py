@@ -105,7 +105,7 @@ class Prompter:
             found = next(iter(row))
         if found is None:
             raise DataError(f"--column is not given, and the rows have {', '.join(row)}; name the one of the prompts.")
-        return found
+        return str(found)
 
 
 def batches(lengths: Sequence[int], size: int) -> list[list[int]]:

@@ -245,7 +245,7 @@ def _base_of(adapters: Sequence[TrainedAdapter], bases: Sequence[str], pretraine
 def _load(base: str, adapters: Sequence[TrainedAdapter], dtype: torch.dtype | str) -> Any:
     import transformers
 
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()
     ours = [under for one in adapters for under in with_below(one) if under.format == OURS]
     if ours:
         folder = resolve(base, "--pretrained")

@@ -45,7 +45,8 @@ _WORDS = {"min": "less", "max": "more"}
 
 def _of_schedules(callbacks: Sequence[Callback]) -> tuple[list[str], str]:
     """Names of what schedules log, and a sentence on those that cannot tell before they run."""
-    names, silent = [], ""
+    names: list[str] = []
+    silent = ""
     for one in callbacks:
         if isinstance(one, ScheduleCallback):
             try:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from lora_lightning.data.chats import options
 from lora_lightning.data.chats.rendering import Renderer, Tools
-from lora_lightning.data.chats.turns import REASONING, Turn
+from lora_lightning.data.chats.turns import REASONING, Turn, json_value
 from lora_lightning.data.sources.faults import RowError
 
 log = logging.getLogger(__name__)
@@ -98,12 +101,37 @@ class Fields:
         )
 
 
-def tell(fields: Iterable[Fields], what: str) -> None:
-    """Name the keys that were left out, once each with their count over all of `fields`."""
-    by_template: dict[str, Counter[str]] = {}
-    for one in fields:
-        by_template.setdefault(one.renderer.name, Counter()).update(one.left_out)
-    for name, left_out in by_template.items():
-        told = ", ".join(f"{key} ({count} turns)" for key, count in sorted(left_out.items()))
-        if told:
-            log.warning("%s: the chat template %s does not write %s", what, name, told)
+class Rendering:
+    """A template with the variables of each row, and what it does with the keys of turns.
+
+    Args:
+        renderer: The template with the variables of all rows.
+    """
+
+    def __init__(self, renderer: Renderer) -> None:
+        self._renderer = renderer
+        self._by_options: dict[str, Fields] = {}
+
+    def of(self, row: Mapping[str, Any], where: str) -> Fields:
+        """The template with the variables of a row.
+
+        Raises:
+            RowError: one that the template does not read.
+        """
+        given = json_value(row.get(options.NAME) or {}, f"{where}: {options.NAME}")
+        if not isinstance(given, Mapping):
+            message = f"{where}: {options.NAME} is {given!r}; it must be an object of names and values"
+            raise RowError("with template variables of another shape", message)
+        given = {name: value for name, value in given.items() if value is not None}
+        key = json.dumps(given, sort_keys=True, default=str)
+        if key not in self._by_options:
+            options.check_options(self._renderer.tokenizer.get_chat_template(), given, f"{where}: {options.NAME}")
+            self._by_options[key] = Fields(replace(self._renderer, options={**self._renderer.options, **given}))
+        return self._by_options[key]
+
+    def tell(self, what: str) -> None:
+        """Name the keys that were left out, once each with their count."""
+        left_out = sum((fields.left_out for fields in self._by_options.values()), Counter[str]())
+        if left_out:
+            told = ", ".join(f"{key} ({count} turns)" for key, count in sorted(left_out.items()))
+            log.warning("%s: the chat template %s does not write %s", what, self._renderer.name, told)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
 
-class MeanDifference(Metric):
+class MeanDifference(Metric):  # type: ignore[misc]
     """The mean of some numbers less the mean of others, of which there may be as many or not."""
 
     total: Tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lora_lightning.data.chats.fields import Fields, refuse_columns, tell, with_system
+from lora_lightning.data.chats.fields import Fields, Rendering, refuse_columns, with_system
 from lora_lightning.data.chats.rendering import Renderer
 from lora_lightning.data.tokens.tokenizers import load_tokenizer
 from lora_lightning.errors import DataError
@@ -45,10 +45,10 @@ def test_reasoning_of_earlier_turns_may_be_left_out(fields):
 
 
 def test_other_keys_are_counted(fields, caplog):
-    found = fields("{% for m in messages %}{{ m.name }}{{ m.content }}{% endfor %}")
+    rendering = Rendering(fields("{% for m in messages %}{{ m.name }}{{ m.content }}{% endfor %}").renderer)
     for _ in range(2):
-        found.check([{**HI[0], "name": "Ann", "id": 1}, {**HI[1], "mood": ""}], None, "X")
-    tell([found, Fields(found.renderer)], "Chat: train")
+        rendering.of({}, "X").check([{**HI[0], "name": "Ann", "id": 1}, {**HI[1], "mood": ""}], None, "X")
+    rendering.tell("Chat: train")
     assert caplog.text.endswith("Chat: train: the chat template of the test does not write id (2 turns)\n")
 
 
