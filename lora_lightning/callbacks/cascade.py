@@ -117,7 +117,7 @@ class Cascade(CascadeSettings, ScheduleCallback):
         if self.blend < 1 and stages == 1:
             log.warning("Cascade: one stage only; blend=%g shrinks its update by that.", self.blend)
         layers = [adapted_layer(self.module, path)[:2] for path in adapters]
-        if not self.trainer.global_step:
+        if not self.resumed:
             self._start_anew([cast(FoldedUpdate, layer.shifts[name]) for layer, name in layers if name in layer.shifts])
         for (path, adapter), (layer, name) in zip(adapters.items(), layers, strict=True):
             self._open(layer, name, path, adapter, stages)

@@ -64,7 +64,7 @@ class RankPruning(ScheduleCallback):
                     "so it must be at most that."
                 )
 
-        if not self.trainer.global_step:
+        if not self.resumed:
             self._start_anew(adapters)
 
     def _start_anew(self, adapters: Mapping[str, Adapter]) -> None:

@@ -43,6 +43,7 @@ class ScheduleCallback(StepCallback):
         writes_values: whether it may write what trains between steps; DeepSpeed, which keeps copies, then refuses it.
         trainer: the run, from `on_start` on.
         module: its module.
+        resumed: whether the run goes on from a checkpoint, known from `on_start` on.
         total: optimizer steps of the run, or None where nothing bounds it.
         changed_at_end: whether the end of training changed what the model computes, after the last validation.
         former_fields: settings by the name that they had before, as older checkpoints and configs spell them.
@@ -62,6 +63,7 @@ class ScheduleCallback(StepCallback):
         self._adapters: dict[str, Adapter] = {}
         self._finite = True
         self._stepped = False
+        self.resumed = False
         self.total: int | None = None
         self._saved_total: int | None = None
         self._saved_settings: dict[str, Any] | None = None
@@ -123,6 +125,7 @@ class ScheduleCallback(StepCallback):
         super().on_train_start(trainer, pl_module)
         self._adapters = self.select(trainable_adapters(pl_module))
         self.trainer, self.module, self.total = trainer, pl_module, total_steps(trainer)
+        self.resumed = trainer.global_step > 0
         self._check_same()
         self._stepped = False
         self.check_run(self.total, [c for c in trainer.callbacks if c is not self])  # type: ignore[attr-defined]

@@ -97,7 +97,7 @@ class SparsitySchedule(SparsityFields, ScheduleCallback):
                 stack.names.append(plain(f"{path}.{names[id(entry.param)]}"))
                 stack.entries.append(entry)
         self._stacks = list(stacks.values())
-        if not self.trainer.global_step:
+        if not (self.resumed or self._saved):
             self._start_anew()
         for stack in self._stacks:
             stack.mask = stack.rows([entry.mask for entry in stack.entries])

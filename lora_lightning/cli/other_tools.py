@@ -49,7 +49,7 @@ METHODS = {"qlora": "a method on a base of 4 bits: any model.method, with model.
 """What other tools call a method and is none here."""
 VERBS = {
     "train": "fit", "sft": "fit", "finetune": "fit", "run": "fit", "resume": "fit --resume DIR", "eval": "validate",
-    "evaluate": "validate", "chat": "predict", "infer": "predict", "inference": "predict", "generate": "predict",
+    "evaluate": "validate", "infer": "generate", "inference": "generate",
     "merge": "export --format merged", "merge-lora": "export --format merged", "preprocess": "inspect-data",
     "check": "doctor", "lint": "doctor",
 }  # fmt: skip

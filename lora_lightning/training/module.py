@@ -93,7 +93,7 @@ class AdapterModule(LightningModule):
             its output layer allows it; "plain" computes all logits.
         attention: kernel of attention: "sdpa", "flash_attention_2", "flex_attention" or "eager"; null takes
             transformers' choice.
-        compile: "blocks" compiles each of the model's repeated blocks for the time of a fit; "off" does not.
+        compile: "blocks" compiles each of the model's repeated blocks for the time of a fit; "off" or null does not.
         quantization: quantize the linear layers of the backbone while loading: "nf4" (4 bits), "nf4-double" (4 bits,
             scales quantized too), "int8" or "torchao-int8" (8 bits). What trains stays in float32. A checkpoint that
             is quantized already needs null.
@@ -129,7 +129,7 @@ class AdapterModule(LightningModule):
         adapter: str | list[str] | None = None,
         loss_head: Literal["auto", "plain"] = "auto",
         attention: Attention | None = None,
-        compile: Literal["off", "blocks"] = "off",
+        compile: Literal["off", "blocks", False] | None = None,
     ) -> None:
         super().__init__()
         self.start, self.method = find_start(adapter, method)
@@ -144,7 +144,11 @@ class AdapterModule(LightningModule):
         self.random_config, self.quantization = random_config or {}, quantization
         self.train_tokens: Tokens = train_tokens or []
         self.untie = untie
-        self.loss_head, self.attention, self.compiling = loss_head, attention, compile
+        self.loss_head, self.attention, self.compiling = (
+            loss_head,
+            attention,
+            compile or "off",
+        )  # YAML reads off as False
         self._compiled = ExitStack()
         if random_config and not is_random(pretrained):
             raise SettingsError(

@@ -166,7 +166,7 @@ def base_digest(root: nn.Module) -> str:
     """
     found = fingerprint(survey(root))
     digest = hashlib.sha256(json.dumps(found, sort_keys=True).encode())
-    if found["sums"] is None:
+    if found["content"] is None:
         digest.update("".join(gather_objects(_held(root))).encode())
     for name in sorted({name for record in records(root).values() for name in record.trained}):
         digest.update(_bytes(full_tensor(root.get_parameter(name))))

@@ -543,7 +543,8 @@ class TestWrongValue:
 
     def test_a_word_for_a_section(self, fail, config):
         text = fail(["fit", "--config", config(trainer="fast")])
-        assert text == 'trainer: it must be a mapping of settings, or a file with one; this is "fast".'
+        said = 'trainer: it must be a mapping of settings, or a file with one; this is "fast". It takes: accelerator, '
+        assert text.startswith(said)
 
     def test_nothing(self, fail):
         assert (

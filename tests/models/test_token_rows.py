@@ -224,7 +224,7 @@ def test_texts_are_looked_up_and_a_digit_is_a_text_in_quotes() -> None:
         ([3, "<tool>"], r"names row 3 of model\.embed_tokens twice"),
         ([True], r"True is no token; name texts or ids"),
         ({"embed_tokens": []}, r"names no row of model\.embed_tokens"),
-        ({"embed_tokens": [3], "lm_head": [5]}, r"rows 3 and 5 of layers that share one matrix .*tie_word_embeddings"),
+        ({"embed_tokens": [3], "lm_head": [5]}, r"rows 3 and 5 of layers that share one matrix .*untie=True"),
     ],
 )
 def test_tokens_that_cannot_be(tokens: Any, message: str) -> None:

@@ -243,7 +243,7 @@ def test_a_model_that_cannot_be_copied_is_saved_and_that_is_said(
     def fails(anatomy: Any) -> None:
         raise TypeError("no copies of this")
 
-    monkeypatch.setattr(load, "skeleton", fails)
+    monkeypatch.setattr(load, "new_skeleton", fails)
     ll.save_adapter(adapted(), tmp_path)
     said = "reads back from the disk, but no second model could be made to try it on: no copies of this"
     assert said in capsys.readouterr().out

@@ -89,7 +89,8 @@ def _import_into(anatomy: Anatomy, directory: str | Path, name: str) -> Injectio
         anatomy = survey(model) if added_rows else anatomy
         known = known_tokens(anatomy, folder, added, directory)
         with room_for_rows(anatomy, known) as anatomy:
-            return _import(anatomy, plain_modules(model), folder, matrices, known, directory, name)
+            modules = plain_modules(model) if added_rows or known else modules
+            return _import(anatomy, modules, folder, matrices, known, directory, name)
 
 
 def _import(

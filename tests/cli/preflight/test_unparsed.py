@@ -83,7 +83,7 @@ def test_what_is_required_is_named(checked, tmp_path):
     found = check_config(["--config", "empty.yaml"])
     assert len(found.problems) == 1
     keys, _, advice = found.problems[0].partition(" are required: ")
-    assert sorted(keys.split(", ")) == ["data", "model.method", "model.pretrained"]
+    assert sorted(keys.split(", ")) == ["data", "model.pretrained"]
     assert advice.startswith("give them in a config (--config NAME; there are: ")
 
 

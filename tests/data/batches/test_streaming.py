@@ -184,7 +184,7 @@ def test_a_run_tells_what_was_left_out(tmp_path, monkeypatch, capsys):
     assert counts["train"]["examples"] + counts["train"]["dropped"] + held == 10
     assert counts["train"]["skipped"] == 1
     assert counts["train"]["dropped"] + counts["validation"]["dropped"] == 2
-    assert "data        1 train rows could not be read and were left out" in capsys.readouterr().out
+    assert "data        1 train rows were left out" in capsys.readouterr().out
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
