@@ -186,18 +186,23 @@ class Chat(CausalText):
     def _of_row(self, row: Mapping[str, Any], column: str, split: str) -> list[dict[str, Any]]:
         """The examples of a row, mostly one, or why there is none; raises `RowError`."""
         where = f"{self._name}.messages"
-        refuse_columns(row, where, self.media_columns)
-        turns = conversation(row[column], where, self.content)
-        if self.messages is None and column == PAIR[0] and row.get(PAIR[1]) is not None:
-            asked = [{**turn, LEARNED: False} if turn["role"] == "assistant" else turn for turn in turns]
-            turns = [*asked, *conversation(row[PAIR[1]], f"{where}: completion", self.content)]
-        turns = self.completed(with_system(turns, row, where), row, where)
+        turns = self.turns_of(row, column)
         described = tool_list(row.get(self.tools or "tools"), f"{where}: tools")
         fields = self.rendering.of(row, where)
         fields.check(plain(turns), described, where)
         if split == "predict":
             return [self.to_predict(fields.renderer, turns, described, where)]
         return self._to_learn(fields.renderer, turns, described, where)
+
+    def turns_of(self, row: Mapping[str, Any], column: str) -> list[Turn]:
+        """The turns of a row; raises `RowError` for what is no conversation."""
+        where = f"{self._name}.messages"
+        refuse_columns(row, where, self.media_columns)
+        turns = conversation(row[column], where, self.content)
+        if self.messages is None and column == PAIR[0] and row.get(PAIR[1]) is not None:
+            asked = [{**turn, LEARNED: False} if turn["role"] == "assistant" else turn for turn in turns]
+            turns = [*asked, *conversation(row[PAIR[1]], f"{where}: completion", self.content)]
+        return self.completed(with_system(turns, row, where), row, where)
 
     def _to_learn(self, renderer: Renderer, turns: list[Turn], tools: Tools, where: str) -> list[dict[str, Any]]:
         """The examples, or why there is none."""

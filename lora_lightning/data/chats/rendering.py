@@ -183,7 +183,7 @@ class Renderer:
         learned too. That is the one behind the last turn, with which the text ends.
         """
         text, marks = self._marked(turns, tools, where)
-        encoded = self._encoded(text, turns)
+        encoded = self.encoded(text, turns)
         ids, offsets = encoded.ids, encoded.offsets
         spans = [_overlap(offsets, start, end) for start, end in marks]
         owners, unlike = self._layout(turns, tools, where, [text[slice(*mark)] for mark in marks])
@@ -250,7 +250,7 @@ class Renderer:
     ) -> tuple[Encoded, Spans]:
         """Spans between the text before a turn and the text with it."""
         text = self.text(turns, tools, where)
-        encoded = self._encoded(text, turns)
+        encoded = self.encoded(text, turns)
         ids, offsets = encoded.ids, encoded.offsets
         spans: Spans = {}
         for number in wanted:
@@ -296,7 +296,8 @@ class Renderer:
             "its answers, or that marks them with {% generation %}",
         )
 
-    def _encoded(self, text: str, turns: Sequence[Turn]) -> Encoded:
+    def encoded(self, text: str, turns: Sequence[Turn]) -> Encoded:
+        """Token ids of a rendered text and its turns."""
         if self.encode is not None:
             return self.encode(text, turns)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

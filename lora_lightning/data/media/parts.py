@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from lora_lightning.data.chats.turns import PARTS, Turn, text_content
@@ -28,6 +29,8 @@ class Media:
     """A path, a data URL, bytes, what `datasets` holds of one, or an object of Pillow; None takes the column's next."""
     number: int = -1
     """Its place among those of its row."""
+    folder: Path | None = field(default=None, repr=False)
+    """What a path is relative to."""
 
 
 def parts_of(content: Any, where: str) -> list[dict[str, Any]] | None:
@@ -44,8 +47,14 @@ def parts_of(content: Any, where: str) -> list[dict[str, Any]] | None:
     return None if text is None else [_marked(piece) for piece in _MARK.split(text) if piece]
 
 
-def with_media(turns: Sequence[Turn], row: Mapping[str, Any], where: str) -> list[Turn]:
+def with_media(turns: Sequence[Turn], row: Mapping[str, Any], folder: Path | None, where: str) -> list[Turn]:
     """The turns with all images and sounds, numbered as they come; those that parts leave open are of the columns.
+
+    Args:
+        turns: With content in parts.
+        row: With the columns.
+        folder: What paths are relative to.
+        where: What to call the row in messages.
 
     Raises:
         RowError: a column holds more of them, or fewer, than the turns leave open.
@@ -56,8 +65,8 @@ def with_media(turns: Sequence[Turn], row: Mapping[str, Any], where: str) -> lis
         if wanted != len(values):
             raise RowError(
                 f"with another number of {kind} marks than of {KINDS[kind][1]}",
-                f'{where}: the turns have {wanted} <{kind}> marks or {{"type": "{kind}"}} parts without a value, and the '
-                f'columns {" and ".join(KINDS[kind])} hold {len(values)}. Each mark takes the next one of the column',
+                f'{where}: the turns have {wanted} <{kind}> marks or {{"type": "{kind}"}} parts without a value, and '
+                f"the columns {' and '.join(KINDS[kind])} hold {len(values)}. Each mark takes the next one of the column",
             )
     left, numbers = {kind: iter(values) for kind, values in columns.items()}, iter(range(1 << 30))
 
@@ -67,7 +76,7 @@ def with_media(turns: Sequence[Turn], row: Mapping[str, Any], where: str) -> lis
             return part
         media = part[kind]
         value = next(left[kind]) if media.value is None else media.value
-        return {"type": kind, kind: replace(media, value=value, number=next(numbers))}
+        return {"type": kind, kind: replace(media, value=value, number=next(numbers), folder=folder)}
 
     return [
         {**turn, "content": [filled(part) for part in turn["content"]]} if isinstance(turn["content"], list) else turn

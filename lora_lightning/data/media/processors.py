@@ -6,19 +6,21 @@ video settings for whoever saves it, and prepares none, so that every machine pr
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers.utils import PushToHubMixin
+from transformers.utils import PushToHubMixin, cached_file
 
 from lora_lightning.data.media.parts import KINDS
 from lora_lightning.errors import DataError
 from lora_lightning.models.pretrained import resolve
 
 
-class WithoutVideos(transformers.BaseVideoProcessor, PushToHubMixin):  # type: ignore[misc, valid-type]
+class WithoutVideos(PushToHubMixin):  # type: ignore[misc]
     """The settings of a video processor, which prepares nothing.
 
     Args:
@@ -32,7 +34,7 @@ class WithoutVideos(transformers.BaseVideoProcessor, PushToHubMixin):  # type: i
         self.model_input_names: list[str] = []
         self._settings = dict(settings)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002 - whatever it is asked
         """Refuse."""
         raise DataError("videos are not read; give their frames as images.")
 
@@ -90,9 +92,22 @@ def sampling_rate(processor: Any) -> int:
     return int(getattr(getattr(processor, "feature_extractor", None), "sampling_rate", 0))
 
 
+def without_videos(kind: Any) -> Any:
+    """The class of a processor, or, where it takes videos, one of its name that takes `WithoutVideos` in their place."""
+    if "video_processor" not in kind.get_attributes():
+        return kind
+
+    def check(self: Any, name: str, component: Any) -> Any:
+        if isinstance(component, WithoutVideos):
+            return WithoutVideos
+        return kind.check_argument_for_proper_class(self, name, component)
+
+    return type(kind.__name__, (kind,), {"check_argument_for_proper_class": check})
+
+
 def _composed(folder: str) -> Any:
     settings, _ = transformers.ProcessorMixin.get_processor_dict(folder)
-    kind: Any = getattr(transformers, _class_name(folder, settings))
+    kind = without_videos(getattr(transformers, _class_name(folder, settings)))
     made = [_component(name, folder, settings) for name in kind.get_attributes()]
     processor = kind.from_args_and_dict(made, settings)
     return processor[0] if isinstance(processor, tuple) else processor
@@ -124,11 +139,6 @@ def _component(name: str, folder: str, settings: Mapping[str, Any]) -> Any:
 
 def _video_file(folder: str) -> dict[str, Any]:
     """The settings that lie in a file of their own; none where there is no such file."""
-    from transformers.utils import cached_file
-
-    import json
-    from pathlib import Path
-
     with suppress(OSError):
         if (file := cached_file(folder, "video_preprocessor_config.json")) is not None:
             return dict(json.loads(Path(file).read_text(encoding="utf-8")))

@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lora_lightning.data.media.parts import Media
 from lora_lightning.data.sources.faults import RowError
 
 
-def read_media(media: Media, folder: Path | None, rate: int) -> Any:
+def read_media(media: Media, rate: int) -> Any:
     """An image in three colours as its camera held it up, or a sound as float32 numbers (samples,) from -1 to 1.
 
     Args:
         media: The image or sound.
-        folder: What paths are relative to.
         rate: Samples a second that a sound must have.
 
     Raises:
@@ -35,12 +34,15 @@ def read_media(media: Media, folder: Path | None, rate: int) -> Any:
     name = media_name(media)
     try:
         if media.kind == "image":
-            with Image.open(io.BytesIO(_content(media, folder))) as image:
+            with Image.open(io.BytesIO(_content(media))) as image:
                 return ImageOps.exif_transpose(image).convert("RGB")
-        samples, found = _samples(media, folder)
+        samples, found = _samples(media)
     except (OSError, ValueError, EOFError, wave.Error) as error:
-        reason = str(error).replace("cannot identify image file", "no image that Pillow knows:").rstrip(".")
-        raise RowError(f"with {_article(media)} that cannot be read", f'{_article(media)} "{name}": {reason}') from error
+        unknown = isinstance(error, UnidentifiedImageError)  # its text names a buffer's address
+        reason = "it is no image that Pillow knows" if unknown else str(error)
+        raise RowError(
+            f"with {_article(media)} that cannot be read", f'{_article(media)} "{name}": {reason}'
+        ) from error
     if found != rate:
         raise RowError(
             "with a sound of another rate",
@@ -58,14 +60,14 @@ def media_name(media: Media) -> str:
     return f"{path[:20]}..." if path.startswith("data:") else str(path)
 
 
-def media_identity(media: Media, folder: Path | None) -> str:
+def media_identity(media: Media) -> str:
     """A hash of what it holds, wherever it lies."""
     if isinstance(media.value, Image.Image):
         content = media.value.tobytes()
     elif isinstance(media.value, Mapping) and "array" in media.value:
         content = np.asarray(media.value["array"], dtype=np.float32).tobytes()
     else:
-        content = _content(media, folder)
+        content = _content(media)
     return hashlib.sha256(content).hexdigest()
 
 
@@ -73,7 +75,7 @@ def _article(media: Media) -> str:
     return f"an {media.kind}"
 
 
-def _content(media: Media, folder: Path | None) -> bytes:
+def _content(media: Media) -> bytes:
     """The bytes of its file."""
     value = media.value
     if isinstance(value, Mapping):
@@ -92,18 +94,18 @@ def _content(media: Media, folder: Path | None) -> bytes:
             raise ValueError(f"its base64 is broken: {error}") from error
     if "://" in value and not value.startswith("file://"):
         raise ValueError("nothing is loaded from the net while training; download it, and give the path")
-    path = Path(folder or "", value.removeprefix("file://")).expanduser()
+    path = Path(media.folder or "", value.removeprefix("file://")).expanduser()
     if not path.is_file():
         raise ValueError(f"no such file in {path.parent}")
     return path.read_bytes()
 
 
-def _samples(media: Media, folder: Path | None) -> tuple[np.ndarray[Any, Any], int]:
+def _samples(media: Media) -> tuple[np.ndarray[Any, Any], int]:
     """Samples of one channel, and how many are a second's."""
     value = media.value
     if isinstance(value, Mapping) and value.get("array") is not None:
         return np.asarray(value["array"], dtype=np.float32), int(value["sampling_rate"])
-    content = _content(media, folder)
+    content = _content(media)
     if content[:4] == b"RIFF":
         with wave.open(io.BytesIO(content)) as file:
             if file.getsampwidth() == 2:
