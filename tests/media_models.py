@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import transformers
-from architectures import ARCHITECTURES, GROUPED
+from architectures import ARCHITECTURES
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -71,7 +71,9 @@ def _smol() -> Any:
     )
     videos = WithoutVideos({"num_frames": 4, "fps": 1, "video_processor_type": "SmolVLMVideoProcessor"})
     tokenizer = byte_tokenizer([*marks, *tiles])
-    return without_videos(transformers.SmolVLMProcessor)(images, tokenizer, videos, image_seq_len=1, chat_template=SMOL_TEMPLATE)
+    return without_videos(transformers.SmolVLMProcessor)(
+        images, tokenizer, videos, image_seq_len=1, chat_template=SMOL_TEMPLATE
+    )
 
 
 def _gemma() -> Any:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lora_lightning.data.chats.turns import Turn, with_text
+from lora_lightning.data.chats.turns import Turn, with_longer_texts, with_text
 from lora_lightning.data.sources.faults import RowError
 from lora_lightning.data.tokens.causal import NO_LOSS
 
@@ -332,7 +332,7 @@ def _changed(turn: Turn) -> Turn:
     calls = [_renamed(call) for call in turn.get("tool_calls") or []]
     named = [key for key, value in turn.items() if key != "role" and isinstance(value, str) and (value or not calls)]
     texts = {key: f"{turn[key]}{PROBE}" for key in named}
-    parts = with_text(turn, PROBE, behind=True) if isinstance(turn["content"], list) else turn
+    parts = with_longer_texts(turn, PROBE) if isinstance(turn["content"], list) else turn
     return {**parts, **texts, **({"tool_calls": calls} if calls else {})}
 
 

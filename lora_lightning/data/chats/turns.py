@@ -129,12 +129,15 @@ def learned(turns: Sequence[Turn]) -> list[bool]:
     return [bool(turn.get(LEARNED, True)) for turn in turns]
 
 
-def with_text(turn: Turn, text: str, behind: bool = False) -> Turn:
-    """The turn with another text, or with one behind its own, as text or as a part, whichever it holds."""
-    held = turn["content"]
-    if isinstance(held, list):
-        return {**turn, "content": [*(held if behind else ()), {"type": "text", "text": text}]}
-    return {**turn, "content": f"{held if behind else ''}{text}"}
+def with_text(turn: Turn, text: str) -> Turn:
+    """The turn with another text, as text or as a part, whichever it holds."""
+    return {**turn, "content": [{"type": "text", "text": text}] if isinstance(turn["content"], list) else text}
+
+
+def with_longer_texts(turn: Turn, text: str) -> Turn:
+    """The turn, whose content is in parts, with `text` behind each of those that are texts, or behind all."""
+    parts = [{**part, "text": part["text"] + text} if part["type"] == "text" else part for part in turn["content"]]
+    return {**turn, "content": parts if parts != turn["content"] else [*parts, {"type": "text", "text": text}]}
 
 
 def plain(turns: Sequence[Turn]) -> list[Turn]:
