@@ -55,7 +55,9 @@ TASKS = [name for name in config_names() if name.startswith("tasks/")]
 def fitted(name):
     """The run folder of a task's example after 12 steps, and its summary."""
     small = [
-        word for word in SMALL if name not in ("tasks/image_classification", "tasks/chat") or "max_length" not in word
+        word
+        for word in SMALL
+        if name not in ("tasks/image_classification", "tasks/chat", "tasks/image_chat") or "max_length" not in word
     ]
     assert main(["fit", "--config", name, *small, "--data.limit=64"]) == 0
     run = Path("runs") / name.removeprefix("tasks/") / "001"

@@ -111,7 +111,8 @@ class Chat(CausalText):
             required[f"{self._name}.messages, behind prompt"] = PAIR[1]
         if self.tools is not None:
             required[f"{self._name}.tools"] = self.tools
-        rows = self.sources.read(split, required, texts=[], hold_out_by=[column])
+        media = [name for name in self.media_columns if name in there]  # one question is asked about many images
+        rows = self.sources.read(split, required, texts=[], hold_out_by=[column, *media])
         known = {*required.values(), "tools", options.NAME, *SYSTEM, *MEDIA, *RENDERED}
         other = [name for name in there if name not in known | self._named]
         if other:

@@ -66,7 +66,7 @@ def with_media(turns: Sequence[Turn], row: Mapping[str, Any], folder: Path | Non
             raise RowError(
                 f"with another number of {kind} marks than of {KINDS[kind][1]}",
                 f'{where}: the turns have {wanted} <{kind}> marks or {{"type": "{kind}"}} parts without a value, and '
-                f"the columns {' and '.join(KINDS[kind])} hold {len(values)}. Each mark takes the next one of the column",
+                f"the columns {' and '.join(KINDS[kind])} hold {len(values)}. Each mark takes the column's next",
             )
     left, numbers = {kind: iter(values) for kind, values in columns.items()}, iter(range(1 << 30))
 

@@ -93,7 +93,7 @@ def sampling_rate(processor: Any) -> int:
 
 
 def without_videos(kind: Any) -> Any:
-    """The class of a processor, or, where it takes videos, one of its name that takes `WithoutVideos` in their place."""
+    """The class of a processor; of one that takes videos one of its name that takes `WithoutVideos` in their place."""
     if "video_processor" not in kind.get_attributes():
         return kind
 

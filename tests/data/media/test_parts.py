@@ -67,7 +67,11 @@ def test_columns_fill_what_parts_leave_open():
 @pytest.mark.parametrize(
     ("content", "row", "message"),
     [
-        ("what?", {"image": "a.png"}, r"have 0 <image> marks .* image and images hold 1\. Each mark takes the next"),
+        (
+            "what?",
+            {"image": "a.png"},
+            r"have 0 <image> marks .* image and images hold 1\. Each mark takes the column's next",
+        ),
         ("<image><image>", {"images": ["a.png"]}, "have 2 <image> marks .* hold 1"),
         ("<audio>", {}, "have 1 <audio> marks .* audio and audios hold 0"),
     ],
