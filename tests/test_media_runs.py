@@ -36,7 +36,7 @@ def config(tmp_path, monkeypatch):
                     file.setnchannels(1)
                     file.setsampwidth(2)
                     file.setframerate(RATE)
-                    file.writeframes((sound(number, 4000 + 2000 * number) * 2**15).astype("<i2").tobytes())
+                    file.writeframes((sound(number, 10000 + 1000 * number) * 2**15).astype("<i2").tobytes())
             turns = [
                 {"role": "user", "content": f"<{one.kind}>what?"},
                 {"role": "assistant", "content": "ab"[number % 2]},
@@ -81,7 +81,7 @@ def test_a_run_is_fitted_predicts_and_is_exported_with_its_processor(config, fam
     processor = load_processor("merged", "data.processor")
     kind, token = FAMILIES[family].kind, FAMILIES[family].processor()
     mark = getattr(token, f"{kind}_token")
-    media = {"images": [picture(0)]} if kind == "image" else {"audio": [sound(0)], "sampling_rate": RATE}
+    media = {"images": [picture(0)]} if kind == "image" else {"audio": [sound(0, 12000)], "sampling_rate": RATE}
     inputs = processor(text=[f"{mark}hi"], return_tensors="pt", **media)
     with torch.no_grad():
         plain = base(**inputs).logits
