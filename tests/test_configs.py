@@ -97,7 +97,7 @@ def test_a_task_is_validated_and_predicts(name, tmp_path, monkeypatch, capsys):
 
 PREDICTED = {
     "chat": {"messages", "loss"},
-    "image_chat": {"messages", "prediction", "loss"},
+    "image_chat": {"messages", "loss"},
     "image_classification": {"image", "label", "prediction", "probability"},
     "masked_lm": {"text", "prediction", "fillings", "loss"},
     "multi_label": {"text", "labels", "probabilities"},

@@ -19,7 +19,6 @@ from lora_lightning.data.chats.rendering import Example, Renderer, Tools
 from lora_lightning.data.chats.templates import choose_template
 from lora_lightning.data.chats.turns import (
     LEARNED,
-    Content,
     Turn,
     conversation,
     json_value,
@@ -79,8 +78,6 @@ class Chat(CausalText):
     """Columns of images and sounds that are used."""
     beside: ClassVar[dict[str, Any]] = {}
     """What an example has beside token ids and labels: its columns, and what one that is left out has in them."""
-    content: ClassVar[Content] = staticmethod(text_content)
-    """What reads the content of a turn."""
 
     def __init__(
         self,
@@ -238,6 +235,10 @@ class Chat(CausalText):
             turns = shorter
             example = rendered(turns)[-1]
         return self.within(example, turns, whole)
+
+    def content(self, given: Any, where: str) -> Any:
+        """What a turn holds of its content: text; raises `RowError`."""
+        return text_content(given, where)
 
     def completed(self, turns: list[Turn], row: Mapping[str, Any], where: str) -> list[Turn]:  # noqa: ARG002 - of media
         """The turns of a row with what other columns hold of them; raises `RowError`."""

@@ -61,7 +61,6 @@ class MediaChat(Chat):
     task_kinds = ("image-text-to-text", "audio-text-to-text")
     media_columns = COLUMNS
     beside = {"text": "", "prompt_end": 0, PREPARED: "[]"}  # noqa: RUF012 - a fact of the class
-    content = staticmethod(parts_of)
 
     def __init__(
         self,
@@ -123,6 +122,10 @@ class MediaChat(Chat):
     def read_one(self, media: Media) -> Any:
         """An image or a sound as the processor takes it; raises `RowError`."""
         return read_media(media, sampling_rate(self.processor_object))
+
+    def content(self, given: Any, where: str) -> Any:
+        """Content in parts; raises `RowError`."""
+        return parts_of(given, where)
 
     def completed(self, turns: list[Turn], row: Mapping[str, Any], where: str) -> list[Turn]:
         """The turns with their images and sounds, in parts."""
@@ -203,8 +206,8 @@ class MediaChat(Chat):
             for media in self.media_of("train", example):
                 digest.update(media_identity(media).encode())
         prepared = rows_digest(examples.select_columns(["input_ids", "labels"]))
-        media = f"digest {digest.hexdigest()[:16]}"
-        return {**super().training_identity(), "images and sounds": media, "prepared examples": prepared}
+        held = f"digest {digest.hexdigest()[:16]}"
+        return {**super().training_identity(), "images and sounds": held, "prepared examples": prepared}
 
     def readable(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row with its turns as a list, and images and sounds by their names."""
@@ -214,7 +217,9 @@ class MediaChat(Chat):
         """The text, with the tokens of each image counted, and its images with their sizes."""
         text = super().describe(example)
         for token in self._repeated():
-            text = re.sub(f"(?:{re.escape(token)}){{2,}}", lambda found, t=token: _times(found[0], t), text)
+            runs = set(re.findall(f"(?:{re.escape(token)}){{2,}}", text))
+            for run in sorted(runs, key=len, reverse=True):
+                text = text.replace(run, _times(run, token))
         told = [self._line(media) for media in self.media_of("train", example)]
         return "\n".join([text, *told])
 

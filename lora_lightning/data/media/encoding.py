@@ -84,7 +84,9 @@ class Encode:
 
 def _as_rendered(spans: Sequence[Span], replaced: Sequence[Mapping[str, Any]]) -> tuple[list[Span], frozenset[int]]:
     """Spans of the expanded text as spans of the rendered one, and the tokens that stand for an image or a sound."""
-    inner = [(one["new_span"][0], one["new_span"][1], one["span"][0], one["span"][1]) for one in replaced]
+    inner: list[tuple[int, int, int, int]] = [
+        (one["new_span"][0], one["new_span"][1], one["span"][0], one["span"][1]) for one in replaced
+    ]
     starts = [first for first, *_ in inner]
 
     def back(place: int, end: bool) -> int:

@@ -19,7 +19,7 @@ def all_tasks() -> dict[str, type[Task]]:
     return {task.name: task for task in sorted(_below(Task), key=lambda task: task.name)}
 
 
-def _below(cls: type[Task]) -> Iterator[type[Task]]:
+def _below(cls: Any) -> Iterator[type[Task]]:
     for task in cls.__subclasses__():
         yield task
         yield from _below(task)
