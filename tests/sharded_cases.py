@@ -150,7 +150,8 @@ CASES: dict[str, Case] = {
     "LoRA, decoder, output layer trained in full": Case(
         LoRA(rank=3), adamw, model="decoder", module={"also_train": ["embed_tokens"], "dtype": "float32"}
     ),
-    "LoRA, decoder, packed": Case(LoRA(rank=3), model="decoder", data={"packing": True, "max_length": 64}),
+    # 8 packed rows: of an odd number a sampler repeats one, and two processes would see other batches than one
+    "LoRA, decoder, packed": Case(LoRA(rank=3), model="decoder", data={"packing": True, "max_length": 40}),
     "DoRA": Case(DoRA(rank=3), callbacks=lambda: [WeightDecomposition(at=[2])], reads_base=True),
     "DoRA, full gradient": Case(DoRA(rank=3, detach_norm=False), module={"targets": "all-linear"}),
     "DoRA, magnitude": Case(DoRA(mode="magnitude"), model="decoder"),

@@ -46,6 +46,7 @@ from lora_lightning.storage.resume_check import check_fits, check_same
 from lora_lightning.storage.state import adapter_keys
 from lora_lightning.training.assembly import NAME, Assembly
 from lora_lightning.training.compilation import compiled
+from lora_lightning.training.end_check import EndCheck
 from lora_lightning.training.linear_baseline import LinearBaseline
 from lora_lightning.training.packing_check import PackingCheck
 from lora_lightning.training.reference import ReferenceValues
@@ -252,6 +253,7 @@ class AdapterModule(LightningModule):
             TrainingGuard(stop_unreached=True),
             LinearBaseline(self.linear_baseline),
             PackingCheck(),
+            EndCheck(),
             ReferenceValues(),
             ExactResume(),
         ]
