@@ -17,7 +17,7 @@ from lora_lightning.errors import ExportError
 from lora_lightning.exporters.peft.experts import is_target
 from lora_lightning.exporters.peft.folder import PeftFolder, PeftLayer
 from lora_lightning.exporters.peft.read_heads import tensors_of
-from lora_lightning.exporters.peft.rules import following_rows
+from lora_lightning.exporters.peft.rules import following_rows, input_embedding
 from lora_lightning.exporters.peft.selection import expected_modules
 from lora_lightning.models.experts import expert_parameters, stack
 from lora_lightning.models.paths import join
@@ -77,8 +77,8 @@ def _write_parameter(owner: nn.Module, name: str, layer: PeftLayer | None, path:
 
 def _write_rows(folder: PeftFolder, model: nn.Module) -> None:
     """Rows of tokens, in the layers that have them and those that peft ties; they are computed without their bias."""
-    modules: dict[str, Any] = dict(model.named_modules())
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
+    modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
+    embedding = input_embedding(model)
     sharing = [path for path, module in modules.items() if _shares(module, embedding)]
     tied = following_rows(model, sharing)
     for path, values in folder.rows.items():

@@ -83,10 +83,20 @@ def renames_experts(model: nn.Module, fused: Collection[str]) -> bool:
     return families.get(kind, kind if kind == "mixtral" else None) in _RENAMING_FAMILIES
 
 
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """The layer whose rows peft means where no layer is named; None where the model does not say."""
+    try:
+        found: nn.Module = model.get_input_embeddings()  # type: ignore[operator]  # of transformers' models
+    except (AttributeError, NotImplementedError):
+        return None
+    return found
+
+
 def following_rows(model: nn.Module, sharing: Collection[str]) -> list[str]:
     """Layers to which peft gives the rows of the input's embedding without being asked, by path.
 
-    It asks the configuration and the class of the whole model, no model inside it, whether and what they tie.
+    It asks the configuration and the class of the whole model, no model inside it, whether and what they tie. A layer
+    that only holds the matrix, for the embedding as well, counts as one of them.
 
     Args:
         model: the whole model.
@@ -101,9 +111,12 @@ def following_rows(model: nn.Module, sharing: Collection[str]) -> list[str]:
         inner = getattr(module, "_tied_weights_keys", None)
         if path and isinstance(inner, Mapping):
             tied |= {join(path, name): join(path, source) for name, source in inner.items()}
-    owners = [name.rpartition(".")[0] for name, source in tied.items() if source.rpartition(".")[0] in sharing]
-    embedding = model.get_input_embeddings()  # type: ignore[operator]  # of transformers' models
-    return [p for p in sharing if p.endswith(tuple(owners)) and model.get_submodule(p) is not embedding]
+    sources = {name.rpartition(".")[0]: source.rpartition(".")[0] for name, source in tied.items()}
+    embedding = input_embedding(model)
+    own = next((path for path in sharing if model.get_submodule(path) is embedding), "")
+    owners = [path for path, source in sources.items() if source in sharing]
+    holders = [source for path, source in sources.items() if path == own]
+    return [path for path in sharing if path != own and (path in holders or path.endswith(tuple(owners)))]
 
 
 def looks_up_plainly(layer: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from lora_lightning.errors import AdapterFileError, ModelError, SettingsError, T
 from lora_lightning.exporters.peft.folder import PeftFolder
 from lora_lightning.exporters.peft.read_back import rows_once
 from lora_lightning.exporters.peft.read_heads import same, tensors_of
-from lora_lightning.exporters.peft.rules import following_rows
+from lora_lightning.exporters.peft.rules import following_rows, input_embedding
 from lora_lightning.injection.also_train import check_rows_free
 from lora_lightning.models.anatomy import Anatomy
 from lora_lightning.models.new_tokens import (
@@ -200,12 +200,11 @@ def _saved_in_part(directory: str | Path, stated: object, name: str) -> str:
 
 def _check_tied(anatomy: Anatomy, path: str, folder: PeftFolder) -> None:
     """Raise `TargetError` where peft gives rows to some only of the layers that share a matrix."""
-    model: Any = anatomy.model
     layers = layers_with(anatomy, [path])
     having = {p for p in layers if p in folder.rows}
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embedding = input_embedding(anatomy.model)
     if any(anatomy.modules[p] is embedding for p in having):
-        having |= set(following_rows(model, layers))
+        having |= set(following_rows(anatomy.model, layers))
     left = [p for p in layers if p not in having]
     if left:
         plain_layers = [getattr(layer, "base", layer) for layer in map(anatomy.modules.__getitem__, layers)]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.adapters.base import Adapter
@@ -254,7 +254,7 @@ def _bias_notes(source: Source, with_bias: bool) -> list[str]:
 
 def _layers_with_rows(source: Source) -> dict[str, ExtendedLayer]:
     """Layers with rows of tokens, by path, but for those to which peft gives the rows of the input's embedding."""
-    embedding = _embedding(source)
+    embedding = peft_rules.input_embedding(source.host)
     found: dict[str, ExtendedLayer] = {}
     for one in source.extended.values():
         rows = (one.new_rows, one.token_rows)
@@ -267,16 +267,12 @@ def _layers_with_rows(source: Source) -> dict[str, ExtendedLayer]:
     return found
 
 
-def _embedding(source: Source) -> nn.Module | None:
-    found: nn.Module | None = getattr(source.host, "get_input_embeddings", lambda: None)()
-    return found
-
-
 def _token_indices(source: Source) -> dict[str, list[int]] | list[int]:
     """Ids of tokens, by the layer that holds their rows."""
     layers = _layers_with_rows(source)
     found = {path: list(layer.own_ids) for path, layer in layers.items()}
-    alone = len(found) == 1 and _embedding(source) in layers.values()
+    first = next(iter(source.extended.values()))
+    alone = len(source.extended) == len(found) == 1 and first is peft_rules.input_embedding(source.host)
     return next(iter(found.values())) if alone else found
 
 
