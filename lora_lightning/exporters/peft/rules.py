@@ -111,11 +111,11 @@ def following_rows(model: nn.Module, sharing: Collection[str]) -> list[str]:
         inner = getattr(module, "_tied_weights_keys", None)
         if path and isinstance(inner, Mapping):
             tied |= {join(path, name): join(path, source) for name, source in inner.items()}
-    sources = {name.rpartition(".")[0]: source.rpartition(".")[0] for name, source in tied.items()}
+    pairs = {(name.rpartition(".")[0], source.rpartition(".")[0]) for name, source in tied.items()}
     embedding = input_embedding(model)
     own = next((path for path in sharing if model.get_submodule(path) is embedding), "")
-    owners = [path for path, source in sources.items() if source in sharing]
-    holders = [source for path, source in sources.items() if path == own]
+    owners = [path for path, source in pairs if source in sharing]
+    holders = [source for path, source in pairs if path == own]
     return [path for path in sharing if path != own and (path in holders or path.endswith(tuple(owners)))]
 
 
