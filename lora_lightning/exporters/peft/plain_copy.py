@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,14 +68,14 @@ def _without_adapters(source: Source) -> nn.Module:
     for layer in layers:  # first all weights, which other layers may share
         memo |= _originals(layer)
     memo |= {id(layer): _base_of(layer, memo) for layer in layers}
-    plain: Any = copy.deepcopy(model, memo)
-    rows = list(extended_layers(plain).values())
-    size = max((layer.num_embeddings for layer in rows if layer.new_rows is not None), default=0)
-    for layer in rows:
-        layer.set_token_rows((), None)
+    plain = copy.deepcopy(model, memo)
+    extended = list(extended_layers(plain).values())
+    size = max((one.num_embeddings for one in extended if one.new_rows is not None), default=0)
+    for one in extended:
+        one.set_token_rows((), None)
     remove_rows(plain)
     if size:  # as a caller makes room before peft opens the export
-        plain.resize_token_embeddings(size, mean_resizing=False)
+        cast(Any, plain).resize_token_embeddings(size, mean_resizing=False)
     records(plain).clear()
     for module in list(plain.modules()):
         if isinstance(module._modules.get("adapters"), LinkedAdapters):

@@ -114,7 +114,7 @@ def following_rows(model: nn.Module, sharing: Collection[str]) -> list[str]:
     pairs = {(name.rpartition(".")[0], source.rpartition(".")[0]) for name, source in tied.items()}
     embedding = input_embedding(model)
     own = next((path for path in sharing if model.get_submodule(path) is embedding), "")
-    owners = [path for path, source in pairs if source in sharing]
+    owners = [path for path, source in pairs if path and source in sharing]
     holders = [source for path, source in pairs if path == own]
     return [path for path in sharing if path != own and (path in holders or path.endswith(tuple(owners)))]
 

@@ -122,7 +122,7 @@ def _check_rows(source: Source) -> None:
             'Use format="merged".'
         )
     left = unresized(source.anatomy.model)
-    if left:
+    if left and any(layer.new_rows is not None for layer in source.extended.values()):
         raise ExportError(
             f"{type(source.host).__name__} has rows of new tokens in {left[0]}, and resize_token_embeddings of "
             'transformers, which peft needs before it loads them, makes no room there. Use format="merged".'
