@@ -53,6 +53,8 @@ def translate(given: Mapping[str, Any], folder: Path) -> Translation:
             t.lose("init_lora_weights", "PiSSA and other starts cannot be trained here; export reads a folder of them")
     if (bias := t.get("bias", default="none")) != "none":
         t.lose("bias", f"{bias}: name the biases in model.also_train")
+    if not given.get("use_qalora"):
+        t.get("qalora_group_size")
     for name in [name for name, value in given.items() if value in (False, [], {}, "")]:
         t.get(name)  # it is off
     t.notes.append(f"these are settings alone; to go on from the trained weights, set model.adapter: {folder}")
