@@ -49,7 +49,8 @@ def test_the_setting_is_one(known, word):
 
 def test_words_that_need_nothing_or_have_nothing_are_no_settings():
     assert not set(other_tools.UNNEEDED) & set(other_tools.ABSENT)
-    assert not set(other_tools.ABSENT) & set(other_tools.SETTINGS)
+    both = set(other_tools.ABSENT) & set(other_tools.SETTINGS)
+    assert both == {"special_tokens"}  # a list elsewhere in one tool, marks of the tokenizer in another
 
 
 @pytest.mark.parametrize("word", other_tools.OPTIMIZERS)

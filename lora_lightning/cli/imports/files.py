@@ -35,7 +35,8 @@ def translated(file: Path) -> Translation:
             f"{file} is of none of the tools that are read: LLaMA-Factory has model_name_or_path with stage, "
             f"finetuning_type, template or dataset; axolotl has base_model; peft's {PEFT} has peft_type."
         )
-    return tool.translate(given, file.parent)
+    found: Translation = tool.translate(given, file.parent)
+    return found
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -207,12 +207,12 @@ def _one(
         return "Chat", {key: value for key, value in found.items() if value is not None}, source
     if name and told and ({"history", "system", "tools"} & set(columns)):
         t.notes.append(f"{name}: Completions reads no history, system or tools; Chat does, from a column of messages")
-    usual = ("instruction", "input", "output")
-    keys = tuple(columns.get(key, own) for key, own in zip(("prompt", "query", "response"), usual, strict=True))
-    if keys == usual:
+    asks, more = columns.get("prompt", "instruction"), columns.get("query", "input")
+    answer = columns.get("response", "output")
+    if (asks, more, answer) == ("instruction", "input", "output"):
         return "Completions", {"format": "instruction"}, source
-    asked = f"{{{keys[0]}}}\n" + (f"{{{keys[1]}}}\n" if "query" in columns else "")
-    return "Completions", {"prompt_template": asked, "completion": keys[2]}, source
+    asked = f"{{{asks}}}\n" + (f"{{{more}}}\n" if "query" in columns else "")
+    return "Completions", {"prompt_template": asked, "completion": answer}, source
 
 
 def _compared(columns: Mapping[str, Any], chats: bool, stage: str) -> dict[str, Any]:

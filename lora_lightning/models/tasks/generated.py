@@ -18,7 +18,7 @@ TEXT_METRICS = ("bleu", "chrf", "rouge_l")
 """Names of what `text_metrics` measures."""
 
 
-class RougeL(ROUGEScore):
+class RougeL(ROUGEScore):  # type: ignore[misc]  # torchmetrics' is not typed here
     """F measure of ROUGE-L: the longest words in common, in their order. A word is letters or digits of any script.
 
     For ASCII texts it is that of the package rouge_score without its stemmer.
@@ -29,7 +29,8 @@ class RougeL(ROUGEScore):
 
     def compute(self) -> Tensor:
         """The mean over texts."""
-        return super().compute()["rougeL_fmeasure"]
+        mean: Tensor = super().compute()["rougeL_fmeasure"]
+        return mean
 
 
 def _words(text: str) -> str:
