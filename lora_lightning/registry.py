@@ -40,6 +40,7 @@ LIGHT_VERBS = (
     "export",
     "chat",
     "generate",
+    "import-config",
     "new-plugin",
     "schema",
     "completion",
@@ -74,8 +75,10 @@ _CALLBACKS = {
     "ExactResume": "resume",
     "InjectAdapters": "inject",
     "KeepBest": "best",
+    "Meters": "meters",
     "NoiseInjection": "noise",
     "RankPruning": "rank_pruning",
+    "Samples": "samples",
     "SparsitySchedule": "sparsity",
     "TrainingGuard": "guard",
 }

@@ -18,7 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
@@ -27,7 +27,8 @@ import lora_lightning.data
 import lora_lightning.training.strategies.sharded  # noqa: F401 - and of our strategies
 from lora_lightning import plugins
 from lora_lightning.callbacks.step_counting import REPORTS
-from lora_lightning.cli import command_line, environment
+from lora_lightning.cli import command_line, environment, former_names, loggers
+from lora_lightning.cli.given_settings import origin_of, shown_origin
 from lora_lightning.cli.parser import Parser
 from lora_lightning.cli.parser_errors import refused as refusal
 from lora_lightning.cli.run_folder import RunFolder
@@ -181,17 +182,23 @@ class CLI(LightningCLI):
         kwargs.setdefault("default_root_dir", folder)
         logger = given.get("logger")
         if logger is not False:  # others stand beside ours, so that the folder holds the run whatever they are
-            others = [TensorBoardLogger(folder, "", "")] if logger in (None, True) else logger
-            others = others if isinstance(others, list) else [others]
-            kwargs["logger"] = [CSVLogger(folder, name="", version=""), *others]
+            kwargs["logger"] = [CSVLogger(folder, name="", version=""), *loggers.made(logger, folder)]
         kwargs["plugins"] = [*(given.get("plugins") or []), AtomicCheckpoints()]
         minutes = self._get(self.config_init, "checkpoint_minutes", default=5.0)
-        self.trainer_defaults["callbacks"] = [LastCheckpoint(folder), SaveOften(folder, minutes), RunReport(folder)]
+        self.trainer_defaults["callbacks"] = [LastCheckpoint(folder), SaveOften(folder, minutes), self._report(folder)]
         callbacks = given.get("callbacks") or []
         theirs = callbacks if isinstance(callbacks, list) else [callbacks]
         if given.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in theirs):
             self.trainer_defaults["callbacks"].append(RunBar())
         return super().instantiate_trainer(**kwargs)
+
+    def _report(self, folder: Path) -> RunReport:
+        """The run's report, which says where the rate comes from."""
+        optimizer = "model.optimizer"
+        origin = origin_of(self.line.rest, f"{optimizer}.lr", former_names.load)
+        if not origin and (named := origin_of(self.line.rest, optimizer, former_names.load)):
+            return RunReport(folder, rate_from=f"its own default, since {shown_origin(named)} names no rate")
+        return RunReport(folder, rate_from=f"from {shown_origin(origin)}" if origin else "")
 
     def _use_checkpoint(self) -> None:
         """The run's checkpoint, set here so that it is not saved into config.yaml; no pickle is opened."""

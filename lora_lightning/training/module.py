@@ -18,6 +18,7 @@ from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.precision import kept
 from lora_lightning.callbacks.cascade import Cascade
 from lora_lightning.callbacks.guard import TrainingGuard
+from lora_lightning.callbacks.meters import Meters
 from lora_lightning.callbacks.plateau import FollowPlateau
 from lora_lightning.callbacks.resume import ExactResume
 from lora_lightning.callbacks.step_counting import logs_at, outside_step, total_steps
@@ -247,7 +248,7 @@ class AdapterModule(LightningModule):
         return [*(self.method.callbacks() if self.method is not None else ()), *follows]
 
     def configure_callbacks(self) -> list[Callback]:
-        """The guard, checks, exact resume, and what settings need; each yields to one given to the trainer."""
+        """The guard, checks, meters, exact resume, and what settings need; each yields to one given to the trainer."""
         ours = [
             *self.settings_callbacks(),
             TrainingGuard(stop_unreached=True),
@@ -255,6 +256,7 @@ class AdapterModule(LightningModule):
             PackingCheck(),
             EndCheck(),
             ReferenceValues(),
+            Meters(),
             ExactResume(),
         ]
         given = self.trainer.callbacks  # type: ignore[attr-defined]

@@ -36,6 +36,8 @@ from lora_lightning.storage.atomic import write_json
 from lora_lightning.storage.folder import save_adapter
 from lora_lightning.storage.inside import shortened
 from lora_lightning.training.linear_baseline import LinearBaseline, validation_batches
+from lora_lightning.training.loss_trend import trend
+from lora_lightning.training.rate_origin import rate_line
 from lora_lightning.training.summary import draw, progress_line, summary_table
 from lora_lightning.version import __version__
 
@@ -49,13 +51,14 @@ class RunReport(StepCallback):
     Args:
         directory: the run folder; None takes the trainer's `default_root_dir`.
         name: adapter to write.
+        rate_from: where the learning rate comes from, for the header; empty says what the module knows.
     """
 
     phase: ClassVar[int] = REPORTS
 
-    def __init__(self, directory: str | Path | None = None, name: str = "default") -> None:
+    def __init__(self, directory: str | Path | None = None, name: str = "default", rate_from: str = "") -> None:
         super().__init__()
-        self.directory, self.name = directory, name
+        self.directory, self.name, self.rate_from = directory, name, rate_from
         self.history: list[dict[str, float]] = []
         self.summary: dict[str, Any] | None = None
         self._start = Path.cwd()
@@ -87,6 +90,8 @@ class RunReport(StepCallback):
         Console().print(injection_table(injection, density, survey(pl_module).frozen_bytes))
         for form, why in refusals(pl_module, self.name).items():
             print(f"export --format {form} will be refused: {why}")
+        if told := rate_line(trainer, pl_module, self.rate_from):
+            print(told)
 
     def after_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         """Record training numbers, as the loggers get them and as often."""
@@ -186,6 +191,7 @@ class RunReport(StepCallback):
             "higher_is_better": bool(task and task.higher_is_better),
             "chance": _chance(trainer, task),
             "rate": _rate(trainer),
+            "trend": trend(self.history),
             "settings": plain_settings(record.method),
             "optimizer": [type(optimizer).__name__ for optimizer in trainer.optimizers],
             "started_from": start.facts if (start := getattr(module, "start", None)) is not None else [],
