@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from lora_lightning.errors import ExportError, PluginError, did_you_mean
+from lora_lightning.exporters.cards import export_card, run_summary
 from lora_lightning.exporters.folder import SIDE_FILE, check_free, check_only_ours, finish_interrupted, write_folder
 from lora_lightning.exporters.peft import read as peft_import
 from lora_lightning.exporters.report import ExportReport, Origin, Written
@@ -30,7 +31,9 @@ from lora_lightning.plugin_code import imported
 from lora_lightning.plugins import registry
 from lora_lightning.registry import FORMATS, one_line
 from lora_lightning.storage.atomic import write_json
+from lora_lightning.storage.card import edited_card, sealed_card
 from lora_lightning.storage.description import describe_adapter
+from lora_lightning.storage.stored import CARD
 
 __all__ = ["FORMATS", "ExportReport", "export", "import_peft"]
 
@@ -83,8 +86,11 @@ def export(
             raise PluginError(f'format "{format}": {writer.__name__}.write returned {written!r}, which is no Written.')
         if verify and origin is not None and hasattr(writer, "write_afresh"):
             written = writer.write_afresh(source, beside, written, origin)
+        description = describe_adapter(source.anatomy, source.name)
+        text = export_card(description, format, run_summary(origin))
+        (beside / CARD).write_bytes(edited_card(folder) or sealed_card(text))
         files = tuple(sorted(path.name for path in beside.iterdir()))
-        write_json(beside / SIDE_FILE, _description(source, format, written, files))
+        write_json(beside / SIDE_FILE, {**description, "export": _about(source, format, written, files)})
         return written, (*files, SIDE_FILE)
 
     written, files = write_folder(folder, fill)
@@ -105,18 +111,15 @@ def find_writer(format: str, rank: int | None) -> ModuleType:
     return writer
 
 
-def _description(source: Source, format: str, written: Written, files: tuple[str, ...]) -> dict[str, Any]:
-    """Where the export comes from, for people and for `check_only_ours`."""
+def _about(source: Source, format: str, written: Written, files: tuple[str, ...]) -> dict[str, Any]:
+    """What was exported, for people and for `check_only_ours`."""
     return {
-        **describe_adapter(source.anatomy, source.name),
-        "export": {
-            "format": format,
-            "class": written.kind,
-            "model": type(source.host).__name__,
-            "largest_difference": written.difference,
-            "discarded": written.discarded,
-            "files": files,
-        },
+        "format": format,
+        "class": written.kind,
+        "model": type(source.host).__name__,
+        "largest_difference": written.difference,
+        "discarded": written.discarded,
+        "files": files,
     }
 
 

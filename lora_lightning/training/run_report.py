@@ -22,6 +22,7 @@ from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.schedule import ScheduleCallback
 from lora_lightning.callbacks.sparsity import SparsitySchedule
 from lora_lightning.callbacks.step_counting import REPORTS, StepCallback, logs_at, outside_step, total_steps
+from lora_lightning.data.sources.tables import on_hub, source_names
 from lora_lightning.distributed import assembled, is_sharded, local, reshard, summed
 from lora_lightning.exporters.preview import refusals
 from lora_lightning.injection.records import adapters_named, injected_root, iter_adapters, records
@@ -33,6 +34,7 @@ from lora_lightning.models.tasks.base import evaluate
 from lora_lightning.optim.pair_optimizer import PairOptimizer
 from lora_lightning.optim.wrapper import innermost
 from lora_lightning.storage.atomic import write_json
+from lora_lightning.storage.card import add_measured
 from lora_lightning.storage.folder import save_adapter
 from lora_lightning.storage.inside import shortened
 from lora_lightning.training.linear_baseline import LinearBaseline, validation_batches
@@ -115,6 +117,7 @@ class RunReport(StepCallback):
         if not trainer.is_global_zero:
             return
         write_json(folder / "summary.json", self.summary)
+        add_measured(adapter, self.summary)
         metric = self.summary["metric"]
         levels = {
             "before training": self.summary["untrained"],
@@ -196,6 +199,7 @@ class RunReport(StepCallback):
             "surviving_parameters": _not_zero([*own, *_folded(root, self.name)]),
             "report": told,
             "data": facts,
+            "datasets": _datasets(trainer),
             "left_out": _left_out(trainer, facts),
             "changed": _changed(guard.changed() if guard else {}, root, self.name),
             "damping_raised": _damping(trainer),
@@ -241,6 +245,12 @@ def _data_facts(trainer: Trainer) -> dict[str, dict[str, int]]:
     """Numbers of examples, where the data module counts them; all processes take part."""
     facts: Callable[[], dict[str, dict[str, int]]] | None = getattr(getattr(trainer, "datamodule", None), "facts", None)
     return facts() if facts else {}
+
+
+def _datasets(trainer: Trainer) -> list[str]:
+    """Ids on the hub of the training data; none for files."""
+    sources = getattr(getattr(trainer, "datamodule", None), "sources", None)
+    return [name.partition(":")[0] for name in source_names(getattr(sources, "train", None)) if on_hub(name)]
 
 
 def _left_out(trainer: Trainer, facts: dict[str, dict[str, int]]) -> dict[str, str]:

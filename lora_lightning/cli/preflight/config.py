@@ -29,6 +29,7 @@ from lora_lightning.cli.lightning import Description, silence_warnings
 from lora_lightning.cli.parser_errors import explain
 from lora_lightning.cli.preflight import monitors, unparsed
 from lora_lightning.cli.preflight.trace import without_values
+from lora_lightning.data.sources.tables import on_hub, source_names
 from lora_lightning.errors import LoraLightningError, PluginError, SettingsError, wrapped_error
 from lora_lightning.exporters.preview import refusals
 from lora_lightning.exporters.trained_adapter import OURS
@@ -210,8 +211,8 @@ class _ConfigCheck(Description):
         rows: dict[str, Any] = {}
         sources = getattr(data, "sources", None)
         for split in unparsed.SPLITS if hasattr(data, "read") else ():
-            named = unparsed.sources(getattr(sources, split, None))
-            if remote := [name for name in named if unparsed.on_hub(name)]:
+            named = source_names(getattr(sources, split, None))
+            if remote := [name for name in named if on_hub(name)]:
                 self.findings.notes.append(f'data.{split} "{remote[0]}" lies on the hub and was not read')
             elif named or not hasattr(data, split):
                 self.findings.attempt(partial(_keep, rows, split, data.read), f"data.{split}")
