@@ -11,7 +11,7 @@ import shlex
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -133,6 +133,12 @@ class CLI(LightningCLI):
             default=5.0,
             help="Minutes between two last.ckpt of a fit; null writes them where it validates only.",
         )
+        parser.add_argument(
+            "--serve_with",
+            type=Literal["vllm", "llama.cpp"] | None,
+            default=None,
+            help="Who will serve the adapter; fit and doctor say before training what it refuses (see export --for).",
+        )
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse the words given; `sys.argv` is another matter."""
@@ -186,7 +192,8 @@ class CLI(LightningCLI):
             kwargs["logger"] = [CSVLogger(folder, name="", version=""), *others]
         kwargs["plugins"] = [*(given.get("plugins") or []), AtomicCheckpoints()]
         minutes = self._get(self.config_init, "checkpoint_minutes", default=5.0)
-        self.trainer_defaults["callbacks"] = [LastCheckpoint(folder), SaveOften(folder, minutes), RunReport(folder)]
+        report = RunReport(folder, serve_with=self._get(self.config_init, "serve_with", default=None))
+        self.trainer_defaults["callbacks"] = [LastCheckpoint(folder), SaveOften(folder, minutes), report]
         callbacks = given.get("callbacks") or []
         theirs = callbacks if isinstance(callbacks, list) else [callbacks]
         if given.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in theirs):

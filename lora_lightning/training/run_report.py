@@ -25,6 +25,7 @@ from lora_lightning.callbacks.step_counting import REPORTS, StepCallback, logs_a
 from lora_lightning.data.sources.tables import on_hub, source_names
 from lora_lightning.distributed import assembled, is_sharded, local, reshard, summed
 from lora_lightning.exporters.preview import refusals
+from lora_lightning.exporters.servers import preview
 from lora_lightning.injection.records import adapters_named, injected_root, iter_adapters, records
 from lora_lightning.injection.report import injection_table
 from lora_lightning.methods import plain_settings
@@ -51,12 +52,16 @@ class RunReport(StepCallback):
     Args:
         directory: the run folder; None takes the trainer's `default_root_dir`.
         name: adapter to write.
+        serve_with: who will serve it; what that refuses is printed before training.
     """
 
     phase: ClassVar[int] = REPORTS
 
-    def __init__(self, directory: str | Path | None = None, name: str = "default") -> None:
+    def __init__(
+        self, directory: str | Path | None = None, name: str = "default", serve_with: str | None = None
+    ) -> None:
         super().__init__()
+        self.serve_with = serve_with
         self.directory, self.name = directory, name
         self.history: list[dict[str, float]] = []
         self.summary: dict[str, Any] | None = None
@@ -89,6 +94,8 @@ class RunReport(StepCallback):
         Console().print(injection_table(injection, density, survey(pl_module).frozen_bytes))
         for form, why in refusals(pl_module, self.name).items():
             print(f"export --format {form} will be refused: {why}")
+        for line in preview(pl_module, self.serve_with, self.name) if self.serve_with else ():
+            print(f"export --for {self.serve_with}: {line}")
 
     def after_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         """Record training numbers, as the loggers get them and as often."""

@@ -32,6 +32,7 @@ from lora_lightning.cli.preflight.trace import without_values
 from lora_lightning.data.sources.tables import on_hub, source_names
 from lora_lightning.errors import LoraLightningError, PluginError, SettingsError, wrapped_error
 from lora_lightning.exporters.preview import refusals
+from lora_lightning.exporters.servers import preview
 from lora_lightning.exporters.trained_adapter import OURS
 from lora_lightning.injection.also_train import trained_parameters
 from lora_lightning.injection.inject import inject, settings_by_layer
@@ -329,6 +330,9 @@ class _ConfigCheck(Description):
         self.findings.attempt(lambda: build_optimizer(net, module.optimizer_factory), "model.optimizer")
         for form, why in refusals(net, NAME).items():
             self.findings.notes.append(f"export --format {form} will be refused: {why}")
+        server = self.config.get("serve_with")
+        for line in preview(net, server, NAME) if server else ():
+            self.findings.notes.append(f"export --for {server}: {line}".removesuffix("."))
         adapters = adapters_named(net, NAME)
         for one in callbacks:
             if isinstance(one, ScheduleCallback):

@@ -25,7 +25,7 @@ from lora_lightning.exporters.peft import experts as peft_experts
 from lora_lightning.exporters.peft import folder as peft_file
 from lora_lightning.exporters.peft import rules as peft_rules
 from lora_lightning.exporters.peft.experts import Stacks
-from lora_lightning.exporters.peft.factors import Factors, delta, find_factors, original
+from lora_lightning.exporters.peft.factors import Factors, delta, find_factors, original, with_one_rank
 from lora_lightning.exporters.peft.folder import PeftLayer
 from lora_lightning.exporters.peft.fresh import verify_afresh
 from lora_lightning.exporters.peft.grouped import block_diagonal
@@ -58,6 +58,8 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     _check_rows(source)
     source.refuse_below()
     factors, options = find_factors(source, rank)
+    if source.one_rank:
+        factors = with_one_rank(factors)
     heads = find_heads(source)
     stacks = peft_experts.find_stacks(source.here(source.anatomy.layers))
     with_bias = any(f.bias is not None for f in factors.values())
