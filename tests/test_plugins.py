@@ -607,7 +607,7 @@ def test_hook_lora_lightning_exporters(install, capsys, tmp_path):
     plugins.load()
     model = torch.nn.Sequential(torch.nn.Linear(6, 5))
     inject(model, plugins.method("LoRA")(rank=2), ["0"], also_train=(), seed=0)
-    assert export(model, tmp_path / "out", "paths").files == ("paths.txt", "lora_lightning.json")
+    assert export(model, tmp_path / "out", "paths").files == ("README.md", "paths.txt", "lora_lightning.json")
     assert (tmp_path / "out" / "paths.txt").read_text() == "0"
     with pytest.raises(ExportError, match='rank is 2 with format="paths"; it must be at least 1, for a format that'):
         export(model, tmp_path / "other", "paths", rank=2)

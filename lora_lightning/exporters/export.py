@@ -84,6 +84,8 @@ def export(
             before is intact.
         PluginError: the plugin that brings the format fails.
     """
+    if server is None:  # else the format, where none is given, depends on the adapter
+        find_writer(format or "peft", rank, dtype, quantize)
     source = replace(find(model, name), processor=processor, dtype=dtype, quantize=quantize)
     found = Served(format or "peft") if server is None else served(source, server, format, rank)
     source, format = replace(source, one_rank=found.one_rank), found.format
@@ -123,10 +125,10 @@ def find_writer(format: str, rank: int | None, dtype: str | None = None, quantiz
     if rank is not None and (rank < 1 or not getattr(writer, "TAKES_RANK", False)):
         raise ExportError(f'rank is {rank} with format="{format}"; it must be at least 1, for a format that takes it.')
     for option, value, takes in (("dtype", dtype, "TAKES_DTYPE"), ("quantize", quantize, "TAKES_QUANTIZE")):
-        known = getattr(writer, takes, ())
-        if value is not None and value not in known:
-            able = f"Known: {', '.join(known)}." if known else 'The format takes none; "merged" does.'
-            raise ExportError(f'{option} is "{value}" with format="{format}".{did_you_mean(value, known)} {able}')
+        able_to: tuple[str, ...] = getattr(writer, takes, ())
+        if value is not None and value not in able_to:
+            able = f"Known: {', '.join(able_to)}." if able_to else 'The format takes none; "merged" does.'
+            raise ExportError(f'{option} is "{value}" with format="{format}".{did_you_mean(value, able_to)} {able}')
     return writer
 
 

@@ -70,13 +70,27 @@ def export_folder(
     own = format == "merged" and dtype is None
     model = load_base(folder, stored_whole(whole), where, "auto" if own else torch.float32)
     whole[-1].load(model, stored.name)
-    if format is None and server is not None:
-        format = served(find(model, stored.name), server, None, rank).format
-        dtype = dtype or (_file_dtype(folder) if format == "merged" else None)
-    processor = run_processor(adapter) if format == "merged" else None
+    merged = format == "merged"
+    if (
+        format is None
+        and server is not None
+        and served(find(model, stored.name), server, None, rank).format == "merged"
+    ):
+        merged, dtype = True, dtype or _file_dtype(folder)
+    processor = run_processor(adapter) if merged else None
     origin = Origin(adapter, base)
-    more = {"server": server, "dtype": dtype, "quantize": quantize}
-    return export(model, output, format, stored.name, rank, origin=origin, processor=processor, **more)
+    return export(
+        model,
+        output,
+        format,
+        stored.name,
+        rank,
+        origin=origin,
+        processor=processor,
+        server=server,
+        dtype=dtype,
+        quantize=quantize,
+    )
 
 
 def _file_dtype(folder: str) -> str | None:

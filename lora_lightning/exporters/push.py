@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from lora_lightning.errors import ExportError
 from lora_lightning.exporters.report import ExportReport
 from lora_lightning.models.published import shown_name
 
+_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _LOGIN = "Log in with `hf auth login`, or set HF_TOKEN."
 
 
@@ -21,15 +23,11 @@ def check_push(repository: str) -> None:
         ExportError: no OWNER/NAME, or no token.
     """
     from huggingface_hub import get_token
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
 
-    try:
-        validate_repo_id(repository)
-    except HFValidationError as error:
-        raise ExportError(f'--push is "{repository}"; it must be OWNER/NAME: {_line(error)}') from error
-    if repository.count("/") != 1:
-        raise ExportError(f'--push is "{repository}"; it must be OWNER/NAME.')
+    if not _ID.fullmatch(repository):
+        raise ExportError(
+            f'--push is "{repository}"; it must be OWNER/NAME, both of letters, digits, "-", "_" and ".".'
+        )
     if get_token() is None:
         raise ExportError(f'--push "{repository}": there is no token of the hub. {_LOGIN}')
 

@@ -16,12 +16,12 @@ from torch import nn
 
 from lora_lightning.errors import AdapterStateError, ExportError, did_you_mean
 from lora_lightning.exporters import llama_cpp
-from lora_lightning.exporters.peft import write as peft
 from lora_lightning.exporters.peft.factors import Factors, find_factors
 from lora_lightning.exporters.source import Source, find
 from lora_lightning.models.heads import output_embeddings
 from lora_lightning.models.published import pipeline_tag
-from lora_lightning.registry import SERVERS
+from lora_lightning.plugin_code import imported
+from lora_lightning.registry import FORMATS, SERVERS
 
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank may be."""
@@ -111,7 +111,10 @@ def obstacles(source: Source, server: str, rank: int | None = None) -> list[str]
     if server == "vllm" and architecture in _NO_ADAPTERS:
         found.append(f"it serves {architecture} without adapters.")
     try:
-        peft.check(source) if server == "vllm" else llama_cpp.check(source, rank)
+        if server == "vllm":
+            imported(FORMATS["peft"]).check(source)  # by its name: it stands above, since it exports in a fresh process
+        else:
+            llama_cpp.check(source, rank)
         factors, options = find_factors(source, rank)
     except ExportError as error:
         return [*found, str(error)]
