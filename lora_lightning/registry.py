@@ -48,9 +48,13 @@ LIGHT_VERBS = (
 
 FORMATS = {  # core's; `Registry.formats` has those of plugins too
     "delta": "lora_lightning.exporters.delta",
+    "gguf": "lora_lightning.exporters.llama_cpp",
     "merged": "lora_lightning.exporters.merged",
     "peft": "lora_lightning.exporters.peft.write",
 }
+
+SERVERS = {"vllm": "peft", "llama.cpp": "gguf"}
+"""Programs that serve models, with the format in which they read adapters."""
 
 SETTINGS = {
     "optimizer": "model.optimizer",

@@ -607,7 +607,7 @@ def test_hook_lora_lightning_exporters(install, capsys, tmp_path):
     plugins.load()
     model = torch.nn.Sequential(torch.nn.Linear(6, 5))
     inject(model, plugins.method("LoRA")(rank=2), ["0"], also_train=(), seed=0)
-    assert export(model, tmp_path / "out", "paths").files == ("paths.txt", "lora_lightning.json")
+    assert export(model, tmp_path / "out", "paths").files == ("README.md", "paths.txt", "lora_lightning.json")
     assert (tmp_path / "out" / "paths.txt").read_text() == "0"
     with pytest.raises(ExportError, match='rank is 2 with format="paths"; it must be at least 1, for a format that'):
         export(model, tmp_path / "other", "paths", rank=2)
@@ -617,14 +617,14 @@ def test_hook_lora_lightning_exporters(install, capsys, tmp_path):
         export(model, tmp_path / "other", "odd")
     assert not (tmp_path / "other").exists()
     assert program.main(["export", "--help"]) == 0
-    assert "--format delta|merged|peft|paths" in capsys.readouterr().out
+    assert "--format delta|gguf|merged|peft|paths" in capsys.readouterr().out
     assert program.main(["export", str(tmp_path), "--format", "path", "--output", str(tmp_path / "other")]) == 2
-    assert 'format is "path". Did you mean "paths"? Known: delta, merged, peft, paths' in capsys.readouterr().err
+    assert 'format is "path". Did you mean "paths"? Known: delta, gguf, merged, peft, paths' in capsys.readouterr().err
     assert program.main(["methods"]) == 0
     assert "formats: paths" in capsys.readouterr().out
     words = ["-p", "no:ll_extra", "export", str(tmp_path), "--format", "paths", "--output", str(tmp_path / "other")]
     assert program.main(words) == 2
-    assert 'format is "paths". Known: delta, merged, peft, gone, odd.' in capsys.readouterr().err
+    assert 'format is "paths". Known: delta, gguf, merged, peft, gone, odd.' in capsys.readouterr().err
 
 
 def test_hook_lora_lightning_commands(install, capsys):

@@ -11,7 +11,7 @@ import shlex
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -134,6 +134,12 @@ class CLI(LightningCLI):
             default=5.0,
             help="Minutes between two last.ckpt of a fit; null writes them where it validates only.",
         )
+        parser.add_argument(
+            "--serve_with",
+            type=Literal["vllm", "llama.cpp"] | None,
+            default=None,
+            help="Who will serve the adapter; fit and doctor say before training what it refuses (see export --for).",
+        )
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse the words given; `sys.argv` is another matter."""
@@ -193,12 +199,15 @@ class CLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _report(self, folder: Path) -> RunReport:
-        """The run's report, which says where the rate comes from."""
+        """The run's report, which says where the rate comes from, and what a server refuses."""
         optimizer = "model.optimizer"
         origin = origin_of(self.line.rest, f"{optimizer}.lr", former_names.load)
+        rate_from = f"from {shown_origin(origin)}" if origin else ""
         if not origin and (named := origin_of(self.line.rest, optimizer, former_names.load)):
-            return RunReport(folder, rate_from=f"its own default, since {shown_origin(named)} names no rate")
-        return RunReport(folder, rate_from=f"from {shown_origin(origin)}" if origin else "")
+            rate_from = f"its own default, since {shown_origin(named)} names no rate"
+        return RunReport(
+            folder, rate_from=rate_from, serve_with=self._get(self.config_init, "serve_with", default=None)
+        )
 
     def _use_checkpoint(self) -> None:
         """The run's checkpoint, set here so that it is not saved into config.yaml; no pickle is opened."""

@@ -26,7 +26,8 @@ from lora_lightning.storage.sealed import Sealed, digest, unseal
 FILE = "adapter.safetensors"
 DESCRIPTION = "adapter.json"
 TOKENIZER = "tokenizer"
-LAYOUT = Layout(commits=FILE, follows=DESCRIPTION, folder=TOKENIZER)
+CARD = "README.md"
+LAYOUT = Layout(commits=FILE, follows=DESCRIPTION, folder=TOKENIZER, also=(CARD,))
 
 
 @dataclass(frozen=True)

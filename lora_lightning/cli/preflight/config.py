@@ -29,8 +29,10 @@ from lora_lightning.cli.lightning import Description, silence_warnings
 from lora_lightning.cli.parser_errors import explain
 from lora_lightning.cli.preflight import monitors, unparsed
 from lora_lightning.cli.preflight.trace import without_values
+from lora_lightning.data.sources.tables import on_hub, source_names
 from lora_lightning.errors import LoraLightningError, PluginError, SettingsError, wrapped_error
 from lora_lightning.exporters.preview import refusals
+from lora_lightning.exporters.servers import preview
 from lora_lightning.exporters.trained_adapter import OURS
 from lora_lightning.injection.also_train import trained_parameters
 from lora_lightning.injection.inject import inject, settings_by_layer
@@ -210,8 +212,8 @@ class _ConfigCheck(Description):
         rows: dict[str, Any] = {}
         sources = getattr(data, "sources", None)
         for split in unparsed.SPLITS if hasattr(data, "read") else ():
-            named = unparsed.sources(getattr(sources, split, None))
-            if remote := [name for name in named if unparsed.on_hub(name)]:
+            named = source_names(getattr(sources, split, None))
+            if remote := [name for name in named if on_hub(name)]:
                 self.findings.notes.append(f'data.{split} "{remote[0]}" lies on the hub and was not read')
             elif named or not hasattr(data, split):
                 self.findings.attempt(partial(_keep, rows, split, data.read), f"data.{split}")
@@ -328,6 +330,9 @@ class _ConfigCheck(Description):
         self.findings.attempt(lambda: build_optimizer(net, module.optimizer_factory), "model.optimizer")
         for form, why in refusals(net, NAME).items():
             self.findings.notes.append(f"export --format {form} will be refused: {why}")
+        server = self.config.get("serve_with")
+        for line in preview(net, server, NAME) if server else ():
+            self.findings.notes.append(f"export --for {server}: {line}".removesuffix("."))
         adapters = adapters_named(net, NAME)
         for one in callbacks:
             if isinstance(one, ScheduleCallback):

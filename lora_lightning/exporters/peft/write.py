@@ -25,7 +25,7 @@ from lora_lightning.exporters.peft import experts as peft_experts
 from lora_lightning.exporters.peft import folder as peft_file
 from lora_lightning.exporters.peft import rules as peft_rules
 from lora_lightning.exporters.peft.experts import Stacks
-from lora_lightning.exporters.peft.factors import Factors, delta, find_factors, original
+from lora_lightning.exporters.peft.factors import Factors, delta, find_factors, original, with_one_rank
 from lora_lightning.exporters.peft.folder import PeftLayer
 from lora_lightning.exporters.peft.former_names import taken_for_former
 from lora_lightning.exporters.peft.fresh import verify_afresh
@@ -60,6 +60,8 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     """
     stacks = _check_layers(source)
     factors, options = find_factors(source, rank)
+    if source.one_rank:
+        factors = with_one_rank(factors)
     heads = find_heads(source)
     with_bias = any(f.bias is not None for f in factors.values())
     tensors = _adapter_tensors(source, factors, heads, stacks, with_bias)
