@@ -395,9 +395,11 @@ def _refuse_other_base(own: Mapping[str, Any], stored: Stored, directory: str | 
         "architecture": f"{theirs['architecture']}; this model is {own['architecture']}.",
         "names": f"a {theirs['architecture']} whose parameters have other names or shapes {base}.",
         "weights": f"other base weights than this model has {base}; load the same pretrained weights first.",
+        "statistics": f"other running statistics, as of batch normalisation, than this model has {base}; load the same "
+        "pretrained model first, and let nothing move them (also_train trains and saves them).",
     }
     for part in parts:
-        if part == "weights" or own[part] != theirs[part]:
+        if part in ("weights", "statistics") or own[part] != theirs[part]:
             raise AdapterFileError(f'"{directory}" was trained on {reasons[part]}')
 
 
