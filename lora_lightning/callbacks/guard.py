@@ -74,9 +74,10 @@ class TrainingGuard(StepCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the start values of everything that trains."""
         super().on_train_start(trainer, pl_module)
-        merged = [path for path, layer in iter_adapters(pl_module) if layer.merged]
+        merged = {path: layer for path, layer in iter_adapters(pl_module) if layer.merged}
         if merged:
-            raise TrainingError(f"{len(merged)} layers are merged, {merged[0]} first; call unmerge before training.")
+            path, layer = next(iter(merged.items()))
+            raise TrainingError(f"{len(merged)} layers are merged, {path} first; {layer.merging.way_out}")
         self._watched = {plain(name): p for name, p in pl_module.named_parameters() if p.requires_grad}
         if not self._watched:
             raise TrainingError("nothing trains: every parameter is frozen. Call set_trainable, or inject an adapter.")

@@ -339,7 +339,7 @@ def _told(error: BaseException, line: command_line.Line, folder: RunFolder) -> L
     if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
         return TrainingError(_stopped(line, folder, "Ctrl-C"))
     if isinstance(error, MisconfigurationException) or (
-        isinstance(error, ValueError) and raised_in(error, "lightning")
+        isinstance(error, ValueError | FileNotFoundError) and raised_in(error, "lightning")
     ):
         return SettingsError(f"trainer: {' '.join(str(error).split())}")
     return system_error(error)

@@ -118,6 +118,7 @@ FIT = {
     "--resume runs/none": "--resume runs/none: no such folder",
     "--run runs/none": "only validate, test, predict takes --run; fit continues a run with --resume DIR",
     "--model.pretrained no-owner/no-model": 'model.pretrained is "no-owner/no-model": We couldn\'t connect',
+    "--ckpt_path none.ckpt": "Checkpoint file not found: none.ckpt",
     "--ckpt_path model": 'model": Is a directory. Name a file.',
     f"--trainer.default_root_dir {'x' * 300}": "File name too long. Give a shorter name.",
     f"--model.pretrained {'x' * 300}": "File name too long. Give a shorter name.",
