@@ -189,6 +189,8 @@ class Registry:
     """How long a plugin took to load, by plugin, for those that took seconds."""
     printed: dict[str, str] = field(default_factory=dict)
     """What a plugin wrote to standard output while it was loaded, by plugin; it went to standard error."""
+    changed: dict[str, list[str]] = field(default_factory=dict)
+    """What a plugin did to the process while it was loaded, by plugin; all but threads has been put back."""
     classes: dict[str, tuple[str, type[Any]]] = field(default_factory=dict)
     """Plugin and class by name, of those in `components` that were imported; filled by `load_classes`."""
     unusable: dict[str, BaseException] = field(default_factory=dict)

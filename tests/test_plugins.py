@@ -303,6 +303,17 @@ def test_a_plugin_that_prints_while_it_is_loaded_is_named(install, capsys, kind)
     assert err == "Welcome to ll_loud! 7\n"
 
 
+def test_a_plugin_that_changes_the_process_is_named_and_one_that_would_end_it_fails(install, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["program"])
+    install("ll_a_moves", code("Moves") + "import os, sys; os.chdir('/'); sys.argv.append('x')")
+    install("ll_b_ends", "import os; os._exit(3)")
+    assert program.main(["methods"]) == 0
+    out = capsys.readouterr().out
+    assert "Moves" in out
+    assert "failed: ll_b_ends: PluginError: it calls os._exit, which would end the program\n" in out
+    assert "changes: ll_a_moves changes the working directory and changes sys.argv while it is loaded; it should" in out
+
+
 def test_what_a_plugin_prints_is_in_no_light_verbs_output(install, capsys):
     """At import, in a hook, and in the module of a class that a verb shows."""
     body = f"print('at import')\n        {SGD}"

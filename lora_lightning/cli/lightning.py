@@ -31,7 +31,9 @@ from lora_lightning.cli import command_line, environment, former_names, loggers
 from lora_lightning.cli.given_settings import origin_of, shown_origin
 from lora_lightning.cli.parser import Parser
 from lora_lightning.cli.parser_errors import refused as refusal
+from lora_lightning.cli.preflight import monitors
 from lora_lightning.cli.run_folder import RunFolder
+from lora_lightning.cli.system_errors import system_error
 from lora_lightning.cli.trust import trusted_config
 from lora_lightning.errors import (
     LoraLightningError,
@@ -42,7 +44,7 @@ from lora_lightning.errors import (
 )
 from lora_lightning.injection.records import iter_adapters
 from lora_lightning.methods import Method
-from lora_lightning.models.pretrained import resolve
+from lora_lightning.models.pretrained import check_reachable, resolve
 from lora_lightning.models.random import is_random
 from lora_lightning.registry import TRAINING_VERBS
 from lora_lightning.storage.inside import shortened
@@ -155,8 +157,10 @@ class CLI(LightningCLI):
         settings = config.data.get("init_args", {}) if config.data else {}
         if settings.get("tokenizer", "") is None and not settings.get("new_tokens"):
             settings["tokenizer"] = tokenizer_of(config.model.get("adapter"))
-        for name in ("tokenizer", "processor"):
-            if name in settings and settings[name] is None and not is_random(config.model.pretrained):
+        lacking = [name for name in ("tokenizer", "processor") if name in settings and settings[name] is None]
+        if lacking and not is_random(config.model.pretrained):
+            check_reachable(config.model.pretrained)
+            for name in lacking:
                 settings[name] = config.model.pretrained
 
     def instantiate_classes(self) -> None:
@@ -227,7 +231,25 @@ class CLI(LightningCLI):
             # known before the adapter is built, whose plan stands in it; as an argument it would be hidden until after
             self.trainer.ckpt_path, given.ckpt_path = given.ckpt_path, None
 
-    before_fit = before_validate = before_test = before_predict = _use_checkpoint
+    before_validate = before_test = before_predict = _use_checkpoint
+
+    def before_fit(self) -> None:
+        """The checkpoint to go on from, and what would end the run after its first validation."""
+        self._use_checkpoint()
+        self._check_monitors()
+
+    def _check_monitors(self) -> None:
+        """Raise `SettingsError` where a callback watches what nobody logs; where a stranger may log it, say so."""
+        callbacks: list[Callback] = [*self.trainer.callbacks, *self.model.settings_callbacks()]  # type: ignore[attr-defined]
+        watched = [one for one in callbacks if isinstance(getattr(one, "monitor", None), str)]
+        if not watched or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        validates = self.trainer.limit_val_batches != 0 and monitors.validates(self.datamodule)
+        others = monitors.strangers(callbacks)
+        for text in monitors.problems(callbacks, self.model.task, validates):
+            if not others:
+                raise SettingsError(text)
+            print(f"note: {text} That ends the run, unless {' or '.join(others)} logs it.")
 
     def after_fit(self) -> None:
         """Say where everything lies, last of all.
@@ -333,10 +355,10 @@ def _told(error: BaseException, line: command_line.Line, folder: RunFolder) -> L
     if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
         return TrainingError(_stopped(line, folder, "Ctrl-C"))
     if isinstance(error, MisconfigurationException) or (
-        isinstance(error, ValueError) and raised_in(error, "lightning")
+        isinstance(error, ValueError | FileNotFoundError) and raised_in(error, "lightning")
     ):
         return SettingsError(f"trainer: {' '.join(str(error).split())}")
-    return None
+    return system_error(error)
 
 
 def _stopped(line: command_line.Line, folder: RunFolder, why: str) -> str:

@@ -183,7 +183,10 @@ def load_base(folder: str, stored: Stored, where: str, dtype: torch.dtype | str 
     absent = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])} - stored.tensors.keys()
     absent -= zero_absent(model, info["missing_keys"], ["pooler"])  # the task did without
     if absent:
-        raise ExportError(f'{where} is "{folder}", which lacks {min(absent)} of {architecture}; it is another model.')
+        raise ExportError(
+            f'{where} is "{folder}", which lacks {min(absent)} of {architecture}; it is another model. '
+            "Give the one that it was trained on with --pretrained."
+        )
     return model  # type: ignore[no-any-return]
 
 

@@ -43,6 +43,7 @@ from lora_lightning.injection.records import (
 from lora_lightning.injection.switches import activate, set_active
 from lora_lightning.methods import Method, plain_settings
 from lora_lightning.models.anatomy import Anatomy, survey
+from lora_lightning.models.heads import classes_hint
 from lora_lightning.models.meta import values_follow
 from lora_lightning.models.new_tokens import add_rows, check_same_tokens, remove_rows, vocabulary
 from lora_lightning.models.paths import join, plain, starting_with, unwrap
@@ -244,7 +245,7 @@ def _plan(
             f'"{directory}" states that layers share what lies at {sorted(stored.linked)}; {stored.method} has it at '
             f"{sorted(map(plain, linked))} in this model."
         )
-    _check_tensors(stored, _targets(anatomy, stored, adapters, linked), directory)
+    _check_tensors(anatomy.model, stored, _targets(anatomy, stored, adapters, linked), directory)
     return _Plan(anatomy, record, base_layers, adapters, linked, _folded(anatomy, stored, base_layers, directory))
 
 
@@ -395,9 +396,11 @@ def _refuse_other_base(own: Mapping[str, Any], stored: Stored, directory: str | 
         "architecture": f"{theirs['architecture']}; this model is {own['architecture']}.",
         "names": f"a {theirs['architecture']} whose parameters have other names or shapes {base}.",
         "weights": f"other base weights than this model has {base}; load the same pretrained weights first.",
+        "statistics": f"other running statistics, as of batch normalisation, than this model has {base}; load the same "
+        "pretrained model first, and let nothing move them (also_train trains and saves them).",
     }
     for part in parts:
-        if part == "weights" or own[part] != theirs[part]:
+        if part in ("weights", "statistics") or own[part] != theirs[part]:
             raise AdapterFileError(f'"{directory}" was trained on {reasons[part]}')
 
 
@@ -450,7 +453,7 @@ def _folded_keys(stored: Stored) -> set[str]:
     return {key for key in stored.tensors if f".shifts.{stored.name}." in key}
 
 
-def _check_tensors(stored: Stored, targets: Mapping[str, Tensor], directory: str | Path) -> None:
+def _check_tensors(model: nn.Module, stored: Stored, targets: Mapping[str, Tensor], directory: str | Path) -> None:
     """Compare keys and shapes exactly."""
     missing = sorted((targets.keys() | set(stored.trained)) - stored.tensors.keys())
     unexpected = sorted(stored.tensors.keys() - targets.keys() - _folded_keys(stored))
@@ -463,4 +466,7 @@ def _check_tensors(stored: Stored, targets: Mapping[str, Tensor], directory: str
     for key, target in targets.items():
         shape, needed = tuple(stored.tensors[key].shape), tuple(target.shape)
         if shape != needed:
-            raise AdapterFileError(f'"{directory}": {key} has shape {shape}; the model needs {needed}.')
+            raise AdapterFileError(
+                f'"{directory}": {key} has shape {shape}; the model needs {needed}.'
+                f"{classes_hint(model, target, stored.tensors[key]) if key in stored.trained else ''}"
+            )

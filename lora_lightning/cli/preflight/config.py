@@ -41,7 +41,7 @@ from lora_lightning.injection.targets import select
 from lora_lightning.models.anatomy import Anatomy, survey
 from lora_lightning.models.loading import load_skeleton
 from lora_lightning.models.meta import expect_values
-from lora_lightning.models.pretrained import check_weights, resolve
+from lora_lightning.models.pretrained import check_reachable, check_weights, resolve
 from lora_lightning.models.random import is_random
 from lora_lightning.models.token_rows import TokenRows, choose_rows
 from lora_lightning.models.untied import apart, retie
@@ -115,6 +115,8 @@ class _ConfigCheck(Description):
         self._source = self.config.get("model.pretrained")
         if self._source is not None and not self.findings.attempt(lambda: check_weights(self._source)):
             self._source = self._source if self.findings.attempt(lambda: resolve(self._source)) else None
+        elif self._source is not None and not self.findings.attempt(lambda: check_reachable(self._source)):
+            self._source = None
         settings = self.config.get("data.init_args") or {}
         if settings.get("tokenizer", "") is None and not settings.get("new_tokens"):
             settings["tokenizer"] = _safely(lambda: tokenizer_of(self.config.get("model.adapter")))
@@ -144,7 +146,7 @@ class _ConfigCheck(Description):
             if self._source is not None:
                 self._check_refusals(module, data)
             self._check_conflicts(trainer, callbacks, self._length(trainer, data, examples))
-            validates = data is not None and trainer.limit_val_batches != 0 and _validates(data)
+            validates = data is not None and trainer.limit_val_batches != 0 and monitors.validates(data)
             for text in monitors.problems(callbacks, module.task, validates):
                 self.findings.problem(text)
         if self._source is not None:
@@ -397,12 +399,6 @@ def _refused(settings: Mapping[str, Any]) -> str | None:
 
 def _keep(rows: dict[str, Any], split: str, read: Callable[[str], Any]) -> None:
     rows[split] = read(split)
-
-
-def _validates(data: Any) -> bool:
-    """Whether there are validation data, as far as the settings say."""
-    sources = getattr(data, "sources", None)
-    return sources is None or sources.validation is not None or sources.validation_fraction > 0
 
 
 def _safely(read: Callable[[], Any]) -> Any:
