@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +39,7 @@ def untrained_rows(model: nn.Module, ids: Iterable[int]) -> dict[int, int]:
         return {}
     if weight.requires_grad or weight.dim() != 2 or not weight.is_floating_point() or weight.is_meta:
         return {}
-    rows = full_tensor(cast(Tensor, weight))
+    rows = full_tensor(weight)
     lengths = rows.float().norm(dim=1)
     typical = lengths.median()
     found = {}

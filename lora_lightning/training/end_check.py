@@ -33,11 +33,12 @@ class EndCheck(Callback):
         reshard(model)
         for token, others in found.items():
             text = tokenizer.convert_ids_to_tokens(token)
+            setting = row_setting(model, text)
             if trainer.is_global_zero:
                 print(
                     f"note: {text}, which ends an answer, has the same row in the output layer as {others:,} other "
                     "tokens, as rows have that pretraining never reached. The model cannot learn to write it and not "
-                    f"them, so that answers would not end. model.train_tokens: {row_setting(model, text)} trains its row.",
+                    f"them, so that answers would not end. model.train_tokens: {setting} trains its row.",
                     flush=True,
                 )
 
