@@ -13,12 +13,15 @@ from lora_lightning.cli.main import main
 
 BROKEN_PIPE = 128 + 13
 """Exit code where the reader of the output has left: what shells report of a tool that SIGPIPE ends."""
+INTERRUPT = 128 + 2
+"""Exit code of a program that Ctrl-C ends: what shells report of one that SIGINT ends."""
 
 
 def program() -> int:
     """`main`, which ends without a word where the reader of its output has left, as `| head` does.
 
-    A process group is left before the interpreter ends: its threads need the interpreter.
+    Ctrl-C ends it with one, unless a `fit` that trains answers first. A process group is left before the interpreter
+    ends: its threads need the interpreter.
 
     Raises:
         BrokenPipeError: of another pipe.
@@ -28,6 +31,9 @@ def program() -> int:
         if distributed := sys.modules.get("lora_lightning.distributed"):  # light verbs never import torch
             distributed.leave_process_group()
         sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return INTERRUPT
     except BrokenPipeError:
         try:
             print(flush=True)

@@ -1,6 +1,7 @@
-"""Running code of a plugin: whatever it raises, prints or takes of time is noted, explained and stays its own.
+"""Running code of a plugin: whatever it raises, prints, changes or takes of time is noted, explained and stays its own.
 
-Nothing helps against code that ends the process, as `os._exit` or a crash in a compiled extension does.
+Nothing helps against code that ends the process otherwise than by `os._exit` and `os.abort`, as a crash in a compiled
+extension does.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from importlib.metadata import EntryPoint
 from types import FrameType, ModuleType
@@ -39,11 +41,13 @@ class Ran:
     Attributes:
         error: what it raised, of any kind; None where it came to its end.
         printed: what it wrote to standard output.
+        changed: what it did to the process, a verb and its object each; all but threads has been put back.
         seconds: how long it took.
     """
 
     error: BaseException | None = None
     printed: str = ""
+    changed: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
 
@@ -61,7 +65,7 @@ def plugin_code() -> Iterator[Ran]:
     aside = outer if isinstance(outer, _Aside) else _Aside(outer)
     with _interrupts() as came:
         try:
-            with redirect_stdout(aside), _descriptor_aside():
+            with redirect_stdout(aside), _descriptor_aside(), _process_kept(ran.changed), _no_end():
                 yield ran
         except BaseException as error:
             if came and isinstance(error, KeyboardInterrupt):
@@ -188,6 +192,59 @@ def _descriptor_aside() -> Iterator[None]:
     finally:
         os.dup2(kept, 1)
         os.close(kept)
+
+
+@contextmanager
+def _process_kept(changed: list[str]) -> Iterator[None]:
+    """What the rest of a command line stands on is put back, and noted: directory, arguments, what warnings do."""
+    folder, words, threads = _folder(), list(sys.argv), set(threading.enumerate())
+    strict = [entry for entry in warnings.filters if entry[0] == "error"]
+    try:
+        yield
+    finally:
+        if folder is not None and _folder() != folder:
+            os.chdir(folder)
+            changed.append("changes the working directory")
+        if sys.argv != words:
+            sys.argv[:] = words
+            changed.append("changes sys.argv")
+        if new := [entry for entry in warnings.filters if entry[0] == "error" and entry not in strict]:
+            with warnings.catch_warnings():  # tells the machinery that filters are others
+                pass
+            warnings.filters[:] = [entry for entry in warnings.filters if entry not in new]  # type: ignore[index]
+            changed.append("turns warnings into errors")
+        if any(not one.daemon and one.is_alive() for one in set(threading.enumerate()) - threads):
+            changed.append("starts a thread that is no daemon, so that the program cannot end")
+
+
+def _folder() -> str | None:
+    """The working directory; None where it was removed."""
+    try:
+        return os.getcwd()  # noqa: PTH109 - its name as it stands
+    except OSError:
+        return None
+
+
+@contextmanager
+def _no_end() -> Iterator[None]:
+    """Functions that end a process raise in this one; in those that a plugin forks they do what they are for."""
+    here, kept = os.getpid(), {name: getattr(os, name) for name in ("_exit", "abort")}
+
+    def refusing(name: str, end: Callable[..., Any]) -> Callable[..., Any]:
+        def refuse(*args: Any) -> Any:
+            if os.getpid() != here:
+                return end(*args)
+            raise PluginError(f"it calls os.{name}, which would end the program")
+
+        return refuse
+
+    try:
+        for name, end in kept.items():
+            setattr(os, name, refusing(name, end))
+        yield
+    finally:
+        for name, end in kept.items():
+            setattr(os, name, end)
 
 
 @contextmanager

@@ -112,6 +112,8 @@ def _load(registry: Registry, entry: importlib.metadata.EntryPoint) -> None:
         registry.failed[entry.name] = explained(_module(entry), ran.error)
     if ran.printed.strip():
         registry.printed[entry.name] = ran.printed.strip()
+    if ran.changed:
+        registry.changed[entry.name] = ran.changed
     if ran.seconds >= SLOW_SECONDS:
         registry.seconds[entry.name] = ran.seconds
     if slow := [name for name in _SLOW if name in sys.modules and name not in before]:

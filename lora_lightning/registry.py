@@ -40,6 +40,7 @@ LIGHT_VERBS = (
     "export",
     "chat",
     "generate",
+    "import-config",
     "new-plugin",
     "schema",
     "completion",
@@ -47,9 +48,13 @@ LIGHT_VERBS = (
 
 FORMATS = {  # core's; `Registry.formats` has those of plugins too
     "delta": "lora_lightning.exporters.delta",
+    "gguf": "lora_lightning.exporters.llama_cpp",
     "merged": "lora_lightning.exporters.merged",
     "peft": "lora_lightning.exporters.peft.write",
 }
+
+SERVERS = {"vllm": "peft", "llama.cpp": "gguf"}
+"""Programs that serve models, with the format in which they read adapters."""
 
 SETTINGS = {
     "optimizer": "model.optimizer",
@@ -74,8 +79,10 @@ _CALLBACKS = {
     "ExactResume": "resume",
     "InjectAdapters": "inject",
     "KeepBest": "best",
+    "Meters": "meters",
     "NoiseInjection": "noise",
     "RankPruning": "rank_pruning",
+    "Samples": "samples",
     "SparsitySchedule": "sparsity",
     "TrainingGuard": "guard",
 }
@@ -183,6 +190,8 @@ class Registry:
     """How long a plugin took to load, by plugin, for those that took seconds."""
     printed: dict[str, str] = field(default_factory=dict)
     """What a plugin wrote to standard output while it was loaded, by plugin; it went to standard error."""
+    changed: dict[str, list[str]] = field(default_factory=dict)
+    """What a plugin did to the process while it was loaded, by plugin; all but threads has been put back."""
     classes: dict[str, tuple[str, type[Any]]] = field(default_factory=dict)
     """Plugin and class by name, of those in `components` that were imported; filled by `load_classes`."""
     unusable: dict[str, BaseException] = field(default_factory=dict)

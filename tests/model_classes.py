@@ -72,6 +72,7 @@ _SMALL: dict[str, Any] = {
 }
 _BY_TYPE: dict[str, dict[str, Any]] = {
     "bit": {"hidden_sizes": [8, 8], "depths": [1, 1], "embedding_size": 8, "num_groups": 2},
+    "bros": {"hidden_size": 64},
     "codegen": {"n_head": 4, "rotary_dim": 4},
     "convnext": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "patch_size": 2},
     "convnextv2": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "patch_size": 2},
@@ -96,6 +97,7 @@ _BY_TYPE: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "layoutlmv3": {"coordinate_size": 2, "shape_size": 4, "visual_embed": False},
     "lilt": {"hidden_size": 24},
+    "mimo_v2_flash": {"num_key_value_heads": 1},  # twice as many where a window slides
     "mpt": {"n_heads": 2, "d_model": 16},
     "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
     "perceiver": {"num_latents": 4, "d_latents": 16, "num_self_attends_per_block": 1, "num_self_attention_heads": 2}
@@ -116,7 +118,7 @@ _BY_TYPE: dict[str, dict[str, Any]] = {
 _TWO_LAYERS = {"num_hidden_layers": 2}
 _MADE_WITH: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), _TWO_LAYERS),
-    "bros": {"hidden_size": _WIDTH, "num_attention_heads": 2},
+    "bros": {"hidden_size": 64, "num_attention_heads": 2},  # sixteen numbers, two for each of a box's
     "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 2},
     **{kind: {"text_config": _TWO_LAYERS} for kind in ("gemma4", "gemma4_unified")},
 }

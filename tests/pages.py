@@ -16,6 +16,7 @@ from figures import folder_lines
 from figures import folders as plugin_folders
 
 from lora_lightning import hookspecs
+from lora_lightning.cli import other_tools
 from lora_lightning.cli.verbs.methods import markdown_table
 from lora_lightning.plugins import registry
 
@@ -160,8 +161,50 @@ def folders() -> str:
     return as_table([["folder", "code lines"], *found])
 
 
+def words_of_settings() -> str:
+    """Settings of other tools, and where they stand here: a row a place."""
+    by_place: dict[str, list[str]] = {}
+    for word, place in other_tools.SETTINGS.items():
+        by_place.setdefault(place, []).append(f"`{word}`")
+    return as_table([["elsewhere", "here"], *([", ".join(words), _code(place)] for place, words in by_place.items())])
+
+
+def words_of_templates() -> str:
+    """Names of chat templates."""
+    by_ours: dict[str, list[str]] = {}
+    for word, (ours, options) in other_tools.TEMPLATES.items():
+        told = "".join(f", with `chat_template_kwargs: {{{k}: {str(v).lower()}}}`" for k, v in options.items())
+        by_ours.setdefault(f"`{ours}`{told}", []).append(f"`{word}`")
+    return as_table([["elsewhere", "here"], *([", ".join(words), ours] for ours, words in by_ours.items())])
+
+
+def words_of_verbs() -> str:
+    """Verbs, methods and kinds of data."""
+    found = [[f"`{word}`", f"`{ours}`"] for word, ours in other_tools.VERBS.items()]
+    found += [[f"`{word}` (a method)", ours] for word, ours in other_tools.METHODS.items()]
+    found += [[f"`{word}` (data)", ours] for word, ours in other_tools.DATA.items()]
+    return as_table([["elsewhere", "here"], *found])
+
+
+def words_that_are_absent() -> str:
+    """What has no counterpart, and what to do instead."""
+    by_why: dict[str, list[str]] = {}
+    for word, why in other_tools.ABSENT.items():
+        by_why.setdefault(why, []).append(f"`{word}`")
+    return as_table([["elsewhere", "here"], *([", ".join(words), why] for why, words in by_why.items())])
+
+
+def _code(place: str) -> str:
+    setting, blank, rest = place.partition(" ")
+    return f"`{setting}`{blank}{rest}" if "." in setting or not rest else place
+
+
 PARTS: dict[tuple[Path, str], Callable[[], str]] = {
     (README, "methods"): methods_in_short,
+    (DOCS / "from_elsewhere.md", "settings"): words_of_settings,
+    (DOCS / "from_elsewhere.md", "templates"): words_of_templates,
+    (DOCS / "from_elsewhere.md", "verbs"): words_of_verbs,
+    (DOCS / "from_elsewhere.md", "absent"): words_that_are_absent,
     (DOCS / "methods.md", "methods"): methods_in_full,
     (DOCS / "optimizers.md", "optimizers"): optimizers,
     (DOCS / "plugins.md", "hooks"): hooks,

@@ -53,6 +53,7 @@ from lora_lightning.callbacks.inject import InjectAdapters
 from lora_lightning.callbacks.noise import NoiseInjection
 from lora_lightning.callbacks.rank_pruning import RankPruning
 from lora_lightning.callbacks.resume import ExactResume
+from lora_lightning.callbacks.samples import Samples
 from lora_lightning.data import ResumableLoader
 from lora_lightning.errors import AdapterStateError, SettingsError
 from lora_lightning.methods import Method
@@ -150,7 +151,15 @@ CASES: dict[str, Case] = {
     "LoRA, decoder, output layer trained in full": Case(
         LoRA(rank=3), adamw, model="decoder", module={"also_train": ["embed_tokens"], "dtype": "float32"}
     ),
-    "LoRA, decoder, packed": Case(LoRA(rank=3), model="decoder", data={"packing": True, "max_length": 64}),
+    "LoRA, decoder, watched": Case(
+        LoRA(rank=3),
+        partial(torch.optim.SGD, lr=3.0),
+        model="decoder",
+        callbacks=lambda: [Samples(["w1 w2 w3", "w9"], every_n_steps=2, max_new_tokens=6)],
+        trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.01, "max_steps": 4, "log_every_n_steps": 1},
+    ),
+    # 8 packed rows: of an odd number a sampler repeats one, and two processes would see other batches than one
+    "LoRA, decoder, packed": Case(LoRA(rank=3), model="decoder", data={"packing": True, "max_length": 40}),
     "DoRA": Case(DoRA(rank=3), callbacks=lambda: [WeightDecomposition(at=[2])], reads_base=True),
     "DoRA, full gradient": Case(DoRA(rank=3, detach_norm=False), module={"targets": "all-linear"}),
     "DoRA, magnitude": Case(DoRA(mode="magnitude"), model="decoder"),
@@ -313,11 +322,15 @@ def folder_of(base: Path, case: Case) -> Path:
 
 
 def record(module: Any, out: Path) -> None:
-    """Write the adapter, what was logged of its router, and what a report says, where a test looks for it."""
+    """Write the adapter, what was logged, and what a report says, where a test looks for it."""
     save_adapter(module, out)
     if module.global_rank == 0:
         logged = {k: float(v) for k, v in module.trainer.callback_metrics.items() if k.startswith("router_")}
         (out / "router.json").write_text(json.dumps(logged))
+        watched = {k: float(v) for k, v in module.trainer.callback_metrics.items() if k in ("grad_norm", "lr")}
+        samples = Path(module.trainer.default_root_dir) / "samples.jsonl"
+        rows = samples.read_text().splitlines()[-2:] if samples.is_file() else []
+        (out / "watched.json").write_text(json.dumps({**watched, "samples": rows}))
         summary = next((c.summary for c in module.trainer.callbacks if isinstance(c, RunReport)), None)
         if summary is not None:
             told = {name: summary[name] for name in ("report", "surviving_parameters", "changed", "values")}

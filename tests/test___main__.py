@@ -43,3 +43,12 @@ program.program()
     done = run_python("-c", script)
     assert done.returncode == 1
     assert "BrokenPipeError: a worker" in done.stderr
+
+
+def test_ctrl_c_ends_it_with_a_line(monkeypatch, capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "main", main)
+    assert program.program() == 130
+    assert capsys.readouterr().err == "stopped by Ctrl-C\n"

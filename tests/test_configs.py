@@ -34,7 +34,7 @@ def library_read_once():
     pydocs.library_docstrings = original
 
 
-METHODS = [name for name in config_names() if "/" not in name]
+METHODS = [name for name in config_names() if "/" not in name and name != "chat"]
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "rose" else pytest.mark.slow) for n in METHODS])
@@ -47,6 +47,26 @@ def test_a_config_runs(name, tmp_path, monkeypatch, capsys):
     assert summary["steps"] == 12
     assert summary["linear_baseline"] is not None
     assert (run / "adapter" / "adapter.safetensors").is_file()
+
+
+def test_from_a_file_of_chats_to_answers(tmp_path, monkeypatch, capsys):
+    """README's second example, on a tiny model whose tokenizer has no template of its own."""
+    monkeypatch.chdir(tmp_path)
+    decoder = decoder_folder(tmp_path / "model")
+    talks = [[{"role": "user", "content": f"w{n} w4"}, {"role": "assistant", "content": f"w{n}"}] for n in range(40)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in talks))
+    flags = [f"--model.pretrained={decoder}", "--data.chat_template=plain", "--data.max_length=32"]
+    assert main(["inspect-data", "chat", *flags]) == 0
+    assert (
+        main(["fit", "--config", "chat", *flags, "--trainer.max_epochs=2", "--trainer.enable_progress_bar=false"]) == 0
+    )
+    assert capsys.readouterr().out.strip().endswith("run: runs/chat/001")
+    (tmp_path / "asked.txt").write_text("w3 w4\n")
+    assert (
+        main(["generate", "runs/chat/001", "--input", "asked.txt", "--output", "said.jsonl", "--max_new_tokens=4"]) == 0
+    )
+    assert "prediction" in json.loads((tmp_path / "said.jsonl").read_text())
+    assert main(["export", "runs/chat/001", "--format", "peft", "--output", "adapter"]) == 0
 
 
 TASKS = [name for name in config_names() if name.startswith("tasks/")]

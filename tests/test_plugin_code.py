@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -149,3 +151,57 @@ def test_a_module_is_imported_or_its_error_is_an_exception(tmp_path: Path, monke
     (tmp_path / "ends_at_import.py").write_text("raise SystemExit(3)\n")
     with pytest.raises(PluginError, match=r"^importing ends_at_import raises SystemExit\(3\)$"):
         imported("ends_at_import")
+
+
+CHANGES = {
+    "directory": (lambda: os.chdir("/"), ["changes the working directory"]),
+    "arguments": (lambda: sys.argv.clear(), ["changes sys.argv"]),
+    "warnings": (lambda: warnings.simplefilter("error"), ["turns warnings into errors"]),
+    "a filter": (lambda: warnings.simplefilter("ignore", FutureWarning), []),
+    "a daemon": (lambda: threading.Thread(target=time.sleep, args=(0.01,), daemon=True).start(), []),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_what_it_changes_of_the_process_is_put_back_and_noted(tmp_path, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["program", "fit"])
+    change, noted = CHANGES[case]
+    with warnings.catch_warnings():
+        warnings.resetwarnings()  # the tests have errors of their own
+        with plugin_code() as ran:
+            change()
+        assert [entry for entry in warnings.filters if entry[0] == "error" and entry[2] is Warning] == []
+    assert (ran.error, ran.changed) == (None, noted)
+    assert (Path.cwd(), sys.argv) == (tmp_path, ["program", "fit"])
+
+
+def test_a_thread_that_outlives_the_program_is_noted() -> None:
+    end = threading.Event()
+    thread = threading.Thread(target=end.wait)
+    with plugin_code() as ran:
+        thread.start()
+    end.set()
+    thread.join()
+    assert ran.changed == ["starts a thread that is no daemon, so that the program cannot end"]
+
+
+@pytest.mark.parametrize("name", ["_exit", "abort"])
+def test_what_would_end_the_program_is_refused_by_name(name: str) -> None:
+    before = getattr(os, name)
+    with plugin_code() as ran:
+        before_or_not = getattr(os, name)
+        before_or_not(3)
+    assert str(ran.error) == f"it calls os.{name}, which would end the program"
+    assert getattr(os, name) is before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no such call there")
+def test_a_process_that_it_forks_may_end() -> None:
+    code = (
+        "import os\nfrom lora_lightning.plugin_code import plugin_code\n"
+        "with plugin_code() as ran:\n    child = os.fork()\n    if not child: os._exit(7)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), ran.error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "7 None\n"

@@ -303,6 +303,17 @@ def test_a_plugin_that_prints_while_it_is_loaded_is_named(install, capsys, kind)
     assert err == "Welcome to ll_loud! 7\n"
 
 
+def test_a_plugin_that_changes_the_process_is_named_and_one_that_would_end_it_fails(install, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["program"])
+    install("ll_a_moves", code("Moves") + "import os, sys; os.chdir('/'); sys.argv.append('x')")
+    install("ll_b_ends", "import os; os._exit(3)")
+    assert program.main(["methods"]) == 0
+    out = capsys.readouterr().out
+    assert "Moves" in out
+    assert "failed: ll_b_ends: PluginError: it calls os._exit, which would end the program\n" in out
+    assert "changes: ll_a_moves changes the working directory and changes sys.argv while it is loaded; it should" in out
+
+
 def test_what_a_plugin_prints_is_in_no_light_verbs_output(install, capsys):
     """At import, in a hook, and in the module of a class that a verb shows."""
     body = f"print('at import')\n        {SGD}"
@@ -607,7 +618,7 @@ def test_hook_lora_lightning_exporters(install, capsys, tmp_path):
     plugins.load()
     model = torch.nn.Sequential(torch.nn.Linear(6, 5))
     inject(model, plugins.method("LoRA")(rank=2), ["0"], also_train=(), seed=0)
-    assert export(model, tmp_path / "out", "paths").files == ("paths.txt", "lora_lightning.json")
+    assert export(model, tmp_path / "out", "paths").files == ("README.md", "paths.txt", "lora_lightning.json")
     assert (tmp_path / "out" / "paths.txt").read_text() == "0"
     with pytest.raises(ExportError, match='rank is 2 with format="paths"; it must be at least 1, for a format that'):
         export(model, tmp_path / "other", "paths", rank=2)
@@ -617,14 +628,14 @@ def test_hook_lora_lightning_exporters(install, capsys, tmp_path):
         export(model, tmp_path / "other", "odd")
     assert not (tmp_path / "other").exists()
     assert program.main(["export", "--help"]) == 0
-    assert "--format delta|merged|peft|paths" in capsys.readouterr().out
+    assert "--format delta|gguf|merged|peft|paths" in capsys.readouterr().out
     assert program.main(["export", str(tmp_path), "--format", "path", "--output", str(tmp_path / "other")]) == 2
-    assert 'format is "path". Did you mean "paths"? Known: delta, merged, peft, paths' in capsys.readouterr().err
+    assert 'format is "path". Did you mean "paths"? Known: delta, gguf, merged, peft, paths' in capsys.readouterr().err
     assert program.main(["methods"]) == 0
     assert "formats: paths" in capsys.readouterr().out
     words = ["-p", "no:ll_extra", "export", str(tmp_path), "--format", "paths", "--output", str(tmp_path / "other")]
     assert program.main(words) == 2
-    assert 'format is "paths". Known: delta, merged, peft, gone, odd.' in capsys.readouterr().err
+    assert 'format is "paths". Known: delta, gguf, merged, peft, gone, odd.' in capsys.readouterr().err
 
 
 def test_hook_lora_lightning_commands(install, capsys):

@@ -153,7 +153,7 @@ CHANGED = {
     "optimizer": (
         {"optimizer": lambda groups: torch.optim.AdamW(groups, lr=5.0)},
         {},
-        r"started with optimizer 0 .*5.0",
+        r"optimizer 0 \{'lr': 0.001, 'weight_decay': 0.0\} and would go on with \{'lr': 5.0, .*\(model.adapter\)",
     ),
     "batches": ({}, {"batch_size": 6}, r"started with batches an epoch 15.0 and would go on with 10.0"),
 }

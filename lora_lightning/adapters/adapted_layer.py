@@ -108,7 +108,7 @@ class AdaptedLayer(nn.Module):
         """
         self.adapter(name)
         if name in self.merged:
-            raise AdapterStateError(f'adapter "{name}" is merged; call unmerge before it is removed.')
+            raise AdapterStateError(f'adapter "{name}" is merged; {self.merging.way_out}')
         del self.adapters[name]
         if name in self.shifts:
             del self.shifts[name]

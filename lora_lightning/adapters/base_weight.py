@@ -23,6 +23,12 @@ from lora_lightning.adapters.noise import Noise
 from lora_lightning.distributed import as_shard_of, full_tensor, local, own_rows, put, shard_like
 from lora_lightning.errors import AdapterStateError
 
+AFTER_FINAL_MERGE = (
+    "eject(model) makes it a plain model with the merged weights; for the adapter apart from them, load the base model "
+    "anew, and the adapter with load_adapter."
+)
+"""What helps where adapters were merged with `keep_original=False`."""
+
 
 class BaseWeight:
     """The weight and the bias of one base layer, and what belongs on them.
@@ -113,7 +119,9 @@ class BaseWeight:
             AdapterStateError: they are lost.
         """
         if self.lost:
-            raise AdapterStateError("merged with keep_original=False; the original weight is gone.")
+            raise AdapterStateError(
+                f"merged with keep_original=False; the original weight is gone. {AFTER_FINAL_MERGE}"
+            )
         stored, own_bias = self.base_layer.stored, self.base_layer.bias
         weight, bias = (stored, own_bias) if self.original is None else self.original
         if self.original is not None and isinstance(stored, DTensor):

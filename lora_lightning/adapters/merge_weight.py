@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lora_lightning.adapters.base import Adapter
-from lora_lightning.adapters.base_weight import BaseWeight
+from lora_lightning.adapters.base_weight import AFTER_FINAL_MERGE, BaseWeight
 from lora_lightning.adapters.folded import FoldedUpdate
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.adapters.layers.kinds import core_base_layer
@@ -42,12 +42,12 @@ class Merging:
     def check_unmerged(self) -> None:
         """Raise `AdapterStateError` where the layer is merged."""
         if self.names:
-            raise AdapterStateError(f"{', '.join(self.names)} is merged; call unmerge first.")
+            raise AdapterStateError(f"{', '.join(self.names)} is merged; {self.way_out}")
 
     def check(self, applied: Applied) -> None:
         """Raise `AdapterStateError` if the adapters cannot be merged: routed, not finite, or too large."""
         if self.names and self.names != tuple(applied):
-            raise AdapterStateError(f"{', '.join(self.names)} is merged already; call unmerge first.")
+            raise AdapterStateError(f"{', '.join(self.names)} is merged already; {self.way_out}")
         for name, (adapter, _) in applied.items():
             if not adapter.mergeable:
                 raise AdapterStateError(f'adapter "{name}" ({type(adapter).__name__}) depends on its input; no merge.')
@@ -111,12 +111,19 @@ class Merging:
         """
         base = self.base_weight.base_layer
         if self.base_weight.lost:
-            raise AdapterStateError("merged with keep_original=False; the original weight is gone.")
+            raise AdapterStateError(
+                f"merged with keep_original=False; the original weight is gone. {AFTER_FINAL_MERGE}"
+            )
         if self.stand_in is None:
             base.check_writable()
             self.base_weight.restore_bias()
         self.names, self.stand_in = (), None
         return base.module
+
+    @property
+    def way_out(self) -> str:
+        """What helps where a merged layer is in the way."""
+        return AFTER_FINAL_MERGE if self.base_weight.lost else "call unmerge first."
 
     def make_final(self) -> None:
         """Take the merged weight for the original from now on."""

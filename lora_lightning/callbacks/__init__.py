@@ -12,9 +12,11 @@ from lora_lightning.callbacks.best import KeepBest
 from lora_lightning.callbacks.cascade import Cascade
 from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.inject import InjectAdapters
+from lora_lightning.callbacks.meters import Meters
 from lora_lightning.callbacks.noise import NoiseInjection
 from lora_lightning.callbacks.rank_pruning import RankPruning
 from lora_lightning.callbacks.resume import ExactResume
+from lora_lightning.callbacks.samples import Samples
 from lora_lightning.callbacks.schedule import ScheduleCallback
 from lora_lightning.callbacks.sparsity import SparsitySchedule
 from lora_lightning.callbacks.step_counting import StepCallback
@@ -24,8 +26,10 @@ __all__ = [
     "ExactResume",
     "InjectAdapters",
     "KeepBest",
+    "Meters",
     "NoiseInjection",
     "RankPruning",
+    "Samples",
     "ScheduleCallback",
     "SparsitySchedule",
     "StepCallback",

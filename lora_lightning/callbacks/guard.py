@@ -9,7 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lora_lightning.callbacks.injected import check_injected, refuse_thawed
+from lora_lightning.callbacks.averages import keep_equal_means
+from lora_lightning.callbacks.injected import Injected, check_injected
 from lora_lightning.callbacks.step_counting import JUDGES, StepCallback, announce, gradients_finite, inside_window
 from lora_lightning.callbacks.unreached import layers_of, leave_out, unreached
 from lora_lightning.distributed import gather_nested, local, shard_like, summed
@@ -39,8 +40,9 @@ class TrainingGuard(StepCallback):
     the loss. It is named at once, with the `exclude` that leaves it out, as a note or, with `stop_unreached`, as the
     error. Of experts and blocks that other data would reach nothing is said.
 
-    What `inject` let train must still train when training starts, and lie in an optimizer; the weights under adapters
-    must stay frozen. A fine-tuning callback may have changed either. Works in any Lightning project.
+    What `inject` let train must lie in an optimizer, and still train before each batch; the weights under adapters
+    must stay frozen, and at the end have the values of the start. A callback of the project may have changed any of it.
+    Works in any Lightning project.
 
     Args:
         patience_steps: real steps a tensor has to get a gradient and change.
@@ -63,7 +65,7 @@ class TrainingGuard(StepCallback):
         self._had_gradient: set[str] = set()
         self._changed: set[str] = set()
         self._slow: set[str] = set()
-        self._base: dict[int, str] = {}
+        self._injected: Injected | None = None
         self._loss: Tensor | None = None
         self._first_loss: Tensor | None = None
         self._rate = 0.0
@@ -72,13 +74,15 @@ class TrainingGuard(StepCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the start values of everything that trains."""
         super().on_train_start(trainer, pl_module)
-        merged = [path for path, layer in iter_adapters(pl_module) if layer.merged]
+        merged = {path: layer for path, layer in iter_adapters(pl_module) if layer.merged}
         if merged:
-            raise TrainingError(f"{len(merged)} layers are merged, {merged[0]} first; call unmerge before training.")
+            path, layer = next(iter(merged.items()))
+            raise TrainingError(f"{len(merged)} layers are merged, {path} first; {layer.merging.way_out}")
         self._watched = {plain(name): p for name, p in pl_module.named_parameters() if p.requires_grad}
         if not self._watched:
             raise TrainingError("nothing trains: every parameter is frozen. Call set_trainable, or inject an adapter.")
-        self._base = check_injected(trainer, pl_module)
+        self._injected = check_injected(trainer, pl_module)
+        keep_equal_means(trainer.callbacks)  # type: ignore[attr-defined]
         self._start = {name: p.detach().clone() for name, p in self._watched.items()}
         if self._restored is None:
             self._real, self._had_gradient, self._changed = dict.fromkeys(self._watched, 0), set(), set()
@@ -90,6 +94,11 @@ class TrainingGuard(StepCallback):
             self._restored = None
         announce(trainer, self, "watches", "trainable tensor", list(self._watched))
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Look whether what was injected still trains, and nothing of the base does."""
+        if self._injected is not None:
+            self._injected.check(trainer, pl_module)
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Note which tensors have a gradient."""
         if inside_window(trainer):
@@ -100,7 +109,6 @@ class TrainingGuard(StepCallback):
             return
         rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
         self._rate = max(rates.values(), default=0.0)
-        refuse_thawed(trainer, [optimizer], self._base)
         elsewhere = {id(p) for other in trainer.optimizers for group in other.param_groups for p in group["params"]}
         warming = [group for group in optimizer.param_groups if group["lr"] < SLOW * group.get("initial_lr", 0.0)]
         slow = {id(p) for group in warming for p in group["params"]}
@@ -199,6 +207,8 @@ class TrainingGuard(StepCallback):
         """Judge what a short run left unjudged, before anything is written."""
         if not any(self._real.values()):
             raise TrainingError("nothing was trained: no optimizer step with a rate above zero and finite gradients.")
+        if self._injected is not None:
+            self._injected.check_end(pl_module)
         # one step cannot give a gradient to the partner of a factor that starts at zero
         slow = self._slow if trainer.global_step > 1 else set()
         short = [name for name, steps in self._real.items() if 2 <= steps < self.patience_steps or name in slow]

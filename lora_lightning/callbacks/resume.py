@@ -104,9 +104,11 @@ class ExactResume(Callback):
                 if trainer.is_global_zero:
                     print(f"resume: the run had ended and goes on from step {trainer.global_step} to {value}")
             elif value != before:
+                was, now = _apart(before, value)
                 raise ResumeError(
-                    f"the run was started with {name} {before} and would go on with {value}; rates, schedules or "
-                    f"batches would jump. Resume with the same settings{self._batch_size(trainer)}."
+                    f"the run was started with {name} {was} and would go on with {now}; rates, schedules or "
+                    f"batches would jump. Resume with the same settings{self._batch_size(trainer)}; or start a run "
+                    "with others from this one's adapter (model.adapter)."
                 )
         gradients = self._mine(trainer)["gradients"]
         for name, parameter in pl_module.named_parameters():
@@ -130,6 +132,14 @@ class ExactResume(Callback):
         """This process's part of the section."""
         ranks: list[dict[str, Any]] = (self._pending or {})["ranks"]
         return ranks[trainer.global_rank % len(ranks)]
+
+
+def _apart(before: Any, now: Any) -> tuple[Any, Any]:
+    """Of two groups of settings those that differ; anything else as it is."""
+    if not isinstance(before, Mapping) or not isinstance(now, Mapping):
+        return before, now
+    keys = [key for key in {**before, **now} if key not in before or key not in now or before[key] != now[key]]
+    return {key: before.get(key) for key in keys}, {key: now.get(key) for key in keys}
 
 
 def _place_loaders(trainer: Trainer) -> None:

@@ -65,6 +65,10 @@ def understood(words: Sequence[str]) -> Iterator[list[str]]:
         _files.reset(file)
 
 
+OF_A_FIT = ("ckpt_path", "weights_only")
+"""Settings of training verbs that a run's config.yaml has with null, and other verbs do not know."""
+
+
 def load(text: str) -> Any:
     """What YAML holds, under today's names; a flag's value for a setting that is text is that text.
 
@@ -142,6 +146,8 @@ def current(node: Any, places: Mapping[str, type[Any]], place: str = "") -> Any:
             node = {**node, "init_args": renamed(node["init_args"], former_fields(owner))}
     found: dict[str, Any] = {}
     for name, value in node.items():
+        if not place and value is None and name in OF_A_FIT:
+            continue
         inside = name == "init_args" or (not place and name in TRAINING_VERBS)
         found[name] = current(value, places, place if inside else f"{place}.{name}".lstrip("."))
     return found

@@ -29,6 +29,34 @@ def given_settings(words: Sequence[str], load: Callable[[str], Any]) -> dict[str
     return found
 
 
+def origin_of(words: Sequence[str], key: str, load: Callable[[str], Any]) -> str:
+    """The flag or the config file that gave a setting last; empty where none did.
+
+    Args:
+        words: a command line.
+        key: dotted, without `init_args`.
+        load: reads YAML.
+    """
+    found = ""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        flag, equals, value = word.partition("=")
+        value = value if equals else following
+        if flag == "--config" and key in _flat(_loaded(config_text(value), load)):
+            found = value if "\n" not in value else "a config"
+        elif flag.startswith("--") and flag != "--config":
+            given = setting_of(flag)
+            inside = key.removeprefix(f"{given}.").split(".") if key.startswith(f"{given}.") else []
+            node = _flat(_loaded(value, load)) if inside else {}
+            if given == key or ".".join(inside) in node:
+                found = flag.replace(".init_args", "")
+    return found
+
+
+def shown_origin(origin: str) -> str:
+    """A flag as it is, and of a file its last two parts."""
+    return origin if origin.startswith("--") else str(Path(*Path(origin).parts[-2:]))
+
+
 def setting_of(flag: str) -> str:
     """The key that a flag sets: `--trainer.callbacks+` adds to `trainer.callbacks`."""
     return flag.lstrip("-").replace(".init_args", "").removesuffix("+")

@@ -11,14 +11,14 @@ import shlex
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
@@ -27,10 +27,13 @@ import lora_lightning.data
 import lora_lightning.training.strategies.sharded  # noqa: F401 - and of our strategies
 from lora_lightning import plugins
 from lora_lightning.callbacks.step_counting import REPORTS
-from lora_lightning.cli import command_line, environment
+from lora_lightning.cli import command_line, environment, former_names, loggers
+from lora_lightning.cli.given_settings import origin_of, shown_origin
 from lora_lightning.cli.parser import Parser
 from lora_lightning.cli.parser_errors import refused as refusal
+from lora_lightning.cli.preflight import monitors
 from lora_lightning.cli.run_folder import RunFolder
+from lora_lightning.cli.system_errors import system_error
 from lora_lightning.cli.trust import trusted_config
 from lora_lightning.errors import (
     LoraLightningError,
@@ -41,7 +44,7 @@ from lora_lightning.errors import (
 )
 from lora_lightning.injection.records import iter_adapters
 from lora_lightning.methods import Method
-from lora_lightning.models.pretrained import resolve
+from lora_lightning.models.pretrained import check_reachable, resolve
 from lora_lightning.models.random import is_random
 from lora_lightning.registry import TRAINING_VERBS
 from lora_lightning.storage.inside import shortened
@@ -133,6 +136,12 @@ class CLI(LightningCLI):
             default=5.0,
             help="Minutes between two last.ckpt of a fit; null writes them where it validates only.",
         )
+        parser.add_argument(
+            "--serve_with",
+            type=Literal["vllm", "llama.cpp"] | None,
+            default=None,
+            help="Who will serve the adapter; fit and doctor say before training what it refuses (see export --for).",
+        )
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse the words given; `sys.argv` is another matter."""
@@ -148,8 +157,10 @@ class CLI(LightningCLI):
         settings = config.data.get("init_args", {}) if config.data else {}
         if settings.get("tokenizer", "") is None and not settings.get("new_tokens"):
             settings["tokenizer"] = tokenizer_of(config.model.get("adapter"))
-        for name in ("tokenizer", "processor"):
-            if name in settings and settings[name] is None and not is_random(config.model.pretrained):
+        lacking = [name for name in ("tokenizer", "processor") if name in settings and settings[name] is None]
+        if lacking and not is_random(config.model.pretrained):
+            check_reachable(config.model.pretrained)
+            for name in lacking:
                 settings[name] = config.model.pretrained
 
     def instantiate_classes(self) -> None:
@@ -181,17 +192,26 @@ class CLI(LightningCLI):
         kwargs.setdefault("default_root_dir", folder)
         logger = given.get("logger")
         if logger is not False:  # others stand beside ours, so that the folder holds the run whatever they are
-            others = [TensorBoardLogger(folder, "", "")] if logger in (None, True) else logger
-            others = others if isinstance(others, list) else [others]
-            kwargs["logger"] = [CSVLogger(folder, name="", version=""), *others]
+            kwargs["logger"] = [CSVLogger(folder, name="", version=""), *loggers.made(logger, folder)]
         kwargs["plugins"] = [*(given.get("plugins") or []), AtomicCheckpoints()]
         minutes = self._get(self.config_init, "checkpoint_minutes", default=5.0)
-        self.trainer_defaults["callbacks"] = [LastCheckpoint(folder), SaveOften(folder, minutes), RunReport(folder)]
+        self.trainer_defaults["callbacks"] = [LastCheckpoint(folder), SaveOften(folder, minutes), self._report(folder)]
         callbacks = given.get("callbacks") or []
         theirs = callbacks if isinstance(callbacks, list) else [callbacks]
         if given.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in theirs):
             self.trainer_defaults["callbacks"].append(RunBar())
         return super().instantiate_trainer(**kwargs)
+
+    def _report(self, folder: Path) -> RunReport:
+        """The run's report, which says where the rate comes from, and what a server refuses."""
+        optimizer = "model.optimizer"
+        origin = origin_of(self.line.rest, f"{optimizer}.lr", former_names.load)
+        rate_from = f"from {shown_origin(origin)}" if origin else ""
+        if not origin and (named := origin_of(self.line.rest, optimizer, former_names.load)):
+            rate_from = f"its own default, since {shown_origin(named)} names no rate"
+        return RunReport(
+            folder, rate_from=rate_from, serve_with=self._get(self.config_init, "serve_with", default=None)
+        )
 
     def _use_checkpoint(self) -> None:
         """The run's checkpoint, set here so that it is not saved into config.yaml; no pickle is opened."""
@@ -211,7 +231,25 @@ class CLI(LightningCLI):
             # known before the adapter is built, whose plan stands in it; as an argument it would be hidden until after
             self.trainer.ckpt_path, given.ckpt_path = given.ckpt_path, None
 
-    before_fit = before_validate = before_test = before_predict = _use_checkpoint
+    before_validate = before_test = before_predict = _use_checkpoint
+
+    def before_fit(self) -> None:
+        """The checkpoint to go on from, and what would end the run after its first validation."""
+        self._use_checkpoint()
+        self._check_monitors()
+
+    def _check_monitors(self) -> None:
+        """Raise `SettingsError` where a callback watches what nobody logs; where a stranger may log it, say so."""
+        callbacks: list[Callback] = [*self.trainer.callbacks, *self.model.settings_callbacks()]  # type: ignore[attr-defined]
+        watched = [one for one in callbacks if isinstance(getattr(one, "monitor", None), str)]
+        if not watched or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        validates = self.trainer.limit_val_batches != 0 and monitors.validates(self.datamodule)
+        others = monitors.strangers(callbacks)
+        for text in monitors.problems(callbacks, self.model.task, validates):
+            if not others:
+                raise SettingsError(text)
+            print(f"note: {text} That ends the run, unless {' or '.join(others)} logs it.")
 
     def after_fit(self) -> None:
         """Say where everything lies, last of all.
@@ -317,10 +355,10 @@ def _told(error: BaseException, line: command_line.Line, folder: RunFolder) -> L
     if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
         return TrainingError(_stopped(line, folder, "Ctrl-C"))
     if isinstance(error, MisconfigurationException) or (
-        isinstance(error, ValueError) and raised_in(error, "lightning")
+        isinstance(error, ValueError | FileNotFoundError) and raised_in(error, "lightning")
     ):
         return SettingsError(f"trainer: {' '.join(str(error).split())}")
-    return None
+    return system_error(error)
 
 
 def _stopped(line: command_line.Line, folder: RunFolder, why: str) -> str:

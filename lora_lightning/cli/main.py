@@ -13,6 +13,7 @@ from typing import NoReturn
 from lora_lightning import plugins
 from lora_lightning.cli import command_line, configs
 from lora_lightning.cli.other_tools import VERBS
+from lora_lightning.cli.system_errors import DEBUG, system_error
 from lora_lightning.errors import LoraLightningError, did_you_mean
 from lora_lightning.plugin_code import imported
 from lora_lightning.registry import LIGHT_VERBS, one_line
@@ -25,8 +26,6 @@ TRAINING = {
     "predict": "Predict; --run DIR as above, --output FILE names the .csv or .jsonl file.",
 }
 
-DEBUG = "LORA_LIGHTNING_DEBUG"
-"""Environment variable with which an error of a plugin's verb comes with its traceback."""
 HELP = """usage: python -m lora_lightning VERB ...
 
 {verbs}
@@ -52,12 +51,21 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         return _run(sys.argv[1:] if args is None else args)
     except LoraLightningError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _told(error)
+    except OSError as error:
+        if (ours := system_error(error)) is None:
+            raise
+        return _told(ours)
     except SystemExit as stop:  # a parser has printed its help or its error
         if isinstance(stop.code, str):
             raise
         return stop.code or 0
+
+
+def _told(error: LoraLightningError) -> int:
+    """Print an error as one line; its exit code."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
 
 
 def _run(words: Sequence[str]) -> int:

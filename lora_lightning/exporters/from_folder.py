@@ -14,7 +14,9 @@ from lora_lightning.errors import AdapterFileError, ExportError, ModelError
 from lora_lightning.exporters.companions import run_processor
 from lora_lightning.exporters.export import export, find_writer
 from lora_lightning.exporters.folder import check_free
-from lora_lightning.exporters.report import Origin
+from lora_lightning.exporters.report import ExportReport, Origin
+from lora_lightning.exporters.servers import served
+from lora_lightning.exporters.source import find
 from lora_lightning.exporters.trained_adapter import TrainedAdapter, find_adapter
 from lora_lightning.models.pretrained import resolve
 from lora_lightning.models.quantized_loading import Loading, check_format
@@ -23,12 +25,20 @@ from lora_lightning.storage.stored import Stored, read_folder
 
 
 def export_folder(
-    adapter: Path, output: Path, format: str, rank: int | None = None, pretrained: str | None = None
-) -> str:
-    """Export an adapter folder: load its base model, the adapter onto it, export, and return the report as text.
+    adapter: Path,
+    output: Path,
+    format: str | None,
+    rank: int | None = None,
+    pretrained: str | None = None,
+    server: str | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
+) -> ExportReport:
+    """Export an adapter folder: load its base model, the adapter onto it, and export.
 
-    For "merged" the base is loaded in its file's own dtype, else in float32, so that heads stay bit for bit. A base
-    that was quantized in training is quantized again: it is what the adapter was trained on.
+    For "merged" without a `dtype` the base is loaded in its file's own, else in float32, so that heads stay bit for
+    bit. A base that was quantized in training is quantized again: it is what the adapter was trained on. Where a server
+    takes a merged model only, that has the data type of the base's file.
 
     Args:
         adapter: an adapter folder.
@@ -36,12 +46,16 @@ def export_folder(
         format: see `export`.
         rank: see `export`.
         pretrained: the base model (folder, hub id or pkg: name); None takes what the adapter folder states.
+        server: see `export`.
+        dtype: see `export`.
+        quantize: see `export`.
 
     Raises:
         AdapterFileError: the folder is no adapter of this library, or does not fit the base model.
         ExportError: the base model is not known or cannot be loaded, and see `export`.
     """
-    find_writer(format, rank)
+    if format is not None:
+        find_writer(format, rank, dtype, quantize)
     check_free(output)
     stored = read_folder(adapter)
     whole = with_below(find_adapter(str(adapter)))
@@ -53,11 +67,40 @@ def export_folder(
         folder = resolve(base, field=where)
     except ModelError as error:
         raise ExportError(f"{error}{'' if pretrained else ' Give the base model with --pretrained.'}") from error
-    model = load_base(folder, stored_whole(whole), where, "auto" if format == "merged" else torch.float32)
+    own = format == "merged" and dtype is None
+    model = load_base(folder, stored_whole(whole), where, "auto" if own else torch.float32)
     whole[-1].load(model, stored.name)
-    processor = run_processor(adapter) if format == "merged" else None
+    merged = format == "merged"
+    if (
+        format is None
+        and server is not None
+        and served(find(model, stored.name), server, None, rank).format == "merged"
+    ):
+        merged, dtype = True, dtype or _file_dtype(folder)
+    processor = run_processor(adapter) if merged else None
     origin = Origin(adapter, base)
-    return str(export(model, output, format, stored.name, rank, origin=origin, processor=processor))
+    return export(
+        model,
+        output,
+        format,
+        stored.name,
+        rank,
+        origin=origin,
+        processor=processor,
+        server=server,
+        dtype=dtype,
+        quantize=quantize,
+    )
+
+
+def _file_dtype(folder: str) -> str | None:
+    """The data type that a base model's configuration states."""
+    from transformers import AutoConfig
+
+    if is_random(folder):
+        return None
+    stated = AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype
+    return None if stated is None else str(stated).removeprefix("torch.")
 
 
 def with_below(adapter: TrainedAdapter) -> list[TrainedAdapter]:
@@ -140,7 +183,10 @@ def load_base(folder: str, stored: Stored, where: str, dtype: torch.dtype | str 
     absent = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])} - stored.tensors.keys()
     absent -= zero_absent(model, info["missing_keys"], ["pooler"])  # the task did without
     if absent:
-        raise ExportError(f'{where} is "{folder}", which lacks {min(absent)} of {architecture}; it is another model.')
+        raise ExportError(
+            f'{where} is "{folder}", which lacks {min(absent)} of {architecture}; it is another model. '
+            "Give the one that it was trained on with --pretrained."
+        )
     return model  # type: ignore[no-any-return]
 
 

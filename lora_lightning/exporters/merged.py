@@ -16,6 +16,7 @@ from lora_lightning.adapters.layers.quantized import QuantizedBase
 from lora_lightning.adapters.low_rank import NO_BIAS
 from lora_lightning.errors import AdapterStateError, ExportError
 from lora_lightning.exporters.companions import companion_files, ending_turns, write_below
+from lora_lightning.exporters.precision import check_precision, in_dtype, quantize, state_dtype
 from lora_lightning.exporters.report import Written
 from lora_lightning.exporters.source import Source, check_finite
 from lora_lightning.injection.links import without_linked
@@ -24,6 +25,8 @@ from lora_lightning.injection.place import set_module
 from lora_lightning.models.anatomy import Anatomy
 from lora_lightning.models.new_tokens import plain_vocabulary
 
+TAKES_DTYPE = ("float32", "bfloat16", "float16")
+TAKES_QUANTIZE = ("nf4", "nf4-double")
 _SAY_QUANTIZED = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
 
 
@@ -31,7 +34,8 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     """Write the merged model into `folder` with `save_pretrained`.
 
     Args:
-        source: the adapter, and those below it; other adapters of the model do not count.
+        source: the adapter, and those below it; other adapters of the model do not count. Of its `dtype` are all
+            numbers that are written; by its `quantize` the merged model is quantized.
         folder: an empty folder.
         rank: no rank limits a merged model.
         verify: load the model again and compare every tensor bit for bit.
@@ -40,21 +44,28 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
         ExportError: no Hugging Face model, an input-routed method, a tied weight, or a bias the architecture lacks.
     """
     check(source)
+    check_precision(source)
     host: Any = source.host
     dequantized, anatomy = Dequantized(), source.anatomy
     extended = list(anatomy.extended.values())
     plain = (_plain(source, dequantized), without_linked(anatomy.model), _unquantized(source))
     files = companion_files(host, source.processor, source.tokenizer)
+    notes: list[str] = []
     with ExitStack() as stack:
         for context in (*plain, plain_vocabulary(extended, anatomy.places), ending_turns(host, files)):
             stack.enter_context(context)
-        state = host.state_dict(keep_vars=True)
-        check_finite("the model", state.values())
+        state = in_dtype(host.state_dict(keep_vars=True), source.dtype)
+        check_finite(f"the model in {source.dtype}" if source.dtype else "the model", state.values())
         with _own_config(host):
-            host.save_pretrained(folder)
+            host.save_pretrained(folder, **({} if source.dtype is None else {"state_dict": state}))
             write_below(files, folder)
-            difference = _compare(type(host), state, folder) if verify else None
-    notes = [str(dequantized)] if dequantized.layers else []
+        if source.dtype is not None:
+            state_dtype(folder, source.dtype)
+        difference = _compare(type(host), state, folder) if verify else None
+    if source.quantize is not None:
+        difference, note = quantize(type(host), folder, source.quantize, [*source.trained], verify)
+        notes.append(note)
+    notes += [str(dequantized)] if dequantized.layers else []
     if len({t.dtype for t in state.values() if isinstance(t, nn.Parameter) and t.is_floating_point()}) > 1:
         notes.append("its tensors have several dtypes; from_pretrained makes them one unless told otherwise")
     if not files:

@@ -14,7 +14,7 @@ def refusals(model: nn.Module, name: str = "default") -> dict[str, str]:
     """Formats that will refuse an adapter as it is, each with the reason and the way out.
 
     What only trained values show, such as an update that has no exact low rank, is found by the export itself. Of a
-    sharded model nothing is said.
+    sharded model nothing is said, nor of formats of one server, which `servers.preview` looks at.
 
     Args:
         model: a model with adapters.
@@ -27,8 +27,9 @@ def refusals(model: nn.Module, name: str = "default") -> dict[str, str]:
     found = {}
     for form in registry().formats:
         try:
-            check = getattr(find_writer(form, None), "check", None)
-            if check is not None:
+            writer = find_writer(form, None)
+            check = getattr(writer, "check", None)
+            if check is not None and not hasattr(writer, "SERVER"):  # that is said to whoever serves with it
                 check(source)
         except ExportError as error:
             found[form] = str(error)

@@ -36,6 +36,9 @@ class Source:
         layers: layers that carry the adapter, by path in `host`.
         trained: parameters of `host` that train in full, by name without wrappers.
         processor: the tokenizer or processor that the caller says goes with the model, or None.
+        dtype: data type of the numbers that are written, or None for their own.
+        quantize: format that a merged model is quantized in, or None.
+        one_rank: whether all layers are written with one rank and one scaling, for a program that reads no other.
     """
 
     anatomy: Anatomy
@@ -46,6 +49,9 @@ class Source:
     layers: dict[str, AdaptedLayer]
     trained: tuple[str, ...]
     processor: Any = None
+    dtype: str | None = None
+    quantize: str | None = None
+    one_rank: bool = False
 
     @property
     def heads(self) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from lora_lightning.adapters.base_weight import AFTER_FINAL_MERGE
 from lora_lightning.distributed import reshard
 from lora_lightning.errors import AdapterStateError
 from lora_lightning.injection.heads import forget_heads, show_heads
@@ -64,7 +65,7 @@ def unmerge(model: nn.Module) -> None:
     reshard(model)
     layers = [layer for _, layer in iter_adapters(injected_root(model))]
     if any(not layer.can_unmerge for layer in layers):
-        raise AdapterStateError("merged with keep_original=False; the original weights are gone.")
+        raise AdapterStateError(f"merged with keep_original=False; the original weights are gone. {AFTER_FINAL_MERGE}")
     for layer in layers:
         layer.unmerge()
 

@@ -129,7 +129,7 @@ def refuse_merged(layers: Mapping[str, AdaptedLayer]) -> None:
     """As `check_unmerged`, for layers by path."""
     for path, layer in layers.items():
         if layer.merged:
-            raise AdapterStateError(f"{path}: {', '.join(layer.merged)} is merged; call unmerge first.")
+            raise AdapterStateError(f"{path}: {', '.join(layer.merged)} is merged; {layer.merging.way_out}")
 
 
 def iter_adapters(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:

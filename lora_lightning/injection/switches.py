@@ -10,6 +10,7 @@ from torch import nn
 
 from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.adapters.base import Adapter, linked_modules
+from lora_lightning.adapters.base_weight import AFTER_FINAL_MERGE
 from lora_lightning.distributed import reshard
 from lora_lightning.errors import AdapterStateError
 from lora_lightning.injection.heads import heads_of, show_heads, trainable_heads
@@ -43,7 +44,7 @@ def activate(layers: Iterable[AdaptedLayer], names: Sequence[str]) -> None:
     wanted = [(layer, tuple(name for name in names if name in layer.adapters)) for layer in layers]
     for layer, here in wanted:
         if layer.merged and layer.merged != here:
-            raise AdapterStateError(f"{', '.join(layer.merged)} is merged; call unmerge before another set is active.")
+            raise AdapterStateError(f"{', '.join(layer.merged)} is merged; {layer.merging.way_out}")
         layer.check_active(here)
     for layer, here in wanted:
         layer.active = here
@@ -131,7 +132,9 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     merged = [layer for layer in layers if layer.merged]
     stuck = [layer for layer in merged if not layer.can_unmerge]
     if stuck:
-        raise AdapterStateError("merged with keep_original=False; the base model's function is gone.")
+        raise AdapterStateError(
+            f"merged with keep_original=False; the base model's function is gone. {AFTER_FINAL_MERGE}"
+        )
     before = [layer.disabled for layer in layers]
     for layer in merged:
         layer.unmerge()

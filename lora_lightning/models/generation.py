@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jinja2 import TemplateError
@@ -24,6 +24,13 @@ def end_ids(model: Any, tokenizer: Any) -> list[int]:
     return list(
         dict.fromkeys(end for end in (*ends, tokenizer.eos_token_id, _mark(behind, tokenizer)) if end is not None)
     )
+
+
+def end_of_answer(tokenizer: Any) -> int | None:
+    """The token with which the chat template ends an assistant's turn; without one, the tokenizer's end of text."""
+    if not getattr(tokenizer, "chat_template", None):
+        return cast("int | None", tokenizer.eos_token_id)
+    return _mark(_behind_answer(tokenizer), tokenizer)
 
 
 def end_text(tokenizer: Any) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lightning.models.paths import inside, join, plain, segments
 
@@ -125,3 +125,11 @@ def output_embeddings(hf_model: nn.Module) -> nn.Module | None:
     """The output layer of a Hugging Face language model; None in other models."""
     getter = getattr(hf_model, "get_output_embeddings", None)
     return cast("nn.Module | None", getter() if getter else None)
+
+
+def classes_hint(model: nn.Module, own: Tensor, value: Tensor) -> str:
+    """What helps where a head's tensor has another number of classes than the model: a sentence, else nothing."""
+    classes = getattr(getattr(model, "config", None), "num_labels", None)
+    if not own.dim() or len(own) != classes or len(own) == len(value) or own.shape[1:] != value.shape[1:]:
+        return ""
+    return f" The adapter was trained for other classes: load the model with num_labels={len(value)}."

@@ -16,7 +16,7 @@ from lora_lightning.models.anatomy import survey
 from lora_lightning.models.attention import Attention
 from lora_lightning.models.meta import expect_values
 from lora_lightning.models.paths import inside, within
-from lora_lightning.models.pretrained import resolve
+from lora_lightning.models.pretrained import resolve, unreachable
 from lora_lightning.models.quantized_loading import Loading, quantization_config, stated
 from lora_lightning.models.random import build_random, config_of, is_random
 from lora_lightning.models.tasks.base import Task
@@ -70,7 +70,7 @@ def load_model(
                 **options,
             )
     except OSError as error:
-        raise ModelError(f'model.pretrained is "{pretrained}": {_first_line(error)}') from error
+        raise unreachable(pretrained, error) from error
     except ValueError as error:
         _refuse_class(error, pretrained, task)
         raise
@@ -178,7 +178,7 @@ def load_skeleton(
         try:
             config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
         except OSError as error:
-            raise ModelError(f'model.pretrained is "{pretrained}": {_first_line(error)}') from error
+            raise unreachable(pretrained, error) from error
         except ValueError as error:
             _refuse_class(error, pretrained, task)
             raise
@@ -241,10 +241,6 @@ def _silent() -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
         if bar:
             transformers.logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    return " ".join(str(error).split("\n", maxsplit=1)[0].split())
 
 
 def zero_absent(model: nn.Module, missing: Iterable[str], unused: Sequence[str]) -> set[str]:

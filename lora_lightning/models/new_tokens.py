@@ -284,7 +284,8 @@ def add_rows(model: nn.Module, added: Vocabulary, seed: int = 0) -> None:
             rows[id(weight)] = _start(weight, added, seed, path)
         for parent, name in where[id(layer)]:
             setattr(parent, name, ExtendedLayer(layer, rows[id(weight)], added.first))
-    before = _Before({}, [(holder, name, getattr(holder, name)) for holder, name in follows.numbers])
+    numbers = [(holder, name, getattr(holder, name)) for holder, name in follows.numbers]
+    before = _Before({}, numbers, follows.unresized)
     for name, buffer in follows.buffers.items():
         before.buffers[name] = buffer
         _set_buffer(model, name, F.pad(buffer, (0, size - buffer.shape[-1])))
@@ -299,12 +300,20 @@ class _Before:
 
     buffers: dict[str, Tensor]
     numbers: list[tuple[Any, str, int]]
+    unresized: tuple[str, ...] = ()
+    """Layers with new rows that `resize_token_embeddings` gives none, by path."""
 
 
 def buffers_before(model: nn.Module) -> dict[str, Tensor]:
     """Buffers that `add_rows` has replaced by longer ones, as they were before, by name."""
     before = cast("_Before | None", model.__dict__.get(_BEFORE))
     return dict(before.buffers) if before else {}
+
+
+def unresized(model: nn.Module) -> tuple[str, ...]:
+    """Layers with new rows to which transformers' `resize_token_embeddings` gives none, by path."""
+    before = cast("_Before | None", model.__dict__.get(_BEFORE))
+    return before.unresized if before else ()
 
 
 def _set_buffer(model: nn.Module, name: str, value: Tensor) -> None:

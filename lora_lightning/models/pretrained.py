@@ -43,6 +43,33 @@ def resolve(name: str, field: str = "model.pretrained", needs: str | None = "con
     return str(folder)
 
 
+def check_reachable(name: str) -> None:
+    """Check that the hub, or its cache here, has the configuration of a model that no local folder holds.
+
+    What is taken from the model, such as its tokenizer, is then not blamed for the model.
+
+    Raises:
+        ModelError: there is none.
+    """
+    if is_random(name) or Path(resolve(name)).is_dir():
+        return
+    from transformers.utils import cached_file
+
+    try:
+        cached_file(name, "config.json")
+    except (OSError, ValueError) as error:
+        raise unreachable(name, error) from error
+
+
+def unreachable(name: str, error: BaseException) -> ModelError:
+    """A `ModelError` with the first line of what transformers said of a model, and what helps."""
+    reason = " ".join(str(error).split("\n", maxsplit=1)[0].split())
+    help_text = ""
+    if "connect" in reason:
+        help_text = f" Give a local folder, or fetch the model once where there is a network: hf download {name}"
+    return ModelError(f'model.pretrained is "{name}": {reason}{help_text}')
+
+
 def check_weights(name: str) -> None:
     """Check that a local model has its files of weights, without opening one; says nothing of the hub's.
 

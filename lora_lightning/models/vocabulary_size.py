@@ -30,6 +30,8 @@ class Following:
     """Biases that are no parameters, (..., vocabulary), by name."""
     numbers: list[tuple[Any, str]] = field(default_factory=list)
     """Objects that hold the size, each with the attribute's name: the model and its configurations."""
+    unresized: tuple[str, ...] = ()
+    """Those of `layers` that transformers' `resize_token_embeddings` leaves as they are, or cannot resize."""
 
 
 def following(model: nn.Module) -> Following:
@@ -71,7 +73,9 @@ def following(model: nn.Module) -> Following:
                 "says what the others are for, so new tokens have no place. Leave new_tokens out, and write the texts "
                 "in tokens that it knows."
             )
-    return Following(embedding, layers, buffers, numbers)
+    resized = found.tensors if found else ()
+    unresized = tuple(path for path in layers if join(path, "weight") not in resized)
+    return Following(embedding, layers, buffers, numbers, unresized)
 
 
 def token_embedding(model: nn.Module) -> nn.Embedding:

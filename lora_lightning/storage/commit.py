@@ -47,11 +47,13 @@ class Layout:
     """Name of the file beside it."""
     folder: str
     """Name of the one folder of further files."""
+    also: tuple[str, ...] = ()
+    """Names of files that a reader does without; they stay where a new version brings none."""
 
     def has(self, name: str) -> bool:
         """Whether `name` is one of the files that follow, or may be."""
         parts = PurePosixPath(name).parts
-        return name == self.follows or (len(parts) == 2 and parts[0] == self.folder and parts[1] != "..")
+        return name in (self.follows, *self.also) or (len(parts) == 2 and parts[0] == self.folder and parts[1] != "..")
 
     def check(self, name: str) -> str:
         """`name`, if the folder may have it; raises ValueError otherwise."""

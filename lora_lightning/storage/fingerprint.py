@@ -5,6 +5,7 @@
     weights        sha256 of up to 64 entries a tensor, rounded to bfloat16: the same in any dtype, up to rounding
     dtypes         data types, as the tensors are stored; of quantized ones the format, and what had quantized them
     content        sha256 of the XXH3 of every row's bytes, in order: exact, where weights are stored alike
+    statistics     data types, and sha256 of the bytes, of running statistics that stay as they are; null without any
 
 Where both sides store the weights alike, `content` decides, and whatever differs is noticed. Elsewhere, and for older
 files, which lack it, `weights` does; of quantized weights, names and shapes. Rows are hashed one by one, so that it
@@ -30,6 +31,7 @@ from lora_lightning.adapters.layers.quantized import QuantizedBase, flattened
 from lora_lightning.distributed import first_entry, local
 from lora_lightning.errors import AdapterStateError
 from lora_lightning.injection.records import records
+from lora_lightning.injection.statistics import layers_with_statistics
 from lora_lightning.models.anatomy import Anatomy, survey
 from lora_lightning.models.new_tokens import without_rows
 from lora_lightning.models.paths import plain, starting_with, unwrap
@@ -81,6 +83,7 @@ def fingerprint(anatomy: Anatomy, without: Iterable[str] = ()) -> dict[str, Any]
         "weights": hashlib.sha256(_sample(tensors)).hexdigest() if readable else None,
         "dtypes": _dtypes(kinds),
         "content": hashlib.sha256(_content(stored)).hexdigest() if whole else None,
+        "statistics": _statistics(anatomy, without),
     }
 
 
@@ -95,11 +98,17 @@ def outline(anatomy: Anatomy, without: Iterable[str] = ()) -> dict[str, str]:
 
 
 def differences(own: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Which of "architecture", "names" and "weights" two fingerprints differ in, as far as both state them."""
+    """Which of "architecture", "names", "weights", "statistics" two fingerprints differ in, as far as both state them.
+
+    Statistics of other data types are not compared.
+    """
     found = [part for part in ("architecture", "names") if own[part] != theirs[part]]
     part = "content" if _exact(own, theirs) else "weights"
     if None not in (own[part], theirs[part]) and own[part] != theirs[part]:
         found.append("weights")
+    here, there = own.get("statistics"), theirs.get("statistics")
+    if here and there and here["dtypes"] == there["dtypes"] and here != there:
+        found.append("statistics")
     return found
 
 
@@ -107,6 +116,28 @@ def _exact(own: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
     """Whether all weights can be compared, bit for bit."""
     there = own.get("content") is not None and theirs.get("content") is not None
     return there and own["dtypes"] == theirs["dtypes"]
+
+
+def still_statistics(anatomy: Anatomy, without: Iterable[str] = ()) -> dict[str, Tensor]:
+    """Running statistics by name, but for those of layers with one of the parameters `without`, which train along."""
+    training = {plain(name).rpartition(".")[0] for name in without}
+    return {
+        f"{plain(path)}.{name}": buffer
+        for path, layer in layers_with_statistics(anatomy).items()
+        if plain(path) not in training
+        for name, buffer in layer._buffers.items()
+        if buffer is not None and name.startswith("running_")
+    }
+
+
+def _statistics(anatomy: Anatomy, without: Iterable[str]) -> dict[str, str] | None:
+    found = dict(sorted(still_statistics(anatomy, without).items()))
+    if not found or any(buffer.is_meta for buffer in found.values()):
+        return None
+    digest = hashlib.sha256()
+    for name, buffer in found.items():
+        digest.update(f"{name}:".encode() + _bytes(local(buffer).detach().reshape(-1)).numpy().tobytes())
+    return {"dtypes": " ".join(str(b.dtype) for b in found.values()), "sha256": digest.hexdigest()}
 
 
 def counted(anatomy: Anatomy, without: Iterable[str]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
     adapter.safetensors    tensors of adapters and fully trained heads, the description, digests of everything; commits
     adapter.json           the description again, for people
+    README.md              the model card, written from the description; see `card.py`
     tokenizer/             where new tokens were added: the tokenizer that knows them
 
 Tensor names are those of the model: `<path>.adapters.<name>.<tensor>`, heads under their own names, without what
@@ -27,6 +28,7 @@ from lora_lightning.models.anatomy import survey
 from lora_lightning.models.new_tokens import vocabulary
 from lora_lightning.models.paths import plain
 from lora_lightning.storage.atomic import as_json
+from lora_lightning.storage.card import new_card
 from lora_lightning.storage.commit import replace_files
 from lora_lightning.storage.description import describe_adapter
 from lora_lightning.storage.load import check_loads
@@ -111,7 +113,11 @@ def write_adapter(
         raise AdapterFileError(f'cannot write the adapter to "{folder}": it {error} Nothing was written.') from error
     try:
         replace_files(
-            folder, LAYOUT, {**beside, FILE: content, DESCRIPTION: as_json(description)}, read_back, belonging
+            folder,
+            LAYOUT,
+            {**beside, **new_card(folder, description), FILE: content, DESCRIPTION: as_json(description)},
+            read_back,
+            belonging,
         )
     except OSError as error:
         raise AdapterFileError(

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +42,7 @@ from lora_lightning.injection.records import (
 from lora_lightning.injection.switches import activate, set_active
 from lora_lightning.methods import Method, plain_settings
 from lora_lightning.models.anatomy import Anatomy, survey
+from lora_lightning.models.heads import classes_hint
 from lora_lightning.models.meta import values_follow
 from lora_lightning.models.new_tokens import add_rows, check_same_tokens, remove_rows, vocabulary
 from lora_lightning.models.paths import join, plain, starting_with, unwrap
@@ -53,13 +53,11 @@ from lora_lightning.registry import one_line
 from lora_lightning.storage.below import find_below
 from lora_lightning.storage.fingerprint import (
     counted,
-    differences,
-    fingerprint,
     has_kept_fingerprint,
     outline,
-    say_how_compared,
 )
 from lora_lightning.storage.folded import folded_tensors
+from lora_lightning.storage.same_base import check_base, refuse_other_base
 from lora_lightning.storage.skeleton import new_skeleton
 from lora_lightning.storage.state import surveyed_state
 from lora_lightning.storage.stored import Stored, read_folder
@@ -104,7 +102,7 @@ def load_stored(model: nn.Module, stored: Stored, directory: str | Path, name: s
     has_values = not values_follow(root)  # else the first process, which has them, compares and sends them
     if has_values:
         with heads_of(root, []):
-            _check_fingerprint(anatomy, stored, trained_in(root, [one.name for one in below]), directory)
+            check_base(anatomy, stored, trained_in(root, [one.name for one in below]), directory)
     if name not in records(root):
         check_ready(anatomy, name)
     fresh: list[str] = []
@@ -153,7 +151,7 @@ def check_loads(anatomy: Anatomy, stored: Stored, directory: str | Path) -> None
     except Exception as error:  # whatever the modules of a project do when they are copied
         print(f'note: "{directory}" reads back from the disk, but no second model could be made to try it on: {error}')
         return
-    _refuse_other_base(outline(plain_one, trained), stored, directory, ("architecture", "names"))
+    refuse_other_base(outline(plain_one, trained), stored, directory, ("architecture", "names"))
     method_class = registry().method(stored.method, where=f'"{directory}"')
     with _blaming(directory):
         _plan(_with_rows(plain_one, stored, directory, []), stored, method_class, stored.name, directory, None)
@@ -244,7 +242,7 @@ def _plan(
             f'"{directory}" states that layers share what lies at {sorted(stored.linked)}; {stored.method} has it at '
             f"{sorted(map(plain, linked))} in this model."
         )
-    _check_tensors(stored, _targets(anatomy, stored, adapters, linked), directory)
+    _check_tensors(anatomy.model, stored, _targets(anatomy, stored, adapters, linked), directory)
     return _Plan(anatomy, record, base_layers, adapters, linked, _folded(anatomy, stored, base_layers, directory))
 
 
@@ -381,26 +379,6 @@ def _root_for(model: nn.Module) -> nn.Module:
         return unwrap(model)
 
 
-def _check_fingerprint(anatomy: Anatomy, stored: Stored, below: Iterable[str], directory: str | Path) -> None:
-    """Compare the base; `below` are parameters that adapters below train in full."""
-    own = fingerprint(anatomy, [*stored.trained, *below])
-    _refuse_other_base(own, stored, directory, differences(own, stored.fingerprint))
-    say_how_compared(own, stored.fingerprint, anatomy.formats, stored.quantization)
-
-
-def _refuse_other_base(own: Mapping[str, Any], stored: Stored, directory: str | Path, parts: Iterable[str]) -> None:
-    """Raise `AdapterFileError` for the first of `parts` in which the fingerprint of another base model differs."""
-    theirs, base = stored.fingerprint, f"(base: {stored.base or 'unknown'})"
-    reasons = {
-        "architecture": f"{theirs['architecture']}; this model is {own['architecture']}.",
-        "names": f"a {theirs['architecture']} whose parameters have other names or shapes {base}.",
-        "weights": f"other base weights than this model has {base}; load the same pretrained weights first.",
-    }
-    for part in parts:
-        if part == "weights" or own[part] != theirs[part]:
-            raise AdapterFileError(f'"{directory}" was trained on {reasons[part]}')
-
-
 def _base_layers(anatomy: Anatomy, stored: Stored, directory: str | Path) -> dict[str, BaseLayer]:
     layers = {plain(path): (path, layer.base) for path, layer in anatomy.layers.items()}
     base_layers = {}
@@ -450,7 +428,7 @@ def _folded_keys(stored: Stored) -> set[str]:
     return {key for key in stored.tensors if f".shifts.{stored.name}." in key}
 
 
-def _check_tensors(stored: Stored, targets: Mapping[str, Tensor], directory: str | Path) -> None:
+def _check_tensors(model: nn.Module, stored: Stored, targets: Mapping[str, Tensor], directory: str | Path) -> None:
     """Compare keys and shapes exactly."""
     missing = sorted((targets.keys() | set(stored.trained)) - stored.tensors.keys())
     unexpected = sorted(stored.tensors.keys() - targets.keys() - _folded_keys(stored))
@@ -463,4 +441,7 @@ def _check_tensors(stored: Stored, targets: Mapping[str, Tensor], directory: str
     for key, target in targets.items():
         shape, needed = tuple(stored.tensors[key].shape), tuple(target.shape)
         if shape != needed:
-            raise AdapterFileError(f'"{directory}": {key} has shape {shape}; the model needs {needed}.')
+            raise AdapterFileError(
+                f'"{directory}": {key} has shape {shape}; the model needs {needed}.'
+                f"{classes_hint(model, target, stored.tensors[key]) if key in stored.trained else ''}"
+            )

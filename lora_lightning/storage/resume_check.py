@@ -28,10 +28,16 @@ def check_same(model: nn.Module, name: str, theirs: Mapping[str, Any]) -> None:
     ours, base = own["fingerprint"], theirs["fingerprint"]
     differing = differences(ours, base)
     if differing:
-        raise ResumeError(f"the checkpoint was trained on another base model ({', '.join(differing)} differ).")
+        raise ResumeError(
+            f"the checkpoint was trained on another base model ({', '.join(differing)} differ). Give "
+            "the same model.pretrained, with the files that it had then, or start a new run."
+        )
     say_how_compared(ours, base, own["quantization"], described_formats(theirs))
     if own["method"] != theirs["method"]:
-        raise ResumeError(f"the checkpoint was trained with {theirs['method']}; the model has {own['method']}.")
+        raise ResumeError(
+            f"the checkpoint was trained with {theirs['method']}; the model has {own['method']}. "
+            "Give the same method, or start a new run."
+        )
     theirs = {**theirs, **_settings_now(type(records(root)[name].method), theirs)}
     for key, value in own["settings"].items():
         if value != theirs["settings"].get(key):
@@ -59,7 +65,10 @@ def check_same(model: nn.Module, name: str, theirs: Mapping[str, Any]) -> None:
         )
     for key in ("layers", "trained", "labels"):
         if own[key] != theirs[key]:
-            raise ResumeError(f"the checkpoint was trained with other {key}: {_difference(theirs[key], own[key])}.")
+            raise ResumeError(
+                f"the checkpoint was trained with other {key}: {_difference(theirs[key], own[key])}. "
+                "Give the same settings and data, or start a new run."
+            )
 
 
 def _settings_now(method: type[Method], theirs: Mapping[str, Any]) -> dict[str, Any]:

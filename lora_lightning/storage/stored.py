@@ -26,7 +26,8 @@ from lora_lightning.storage.sealed import Sealed, digest, unseal
 FILE = "adapter.safetensors"
 DESCRIPTION = "adapter.json"
 TOKENIZER = "tokenizer"
-LAYOUT = Layout(commits=FILE, follows=DESCRIPTION, folder=TOKENIZER)
+CARD = "README.md"
+LAYOUT = Layout(commits=FILE, follows=DESCRIPTION, folder=TOKENIZER, also=(CARD,))
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,9 @@ def _fields(content: dict[str, Any]) -> dict[str, Any]:
     for part in ("architecture", "names", "weights"):
         if not isinstance(given["fingerprint"][part], str | None):
             raise ValueError(f"fingerprint.{part} is {given['fingerprint'][part]!r}")
+    statistics = given["fingerprint"].get("statistics")  # 0.1 has none
+    if statistics is not None and not (isinstance(statistics, dict) and {"dtypes", "sha256"} <= statistics.keys()):
+        raise ValueError(f"fingerprint.statistics is {statistics!r}")
     given["tokens"] = {path: _token_rows(path, rows) for path, rows in given["tokens"].items()}
     given["quantization"] = described_formats(content)
     given["below"] = tuple(map(_below, content.get("below", [])))

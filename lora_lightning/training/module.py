@@ -18,6 +18,7 @@ from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.precision import kept
 from lora_lightning.callbacks.cascade import Cascade
 from lora_lightning.callbacks.guard import TrainingGuard
+from lora_lightning.callbacks.meters import Meters
 from lora_lightning.callbacks.plateau import FollowPlateau
 from lora_lightning.callbacks.resume import ExactResume
 from lora_lightning.callbacks.step_counting import logs_at, outside_step, total_steps
@@ -46,6 +47,7 @@ from lora_lightning.storage.resume_check import check_fits, check_same
 from lora_lightning.storage.state import adapter_keys
 from lora_lightning.training.assembly import NAME, Assembly
 from lora_lightning.training.compilation import compiled
+from lora_lightning.training.end_check import EndCheck
 from lora_lightning.training.linear_baseline import LinearBaseline
 from lora_lightning.training.packing_check import PackingCheck
 from lora_lightning.training.reference import ReferenceValues
@@ -246,13 +248,15 @@ class AdapterModule(LightningModule):
         return [*(self.method.callbacks() if self.method is not None else ()), *follows]
 
     def configure_callbacks(self) -> list[Callback]:
-        """The guard, checks, exact resume, and what settings need; each yields to one given to the trainer."""
+        """The guard, checks, meters, exact resume, and what settings need; each yields to one given to the trainer."""
         ours = [
             *self.settings_callbacks(),
             TrainingGuard(stop_unreached=True),
             LinearBaseline(self.linear_baseline),
             PackingCheck(),
+            EndCheck(),
             ReferenceValues(),
+            Meters(),
             ExactResume(),
         ]
         given = self.trainer.callbacks  # type: ignore[attr-defined]

@@ -22,8 +22,10 @@ from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.schedule import ScheduleCallback
 from lora_lightning.callbacks.sparsity import SparsitySchedule
 from lora_lightning.callbacks.step_counting import REPORTS, StepCallback, logs_at, outside_step, total_steps
+from lora_lightning.data.sources.tables import on_hub, source_names
 from lora_lightning.distributed import assembled, is_sharded, local, reshard, summed
 from lora_lightning.exporters.preview import refusals
+from lora_lightning.exporters.servers import preview
 from lora_lightning.injection.records import adapters_named, injected_root, iter_adapters, records
 from lora_lightning.injection.report import injection_table
 from lora_lightning.methods import plain_settings
@@ -33,9 +35,12 @@ from lora_lightning.models.tasks.base import evaluate
 from lora_lightning.optim.pair_optimizer import PairOptimizer
 from lora_lightning.optim.wrapper import innermost
 from lora_lightning.storage.atomic import write_json
+from lora_lightning.storage.card import add_measured
 from lora_lightning.storage.folder import save_adapter
 from lora_lightning.storage.inside import shortened
 from lora_lightning.training.linear_baseline import LinearBaseline, validation_batches
+from lora_lightning.training.loss_trend import trend
+from lora_lightning.training.rate_origin import rate_line
 from lora_lightning.training.summary import draw, progress_line, summary_table
 from lora_lightning.version import __version__
 
@@ -49,13 +54,22 @@ class RunReport(StepCallback):
     Args:
         directory: the run folder; None takes the trainer's `default_root_dir`.
         name: adapter to write.
+        rate_from: where the learning rate comes from, for the header; empty says what the module knows.
+        serve_with: who will serve it; what that refuses is printed before training.
     """
 
     phase: ClassVar[int] = REPORTS
 
-    def __init__(self, directory: str | Path | None = None, name: str = "default") -> None:
+    def __init__(
+        self,
+        directory: str | Path | None = None,
+        name: str = "default",
+        rate_from: str = "",
+        serve_with: str | None = None,
+    ) -> None:
         super().__init__()
         self.directory, self.name = directory, name
+        self.rate_from, self.serve_with = rate_from, serve_with
         self.history: list[dict[str, float]] = []
         self.summary: dict[str, Any] | None = None
         self._start = Path.cwd()
@@ -87,6 +101,10 @@ class RunReport(StepCallback):
         Console().print(injection_table(injection, density, survey(pl_module).frozen_bytes))
         for form, why in refusals(pl_module, self.name).items():
             print(f"export --format {form} will be refused: {why}")
+        if told := rate_line(trainer, pl_module, self.rate_from):
+            print(told)
+        for line in preview(pl_module, self.serve_with, self.name) if self.serve_with else ():
+            print(f"export --for {self.serve_with}: {line}")
 
     def after_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         """Record training numbers, as the loggers get them and as often."""
@@ -115,6 +133,7 @@ class RunReport(StepCallback):
         if not trainer.is_global_zero:
             return
         write_json(folder / "summary.json", self.summary)
+        add_measured(adapter, self.summary)
         metric = self.summary["metric"]
         levels = {
             "before training": self.summary["untrained"],
@@ -186,6 +205,7 @@ class RunReport(StepCallback):
             "higher_is_better": bool(task and task.higher_is_better),
             "chance": _chance(trainer, task),
             "rate": _rate(trainer),
+            "trend": trend(self.history),
             "settings": plain_settings(record.method),
             "optimizer": [type(optimizer).__name__ for optimizer in trainer.optimizers],
             "started_from": start.facts if (start := getattr(module, "start", None)) is not None else [],
@@ -196,6 +216,7 @@ class RunReport(StepCallback):
             "surviving_parameters": _not_zero([*own, *_folded(root, self.name)]),
             "report": told,
             "data": facts,
+            "datasets": _datasets(trainer),
             "left_out": _left_out(trainer, facts),
             "changed": _changed(guard.changed() if guard else {}, root, self.name),
             "damping_raised": _damping(trainer),
@@ -241,6 +262,12 @@ def _data_facts(trainer: Trainer) -> dict[str, dict[str, int]]:
     """Numbers of examples, where the data module counts them; all processes take part."""
     facts: Callable[[], dict[str, dict[str, int]]] | None = getattr(getattr(trainer, "datamodule", None), "facts", None)
     return facts() if facts else {}
+
+
+def _datasets(trainer: Trainer) -> list[str]:
+    """Ids on the hub of the training data; none for files."""
+    sources = getattr(getattr(trainer, "datamodule", None), "sources", None)
+    return [name.partition(":")[0] for name in source_names(getattr(sources, "train", None)) if on_hub(name)]
 
 
 def _left_out(trainer: Trainer, facts: dict[str, dict[str, int]]) -> dict[str, str]:

@@ -11,7 +11,26 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from lora_lightning.models.tasks.generated import TEXT_METRICS
 from lora_lightning.storage.atomic import write_atomically
+
+BESIDE = (*TEXT_METRICS, "exact_match")
+"""Metrics of texts that stand beside the task's own in the table, where they were measured."""
+PANELS = {
+    "learning rate": ("lr", "lr_"),
+    "gradient norm": ("grad_norm", "grad_norm_"),
+    "tokens a second": ("tokens_per_second",),
+    "examples a second": ("examples_per_second",),
+    "padding": ("padding",),
+}
+"""What `Meters` logs, by the title of its panel: names, and beginnings of names that end in an underscore."""
+TRENDS = {
+    "falling": "the training loss was still falling at the end; train longer (trainer.max_steps, trainer.max_epochs) "
+    "or at a higher rate{rate}",
+    "never fell": "the training loss never fell; try a rate ten times as high and one ten times as low{rate}, look at "
+    "what is learned (inspect-data), and give the adapter more layers or a larger rank",
+}
+"""What to say of the training loss, by `lora_lightning.training.loss_trend.trend`."""
 
 
 def summary_table(summary: Mapping[str, Any]) -> Group:
@@ -19,13 +38,15 @@ def summary_table(summary: Mapping[str, Any]) -> Group:
     metric = summary["metric"]
     table = Table(title=f"validation {metric}", title_justify="left")
     table.add_column("model")
-    table.add_column(metric, justify="right")
+    names = [metric, *(name for name in BESIDE if name in summary["values"] and name != metric)]
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right")
     started = summary.get("started_from", [])
     untrained = "untrained head" if summary["has_head"] and not started else "before training"
-    table.add_row(untrained, _number(summary["untrained"].get(metric)))
-    if summary["linear_baseline"] is not None:
-        table.add_row("linear baseline, as many steps", _number(summary["linear_baseline"].get(metric)))
-    table.add_row(summary["method"], _number(summary["values"].get(metric)), style="bold")
+    table.add_row(untrained, *(_number(summary["untrained"].get(name)) for name in names))
+    if (linear := summary["linear_baseline"]) is not None:
+        table.add_row("linear baseline, as many steps", *(_number(linear.get(name)) for name in names))
+    table.add_row(summary["method"], *(_number(summary["values"].get(name)) for name in names), style="bold")
     lines = [
         f"trained     {summary['trainable_parameters']:,} parameters; "
         f"{summary['surviving_parameters']:,} adapter entries are not zero"
@@ -65,7 +86,17 @@ def progress_line(step: int, total: int | None, values: Mapping[str, float]) -> 
 
 
 def verdicts(summary: Mapping[str, Any]) -> list[str]:
-    """What speaks against a run: no better than it began, than chance, or than the linear baseline; empty otherwise."""
+    """What speaks against a run; empty where nothing does.
+
+    No better than it began, than chance, or than the linear baseline; a loss that fell still at the end, or never.
+    """
+    rate = summary.get("rate")
+    told = TRENDS.get(summary.get("trend") or "", "")
+    trends = [told.format(rate="" if rate is None else f" (it was {rate:g})")] if told else []
+    return [*_compared(summary), *trends]
+
+
+def _compared(summary: Mapping[str, Any]) -> list[str]:
     metric, values = summary["metric"], summary["values"]
     now, before = values.get(metric), summary["untrained"].get(metric)
     if now is None:
@@ -105,7 +136,7 @@ def _number(value: Any) -> str:
 
 
 def draw(path: Path, history: Sequence[Mapping[str, float]], metric: str, levels: Mapping[str, float]) -> None:
-    """Write a picture of the loss, the metric and, where there is one, the sparsity over optimizer steps.
+    """Write a picture of a run over its optimizer steps: loss, metric, what schedules and meters have logged.
 
     Args:
         path: a PNG file.
@@ -115,33 +146,65 @@ def draw(path: Path, history: Sequence[Mapping[str, float]], metric: str, levels
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     panels: list[tuple[str, list[str]]] = [("loss", ["train_loss", "val_loss"])]
     if metric != "loss":
         panels.append((metric, [f"val_{metric}"]))
-    panels += [(name, [name]) for name in ("sparsity", "rank", "stage") if any(name in point for point in history)]
-    width, height = 4.2 * len(panels), 3.2
+    there = sorted({name for point in history for name in point})
+    panels += [(name, [name]) for name in ("sparsity", "rank", "stage") if name in there]
+    for title, names in PANELS.items():
+        if keys := [key for key in there if key in names or key.startswith(tuple(n for n in names if n[-1] == "_"))]:
+            panels.append((title, keys))
+    columns = len(panels) if len(panels) <= 4 else 4 if len(panels) in (7, 8) else 3
+    rows = -(-len(panels) // columns)
+    width, height = 4.2 * columns, 3.2 * rows
     figure = Figure(figsize=(width, height))
     # margins in inches; a layout engine finds nearly the same ones, and takes as long as all of the drawing
-    figure.subplots_adjust(0.7 / width, 0.5 / height, 1 - 0.2 / width, 1 - 0.35 / height, wspace=0.7 / 3.3)
+    figure.subplots_adjust(
+        0.7 / width, 0.5 / height, 1 - 0.2 / width, 1 - 0.35 / height, wspace=0.7 / 3.3, hspace=0.85 / 2.35
+    )
     FigureCanvasAgg(figure)
     for index, (title, keys) in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), index + 1)
-        for key in keys:
-            points = [(point["step"], point[key]) for point in history if key in point]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=key, marker="o" if key.startswith("val_") else None, ms=3)
+        axes = figure.add_subplot(rows, columns, index + 1)
+        _curves(axes, history, title, keys)
         if title == metric:
             for level, (label, value) in enumerate(levels.items()):
                 axes.axhline(value, color="0.5", ls=("--", ":")[level % 2], lw=1, label=label)
-        axes.set(
-            title=title, xlabel="optimizer step", xlim=(0, 1.02 * max((point["step"] for point in history), default=1))
-        )
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.25)
         if len(axes.get_legend_handles_labels()[0]) > 1:
             axes.legend(fontsize=8)
     image = BytesIO()
     figure.savefig(image, format="png", dpi=120)
     write_atomically(path, lambda file: file.write(image.getvalue()))
+
+
+def _curves(axes: Any, history: Sequence[Mapping[str, float]], title: str, keys: Sequence[str]) -> None:
+    """One panel: a curve for each key."""
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+
+    values: list[float] = []
+    for key in keys:
+        points = [(point["step"], point[key]) for point in history if key in point]
+        values += [value for _, value in points]
+        if points:
+            marked = (key.startswith("val_") and len(points) <= 60) or len(points) == 1  # a line of one point is none
+            axes.plot(*zip(*points, strict=True), label=key, marker="o" if marked else None, ms=3)
+    last = max((point["step"] for point in history), default=1)
+    axes.set(title=title, xlabel="optimizer step", xlim=(0, 1.02 * last))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    if last >= 20_000:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(alpha=0.25)
+    if title == "gradient norm" and min(values) > 0 and max(values) > 30 * min(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    elif title == "learning rate":
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter("{x:.2g}")
+    elif title.endswith(" a second"):
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    elif title == "padding":
+        axes.set_ylim(0, max(0.1, 1.1 * max(values)))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))

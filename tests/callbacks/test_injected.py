@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.callbacks import BaseFinetuning, Callback
 from projects import Plain, fit
 from torch import nn
 
 from ll_lora import LoRA
-from lora_lightning import load_adapter, save_adapter, set_trainable
+from lora_lightning import load_adapter, merge, save_adapter, set_trainable
 from lora_lightning.callbacks import InjectAdapters, TrainingGuard
 from lora_lightning.errors import TrainingError
 
@@ -119,3 +119,71 @@ def test_a_network_beside_the_injected_one_trains_as_it_likes(tmp_path):
     module = Two()
     module.unused.requires_grad_(False)
     fit(module, tmp_path, [TrainingGuard()])
+
+
+class Normalised(Plain):
+    """With running statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def training_step(self, batch):
+        x, y = batch
+        return nn.functional.cross_entropy(self.head(self.norm(self.used(x))), y)
+
+
+def adapters_freeze(module):
+    for name, parameter in module.named_parameters():
+        if "lora" in name:
+            parameter.requires_grad_(False)
+
+
+def layer_is_replaced(module):
+    module.used = nn.Linear(4, 4)
+
+
+def layer_is_written(module):
+    with torch.no_grad():
+        module.used.base.weight.mul_(2)
+
+
+def everything_thaws(module):
+    module.requires_grad_(True)
+
+
+def statistics_move(module):
+    module.norm.running_mean.add_(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (adapters_freeze, r"used.*lora_A was frozen after it had been injected \(1 adapters"),
+        (everything_thaws, r"used\.base\.weight is a weight of the base model and trains.*also_train"),
+        (merge, r"used was merged while the run trains \(1 layers in all\).*Call unmerge"),
+        (layer_is_replaced, r"used is no longer the layer that was injected \(1 in all\)"),
+        (layer_is_written, r"used\.weight belongs to the frozen base model and has other values.*\(1 tensors"),
+        (statistics_move, r"norm\.running_mean belongs to the frozen base model and has other values"),
+    ],
+)
+def test_what_a_callback_does_in_the_middle_of_a_run_stops_it_before_anything_is_written(tmp_path, change, message):
+    class Acts(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 5:
+                change(pl_module)
+
+    torch.manual_seed(0)
+    with pytest.raises(TrainingError, match=message):
+        fit(Normalised(), tmp_path, [injecting(directory=tmp_path / "adapter"), Acts()], max_steps=8)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_statistics_of_a_layer_that_trains_may_move(tmp_path):
+    torch.manual_seed(0)
+    module, fresh = Normalised(), Normalised()
+    fresh.load_state_dict(module.state_dict())
+    fit(module, tmp_path, [injecting(also_train=["head", "norm"], directory=tmp_path / "adapter")])
+    assert not torch.equal(module.norm.running_mean, fresh.norm.running_mean)
+    load_adapter(fresh, tmp_path / "adapter")
+    assert torch.equal(module.norm.running_mean, fresh.norm.running_mean)

@@ -119,6 +119,11 @@ def test_a_program_that_changes_its_directory_still_writes_into_the_run_folder(h
     assert "train_loss" in events[0].read_bytes().decode("latin-1")
 
 
+@pytest.mark.parametrize("verb", ["targets", "inspect-data", "estimate", "doctor", "cite"])
+def test_verbs_that_take_a_config_take_that_of_a_run(trained, capsys, verb):
+    assert main([verb, "runs/tiny/001/config.yaml"]) == 0, capsys.readouterr()
+
+
 def test_a_fit_leaves_a_whole_run_folder(here, capsys):
     assert main(["fit", "--config", "tiny.yaml"]) == 0
     out = lines(capsys)

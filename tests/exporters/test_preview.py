@@ -81,5 +81,10 @@ def test_doctor_and_the_head_of_a_run_say_it(
     told = " ".join(capsys.readouterr().out.split())
     assert "export --format peft will be refused: " in told
     assert "export --format merged will be refused: MoELoRA on " in told
+    words.append("--serve_with=vllm")
+    main(["doctor", *words])
+    assert "export --for vllm: vllm serves this adapter in no form: " in " ".join(capsys.readouterr().out.split())
     main(["fit", *words, "--trainer.enable_progress_bar=false", "--model.linear_baseline=false"])
-    assert "export --format merged will be refused: MoELoRA on " in capsys.readouterr().out
+    told = " ".join(capsys.readouterr().out.split())
+    assert "export --format merged will be refused: MoELoRA on " in told
+    assert "export --for vllm: vllm serves this adapter in no form: " in told

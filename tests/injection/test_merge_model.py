@@ -129,3 +129,28 @@ def test_eject_restores_the_structure_and_the_head_unless_it_was_merged_for_good
     assert set(model.state_dict()) == set(before)
     assert torch.equal(model.classifier.weight, trained if merged else before["classifier.weight"])
     ll.inject(model, METHOD)
+
+
+def test_what_is_said_after_a_final_merge_helps(tmp_path: Path) -> None:
+    model = tiny_encoder()
+    ll.inject(model, METHOD, ["query"])
+    ll.save_adapter(model, tmp_path / "a")
+    perturb(model.bert.encoder.layer[0].attention.self.query.adapters)
+    ll.merge(model, keep_original=False)
+    refused = {
+        "unmerge": lambda: ll.unmerge(model),
+        "inject": lambda: ll.inject(model, METHOD, ["query"], name="b"),
+        "active": lambda: ll.set_active(model, []),
+        "save": lambda: ll.save_adapter(model, tmp_path / "b"),
+        "disable": lambda: ll.disable_adapters(model).__enter__(),
+    }
+    for call in refused.values():
+        with pytest.raises(AdapterStateError, match=r"eject\(model\) makes it a plain model .* with load_adapter\."):
+            call()
+    ids = torch.tensor([[3, 4, 5]])
+    before = model(ids).logits
+    ll.eject(model)
+    assert torch.equal(model(ids).logits, before)
+    ll.inject(model, METHOD, ["query"])
+    fresh = tiny_encoder()
+    ll.load_adapter(fresh, tmp_path / "a")

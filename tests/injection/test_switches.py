@@ -115,7 +115,7 @@ def test_a_name_given_twice_is_refused() -> None:
 def test_another_set_cannot_become_active_while_one_is_merged() -> None:
     model = adapted("b", adapted("a"))
     ll.merge(model)
-    with pytest.raises(AdapterStateError, match="b is merged; call unmerge before another set is active"):
+    with pytest.raises(AdapterStateError, match="b is merged; call unmerge first"):
         ll.set_active(model, "a")
     ll.set_active(model, "b")
 

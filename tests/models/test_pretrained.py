@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lora_lightning.errors import ModelError
-from lora_lightning.models.pretrained import resolve
+from lora_lightning.models.pretrained import check_reachable, resolve
 
 
 @pytest.fixture
@@ -70,3 +70,11 @@ def test_errors(here, name, message):
 def test_field_is_named(here):
     with pytest.raises(ModelError, match=r'^data\.tokenizer is "\./modle"'):
         resolve("./modle", "data.tokenizer")
+
+
+def test_a_model_of_the_hub_that_cannot_be_reached_is_named_with_what_helps(here):
+    said = r'^model\.pretrained is "owner/none": We couldn.t connect .*Give a local folder, .* hf download owner/none$'
+    with pytest.raises(ModelError, match=said):
+        check_reachable("owner/none")
+    check_reachable("./model")
+    check_reachable("random:llama")

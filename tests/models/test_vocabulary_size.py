@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import lora_lightning as ll
 from ll_lora import LoRA
 from lora_lightning.errors import AdapterFileError, ModelError
-from lora_lightning.models.new_tokens import Vocabulary, add_rows, extended_layers, remove_rows
+from lora_lightning.models.new_tokens import Vocabulary, add_rows, extended_layers, remove_rows, unresized
 from lora_lightning.models.vocabulary_size import following
 from lora_lightning.testing import tiny_decoder
 from lora_lightning.testing.toy_models import seeded
@@ -180,3 +180,20 @@ def test_nothing_is_allocated_and_the_model_is_untouched() -> None:
     assert list(found.layers) == ["model.embed_tokens", "lm_head"]
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in before)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        ("T5GemmaForTokenClassification", ("model.decoder.embed_tokens",)),
+        ("xLSTMForCausalLM", ("backbone.embeddings", "lm_head")),
+        ("BartForSequenceClassification", ()),
+    ],
+)
+def test_layers_that_transformers_leaves_as_they_are_are_known(name: str, left: tuple[str, ...]) -> None:
+    model = model_class(name).build()
+    assert following(model).unresized == left
+    add_rows(model, ADDED)
+    assert unresized(model) == left
+    remove_rows(model)
+    assert unresized(model) == ()

@@ -308,3 +308,22 @@ def test_one_weight_on_the_meta_device_is_named(folder: Path) -> None:
     model.second.to("meta")
     with pytest.raises(AdapterStateError, match=r"second\.\w+ is on the meta device"):
         ll.load_adapter(model, folder)
+
+
+def test_a_base_model_with_other_running_statistics_is_noticed_on_load(tmp_path: Path) -> None:
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+    model = network()
+    ll.inject(model, LoRA(rank=2), ["0"])
+    ll.save_adapter(model, tmp_path / "a")
+    ll.load_adapter(network(), tmp_path / "a")
+    other: Any = network()
+    other[1].running_var[2] += 1e-6
+    with pytest.raises(AdapterFileError, match="trained on other running statistics, as of batch normalisation"):
+        ll.load_adapter(other, tmp_path / "a")
+    half = network().bfloat16()  # of another type they are not compared
+    ll.load_adapter(half, tmp_path / "a")
+    plain = nn.Sequential(nn.Linear(4, 4))
+    assert fingerprint(survey(plain))["statistics"] is None

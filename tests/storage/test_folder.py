@@ -21,7 +21,7 @@ from lora_lightning.injection.records import adapters_named, records
 from lora_lightning.storage import folder as checkpoint
 from lora_lightning.storage.sealed import SCHEMA
 from lora_lightning.storage.state import adapter_keys
-from lora_lightning.storage.stored import DESCRIPTION, FILE, read_folder
+from lora_lightning.storage.stored import CARD, DESCRIPTION, FILE, read_folder
 from lora_lightning.testing import TinyMLP, perturb, tiny_encoder
 
 
@@ -36,7 +36,7 @@ def test_round_trip_with_overrides(tmp_path: Path) -> None:
 
 
 def test_a_folder_holds_two_files_and_says_what_it_is(folder: Path) -> None:
-    assert sorted(path.name for path in folder.iterdir()) == [DESCRIPTION, FILE]
+    assert sorted(path.name for path in folder.iterdir()) == [CARD, DESCRIPTION, FILE]
     stored = read_folder(folder)
     assert stored.method == "LoRA"
     assert stored.settings["alpha"] == 4.0
@@ -120,7 +120,7 @@ def test_what_does_not_read_back_is_not_written(folder: Path, monkeypatch: pytes
     with pytest.raises(AdapterFileError, match=said):
         ll.save_adapter(adapted(), folder)
     assert (folder / FILE).read_bytes() == before
-    assert len(list(folder.iterdir())) == 2
+    assert len(list(folder.iterdir())) == 3
 
 
 def test_what_no_plain_model_could_load_is_not_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import lora_lightning as ll
 from lora_lightning.errors import AdapterFileError, LoraLightningError
 from lora_lightning.models.new_tokens import Vocabulary, add_rows
-from lora_lightning.storage.stored import DESCRIPTION, FILE, LAYOUT, TOKENIZER, Stored, belonging, read_folder
+from lora_lightning.storage.stored import CARD, DESCRIPTION, FILE, LAYOUT, TOKENIZER, Stored, belonging, read_folder
 from lora_lightning.testing import TinyMLP, perturb, tiny_decoder
 
 T = TypeVar("T")
@@ -323,7 +323,7 @@ def test_one_adapter_over_another_leaves_nothing_of_it(tokens: Path) -> None:
     ll.save_adapter(taught(seed=1, tokenizer_json="{}"), tokens)
     assert [path.name for path in (tokens / TOKENIZER).iterdir()] == ["tokenizer.json"]
     ll.save_adapter(adapted(tiny_decoder(), targets=["q_proj"]), tokens)
-    assert sorted(path.name for path in tokens.iterdir()) == [DESCRIPTION, FILE]
+    assert sorted(path.name for path in tokens.iterdir()) == [CARD, DESCRIPTION, FILE]
     assert belonging(tokens.parent) == []
     assert all(LAYOUT.has(name) for name in belonging(tokens))
 

@@ -29,8 +29,10 @@ from lora_lightning.cli.lightning import Description, silence_warnings
 from lora_lightning.cli.parser_errors import explain
 from lora_lightning.cli.preflight import monitors, unparsed
 from lora_lightning.cli.preflight.trace import without_values
+from lora_lightning.data.sources.tables import on_hub, source_names
 from lora_lightning.errors import LoraLightningError, PluginError, SettingsError, wrapped_error
 from lora_lightning.exporters.preview import refusals
+from lora_lightning.exporters.servers import preview
 from lora_lightning.exporters.trained_adapter import OURS
 from lora_lightning.injection.also_train import trained_parameters
 from lora_lightning.injection.inject import inject, settings_by_layer
@@ -39,7 +41,7 @@ from lora_lightning.injection.targets import select
 from lora_lightning.models.anatomy import Anatomy, survey
 from lora_lightning.models.loading import load_skeleton
 from lora_lightning.models.meta import expect_values
-from lora_lightning.models.pretrained import check_weights, resolve
+from lora_lightning.models.pretrained import check_reachable, check_weights, resolve
 from lora_lightning.models.random import is_random
 from lora_lightning.models.token_rows import TokenRows, choose_rows
 from lora_lightning.models.untied import apart, retie
@@ -113,6 +115,8 @@ class _ConfigCheck(Description):
         self._source = self.config.get("model.pretrained")
         if self._source is not None and not self.findings.attempt(lambda: check_weights(self._source)):
             self._source = self._source if self.findings.attempt(lambda: resolve(self._source)) else None
+        elif self._source is not None and not self.findings.attempt(lambda: check_reachable(self._source)):
+            self._source = None
         settings = self.config.get("data.init_args") or {}
         if settings.get("tokenizer", "") is None and not settings.get("new_tokens"):
             settings["tokenizer"] = _safely(lambda: tokenizer_of(self.config.get("model.adapter")))
@@ -142,7 +146,7 @@ class _ConfigCheck(Description):
             if self._source is not None:
                 self._check_refusals(module, data)
             self._check_conflicts(trainer, callbacks, self._length(trainer, data, examples))
-            validates = data is not None and trainer.limit_val_batches != 0 and _validates(data)
+            validates = data is not None and trainer.limit_val_batches != 0 and monitors.validates(data)
             for text in monitors.problems(callbacks, module.task, validates):
                 self.findings.problem(text)
         if self._source is not None:
@@ -210,8 +214,8 @@ class _ConfigCheck(Description):
         rows: dict[str, Any] = {}
         sources = getattr(data, "sources", None)
         for split in unparsed.SPLITS if hasattr(data, "read") else ():
-            named = unparsed.sources(getattr(sources, split, None))
-            if remote := [name for name in named if unparsed.on_hub(name)]:
+            named = source_names(getattr(sources, split, None))
+            if remote := [name for name in named if on_hub(name)]:
                 self.findings.notes.append(f'data.{split} "{remote[0]}" lies on the hub and was not read')
             elif named or not hasattr(data, split):
                 self.findings.attempt(partial(_keep, rows, split, data.read), f"data.{split}")
@@ -328,6 +332,9 @@ class _ConfigCheck(Description):
         self.findings.attempt(lambda: build_optimizer(net, module.optimizer_factory), "model.optimizer")
         for form, why in refusals(net, NAME).items():
             self.findings.notes.append(f"export --format {form} will be refused: {why}")
+        server = self.config.get("serve_with")
+        for line in preview(net, server, NAME) if server else ():
+            self.findings.notes.append(f"export --for {server}: {line}".removesuffix("."))
         adapters = adapters_named(net, NAME)
         for one in callbacks:
             if isinstance(one, ScheduleCallback):
@@ -392,12 +399,6 @@ def _refused(settings: Mapping[str, Any]) -> str | None:
 
 def _keep(rows: dict[str, Any], split: str, read: Callable[[str], Any]) -> None:
     rows[split] = read(split)
-
-
-def _validates(data: Any) -> bool:
-    """Whether there are validation data, as far as the settings say."""
-    sources = getattr(data, "sources", None)
-    return sources is None or sources.validation is not None or sources.validation_fraction > 0
 
 
 def _safely(read: Callable[[], Any]) -> Any:

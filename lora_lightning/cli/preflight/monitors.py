@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
@@ -38,6 +39,22 @@ def problems(callbacks: Sequence[Callback], task: Task, validates: bool) -> Iter
         right, given = direction(monitor, task), getattr(one, "mode", None)
         if right is not None and given in ("min", "max") and given != right:
             yield f'{owner}.mode is "{given}", but of {monitor} {_WORDS[right]} is better; set it to "{right}".'
+
+
+def validates(data: Any) -> bool:
+    """Whether there are validation data, as far as the settings of a data module say."""
+    sources = getattr(data, "sources", None)
+    return sources is None or sources.validation is not None or sources.validation_fraction > 0
+
+
+def strangers(callbacks: Sequence[Callback]) -> list[str]:
+    """Classes of callbacks that may log what nobody here knows of."""
+    known = ("lightning", "lora_lightning")
+    return [
+        type(one).__name__
+        for one in callbacks
+        if not isinstance(one, ScheduleCallback) and type(one).__module__.partition(".")[0] not in known
+    ]
 
 
 _WORDS = {"min": "less", "max": "more"}

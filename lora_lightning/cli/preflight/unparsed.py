@@ -13,7 +13,7 @@ from lora_lightning.cli import former_names
 from lora_lightning.cli.classes import bases_of, short_names
 from lora_lightning.cli.given_settings import given_settings
 from lora_lightning.cli.parser_errors import unknown_class, unknown_key
-from lora_lightning.data.sources.tables import HUB_ID, read_table
+from lora_lightning.data.sources.tables import on_hub, read_table, source_names
 from lora_lightning.errors import LoraLightningError
 from lora_lightning.models.pretrained import check_weights, resolve
 
@@ -31,17 +31,6 @@ def problems(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]
     with former_names.understood(words) as current:
         settings = given_settings(current, former_names.load)
     return [*_unknown_keys(settings, parser), *_unknown_classes(settings, parser), *_missing_files(settings)]
-
-
-def on_hub(source: str) -> bool:
-    """Whether a source of data is not here, but named as one on the hub."""
-    name = source.partition(":")[0]
-    return bool(HUB_ID.fullmatch(name)) and not Path(name).exists() and not Path(name).parent.is_dir()
-
-
-def sources(given: Any) -> list[str]:
-    """Names of a split's sources, of which there may be one, several, or several with weights."""
-    return [given] if isinstance(given, str) else list(given or ())
 
 
 def _unknown_keys(settings: Mapping[str, Any], parser: argparse.ArgumentParser) -> Iterator[str]:
@@ -83,6 +72,6 @@ def _checks_of_files(settings: Mapping[str, Any]) -> Iterator[Callable[[], objec
             yield partial(resolve, given, name, needs=None)
     for split in SPLITS:
         given = settings.get(f"data.{split}")
-        for source in sources(given) if isinstance(given, str | list) else ():
+        for source in source_names(given) if isinstance(given, str | list) else ():
             if not on_hub(source) and not Path(source.partition(":")[0]).expanduser().exists():
                 yield partial(read_table, source, split)

@@ -1,21 +1,34 @@
-"""Write a trained adapter for peft, as a plain model, or as dense updates."""
+"""Write a trained adapter for peft, for a server, as a plain model, or as dense updates, and upload it."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from lora_lightning.errors import RunFolderError
+from lora_lightning.errors import ExportError, RunFolderError
 from lora_lightning.plugins import registry
+from lora_lightning.registry import SERVERS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where from, where to, and how."""
     parser.add_argument("source", metavar="RUN_OR_ADAPTER", type=Path, help="a run folder, or an adapter folder")
-    parser.add_argument("--format", required=True, metavar="|".join(registry().formats), help="what to write")
+    servers = "|".join(SERVERS)
+    parser.add_argument("--format", metavar="|".join(registry().formats), help="what to write; or give --for")
     parser.add_argument("--output", required=True, metavar="DIR", type=Path, help="a new folder")
-    parser.add_argument("--rank", type=int, metavar="N", help="largest rank for peft; what is cut off is reported")
+    parser.add_argument(
+        "--for",
+        dest="server",
+        metavar=servers,
+        help="who will serve it: says what that refuses, and converts what is exact in another form; fit and doctor "
+        "say it before training where the config has serve_with",
+    )
+    parser.add_argument("--rank", type=int, metavar="N", help="largest rank for peft and gguf; what is cut is reported")
+    parser.add_argument("--dtype", metavar="bfloat16|float16|float32", help="of a merged model, or of gguf's factors")
+    parser.add_argument("--quantize", metavar="nf4|nf4-double", help="a merged model, by bitsandbytes")
     parser.add_argument("--pretrained", metavar="MODEL", help="the base model, where the adapter's own is not at hand")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload to the hub, once it is verified")
+    parser.add_argument("--private", action="store_true", help="make a new repository of --push private")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -23,13 +36,23 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         RunFolderError: a run without an adapter.
-        ExportError: the adapter cannot be written so.
+        ExportError: the adapter cannot be written so, or not be uploaded.
         PluginError: the plugin that brings the format fails.
     """
+    if args.format is None and args.server is None:
+        raise ExportError(f"--format or --for is needed: {', '.join(registry().formats)}; {', '.join(SERVERS)}.")
+    if args.private and args.push is None:
+        raise ExportError("--private says nothing without --push OWNER/NAME.")
     from lora_lightning.exporters.from_folder import export_folder
+    from lora_lightning.exporters.push import check_push, push
 
-    adapter = adapter_folder(args.source)
-    print(export_folder(adapter, args.output, args.format, rank=args.rank, pretrained=args.pretrained))
+    if args.push is not None:
+        check_push(args.push)
+    options = {name: getattr(args, name) for name in ("rank", "pretrained", "server", "dtype", "quantize")}
+    report = export_folder(adapter_folder(args.source), args.output, args.format, **options)
+    print(report)
+    if args.push is not None:
+        print(f"pushed to {push(report, args.push, args.private)}")
     return 0
 
 

@@ -48,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
     for plugin, text in known.printed.items():
         first = text.splitlines()[0]
         print(f'prints: {plugin} prints "{first}" while it is loaded, to standard error; it should print nothing there')
+    for plugin, changes in known.changed.items():
+        print(f"changes: {plugin} {' and '.join(changes)} while it is loaded; it should leave the process as it is")
     return 0
 
 

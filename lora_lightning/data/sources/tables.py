@@ -41,6 +41,18 @@ AHEAD = 1000
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
+def on_hub(source: str) -> bool:
+    """Whether a source of data is not here, but named as one on the hub."""
+    path = Path(name := source.partition(":")[0])
+    here = path.exists() or path.parent.is_dir() or suffix_of(path) in SUFFIXES
+    return bool(HUB_ID.fullmatch(name)) and not here
+
+
+def source_names(given: Any) -> list[str]:
+    """Names of a split's sources, of which there may be one, several, or several with weights."""
+    return [given] if isinstance(given, str) else list(given or ())
+
+
 def read_table(
     source: str,
     split: str,

@@ -34,6 +34,12 @@ def load_tokenizer(name: str | None) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if "custom code" in str(error):
+            raise DataError(
+                f'data.tokenizer is "{name}", which brings code of its own, and such code is not run. If you trust it, '
+                "load it in Python with trust_remote_code=True, write what its backend_tokenizer holds into a folder "
+                "(PreTrainedTokenizerFast(tokenizer_object=...).save_pretrained), and give that folder."
+            ) from error
         reason = str(error).strip().splitlines()[0]
         raise DataError(f'data.tokenizer is "{name}"; no tokenizer can be read there: {reason}') from error
     if tokenizer.pad_token is None:

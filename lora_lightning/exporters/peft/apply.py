@@ -17,6 +17,7 @@ from lora_lightning.errors import ExportError
 from lora_lightning.exporters.peft.experts import is_target
 from lora_lightning.exporters.peft.folder import PeftFolder, PeftLayer
 from lora_lightning.exporters.peft.read_heads import tensors_of
+from lora_lightning.exporters.peft.rules import following_rows, input_embedding
 from lora_lightning.exporters.peft.selection import expected_modules
 from lora_lightning.models.experts import expert_parameters, stack
 from lora_lightning.models.paths import join
@@ -75,17 +76,23 @@ def _write_parameter(owner: nn.Module, name: str, layer: PeftLayer | None, path:
 
 
 def _write_rows(folder: PeftFolder, model: nn.Module) -> None:
-    """Rows of tokens; a layer that has them is computed without its bias, and so is one that shares its weight."""
+    """Rows of tokens, in the layers that have them and those that peft ties; they are computed without their bias."""
+    modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
+    embedding = input_embedding(model)
+    sharing = [path for path, module in modules.items() if _shares(module, embedding)]
+    tied = following_rows(model, sharing)
     for path, values in folder.rows.items():
-        module: Any = model.get_submodule(path)
-        shared = module.weight
+        shared = modules[path].weight
         weight = shared.detach().clone()
         weight[torch.tensor(folder.ids(path), device=weight.device)] = values.to(weight)
-        for other in model.modules():
-            if other._parameters.get("weight") is shared:
-                other.weight = nn.Parameter(weight, requires_grad=False)
-                if isinstance(other, nn.Linear):
-                    other.bias = None  # type: ignore[assignment]
+        for other in (path, *(tied if modules[path] is embedding else ())):
+            modules[other].weight = nn.Parameter(weight, requires_grad=False)
+            if isinstance(modules[other], nn.Linear):
+                modules[other].bias = None
+
+
+def _shares(module: nn.Module, embedding: Any) -> bool:
+    return embedding is not None and module._parameters.get("weight") is embedding.weight
 
 
 def _replace(model: nn.Module, name: str, value: Tensor) -> None:

@@ -8,11 +8,12 @@ Factors keep their own values where the adapter states a pair; otherwise the sca
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.adapters.base import Adapter
@@ -64,6 +65,21 @@ def find_factors(source: Source, rank: int | None) -> tuple[dict[str, Factors], 
     obstacles = {path: reason for path, reason in found.items() if isinstance(reason, str)}
     plain = {path: _low_rank_factors(source, path, rank, obstacles) for path in source.layers}
     return {path: replace(factors, groups=_groups(source, path)) for path, factors in plain.items()}, {}
+
+
+def with_one_rank(found: Mapping[str, Factors]) -> dict[str, Factors]:
+    """The same updates with one rank and one scaling: factors are padded with zeros, other scalings go into B."""
+    rank = max(factors.rank for factors in found.values())
+    (scaling, _), *_ = Counter(factors.scaling for factors in found.values()).most_common(1)
+    return {
+        path: replace(
+            f,
+            A=nn.functional.pad(f.A, (0, 0, 0, rank - f.rank)),
+            B=nn.functional.pad(f.B if f.scaling == scaling else f.B * (f.scaling / scaling), (0, rank - f.rank)),
+            scaling=scaling,
+        )
+        for path, f in found.items()
+    }
 
 
 def _groups(source: Source, path: str) -> int:

@@ -167,6 +167,7 @@ def _layer(path: str, experts: int, parts: dict[str, Tensor], config: dict[str, 
         raise AdapterFileError(f"{path}: the file holds {', '.join(sorted(parts))} only, no pair of factors.")
     rank = parts["A"].shape[0] // (experts or 1)
     named = f"{path}.weight" if is_target(f"{path}.weight", config.get("target_parameters") or ()) else path
+    named = named.partition(".base_layer.")[0]  # the projection inside an attention of torch follows its owner
     stated = pattern_value(config.get("rank_pattern") or {}, named, config.get("r", DEFAULT_RANK))
     width = rank * (experts or 1)
     grouped = parts["B"].dim() > 2 and parts["B"].shape[1] and not width % parts["B"].shape[1]  # of a convolution

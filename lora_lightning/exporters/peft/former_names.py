@@ -11,7 +11,7 @@ factors; experts' factors become those of the fused parameter:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,6 +75,27 @@ def with_present_names(
     keys = _keys(folder, names, lambda key: _present(key, state, rename))
     former = tuple(folder.layers) if names else ()
     return replace(folder, config=config, layers=layers, heads=heads, rows=rows, keys=keys, former=former)
+
+
+def taken_for_former(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
+    """Layers whose present name peft takes for a former one, each with the name that it makes of it.
+
+    It reads names of factors as transformers reads those of old weights, and finds no place for such a layer's.
+
+    Args:
+        model: the whole model.
+        paths: adapted layers, as they are named in the file.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind is None:
+        return {}
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    if get_checkpoint_conversion_mapping(kind) is None:
+        return {}
+    rename, factor = _Renaming(model), ".lora_A.default.weight"
+    present = {path: rename.name(f"{path}{factor}") for path in paths}
+    return {path: name.removesuffix(factor) for path, name in present.items() if not f"{path}{factor}".endswith(name)}
 
 
 class _Renaming:

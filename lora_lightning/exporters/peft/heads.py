@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_lightning.errors import ExportError
 from lora_lightning.exporters.peft import rules as peft_rules
 from lora_lightning.exporters.peft.read_heads import tensors_of
-from lora_lightning.exporters.source import Source, users
+from lora_lightning.exporters.source import Source, plain_modules, users
 from lora_lightning.models.new_tokens import plain_vocabulary
 from lora_lightning.models.paths import plain
 
@@ -36,16 +36,23 @@ class Heads:
 def whole_vocabulary(source: Source) -> dict[str, Tensor]:
     """Tensors of the base model that follow its vocabulary, of the full size with all new rows, by name.
 
-    Empty where rows of new tokens alone say the same: peft computes a layer with such rows without its bias.
+    Empty where rows of new tokens alone say the same: peft computes a layer with such rows without its bias, and looks
+    up plainly in an embedding.
     """
     if not source.extended:
         return {}
     before = tensors_of(source.host)
+    extended = [plain(path) for path in source.here(source.anatomy.extended)]
     with plain_vocabulary(list(source.anatomy.extended.values()), source.anatomy.places):
         after = tensors_of(source.host)
-        grown = {name: t.detach().cpu() for name, t in after.items() if name not in before or before[name] is not t}
+        known = {id(tensor) for tensor in before.values()}
+        grown = {name: t.detach().cpu() for name, t in after.items() if id(t) not in known}
+        modules = plain_modules(source.host)
+        own_lookup = [path for path in extended if not peft_rules.looks_up_plainly(modules[path])]
+        for path in own_lookup:  # as a module that is saved whole
+            grown |= {f"{path}.{key}": t.detach().cpu() for key, t in modules[path].state_dict().items()}
     trained = any(_in_extended(source, name) for name in source.heads)
-    return grown if trained or not all(name.endswith(".weight") for name in grown) else {}
+    return grown if trained or own_lookup or not all(name.endswith(".weight") for name in grown) else {}
 
 
 def _in_extended(source: Source, name: str) -> bool:

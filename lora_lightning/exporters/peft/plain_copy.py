@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from lora_lightning.exporters.peft.read_heads import tensors_of
 from lora_lightning.exporters.source import Source
 from lora_lightning.injection.records import records
 from lora_lightning.models import experts
-from lora_lightning.models.new_tokens import plain_vocabulary
+from lora_lightning.models.new_tokens import extended_layers, remove_rows
 from lora_lightning.models.paths import unwrap
 from lora_lightning.models.untied import retie, untied
 
@@ -62,14 +62,20 @@ def plain_copy(source: Source, brought: Iterable[str]) -> Iterator[nn.Module]:
 
 
 def _without_adapters(source: Source) -> nn.Module:
-    with plain_vocabulary(list(source.anatomy.extended.values()), source.anatomy.places):
-        model = unwrap(source.host)
-        memo: dict[int, Any] = {id(tensor): _alias(tensor) for tensor in [*model.parameters(), *model.buffers()]}
-        layers = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
-        for layer in layers:  # first all weights, which other layers may share
-            memo |= _originals(layer)
-        memo |= {id(layer): _base_of(layer, memo) for layer in layers}
-        plain = copy.deepcopy(model, memo)
+    model = unwrap(source.host)
+    memo: dict[int, Any] = {id(tensor): _alias(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    layers = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
+    for layer in layers:  # first all weights, which other layers may share
+        memo |= _originals(layer)
+    memo |= {id(layer): _base_of(layer, memo) for layer in layers}
+    plain = copy.deepcopy(model, memo)
+    extended = list(extended_layers(plain).values())
+    size = max((one.num_embeddings for one in extended if one.new_rows is not None), default=0)
+    for one in extended:
+        one.set_token_rows((), None)
+    remove_rows(plain)
+    if size:  # as a caller makes room before peft opens the export
+        cast(Any, plain).resize_token_embeddings(size, mean_resizing=False)
     records(plain).clear()
     for module in list(plain.modules()):
         if isinstance(module._modules.get("adapters"), LinkedAdapters):

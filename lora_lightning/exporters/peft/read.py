@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from lora_lightning.exporters.peft.tokens import (
     room_for,
     whole_matrices,
 )
+from lora_lightning.exporters.peft.torch_attention import IN, projection_notes, projections, with_projections
 from lora_lightning.exporters.source import plain_modules
 from lora_lightning.injection.merge_model import eject
 from lora_lightning.injection.place import build_adapter, check_ready, place_adapters
@@ -40,6 +41,7 @@ from lora_lightning.injection.report import InjectionReport, report_on
 from lora_lightning.injection.targets import Selection
 from lora_lightning.methods import Method, replace
 from lora_lightning.models.anatomy import Anatomy, survey
+from lora_lightning.models.paths import join
 from lora_lightning.models.token_rows import TokenRows, room_for_rows, row_notes
 from lora_lightning.models.untied import apart, untied_note
 from lora_lightning.plugins import registry
@@ -83,6 +85,7 @@ def _import_into(anatomy: Anatomy, directory: str | Path, name: str) -> Injectio
     folder = peft_file.read(directory, find_stacks(anatomy.layers))
     modules = plain_modules(model)
     folder = with_present_names(folder, anatomy, tensors_in(modules), directory)
+    folder = with_projections(folder, modules, directory)
     added, folder, matrices = whole_matrices(model, folder, tensors_in(modules), directory)
     added = added or new_tokens(model, folder, directory)
     with room_for(model, added, directory) as added_rows:
@@ -103,10 +106,13 @@ def _import(
     name: str,
 ) -> InjectionReport:
     reader = _reader(folder.config)
-    base_layers = {}
+    attention, base_layers = projections(folder, modules), {}
     for path, layer in folder.layers.items():
         base_layers[path] = _base_layer(anatomy, modules, path, layer, directory)
-    notes = _check_whole(anatomy, modules, folder, directory)
+        reason = None if path in attention else peft_rules.unlike(path, modules, anatomy.layers[path][0])
+        if reason:
+            raise AdapterFileError(f'"{directory}" adapts {path}: {reason}. {_MERGE_IN_PEFT}')
+    notes = (*_check_whole(anatomy, modules, folder, directory), *projection_notes(attention))
     if changes_base(folder.config):
         folder = with_start(folder, base_layers, find_stacks(anatomy.layers), directory)
         notes += (
@@ -114,7 +120,7 @@ def _import(
         )
     heads = find_heads(anatomy, modules, folder, directory)
     notes += (*row_notes(anatomy, known), *untied_note(anatomy.model))
-    method, settings = _settings(reader, folder, base_layers, directory)
+    method, settings = _settings(reader, folder, base_layers, attention, directory)
     seed = torch.initial_seed()
     adapters = {path: build_adapter(settings[path], path, base, seed) for path, base in base_layers.items()}
     rows = names_of_rows(anatomy, folder, known)
@@ -166,7 +172,7 @@ def _check_whole(
     selected = [path for path in first if path in (expected or ()) or is_target(f"{path}.weight", stated)]
     selected += [path for path in parameters if is_target(path, stated)]
     held = folder.layers.keys()  # a matrix that its owner reads stands under its own name
-    missing = [path for path in selected if path not in held and f"{path}.weight" not in held]
+    missing = [path for path in selected if held.isdisjoint((path, f"{path}.weight", join(path, IN)))]
     if missing:
         raise AdapterFileError(
             f'"{directory}" has no factors for {len(missing)} layers that its {peft_rules.CONFIG} selects: '
@@ -251,9 +257,8 @@ def _base_layer(
     owner = path.partition(".base_layer.")[0]
     if isinstance(modules.get(owner), nn.MultiheadAttention):
         raise AdapterFileError(
-            f'"{directory}" adapts {owner}, an nn.MultiheadAttention, as peft\'s own layer for it does; here its '
-            f"projections are layers of their own, {owner}.in_proj_weight and {owner}.out_proj, which a method can "
-            f"train. {_MERGE_IN_PEFT}"
+            f'"{directory}" adapts {path}, which is no layer of {owner}, an nn.MultiheadAttention: it has '
+            f"{owner}.in_proj_weight and {owner}.out_proj, and the file needs factors for both. {_MERGE_IN_PEFT}"
         )
     if path not in anatomy.layers:
         raise AdapterFileError(
@@ -265,9 +270,6 @@ def _base_layer(
         raise AdapterFileError(
             f'"{directory}" adapts {path}, a {type(there).__name__}, which takes no adapter here. {_MERGE_IN_PEFT}'
         )
-    reason = peft_rules.unlike(path, modules, there)
-    if reason:
-        raise AdapterFileError(f'"{directory}" adapts {path}: {reason}. {_MERGE_IN_PEFT}')
     shapes = tuple(tuple(matrix.shape) for matrix in layer.matrices)
     needed = (*base_layer.lead, layer.rank, base_layer.d_in), (*base_layer.lead, base_layer.d_out, layer.rank)
     if shapes != needed:
@@ -309,9 +311,13 @@ def _check_base(model: nn.Module, path: str, layer: PeftLayer, base_layer: BaseL
 
 
 def _settings(
-    reader: type[Method], folder: PeftFolder, base_layers: Mapping[str, BaseLayer], directory: str | Path
+    reader: type[Method],
+    folder: PeftFolder,
+    base_layers: Mapping[str, BaseLayer],
+    attention: Collection[str],
+    directory: str | Path,
 ) -> tuple[Method, dict[str, Method]]:
-    """The method with the file's settings, as a whole and for each layer.
+    """The method with the file's settings, as a whole and for each layer; `attention` are layers of torch's own.
 
     Raises:
         AdapterFileError: a bias trained, and the method has none that does.
@@ -330,7 +336,7 @@ def _settings(
         own: dict[str, Any] = {"rank": layer.rank, "alpha": float(layer.alpha)}
         if with_bias:
             own["bias"] = trained[path]
-        if base_layers[path].kind == "embedding":
+        if base_layers[path].kind == "embedding" or path in attention:
             own["dropout"] = 0.0  # peft drops nothing there either
         settings[path] = replace(method, path, own)
     return method, settings

@@ -13,6 +13,7 @@ from lora_lightning.exporters.peft.folder import PeftFolder
 from lora_lightning.exporters.source import plain_modules, users
 from lora_lightning.injection.records import records
 from lora_lightning.models.anatomy import Anatomy
+from lora_lightning.models.heads import classes_hint
 from lora_lightning.models.paths import join
 
 TRAINED_BIASES = ("all", "lora_only")
@@ -94,7 +95,9 @@ def _check_shape(model: nn.Module, state: Mapping[str, Tensor], key: str, value:
 
 
 def resize_hint(model: nn.Module, own: Tensor, value: Tensor) -> str:
-    """What to call where only the number of tokens differs."""
+    """What to call where only the number of tokens differs, or only that of classes."""
+    if label_hint := classes_hint(model, own, value):
+        return label_hint
     getter = getattr(model, "get_input_embeddings", None)
     embedding = getter() if getter else None
     if (

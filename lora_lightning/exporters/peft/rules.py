@@ -16,6 +16,7 @@ from torch import nn
 from lora_lightning.adapters.layers.kinds import ExpertStack
 from lora_lightning.errors import ExportError
 from lora_lightning.exporters.peft import experts as peft_experts
+from lora_lightning.models.paths import join
 from lora_lightning.models.weight_readers import reads
 
 TYPE = "LORA"
@@ -63,14 +64,66 @@ def task_heads(task: str | None) -> tuple[str, ...]:
 
 
 def renames_experts(model: nn.Module, fused: Collection[str]) -> bool:
-    """Whether peft takes names of linear layers in this model for its `fused` experts, as before transformers 5."""
+    """Whether peft takes names of linear layers in this model for fused experts, as before transformers 5.
+
+    It asks the type of the model alone, which need not have any experts.
+
+    Args:
+        model: the whole model.
+        fused: its experts, for a transformers that does not say.
+    """
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind is None or not fused:
+    if kind is None:
         return False
     from transformers import conversion_mapping
 
     families = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", None)  # private; without it, be careful
-    return families is None or families.get(kind, kind if kind == "mixtral" else None) in _RENAMING_FAMILIES
+    if families is None:
+        return bool(fused)
+    return families.get(kind, kind if kind == "mixtral" else None) in _RENAMING_FAMILIES
+
+
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """The layer whose rows peft means where no layer is named; None where the model does not say."""
+    try:
+        found: nn.Module = model.get_input_embeddings()  # type: ignore[operator]  # of transformers' models
+    except (AttributeError, NotImplementedError):
+        return None
+    return found
+
+
+def following_rows(model: nn.Module, sharing: Collection[str]) -> list[str]:
+    """Layers to which peft gives the rows of the input's embedding without being asked, by path.
+
+    It asks the configuration and the class of the whole model, no model inside it, whether and what they tie. A layer
+    that only holds the matrix, for the embedding as well, counts as one of them.
+
+    Args:
+        model: the whole model.
+        sharing: layers that share the embedding's matrix, with the embedding itself.
+    """
+    stated = getattr(model, "_tied_weights_keys", None)
+    config = getattr(model, "config", None)
+    if not isinstance(stated, Mapping) or config is None or not config.to_dict().get("tie_word_embeddings"):
+        return []
+    tied = dict(stated)
+    for path, module in model.named_modules():
+        inner = getattr(module, "_tied_weights_keys", None)
+        if path and isinstance(inner, Mapping):
+            tied |= {join(path, name): join(path, source) for name, source in inner.items()}
+    pairs = {(name.rpartition(".")[0], source.rpartition(".")[0]) for name, source in tied.items()}
+    embedding = input_embedding(model)
+    own = next((path for path in sharing if model.get_submodule(path) is embedding), "")
+    owners = [path for path, source in pairs if path and source in sharing]
+    holders = [source for path, source in pairs if path == own]
+    return [path for path in sharing if path != own and (path in holders or path.endswith(tuple(owners)))]
+
+
+def looks_up_plainly(layer: nn.Module) -> bool:
+    """Whether an embedding gives rows of its matrix, times a scale, and nothing else, as peft does in its place."""
+    if not isinstance(layer, nn.Embedding) or type(layer).forward is nn.Embedding.forward:
+        return True
+    return hasattr(layer, "embed_scale") and list(layer._parameters) == ["weight"] and not layer._modules
 
 
 def selected(targets: str | Collection[str], saved: Collection[str], names: Iterable[str]) -> set[str]:
@@ -183,8 +236,7 @@ def unlike(path: str, modules: Mapping[str, nn.Module], layer: nn.Module) -> str
         return f"it stands at {again} too, where peft puts no factors"
     if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and (reason := _unlike_conv(layer)):
         return reason
-    own = isinstance(layer, nn.Embedding) and type(layer).forward is not nn.Embedding.forward
-    if own and not hasattr(layer, "embed_scale"):
+    if not looks_up_plainly(layer):
         return f"{type(layer).__name__} has a look-up of its own, while peft looks its factors up plainly"
     owner: Any = type(parent)
     if reads(owner, path.rpartition(".")[2]):

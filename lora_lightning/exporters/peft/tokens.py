@@ -15,6 +15,7 @@ from lora_lightning.errors import AdapterFileError, ModelError, SettingsError, T
 from lora_lightning.exporters.peft.folder import PeftFolder
 from lora_lightning.exporters.peft.read_back import rows_once
 from lora_lightning.exporters.peft.read_heads import same, tensors_of
+from lora_lightning.exporters.peft.rules import following_rows, input_embedding
 from lora_lightning.injection.also_train import check_rows_free
 from lora_lightning.models.anatomy import Anatomy
 from lora_lightning.models.new_tokens import (
@@ -60,13 +61,15 @@ def whole_matrices(
         return None, folder, {}
     added = Vocabulary(tuple(tokenizer.convert_ids_to_tokens(range(first, size))), first, tokenizer_files(tokenizer))
     matrices, rows, keys = {}, dict(folder.rows), dict(folder.keys)
+    layers = _layers_of_tokens(model)
     for key, value in folder.heads.items():
-        if len(value) == len(whole) and key in state and len(state[key]) == len(state[name]):
+        path, _, leaf = key.rpartition(".")
+        follows = key in state and len(value) == len(whole) and len(state[key]) == len(state[name])
+        if path in layers or follows:
             matrices[key] = value
             source = keys.pop((key, "head"))
-            if value.dim() == 2 and value.shape == whole.shape:
-                rows[key.removesuffix(".weight")] = value[first:size]
-                keys[key.removesuffix(".weight"), "rows"] = source
+            if path in layers and leaf == "weight":
+                rows[path], keys[path, "rows"] = value[first:size], source
     heads = {key: value for key, value in folder.heads.items() if key not in matrices}
     config = {**folder.config, SETTING: list(range(first, size))}
     return added, replace(folder, config=config, heads=heads, rows=rows, keys=keys), matrices
@@ -196,18 +199,20 @@ def _saved_in_part(directory: str | Path, stated: object, name: str) -> str:
 
 
 def _check_tied(anatomy: Anatomy, path: str, folder: PeftFolder) -> None:
-    """Raise `TargetError` where peft gives rows to one of the layers that share a matrix.
-
-    It lets layers follow the input's embedding, in a model whose configuration ties them.
-    """
-    model: Any = anatomy.model
+    """Raise `TargetError` where peft gives rows to some only of the layers that share a matrix."""
     layers = layers_with(anatomy, [path])
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    follow = hasattr(model, "config") and model.config.to_dict().get("tie_word_embeddings")
-    if len(layers) > 1 and not (follow and any(anatomy.modules[p] is embedding for p in layers if p in folder.rows)):
+    having = {p for p in layers if p in folder.rows}
+    embedding = input_embedding(anatomy.model)
+    if any(anatomy.modules[p] is embedding for p in having):
+        having |= set(following_rows(anatomy.model, layers))
+    left = [p for p in layers if p not in having]
+    if left:
+        plain_layers = [getattr(layer, "base", layer) for layer in map(anatomy.modules.__getitem__, layers)]
+        way_out = f"Name all of them in {SETTING} in peft."
+        if len(layers) == 2 and any(isinstance(layer, nn.Linear) for layer in plain_layers):
+            way_out = "import_peft(..., untie=True) gives the output layer a weight of its own."
         raise TargetError(
-            f"{path} shares its matrix with {', '.join(p for p in layers if p != path)}, and peft has trained rows of "
-            "it alone. import_peft(..., untie=True) gives the output layer a weight of its own."
+            f"{path} shares its matrix with {', '.join(left)}, and peft has trained rows of it alone. {way_out}"
         )
 
 

@@ -25,8 +25,9 @@ from lora_lightning.exporters.peft import experts as peft_experts
 from lora_lightning.exporters.peft import folder as peft_file
 from lora_lightning.exporters.peft import rules as peft_rules
 from lora_lightning.exporters.peft.experts import Stacks
-from lora_lightning.exporters.peft.factors import Factors, delta, find_factors, original
+from lora_lightning.exporters.peft.factors import Factors, delta, find_factors, original, with_one_rank
 from lora_lightning.exporters.peft.folder import PeftLayer
+from lora_lightning.exporters.peft.former_names import taken_for_former
 from lora_lightning.exporters.peft.fresh import verify_afresh
 from lora_lightning.exporters.peft.grouped import block_diagonal
 from lora_lightning.exporters.peft.heads import Heads, find_heads, whole_vocabulary
@@ -36,6 +37,8 @@ from lora_lightning.exporters.peft.verify import Verdict
 from lora_lightning.exporters.peft.verify import verify as check_export
 from lora_lightning.exporters.report import Origin, Written
 from lora_lightning.exporters.source import Source, check_finite, write_files
+from lora_lightning.models.new_tokens import ExtendedLayer, unresized
+from lora_lightning.models.paths import plain
 from lora_lightning.models.untied import untied
 from lora_lightning.storage.atomic import write_json
 
@@ -55,15 +58,15 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     Raises:
         ExportError: the update has no such form, or peft's format cannot say it.
     """
-    _check_rows(source)
-    source.refuse_below()
+    stacks = _check_layers(source)
     factors, options = find_factors(source, rank)
+    if source.one_rank:
+        factors = with_one_rank(factors)
     heads = find_heads(source)
-    stacks = peft_experts.find_stacks(source.here(source.anatomy.layers))
     with_bias = any(f.bias is not None for f in factors.values())
     tensors = _adapter_tensors(source, factors, heads, stacks, with_bias)
     whole = whole_vocabulary(source)
-    rows = {path: values.cpu() for path, (_, values) in source.rows.items() if not whole}
+    rows = {} if whole else {path: layer.own_rows.detach().cpu() for path, layer in _layers_with_rows(source).items()}
     tensors |= {f"{PREFIX}{path}{ROWS}": values for path, values in rows.items()}
     heads.tensors |= whole
     tensors |= {f"{PREFIX}{name}": tensor for name, tensor in heads.tensors.items()}
@@ -91,14 +94,27 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
 
 def check(source: Source) -> None:
     """Raise `ExportError` for what `write` will refuse whatever values are trained: layers, heads, settings."""
-    _check_rows(source)
-    source.refuse_below()
+    stacks = _check_layers(source)
     factors, _ = find_factors(source, None)
     heads = find_heads(source)
-    stacks = peft_experts.find_stacks(source.here(source.anatomy.layers))
     with_bias = any(f.bias is not None for f in factors.values())
     _adapter_tensors(source, factors, heads, stacks, with_bias)
     _config(source, factors, heads, with_bias, source.extended)
+
+
+def _check_layers(source: Source) -> Stacks:
+    """Parameters of experts, after layers and rows that peft has no place for were refused."""
+    _check_rows(source)
+    source.refuse_below()
+    stacks = peft_experts.find_stacks(source.here(source.anatomy.layers))
+    named = _paths_in_file(source, stacks)
+    taken = taken_for_former(source.host, named.values())
+    for path in (path for path, in_file in named.items() if in_file in taken):
+        raise ExportError(
+            f"{path}: peft takes the name for a former one of {taken[named[path]]}, and finds no place for its factors."
+            ' Exclude the layer, or use format="merged".'
+        )
+    return stacks
 
 
 def _check_rows(source: Source) -> None:
@@ -106,6 +122,12 @@ def _check_rows(source: Source) -> None:
         raise ExportError(
             f"rows of tokens of {next(iter(source.extended))} train in an untied model, and peft would tie them again. "
             'Use format="merged".'
+        )
+    left = unresized(source.anatomy.model)
+    if left and any(layer.new_rows is not None for layer in source.extended.values()):
+        raise ExportError(
+            f"{type(source.host).__name__} has rows of new tokens in {left[0]}, and resize_token_embeddings of "
+            'transformers, which peft needs before it loads them, makes no room there. Use format="merged".'
         )
 
 
@@ -232,11 +254,27 @@ def _bias_notes(source: Source, with_bias: bool) -> list[str]:
     return [f"{bare[0]} has no bias of its own, so peft loads this adapter but cannot merge it"] if bare else []
 
 
+def _layers_with_rows(source: Source) -> dict[str, ExtendedLayer]:
+    """Layers with rows of tokens, by path, but for those to which peft gives the rows of the input's embedding."""
+    embedding = peft_rules.input_embedding(source.host)
+    found: dict[str, ExtendedLayer] = {}
+    for one in source.extended.values():
+        rows = (one.new_rows, one.token_rows)
+        layers = source.here(source.anatomy.extended).items()
+        group = {
+            plain(path): layer for path, layer in layers if layer.new_rows is rows[0] and layer.token_rows is rows[1]
+        }
+        tied = peft_rules.following_rows(source.host, group) if embedding in group.values() else []
+        found |= {path: layer for path, layer in group.items() if path not in tied}
+    return found
+
+
 def _token_indices(source: Source) -> dict[str, list[int]] | list[int]:
-    """Ids of tokens, by the layer that holds their rows; where layers share them, peft finds the other."""
-    found = {path: list(ids) for path, (ids, _) in source.rows.items()}
-    embedding = getattr(source.host, "get_input_embeddings", lambda: None)()
-    alone = len(found) == 1 and all(source.extended[path] is embedding for path in found)
+    """Ids of tokens, by the layer that holds their rows."""
+    layers = _layers_with_rows(source)
+    found = {path: list(layer.own_ids) for path, layer in layers.items()}
+    first = next(iter(source.extended.values()))
+    alone = len(source.extended) == len(found) == 1 and first is peft_rules.input_embedding(source.host)
     return next(iter(found.values())) if alone else found
 
 

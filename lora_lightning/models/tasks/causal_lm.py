@@ -23,8 +23,8 @@ class CausalLM(Task):
     """Cross-entropy over the tokens that carry a label; averaged over tokens, never over batches."""
 
     generate_batches: int = 0
-    """Batches of each validation whose completions are generated, for BLEU, chrF and the fraction that is right as a
-    whole; it takes about as long as predict. Of a conversation the first answer counts."""
+    """Batches of each validation whose completions are generated, for BLEU, chrF, ROUGE-L and the fraction that is
+    right as a whole; it takes about as long as predict. Of a conversation the first answer counts."""
 
     name: ClassVar[str] = "causal-lm"
     auto_class: ClassVar[str] = "AutoModelForCausalLM"

@@ -22,7 +22,8 @@ class Seq2SeqLM(Task):
     """Cross-entropy over the target's tokens, averaged over tokens; tokens and whole targets that come out right."""
 
     generate_batches: int = 0
-    """Batches of each validation whose texts are generated, for BLEU and chrF; it takes about as long as predict."""
+    """Batches of each validation whose texts are generated, for BLEU, chrF and ROUGE-L; it takes about as long as
+    predict."""
 
     name: ClassVar[str] = "seq2seq-lm"
     auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
@@ -57,7 +58,7 @@ class Seq2SeqLM(Task):
     def metrics(self, num_labels: int) -> dict[str, Metric]:  # noqa: ARG002 - a language model has no labels
         """Fraction of target tokens that are right given those before, and of targets with every token right.
 
-        The second is exactly the fraction that greedy decoding gets right. With `generate_batches`, BLEU and chrF.
+        The second is exactly the fraction that greedy decoding gets right. `generate_batches` adds BLEU, chrF, ROUGE-L.
         """
         texts = text_metrics() if self.generate_batches else {}
         return {"accuracy": MeanMetric(), "exact_match": MeanMetric(), **texts}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from lora_lightning.callbacks import KeepBest, RankPruning
 from lora_lightning.callbacks.plateau import FollowPlateau
-from lora_lightning.cli.preflight.monitors import problems
+from lora_lightning.cli.preflight.monitors import problems, strangers
 from lora_lightning.models.tasks import find_task
 from lora_lightning.optim.warmup import WarmUp
 
@@ -89,3 +89,12 @@ def test_a_rate_that_follows_what_nobody_logs():
     assert line == 'model.lr_scheduler.mode is "max", but of val_loss less is better; set it to "min".'
     (line,) = found(follow(), validates=False)
     assert line.endswith("It has no validation data.")
+
+
+class LogsItsOwn(Callback):
+    """A project's callback, which may log anything."""
+
+
+def test_a_callback_of_nobody_here_may_log_what_is_watched():
+    known = [EarlyStopping("val_loss"), KeepBest(), RankPruning(final_rank=1), Measures(final_rank=1)]
+    assert strangers([*known, LogsItsOwn()]) == ["LogsItsOwn"]

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 
 from lora_lightning.data.tokens.tokenizers import load_tokenizer
@@ -73,3 +76,18 @@ def test_one_of_a_table_without_texts(monkeypatch):
     monkeypatch.setattr("lora_lightning.data.tokens.tokenizers.builtin_table", lambda name, what: [{"size": 1.0}])
     with pytest.raises(DataError, match=r'is "builtin:dates"; that table has no texts to make tokens of'):
         load_tokenizer("builtin:dates")
+
+
+def test_code_that_a_tokenizer_brings_is_not_run(encoder_tokenizer, tmp_path):
+    folder = tmp_path / "own"
+    shutil.copytree(encoder_tokenizer, folder)
+    path = folder / "tokenizer_config.json"
+    settings = {
+        **json.loads(path.read_text()),
+        "tokenizer_class": "Own",
+        "auto_map": {"AutoTokenizer": ["own.C", None]},
+    }
+    path.write_text(json.dumps(settings))
+    (folder / "own.py").write_text("raise SystemExit('it runs')")
+    with pytest.raises(DataError, match=r"brings code of its own, and such code is not run\. If you trust it, load it"):
+        load_tokenizer(str(folder))

@@ -10,13 +10,16 @@ import peft
 import pytest
 import torch
 import transformers
-from peft_models import PEFT_WARNINGS, seeded
+from model_classes import model_class
+from peft_models import PEFT_WARNINGS, LoRA, seeded
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lora_lightning as ll
-from lora_lightning.errors import AdapterFileError
+from lora_lightning.errors import AdapterFileError, ExportError
 from lora_lightning.exporters.peft import rules
+from lora_lightning.exporters.peft.former_names import taken_for_former
+from lora_lightning.exporters.preview import refusals
 
 pytestmark = [
     *PEFT_WARNINGS,
@@ -195,3 +198,31 @@ def test_a_name_that_never_was_stays_an_error(tmp_path: Path) -> None:
     write(tmp_path, {f"{path}.lora_A.weight": torch.ones(2, 16), f"{path}.lora_B.weight": torch.ones(16, 2)})
     with pytest.raises(AdapterFileError, match=r"adapts language_model\.model\.layers\.0\.self_attn\.o_porj, which"):
         ll.import_peft(llava(), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["Laguna", "Inkling2", "Qwen3Moe", "Llama"])
+def test_present_names_that_peft_takes_for_former_ones_are_those_that_it_does_not_load(name: str) -> None:
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    model = model_class(f"{name}ForCausalLM").build()
+    paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and path != "lm_head"]
+    taken = taken_for_former(model, paths)
+    if rules.renames_experts(model, []):  # names of experts are another rule
+        paths = [path for path in paths if path.rpartition(".")[2] not in ("gate_proj", "up_proj", "down_proj")]
+        paths += [path for path in taken if path not in paths]
+    theirs = peft.get_peft_model(model, peft.LoraConfig(r=1, target_modules=".*q_proj"))
+    tensors = {f"base_model.model.{path}.lora_A.weight": torch.zeros(1, 1) for path in paths}
+    present = convert_peft_adapter_state_dict_for_transformers(theirs, theirs.peft_config["default"], tensors)
+    assert {path for path in paths if f"base_model.model.{path}.lora_A.weight" not in present} == taken.keys()
+
+
+def test_such_a_layer_is_refused_before_training_and_the_others_travel(tmp_path: Path) -> None:
+    model = model_class("LagunaForCausalLM").build()
+    ll.inject(model, LoRA(rank=1), seed=0)
+    with pytest.raises(ExportError, match=r"shared_experts\.gate_proj: peft takes the name for a former one"):
+        ll.export(model, tmp_path / "out")
+    assert "for a former one" in refusals(model)["peft"]
+    ll.eject(model)
+    ll.inject(model, LoRA(rank=1), exclude=["shared_experts"], seed=0)
+    assert "peft" not in refusals(model)

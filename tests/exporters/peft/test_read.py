@@ -9,7 +9,6 @@ import pytest
 import torch
 from model_classes import model_class
 from peft_models import DoRA, Q, change_tensors, from_peft, llama
-from peft_situations import SITUATIONS, trained
 
 import lora_lightning as ll
 from ll_lora import LoRA
@@ -178,11 +177,3 @@ def test_a_convolutional_classifier_without_an_embedding_is_read(tmp_path: Path)
     ll.import_peft(fresh, tmp_path / "p")
     pixels = found.batch(model, torch.zeros(2, 1))
     torch.testing.assert_close(fresh(**pixels).logits, model(**pixels).logits, rtol=1e-5, atol=1e-6)
-
-
-def test_the_attention_of_torch_is_refused_with_the_names_it_has_here(tmp_path: Path) -> None:
-    situation = SITUATIONS["nn.MultiheadAttention"]
-    trained(situation, tmp_path)
-    with pytest.raises(AdapterFileError, match=r"adapts mha, an nn.MultiheadAttention.*mha.in_proj_weight and"):
-        ll.import_peft(situation.build(), tmp_path)
-    ll.inject(situation.build(), LoRA(rank=2), targets=["mha.in_proj_weight", "mha.out_proj"], also_train=())

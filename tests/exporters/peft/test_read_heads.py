@@ -196,3 +196,17 @@ def test_both_sides_of_a_tied_weight_are_adapted_and_exported(tmp_path: Path) ->
     ll.export(model, tmp_path / "ours")
     ll.import_peft(again, tmp_path / "ours")
     torch.testing.assert_close(again.eval()(IDS).logits, theirs(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_head_of_other_classes_says_how_to_load_the_model(tmp_path: Path) -> None:
+    from lora_lightning.testing import tiny_encoder
+
+    model = tiny_encoder(3)
+    ll.inject(model, ll.method("LoRA")(rank=2), ["query"])
+    ll.save_adapter(model, tmp_path / "own")
+    ll.export(model, tmp_path / "peft")
+    said = r"has shape \(3,.*the model needs \(5,.*load the model with num_labels=3\.$"
+    for read, folder in ((ll.load_adapter, "own"), (ll.import_peft, "peft")):
+        with pytest.raises(AdapterFileError, match=said):
+            read(tiny_encoder(5), tmp_path / folder)
+        read(tiny_encoder(3, seed=0), tmp_path / folder)

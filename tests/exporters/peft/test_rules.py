@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 from exported_models import SMALL, LoRA, adapted
-from peft_models import PEFT_WARNINGS, DoRA, seeded
+from model_classes import model_class
+from peft_models import PEFT_WARNINGS, DoRA, randomise, seeded
 from torch import nn
 
 import lora_lightning as ll
@@ -134,3 +135,58 @@ def test_task_types(name: str, task: str | None) -> None:
     cls = getattr(transformers, name)
     with torch.device("meta"):
         assert peft_rules.task_type(cls(cls.config_class())) == task
+
+
+TIED = [
+    "BartForConditionalGeneration",  # everything tied, and named in the class of the whole model
+    "BartForSequenceClassification",  # tied by the model inside, which peft does not ask
+    "T5ForTokenClassification",
+    "MarianMTModel",  # the input's embedding is the encoder's, and `shared` only holds the matrix
+    "LlamaForCausalLM",
+    "NomicBertForMaskedLM",  # tied, without a word of it in the configuration
+    "ProphetNetForCausalLM",
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("name", TIED)
+def test_layers_that_follow_the_rows_of_the_embedding_are_those_that_peft_wraps(name: str, tie: bool) -> None:
+    from peft.utils.other import TrainableTokensWrapper
+
+    found = model_class(name)
+    config = found.config()
+    config.tie_word_embeddings = tie
+    model = found.build(config)
+    embedding = peft_rules.input_embedding(model)
+    assert embedding is not None
+    paths = {path: module for path, module in model.named_modules() if "weight" in module._parameters}
+    sharing = [path for path, module in paths.items() if module.weight is embedding.weight]
+    own = next(path for path in sharing if paths[path] is embedding)
+    ours = peft_rules.following_rows(model, sharing)
+    anywhere = next(path for path, module in paths.items() if isinstance(module, nn.Linear) and path not in sharing)
+    theirs = peft.get_peft_model(
+        model, peft.LoraConfig(r=1, target_modules=[anywhere], trainable_token_indices={own: [5]})
+    )
+    wrapped = {
+        path.removeprefix("base_model.model.")
+        for path, module in theirs.named_modules()
+        if isinstance(module, TrainableTokensWrapper)
+    }
+    assert wrapped - {own} == set(ours) - {"model.shared", "prophetnet.word_embeddings"}  # which only hold the matrix
+
+
+def test_an_embedding_with_a_value_of_its_own_beside_the_matrix_is_not_looked_up_plainly() -> None:
+    plain = model_class("Gemma3ForCausalLM").build(device="meta").get_input_embeddings()
+    special = model_class("T5Gemma2ForTokenClassification").build(device="meta").get_input_embeddings()
+    assert peft_rules.looks_up_plainly(plain)
+    assert not peft_rules.looks_up_plainly(special)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_type_with_experts_whose_layers_are_all_dense_travels(tmp_path: Path) -> None:
+    found = model_class("DeepseekV32ForCausalLM")
+    model = found.build()
+    ll.inject(model, LoRA(rank=2), targets=["gate_proj", "up_proj", "down_proj"], seed=0)
+    randomise(model)
+    assert ll.export(model, tmp_path / "out").verified_by.startswith("peft 0.")

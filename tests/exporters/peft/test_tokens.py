@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +11,18 @@ import peft
 import pytest
 import torch
 import transformers
+from class_cells import IDS as IDS_OF_CLASSES
+from class_cells import scores
+from model_classes import model_class
 from peft_models import PEFT_WARNINGS, LoRA, llama, randomise, seeded
 
 import lora_lightning as ll
-from lora_lightning.errors import AdapterFileError
+from lora_lightning.errors import AdapterFileError, ExportError
 from lora_lightning.exporters.peft.folder import PeftFolder
 from lora_lightning.exporters.peft.tokens import SETTING, fill_rows, known_tokens, names_of_rows, new_tokens, room_for
+from lora_lightning.exporters.preview import refusals
 from lora_lightning.models.anatomy import survey
-from lora_lightning.models.new_tokens import Vocabulary, vocabulary
+from lora_lightning.models.new_tokens import Vocabulary, add_rows, tokenizer_files, vocabulary
 from lora_lightning.testing import tiny_decoder
 
 pytestmark = PEFT_WARNINGS
@@ -27,12 +33,16 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def tokenizer() -> Any:
+def tokenizer_of(size: int) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = Tokenizer(models.WordLevel({"[UNK]": 0, **{f"w{i}": i for i in range(1, 40)}}, unk_token="[UNK]"))
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, **{f"w{i}": i for i in range(1, size)}}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+
+
+def tokenizer() -> Any:
+    return tokenizer_of(40)
 
 
 def added() -> Vocabulary:
@@ -286,3 +296,86 @@ def test_new_and_known_tokens_travel_together(tied: bool, tmp_path: Path) -> Non
     assert torch.equal(again.eval()(IDS)[0], expected)
     assert {"model.embed_tokens.new_rows", "model.embed_tokens.token_rows"} <= report.trained.keys()
     assert vocabulary(again) == Vocabulary(("<a>", "<b>"), 40)
+
+
+def trained_rows(build: Any, indices: Any, folder: Path) -> Any:
+    """A peft model with rows that are not the base's, saved to `folder`."""
+    theirs = peft.get_peft_model(
+        build(), peft.LoraConfig(r=1, target_modules=["fc1"], trainable_token_indices=indices)
+    ).eval()
+    randomise(theirs)
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+EMBEDDINGS = ("model.shared", "model.encoder.embed_tokens", "model.decoder.embed_tokens")
+
+
+@pytest.mark.filterwarnings("ignore")  # of the model's own code
+def test_rows_that_peft_gives_to_one_of_three_embeddings_of_a_matrix(tmp_path: Path) -> None:
+    """The class says nothing of what the model inside it ties, so that peft's rows of `shared` have no effect."""
+    found = model_class("BartForSequenceClassification")
+    alone = trained_rows(found.build, [5, 9], tmp_path / "alone")
+    before = scores(found, alone)
+    rows = next(p for name, p in alone.named_parameters() if "trainable_tokens_delta" in name)
+    rows.data.zero_()
+    assert torch.equal(scores(found, alone), before)
+    with pytest.raises(
+        AdapterFileError, match=r"model\.shared shares its matrix with model\.encoder.*Name all of them in trainable"
+    ):
+        ll.import_peft(found.build(), tmp_path / "alone")
+    model = found.build()
+    ll.inject(model, LoRA(rank=1), targets=["fc1"], train_tokens=[5, 9], seed=0)
+    randomise(model)
+    report = ll.export(model, tmp_path / "all")
+    assert report.verified_by.startswith("peft 0.")
+    config = json.loads((tmp_path / "all" / "adapter_config.json").read_text())
+    assert config[SETTING] == {path: [5, 9] for path in EMBEDDINGS}
+    again = found.build()
+    ll.import_peft(again, tmp_path / "all")
+    assert torch.equal(scores(found, again), scores(found, model))
+
+
+@pytest.mark.filterwarnings("ignore")  # of the model's own code
+def test_rows_of_all_embeddings_that_peft_trained_are_read_where_they_are_equal(tmp_path: Path) -> None:
+    found = model_class("BartForSequenceClassification")
+    theirs = trained_rows(found.build, {path: [5, 9] for path in EMBEDDINGS}, tmp_path / "differ")
+    with pytest.raises(AdapterFileError, match="differ, while these layers share their rows"):
+        ll.import_peft(found.build(), tmp_path / "differ")
+    first, *others = [m for m in theirs.modules() if type(m).__name__ == "TrainableTokensLayer"]
+    for other in others:
+        other.trainable_tokens_delta["default"].data.copy_(first.trainable_tokens_delta["default"])
+    theirs.save_pretrained(tmp_path / "equal")
+    model = found.build()
+    ll.import_peft(model, tmp_path / "equal")
+    torch.testing.assert_close(scores(found, model), scores(found, theirs), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the model's own code
+@pytest.mark.parametrize("name", ["T5GemmaForTokenClassification", "xLSTMForCausalLM"])
+def test_new_tokens_for_which_transformers_makes_no_room_are_refused_before_training(name: str, tmp_path: Path) -> None:
+    model = model_class(name).build()
+    add_rows(model, Vocabulary(("<a>",), 71))
+    ll.inject(model, LoRA(rank=1), targets="all-linear", seed=0)
+    told = refusals(model)
+    assert re.search("resize_token_embeddings of transformers, .*makes no room there", told["peft"])
+    assert "merged" not in told
+    with pytest.raises(ExportError, match="makes no room there"):
+        ll.export(model, tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore")  # of the model's own code
+@pytest.mark.parametrize("name", ["RemBertForMaskedLM", "T5Gemma2ForTokenClassification", "MarianMTModel"])
+def test_new_tokens_of_embeddings_of_their_own_kind(name: str, tmp_path: Path) -> None:
+    """Matrices of two widths, a value beside the matrix, a holder of the matrix that nothing calls."""
+    found = model_class(name)
+    model, again, ids = found.build(), found.build(), IDS_OF_CLASSES.clone()
+    ids[:, 1] = 71
+    known = tokenizer_of(71)
+    known.add_tokens(["<a>"])
+    add_rows(model, Vocabulary(("<a>",), 71, tokenizer_files(known)))
+    ll.inject(model, LoRA(rank=1), targets="all-linear", seed=0)
+    randomise(model)
+    assert ll.export(model, tmp_path / "out").verified_by.startswith("peft 0.")
+    ll.import_peft(again, tmp_path / "out")
+    assert torch.equal(scores(found, again, ids), scores(found, model, ids))

@@ -45,7 +45,7 @@ def test_the_folder_says_what_is_needed_and_no_more(tmp_path: Path) -> None:
         "target_modules": ["q_proj", "v_proj"],
         "task_type": "CAUSAL_LM",
     }
-    assert report.files == ("adapter_config.json", "adapter_model.safetensors", "lora_lightning.json")
+    assert report.files == ("README.md", "adapter_config.json", "adapter_model.safetensors", "lora_lightning.json")
     assert {path.name for path in (tmp_path / "out").iterdir()} == set(report.files)
     assert str(report).startswith("peft (native): 4 layers to")
     assert "  verified by peft 0." in str(report)

@@ -1,4 +1,4 @@
-"""Texts that are generated while validating: BLEU and chrF from their definitions, exact match, and how many."""
+"""Texts that are generated while validating: BLEU, chrF and ROUGE-L from their definitions, exact match, how many."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from lora_lightning.data import Chat, Completions, PlainText, TextToText
 from lora_lightning.errors import DataError, SettingsError
 from lora_lightning.models.tasks import find_task
 from lora_lightning.models.tasks.base import PredictContext, evaluate, metrics, update_text_metrics
+from lora_lightning.models.tasks.generated import text_metrics
 
 
 def grams(items, n: int) -> Counter:
@@ -152,9 +153,29 @@ def test_a_run_shows_them_before_and_after(decoder, tmp_path, monkeypatch):
     assert main(["fit", *words, "--trainer.accelerator=cpu"]) == 0
     summary = json.loads((tmp_path / "runs/run/001/summary.json").read_text())
     for values in (summary["untrained"], summary["values"]):
-        assert set(values) == {"loss", "bleu", "chrf", "exact_match"}
+        assert set(values) == {"loss", "bleu", "chrf", "rouge_l", "exact_match"}
         assert 0 <= values["chrf"] <= 1
     assert "val_chrf" in (tmp_path / "runs/run/001/metrics.csv").read_text()
+
+
+PAIRS = {
+    "the same": ("a b c", "a b c", 1.0),
+    "half": ("a x b y", "a b", 2 * 0.5 * 1.0 / 1.5),
+    "another order": ("c b a", "a b c", 1 / 3),
+    "case and marks": ("The Cat, sat!", "the cat sat", 1.0),
+    "another script": ("кошка спит", "кошка ест", 0.5),
+    "nothing": ("", "a", 0.0),
+}
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_rouge_counts_the_longest_words_in_common(case):
+    made, wanted, expected = PAIRS[case]
+    metric = text_metrics()["rouge_l"]
+    metric.update([made], [[wanted]])
+    assert float(metric.compute()) == pytest.approx(expected, abs=1e-6)
+    metric.update(["a b c"], [["a b c"]])
+    assert float(metric.compute()) == pytest.approx((expected + 1) / 2, abs=1e-6)
 
 
 def test_refusals(decoder, tmp_path):
