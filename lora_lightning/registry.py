@@ -92,6 +92,7 @@ _DATA_MODULES = {
     "LabelledImages": "images",
     "LabelledText": "labelled",
     "MaskedText": "masked",
+    "MediaChat": "media_chat",
     "MultiLabelText": "multi_label",
     "PlainText": "plain",
     "Preferences": "preferences",

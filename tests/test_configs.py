@@ -75,7 +75,9 @@ TASKS = [name for name in config_names() if name.startswith("tasks/")]
 def fitted(name):
     """The run folder of a task's example after 12 steps, and its summary."""
     small = [
-        word for word in SMALL if name not in ("tasks/image_classification", "tasks/chat") or "max_length" not in word
+        word
+        for word in SMALL
+        if name not in ("tasks/image_classification", "tasks/chat", "tasks/image_chat") or "max_length" not in word
     ]
     assert main(["fit", "--config", name, *small, "--data.limit=64"]) == 0
     run = Path("runs") / name.removeprefix("tasks/") / "001"
@@ -115,6 +117,7 @@ def test_a_task_is_validated_and_predicts(name, tmp_path, monkeypatch, capsys):
 
 PREDICTED = {
     "chat": {"messages", "loss"},
+    "image_chat": {"messages", "loss"},
     "image_classification": {"image", "label", "prediction", "probability"},
     "masked_lm": {"text", "prediction", "fillings", "loss"},
     "multi_label": {"text", "labels", "probabilities"},

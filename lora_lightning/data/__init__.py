@@ -11,6 +11,7 @@ from lora_lightning.data.completions import Completions
 from lora_lightning.data.images import LabelledImages
 from lora_lightning.data.labelled import LabelledText
 from lora_lightning.data.masked import MaskedText
+from lora_lightning.data.media_chat import MediaChat
 from lora_lightning.data.multi_label import MultiLabelText
 from lora_lightning.data.pairs import TextPairs
 from lora_lightning.data.plain import PlainText
@@ -25,6 +26,7 @@ __all__ = [
     "LabelledImages",
     "LabelledText",
     "MaskedText",
+    "MediaChat",
     "MultiLabelText",
     "PlainText",
     "Preferences",

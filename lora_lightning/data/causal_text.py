@@ -42,7 +42,7 @@ class CausalText(TextData):
         common: Settings that all text data share.
     """
 
-    task_kinds = ("causal-lm",)
+    task_kinds: tuple[str, ...] = ("causal-lm",)
 
     def __init__(
         self,

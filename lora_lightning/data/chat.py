@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import datasets
 
@@ -25,6 +25,7 @@ from lora_lightning.data.chats.turns import (
     last_answer,
     learned,
     plain,
+    text_content,
     tool_list,
     without_first_exchange,
 )
@@ -73,6 +74,11 @@ class Chat(CausalText):
         common: Settings that all text data share.
     """
 
+    media_columns: ClassVar[tuple[str, ...]] = ()
+    """Columns of images and sounds that are used."""
+    beside: ClassVar[dict[str, Any]] = {}
+    """What an example has beside token ids and labels: its columns, and what one that is left out has in them."""
+
     def __init__(
         self,
         messages: str | None = None,
@@ -96,18 +102,20 @@ class Chat(CausalText):
         there = self.sources.column_names(split)
         if there is None:
             return None
-        required = {"Chat.messages": self._column(there, split)}
-        if required["Chat.messages"] == PAIR[0] and split != "predict" and self.messages is None:
-            required["Chat.messages, behind prompt"] = PAIR[1]
+        column = self._column(there, split)
+        required = {f"{self._name}.messages": column}
+        if column == PAIR[0] and split != "predict" and self.messages is None:
+            required[f"{self._name}.messages, behind prompt"] = PAIR[1]
         if self.tools is not None:
-            required["Chat.tools"] = self.tools
-        rows = self.sources.read(split, required, texts=[], hold_out_by=[required["Chat.messages"]])
+            required[f"{self._name}.tools"] = self.tools
+        media = [name for name in self.media_columns if name in there]  # one question is asked about many images
+        rows = self.sources.read(split, required, texts=[], hold_out_by=[column, *media])
         known = {*required.values(), "tools", options.NAME, *SYSTEM, *MEDIA, *RENDERED}
         other = [name for name in there if name not in known | self._named]
         if other:
             self._named |= set(other)
             count = f" of {len(rows)} {split} rows" if isinstance(rows, datasets.Dataset) else ""
-            log.warning("Chat: columns%s that it does not know are not used: %s", count, ", ".join(other))
+            log.warning("%s: columns%s that it does not know are not used: %s", self._name, count, ", ".join(other))
         return rows
 
     def encode(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:
@@ -131,9 +139,9 @@ class Chat(CausalText):
                     made = self._of_row(row, column, split)
                 except RowError as fault:
                     self.sources.fault(split, row.get(PLACE), fault)
-                    made = [{**_example([], [], False), "lost": SKIPPED}]
+                    made = [self._lost(SKIPPED, False)]
                 examples += [{**one, "index": number, "skipped": one["lost"] == SKIPPED} for one in made]
-            names = ("input_ids", "attention_mask", "labels", "index", "truncated", "lost", "skipped")
+            names = ("input_ids", "attention_mask", "labels", "index", "truncated", "lost", "skipped", *self.beside)
             return {name: [example[name] for example in examples] for name in names}
 
         return encode
@@ -141,7 +149,7 @@ class Chat(CausalText):
     def readable(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row with its turns as a list."""
         column = self._column(list(row), "predict")
-        return {**row, column: json_value(row[column], "Chat.messages")}
+        return {**row, column: json_value(row[column], f"{self._name}.messages")}
 
     @cached_property
     def rendering(self) -> Rendering:
@@ -155,8 +163,12 @@ class Chat(CausalText):
         if template is not None:
             self.tokenizer_object.chat_template = template
         given = self.chat_template_kwargs or {}
-        options.check_options(self.tokenizer_object.get_chat_template(), given, f"Chat.{options.NAME}")
+        options.check_options(self.tokenizer_object.get_chat_template(), given, f"{self._name}.{options.NAME}")
         return Renderer(self.tokenizer_object, name, self.turns == "last", given)
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
 
     def _column(self, there: list[str], split: str) -> str:
         column = self.messages or next((name for name in COLUMNS if name in there), None)
@@ -165,25 +177,30 @@ class Chat(CausalText):
         if column is None:
             names = ", ".join(name for name in there if name not in (PLACE, UNREADABLE))
             raise DataError(
-                f"Chat.messages is null, and {split} has the columns {names}; name the one that holds turns."
+                f"{self._name}.messages is null, and {split} has the columns {names}; name the one that holds turns."
             )
         return column
 
     def _of_row(self, row: Mapping[str, Any], column: str, split: str) -> list[dict[str, Any]]:
         """The examples of a row, mostly one, or why there is none; raises `RowError`."""
-        where = "Chat.messages"
-        refuse_columns(row, where)
-        turns = conversation(row[column], where)
-        if self.messages is None and column == PAIR[0] and row.get(PAIR[1]) is not None:
-            asked = [{**turn, LEARNED: False} if turn["role"] == "assistant" else turn for turn in turns]
-            turns = [*asked, *conversation(row[PAIR[1]], f"{where}: completion")]
-        turns = with_system(turns, row, where)
+        where = f"{self._name}.messages"
+        turns = self.turns_of(row, column)
         described = tool_list(row.get(self.tools or "tools"), f"{where}: tools")
         fields = self.rendering.of(row, where)
         fields.check(plain(turns), described, where)
         if split == "predict":
-            return [_to_predict(fields.renderer, self.max_length, turns, described, where)]
+            return [self.to_predict(fields.renderer, turns, described, where)]
         return self._to_learn(fields.renderer, turns, described, where)
+
+    def turns_of(self, row: Mapping[str, Any], column: str) -> list[Turn]:
+        """The turns of a row; raises `RowError` for what is no conversation."""
+        where = f"{self._name}.messages"
+        refuse_columns(row, where, self.media_columns)
+        turns = conversation(row[column], where, self.content)
+        if self.messages is None and column == PAIR[0] and row.get(PAIR[1]) is not None:
+            asked = [{**turn, LEARNED: False} if turn["role"] == "assistant" else turn for turn in turns]
+            turns = [*asked, *conversation(row[PAIR[1]], f"{where}: completion", self.content)]
+        return self.completed(with_system(turns, row, where), row, where)
 
     def _to_learn(self, renderer: Renderer, turns: list[Turn], tools: Tools, where: str) -> list[dict[str, Any]]:
         """The examples, or why there is none."""
@@ -194,7 +211,7 @@ class Chat(CausalText):
                 self._unlearned["with a weight of 0" if turn["content"] else "that are empty"] += 1
         turns = turns[: last_answer(turns) + 1]
         if not turns:
-            return [{**_example([], [], True), "lost": NOT_LEARNED if answers else NO_ANSWER}]
+            return [self._lost(NOT_LEARNED if answers else NO_ANSWER, True)]
 
         def rendered(part: list[Turn]) -> list[Example]:
             return renderer.examples(plain(part), tools, where, learned(part))
@@ -217,36 +234,72 @@ class Chat(CausalText):
         ):
             turns = shorter
             example = rendered(turns)[-1]
+        return self.within(example, turns, whole)
+
+    def content(self, given: Any, where: str) -> Any:
+        """What a turn holds of its content: text; raises `RowError`."""
+        return text_content(given, where)
+
+    def completed(self, turns: list[Turn], row: Mapping[str, Any], where: str) -> list[Turn]:  # noqa: ARG002 - of media
+        """The turns of a row with what other columns hold of them; raises `RowError`."""
+        return turns
+
+    def within(self, example: Example, turns: list[Turn], whole: int) -> dict[str, Any]:  # noqa: ARG002 - of media
+        """What is kept of a rendered conversation, at most max_length tokens, with `lost` where nothing is learned.
+
+        Args:
+            example: The conversation, without its first exchanges where it was longer.
+            turns: What it was rendered of.
+            whole: Tokens with those exchanges.
+        """
         ids, labels = example.ids[: self.max_length], example.labels[: self.max_length]
         found = any(label != NO_LOSS for label in labels[1:])
         return {**_example(ids, labels, len(ids) < whole), "lost": "" if found else TOO_LONG}
 
+    def to_predict(self, renderer: Renderer, turns: list[Turn], tools: Tools, where: str) -> dict[str, Any]:
+        """The prompt of the last answer, and that answer where there is one, to be told the loss of; `RowError`."""
+        asked, prompt, answered = prompted(renderer, self.max_length, turns, tools, where)
+        ids, labels = answered[:2] if answered else (prompt, [NO_LOSS] * len(prompt))
+        learned = [number for number, label in enumerate(labels) if label != NO_LOSS] or [len(ids)]
+        example = completion_example([], ids[: learned[0]], ids[learned[0] : learned[-1] + 1], self.max_length)
+        shorter = len(asked) + bool(answered) < len(turns)
+        return {**example, "truncated": shorter or len(ids) > self.max_length, "lost": ""}
+
+    def _lost(self, reason: str, truncated: bool) -> dict[str, Any]:
+        return {**_example([], [], truncated), **self.beside, "lost": reason}
+
     def _count_lost(self, split: str, lost: Counter[str], rows: int, examples: int) -> None:
         skipped = lost.pop(SKIPPED, 0)
         self.dropped[split] = lost.total()
-        self.rendering.tell(f"Chat: {split}")
+        self.rendering.tell(f"{self._name}: {split}")
         if self._unlearned:
             told = " and ".join(f"{count} {what}" for what, count in self._unlearned.items())
-            log.warning("Chat: %s: assistant turns are read and not learned: %s", split, told)
+            log.warning("%s: %s: assistant turns are read and not learned: %s", self._name, split, told)
         reasons = ", ".join(f"{count} {reason}" for reason, count in lost.items())
         if lost.total() + skipped == examples:
             faults = self.sources.told(split) if skipped else ""
             reasons = "; ".join(filter(None, (reasons, faults)))
-            raise DataError(f"Chat.{split}: nothing is left of {rows} conversations: {reasons}.")
+            raise DataError(f"{self._name}.{split}: nothing is left of {rows} conversations: {reasons}.")
         if examples > rows:
             log.warning(
-                "Chat: %s: %d conversations are %d examples, as the chat template writes answers otherwise once turns "
+                "%s: %s: %d conversations are %d examples, as the chat template writes answers otherwise once turns "
                 "follow them",
+                self._name,
                 split,
                 rows,
                 examples,
             )
         if lost:
-            log.warning("Chat: left %d of %d %s rows out: %s", lost.total(), examples, split, reasons)
+            log.warning("%s: left %d of %d %s rows out: %s", self._name, lost.total(), examples, split, reasons)
 
 
-def _to_predict(renderer: Renderer, max_length: int, turns: list[Turn], tools: Tools, where: str) -> dict[str, Any]:
-    """The prompt of the last answer, and that answer where there is one."""
+def prompted(
+    renderer: Renderer, max_length: int, turns: list[Turn], tools: Tools, where: str
+) -> tuple[list[Turn], list[int], Example | None]:
+    """The turns that are answered, without first exchanges that make them too long; their tokens; and the answer.
+
+    The answer is an example of its own where the last turn is the assistant's.
+    """
     turns = plain(turns)
     answer = last_answer(turns) == len(turns) - 1
     asked = turns[:-1] if answer else turns
@@ -254,12 +307,9 @@ def _to_predict(renderer: Renderer, max_length: int, turns: list[Turn], tools: T
     while len(prompt) >= max_length and (shorter := without_first_exchange(asked)):
         asked = shorter
         prompt = renderer.prompt(asked, tools, where)
-    ids, labels = prompt, [NO_LOSS] * len(prompt)
-    if answer:
-        ids, labels, _ = replace(renderer, last_only=True).examples([*asked, turns[-1]], tools, where)[-1]
-    learned = [number for number, label in enumerate(labels) if label != NO_LOSS] or [len(ids)]
-    example = completion_example([], ids[: learned[0]], ids[learned[0] : learned[-1] + 1], max_length)
-    return {**example, "truncated": len(asked) + answer < len(turns) or len(ids) > max_length, "lost": ""}
+    if not answer:
+        return asked, prompt, None
+    return asked, prompt, replace(renderer, last_only=True).examples([*asked, turns[-1]], tools, where)[-1]
 
 
 def _learning_only(turns: list[Turn], numbers: Sequence[int]) -> list[Turn]:

@@ -85,11 +85,15 @@ class TextData(TableData):
     @cached_property
     def tokenizer_object(self) -> Any:
         """The tokenizer that `tokenizer` names, with the new tokens."""
-        tokenizer = load_tokenizer(self.tokenizer)
+        tokenizer = self.read_tokenizer()
         if self.new_tokens:
             check_new(tokenizer, self.new_tokens)
             initialize_rows(tokenizer, self.new_tokens)
         return tokenizer
+
+    def read_tokenizer(self) -> Any:
+        """The tokenizer as it lies where `tokenizer` says."""
+        return load_tokenizer(self.tokenizer)
 
     def settle(self, split: str) -> None:
         """Bring the tokenizer into the state in which it encodes a split; a chat template, for one, becomes its own."""

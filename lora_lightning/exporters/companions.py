@@ -15,6 +15,7 @@ import yaml
 
 from lora_lightning.data.chats.templates import choose_template, end_of_turn
 from lora_lightning.data.images import load_image_processor
+from lora_lightning.data.media.processors import load_processor
 from lora_lightning.data.tokens.tokenizers import load_tokenizer
 from lora_lightning.errors import LoraLightningError
 from lora_lightning.models.pretrained import resolve
@@ -37,7 +38,7 @@ def companion_files(model: Any, processor: Any, added: Mapping[str, bytes]) -> d
 
 
 def run_processor(adapter: Path) -> Any:
-    """The tokenizer, with its chat template, or the image processor that the run around an adapter has trained with.
+    """The tokenizer or processor, with its chat template, or the image processor of the run around an adapter.
 
     None where there is no run, or where they cannot be read any more: those of the base model will do.
     """
@@ -52,9 +53,19 @@ def run_processor(adapter: Path) -> Any:
             if settings.get("chat_template") is not None:
                 tokenizer.chat_template = choose_template(tokenizer, settings["chat_template"])[0]
             return tokenizer
+        if "chat_template" in settings:
+            return _with_template(load_processor(settings["processor"], "data.processor"), settings["chat_template"])
         if isinstance(settings["processor"], str) or isinstance(settings["size"], int):
             return load_image_processor(settings["processor"], settings["size"])
     return None
+
+
+def _with_template(processor: Any, given: str | None) -> Any:
+    """A processor and its tokenizer with the run's chat template."""
+    if given is not None:
+        processor.chat_template = choose_template(processor.tokenizer, given)[0]
+    processor.tokenizer.chat_template = processor.chat_template or processor.tokenizer.chat_template
+    return processor
 
 
 @contextmanager
@@ -97,6 +108,9 @@ def _base_files(name: str) -> dict[str, bytes]:
         folder = resolve(name, needs=None) if name else ""
     except LoraLightningError:
         return found
+    if folder:
+        with suppress(Exception):  # it has none for images or sounds
+            found = _saved(load_processor(folder, "model.pretrained"))
     for kind in _KINDS if folder else ():
         with suppress(Exception):  # there is none, or the library that it takes is not installed
             found = {**_saved(getattr(transformers, kind).from_pretrained(folder, trust_remote_code=False)), **found}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -86,14 +86,36 @@ def continued_texts(
     pad = tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    return continued_batch(model, tokenizer, {"input_ids": ids, "attention_mask": mask}, last, config, **options)
+
+
+def continued_batch(
+    model: Any,
+    tokenizer: Any,
+    inputs: Mapping[str, Any],
+    last: str = "",
+    config: Any = None,
+    **options: Any,
+) -> list[str]:
+    """As `continued_texts`, of prompts that are padded on the left already.
+
+    Args:
+        model: a model that generates.
+        tokenizer: its tokenizer.
+        inputs: what the model gets beside options: input_ids and attention_mask (b, l), and images and the like.
+        last: text that ends an answer too.
+        config: a generation config that says where answers end.
+        options: further arguments of `generate`.
+    """
+    pad = tokenizer.pad_token_id
     ends = end_ids(model, tokenizer)
     if config is not None:
         options["generation_config"] = config
     else:
         options |= {"pad_token_id": pad, "eos_token_id": ends or None, **({"stop_strings": [last]} if last else {})}
     with torch.no_grad():
-        generated = model.generate(input_ids=ids, attention_mask=mask, tokenizer=tokenizer, **options)
-    begins = 1 if getattr(model.config, "is_encoder_decoder", False) else width
+        generated = model.generate(**inputs, tokenizer=tokenizer, **options)
+    begins = 1 if getattr(model.config, "is_encoder_decoder", False) else inputs["input_ids"].shape[1]
     answers = [before_end(row, ends) for row in generated[:, begins:].tolist()]
     texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return [text.partition(last)[0] for text in texts] if last else texts

@@ -63,8 +63,8 @@ class AdapterModule(LightningModule):
             `random:MODEL_TYPE` (of transformers) for a model that knows nothing yet; data.tokenizer is then needed.
         method: the adapter method and its settings; null takes those of `adapter`.
         task: "sequence-classification", "multi-label-classification", "token-classification", "regression",
-            "image-classification", "causal-lm", "seq2seq-lm", "masked-lm", "preference", "reward",
-            "sentence-embedding" or "sentence-similarity".
+            "image-classification", "causal-lm", "image-text-to-text", "audio-text-to-text", "seq2seq-lm", "masked-lm",
+            "preference", "reward", "sentence-embedding" or "sentence-similarity".
         targets: "all-linear", a scope ("attention", "mixer", "mlp", "experts", "vision", "vision.mlp", ...), a list of
             name suffixes and scopes, or one regular expression. Of a vision-language model, a scope without a tower
             means the language tower. Null takes "all-linear", or the layers of `adapter`.

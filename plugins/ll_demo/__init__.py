@@ -30,4 +30,5 @@ def lora_lightning_tables() -> Mapping[str, str]:
         "chosen-docs": "ll_demo.chosen_docs:table",
         "weekdays": "ll_demo.weekdays:table",
         "shapes": "ll_demo.shapes:table",
+        "asked-shapes": "ll_demo.asked_shapes:table",
     }

@@ -274,6 +274,7 @@ def _tokenizer(base: str, adapters: Sequence[TrainedAdapter]) -> Any:
 def _own_tokenizer(adapter: TrainedAdapter) -> Any:
     """The tokenizer of the run that an adapter lies in, or the one that it brings; None where it has none."""
     found = run_processor(adapter.folder)
+    found = getattr(found, "tokenizer", found)
     template = getattr(found, "chat_template", None)
     if adapter.tokenizer is not None:
         own = load_tokenizer(str(adapter.tokenizer))

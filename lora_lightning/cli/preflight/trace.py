@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.initialization import no_init_weights
 
 from lora_lightning.cli.preflight.memory import Unit, quantized_size
 from lora_lightning.training.strategies.units import find_blocks
@@ -156,7 +157,8 @@ def without_values(gpu: bool = True) -> Iterator[Meter]:
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-        with FakeTensorMode(), Meter() as meter, GpuKernels() if gpu else nullcontext():
+        # some values are drawn until all lie within bounds, which those that are not there never do
+        with no_init_weights(), FakeTensorMode(), Meter() as meter, GpuKernels() if gpu else nullcontext():
             yield meter
 
 

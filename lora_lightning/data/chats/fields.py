@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,14 +26,16 @@ LEARNED_KEYS = (*REASONING, "tool_calls", *MEDIA)
 TEXT_KEYS = ("role", "content")
 
 
-def refuse_columns(row: Mapping[str, Any], where: str) -> None:
-    """Raise `RowError` for a row with a value in a column that would change what is learned, and cannot be used."""
+def refuse_columns(row: Mapping[str, Any], where: str, used: Collection[str] = ()) -> None:
+    """Raise `RowError` for a row with a value in a column that would change what is learned, and is not `used`."""
     for name in (*MEDIA, *RENDERED):
-        if row.get(name):
+        if row.get(name) and name not in used:
+            owner = "MediaChat" if used else "Chat"
+            reads = f"It reads {', '.join(used)}" if used else "MediaChat reads images and sounds"
             raise RowError(
                 f'with a value in "{name}"',
-                f'{where} has a value in the column "{name}", which Chat does not read: it learns text, '
-                "rendered from turns and tools. Remove the column, or rename it",
+                f'{where} has a value in the column "{name}", which {owner} does not read: it learns text, '
+                f"rendered from turns and tools. {reads}. Remove the column, or rename it",
             )
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lora_lightning.data.chats.turns import Turn
+from lora_lightning.data.chats.turns import Turn, with_longer_texts, with_text
 from lora_lightning.data.sources.faults import RowError
 from lora_lightning.data.tokens.causal import NO_LOSS
 
@@ -28,6 +28,18 @@ Spans = dict[int, list[Span]]
 Result = TypeVar("Result")
 
 
+class Encoded(NamedTuple):
+    """A rendered text as token ids."""
+
+    ids: list[int]
+    offsets: Sequence[Span] = ()
+    """The characters of the rendered text that each token stands for, where the tokenizer tells."""
+    fixed: frozenset[int] = frozenset()
+    """Tokens that stand for an image or a sound, and are never learned."""
+    text: str = ""
+    """The rendered text, where whoever encodes it keeps it."""
+
+
 class Example(NamedTuple):
     """A rendered conversation, or its part up to a turn."""
 
@@ -36,6 +48,8 @@ class Example(NamedTuple):
     """The ids that are learned; `NO_LOSS` elsewhere."""
     turns: list[int]
     """Numbers of the turns that are learned here."""
+    encoded: Encoded = Encoded([])
+    """What the ids are of."""
 
 
 @dataclass(frozen=True)
@@ -49,18 +63,22 @@ class Renderer:
         name: What to call the template in messages.
         last_only: Whether only the last assistant turn is learned.
         options: Further variables of the template, such as enable_thinking.
+        encode: What makes token ids of a rendered text and its turns; None takes the tokenizer.
     """
 
     tokenizer: Any
     name: str
     last_only: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    encode: Callable[[str, Sequence[Turn]], Encoded] | None = None
     _layouts: dict[Any, tuple[list[int], frozenset[int]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
     def prompt(self, turns: Sequence[Turn], tools: Tools, where: str) -> list[int]:
         """Tokens up to where the assistant's next turn begins."""
+        if self.encode is not None:
+            return self.encode(self.text(turns, tools, where, prompt=True), turns).ids
         ids: list[int] = _rendered(
             lambda: self.tokenizer.apply_chat_template(
                 list(turns), tools=tools, add_generation_prompt=True, return_dict=False, **self.options
@@ -99,12 +117,15 @@ class Renderer:
             by = self._by_texts
         found: list[Example] = []
         while True:
-            ids, spans = by(turns, tools, where, wanted)
+            encoded, spans = by(turns, tools, where, wanted)
+            ids = encoded.ids
             labels = [NO_LOSS] * len(ids)
             for first, end in (span for of_turn in spans.values() for span in of_turn):
                 labels[first:end] = ids[first:end]
+            for place in encoded.fixed:
+                labels[place] = NO_LOSS
             if spans or not wanted:
-                found.append(Example(ids, labels, list(spans)))
+                found.append(Example(ids, labels, list(spans), encoded))
             wanted = [number for number in wanted if number not in spans]
             if not wanted:
                 return found[::-1]
@@ -114,18 +135,19 @@ class Renderer:
 
     def writes(self, key: str, turns: Sequence[Turn], tools: Tools, where: str) -> bool:
         """Whether the template writes what turns hold under `key`, or, for "tools", the tools."""
-        text = self._text(turns, tools, where)
+        text = self.text(turns, tools, where)
         if key == "tools":
-            return text != self._text(turns, None, where)
+            return text != self.text(turns, None, where)
         without = [{name: value for name, value in turn.items() if name != key} for turn in turns]
-        return text != self._text(without, tools, where)
+        return text != self.text(without, tools, where)
 
     def writes_content(self, number: int, turns: Sequence[Turn], tools: Tools, where: str) -> bool:
         """Whether the template writes the text of a turn, which may be once others follow it."""
-        other = [*turns[:number], {**turns[number], "content": PROBE}, *turns[number + 1 :]]
-        return PROBE in self._text(other[: number + 1], tools, where) or PROBE in self._text(other, tools, where)
+        other = [*turns[:number], with_text(turns[number], PROBE), *turns[number + 1 :]]
+        return PROBE in self.text(other[: number + 1], tools, where) or PROBE in self.text(other, tools, where)
 
-    def _text(self, turns: Sequence[Turn], tools: Tools, where: str, prompt: bool = False) -> str:
+    def text(self, turns: Sequence[Turn], tools: Tools, where: str, prompt: bool = False) -> str:
+        """What the template writes, with `prompt` up to where the assistant's next turn begins."""
         return str(
             _rendered(
                 lambda: self.tokenizer.apply_chat_template(
@@ -153,7 +175,7 @@ class Renderer:
 
     def _by_marks(
         self, turns: Sequence[Turn], tools: Tools, where: str, wanted: Sequence[int]
-    ) -> tuple[list[int], Spans]:
+    ) -> tuple[Encoded, Spans]:
         """Spans that the template marks, of turns that it writes as it does where they are the last.
 
         `return_assistant_tokens_mask` of transformers marks the rest of a text whose marked end is a blank that belongs
@@ -161,7 +183,8 @@ class Renderer:
         learned too. That is the one behind the last turn, with which the text ends.
         """
         text, marks = self._marked(turns, tools, where)
-        ids, offsets = self._tokens(text)
+        encoded = self.encoded(text, turns)
+        ids, offsets = encoded.ids, encoded.offsets
         spans = [_overlap(offsets, start, end) for start, end in marks]
         owners, unlike = self._layout(turns, tools, where, [text[slice(*mark)] for mark in marks])
         if unmarked := sorted(set(wanted) - set(owners)):
@@ -176,7 +199,7 @@ class Renderer:
         for turn, (first, stop) in zip(owners, spans, strict=True):
             if turn in wanted and turn not in unlike:
                 found.setdefault(turn, []).append((first, self._with_end(ids, first, stop, end)))
-        return ids, found
+        return encoded, found
 
     def _layout(
         self, turns: Sequence[Turn], tools: Tools, where: str, marked: list[str]
@@ -224,26 +247,27 @@ class Renderer:
 
     def _by_texts(
         self, turns: Sequence[Turn], tools: Tools, where: str, wanted: Sequence[int]
-    ) -> tuple[list[int], Spans]:
+    ) -> tuple[Encoded, Spans]:
         """Spans between the text before a turn and the text with it."""
-        text = self._text(turns, tools, where)
-        ids, offsets = self._tokens(text)
+        text = self.text(turns, tools, where)
+        encoded = self.encoded(text, turns)
+        ids, offsets = encoded.ids, encoded.offsets
         spans: Spans = {}
         for number in wanted:
-            before = self._text(turns[:number], tools, where, prompt=True) if number else ""
-            through = self._text(turns[: number + 1], tools, where)
+            before = self.text(turns[:number], tools, where, prompt=True) if number else ""
+            through = self.text(turns[: number + 1], tools, where)
             if not (text.startswith(before) and text.startswith(through)):
                 continue
             start = len(before)
-            if not number or before == self._text(turns[:number], tools, where):  # it knows no generation prompt
+            if not number or before == self.text(turns[:number], tools, where):  # it knows no generation prompt
                 start = self._start_of(turns[: number + 1], tools, start, where)
             first, end = _overlap(offsets, start, len(through))
             spans[number] = [(first, self._trimmed(ids, first, end))]
-        return ids, spans
+        return encoded, spans
 
     def _start_of(self, turns: Sequence[Turn], tools: Tools, before: int, where: str) -> int:
         """Where the last turn's text begins behind its opening: where another text in its place begins."""
-        found = self._text([*turns[:-1], {**turns[-1], "content": PROBE}], tools, where).find(PROBE, before)
+        found = self.text([*turns[:-1], with_text(turns[-1], PROBE)], tools, where).find(PROBE, before)
         if found < 0:
             raise RowError(
                 "whose answer cannot be told from its opening",
@@ -253,9 +277,7 @@ class Renderer:
             )
         return found
 
-    def _by_ids(
-        self, turns: Sequence[Turn], tools: Tools, where: str, wanted: Sequence[int]
-    ) -> tuple[list[int], Spans]:
+    def _by_ids(self, turns: Sequence[Turn], tools: Tools, where: str, wanted: Sequence[int]) -> tuple[Encoded, Spans]:
         """The same by token ids, for tokenizers that do not tell which characters a token has."""
         ids = self._ids(turns, tools, where)
         spans: Spans = {}
@@ -264,7 +286,7 @@ class Renderer:
             through = self._ids(turns[: number + 1], tools, where)
             if ids[: len(before)] == before and ids[: len(through)] == through:
                 spans[number] = [(len(before), self._trimmed(ids, len(before), len(through)))]
-        return ids, spans
+        return Encoded(ids), spans
 
     def _unlike_its_prompt(self, number: int, where: str) -> RowError:
         return RowError(
@@ -274,9 +296,12 @@ class Renderer:
             "its answers, or that marks them with {% generation %}",
         )
 
-    def _tokens(self, text: str) -> tuple[list[int], list[Span]]:
+    def encoded(self, text: str, turns: Sequence[Turn]) -> Encoded:
+        """Token ids of a rendered text and its turns."""
+        if self.encode is not None:
+            return self.encode(text, turns)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return encoded["input_ids"], encoded["offset_mapping"]
+        return Encoded(encoded["input_ids"], encoded["offset_mapping"])
 
     def _ids(self, turns: Sequence[Turn], tools: Tools, where: str) -> list[int]:
         ids: list[int] = _rendered(
@@ -307,7 +332,8 @@ def _changed(turn: Turn) -> Turn:
     calls = [_renamed(call) for call in turn.get("tool_calls") or []]
     named = [key for key, value in turn.items() if key != "role" and isinstance(value, str) and (value or not calls)]
     texts = {key: f"{turn[key]}{PROBE}" for key in named}
-    return {**turn, **texts, **({"tool_calls": calls} if calls else {})}
+    parts = with_longer_texts(turn, PROBE) if isinstance(turn["content"], list) else turn
+    return {**parts, **texts, **({"tool_calls": calls} if calls else {})}
 
 
 def _renamed(call: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lora_lightning.data.sources.faults import RowError
@@ -11,6 +11,8 @@ from lora_lightning.data.sources.texts import as_text
 from lora_lightning.errors import did_you_mean
 
 Turn = dict[str, Any]
+Content = Callable[[Any, str], Any]
+"""What makes content, given with what to call its turn, into what a turn holds: text, or parts; None where none is."""
 
 ROLES = {
     "system": "system",
@@ -37,12 +39,44 @@ LEARNED = "__learned__"
 OTHER, PARTS = "with turns of another shape", "with content that is no text"
 
 
-def conversation(value: Any, where: str) -> list[Turn]:
+def text_content(content: Any, where: str) -> str | None:
+    """Content as text: of parts their texts one after another, of numbers their digits.
+
+    Raises:
+        RowError: a part that is no text.
+    """
+    if not isinstance(content, list):
+        if isinstance(content, Mapping):
+            keys = ", ".join(map(str, content))
+            raise RowError(
+                PARTS, f'{where}: its content is an object ({keys}); give text, or [{{"type": "text", "text": ...}}]'
+            )
+        return as_text(content)
+    texts = []
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, Mapping) else "text" if isinstance(part, str) else "list"
+        text = part.get("text") if isinstance(part, Mapping) else part
+        if kind != "text" or not isinstance(text, str):
+            what = kind if kind != "text" else "text without a text"
+            raise RowError(
+                PARTS,
+                f"{where}: its content has a part of type {what}; chats are learned as text alone, but for MediaChat",
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def conversation(value: Any, where: str, content: Content = text_content) -> list[Turn]:
     """The turns of one cell, a list or its JSON text, as chat templates take them: role, content, and other keys.
 
     Keys without a value are left out, since tables give every turn the keys of all. Arguments of tool calls that are
     JSON text are read. Parts of text become one text. `LEARNED` says whether a turn is learned: as its weight, train or
     loss has it, and not where it is empty.
+
+    Args:
+        value: The cell.
+        where: What to call it in messages.
+        content: What makes what a turn holds of its content.
 
     Raises:
         RowError: no turns, a turn of another layout, an unknown role, or content that is no text.
@@ -50,7 +84,7 @@ def conversation(value: Any, where: str) -> list[Turn]:
     turns = json_value(value, where)
     if not isinstance(turns, list) or not turns:
         raise RowError("without turns", f"{where} holds no turns; it must be a list of role and content")
-    return [_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(turns)]
+    return [_turn(turn, f"{where}, turn {number}", content) for number, turn in enumerate(turns)]
 
 
 def tool_list(value: Any, where: str) -> list[dict[str, Any]] | None:
@@ -95,12 +129,23 @@ def learned(turns: Sequence[Turn]) -> list[bool]:
     return [bool(turn.get(LEARNED, True)) for turn in turns]
 
 
+def with_text(turn: Turn, text: str) -> Turn:
+    """The turn with another text, as text or as a part, whichever it holds."""
+    return {**turn, "content": [{"type": "text", "text": text}] if isinstance(turn["content"], list) else text}
+
+
+def with_longer_texts(turn: Turn, text: str) -> Turn:
+    """The turn, whose content is in parts, with `text` behind each of those that are texts, or behind all."""
+    parts = [{**part, "text": part["text"] + text} if part["type"] == "text" else part for part in turn["content"]]
+    return {**turn, "content": parts if parts != turn["content"] else [*parts, {"type": "text", "text": text}]}
+
+
 def plain(turns: Sequence[Turn]) -> list[Turn]:
     """Turns as templates take them."""
     return [{key: value for key, value in turn.items() if key != LEARNED} for turn in turns]
 
 
-def _turn(turn: Any, where: str) -> Turn:
+def _turn(turn: Any, where: str, read: Content) -> Turn:
     if not isinstance(turn, Mapping):
         raise RowError(OTHER, f"{where} is {turn!r}; it must have role and content, or from and value")
     given = {key: value for key, value in turn.items() if value is not None}
@@ -113,7 +158,7 @@ def _turn(turn: Any, where: str) -> Turn:
     if role not in ROLES:
         known = f"{did_you_mean(role, ROLES)} Roles: {', '.join(ROLES)}"
         raise RowError("with an unknown role", f'{where} has the role "{role}".{known}')
-    content = _content(given.pop(text_key, None), where)
+    content = read(given.pop(text_key, None), where)
     weight = _weight(given, ROLES[role], where)
     if calls := given.get("tool_calls"):
         given["tool_calls"] = [_call(call, where) for call in calls]
@@ -123,26 +168,6 @@ def _turn(turn: Any, where: str) -> Turn:
         raise RowError("without content", f"{where} has the role {role} and no {text_key}, but {there}")
     made = {"role": ROLES[role], "content": content or "", **given}
     return made if weight and not (empty and ROLES[role] == "assistant") else {**made, LEARNED: False}
-
-
-def _content(content: Any, where: str) -> str | None:
-    """Content as text: of parts their texts one after another, of numbers their digits."""
-    if not isinstance(content, list):
-        if isinstance(content, Mapping):
-            keys = ", ".join(map(str, content))
-            raise RowError(
-                PARTS, f'{where}: its content is an object ({keys}); give text, or [{{"type": "text", "text": ...}}]'
-            )
-        return as_text(content)
-    texts = []
-    for part in content:
-        kind = part.get("type", "text") if isinstance(part, Mapping) else "text" if isinstance(part, str) else "list"
-        text = part.get("text") if isinstance(part, Mapping) else part
-        if kind != "text" or not isinstance(text, str):
-            what = kind if kind != "text" else "text without a text"
-            raise RowError(PARTS, f"{where}: its content has a part of type {what}; chats are learned as text alone")
-        texts.append(text)
-    return "".join(texts)
 
 
 def _weight(given: Turn, role: str, where: str) -> bool:

@@ -43,6 +43,11 @@ class Places:
             self.files.append((name, unit))
         return self.files.index((name, unit)) << BITS
 
+    def folder(self, place: int) -> Path | None:
+        """The folder that the file of a place lies in, or that it is; None where the name is neither's."""
+        path = Path(self.files[place >> BITS][0]).expanduser()
+        return path.parent if path.is_file() else path if path.is_dir() else None
+
     def words(self, place: int) -> str:
         """A place as people read it: "train.csv, line 5"."""
         name, unit = self.files[place >> BITS]

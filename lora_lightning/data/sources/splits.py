@@ -295,11 +295,23 @@ class Sources:
 
 
 def _unread(table: datasets.Dataset) -> datasets.Dataset:
-    """`table` with images that are read when they are used, not when they are looked at."""
+    """`table` with images and sounds that are read when they are used, not when they are looked at."""
     for name, feature in (getattr(table, "features", None) or {}).items():
-        if isinstance(feature, datasets.Image) and feature.decode:
-            table = table.cast_column(name, datasets.Image(decode=False))
+        plain = _undecoded(feature)
+        if plain != feature:
+            table = table.cast_column(name, plain)
     return table
+
+
+def _undecoded(feature: Any) -> Any:
+    """The feature with images and sounds, in lists and structures too, as bytes and path."""
+    if isinstance(feature, datasets.Image | datasets.Audio):
+        return dataclasses.replace(feature, decode=False)
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return dataclasses.replace(feature, feature=_undecoded(feature.feature))
+    if isinstance(feature, dict):
+        return {name: _undecoded(inner) for name, inner in feature.items()}
+    return feature
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -16,7 +16,13 @@ def all_tasks() -> dict[str, type[Task]]:
     """Every task by the name YAML uses."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    return {task.name: task for task in sorted(Task.__subclasses__(), key=lambda task: task.name)}
+    return {task.name: task for task in sorted(_below(Task), key=lambda task: task.name)}
+
+
+def _below(cls: Any) -> Iterator[type[Task]]:
+    for task in cls.__subclasses__():
+        yield task
+        yield from _below(task)
 
 
 def find_task(name: str, settings: Mapping[str, Any] | None = None) -> Task:

@@ -69,18 +69,18 @@ class CausalLM(Task):
         if not should_generate(metrics, self.generate_batches):
             return
         labels = batch["labels"]
-        prompts = [self._prompt(batch, row) for row in range(len(labels))]
-        if not all(map(len, prompts)):
+        continued = self.continued(model, batch, context)
+        if continued is None:
             raise DataError(
                 f"model.task_settings.generate_batches is {self.generate_batches}, but the data have no prompts to go "
-                "on from. Set it to 0, or use Completions or Chat."
+                "on from. Set it to 0, or use Completions, Chat or MediaChat."
             )
         ends = end_ids(model, context.tokenizer) if context.tokenizer is not None else []
         answers = [before_end(_first_answer(row).tolist(), ends) for row in labels]
         expected = label_texts(answers, context.tokenizer)
         if context.in_turns and (last := end_text(context.tokenizer)):
             expected = [text.removesuffix(last).rstrip() for text in expected]
-        generated = [text.strip() for text in _continue(model, prompts, context)]
+        generated = [text.strip() for text in continued]
         add_texts(metrics, generated, expected)
         right = [a == b for a, b in zip(generated, expected, strict=True)]
         metrics["exact_match"].update(torch.tensor(right, dtype=torch.float32, device=labels.device))
@@ -94,11 +94,18 @@ class CausalLM(Task):
             {"loss": round(float(loss / n), 6) if n else None, "tokens": int(n)}
             for loss, n in zip(losses, counts, strict=True)
         ]
-        prompts = [self._prompt(batch, row) for row in range(len(rows))]
-        if context.tokenizer is not None and all(len(prompt) for prompt in prompts):
-            for row, text in zip(rows, _continue(model, prompts, context), strict=True):
-                row["prediction"] = text
+        continued = self.continued(model, batch, context) if context.tokenizer is not None else None
+        for row, text in zip(rows, continued or (), strict=continued is not None):
+            row["prediction"] = text
         return rows
+
+    def continued(self, model: Any, batch: Batch, context: PredictContext) -> list[str] | None:
+        """The greedy continuation of each prompt, without what ends it; None where a row has no prompt."""
+        prompts = [self._prompt(batch, row) for row in range(len(batch["labels"]))]
+        if not all(map(len, prompts)):
+            return None
+        ids = [prompt.tolist() for prompt in prompts]
+        return continued_texts(model, context.tokenizer, ids, last_text(context), **greedy(context))
 
     @staticmethod
     def _prompt(batch: Batch, row: int) -> Tensor:
@@ -116,8 +123,11 @@ def _first_answer(labels: Tensor) -> Tensor:
     return labels[labelled & (begins.cumsum(0) == 1)]
 
 
-def _continue(model: Any, prompts: list[Tensor], context: PredictContext) -> list[str]:
-    """The greedy continuation of each prompt, without what ends it."""
-    last = end_text(context.tokenizer) if context.in_turns else ""
-    ids = [prompt.tolist() for prompt in prompts]
-    return continued_texts(model, context.tokenizer, ids, last, max_new_tokens=context.max_new_tokens, do_sample=False)
+def last_text(context: PredictContext) -> str:
+    """The text that ends an answer too, mostly empty."""
+    return end_text(context.tokenizer) if context.in_turns else ""
+
+
+def greedy(context: PredictContext) -> dict[str, Any]:
+    """Options of generation without chance."""
+    return {"max_new_tokens": context.max_new_tokens, "do_sample": False}

@@ -185,7 +185,7 @@ def test_answers_are_learned_with_their_calls_reasoning_and_end(letters, name, t
     examples = renderer.examples(turns, tools, "row 0")
     answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
     assert sorted(number for example in examples for number in example.turns) == answers
-    for ids, labels, numbers in examples:
+    for ids, labels, numbers, _ in examples:
         last = numbers[-1]
         prompt = renderer.prompt(turns[:last], tools, "row 0")
         assert ids[: len(prompt)] == prompt

@@ -86,7 +86,7 @@ def ids_of(tokenizer, text: str, learned: str) -> list[tuple[int, bool]]:
 def rendered(tokenizer, template: str, talk: list[tuple[str, str]], **options) -> list[tuple[int, bool]]:
     tokenizer.chat_template = template
     turns = [{"role": role, "content": content} for role, content in talk]
-    [(ids, labels, _)] = Renderer(tokenizer, "of the test").examples(turns, None, "row 0", **options)
+    [(ids, labels, *_)] = Renderer(tokenizer, "of the test").examples(turns, None, "row 0", **options)
     assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
     return list(zip(ids, (label != -100 for label in labels), strict=True))
 
@@ -148,9 +148,9 @@ def test_a_template_that_marks_several_spans_of_a_turn(tokenizer):
         ([True, False, True, True], "yes\nplease<|im_end|>"),
         ([True, True, True, False], "(hm)hello<|im_end|>"),
     ):
-        [(_, labels, _)] = Renderer(tokenizer, "x").examples(talk, None, "row 0", learned)
+        [(_, labels, *_)] = Renderer(tokenizer, "x").examples(talk, None, "row 0", learned)
         assert tokenizer.decode([label for label in labels if label != -100]) == wanted
-    [(_, labels, _)] = Renderer(tokenizer, "x", last_only=True).examples(talk, None, "row 0")
+    [(_, labels, *_)] = Renderer(tokenizer, "x", last_only=True).examples(talk, None, "row 0")
     assert tokenizer.decode([label for label in labels if label != -100]) == "yes\nplease<|im_end|>"
 
 

@@ -40,7 +40,7 @@ def test_marks_and_prefixes_say_the_same(render, last_only):
 def test_the_prompt_is_what_stands_before_the_answer(render, template):
     renderer = render(template, last_only=True)
     prompt = renderer.prompt(TURNS[:3], None, "row 0")
-    [(ids, labels, turns)] = renderer.examples(TURNS, None, "row 0")
+    [(ids, labels, turns, _)] = renderer.examples(TURNS, None, "row 0")
     assert turns == [3]
     assert ids[: len(prompt)] == prompt
     assert labels[: len(prompt)] == [-100] * len(prompt)
@@ -48,7 +48,7 @@ def test_the_prompt_is_what_stands_before_the_answer(render, template):
 
 
 def test_labels_are_the_tokens_themselves(render):
-    [(ids, labels, turns)] = render(MARKED).examples(TURNS, None, "row 0")
+    [(ids, labels, turns, _)] = render(MARKED).examples(TURNS, None, "row 0")
     assert turns == [1, 3]
     assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
 

@@ -10,7 +10,9 @@ from lora_lightning.models.tasks import all_tasks, find_task
 
 def test_every_task_has_a_name_and_a_direction():
     assert set(all_tasks()) == {
+        "audio-text-to-text",
         "causal-lm",
+        "image-text-to-text",
         "image-classification",
         "masked-lm",
         "multi-label-classification",
