@@ -159,7 +159,8 @@ class CLI(LightningCLI):
             settings["tokenizer"] = tokenizer_of(config.model.get("adapter"))
         lacking = [name for name in ("tokenizer", "processor") if name in settings and settings[name] is None]
         if lacking and not is_random(config.model.pretrained):
-            check_reachable(config.model.pretrained)
+            if self.subcommand:  # else nothing is loaded yet
+                check_reachable(config.model.pretrained)
             for name in lacking:
                 settings[name] = config.model.pretrained
 

@@ -107,7 +107,7 @@ def test_a_verb_explains_itself(verb, capsys):
     assert program.main([verb, "--help"]) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"usage: python -m lora_lightning {verb} ")
-    assert command._verb(verb).__doc__ in text
+    assert " ".join((command._verb(verb).__doc__ or "?").split()) in " ".join(text.split())
 
 
 def test_a_flag_in_front_of_the_verb(fail):
@@ -191,7 +191,7 @@ def test_a_blocked_plugin_is_blocked_for_light_verbs(fail):
         (["export", "run", "--format"], "export: argument --format: expected one argument."),
         (["export", "run", "--format=peft", "--output=x", "--rnk=3"],
          'export: it takes no "--rnk". Did you mean "--rank"?'),
-        (["export", "run", "--form", "peft"], "export: the following arguments are required: --format, --output."),
+        (["export", "run", "--form", "peft"], "export: the following arguments are required: --output."),
         (["methods", "--zzzz"], 'methods: it takes no "--zzzz".'),
         (["inspect-data", "-n", "many"], "inspect-data: argument -n: invalid int value: 'many'."),
         (["methods", "--run", "here"],
