@@ -49,6 +49,7 @@ def test_a_config_runs(name, tmp_path, monkeypatch, capsys):
     assert (run / "adapter" / "adapter.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_from_a_file_of_chats_to_answers(tmp_path, monkeypatch, capsys):
     """README's second example, on a tiny model whose tokenizer has no template of its own."""
     monkeypatch.chdir(tmp_path)
@@ -131,7 +132,12 @@ PREDICTED = {
 """Columns of the predictions of each task's example, by config."""
 
 
-@pytest.mark.parametrize("name", [name for name in config_names() if name.startswith("recipes/")])
+RECIPES = [name for name in config_names() if name.startswith("recipes/")]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if at else ()) for at, n in enumerate(RECIPES)]
+)
 def test_a_recipe_parses(name, capsys):
     assert main(["fit", "--config", name, "--print_config"]) == 0
     assert "class_path: ll_" in capsys.readouterr().out

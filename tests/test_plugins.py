@@ -30,6 +30,11 @@ from lora_lightning.testing import perturb
 OURS = {"CELoRA", "DoRA", "LoRA", "LoRASC", "MoELoRA", "RoseLoRA"}
 
 
+def some(kinds, count=3):
+    """The first few; the others are slow, as each starts a process."""
+    return [pytest.param(kind, marks=() if n < count else pytest.mark.slow) for n, kind in enumerate(kinds)]
+
+
 def code(
     name, decorator="@dataclass(frozen=True, kw_only=True)", body="def build(self, base): raise NotImplementedError"
 ):
@@ -190,7 +195,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("kind", some(BROKEN))
 def test_a_broken_plugin_is_recorded_and_the_others_live(install, kind):
     source, cause = BROKEN[kind]
     install(f"ll_a_{kind}", dedent(source))
@@ -203,7 +208,7 @@ def test_a_broken_plugin_is_recorded_and_the_others_live(install, kind):
     assert re.search(cause, text), text
 
 
-@pytest.mark.parametrize("hook", [name for name in vars(hookspecs) if name.startswith("lora_lightning_")])
+@pytest.mark.parametrize("hook", some(name for name in vars(hookspecs) if name.startswith("lora_lightning_")))
 def test_a_hook_that_returns_none_is_named(install, hook):
     """A forgotten `return` looks like a plugin that brings nothing."""
     install("ll_silent", answering(hook, "pass"))
@@ -216,7 +221,7 @@ def test_a_hook_that_returns_none_is_named(install, hook):
     assert "Sound" in registry.methods
 
 
-@pytest.mark.parametrize("hook", [name for name in vars(hookspecs) if name.startswith("lora_lightning_")])
+@pytest.mark.parametrize("hook", some(name for name in vars(hookspecs) if name.startswith("lora_lightning_")))
 def test_a_hook_that_returns_nothing_to_give_is_none_of_the_failures(install, hook):
     empty = "[]" if hook in ("lora_lightning_methods", "lora_lightning_base_layers") else "{}"
     install("ll_empty", answering(hook, f"return {empty}"))
@@ -290,7 +295,7 @@ PRINTING = {
 }
 
 
-@pytest.mark.parametrize("kind", PRINTING)
+@pytest.mark.parametrize("kind", some(PRINTING))
 def test_a_plugin_that_prints_while_it_is_loaded_is_named(install, capsys, kind):
     install("ll_loud", code("Loud") + PRINTING[kind])
     assert program.main(["methods"]) == 0
@@ -373,7 +378,7 @@ LINES = {
 }
 
 
-@pytest.mark.parametrize("kind", LINES)
+@pytest.mark.parametrize("kind", some(LINES))
 def test_the_command_line_survives_a_broken_plugin(install, capsys, kind):
     install(f"ll_a_{kind}", dedent(BROKEN[kind][0]))
     assert program.main(["methods"]) == 0
@@ -401,6 +406,7 @@ def test_the_command_line_survives_taken_names(install, capsys):
     assert program.main(["-p", "no:ll_copy", "show", "RoseLoRA"]) == 0
 
 
+@pytest.mark.slow
 def test_a_plugin_that_is_slow_to_import_is_named(install, tmp_path):
     install("ll_heavy", code("Heavy") + "import torch")
     install("ll_quick", code("Quick"))
@@ -817,7 +823,7 @@ API_1 = {
 }
 
 
-@pytest.mark.parametrize("hook", API_1)
+@pytest.mark.parametrize("hook", some(API_1))
 def test_an_answer_of_api_1_is_refused_with_the_line_to_change(install, hook):
     """The plugin's methods stay; the line that the message gives is what makes it right."""
     answer, body, line = API_1[hook]
@@ -947,7 +953,7 @@ TAKEN = {
 }
 
 
-@pytest.mark.parametrize("kind", TAKEN)
+@pytest.mark.parametrize("kind", some(TAKEN))
 def test_a_class_with_a_name_of_torch_lightning_or_core(install, capsys, kind):
     """The plugin fails and says why, at `methods` too, which imports nothing; the name keeps its meaning everywhere."""
     name, imported, owner = TAKEN[kind]

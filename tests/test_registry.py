@@ -160,6 +160,7 @@ PROMISED = {
 }
 
 
+@pytest.mark.slow
 def test_modules_of_0_1_can_be_imported():
     """In a new process, where none was imported under its old name; their names are those of today, not copies."""
     script = f"""

@@ -119,7 +119,13 @@ def test_a_program_that_changes_its_directory_still_writes_into_the_run_folder(h
     assert "train_loss" in events[0].read_bytes().decode("latin-1")
 
 
-@pytest.mark.parametrize("verb", ["targets", "inspect-data", "estimate", "doctor", "cite"])
+VERBS = [
+    "inspect-data",
+    *(pytest.param(verb, marks=pytest.mark.slow) for verb in ("targets", "estimate", "doctor", "cite")),
+]
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_verbs_that_take_a_config_take_that_of_a_run(trained, capsys, verb):
     assert main([verb, "runs/tiny/001/config.yaml"]) == 0, capsys.readouterr()
 
@@ -160,6 +166,7 @@ def test_a_fit_leaves_a_whole_run_folder(here, capsys):
         assert shown in text
 
 
+@pytest.mark.slow
 def test_runs_are_numbered_and_the_config_of_one_repeats_it(trained, capsys):
     assert main(["fit", "--config", "runs/tiny/001/config.yaml"]) == 0
     assert lines(capsys)[-1] == "run: runs/config/001"
@@ -492,7 +499,7 @@ trainer: {max_epochs: -1, log_every_n_steps: 1, enable_progress_bar: false, acce
 """
 
 
-@pytest.mark.parametrize("steps", [4, 10])
+@pytest.mark.parametrize("steps", [4, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_finished_run_goes_on_with_more_steps_as_if_it_had_not_ended(here, capsys, steps):
     """In the middle of an epoch of ten batches and at its end; the rate is the same all along."""
     Path("on.yaml").write_text(GOING_ON)
@@ -506,6 +513,7 @@ def test_a_finished_run_goes_on_with_more_steps_as_if_it_had_not_ended(here, cap
     assert main(["fit", "--resume", "runs/on/002", "--trainer.max_steps", "9"]) == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_a_callback_ended_goes_on(here, capsys):
     """EarlyStopping and max_time end a run before its steps are done; with more steps, or with its own, it goes on."""
     Path("on.yaml").write_text(GOING_ON)

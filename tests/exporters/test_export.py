@@ -35,6 +35,7 @@ def test_unknown_format_rank_and_name(tmp_path: Path) -> None:
         ll.export(llama(), tmp_path)
 
 
+@pytest.mark.slow
 def test_nothing_here_needs_peft_or_lightning() -> None:
     code = (
         "import sys, lora_lightning.exporters.export\n"

@@ -15,7 +15,7 @@ from lora_lightning.errors import DataError, check
 from lora_lightning.models.generation import before_end, continued_texts, end_ids, end_text
 from lora_lightning.models.loss_head import next_tokens, summed_loss, token_log_probs
 from lora_lightning.models.tasks.base import IGNORED, Batch, Loss, PredictContext, Task
-from lora_lightning.models.tasks.generated import add_texts, label_texts, should_generate, text_metrics
+from lora_lightning.models.tasks.generated import add_texts, check_tokenizer, label_texts, should_generate, text_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,7 @@ class CausalLM(Task):
         """
         if not should_generate(metrics, self.generate_batches):
             return
+        check_tokenizer(context.tokenizer)
         labels = batch["labels"]
         continued = self.continued(model, batch, context)
         if continued is None:
@@ -75,7 +76,7 @@ class CausalLM(Task):
                 f"model.task_settings.generate_batches is {self.generate_batches}, but the data have no prompts to go "
                 "on from. Set it to 0, or use Completions, Chat or MediaChat."
             )
-        ends = end_ids(model, context.tokenizer) if context.tokenizer is not None else []
+        ends = end_ids(model, context.tokenizer)
         answers = [before_end(_first_answer(row).tolist(), ends) for row in labels]
         expected = label_texts(answers, context.tokenizer)
         if context.in_turns and (last := end_text(context.tokenizer)):

@@ -56,13 +56,18 @@ def add_texts(metrics: Mapping[str, Metric], generated: Sequence[str], expected:
         metrics[name].update(generated, [[text] for text in expected])
 
 
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise `DataError` where there is none."""
+    if tokenizer is None:
+        raise DataError("model.task_settings.generate_batches needs data with a tokenizer, such as TextToText.")
+
+
 def label_texts(labels: Iterable[Tensor | Sequence[int]], tokenizer: Any) -> list[str]:
     """The texts of rows of labels. Places without a label and special tokens are left out.
 
     Raises:
         DataError: there is no tokenizer.
     """
-    if tokenizer is None:
-        raise DataError("model.task_settings.generate_batches needs data with a tokenizer, such as TextToText.")
+    check_tokenizer(tokenizer)
     rows = [[token for token in torch.as_tensor(row).tolist() if token >= 0] for row in labels]
     return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
