@@ -327,10 +327,11 @@ def record(module: Any, out: Path) -> None:
     if module.global_rank == 0:
         logged = {k: float(v) for k, v in module.trainer.callback_metrics.items() if k.startswith("router_")}
         (out / "router.json").write_text(json.dumps(logged))
-        watched = {k: float(v) for k, v in module.trainer.callback_metrics.items() if k in ("grad_norm", "lr")}
         samples = Path(module.trainer.default_root_dir) / "samples.jsonl"
-        rows = samples.read_text().splitlines()[-2:] if samples.is_file() else []
-        (out / "watched.json").write_text(json.dumps({**watched, "samples": rows}))
+        if samples.is_file():  # a run that is watched logs at every step
+            watched = {k: float(v) for k, v in module.trainer.callback_metrics.items() if k in ("grad_norm", "lr")}
+            rows = samples.read_text().splitlines()[-2:]
+            (out / "watched.json").write_text(json.dumps({**watched, "samples": rows}))
         summary = next((c.summary for c in module.trainer.callbacks if isinstance(c, RunReport)), None)
         if summary is not None:
             told = {name: summary[name] for name in ("report", "surviving_parameters", "changed", "values")}

@@ -152,6 +152,11 @@ class AdapterModule(LightningModule):
             compile or "off",
         )  # YAML reads off as False
         self._compiled = ExitStack()
+        if self.compiling == "blocks" and gradient_checkpointing:
+            raise SettingsError(
+                'model.compile is "blocks" and model.gradient_checkpointing is true; torch cannot compile a '
+                "recomputation that keeps what adapters know of a forward. Set one of them to off (false)."
+            )
         if random_config and not is_random(pretrained):
             raise SettingsError(
                 f'model.random_config is {random_config}, but model.pretrained is "{pretrained}"; it belongs to '
