@@ -21,6 +21,7 @@ def test_no_function_is_complex():
     assert figures.complex_functions() == []
 
 
+@pytest.mark.slow
 def test_no_modules_import_one_another():
     assert figures.circles() == []
 

@@ -32,7 +32,8 @@ OURS = {"CELoRA", "DoRA", "LoRA", "LoRASC", "MoELoRA", "RoseLoRA"}
 
 def some(kinds, count=3):
     """The first few; the others are slow, as each starts a process."""
-    return [pytest.param(kind, marks=() if n < count else pytest.mark.slow) for n, kind in enumerate(kinds)]
+    values = [kind if isinstance(kind, tuple) else (kind,) for kind in kinds]
+    return [pytest.param(*own, marks=() if n < count else pytest.mark.slow) for n, own in enumerate(values)]
 
 
 def code(
@@ -232,13 +233,15 @@ def test_a_hook_that_returns_nothing_to_give_is_none_of_the_failures(install, ho
 
 @pytest.mark.parametrize(
     ("value", "cause"),
-    [
-        ("!", r"^AttributeError: |^ValueError: "),
-        ("no_such_module_anywhere", r"^ModuleNotFoundError: "),
-        ("os:no_such_name", r"^AttributeError: "),
-        ("math", r"^PluginError: it contributes nothing: no function in it is marked with"),
-        ("math:pi", r"^PluginError: it contributes nothing"),
-    ],
+    some(
+        [
+            ("!", r"^AttributeError: |^ValueError: "),
+            ("no_such_module_anywhere", r"^ModuleNotFoundError: "),
+            ("os:no_such_name", r"^AttributeError: "),
+            ("math", r"^PluginError: it contributes nothing: no function in it is marked with"),
+            ("math:pi", r"^PluginError: it contributes nothing"),
+        ]
+    ),
 )
 def test_an_entry_point_that_leads_nowhere(install, value, cause):
     install("unused", "", entry=f"ll_odd = {value}")
@@ -662,15 +665,17 @@ def test_hook_lora_lightning_commands(install, capsys):
 
 @pytest.mark.parametrize(
     ("raised", "told"),
-    [
-        ("raise RuntimeError('disk\\nfull')", "RuntimeError: disk full"),
-        ("raise KeyError('x')", "KeyError: 'x'"),
-        ("assert False", "AssertionError"),
-        ("import nothing_there", "ModuleNotFoundError: No module named 'nothing_there'"),
-        ("return None", "TypeError: "),
-        ("return 'done'", "ValueError: "),
-        ("raise OSError(28, 'No space left')", "OSError: [Errno 28] No space left"),
-    ],
+    some(
+        [
+            ("raise RuntimeError('disk\\nfull')", "RuntimeError: disk full"),
+            ("raise KeyError('x')", "KeyError: 'x'"),
+            ("assert False", "AssertionError"),
+            ("import nothing_there", "ModuleNotFoundError: No module named 'nothing_there'"),
+            ("return None", "TypeError: "),
+            ("return 'done'", "ValueError: "),
+            ("raise OSError(28, 'No space left')", "OSError: [Errno 28] No space left"),
+        ]
+    ),
 )
 def test_a_verb_that_raises_anything_is_one_line_with_its_plugin(install, capsys, monkeypatch, raised, told):
     body = f'"""Say hello."""\n        def add_arguments(parser): pass\n        def run(args): {raised}'
@@ -688,14 +693,16 @@ def test_a_verb_that_raises_anything_is_one_line_with_its_plugin(install, capsys
 
 @pytest.mark.parametrize(
     ("text", "key"),
-    [
-        (b"\xff\xfe[lora", "stranger"),
-        (b"[lora_lightning]\nx\n", "stranger"),
-        (b"[other]\n\xe9 = x\n", "stranger"),
-        (b"[lora_lightning]\n= x\n", ""),
-        (b"[lora_lightning]\nx = \n", "x"),
-        (b"[lora_lightning]\nx = !!\n", "x"),
-    ],
+    some(
+        [
+            (b"\xff\xfe[lora", "stranger"),
+            (b"[lora_lightning]\nx\n", "stranger"),
+            (b"[other]\n\xe9 = x\n", "stranger"),
+            (b"[lora_lightning]\n= x\n", ""),
+            (b"[lora_lightning]\nx = \n", "x"),
+            (b"[lora_lightning]\nx = !!\n", "x"),
+        ]
+    ),
 )
 def test_a_strangers_corrupt_entry_points_are_survived_and_named(install, tmp_path, monkeypatch, capsys, text, key):
     """Those that Python can read no line of by the package, others by the name that they give."""
@@ -778,25 +785,31 @@ def test_kinds_that_fail_leave_the_others(install, answer):
 
 @pytest.mark.parametrize(
     ("hook", "answer", "text"),
-    [
-        (
-            "lora_lightning_optimizers",
-            "return 3",
-            "lora_lightning_optimizers returned 3, which is no mapping of class name to import path",
-        ),
-        ("lora_lightning_optimizers", "return {'int': 'builtins:int'}", "which is no Optimizer class"),
-        ("lora_lightning_callbacks", "raise ValueError('broken')", "broken"),
-        ("lora_lightning_commands", "return {'fit': 'x'}", 'verb "fit" of ll_wrong has a name that is taken, by core'),
-        ("lora_lightning_commands", "return ['x']", "which is no mapping of verb to module"),
-        ("lora_lightning_commands", "return {'x': 3}", "which is no verb with the import path of a module"),
-        (
-            "lora_lightning_exporters",
-            "return {'merged': 'x'}",
-            'format "merged" of ll_wrong has a name that is taken, by',
-        ),
-        ("lora_lightning_exporters", "return ['x']", "which is no mapping of format to module"),
-        ("lora_lightning_datamodules", "return {'int': 'builtins:int'}", "which is no LightningDataModule class"),
-    ],
+    some(
+        [
+            (
+                "lora_lightning_optimizers",
+                "return 3",
+                "lora_lightning_optimizers returned 3, which is no mapping of class name to import path",
+            ),
+            ("lora_lightning_optimizers", "return {'int': 'builtins:int'}", "which is no Optimizer class"),
+            ("lora_lightning_callbacks", "raise ValueError('broken')", "broken"),
+            (
+                "lora_lightning_commands",
+                "return {'fit': 'x'}",
+                'verb "fit" of ll_wrong has a name that is taken, by core',
+            ),
+            ("lora_lightning_commands", "return ['x']", "which is no mapping of verb to module"),
+            ("lora_lightning_commands", "return {'x': 3}", "which is no verb with the import path of a module"),
+            (
+                "lora_lightning_exporters",
+                "return {'merged': 'x'}",
+                'format "merged" of ll_wrong has a name that is taken, by',
+            ),
+            ("lora_lightning_exporters", "return ['x']", "which is no mapping of format to module"),
+            ("lora_lightning_datamodules", "return {'int': 'builtins:int'}", "which is no LightningDataModule class"),
+        ]
+    ),
 )
 def test_a_wrong_answer_is_recorded_and_the_others_live(install, hook, answer, text):
     install("ll_wrong", answering(hook, answer))
@@ -844,20 +857,22 @@ def test_an_answer_of_api_1_is_refused_with_the_line_to_change(install, hook):
 
 @pytest.mark.parametrize(
     ("answer", "text"),
-    [
-        (
-            "{'Mine': 'll_wrong.Mine'}",
-            r"""returned 'Mine': 'll_wrong\.Mine'; an import path is written "module:Class"$""",
-        ),
-        ("{'Mine': 3}", "returned 'Mine': 3; an import path is written"),
-        (
-            "{'Short': 'll_wrong:Mine'}",
-            'returned "Short": "ll_wrong:Mine"; a class goes by its own name, so write "ll_wrong:Short" or '
-            '"Mine": "ll_wrong:Mine"$',
-        ),
-        ("[]", r"returned \[\], which is no mapping of class name to import path$"),
-        ("[3]", r"returned \[3\], which is no mapping of class name to import path$"),
-    ],
+    some(
+        [
+            (
+                "{'Mine': 'll_wrong.Mine'}",
+                r"""returned 'Mine': 'll_wrong\.Mine'; an import path is written "module:Class"$""",
+            ),
+            ("{'Mine': 3}", "returned 'Mine': 3; an import path is written"),
+            (
+                "{'Short': 'll_wrong:Mine'}",
+                'returned "Short": "ll_wrong:Mine"; a class goes by its own name, so write "ll_wrong:Short" or '
+                '"Mine": "ll_wrong:Mine"$',
+            ),
+            ("[]", r"returned \[\], which is no mapping of class name to import path$"),
+            ("[3]", r"returned \[3\], which is no mapping of class name to import path$"),
+        ]
+    ),
 )
 def test_an_import_path_that_is_none(install, answer, text):
     install("ll_wrong", answering("lora_lightning_callbacks", f"return {answer}"))

@@ -405,6 +405,7 @@ def test_predictions_need_a_known_ending(trained, capsys):
     assert '--output is "out.txt"; it must end in .csv or .jsonl' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_last_ckpt_is_the_state_of_the_adapter_whatever_the_validation_interval(here, capsys):
     for number, flags in enumerate((["--trainer.max_steps", "10"], ["--trainer.val_check_interval", "9"]), start=1):
         assert main(["fit", "--config", "tiny.yaml", *flags]) == 0
@@ -417,6 +418,7 @@ def test_last_ckpt_is_the_state_of_the_adapter_whatever_the_validation_interval(
         assert all(torch.equal(value, adapter[key[4:]]) for key, value in checkpoint["state_dict"].items())
 
 
+@pytest.mark.slow
 def test_a_run_without_validation_data(here, capsys):
     flags = ["--data.validation", "null", "--data.validation_fraction", "0", "--trainer.val_check_interval", "1"]
     assert main(["fit", "--config", "tiny.yaml", *flags]) == 0

@@ -88,6 +88,7 @@ def test_a_run_is_logged_there_and_in_the_run_folder(config, stand_in, logger):
     assert len(stand_in) == 1
 
 
+@pytest.mark.slow
 def test_a_list_and_flags(config, stand_in):
     config(["wandb", "tensorboard", "csv"])
     assert main(["fit", "--config", "tiny.yaml"]) == 0

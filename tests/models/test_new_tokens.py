@@ -339,6 +339,7 @@ def words(folder: Path, rows: Path, *more: str) -> list[str]:
     return ["fit", *model, *data, "--data.new_tokens=[<yes>,<no>]", "--seed_everything=3", *trainer, *more]
 
 
+@pytest.mark.slow
 def test_a_run_trains_its_new_tokens_and_every_verb_knows_them(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -251,6 +251,7 @@ def test_a_bare_projector_trains_in_full_where_it_is_named() -> None:
     assert net.model.multi_modal_projector.mm_input_projection_weight.grad.any()
 
 
+@pytest.mark.slow
 def test_a_compiled_model_has_the_heads_and_scopes_of_the_model_inside() -> None:
     """torch.compile's wrapper answers for what it wraps, and is no model of transformers itself."""
     plain, compiled = tiny_encoder(), torch.compile(tiny_encoder(), backend="eager")

@@ -174,6 +174,7 @@ def test_every_method_resumes_exactly_without_computing_again(name, decoder, tmp
     assert {file: file.read_bytes() for file in cache.rglob("*.safetensors")} == kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_type", [*LOSSES[:-1], pytest.param(LOSSES[-1], marks=pytest.mark.slow)])
 def test_each_loss_raises_the_margin(loss_type, decoder, tmp_path):
     module, data = preference(decoder, LoRA(rank=4), loss_type), preference_data(decoder, loss_type)

@@ -174,6 +174,7 @@ def test_the_example_of_a_task_is_a_batch_it_can_be_trained_on(task):
     assert int(loss.count) > 0
 
 
+@pytest.mark.slow
 def test_an_adapter_to_train_on_counts_as_a_new_one_does(tmp_path, capsys):
     import lora_lightning as ll
     from lora_lightning.models.loading import load_model

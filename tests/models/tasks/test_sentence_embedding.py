@@ -43,6 +43,7 @@ def means(model, tokenizer, texts):
     return torch.stack(found)
 
 
+@pytest.mark.slow
 def test_train_predict_and_export(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     encoder_folder(Path("encoder"))
