@@ -299,10 +299,7 @@ class Preferences(TextData):
     @cached_property
     def renderer(self) -> Renderer:
         """The tokenizer with the template, which is its own from here on, so that whoever saves it saves that too."""
-        try:
-            template, name = choose_template(self.tokenizer_object, self.chat_template)
-        except DataError as error:
-            raise DataError(str(error).replace("Chat.chat_template", "Preferences.chat_template")) from error
+        template, name = choose_template(self.tokenizer_object, self.chat_template, "Preferences")
         if template is not None:
             self.tokenizer_object.chat_template = template
         given = self.chat_template_kwargs or {}

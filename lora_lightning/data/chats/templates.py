@@ -92,12 +92,13 @@ def family(name: str) -> str:
     return (Path(__file__).parent / "families" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
-def choose_template(tokenizer: Any, setting: str | None) -> tuple[str | None, str]:
+def choose_template(tokenizer: Any, setting: str | None, owner: str = "Chat") -> tuple[str | None, str]:
     """The template that `setting` means and what to call it in messages; None for the tokenizer's own.
 
     Args:
         tokenizer: The tokenizer that will render it.
-        setting: `Chat.chat_template`.
+        setting: `chat_template` of the data module.
+        owner: The data module's name, for messages.
 
     Raises:
         DataError: no such template, or the tokenizer lacks tokens that it is made of.
@@ -106,28 +107,28 @@ def choose_template(tokenizer: Any, setting: str | None) -> tuple[str | None, st
     if setting is None:
         if not tokenizer.chat_template:
             raise DataError(
-                f"Chat.chat_template is null, and the tokenizer {tokenizer.name_or_path} has no template. {choices}"
+                f"{owner}.chat_template is null, and the tokenizer {tokenizer.name_or_path} has no template. {choices}"
             )
         return None, f"of {tokenizer.name_or_path}"
     if setting in NAMES:
-        return _named(tokenizer, setting), f'"{setting}"'
+        return _named(tokenizer, setting, owner), f'"{setting}"'
     if "{{" in setting or "{%" in setting:
         return setting, "that was given"
     path = Path(setting).expanduser()
     if not path.is_file():
-        raise DataError(f'Chat.chat_template is "{setting}"; no such file.{did_you_mean(setting, NAMES)} {choices}')
+        raise DataError(f'{owner}.chat_template is "{setting}"; no such file.{did_you_mean(setting, NAMES)} {choices}')
     return path.read_text(encoding="utf-8"), f"in {path.name}"
 
 
-def _named(tokenizer: Any, name: str) -> str:
+def _named(tokenizer: Any, name: str, owner: str) -> str:
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in NAMES[name] if token not in vocabulary]
     if missing:
         fits = [other for other, tokens in NAMES.items() if all(token in vocabulary for token in tokens)]
         raise DataError(
-            f'Chat.chat_template is "{name}"; the tokenizer {tokenizer.name_or_path} has no token {missing[0]}, so that'
-            f" it would be letters to the model. data.new_tokens: {missing!r} makes it fit: rows for them train along."
-            f" Templates that fit as it is: {', '.join(fits)}."
+            f'{owner}.chat_template is "{name}"; the tokenizer {tokenizer.name_or_path} has no token {missing[0]}, so '
+            f"that it would be letters to the model. data.new_tokens: {missing!r} makes it fit: rows for them train "
+            f"along. Templates that fit as it is: {', '.join(fits)}."
         )
     if name in FAMILIES:
         return family(name)

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from random_adapters import two_random_adapters
 from toy_runs import decoder_folder
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-import lora_lightning as ll
-from ll_lora import LoRA
 from lora_lightning.cli.answers.sampling import Sampling
 from lora_lightning.cli.answers.terminal import Chat
 from lora_lightning.cli.answers.voices import Voices
@@ -44,16 +42,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two adapters with random updates, large enough for other answers than the base model's."""
-    found = []
-    for seed, name in enumerate(("one", "two")):
-        model = AutoModelForCausalLM.from_pretrained(base)
-        ll.inject(model, LoRA(rank=4), seed=seed)
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            for _, layer in ll.iter_adapters(model):
-                layer.adapter("default").lora_B.normal_()
-        found.append(ll.save_adapter(model, tmp_path_factory.mktemp("adapters") / name))
-    return found
+    return two_random_adapters(base, tmp_path_factory)
 
 
 @pytest.fixture

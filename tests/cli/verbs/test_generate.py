@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from random_adapters import two_random_adapters
 from toy_runs import WORDS, decoder_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora_lightning as ll
-from ll_lora import LoRA
 from lora_lightning.cli.main import main
 
 
@@ -22,16 +22,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    found = []
-    for seed, name in enumerate(("one", "two")):
-        model = AutoModelForCausalLM.from_pretrained(base)
-        ll.inject(model, LoRA(rank=4), seed=seed)
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            for _, layer in ll.iter_adapters(model):
-                layer.adapter("default").lora_B.normal_()
-        found.append(ll.save_adapter(model, tmp_path_factory.mktemp("adapters") / name))
-    return found
+    return two_random_adapters(base, tmp_path_factory)
 
 
 @pytest.fixture
