@@ -34,10 +34,10 @@ def untrained_rows(model: nn.Module, ids: Iterable[int]) -> dict[int, int]:
     own = set(layer.own_ids) if isinstance(layer, ExtendedLayer) else set()
     while isinstance(layer, ExtendedLayer):
         layer = layer.base
-    weight = getattr(layer, "weight", None)
-    if layer is None or isinstance(layer, AdaptedLayer) or not isinstance(weight, Tensor):
+    if layer is None or isinstance(layer, AdaptedLayer):  # whose `weight` is the product, and may be sharded
         return {}
-    if weight.requires_grad or weight.dim() != 2 or not weight.is_floating_point() or weight.is_meta:
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor) or weight.requires_grad or weight.dim() != 2 or not weight.is_floating_point() or weight.is_meta:
         return {}
     rows = full_tensor(weight)
     lengths = rows.float().norm(dim=1)

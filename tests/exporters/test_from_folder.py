@@ -31,7 +31,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.slow
 def test_peft_from_an_adapter_folder(trained: Path) -> None:
     assert read_folder("adapter").base == "base"
-    text = export_folder(Path("adapter"), Path("out"), "peft")
+    text = str(export_folder(Path("adapter"), Path("out"), "peft"))
     assert text.startswith('peft (native): 12 layers to "out"')
     assert "verified by peft 0." in text
     assert "in a process of its own on the base model, outputs alike up to" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import Zamba2Config, Zamba2ForCausalLM
 import lora_lightning as ll
 from ll_lora import LoRA
 from lora_lightning.callbacks import InjectAdapters, TrainingGuard
-from lora_lightning.errors import AdapterStateError, TargetError
+from lora_lightning.errors import AdapterStateError, TargetError, TrainingError
 from lora_lightning.testing import perturb
 
 IDS = torch.tensor([[1, 5, 7, 2, 9, 4]])
@@ -84,20 +85,30 @@ class Zamba2(LightningModule):
         return self.net(batch, labels=batch).loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+        return torch.optim.AdamW(self.parameters(), lr=0.05)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of kernels that are not installed, and of the loader
 def test_zamba2_trains_under_all_linear(tmp_path: Path) -> None:
+    """Each shared block calls only its own entries of a list of adapters, and its sharers hold the others."""
+    batches = DataLoader(IDS.expand(6, -1), batch_size=2)
+    inject, guard = InjectAdapters(LoRA(rank=2)), TrainingGuard()
+    with pytest.raises(TrainingError, match=r"To leave them out: exclude=") as error:
+        trainer(tmp_path, [inject, guard], max_steps=3).fit(Zamba2(), batches)
+    exclude = re.findall(r'"([^"]+)"', str(error.value).partition("exclude=")[2])
+    assert len(exclude) == 4
+    assert inject.report is not None
+    assert set(exclude) <= set(inject.report.layers)
+
     module = Zamba2()
     base = module.net.eval()(IDS).logits
-    guard = TrainingGuard(stop_unreached=True)
-    inject = InjectAdapters(LoRA(rank=2), directory=tmp_path / "adapter")
+    inject, guard = InjectAdapters(LoRA(rank=2), exclude=exclude, directory=tmp_path / "adapter"), TrainingGuard()
     module.net.train()
-    trainer(tmp_path, [inject, guard], max_steps=3).fit(module, DataLoader(IDS.expand(6, -1), batch_size=2))
+    trainer(tmp_path, [inject, guard], max_steps=3).fit(module, batches)
+    sharers = [re.sub(r"layers\.(\d)", lambda found: f"layers.{int(found[1]) + 2}", path) for path in exclude]
     assert inject.report is not None
-    assert any("shares its weight with" in why for why in inject.report.skipped.values())
+    assert set(sharers) <= set(inject.report.layers)
     assert all(distance > 0 for distance in guard.changed().values())
     module.net.eval()
     assert not torch.allclose(module.net(IDS).logits, base, atol=1e-4)

@@ -234,6 +234,6 @@ def _assumptions(module: AdapterModule, asked: Request) -> str:
     return (
         f"{model} with {type(module.method).__name__}: batches of {examples}, {steps}, "
         f"{asked.precision}, frozen weights in {frozen}, activations {again}. "
-        f"{' '.join(f'It {line}.' for line in started)} "
+        f"{''.join(f'It {line}. ' for line in started)}"
         "The CUDA context and the allocator's gaps come on top."
     )

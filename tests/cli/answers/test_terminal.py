@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,15 @@ class Screen:
     def interrupt(self) -> None:
         os.killpg(self.process.pid, signal.SIGINT)
 
+    def interrupt_at_prompt(self, text: str) -> None:
+        """Ctrl-C until `text` is shown: one between a prompt and readline's wait is seen only with the next."""
+        for _ in range(12):
+            self.interrupt()
+            with suppress(AssertionError):
+                self.wait_for(text, 10)
+                return
+        self.wait_for(text, 0)
+
     def close(self) -> None:
         self.process.kill()
         self.process.wait(30)
@@ -145,9 +155,9 @@ def test_a_whole_chat_in_a_pseudo_terminal(adapters: list[Path]) -> None:
         screen.interrupt()
         screen.wait_for("tokens/s, stopped]")
         screen.wait_for("> ")
-        screen.interrupt()
-        screen.wait_for("[Ctrl-C once more leaves, and so does /exit]")
-        screen.interrupt()
+        screen.interrupt_at_prompt("[Ctrl-C once more leaves, and so does /exit]")
+        screen.wait_for("> ")
+        screen.interrupt_at_prompt("\n")
         assert screen.process.wait(60) == 0
     finally:
         screen.close()

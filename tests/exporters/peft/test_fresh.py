@@ -12,7 +12,7 @@ from torch import nn
 
 import lora_lightning as ll
 from lora_lightning.errors import ExportError
-from lora_lightning.exporters import from_folder
+from lora_lightning.exporters import from_folder, trained_adapter
 from lora_lightning.exporters import source as sources
 from lora_lightning.exporters.peft import fresh
 from lora_lightning.exporters.report import Origin
@@ -32,7 +32,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
 @pytest.mark.usefixtures("trained")
 def test_a_base_that_is_another_in_the_other_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """What differs between this process and the disk is found: here the base model changes in between."""
-    real = from_folder.load_stored
+    real = trained_adapter.load_stored
 
     def change_base(model: nn.Module, *rest: object) -> None:
         real(model, *rest)
@@ -40,7 +40,7 @@ def test_a_base_that_is_another_in_the_other_process(monkeypatch: pytest.MonkeyP
         other.bert.embeddings.word_embeddings.weight.data.mul_(torch.linspace(-1, 2, 16))
         other.save_pretrained("base")
 
-    monkeypatch.setattr(from_folder, "load_stored", change_base)
+    monkeypatch.setattr(trained_adapter, "load_stored", change_base)
     with pytest.raises(ExportError, match=r"in a process of its own computes another model from the export"):
         from_folder.export_folder(Path("adapter"), Path("out"), "peft")
     assert not Path("out").exists()
