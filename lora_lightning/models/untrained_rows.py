@@ -37,7 +37,13 @@ def untrained_rows(model: nn.Module, ids: Iterable[int]) -> dict[int, int]:
     if layer is None or isinstance(layer, AdaptedLayer):  # whose `weight` is the product, and may be sharded
         return {}
     weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor) or weight.requires_grad or weight.dim() != 2 or not weight.is_floating_point() or weight.is_meta:
+    if (
+        not isinstance(weight, Tensor)
+        or weight.requires_grad
+        or weight.dim() != 2
+        or not weight.is_floating_point()
+        or weight.is_meta
+    ):
         return {}
     rows = full_tensor(weight)
     lengths = rows.float().norm(dim=1)
