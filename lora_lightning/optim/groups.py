@@ -16,8 +16,12 @@ from lora_lightning.optim.wrapper import adamw
 OptimizerFactory = Callable[[Any], Optimizer]
 
 
-def group_specs(model: nn.Module) -> dict[str, GroupSpec]:
+def group_specs(model: nn.Module, head_lr_ratio: float = 1.0) -> dict[str, GroupSpec]:
     """Groups of everything that trains: what each method declares, and "head" for fully trained base parameters.
+
+    Args:
+        model: a model with adapters.
+        head_lr_ratio: rate of the group "head" over the optimizer's.
 
     Raises:
         TrainingError: nothing trains, or a method forgets a parameter or names it twice.
@@ -29,7 +33,7 @@ def group_specs(model: nn.Module) -> dict[str, GroupSpec]:
         trained = [root.get_parameter(parameter) for parameter in record.trained]
         heads |= {id(parameter): parameter for parameter in trained if parameter.requires_grad}
     if heads:
-        specs["head"] = GroupSpec(params=list(heads.values()))
+        specs["head"] = GroupSpec(params=list(heads.values()), lr_ratio=head_lr_ratio)
     _check_complete(root, specs)
     return specs
 
@@ -57,16 +61,17 @@ def _check_complete(root: nn.Module, specs: dict[str, GroupSpec]) -> None:
         raise TrainingError(f"param_groups must hold every trainable exactly once; it does not for {forgotten[0]}.")
 
 
-def build_optimizer(model: nn.Module, factory: OptimizerFactory | None) -> Optimizer:
+def build_optimizer(model: nn.Module, factory: OptimizerFactory | None, head_lr_ratio: float = 1.0) -> Optimizer:
     """An optimizer over the trainables only.
 
     Args:
         model: a model with adapters.
         factory: makes an optimizer from parameter groups; None takes the first method's own, else AdamW at 1e-3.
+        head_lr_ratio: rate of fully trained base parameters over the optimizer's.
 
     An optimizer with a method `bind_pairs(pairs)` receives the factor pairs of all trainable adapters.
     """
-    specs = group_specs(model)
+    specs = group_specs(model, head_lr_ratio)
     groups = []
     for name, spec in specs.items():
         group: dict[str, Any] = {

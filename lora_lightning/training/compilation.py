@@ -12,11 +12,21 @@ from typing import Any, cast
 
 from torch import nn
 
+from lora_lightning.errors import SettingsError
 from lora_lightning.models.scopes import pretrained_models
 from lora_lightning.training.strategies.units import find_blocks
 
 BACKEND = "inductor"
 """Of torch.compile; on the CPU it needs a C++ compiler."""
+
+
+def check_compile(compiling: str, gradient_checkpointing: bool) -> None:
+    """Raise `SettingsError` for blocks that are compiled and recomputed."""
+    if compiling == "blocks" and gradient_checkpointing:
+        raise SettingsError(
+            'model.compile is "blocks" and model.gradient_checkpointing is true; torch cannot compile a '
+            "recomputation that keeps what adapters know of a forward. Set one of them to off (false)."
+        )
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from lora_lightning.callbacks.plateau import FollowPlateau
 from lora_lightning.callbacks.resume import ExactResume
 from lora_lightning.callbacks.step_counting import logs_at, outside_step, total_steps
 from lora_lightning.distributed import fail_together, gather_objects, reshard
-from lora_lightning.errors import DataError, LoraLightningError, ModelError, ResumeError, SettingsError
+from lora_lightning.errors import DataError, LoraLightningError, ModelError, ResumeError, SettingsError, check
 from lora_lightning.injection.heads import waiting_heads
 from lora_lightning.injection.inject import ignore_adapter_buffers
 from lora_lightning.injection.records import adapters_named, check_unmerged, records
@@ -46,7 +46,7 @@ from lora_lightning.storage.folded import make_room_for_folded
 from lora_lightning.storage.resume_check import check_fits, check_same
 from lora_lightning.storage.state import adapter_keys
 from lora_lightning.training.assembly import NAME, Assembly
-from lora_lightning.training.compilation import compiled
+from lora_lightning.training.compilation import check_compile, compiled
 from lora_lightning.training.end_check import EndCheck
 from lora_lightning.training.linear_baseline import LinearBaseline
 from lora_lightning.training.packing_check import PackingCheck
@@ -78,6 +78,7 @@ class AdapterModule(LightningModule):
         untie: give an output layer that shares the embedding's weight a copy of its own, so that each of them can be
             adapted, trained and merged.
         optimizer: the optimizer; null takes the method's own, else AdamW at a rate of 1e-3.
+        head_lr_ratio: rate of what `also_train` names over the optimizer's.
         lr_scheduler: warm-up and decay of the rate.
         num_labels: classes of a classification head; null takes the data module's.
         dtype: of frozen weights: "float64", "float32", "bfloat16", "float16", or "auto" for that of the files; null
@@ -115,6 +116,7 @@ class AdapterModule(LightningModule):
         overrides: dict[str, dict[str, Any]] | None = None,
         also_train: Literal["heads"] | list[str] | None = None,
         optimizer: OptimizerCallable | None = None,
+        head_lr_ratio: float = 1.0,
         lr_scheduler: WarmUp = WarmUp(),  # noqa: B008 - frozen
         num_labels: int | None = None,
         dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] | None = None,
@@ -146,17 +148,11 @@ class AdapterModule(LightningModule):
         self.random_config, self.quantization = random_config or {}, quantization
         self.train_tokens: Tokens = train_tokens or []
         self.untie = untie
-        self.loss_head, self.attention, self.compiling = (
-            loss_head,
-            attention,
-            compile or "off",
-        )  # YAML reads off as False
+        self.loss_head, self.attention, self.head_lr_ratio = loss_head, attention, head_lr_ratio
+        self.compiling = compile or "off"  # YAML reads off as False
+        check_compile(self.compiling, gradient_checkpointing)
+        check(head_lr_ratio > 0, self, "head_lr_ratio", "it must be above 0. Rate of the heads over the optimizer's.")
         self._compiled = ExitStack()
-        if self.compiling == "blocks" and gradient_checkpointing:
-            raise SettingsError(
-                'model.compile is "blocks" and model.gradient_checkpointing is true; torch cannot compile a '
-                "recomputation that keeps what adapters know of a forward. Set one of them to off (false)."
-            )
         if random_config and not is_random(pretrained):
             raise SettingsError(
                 f'model.random_config is {random_config}, but model.pretrained is "{pretrained}"; it belongs to '
@@ -271,7 +267,7 @@ class AdapterModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over named groups, and the schedule per optimizer step where the run's length is known."""
-        optimizer = build_optimizer(self.model, self.optimizer_factory)
+        optimizer = build_optimizer(self.model, self.optimizer_factory, self.head_lr_ratio)
         total = total_steps(self.trainer)
         if total is None:
             return optimizer

@@ -28,6 +28,13 @@ def test_sides_and_heads_are_groups():
     assert [group["name"] for group in optimizer.param_groups] == ["A", "B", "other", "head"]
 
 
+def test_the_rate_of_heads_is_a_ratio_of_the_optimizers():
+    net = model()
+    inject(net, LoRA(rank=2), ["0"], also_train=["1"])
+    rates = {group["name"]: group["lr"] for group in build_optimizer(net, None, head_lr_ratio=5).param_groups}
+    assert rates == pytest.approx({"A": 1e-3, "B": 1e-3, "head": 5e-3})
+
+
 def test_two_adapters_have_groups_of_their_own():
     net = model()
     inject(net, LoRA(rank=2), ["0"], name="one")
