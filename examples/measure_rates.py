@@ -119,7 +119,7 @@ def execute(run: Run, done: list[Run], args: argparse.Namespace) -> Run:
 def measured(folder: Path) -> Run:
     """What the run's summary says."""
     summary = json.loads((folder / "summary.json").read_text())
-    return {"metrics": summary["metrics"], "seconds": summary["seconds"]}
+    return {"values": summary["values"], "untrained": summary["untrained"], "seconds": summary["seconds"]}
 
 
 def main() -> None:

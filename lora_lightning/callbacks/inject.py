@@ -67,10 +67,10 @@ class InjectAdapters(Callback):
         method: the adapter method and its settings.
         targets: "all-linear", a scope ("attention", "mixer", "mlp", "experts", "vision", "vision.mlp", ...), a list of
             name suffixes and scopes, or one regular expression. Of a vision-language model, a scope without a tower
-            means the language tower.
+            means the language tower. "none" leaves training to `also_train`.
         exclude: names of layers to leave out.
         overrides: other settings for some layers.
-        also_train: base parameters that are fully trained: "heads" of a Hugging Face model inside, or names.
+        also_train: base parameters that are fully trained: "heads" of a Hugging Face model inside, "all", or names.
         seed: seed of the start values.
         untie: give an output layer that shares the embedding's weight one of its own; see `inject`.
         train_tokens: ids of known tokens whose rows train; see `inject`.

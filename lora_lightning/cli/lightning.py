@@ -292,9 +292,11 @@ class CLI(LightningCLI):
 def _export_format(module: AdapterModule) -> str | None:
     """The format in which the trained adapter can travel to other libraries, if any."""
     kind = module.method.export
+    layers = [layer for _, layer in iter_adapters(module) if NAME in layer.adapters]
+    if not layers:
+        return "merged"
     if kind == "not expressible":
         return None
-    layers = [layer for _, layer in iter_adapters(module) if NAME in layer.adapters]
     exact = kind == "native" or (kind == "exact LoRA" and all(layer.low_rank(NAME) is not None for layer in layers))
     return "peft" if exact else "merged"
 

@@ -27,6 +27,8 @@ def trained_parameters(anatomy: Anatomy, also_train: Heads) -> list[str]:
         whole = {*anatomy.heads, *anatomy.row_names}
         below = starting_with((f"{head}." for head in anatomy.heads), names)
         return [name for name in names if name in whole or name in below]
+    if also_train == "all":
+        return names
     found: dict[str, None] = dict.fromkeys(anatomy.row_names)
     for pattern in as_patterns(also_train):
         hits = [name for name in names if within(pattern, name)]

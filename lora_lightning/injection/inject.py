@@ -56,11 +56,11 @@ def inject(
         method: settings of the adapter method.
         targets: "all-linear", a scope ("attention", "mixer", "mlp", "experts", "vision", "vision.mlp", ...), a list of
             name suffixes and scopes, or one regular expression. Of a vision-language model, a scope without a tower
-            means the language tower.
+            means the language tower. "none" leaves training to `also_train`.
         exclude: names along a path, or regular expressions for all of it, of layers to leave out.
         overrides: other settings for some layers, such as `{"layer.0": {"rank": 4, "alpha": 8}}`; later ones win.
         also_train: base parameters that train in full: "heads" (what a Hugging Face task model has outside its
-            backbone, and its pooler), or names.
+            backbone, and its pooler), "all", or names.
         name: name of the adapter.
         seed: start values are a function of it and the layer's path; None takes torch's initial seed.
         probe: calibration batches, for methods whose ranks or start values depend on data.

@@ -63,7 +63,7 @@ def planned_settings(
             settings[path] = replace(method, f"plan[{path}]", fields) if fields else method
         elif any(within(pattern, path) and _names_rank(given) for pattern, given in overrides.items()):
             settings[path] = replace(method, f"plan[{path}]", _without_rank(fields))
-    if not settings:
+    if layers and not settings:
         raise TargetError(f"{type(method).__name__}.plan gives every layer rank 0, so nothing would be adapted.")
     return settings
 

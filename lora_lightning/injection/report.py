@@ -81,6 +81,8 @@ class InjectionReport:
         return "\n".join(lines)
 
 
+SHOWN = 12
+"""Names of fully trained modules in the table."""
 BYTES_PER_TRAINABLE = 16
 """float32 value, gradient and two moments of Adam."""
 
@@ -151,7 +153,9 @@ def _settings_and_counts(report: InjectionReport) -> list[tuple[str, str]]:
     counts = f"{report.trainable_parameters:,} of {report.total_parameters:,} parameters"
     found = [("settings", settings), ("trainable", f"{counts} ({report.trainable_fraction:.2%})")]
     if report.trained:
-        found.append(("fully trained", ", ".join(sorted(set(map(_owner, report.trained))))))
+        owners = sorted(set(map(_owner, report.trained)))
+        more = [f"and {len(owners) - SHOWN} more"] if len(owners) > SHOWN + 1 else []
+        found.append(("fully trained", ", ".join([*(owners[:SHOWN] if more else owners), *more])))
     return found
 
 

@@ -20,7 +20,7 @@ from lora_lightning.errors import TargetError, did_you_mean, nearest
 from lora_lightning.models.anatomy import Anatomy
 from lora_lightning.models.new_tokens import ExtendedLayer
 from lora_lightning.models.paths import full_match, inside, join, segments, within
-from lora_lightning.models.scopes import ALL, SCOPES, TOWERS, is_scope
+from lora_lightning.models.scopes import ALL, NONE, SCOPES, TOWERS, is_scope
 
 Targets = str | Sequence[str]
 PRODUCTS = ("linear", "experts")
@@ -81,6 +81,8 @@ def select(anatomy: Anatomy, targets: Targets = ALL, exclude: Sequence[str] = ()
 
 def _named(anatomy: Anatomy, targets: Targets) -> dict[str, str]:
     """Matched paths in the model's order, each with the pattern that named it ("" for scopes)."""
+    if targets == NONE:
+        return {}
     if isinstance(targets, str) and not is_scope(targets):
         return _by_expression(anatomy, targets)
     if not targets:
@@ -303,7 +305,7 @@ def _other_towers(anatomy: Anatomy, targets: Targets, selection: Selection) -> d
 
 def _refuse_empty(selection: Selection, targets: Targets, exclude: Sequence[str]) -> None:
     """Raise `TargetError` where nothing is left to adapt."""
-    if selection.layers:
+    if selection.layers or targets == NONE:
         return
     left_out = ", ".join(f"{path} ({reason})" for path, reason in list(selection.skipped.items())[:5])
     left_out = left_out or f"all that exclude={as_patterns(exclude)} names"

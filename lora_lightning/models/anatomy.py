@@ -40,7 +40,7 @@ from lora_lightning.models.paths import join, places, segments
 from lora_lightning.models.scopes import Scopes, pretrained_models
 from lora_lightning.models.weight_readers import weight_read_layers
 
-Heads = Literal["heads"] | Sequence[str]
+Heads = Literal["heads", "all"] | Sequence[str]
 _ROUTER_NAMES = ("router", "gate", "shared_expert_gate")
 
 

@@ -24,6 +24,8 @@ PARTS = ("attention", "mixer", "mlp", "experts")
 TOWERS = ("language", "vision", "audio", "projector")
 SCOPES = (*PARTS, *TOWERS)
 ALL = "all-linear"
+NONE = "none"
+"""In place of targets: no layer is adapted, and what `also_train` names trains alone."""
 _NAMES = {
     "language_model": "language",
     "text_model": "language",

@@ -49,7 +49,7 @@ class Assembly:
     targets: str | list[str]
     exclude: list[str]
     overrides: dict[str, dict[str, Any]]
-    also_train: Literal["heads"] | list[str]
+    also_train: Literal["heads", "all"] | list[str]
     train_tokens: Tokens
     untie: bool
     num_labels: int | None
@@ -168,7 +168,7 @@ class Assembly:
 
     def _may_lack_weights(self) -> Sequence[str]:
         """Parameters that the files of the model need not have: they start at random, or an adapter brings them."""
-        named = () if self.also_train == "heads" else self.also_train
+        named = () if self.also_train in ("heads", "all") else self.also_train
         return (*named, *(self.start.trained() if self.start is not None else ()))
 
     @property

@@ -67,11 +67,12 @@ class AdapterModule(LightningModule):
             "preference", "reward", "sentence-embedding" or "sentence-similarity".
         targets: "all-linear", a scope ("attention", "mixer", "mlp", "experts", "vision", "vision.mlp", ...), a list of
             name suffixes and scopes, or one regular expression. Of a vision-language model, a scope without a tower
-            means the language tower. Null takes "all-linear", or the layers of `adapter`.
+            means the language tower. "none" leaves training to `also_train`. Null takes "all-linear", or the layers of
+            `adapter`.
         exclude: names of layers to leave out.
         overrides: other settings for some layers, such as `{layer.0: {rank: 4}}`.
-        also_train: base parameters that are fully trained: "heads", or names. What it names need not be in the files of
-            `pretrained`; it then starts at random. Null takes "heads", or what `adapter` has.
+        also_train: base parameters that are fully trained: "heads", "all", or names. What it names need not be in the
+            files of `pretrained`; it then starts at random. Null takes "heads", or what `adapter` has.
         train_tokens: texts or ids of known tokens whose rows train in the embedding, and in an output layer that shares
             its weight, such as `["<|im_start|>", 128005]`; or layers with texts or ids, `{lm_head: [3]}`. Texts take
             the data module's tokenizer. New tokens are `data.new_tokens`.
@@ -114,7 +115,7 @@ class AdapterModule(LightningModule):
         targets: str | list[str] | None = None,
         exclude: list[str] | None = None,
         overrides: dict[str, dict[str, Any]] | None = None,
-        also_train: Literal["heads"] | list[str] | None = None,
+        also_train: Literal["heads", "all"] | list[str] | None = None,
         optimizer: OptimizerCallable | None = None,
         head_lr_ratio: float = 1.0,
         lr_scheduler: WarmUp = WarmUp(),  # noqa: B008 - frozen
@@ -138,8 +139,12 @@ class AdapterModule(LightningModule):
         super().__init__()
         self.start, self.method = find_start(adapter, method)
         self.pretrained, self.task = pretrained, find_task(task, task_settings)
-        self.targets, self.exclude, self.overrides = targets or "all-linear", exclude or [], overrides or {}
-        self.also_train: Literal["heads"] | list[str] = "heads" if also_train is None else also_train
+        self.targets, self.exclude, self.overrides = (
+            "all-linear" if targets is None else targets,
+            exclude or [],
+            overrides or {},
+        )
+        self.also_train: Literal["heads", "all"] | list[str] = "heads" if also_train is None else also_train
         self._said = {"targets": targets, "exclude": exclude, "overrides": overrides, "also_train": also_train}
         self.optimizer_factory, self.lr_scheduler = optimizer, lr_scheduler
         self.num_labels, self.dtype_name, self.gradient_checkpointing = num_labels, dtype, gradient_checkpointing

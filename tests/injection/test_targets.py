@@ -8,12 +8,13 @@ from adapted_models import METHOD, tiny_moe
 from torch import Tensor, nn
 
 import lora_lightning as ll
-from lora_lightning.errors import TargetError
+from lora_lightning.errors import ExportError, TargetError
 from lora_lightning.injection.records import adapters_named
 from lora_lightning.injection.targets import select
 from lora_lightning.models.anatomy import survey
 from lora_lightning.testing import TinyMLP, perturb, tiny_decoder, tiny_encoder
 from lora_lightning.testing.toy_models import seeded
+from lora_lightning.training.module import AdapterModule
 
 BLOCK = (
     "attention.self.query",
@@ -297,3 +298,31 @@ def test_a_module_used_in_two_places_is_adapted_in_both() -> None:
     assert model.first is model.second
     assert isinstance(model.second, nn.Linear)
     assert torch.equal(model(x), Twice()(x))
+
+
+@pytest.mark.parametrize("also_train", ["heads", "all"])
+def test_no_layer_is_adapted_and_the_rest_trains_alone(tmp_path: Any, also_train: Any) -> None:
+    """A head alone, and full fine-tuning, are saved, loaded and taken back as adapters are."""
+    model, plain = tiny_encoder(), tiny_encoder()
+    report = ll.inject(model, METHOD, "none", also_train=also_train)
+    assert report.layers == {}
+    training = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    names = [name for name, _ in plain.named_parameters()]
+    assert training == (
+        names if also_train == "all" else [name for name in names if "encoder" not in name and "embed" not in name]
+    )
+    for number, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+        parameter.data.add_(0.1 * (number + 1))
+    ll.save_adapter(model, tmp_path / "adapter")
+    ll.load_adapter(plain, tmp_path / "adapter")
+    assert all(torch.equal(model.state_dict()[name], plain.state_dict()[name]) for name in names)
+    with pytest.raises(ExportError, match=r'no layer is adapted, .*format="merged" writes the model'):
+        ll.export(model, tmp_path / "peft", format="peft")
+
+
+@pytest.mark.parametrize("targets", [[], ""])
+def test_empty_targets_are_no_default(targets: Any) -> None:
+    with pytest.raises(TargetError, match=r"targets"):
+        ll.inject(tiny_encoder(), METHOD, targets)
+    module = AdapterModule("somewhere", METHOD, targets=targets)
+    assert module.targets == targets

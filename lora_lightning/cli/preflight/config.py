@@ -329,7 +329,9 @@ class _ConfigCheck(Description):
         self._check_injected(module, net, callbacks)
 
     def _check_injected(self, module: AdapterModule, net: nn.Module, callbacks: Sequence[Callback]) -> None:
-        self.findings.attempt(lambda: build_optimizer(net, module.optimizer_factory, module.head_lr_ratio), "model.optimizer")
+        self.findings.attempt(
+            lambda: build_optimizer(net, module.optimizer_factory, module.head_lr_ratio), "model.optimizer"
+        )
         for form, why in refusals(net, NAME).items():
             self.findings.notes.append(f"export --format {form} will be refused: {why}")
         server = self.config.get("serve_with")

@@ -104,6 +104,10 @@ def check(source: Source) -> None:
 
 def _check_layers(source: Source) -> Stacks:
     """Parameters of experts, after layers and rows that peft has no place for were refused."""
+    if not source.layers:
+        raise ExportError(
+            'no layer is adapted, and peft\'s format is of adapted layers; format="merged" writes the model.'
+        )
     _check_rows(source)
     source.refuse_below()
     stacks = peft_experts.find_stacks(source.here(source.anatomy.layers))
