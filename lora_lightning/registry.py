@@ -37,6 +37,7 @@ LIGHT_VERBS = (
     "inspect-data",
     "estimate",
     "doctor",
+    "compare",
     "export",
     "chat",
     "generate",

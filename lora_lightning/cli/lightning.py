@@ -329,8 +329,12 @@ class Description(CLI):
         return None
 
 
-def main(args: Sequence[str]) -> int:
+def main(args: Sequence[str], cli: type[CLI] = CLI) -> int:
     """Run one training verb; returns the exit code.
+
+    Args:
+        args: the command line.
+        cli: runs it.
 
     Raises:
         LoraLightningError: anything a user can mend.
@@ -338,7 +342,7 @@ def main(args: Sequence[str]) -> int:
     silence_warnings()
     line, folder = command_line.read(args), RunFolder()
     try:
-        CLI(line, folder=folder)
+        cli(line, folder=folder)
     except BaseException as error:
         ours = _told(error, line, folder)
         folder.close(refused=ours is not None)

@@ -51,18 +51,18 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         return _run(sys.argv[1:] if args is None else args)
     except LoraLightningError as error:
-        return _told(error)
+        return told(error)
     except OSError as error:
         if (ours := system_error(error)) is None:
             raise
-        return _told(ours)
+        return told(ours)
     except SystemExit as stop:  # a parser has printed its help or its error
         if isinstance(stop.code, str):
             raise
         return stop.code or 0
 
 
-def _told(error: LoraLightningError) -> int:
+def told(error: LoraLightningError) -> int:
     """Print an error as one line; its exit code."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2

@@ -19,7 +19,7 @@ from lora_lightning.data.batches.process_rows import EachOnce, equal_batches
 from lora_lightning.data.identity import files_digest, rows_digest, settings_of, source_names
 from lora_lightning.data.sources.faults import Faults, OnError
 from lora_lightning.data.sources.lines import Reading
-from lora_lightning.data.sources.splits import Source, Sources
+from lora_lightning.data.sources.splits import Source, Sources, identity, in_fraction
 from lora_lightning.data.sources.stored import PLACE
 from lora_lightning.errors import DataError, SettingsError, check
 
@@ -110,6 +110,7 @@ class TableData(LightningDataModule, ABC):
         """Number whose sum over an accumulation window each training and validation batch carries."""
         self._told: dict[str, str] = {}
         self._inputs: dict[str, datasets.Dataset | None] = {}
+        self._held_out = 0.0
         self._examples: dict[str, datasets.Dataset] = {}
 
     def _separator(self, given: str | None) -> str | None:
@@ -241,13 +242,54 @@ class TableData(LightningDataModule, ABC):
             raise DataError(f"{type(self).__name__}.{split} is null; name a file, a folder or a hub data set.")
         return rows
 
+    def hold_out(self, fraction: float) -> None:
+        """Validate on a fraction of the training rows, and train on the others; `validation` is not read.
+
+        Rows are chosen by a hash of what they hold, another one than that of `validation_fraction`. For what is chosen
+        by results, such as a learning rate, so that validation rows stay unseen.
+
+        Raises:
+            DataError: the training data are a stream, or prepared already.
+        """
+        if getattr(self, "streaming", False):
+            raise DataError(
+                f"{type(self).__name__}.streaming is true, and of a stream no fraction can be held out for tuning; set "
+                "it to false, or give the settings that would be tuned."
+            )
+        if self._inputs:
+            raise DataError(f"{type(self).__name__} has read its rows already; hold_out comes before setup.")
+        self._held_out = fraction
+
     def _rows(self, split: str) -> datasets.Dataset | None:
         if split not in self._inputs:
-            rows = self.read(split)
-            if rows is not None and self.limit is not None and self.limit < len(rows):
-                rows = rows.select([n * len(rows) // self.limit for n in range(self.limit)])
-            self._inputs[split] = rows
+            if self._held_out and split in ("train", "validation"):
+                self._inputs |= self._parted(self._limited("train"))
+            else:
+                self._inputs[split] = self._limited(split)
         return self._inputs[split]
+
+    def _limited(self, split: str) -> datasets.Dataset | None:
+        rows = self.read(split)
+        if rows is not None and self.limit is not None and self.limit < len(rows):
+            return rows.select([n * len(rows) // self.limit for n in range(self.limit)])
+        return rows
+
+    def _parted(self, rows: datasets.Dataset | None) -> dict[str, datasets.Dataset | None]:
+        """Training and validation rows, as `hold_out` asks for."""
+        if rows is None:
+            return {"train": None, "validation": None}
+        names = list(getattr(self, "input_columns", {}).values()) or [n for n in rows.column_names if n != PLACE]
+        texts = [" ".join(identity(row[name]) for name in names) for row in rows.select_columns(names)]
+        out = [in_fraction(f"held out to tune: {text}", self._held_out) for text in texts]
+        if all(out) or not any(out):
+            raise DataError(
+                f"{type(self).__name__}.train has {len(rows)} rows, too few to hold {self._held_out:g} of them out for "
+                "tuning; give more rows."
+            )
+        return {
+            split: rows.select([row for row, is_out in enumerate(out) if is_out == (split == "validation")])
+            for split in ("train", "validation")
+        }
 
     def _loader(
         self,

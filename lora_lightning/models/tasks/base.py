@@ -108,6 +108,20 @@ class Task(ABC):
     def check_data(self, data: Any) -> None:  # noqa: B027 - most tasks know their data by `task_kinds`
         """Raise `DataError` for a data module whose rows have another form than the task's settings need."""
 
+    def score_rows(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor] | None:
+        """What each row of a batch adds to `metric`, where that is a mean over rows or what they hold.
+
+        Returns:
+            Sums of the metric, (rows,), and what each is summed over, (rows,): the metric is the sum of all sums by
+            that of all counts. None for a metric that is no such mean. Here the loss, where it is the metric.
+        """
+        if self.metric != "loss":
+            return None
+        rows = len(logits)
+        parts = [self.loss(logits[row : row + 1], _row(batch, row, rows)) for row in range(rows)]
+        counts = torch.stack([part.count.to(logits.device) for part in parts])
+        return torch.stack([part.total for part in parts]).float(), counts.float()
+
     @abstractmethod
     def loss(self, logits: Tensor, batch: Batch) -> Loss:
         """Summed loss of a batch."""
@@ -128,6 +142,15 @@ class Task(ABC):
     @abstractmethod
     def predict(self, model: Any, batch: Batch, context: PredictContext) -> list[dict[str, Any]]:
         """One plain dictionary an example."""
+
+
+def _row(batch: Batch, row: int, rows: int) -> Batch:
+    """One row of a batch; what is no tensor of rows stays as it is."""
+    return {
+        key: value[row : row + 1] if value.dim() and len(value) == rows else value
+        for key, value in batch.items()
+        if isinstance(value, Tensor)
+    }
 
 
 def metrics(task: Task, model: nn.Module) -> MetricCollection:

@@ -35,6 +35,11 @@ def count_classes(metrics: Mapping[str, Metric], logits: Tensor, labels: Tensor)
         metric.update(predicted, labels)
 
 
+def score_classes(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether each example is right, and 1."""
+    return (logits.argmax(-1) == labels).float(), torch.ones(len(labels), device=logits.device)
+
+
 def name_classes(logits: Tensor, label_names: Sequence[str]) -> list[dict[str, Any]]:
     """The likeliest class and its probability."""
     probabilities = logits.float().softmax(-1)

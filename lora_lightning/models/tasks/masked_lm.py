@@ -55,6 +55,12 @@ class MaskedLM(Task):
         metrics["accuracy"].update((scores.argmax(-1) == wanted).float())
         metrics["perplexity"].update(scores.unsqueeze(0), wanted.unsqueeze(0))
 
+    def score_rows(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Right and hidden tokens of each text."""
+        hidden = batch["labels"] != IGNORED
+        right = hidden & (logits.argmax(-1) == batch["labels"])
+        return right.sum(1).float(), hidden.sum(1).float()
+
     def predict(self, model: Any, batch: Batch, context: PredictContext) -> list[dict[str, Any]]:
         """Each text with its masks and hidden tokens filled in, the likeliest fillings of each, and the loss."""
         logits, tokenizer = self.logits(model, batch).float(), context.tokenizer

@@ -71,6 +71,11 @@ class Reward(Task):
         """Add rewards."""
         add_rewards(metrics, *_compared(logits))
 
+    def score_rows(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """Whether the chosen text of each pair has the larger reward."""
+        right = _compared(logits)[2].float()
+        return right, torch.ones_like(right)
+
     def predict(self, model: Any, batch: Batch, context: PredictContext) -> list[dict[str, Any]]:  # noqa: ARG002
         """Rewards of both texts and their difference; of a single text its reward."""
         return reward_rows(self.logits(model, batch))

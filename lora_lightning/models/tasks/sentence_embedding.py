@@ -64,11 +64,14 @@ class SentenceEmbedding(Task):
 
     def update_metrics(self, metrics: Mapping[str, Metric], logits: Tensor, batch: Batch) -> None:  # noqa: ARG002
         """Add the rank of each positive; a text that is as near counts as nearer."""
-        every, mine = gather(logits)
-        cosines = logits[0] @ _candidates(every).T
-        ranks = (cosines >= cosines.gather(1, _places(logits, mine).unsqueeze(1))).sum(1)
+        ranks = _ranks(logits)
         metrics["accuracy"].update((ranks == 1).float())
         metrics["mrr"].update(1 / ranks.float())
+
+    def score_rows(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """Whether the positive of each anchor is its nearest."""
+        right = (_ranks(logits) == 1).float()
+        return right, torch.ones_like(right)
 
     def predict(self, model: Any, batch: Batch, context: PredictContext) -> list[dict[str, Any]]:  # noqa: ARG002
         """Cosine of each pair; where there are single texts, their vectors."""
@@ -92,3 +95,10 @@ def _places(sides: Tensor, process: int) -> Tensor:
     """Where the positives of a process are among those of all."""
     pairs = sides.shape[1]
     return torch.arange(pairs, device=sides.device) + process * pairs
+
+
+def _ranks(logits: Tensor) -> Tensor:
+    """Rank of each positive among all candidates; a text that is as near counts as nearer."""
+    every, mine = gather(logits)
+    cosines = logits[0] @ _candidates(every).T
+    return (cosines >= cosines.gather(1, _places(logits, mine).unsqueeze(1))).sum(1)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lora_lightning.models.tasks.base import Batch, Loss, PredictContext, Task
-from lora_lightning.models.tasks.classes import class_loss, class_metrics, count_classes, name_classes
+from lora_lightning.models.tasks.classes import class_loss, class_metrics, count_classes, name_classes, score_classes
 
 
 class SequenceClassification(Task):
@@ -31,6 +31,10 @@ class SequenceClassification(Task):
     def update_metrics(self, metrics: Mapping[str, Metric], logits: Tensor, batch: Batch) -> None:
         """Add predicted classes."""
         count_classes(metrics, logits, batch["labels"])
+
+    def score_rows(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Whether each example is right."""
+        return score_classes(logits, batch["labels"])
 
     def predict(self, model: Any, batch: Batch, context: PredictContext) -> list[dict[str, Any]]:
         """Predicted label and its probability."""

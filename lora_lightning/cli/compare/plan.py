@@ -1,0 +1,159 @@
+"""The plan of a comparison, as `plan.json` in its folder keeps it: arms, budgets, seeds, what is tuned, bounds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_lightning.cli.compare.arms import Arm
+from lora_lightning.cli.compare.describe import RATE, Described, describe, parse_budget, solve_rank
+from lora_lightning.errors import RunFolderError, SettingsError
+from lora_lightning.storage.atomic import write_json
+from lora_lightning.version import __version__
+
+PLAN = "plan.json"
+TUNING_SEED = 1000
+"""Seed of all tuning runs; that of final runs counts from 0."""
+QUIET = {
+    "trainer.enable_progress_bar": False,
+    "trainer.num_sanity_val_steps": 0,
+    "model.linear_baseline": False,
+}
+"""Settings of all runs, which any arm may change."""
+
+
+@dataclass(frozen=True)
+class PlannedArm:
+    """An arm with everything that was found out about it."""
+
+    arm: Arm
+    facts: Described
+    words: tuple[str, ...]
+    """Flags of its runs, but for the rate and seeds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a comparison does."""
+
+    arms: tuple[PlannedArm, ...]
+    seeds: int
+    tune_rate: bool
+    fraction: float
+    """Of the training rows that tuning runs validate on."""
+    searched: Mapping[str, str]
+    """Further settings that are tuned, by dotted name: LOW..HIGH, with `:log` or `:int`."""
+    searches: int
+    """Runs of an arm that search them."""
+    pruner: str
+    same_time: bool
+    """Whether arms get equal measured time instead of equal steps."""
+    also: tuple[str, ...]
+    minutes: float | None
+    """Most of them for a run."""
+    memory_gib: float | None
+    """Most of it for a run."""
+    until: float | None
+    """Half width of intervals, as a fraction, below which no further seeds are added."""
+    storage: str
+    """Where Optuna keeps the studies; empty for the journal file of the folder."""
+    version: str = __version__
+
+    @property
+    def metric(self) -> str:
+        """What arms are compared by."""
+        return self.arms[0].facts.metric
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Its direction."""
+        return self.arms[0].facts.higher_is_better
+
+    def arm(self, name: str) -> PlannedArm:
+        """The arm of a name."""
+        return next(one for one in self.arms if one.arm.name == name)
+
+    def write(self, folder: Path) -> None:
+        """Into a comparison's folder."""
+        write_json(folder / PLAN, dataclasses.asdict(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> Plan:
+        """From a comparison's folder.
+
+        Raises:
+            RunFolderError: it is none.
+        """
+        try:
+            read = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunFolderError(f'"{folder}" holds no {PLAN}, so it is no comparison\'s folder.') from error
+        read["arms"] = tuple(
+            PlannedArm(
+                Arm(one["arm"]["name"], one["arm"]["settings"], tuple(one["arm"]["configs"])),
+                Described(**one["facts"]),
+                tuple(one["words"]),
+            )
+            for one in read["arms"]
+        )
+        return cls(**{**read, "also": tuple(read["also"])})
+
+
+def planned_arms(
+    words: Sequence[str], arms: Sequence[Arm], budget: str | None, tell: Callable[[str], object]
+) -> tuple[PlannedArm, ...]:
+    """Describe all arms, and solve their ranks for a budget.
+
+    Args:
+        words: flags of all arms.
+        arms: what is compared.
+        budget: numbers of adapters, see `parse_budget`; None leaves ranks as they are.
+        tell: is given a line for each arm.
+
+    Raises:
+        SettingsError: arms whose metrics differ, or a budget that an arm cannot have.
+    """
+    found: list[PlannedArm] = []
+    wanted: int | None = None
+    for arm in arms:
+        own = [*quiet(), *words, *arm.words()]
+        facts = describe(own)
+        if found and facts.metric != found[0].facts.metric:
+            raise SettingsError(
+                f'compare: "{arm.name}" is measured by {facts.metric}, and "{found[0].arm.name}" by '
+                f"{found[0].facts.metric}; arms need one task."
+            )
+        note = ""
+        if budget is not None and facts.adapter_numbers:
+            if wanted is None:
+                wanted = parse_budget(budget, facts.total_numbers, facts.adapter_numbers)
+            if facts.adapter_numbers != wanted:
+                rank, reached = solve_rank(own, facts, wanted)
+                own += [f"--{facts.size_field}", str(rank)]
+                facts = dataclasses.replace(facts, adapter_numbers=reached)
+                note = f", {facts.size_field.rpartition('.')[2]} {rank} for a budget of {wanted:,}"
+        found.append(PlannedArm(arm, facts, tuple(own)))
+        tell(
+            f"{arm.name}: {facts.adapter_numbers:,} numbers of adapters and {facts.head_numbers:,} others train{note}; "
+            f"rate {facts.rate:g} at first"
+        )
+    return tuple(found)
+
+
+def quiet() -> list[str]:
+    """Flags that come before all others."""
+    return [word for key, value in QUIET.items() for word in (f"--{key}", json.dumps(value))]
+
+
+def rate_words(planned: PlannedArm, rate: float) -> list[str]:
+    """Flags that give an arm its rate, and the optimizer that it would have taken by itself."""
+    optimizer = planned.facts.optimizer
+    return [*(["--model.optimizer", optimizer] if optimizer else []), f"--{RATE}", repr(rate)]
+
+
+def seed_words(planned: PlannedArm, seed: int) -> list[str]:
+    """Flags that give a run its seed: of start values, dropout, and the order of the data."""
+    return ["--seed_everything", str(seed), *(["--data.seed", str(seed)] if planned.facts.data_seed else [])]

@@ -1,0 +1,203 @@
+"""Compare methods or settings: rates tuned for each, several seeds, intervals, and a report.
+
+compare --config rose --methods LoRA,DoRA,RoseLoRA --seeds 3
+compare --config my.yaml --vary model.method.rank=4,16,64 --vary model.method=LoRA,MoELoRA
+compare arms.yaml
+compare --resume runs/compare/003
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_lightning.errors import RunFolderError, SettingsError
+
+if TYPE_CHECKING:
+    from lora_lightning.cli.compare.plan import Plan
+
+ROOT = Path("runs/compare")
+NEEDED = ("optuna", "psutil", "scipy", "sklearn")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is compared, how, and any flags of `fit` for all arms."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.usage = "%(prog)s [ARMS.yaml | --config NAME|PATH] [--methods A,B] [--vary SETTING=A,B] [flags of fit ...]"
+    what = parser.add_argument_group("what is compared")
+    what.add_argument("--methods", help='methods by name; "linear" is the head alone, "full" full fine-tuning')
+    what.add_argument("--vary", action="append", default=[], metavar="SETTING=A,B,...", help="values of any setting")
+    what.add_argument("--listed", action="store_true", help="take values of --vary side by side, not all combinations")
+    how = parser.add_argument_group("how")
+    how.add_argument("--seeds", type=int, default=3, metavar="N", help="final runs of an arm (3)")
+    how.add_argument("--until", metavar="1%", help="add seeds until intervals are this narrow to each side")
+    how.add_argument("--budget", metavar="400k|0.5%|same", help="solve ranks for this many numbers of adapters")
+    how.add_argument("--time", action="store_true", help="equal measured training time instead of equal steps")
+    how.add_argument("--no-tuning", action="store_true", help="take each arm's own rate")
+    how.add_argument("--tune", action="append", default=[], metavar="SETTING=LOW..HIGH[:log][:int]", help="tune it too")
+    how.add_argument("--searches", type=int, default=10, metavar="N", help="runs of an arm that search --tune (10)")
+    how.add_argument(
+        "--tuning-fraction", type=float, default=0.2, metavar="F", help="of training rows, to tune on (0.2)"
+    )
+    how.add_argument("--pruner", default="median", metavar="NAME", help="of tuning runs: median, halving or none")
+    how.add_argument("--also", metavar="CONFIG", help="a config whose data are measured before and after (forgetting)")
+    where = parser.add_argument_group("where, and how long")
+    where.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side (1)")
+    where.add_argument("--minutes", type=float, metavar="M", help="most of them for a run")
+    where.add_argument("--memory", type=float, metavar="GIB", help="most memory for a run")
+    where.add_argument("--hours", type=float, metavar="H", help="begin no run after this time")
+    where.add_argument("--storage", default="", metavar="URL", help="a database for Optuna; a journal file by default")
+    where.add_argument("--resume", metavar="FOLDER", help="go on with a comparison")
+    where.add_argument("--join", metavar="FOLDER|STORAGE", help="take runs of a comparison beside other processes")
+    where.add_argument("--status", metavar="FOLDER", help="say how far a comparison has come")
+    where.add_argument("--recommend", action="store_true", help="say what to take, and write its config")
+    parser.set_defaults(flags=[])
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan, run what is left, report."""
+    check_installed()
+    from lora_lightning.cli.compare.plan import Plan
+    from lora_lightning.cli.compare.running import finish, run_all, status
+
+    if args.status:
+        print(status(Path(args.status)))
+        return 0
+    if args.join or args.resume:
+        if args.flags:
+            raise SettingsError(
+                f"compare: {args.flags[0]} beside --{'join' if args.join else 'resume'}; a comparison that has begun "
+                "keeps its plan. Begin another one for other settings."
+            )
+        folder = joined(args.join) if args.join else Path(args.resume)
+        plan = Plan.read(folder)
+    else:
+        folder, plan = begun(args)
+    print(f"comparison: {folder}", flush=True)
+    stopped = run_all(folder, plan, args.jobs, args.hours)
+    print(finish(folder, plan, args.recommend))
+    if stopped:
+        print(f"{stopped}; go on with python -m lora_lightning compare --resume {folder}")
+        return 1
+    return 0
+
+
+def check_installed() -> None:
+    """Raise `SettingsError` where the extra is missing."""
+    import importlib.util
+
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SettingsError(
+            f'compare needs {", ".join(missing)}; pip install "lora-lightning[compare]" installs what it takes.'
+        )
+
+
+def begun(args: argparse.Namespace) -> tuple[Path, Plan]:
+    """The folder and the plan of a new comparison."""
+    from lora_lightning.cli.compare import arms as arms_of
+    from lora_lightning.cli.compare.plan import Plan, planned_arms
+    from lora_lightning.cli.compare.studies import PRUNERS, check_spaces
+    from lora_lightning.errors import did_you_mean
+    from lora_lightning.plugins import registry
+
+    known = list(registry().methods)
+    words = list(args.flags)
+    arms: list[arms_of.Arm] = []
+    file = arms_file(words)
+    if file is not None:
+        more, arms = arms_of.from_file(file, known)
+        words = [*more, *words[2:]]
+    methods = [name.strip() for name in args.methods.split(",") if name.strip()] if args.methods else []
+    arms += arms_of.from_flags(methods, args.vary, args.listed, known)
+    arms_of.check(arms)
+    if args.seeds < 1:
+        raise SettingsError(f"--seeds is {args.seeds}; it must be at least 1, and 2 for intervals.")
+    if args.pruner not in PRUNERS:
+        raise SettingsError(f'--pruner is "{args.pruner}".{did_you_mean(args.pruner, PRUNERS)} {", ".join(PRUNERS)}.')
+    if not 0 < args.tuning_fraction < 1:
+        raise SettingsError(f"--tuning-fraction is {args.tuning_fraction}; it must lie between 0 and 1.")
+    searched = dict(_space(text) for text in args.tune)
+    check_spaces(searched)
+    until = _fraction(args.until) if args.until else None
+    planned = planned_arms(words, arms, args.budget, lambda line: print(line, flush=True))
+    tune = not args.no_tuning
+    if tune and (fixed := next((one for one in planned if not one.facts.tunable), None)) is not None:
+        raise SettingsError(
+            f"compare: rows of {fixed.facts.data} cannot be held out for tuning, since it is a stream or has no "
+            "`hold_out`. Give each arm its rate in the config, and --no-tuning."
+        )
+    plan = Plan(
+        arms=planned,
+        seeds=args.seeds,
+        tune_rate=tune,
+        fraction=args.tuning_fraction,
+        searched=searched,
+        searches=args.searches,
+        pruner=args.pruner,
+        same_time=args.time,
+        also=("--config", args.also) if args.also else (),
+        minutes=args.minutes,
+        memory_gib=args.memory,
+        until=until,
+        storage=args.storage,
+    )
+    folder = new_folder(ROOT)
+    plan.write(folder)
+    return folder, plan
+
+
+def arms_file(words: Sequence[str]) -> Path | None:
+    """The first config, where it is a file of arms."""
+    if len(words) < 2 or words[0] not in ("--config", "-c"):
+        return None
+    path = Path(words[1])
+    if not path.is_file():
+        return None
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return path if any(line.startswith("arms:") for line in lines) else None
+
+
+def new_folder(root: Path) -> Path:
+    """The next numbered folder, made."""
+    root.mkdir(parents=True, exist_ok=True)
+    number = max((int(path.name) for path in root.glob("[0-9]*") if path.name.isdigit()), default=0)
+    while True:
+        number += 1
+        folder = root / f"{number:03d}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+
+
+def joined(where: str) -> Path:
+    """The folder of a comparison, by its own name, its journal, or the database that knows it."""
+    from lora_lightning.cli.compare.studies import folder_in
+
+    if "://" in where:
+        return folder_in(where)
+    path = Path(where)
+    if not path.exists():
+        raise RunFolderError(f'--join is "{where}"; there is no such folder or journal.')
+    return path.parent if path.is_file() else path
+
+
+def _space(text: str) -> tuple[str, str]:
+    name, equals, space = text.partition("=")
+    if not equals:
+        raise SettingsError(f'--tune is "{text}"; write a setting and its space, such as model.method.alpha=8..64:log.')
+    return name.removeprefix("--"), space
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise SettingsError(f'--until is "{text}"; write a half width such as 1% or 0.01.')
+    return value
