@@ -132,6 +132,21 @@ FIT = {
     "--model.task causal-lm": "the data (LabelledText) serve sequence-classification",
     "--trainer.callbacks+ KeepBest --trainer.callbacks.monitor val_x": 'KeepBest.monitor is "val_x"; the run',
     "--trainer.callbacks+ EarlyStopping": "monitor",
+    "--model.task masked-lm --model.num_labels 3": "the data (LabelledText) serve sequence-classification",
+    # without effect
+    "--model.max_new_tokens 12": 'model.max_new_tokens is 12, but the task "sequence-classification" generates no text',
+    "--model.loss_head plain": 'model.loss_head is "plain", but the task "sequence-classification" computes no loss',
+    "--model.half_adapters true": "but frozen weights are float32, so that adapters are, too. Leave it out",
+    "--trainer.gradient_clip_algorithm value": 'trainer.gradient_clip_algorithm is "value", but '
+    "trainer.gradient_clip_val is None, so that nothing is clipped",
+    "--trainer.gradient_clip_val -1": "trainer.gradient_clip_val is -1, which would turn gradients round",
+    "--trainer.max_steps -1 --trainer.max_time 00:00:00:02 --model.lr_scheduler.decay cosine": "neither "
+    "trainer.max_steps nor trainer.max_epochs bounds the run",
+    "--trainer.check_val_every_n_epoch 50 --trainer.callbacks+ EarlyStopping --trainer.callbacks.monitor val_loss": (
+        "trainer.check_val_every_n_epoch is 50, and the run ends after 4 batches, before it validates, but "
+        'EarlyStopping waits for "val_loss". Give a smaller one.'
+    ),
+    # others
     "--trust-run": "--trust-run goes with --run DIR",
     "--config": "--config needs a value",
     "tiny.yaml": '"tiny.yaml" is a config; give it as --config tiny.yaml',
@@ -152,6 +167,8 @@ DOCTOR = {
     "validation data",
     "--data.tokenizer bigger": "data.tokenizer has 143 tokens; BertForSequenceClassification has 50 rows",
     "--data.train one.csv": "the data have one class only",
+    "--trainer.gradient_clip_algorithm value": "so that nothing is clipped",
+    "--model.max_new_tokens 12": "generates no text",
 }
 
 TWICE = {
