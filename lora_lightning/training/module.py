@@ -16,6 +16,7 @@ from torchmetrics import MetricCollection
 
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.precision import kept
+from lora_lightning.callbacks.beside import refuse_beside
 from lora_lightning.callbacks.cascade import Cascade
 from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.meters import Meters
@@ -147,11 +148,8 @@ class AdapterModule(LightningModule):
         self.random_config, self.quantization = random_config or {}, quantization
         self.train_tokens: Tokens = train_tokens or []
         self.untie = untie
-        self.loss_head, self.attention, self.compiling = (
-            loss_head,
-            attention,
-            compile or "off",
-        )  # YAML reads off as False
+        self.loss_head, self.attention = loss_head, attention
+        self.compiling = compile or "off"  # YAML reads off as False
         self._compiled = ExitStack()
         if self.compiling == "blocks" and gradient_checkpointing:
             raise SettingsError(
@@ -272,6 +270,8 @@ class AdapterModule(LightningModule):
             Meters(),
             ExactResume(),
         ]
+        if self.trainer.training:
+            refuse_beside(self.trainer.callbacks, self)  # type: ignore[attr-defined]
         return yielding(ours, self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

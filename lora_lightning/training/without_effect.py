@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from lora_lightning.callbacks.beside import refuse_beside
 from lora_lightning.errors import SettingsError
 from lora_lightning.models.tasks.base import Task
 from lora_lightning.optim.warmup import WarmUp
@@ -16,7 +17,7 @@ from lora_lightning.registry import arguments
 
 
 def without_effect(module: Any, trainer: Trainer | None, data: Any) -> Iterator[SettingsError]:
-    """One error for each setting that would do nothing.
+    """One error for each setting that would do nothing, and for a callback that cannot work beside adapters.
 
     Args:
         module: an AdapterModule.
@@ -27,6 +28,10 @@ def without_effect(module: Any, trainer: Trainer | None, data: Any) -> Iterator[
     yield from _of_data(data)
     if trainer is not None:
         yield from _of_trainer(trainer)
+        try:
+            refuse_beside(trainer.callbacks, module)  # type: ignore[attr-defined]
+        except SettingsError as error:
+            yield error
 
 
 def _of_task(module: Any) -> Iterator[SettingsError]:
