@@ -90,6 +90,10 @@ FIT = {
     "--model.method.rank 0": "LoRA.rank is 0; it must be at least 1",
     "--model.method.rank two": 'model.method.rank is "two"; it must be',
     "--model.method.rank 1.5": 'rank is "1.5"; it must be',
+    "--model.method.rank null": "model.method.rank is null; it must be a whole number. Leave it out, and it is 8",
+    "--data.text null": 'data.text is null; it must be text. Leave it out, and it is "text"',
+    "--data.batch_size null": "data.batch_size is null; it must be a whole number. Leave it out, and it is 16",
+    "--model.optimizer AdamW --model.optimizer.lr null": "model.optimizer.lr is null; it must be a number or Tensor",
     "--model.method.alpha nan": 'model.method.alpha is "nan"; it must be a number',
     "--model.method.dropout 1.5": "LoRA.dropout is 1.5",
     "--data.batch_size 0": "LabelledText.batch_size is 0; it must be at least 1",
@@ -222,6 +226,15 @@ def test_doctor_finds_nothing_where_monitors_are_logged(here, capsys):
 
     flags = ["--trainer.callbacks+", "EarlyStopping", "--trainer.callbacks.monitor", "val_loss"]
     assert check_config(["--config", "tiny.yaml", *flags]).problems == []
+
+
+def test_null_in_a_config_where_a_text_belongs(here, capsys):
+    Path("null.yaml").write_text("model: {task: null}\n")
+    assert main(["fit", "--config", "tiny.yaml", "--config", "null.yaml"]) == 2
+    said = 'model.task is null; it must be text. Leave it out, and it is "sequence-classification".'
+    assert capsys.readouterr().err.strip().endswith(f"error: {said}")
+    assert main(["doctor", "--config", "tiny.yaml", "--config", "null.yaml"]) == 1
+    assert f"problem: {said}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("case", TWICE)
