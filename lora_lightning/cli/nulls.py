@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +37,9 @@ def nulls(config: Namespace, parser: argparse.ArgumentParser) -> Iterator[str]:
 def _in(value: Any, kind: Any, default: Any, key: str) -> Iterator[str]:
     """Sentences on a value and what lies inside."""
     if value is None and default is not None and not _allows(kind):
-        yield f"{key} is null; it must be {_words(kind)}. Leave it out, and it is {json.dumps(default, default=str)}."
+        said = "is not given" if default is inspect.Parameter.empty else "is null"
+        otherwise = "" if said == "is not given" else f" Leave it out, and it is {json.dumps(default, default=str)}."
+        yield f"{key} {said}; it must be {_words(kind)}.{otherwise}"
     for one in value if isinstance(value, list) else [value]:
         given = dict(vars(one)) if isinstance(one, Namespace) else one if isinstance(one, Mapping) else {}
         owner = imported_class(str(given.get("class_path")))
@@ -62,11 +65,12 @@ def _allows(kind: Any) -> bool:
 
 def _words(kind: Any) -> str:
     if get_origin(kind) in (Union, types.UnionType):
-        return " or ".join(_words(one) for one in get_args(kind))
+        plain = [one for one in get_args(kind) if one in _WORDS]
+        return " or ".join(_words(one) for one in plain or get_args(kind))
     if get_origin(kind) is Literal:
         return " or ".join(f'"{one}"' for one in get_args(kind))
     if get_origin(kind) in (list, tuple, set, Sequence):
         return "a list"
     if get_origin(kind) in (dict, Mapping):
         return "a mapping"
-    return _WORDS.get(kind) or getattr(kind, "__name__", str(kind))
+    return _WORDS.get(kind) or str(getattr(kind, "__name__", kind))

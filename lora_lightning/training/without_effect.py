@@ -122,7 +122,7 @@ def check_validation_comes(trainer: Trainer) -> str:
 
 def _first_validation(trainer: Trainer) -> float:
     """Batches before the first validation."""
-    batch, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch  # type: ignore[attr-defined]
+    batch, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
     if batch is None or math.isinf(batch):
         batch = trainer.num_training_batches
     return float(batch) if epochs is None else (epochs - 1) * float(trainer.num_training_batches) + float(batch)

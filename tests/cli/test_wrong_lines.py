@@ -93,7 +93,8 @@ FIT = {
     "--model.method.rank null": "model.method.rank is null; it must be a whole number. Leave it out, and it is 8",
     "--data.text null": 'data.text is null; it must be text. Leave it out, and it is "text"',
     "--data.batch_size null": "data.batch_size is null; it must be a whole number. Leave it out, and it is 16",
-    "--model.optimizer AdamW --model.optimizer.lr null": "model.optimizer.lr is null; it must be a number or Tensor",
+    "--model.optimizer AdamW --model.optimizer.lr null": "model.optimizer.lr is null; it must be a number. "
+    "Leave it out, and it is 0.001",
     "--model.method.alpha nan": 'model.method.alpha is "nan"; it must be a number',
     "--model.method.dropout 1.5": "LoRA.dropout is 1.5",
     "--data.batch_size 0": "LabelledText.batch_size is 0; it must be at least 1",
@@ -122,7 +123,7 @@ FIT = {
     "--resume runs/none": "--resume runs/none: no such folder",
     "--run runs/none": "only validate, test, predict takes --run; fit continues a run with --resume DIR",
     "--model.pretrained no-owner/no-model": 'model.pretrained is "no-owner/no-model": We couldn\'t connect',
-    "--ckpt_path none.ckpt": "Checkpoint file not found: none.ckpt",
+    "--ckpt_path none.ckpt": "--ckpt_path none.ckpt: no such file. Name a checkpoint, or a run's folder with",
     "--ckpt_path model": 'model": Is a directory. Name a file.',
     f"--trainer.default_root_dir {'x' * 300}": "File name too long. Give a shorter name.",
     f"--model.pretrained {'x' * 300}": "File name too long. Give a shorter name.",
@@ -135,7 +136,7 @@ FIT = {
     "--model.task regression": "the data (LabelledText) serve sequence-classification",
     "--model.task causal-lm": "the data (LabelledText) serve sequence-classification",
     "--trainer.callbacks+ KeepBest --trainer.callbacks.monitor val_x": 'KeepBest.monitor is "val_x"; the run',
-    "--trainer.callbacks+ EarlyStopping": "monitor",
+    "--trainer.callbacks+ EarlyStopping": "trainer.callbacks.monitor is not given; it must be text.",
     "--model.task masked-lm --model.num_labels 3": "the data (LabelledText) serve sequence-classification",
     # without effect
     "--model.max_new_tokens 12": 'model.max_new_tokens is 12, but the task "sequence-classification" generates no text',
