@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lora_lightning.callbacks.beside import refuse_beside
 from lora_lightning.callbacks.group_settings import apply_group_settings, clip_groups
 from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.project_checkpoint import (
@@ -102,9 +103,11 @@ class InjectAdapters(Callback):
         """Inject now, or right after a lazy module has built itself, and add the method's callbacks.
 
         Raises:
-            SettingsError: a callback that averages weights stands before this one, or averages masks.
+            SettingsError: a callback that averages weights stands before this one, or one cannot work beside adapters.
         """
         check_averages(trainer.callbacks, self)  # type: ignore[attr-defined]
+        if stage == "fit":
+            refuse_beside(trainer.callbacks, pl_module)  # type: ignore[attr-defined]
         if next(pl_module.parameters(), None) is not None:
             self._inject(pl_module)
         else:

@@ -111,10 +111,10 @@ def accept_project_names(module: LightningModule, name: str, state_dict: dict[st
 
 
 def check_averages(callbacks: Iterable[Callback], ours: Callback) -> None:
-    """Refuse callbacks of averages that would lose adapters, or fail on them.
+    """Refuse callbacks of averages that would lose adapters.
 
     Raises:
-        SettingsError: one stands before ours, and so copies a module without adapters; or takes the mean of masks.
+        SettingsError: one stands before ours, and so copies a module without adapters.
     """
     follows = False
     for callback in callbacks:
@@ -124,11 +124,6 @@ def check_averages(callbacks: Iterable[Callback], ours: Callback) -> None:
             raise SettingsError(
                 f"callbacks: {kind} stands before {type(ours).__name__} and would average a copy of the module without "
                 f"adapters; list {type(ours).__name__} first."
-            )
-        if isinstance(callback, WeightAveraging) and callback._use_buffers and "avg_fn" not in callback._kwargs:
-            raise SettingsError(
-                f"{kind}.use_buffers is True, and the mean would be taken of masks of adapters, which are no numbers; "
-                "set it to False, or take EMAWeightAveraging."
             )
 
 

@@ -61,7 +61,7 @@ def hint_of(trail: Sequence[tuple[str, str]], parser: argparse.ArgumentParser) -
                 (getattr(action, "_typehint", None) for action in _arguments(parser) if action.dest == name), None
             )
         else:
-            hint = _parameter_types(owner).get(name)
+            hint = parameter_types(owner).get(name)
     return hint
 
 
@@ -74,12 +74,18 @@ def _arguments(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
                 yield from _arguments(verb)
 
 
-def _parameter_types(owner: type) -> dict[str, Any]:
-    init = inspect.getattr_static(owner, "__init__")
-    try:
-        return typing.get_type_hints(init)
-    except (NameError, TypeError, AttributeError):  # a name imported for type checking only
-        return dict(getattr(init, "__annotations__", {}))
+def parameter_types(owner: type) -> dict[str, Any]:
+    """Types by the names that a class and its bases take, as far as they can be told."""
+    found: dict[str, Any] = {}
+    for base in reversed(owner.__mro__):
+        init = vars(base).get("__init__")
+        if init is None or base is object:
+            continue
+        try:
+            found |= typing.get_type_hints(init)
+        except (NameError, TypeError, AttributeError):  # a name imported for type checking only
+            found |= dict(getattr(init, "__annotations__", {}))
+    return found
 
 
 def bases_of(hint: object) -> list[type]:

@@ -228,6 +228,12 @@ class CLI(LightningCLI):
         given = self.config_init[self.subcommand]
         if self.line.checkpoint is not None:
             given.ckpt_path = str(self.line.checkpoint)
+        path = str(given.ckpt_path or "")
+        if path and path not in ("best", "last", "hpc") and "://" not in path and not Path(path).exists():
+            with_run = "fit --resume DIR" if self.subcommand == "fit" else f"{self.subcommand} --run DIR"
+            raise SettingsError(
+                f"--ckpt_path {path}: no such file. Name a checkpoint, or a run's folder with {with_run}."
+            )
         if given.ckpt_path is not None and Path(given.ckpt_path).is_file():
             # known before the adapter is built, whose plan stands in it; as an argument it would be hidden until after
             self.trainer.ckpt_path, given.ckpt_path = given.ckpt_path, None

@@ -18,8 +18,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lora_lightning import plugins
 from lora_lightning.cli import former_names
+from lora_lightning.cli.nulls import nulls
 from lora_lightning.cli.parser_errors import explain
-from lora_lightning.errors import PluginError
+from lora_lightning.errors import PluginError, SettingsError
 from lora_lightning.methods import Method
 
 _NAMED = (Callback, LightningDataModule, Logger, LRScheduler, Optimizer, Strategy)
@@ -54,7 +55,9 @@ class Parser(LightningArgumentParser):
         try:
             for key, class_path in class_paths(config.as_dict()):
                 plugins.registry().refuse_blocked(class_path, key)
-        except PluginError as error:
+            for text in nulls(config, self):
+                raise SettingsError(text)
+        except (PluginError, SettingsError) as error:
             if not self.exit_on_error:
                 raise
             sys.stderr.write(f"error: {error}\n")

@@ -32,6 +32,7 @@ from lora_lightning.data.chats.turns import (
 from lora_lightning.data.sources.faults import RowError
 from lora_lightning.data.sources.stored import PLACE
 from lora_lightning.data.sources.tables import UNREADABLE
+from lora_lightning.data.sources.unread import COMPARED, kind_of
 from lora_lightning.data.tokens.causal import NO_LOSS, completion_example
 from lora_lightning.data.tokens.encoding import tokenised
 from lora_lightning.errors import DataError
@@ -109,9 +110,10 @@ class Chat(CausalText):
         if self.tools is not None:
             required[f"{self._name}.tools"] = self.tools
         media = [name for name in self.media_columns if name in there]  # one question is asked about many images
-        rows = self.sources.read(split, required, texts=[], hold_out_by=[column, *media])
+        compared = {} if self.messages else COMPARED  # whoever names "chosen" knows the other one
+        rows = self.sources.read(split, required, texts=[], hold_out_by=[column, *media], changing=compared)
         known = {*required.values(), "tools", options.NAME, *SYSTEM, *MEDIA, *RENDERED}
-        other = [name for name in there if name not in known | self._named]
+        other = [name for name in there if name not in known | self._named and not kind_of(name)]
         if other:
             self._named |= set(other)
             count = f" of {len(rows)} {split} rows" if isinstance(rows, datasets.Dataset) else ""

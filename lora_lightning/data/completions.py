@@ -13,12 +13,14 @@ from lora_lightning.data.causal_text import CausalText
 from lora_lightning.data.prompt_formats import PromptFormat, fields, find_format
 from lora_lightning.data.sources.faults import RowError
 from lora_lightning.data.sources.texts import as_text
+from lora_lightning.data.sources.unread import COMPARED, Changing
 from lora_lightning.data.tokens.causal import completion_example, end_id, plain_ids, start_ids
 from lora_lightning.data.tokens.encoding import tokenised
-from lora_lightning.errors import DataError, check
+from lora_lightning.errors import check
 
-CHANGING = ("system", "system_prompt", "history", "tools", "image", "images", "video", "videos", "audio", "audios")
+OTHERS = ("system", "system_prompt", "history", "tools", "image", "images", "video", "videos", "audio", "audios")
 """Columns that other tools learn from."""
+CHANGING = dict.fromkeys(OTHERS, Changing("value", "Write it into the prompt with prompt_template"))
 
 
 class Completions(CausalText):
@@ -53,6 +55,7 @@ class Completions(CausalText):
         self.format = format
         check(format is None or prompt_template is None, self, "format", "prompt_template must be null beside it.")
         self._layout = find_format(format, "Completions.format") if format is not None else None
+        self._compared = COMPARED if completion is None else {}  # whoever names "chosen" knows the other one
         self.completion = completion or (self._layout.completion if self._layout else "completion")
 
     def read(self, split: str) -> datasets.Dataset | None:
@@ -70,21 +73,17 @@ class Completions(CausalText):
             }
         learned = {} if split == "predict" else {"Completions.completion": self.completion}
         columns, texts = {**prompts, **learned}, [*texts, *learned.values()]
-        self._refuse_columns(split)
         judged = list(columns.values())
+        changing = {} if self.prompt_template is not None else CHANGING
         return self.sources.read(
-            split, columns, texts=texts, hold_out_by=list(prompts.values()), judge=refuse_turns, judged=judged
+            split,
+            columns,
+            texts=texts,
+            hold_out_by=list(prompts.values()),
+            judge=refuse_turns,
+            judged=judged,
+            changing={**changing, **self._compared},
         )
-
-    def _refuse_columns(self, split: str) -> None:
-        """Raise `DataError` for columns that would change what is learned, where nobody chose the columns."""
-        there = self.sources.column_names(split) or []
-        unused = [name for name in CHANGING if name in there and name not in (self.prompt, self.completion)]
-        if unused and self.prompt_template is None:
-            raise DataError(
-                f'Completions.{split} has the column "{unused[0]}", which is not read and would change what is learned.'
-                " Write it into the prompt with prompt_template, or remove or rename the column."
-            )
 
     def encode(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:
         """Token ids and loss mask of each row to predict, or that has a completion; `dropped` counts the others."""

@@ -17,6 +17,7 @@ from lora_lightning.registry import arguments
 _SERVING = {
     "batch_size",  # the batches of a step are counted by whoever resumes
     "cache",
+    "ignore",
     "num_workers",
     "on_error",
     "predict",

@@ -14,6 +14,7 @@ from torch.utils.data import DistributedSampler
 from lora_lightning.data.batches.collate import Collate
 from lora_lightning.data.labels import score
 from lora_lightning.data.sources.faults import RowError
+from lora_lightning.data.sources.unread import Changing
 from lora_lightning.data.table import Collation
 from lora_lightning.data.text import TextData
 from lora_lightning.data.tokens.encoding import tokenised
@@ -90,7 +91,11 @@ class TextPairs(TextData):
         texts = [column for setting, column in columns.items() if setting != "TextPairs.score"]
         judged = [self.score] if self.score is not None and split != "predict" else []
         judge = self._score if judged else None
-        return self.sources.read(split, columns, texts=texts, hold_out_by=texts, judge=judge, judged=judged)
+        advice = "Pairs belong together unless data.score names the column"
+        scores = {} if self.score else dict.fromkeys(("label", "score", "similarity"), Changing("weight", advice))
+        return self.sources.read(
+            split, columns, texts=texts, hold_out_by=texts, judge=judge, judged=judged, changing=scores
+        )
 
     def encode(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:
         """Token ids of each text of a row; and its score."""

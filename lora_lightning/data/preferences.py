@@ -25,6 +25,7 @@ from lora_lightning.data.chats.turns import LEARNED, json_value, learned, plain,
 from lora_lightning.data.pairs import SIDES, CollateSides
 from lora_lightning.data.sources.faults import RowError
 from lora_lightning.data.sources.stored import PLACE
+from lora_lightning.data.sources.unread import kind_of
 from lora_lightning.data.table import Collation
 from lora_lightning.data.text import TextData
 from lora_lightning.data.tokens.causal import NO_LOSS, end_ids, plain_ids, start_ids
@@ -155,7 +156,7 @@ class Preferences(TextData):
 
     def _tell_unused(self, used: Sequence[str], there: Sequence[str]) -> None:
         known = {*used, "tools", options.NAME, *SYSTEM, *MEDIA, *RENDERED}
-        other = [name for name in there if name not in known | self._named]
+        other = [name for name in there if name not in known | self._named and not kind_of(name)]
         self._named |= set(other)
         if other:
             log.warning("Preferences: columns that it does not know are not used: %s", ", ".join(other))

@@ -47,6 +47,8 @@ class TableData(LightningDataModule, ABC):
         columns: Column names of CSV and TSV files that have no header line.
         encoding: Encoding of text files, such as cp1252 (Excel on Windows); null takes what a byte order mark tells,
             else UTF-8.
+        ignore: Columns that are taken away as they are read. One that would weigh, mask or leave out examples elsewhere
+            (weight, train, loss_mask, ...) is an error where it would change what is learned, unless it stands here.
         separator: What stands between the fields of CSV and TSV files, such as ";"; null takes a comma and a tab.
         validation_fraction: Fraction of the training examples held out where `validation` is null, chosen by a hash of
             what they hold and so the same in every run; 0 holds nothing out.
@@ -76,6 +78,7 @@ class TableData(LightningDataModule, ABC):
         columns: Sequence[str] | None = None,
         encoding: str | None = None,
         separator: str | None = None,
+        ignore: Sequence[str] | None = None,
         validation_fraction: float = 0.1,
         batch_size: int = 16,
         validation_batch_size: int | None = None,
@@ -104,6 +107,7 @@ class TableData(LightningDataModule, ABC):
             predict=predict,
             how=Reading(None if columns is None else tuple(columns), encoding, self._separator(separator)),
             validation_fraction=validation_fraction,
+            ignore=tuple(ignore or ()),
             faults=Faults(on_error),
         )
         self.count: Callable[[Batch], int] | None = None

@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 
 from lora_lightning.data.batches.loader import count_labelled
+from lora_lightning.data.sources.unread import COMPARED
 from lora_lightning.data.text import TextData
 from lora_lightning.data.tokens.encoding import tokenised
 from lora_lightning.errors import check
@@ -52,7 +53,9 @@ class TextToText(TextData):
         columns = {"TextToText.source": self.source}
         if split != "predict":
             columns["TextToText.target"] = self.target
-        return self.sources.read(split, columns, texts=list(columns.values()), hold_out_by=[self.source])
+        return self.sources.read(
+            split, columns, texts=list(columns.values()), hold_out_by=[self.source], changing=COMPARED
+        )
 
     def encode(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:  # noqa: ARG002 - all splits alike
         """Token ids of each source, and of its target where it has one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Literal, Self, cast
 
@@ -16,6 +16,7 @@ from torchmetrics import MetricCollection
 
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.precision import kept
+from lora_lightning.callbacks.beside import refuse_beside
 from lora_lightning.callbacks.cascade import Cascade
 from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.meters import Meters
@@ -39,7 +40,6 @@ from lora_lightning.models.tasks.base import Batch, Loss, PredictContext, measur
 from lora_lightning.models.token_rows import Tokens
 from lora_lightning.optim.groups import build_optimizer
 from lora_lightning.optim.warmup import WarmUp
-from lora_lightning.registry import arguments
 from lora_lightning.seeds import common_seed
 from lora_lightning.storage.description import describe_adapter
 from lora_lightning.storage.folded import make_room_for_folded
@@ -48,11 +48,13 @@ from lora_lightning.storage.state import adapter_keys
 from lora_lightning.training.assembly import NAME, Assembly
 from lora_lightning.training.compilation import check_compile, compiled
 from lora_lightning.training.end_check import EndCheck
+from lora_lightning.training.given_callbacks import yielding
 from lora_lightning.training.linear_baseline import LinearBaseline
 from lora_lightning.training.packing_check import PackingCheck
 from lora_lightning.training.reference import ReferenceValues
 from lora_lightning.training.start import find_start
-from lora_lightning.training.window_mean import WindowMean
+from lora_lightning.training.window_mean import WindowMeans
+from lora_lightning.training.without_effect import check_validation_comes, unscheduled, without_effect
 
 
 class AdapterModule(LightningModule):
@@ -166,12 +168,18 @@ class AdapterModule(LightningModule):
         self.net: nn.Module | None = None
         self.injection: InjectionReport | None = None
         self.stage_metrics: dict[str, MetricCollection] = {}
-        self.window_mean = WindowMean()
+        self.window_means = WindowMeans()
 
     def setup(self, stage: str) -> None:
-        """Begin with an empty window of losses."""
+        """Begin a fit with an empty window of losses.
+
+        Raises:
+            SettingsError: a setting would do nothing.
+        """
         if stage == "fit":
-            self.window_mean = WindowMean()
+            for error in without_effect(self, self._trainer, getattr(self._trainer, "datamodule", None)):
+                raise error
+            self.window_means = WindowMeans()
 
     # -- building ------------------------------------------------------------------------------------------------------
 
@@ -224,8 +232,9 @@ class AdapterModule(LightningModule):
         ignore_adapter_buffers(self)
 
     def refusals(self) -> list[LoraLightningError]:
-        """Everything that `configure_model` would refuse before it loads the model."""
-        return self.assembly().refusals()
+        """Everything that a fit would refuse before it loads the model."""
+        data = getattr(self._trainer, "datamodule", None)
+        return [*self.assembly().refusals(), *without_effect(self, self._trainer, data)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts, of which those to half precision are not for what trains."""
@@ -265,16 +274,16 @@ class AdapterModule(LightningModule):
             Meters(),
             ExactResume(),
         ]
-        given = self.trainer.callbacks  # type: ignore[attr-defined]
-        for callback in ours:
-            _say_difference(callback, given)
-        return [callback for callback in ours if not any(isinstance(other, type(callback)) for other in given)]
+        if self.trainer.training:
+            refuse_beside(self.trainer.callbacks, self)  # type: ignore[attr-defined]
+        return yielding(ours, self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over named groups, and the schedule per optimizer step where the run's length is known."""
         optimizer = build_optimizer(self.model, self.optimizer_factory, self.head_lr_ratio)
         total = total_steps(self.trainer)
         if total is None:
+            self.print(unscheduled(self.lr_scheduler))
             return optimizer
         cascade = next((c for c in self.trainer.callbacks if isinstance(c, Cascade)), None)  # type: ignore[attr-defined]
         scheduler = self.lr_scheduler.schedule(optimizer, total, cascade.stage_ends(self.trainer) if cascade else None)
@@ -323,6 +332,11 @@ class AdapterModule(LightningModule):
         if self.compiling == "blocks":
             self._compiled.enter_context(compiled(self.model))
 
+    def on_train_start(self) -> None:
+        """Say where the run would end before it validates, or refuse it where a callback waits for that."""
+        if told := check_validation_comes(self.trainer):
+            self.print(told)
+
     def teardown(self, stage: str) -> None:
         """Leave the model as it was before a fit."""
         self._compiled.close()
@@ -331,25 +345,21 @@ class AdapterModule(LightningModule):
         """Loss of one micro-batch, scaled so that Lightning's mean over the window is the mean over its tokens."""
         loss = self.task.loss_of(self.model, batch)
         mean = loss.total / loss.count.clamp_min(1)
-        self._log_loss(loss)
-        for name, value in loss.beside.items():
-            self.log(f"train_{name}", value)
+        penalty = self.method.penalty(self.adapters())
+        self._log_means(loss, penalty)
         if self.task.per_token:
             mean = loss.total * self._window_scale(batch, loss.count)
-        penalty = self.method.penalty(self.adapters())
-        if penalty is not None:
-            self.log("penalty", penalty.detach())
-            mean = mean + penalty
-        return mean
+        return mean if penalty is None else mean + penalty
 
-    def _log_loss(self, loss: Loss) -> None:
-        """Log at each step's end the mean since the run has last logged, the last micro-batch with it."""
-        self.window_mean.add(loss)
+    def _log_means(self, loss: Loss, penalty: Tensor | None) -> None:
+        """Log at each step's end the means since the run has last logged, the last micro-batch with it."""
+        self.window_means.add(loss, penalty)
         if self.trainer.fit_loop.epoch_loop._should_accumulate():
             return
-        self.log("train_loss", self.window_mean.mean(self._over_processes), prog_bar=True)
+        for name, mean in self.window_means.means(self._over_processes).items():
+            self.log(name, mean, prog_bar=name == "train_loss")
         if logs_at(self.trainer, self.trainer.global_step + 1):
-            self.window_mean.close()
+            self.window_means.close()
 
     def _over_processes(self, values: Tensor) -> Tensor:
         """The sum over all processes."""
@@ -424,7 +434,7 @@ class AdapterModule(LightningModule):
         state = {key: value for key, value in checkpoint["state_dict"].items() if key in own}
         checkpoint["state_dict"] = state | waiting_heads(self, NAME)
         checkpoint["lora_lightning"] = describe_adapter(survey(self.model), NAME)
-        checkpoint["lora_lightning_loss"] = gather_objects(self.window_mean.state())
+        checkpoint["lora_lightning_loss"] = gather_objects(self.window_means.state())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compare keys, shapes and the base model exactly.
@@ -437,17 +447,6 @@ class AdapterModule(LightningModule):
         check_unmerged(self.model)
         check_same(self, NAME, checkpoint["lora_lightning"])
         if sums := checkpoint.get("lora_lightning_loss"):  # older ones have none
-            self.window_mean.load(sums, self.trainer.global_rank, self.trainer.world_size)
+            self.window_means.load(sums, self.trainer.global_rank, self.trainer.world_size)
         make_room_for_folded(self, NAME, checkpoint["state_dict"])
         check_fits(self, NAME, checkpoint["state_dict"])
-
-
-def _say_difference(callback: Callback, given: Sequence[Callback]) -> None:
-    """Print where a callback given by hand replaces the method's with other settings."""
-    settings = {key: value for key, value in vars(callback).items() if key in arguments(type(callback))}
-    for other in given:
-        if isinstance(other, type(callback)):
-            theirs = {key: getattr(other, key, None) for key in settings}
-            changed = ", ".join(f"{key}={theirs[key]!r}" for key in settings if theirs[key] != settings[key])
-            if changed:
-                print(f"{type(callback).__name__}: the trainer's replaces the method's ({changed})")

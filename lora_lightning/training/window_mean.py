@@ -54,3 +54,39 @@ class WindowMean:
         """Go on from the states of all processes; where they were others, the first takes everything."""
         mine = [states[rank]] if len(states) == processes else states if rank == 0 else []
         self._saved = (sum(state[0] for state in mine), sum(state[1] for state in mine))
+
+
+class WindowMeans:
+    """What a run logs while it trains: the loss, what stands beside it, a penalty, each the mean of its window."""
+
+    def __init__(self) -> None:
+        self._means: dict[str, WindowMean] = {}
+
+    def add(self, loss: Loss, penalty: Tensor | None) -> None:
+        """Add a micro-batch: its loss and the numbers beside it count by what the loss counts, a penalty once."""
+        count = loss.count.to(loss.total.device)
+        added = {"train_loss": loss}
+        added |= {f"train_{name}": Loss(value * count, count) for name, value in loss.beside.items()}
+        if penalty is not None:
+            added["penalty"] = Loss(penalty, torch.ones_like(penalty))
+        for name, one in added.items():
+            self._means.setdefault(name, WindowMean()).add(one)
+
+    def means(self, total: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Each mean so far, by the name it is logged under; `total` as of `WindowMean.mean`."""
+        return {name: mean.mean(total) for name, mean in self._means.items()}
+
+    def close(self) -> None:
+        """Let the next micro-batch begin a window."""
+        for mean in self._means.values():
+            mean.close()
+
+    def state(self) -> dict[str, list[float]]:
+        """The open windows' sums on this process by name."""
+        return {name: mean.state() for name, mean in self._means.items()}
+
+    def load(self, states: Sequence[dict[str, list[float]] | list[float]], rank: int, processes: int) -> None:
+        """Go on from the states of all processes; older ones hold the sums of the loss alone."""
+        named = [state if isinstance(state, dict) else {"train_loss": state} for state in states]
+        for name in named[0]:
+            self._means.setdefault(name, WindowMean()).load([state[name] for state in named], rank, processes)

@@ -90,6 +90,11 @@ FIT = {
     "--model.method.rank 0": "LoRA.rank is 0; it must be at least 1",
     "--model.method.rank two": 'model.method.rank is "two"; it must be',
     "--model.method.rank 1.5": 'rank is "1.5"; it must be',
+    "--model.method.rank null": "model.method.rank is null; it must be a whole number. Leave it out, and it is 8",
+    "--data.text null": 'data.text is null; it must be text. Leave it out, and it is "text"',
+    "--data.batch_size null": "data.batch_size is null; it must be a whole number. Leave it out, and it is 16",
+    "--model.optimizer AdamW --model.optimizer.lr null": "model.optimizer.lr is null; it must be a number. "
+    "Leave it out, and it is 0.001",
     "--model.method.alpha nan": 'model.method.alpha is "nan"; it must be a number',
     "--model.method.dropout 1.5": "LoRA.dropout is 1.5",
     "--data.batch_size 0": "LabelledText.batch_size is 0; it must be at least 1",
@@ -118,7 +123,7 @@ FIT = {
     "--resume runs/none": "--resume runs/none: no such folder",
     "--run runs/none": "only validate, test, predict takes --run; fit continues a run with --resume DIR",
     "--model.pretrained no-owner/no-model": 'model.pretrained is "no-owner/no-model": We couldn\'t connect',
-    "--ckpt_path none.ckpt": "Checkpoint file not found: none.ckpt",
+    "--ckpt_path none.ckpt": "--ckpt_path none.ckpt: no such file. Name a checkpoint, or a run's folder with",
     "--ckpt_path model": 'model": Is a directory. Name a file.',
     f"--trainer.default_root_dir {'x' * 300}": "File name too long. Give a shorter name.",
     f"--model.pretrained {'x' * 300}": "File name too long. Give a shorter name.",
@@ -131,7 +136,22 @@ FIT = {
     "--model.task regression": "the data (LabelledText) serve sequence-classification",
     "--model.task causal-lm": "the data (LabelledText) serve sequence-classification",
     "--trainer.callbacks+ KeepBest --trainer.callbacks.monitor val_x": 'KeepBest.monitor is "val_x"; the run',
-    "--trainer.callbacks+ EarlyStopping": "monitor",
+    "--trainer.callbacks+ EarlyStopping": "trainer.callbacks.monitor is not given; it must be text.",
+    "--model.task masked-lm --model.num_labels 3": "the data (LabelledText) serve sequence-classification",
+    # without effect
+    "--model.max_new_tokens 12": 'model.max_new_tokens is 12, but the task "sequence-classification" generates no text',
+    "--model.loss_head plain": 'model.loss_head is "plain", but the task "sequence-classification" computes no loss',
+    "--model.half_adapters true": "but frozen weights are float32, so that adapters are, too. Leave it out",
+    "--trainer.gradient_clip_algorithm value": 'trainer.gradient_clip_algorithm is "value", but '
+    "trainer.gradient_clip_val is None, so that nothing is clipped",
+    "--trainer.gradient_clip_val -1": "trainer.gradient_clip_val is -1, which would turn gradients round",
+    "--trainer.max_steps -1 --trainer.max_time 00:00:00:02 --model.lr_scheduler.decay cosine": "neither "
+    "trainer.max_steps nor trainer.max_epochs bounds the run",
+    "--trainer.check_val_every_n_epoch 50 --trainer.callbacks+ EarlyStopping --trainer.callbacks.monitor val_loss": (
+        "trainer.check_val_every_n_epoch is 50, and the run ends after 4 batches, before it validates, but "
+        'EarlyStopping waits for "val_loss". Give a smaller one.'
+    ),
+    # others
     "--trust-run": "--trust-run goes with --run DIR",
     "--config": "--config needs a value",
     "tiny.yaml": '"tiny.yaml" is a config; give it as --config tiny.yaml',
@@ -152,6 +172,8 @@ DOCTOR = {
     "validation data",
     "--data.tokenizer bigger": "data.tokenizer has 143 tokens; BertForSequenceClassification has 50 rows",
     "--data.train one.csv": "the data have one class only",
+    "--trainer.gradient_clip_algorithm value": "so that nothing is clipped",
+    "--model.max_new_tokens 12": "generates no text",
 }
 
 TWICE = {
@@ -205,6 +227,15 @@ def test_doctor_finds_nothing_where_monitors_are_logged(here, capsys):
 
     flags = ["--trainer.callbacks+", "EarlyStopping", "--trainer.callbacks.monitor", "val_loss"]
     assert check_config(["--config", "tiny.yaml", *flags]).problems == []
+
+
+def test_null_in_a_config_where_a_text_belongs(here, capsys):
+    Path("null.yaml").write_text("model: {task: null}\n")
+    assert main(["fit", "--config", "tiny.yaml", "--config", "null.yaml"]) == 2
+    said = 'model.task is null; it must be text. Leave it out, and it is "sequence-classification".'
+    assert capsys.readouterr().err.strip().endswith(f"error: {said}")
+    assert main(["doctor", "--config", "tiny.yaml", "--config", "null.yaml"]) == 1
+    assert f"problem: {said}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("case", TWICE)

@@ -200,7 +200,7 @@ def test_conversations_are_refused_by_name(make):
 def test_columns_that_would_change_what_is_learned(make, column):
     rows = [{**ROWS[0], column: "x"}]
     with pytest.raises(
-        DataError, match=rf'^Completions\.train has the column "{column}", .* prompt_template, or remove'
+        DataError, match=rf'row 0 .*: Completions has a value in the column "{column}", .* prompt_template, or set'
     ):
         ids_of(make, rows)
     assert ids_of(make, rows, prompt_template=f"{{{column}}} {{prompt}}")

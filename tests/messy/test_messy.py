@@ -286,7 +286,35 @@ CASES = {
     "a conversation in place of a prompt": Case(
         "x.jsonl", many({"prompt": HI, "completion": HI}), error="line 1: .*Chat learns"
     ),
-    "a system column for prompts": Case("x.csv", b"system,prompt,completion\ns,q,a\n", error='has the column "system"'),
+    "a system column for prompts": Case(
+        "x.csv", b"system,prompt,completion\ns,q,a\n", error='line 2: .* the column "system"'
+    ),
+    "a weight of nothing": Case(
+        "x.csv", b"prompt,completion,weight\nq,a,1\nr,b,0\n", error='line 3: .* has 0 in the column "weight"'
+    ),
+    "rows that are not to be trained": Case(
+        "x.csv",
+        b"prompt,completion,train\nq,a,true\nr,b,false\n",
+        [["q", "a", "true"]],
+        skipped='1 with a value in "train" (first: x.csv, line 3)',
+    ),
+    "weights that are ignored": Case(
+        "x.csv",
+        b"text,label,weight\nq,a,1\nr,b,0\n",
+        [["q", "a"], ["r", "b"]],
+        kind=LabelledText,
+        settings={"ignore": ["weight"]},
+    ),
+    "a preference as a chat": Case("x.jsonl", talk(rejected="no"), error="line 1: .*Preferences learns", kind=Chat),
+    "a turn with a mask": Case(
+        "x.jsonl", talk({"role": "assistant", "content": "x", "mask": True}), error="line 1: .*mask: True", kind=Chat
+    ),
+    "a refusal in place of content": Case(
+        "x.jsonl", talk({"role": "assistant", "content": None, "refusal": "no"}), error="has refusal, which", kind=Chat
+    ),
+    "an answer that is only begun": Case(
+        "x.jsonl", talk({"role": "assistant", "content": "so", "prefix": True}), error="has prefix, which", kind=Chat
+    ),
     "conversations left out": Case(
         "x.jsonl",
         talk() + talk({"role": "bot", "content": "x"}) + b"{\n" + many({"messages": []}),

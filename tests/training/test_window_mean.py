@@ -14,7 +14,7 @@ from ll_lora import LoRA
 from lora_lightning.callbacks.resume import ExactResume
 from lora_lightning.models.tasks.base import Loss
 from lora_lightning.training.module import AdapterModule
-from lora_lightning.training.window_mean import WindowMean
+from lora_lightning.training.window_mean import WindowMean, WindowMeans
 
 
 def loss(total: float, count: int) -> Loss:
@@ -163,3 +163,39 @@ def test_nothing_is_logged_where_the_trainer_logs_nothing(decoder, tmp_path):
     module = language(decoder)
     run(module, data, tmp_path, limit_val_batches=0, max_steps=2, log_every_n_steps=0)
     assert float(module.trainer.callback_metrics["train_loss"]) > 0
+
+
+def test_numbers_beside_the_loss_count_by_what_it_counts_and_a_penalty_once():
+    windows = WindowMeans()
+    for value, count, penalty in ((1.0, 1, 2.0), (0.5, 3, 4.0)):
+        beside = {"margin": torch.tensor(value)}
+        windows.add(Loss(torch.tensor(6.0), torch.tensor(count), beside), torch.tensor(penalty))
+    assert {name: float(mean) for name, mean in windows.means(same).items()} == {
+        "train_loss": 3.0,
+        "train_margin": (1.0 + 3 * 0.5) / 4,
+        "penalty": 3.0,
+    }
+    other = WindowMeans()
+    other.load([windows.state()], 0, 1)
+    assert other.state() == windows.state()
+    older = WindowMeans()
+    older.load([[12.0, 4.0]], 0, 1)
+    assert older.state() == {"train_loss": [12.0, 4.0]}
+
+
+@pytest.mark.parametrize("stopped", [0, 7])
+def test_a_penalty_is_logged_as_the_mean_of_its_window(decoder, tmp_path, monkeypatch, stopped):
+    """In a run that was stopped within a window, too."""
+    batches = iter(range(100))
+    monkeypatch.setattr(LoRA, "penalty", lambda self, adapters: torch.tensor(float(next(batches))))
+    data, options = completion_data(decoder, batch_size=2), {"accumulate_grad_batches": 2}
+    place = tmp_path / "last.ckpt"
+    if stopped:
+        at = SaveAt(place, lambda trainer, batch_idx: trainer.fit_loop.total_batch_idx + 1 == stopped)
+        fit(language(decoder), data, tmp_path / "first", [at, ExactResume()], **options)
+        batches = iter(range(stopped, 100))
+    fit(language(decoder), data, tmp_path / "run", checkpoint=place if stopped else None, **options)
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        found = {int(row["step"]): float(row["penalty"]) for row in csv.DictReader(file) if row.get("penalty")}
+    wanted = {2: 2.5, 5: 8.5, 8: 14.5}
+    assert found == {step: value for step, value in wanted.items() if step >= stopped // 2}

@@ -30,7 +30,7 @@ from lora_lightning.cli.parser_errors import explain
 from lora_lightning.cli.preflight import monitors, unparsed
 from lora_lightning.cli.preflight.trace import without_values
 from lora_lightning.data.sources.tables import on_hub, source_names
-from lora_lightning.errors import LoraLightningError, PluginError, SettingsError, wrapped_error
+from lora_lightning.errors import LoraLightningError, SettingsError, wrapped_error
 from lora_lightning.exporters.preview import refusals
 from lora_lightning.exporters.servers import preview
 from lora_lightning.exporters.trained_adapter import OURS
@@ -103,8 +103,8 @@ class _ConfigCheck(Description):
         parser.exit_on_error = False
         try:
             self.config = parser.parse_args(args)
-        except (argparse.ArgumentError, PluginError) as error:
-            self.findings.problem(error if isinstance(error, PluginError) else explain(str(error), parser))
+        except (argparse.ArgumentError, LoraLightningError) as error:
+            self.findings.problem(error if isinstance(error, LoraLightningError) else explain(str(error), parser))
             for text in unparsed.problems(args, parser):
                 self.findings.problem(text)
             self.findings.notes.append("the rest of the config is checked once this can be parsed")

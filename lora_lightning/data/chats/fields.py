@@ -21,7 +21,7 @@ RENDERED = ("documents",)
 """Columns that other tools hand to the template, and Chat does not."""
 SYSTEM = ("system", "system_prompt")
 """Columns of a system text."""
-LEARNED_KEYS = (*REASONING, "tool_calls", *MEDIA)
+LEARNED_KEYS = (*REASONING, "tool_calls", "function_call", "refusal", "prefix", "chosen", "rejected", *MEDIA)
 """Keys of a turn whose absence changes what is learned."""
 TEXT_KEYS = ("role", "content")
 

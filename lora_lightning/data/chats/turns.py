@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_lightning.data.sources.faults import RowError
 from lora_lightning.data.sources.texts import as_text
+from lora_lightning.data.sources.unread import refuse_keys
 from lora_lightning.errors import did_you_mean
 
 Turn = dict[str, Any]
@@ -160,6 +161,7 @@ def _turn(turn: Any, where: str, read: Content) -> Turn:
         raise RowError("with an unknown role", f'{where} has the role "{role}".{known}')
     content = read(given.pop(text_key, None), where)
     weight = _weight(given, ROLES[role], where)
+    refuse_keys(given, where)
     if calls := given.get("tool_calls"):
         given["tool_calls"] = [_call(call, where) for call in calls]
     empty = not content and not calls and not any(given.get(key) for key in REASONING)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,10 @@ from lora_lightning.data.sources.lines import PLAIN, Reading
 from lora_lightning.data.sources.stored import PLACE
 from lora_lightning.data.sources.tables import UNREADABLE, read_stream, read_table, require_columns, stream_columns
 from lora_lightning.data.sources.texts import as_text, declared_names, names_only, texts_only
+from lora_lightning.data.sources.unread import Changing, Unread
 from lora_lightning.errors import DataError, SettingsError
+
+log = logging.getLogger(__name__)
 
 Judge = Callable[[Mapping[str, Any]], object]
 """Raises `RowError` for a row that cannot be used."""
@@ -71,10 +75,14 @@ class Sources:
     """Whether the training data are read while training."""
     held_out_rows: int = 0
     """Most rows that are held out of a stream."""
+    ignore: tuple[str, ...] = ()
+    """Columns that are taken away as they are read."""
     faults: Faults = dataclasses.field(default_factory=Faults, compare=False)
     """Rows that cannot be used; filled while reading."""
     declared: dict[str, list[str]] = dataclasses.field(default_factory=dict, compare=False)
     """Class names in the order of their numbers, by column, where a table declares them; filled while reading."""
+    named: set[tuple[str, ...]] = dataclasses.field(default_factory=set, compare=False)
+    """Columns that were named as unread, each time behind the source they stand in."""
 
     def __post_init__(self) -> None:
         for field in ("train", "validation", "test", "predict"):
@@ -104,6 +112,7 @@ class Sources:
         hold_out_by: Sequence[str],
         judge: Judge | None = None,
         judged: Sequence[str] = (),
+        changing: Mapping[str, Changing] | None = None,
     ) -> Any:
         """Rows of a split, or None where no source is named: a table, or a stream of training data if so asked.
 
@@ -119,14 +128,20 @@ class Sources:
             hold_out_by: Columns whose hash decides what is held out; rows equal in them stay on one side.
             judge: Raises `RowError` for further rows that cannot be used; not asked of streams.
             judged: Columns of the rows that `judge` gets.
+            changing: Columns that would change what is learned where they are not read, beside weights and masks.
 
         Raises:
             DataError: the source or a column is missing, a row cannot be used (unless such rows are left out), or
                 sources have columns of one name that cannot be joined.
         """
         field = self._field(split)
+        used = {*columns.values(), *texts, *hold_out_by, *judged}
+
+        def unread(names: Sequence[str]) -> Unread:
+            return Unread.of(self.owner, names, used, changing or {}, split != "predict")
+
         if self.streaming and field == "train":
-            stream = self._stream(split, columns, texts, hold_out_by)
+            stream = self._stream(split, columns, texts, hold_out_by, unread)
             return stream if split == "train" or stream is None else self._first_rows(stream, split)
         tables = self._tables(field) if field else {}
         if field is None or not tables:
@@ -137,7 +152,11 @@ class Sources:
                 if names := declared_names(table.features[name]):
                     self.declared.setdefault(name, names)
                     table = names_only(table, name)
-            tables[source] = self._usable(field, source, texts_only(table, texts), texts, judge, judged)
+            beside = unread(table.column_names)
+            judges: list[tuple[Judge, list[str]]] = [(beside, list(beside.columns))] if beside.columns else []
+            judges += [] if judge is None else [(judge, list(judged))]
+            tables[source] = self._usable(field, source, texts_only(table, texts), texts, judges)
+            self._name(beside, source)
         if field == "train" and self.validation is None and self.validation_fraction:
             rows = sum(map(len, tables.values()))
             tables = {name: self._part(table, split, hold_out_by) for name, table in tables.items()}
@@ -154,17 +173,38 @@ class Sources:
         sources = [] if given is None else [given] if isinstance(given, str) else list(given)
         what = f"{self.owner}.{field}"
         return {
-            source: _unread(read_table(source, hub_split, self.how, field=what, faults=self.faults))
+            source: self._without_ignored(
+                _undecoded_table(read_table(source, hub_split, self.how, field=what, faults=self.faults))
+            )
             for source in sources
         }
 
     def _streams(self) -> dict[str, datasets.IterableDataset]:
         sources = [] if self.train is None else [self.train] if isinstance(self.train, str) else list(self.train)
         what = f"{self.owner}.train"
-        return {source: read_stream(source, "train", self.how, field=what, faults=self.faults) for source in sources}
+        streams = {s: read_stream(s, "train", self.how, field=what, faults=self.faults) for s in sources}
+        return {source: self._without_ignored(stream) for source, stream in streams.items()}
+
+    def _without_ignored(self, table: Any) -> Any:
+        """A table or a stream without the columns that are not to be read."""
+        there = [name for name in self.ignore if name in (table.column_names or ())]
+        return table.remove_columns(there) if there else table
+
+    def _name(self, unread: Unread, source: str) -> None:
+        """Name the columns once that change nothing in any row."""
+        names = tuple(unread.columns)
+        if names and (source, *names) not in self.named:
+            self.named.add((source, *names))
+            told = f"{Path(source).name}: columns that change nothing are not read: {', '.join(names)}"
+            log.warning("%s: %s", self.owner, told)
 
     def _stream(
-        self, split: str, columns: Mapping[str, str], texts: Sequence[str], hold_out_by: Sequence[str]
+        self,
+        split: str,
+        columns: Mapping[str, str],
+        texts: Sequence[str],
+        hold_out_by: Sequence[str],
+        unread: Callable[[Sequence[str]], Unread],
     ) -> datasets.IterableDataset | None:
         """The training data, or what is held out of them, as a stream; a missing text is found when it is read."""
         streams = self._streams()
@@ -173,8 +213,9 @@ class Sources:
         if not streams:
             return None
         names = _union([stream_columns(stream, name) for name, stream in streams.items()])
+        beside = unread(names)
         rows = [
-            stream.map(StreamedRow(self.faults, source, tuple(texts), tuple(names))).select_columns(
+            stream.map(StreamedRow(self.faults, source, tuple(texts), tuple(names), beside)).select_columns(
                 [*names, UNREADABLE, PLACE]
             )
             for source, stream in streams.items()
@@ -228,8 +269,7 @@ class Sources:
         source: str,
         table: datasets.Dataset,
         texts: Sequence[str],
-        judge: Judge | None,
-        judged: Sequence[str],
+        judges: Sequence[tuple[Judge, list[str]]],
     ) -> datasets.Dataset:
         """`table` without the rows that cannot be used.
 
@@ -250,12 +290,13 @@ class Sources:
                     fault(row, f'without "{name}"', f'"{name}" is missing')
             if not any(text and text.strip() for text in column):
                 raise DataError(f'{Path(source).name}: "{name}" is blank in every row.')
-        for row, values in enumerate(_rows(table.select_columns(list(judged))) if judge is not None else ()):
-            if row not in left_out and judge is not None:
-                try:
-                    judge(values)
-                except RowError as found:
-                    fault(row, found.kind, str(found))
+        for judge, columns in judges:
+            for row, values in enumerate(_rows(table.select_columns(columns))):
+                if row not in left_out:
+                    try:
+                        judge(values)
+                    except RowError as found:
+                        fault(row, found.kind, str(found))
         if len(left_out) == len(table):
             raise DataError(f"{self.owner}.{field}: no row of {source} is left: {self.faults.told(field)}.")
         return table.select([row for row in range(len(table)) if row not in left_out]) if left_out else table
@@ -294,7 +335,7 @@ class Sources:
         return split
 
 
-def _unread(table: datasets.Dataset) -> datasets.Dataset:
+def _undecoded_table(table: datasets.Dataset) -> datasets.Dataset:
     """`table` with images and sounds that are read when they are used, not when they are looked at."""
     for name, feature in (getattr(table, "features", None) or {}).items():
         plain = _undecoded(feature)
@@ -322,6 +363,7 @@ class StreamedRow:
     source: str
     texts: tuple[str, ...]
     names: tuple[str, ...]
+    unread: Unread
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row.
@@ -334,6 +376,10 @@ class StreamedRow:
         missing = next((name for name in self.texts if made[name] is None), None)
         if reason is None and missing is not None:
             reason = f'"{missing}" is missing'
+        try:
+            self.unread(row)
+        except RowError as found:
+            reason = reason or str(found)
         if reason is None:
             return {**made, UNREADABLE: None, PLACE: place}
         where = Path(self.source).name if place is None else self.faults.places.words(place)

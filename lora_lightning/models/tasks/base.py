@@ -50,6 +50,7 @@ class Task(ABC):
         per_token: whether the loss is averaged over what it counts (tokens; pairs of a preference), across an
             accumulation window and all processes.
         by_loss_head: whether the model's `loss_head` computes the loss, so that it can do without most logits.
+        generates: whether it generates texts, of at most `max_new_tokens`.
         reads_logits: whether metrics read logits, so that validation needs those of all tokens.
         unused: names of modules that the task passes by, so that a file without their weights will do.
     """
@@ -61,6 +62,7 @@ class Task(ABC):
     has_head: ClassVar[bool] = True
     per_token: ClassVar[bool] = False
     by_loss_head: ClassVar[bool] = False
+    generates: ClassVar[bool] = False
     reads_logits: ClassVar[bool] = True
     unused: ClassVar[tuple[str, ...]] = ()
 

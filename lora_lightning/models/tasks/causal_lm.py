@@ -33,6 +33,7 @@ class CausalLM(Task):
     has_head: ClassVar[bool] = False
     per_token: ClassVar[bool] = True
     by_loss_head: ClassVar[bool] = True
+    generates: ClassVar[bool] = True
     reads_logits: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

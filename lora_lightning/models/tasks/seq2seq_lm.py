@@ -32,6 +32,7 @@ class Seq2SeqLM(Task):
     has_head: ClassVar[bool] = False
     per_token: ClassVar[bool] = True
     by_loss_head: ClassVar[bool] = True
+    generates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check(self.generate_batches >= 0, self, "generate_batches", "it must be at least 0, which generates none.")

@@ -124,7 +124,12 @@ def test_the_nearest_of_all_components_is_named(capsys):
 
 
 @pytest.mark.parametrize(
-    "name", [*sorted(plugins.load().methods), "SparsitySchedule", "LoRAPlus", "TextPairs", "FSDP2"]
+    "name",
+    [
+        *sorted(plugins.load().methods),
+        *(name for kind in ("callback", "optimizer") for name in plugins.load().component_names(kind)),
+        *("TextPairs", "FSDP2"),
+    ],
 )
 def test_the_class_path_for_a_command_line_of_somebody_elses(name, capsys):
     assert main(["show", name]) == 0

@@ -44,6 +44,20 @@ def test_reasoning_of_earlier_turns_may_be_left_out(fields):
         fields("{% for m in messages %}{{ m.content }}{% endfor %}").check(turns, None, "X")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("refusal", "no"), ("prefix", True), ("rejected", "no"), ("chosen", "yes"), ("function_call", {"name": "f"})],
+)
+def test_keys_that_would_change_what_is_learned(fields, key, value):
+    """OpenAI's refusal and function_call, an answer of Mistral's that goes on, answers that are compared."""
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(DataError, match=rf"^X has {key}, which the chat template of the test leaves out"):
+        fields(template).check([HI[0], {**HI[1], key: value}], None, "X")
+    fields(template).check([HI[0], {**HI[1], key: None}], None, "X")
+    writing = template.replace("m.content", f"m.content, m.{key}")
+    fields(writing).check([HI[0], {**HI[1], key: value}], None, "X")
+
+
 def test_other_keys_are_counted(fields, caplog):
     rendering = Rendering(fields("{% for m in messages %}{{ m.name }}{{ m.content }}{% endfor %}").renderer)
     for _ in range(2):

@@ -140,6 +140,11 @@ def test_turns_that_are_not_learned():
             r"^row 7, turn 0 has weight: 0\.5; a turn is learned \(1 or",
         ),
         ({"role": "user", "content": "x", "train": True}, r"has train: True and the role user; only the assistant is"),
+        (
+            {"role": "assistant", "content": "x", "trainable": False},
+            r"^row 7, turn 0 has trainable: False, which is not read\. Write weight: 0 or train: false",
+        ),
+        ({"from": "gpt", "value": "x", "mask": True}, r"^row 7, turn 0 has mask: True, which is not read"),
         ({"role": "user", "text": "x"}, r"^row 7, turn 0 has the role user and no content, but text$"),
         ({"role": "user", "content": {"a": 1}}, r"its content is an object \(a\); give text, or \[{\"type\": \"text\""),
         (
