@@ -58,9 +58,10 @@ from lora_lightning.callbacks.resume import ExactResume
 from lora_lightning.callbacks.samples import Samples
 from lora_lightning.data import ResumableLoader
 from lora_lightning.errors import AdapterStateError, SettingsError
+from lora_lightning.exporters.export import export
+from lora_lightning.exporters.trained_adapter import find_adapter
 from lora_lightning.methods import Method
 from lora_lightning.storage.folder import save_adapter
-from lora_lightning.storage.load import load_adapter
 from lora_lightning.testing.toy_models import seeded
 from lora_lightning.training import assembly
 from lora_lightning.training.module import AdapterModule
@@ -95,6 +96,8 @@ class Case:
     """More settings of Trainer."""
     start: Method | None = None
     """What the adapter was trained with that the run begins with, by itself or, with another `method`, on top of it."""
+    start_format: str = "ours"
+    """ "ours" or "peft": of that adapter's folder."""
 
 
 def adamw(params: Any) -> torch.optim.Optimizer:
@@ -225,6 +228,7 @@ CASES: dict[str, Case] = {
     "untied": Case(LoRA(rank=3), model="decoder", module={"targets": ["embed_tokens", "lm_head"], "untie": True}),
     "DoRA, trained on from a folder": Case(DoRA(rank=3), start=DoRA(rank=3)),
     "LoRA on top of an adapter": Case(LoRA(rank=2), start=LoRA(rank=3)),
+    "LoRA, trained on from a folder of peft": Case(LoRA(rank=3), start=LoRA(rank=3), start_format="peft"),
 }
 
 
@@ -246,7 +250,7 @@ class FirstStep(Callback):
     def compare(self, model: Any, args: Any, inputs: dict[str, Tensor], output: Any) -> None:
         self.hook.remove()
         saved = BertForSequenceClassification.from_pretrained(self.folder, num_labels=3).double().eval()
-        load_adapter(saved, self.adapter)
+        find_adapter(str(self.adapter)).load(saved)
         with torch.no_grad():
             torch.testing.assert_close(output.logits, saved(**inputs).logits, rtol=0, atol=1e-12)
         self.seen += 1
@@ -327,7 +331,7 @@ def take(
     callbacks = [*case.callbacks(), *callbacks]
     method: Method | None = case.method
     if case.start is not None:
-        path, stacked = started(folder, case.start), case.start != case.method
+        path, stacked = started(folder, case), case.start != case.method
         method, options["adapter"] = (method, [str(path)]) if stacked else (None, str(path))
         callbacks += [FirstStep(folder, path)]
     if case.model == "project":
@@ -357,15 +361,16 @@ def folder_of(base: Path, case: Case) -> Path:
             "project": Path.mkdir,
         }
         make[case.model](folder)
-    if case.start is not None and not started(folder, case.start).exists():
+    if case.start is not None and not started(folder, case).exists():
         module = take(replace(case, method=case.start, start=None), folder, 4, [], max_steps=2)
-        save_adapter(module, started(folder, case.start))
+        write = save_adapter if case.start_format == "ours" else export
+        write(module, started(folder, case))
     return folder
 
 
-def started(folder: Path, method: Method) -> Path:
+def started(folder: Path, case: Case) -> Path:
     """The adapter that runs begin with, beside their base model."""
-    return folder / f"adapter-{type(method).__name__}"
+    return folder / f"adapter-{type(case.start).__name__}-{case.start_format}"
 
 
 def record(module: Any, out: Path) -> None:

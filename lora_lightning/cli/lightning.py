@@ -294,6 +294,8 @@ def _export_format(module: AdapterModule) -> str | None:
     kind = module.method.export
     if kind == "not expressible":
         return None
+    if module.start is not None and module.start.stacked:
+        return "merged"  # the others would be loaded without what lies below
     layers = [layer for _, layer in iter_adapters(module) if NAME in layer.adapters]
     exact = kind == "native" or (kind == "exact LoRA" and all(layer.low_rank(NAME) is not None for layer in layers))
     return "peft" if exact else "merged"
