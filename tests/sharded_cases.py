@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from resuming import SaveAt, at_step
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from toy_runs import (
     labelled_data,
     trainer,
 )
+from transformers import BertForSequenceClassification
 
 from ll_ce_lora import CELoRA
 from ll_dora import DoRA
@@ -56,6 +58,8 @@ from lora_lightning.callbacks.resume import ExactResume
 from lora_lightning.callbacks.samples import Samples
 from lora_lightning.data import ResumableLoader
 from lora_lightning.errors import AdapterStateError, SettingsError
+from lora_lightning.exporters.export import export
+from lora_lightning.exporters.trained_adapter import find_adapter
 from lora_lightning.methods import Method
 from lora_lightning.storage.folder import save_adapter
 from lora_lightning.testing.toy_models import seeded
@@ -90,6 +94,10 @@ class Case:
     """More settings of AdapterModule."""
     trainer: dict[str, Any] = field(default_factory=dict)
     """More settings of Trainer."""
+    start: Method | None = None
+    """What the adapter was trained with that the run begins with, by itself or, with another `method`, on top of it."""
+    start_format: str = "ours"
+    """ "ours" or "peft": of that adapter's folder."""
 
 
 def adamw(params: Any) -> torch.optim.Optimizer:
@@ -218,7 +226,37 @@ CASES: dict[str, Case] = {
     "new tokens": Case(LoRA(rank=3), model="decoder", data={"new_tokens": ["<a>", "<b>", "<c>"]}),
     "known tokens": Case(LoRA(rank=3), model="decoder", module={"train_tokens": [5, 7, 11]}),
     "untied": Case(LoRA(rank=3), model="decoder", module={"targets": ["embed_tokens", "lm_head"], "untie": True}),
+    "DoRA, trained on from a folder": Case(DoRA(rank=3), start=DoRA(rank=3)),
+    "LoRA on top of an adapter": Case(LoRA(rank=2), start=LoRA(rank=3)),
+    "LoRA, trained on from a folder of peft": Case(LoRA(rank=3), start=LoRA(rank=3), start_format="peft"),
 }
+
+
+class FirstStep(Callback):
+    """The first forward pass of a run computes what the saved adapter does on the base model.
+
+    Args:
+        folder: the base model.
+        adapter: the adapter.
+    """
+
+    def __init__(self, folder: Path, adapter: Path) -> None:
+        self.folder, self.adapter, self.seen = folder, adapter, 0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.global_step == 0:
+            self.hook = pl_module.model.register_forward_hook(self.compare, with_kwargs=True)
+
+    def compare(self, model: Any, args: Any, inputs: dict[str, Tensor], output: Any) -> None:
+        self.hook.remove()
+        saved = BertForSequenceClassification.from_pretrained(self.folder, num_labels=3).double().eval()
+        find_adapter(str(self.adapter)).load(saved)
+        with torch.no_grad():
+            torch.testing.assert_close(output.logits, saved(**inputs).logits, rtol=0, atol=1e-12)
+        self.seen += 1
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        assert self.seen == (not trainer.ckpt_path)
 
 
 class Eager(AdapterModule):
@@ -291,11 +329,16 @@ def take(
     data: Any
     options: dict[str, Any] = {"optimizer": case.optimizer, "dtype": "float64", **case.module}
     callbacks = [*case.callbacks(), *callbacks]
+    method: Method | None = case.method
+    if case.start is not None:
+        path, stacked = started(folder, case), case.start != case.method
+        method, options["adapter"] = (method, [str(path)]) if stacked else (None, str(path))
+        callbacks += [FirstStep(folder, path)]
     if case.model == "project":
         callbacks += [InjectAdapters(case.method, seed=1, **case.module), ExactResume()]
         module, data, more = Project(batch), None, {"use_distributed_sampler": False, **more}
     elif case.model == "encoder":
-        module = classification(folder, case.method, **options)
+        module = classification(folder, method, **options)
         data = labelled_data(folder, batch_size=batch, group_by_length=False, limit=32, **case.data)
     else:
         targets = {"targets": "all-linear", "linear_baseline": False, "seed": 1, "task": "causal-lm"}
@@ -318,7 +361,16 @@ def folder_of(base: Path, case: Case) -> Path:
             "project": Path.mkdir,
         }
         make[case.model](folder)
+    if case.start is not None and not started(folder, case).exists():
+        module = take(replace(case, method=case.start, start=None), folder, 4, [], max_steps=2)
+        write = save_adapter if case.start_format == "ours" else export
+        write(module, started(folder, case))
     return folder
+
+
+def started(folder: Path, case: Case) -> Path:
+    """The adapter that runs begin with, beside their base model."""
+    return folder / f"adapter-{type(case.start).__name__}-{case.start_format}"
 
 
 def record(module: Any, out: Path) -> None:

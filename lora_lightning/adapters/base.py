@@ -94,13 +94,20 @@ class RunningSum:
 
     def __init__(self) -> None:
         self.sum: Tensor | None = None
-        self.count = 0
+        self._count: Tensor | None = None  # a compiled block would be compiled anew for each number
+
+    @property
+    def count(self) -> int:
+        """See the class."""
+        return 0 if self._count is None else int(self._count)
 
     def add(self, values: Tensor, count: int = 1) -> None:
         """Add `values`, a sum over `count` observations."""
         values = values.detach()
-        self.sum = values.clone() if self.sum is None else self.sum.add_(values)
-        self.count += count
+        if self.sum is None or self._count is None:
+            self.sum, self._count = values.clone(), torch.full((), count, device=values.device)
+        else:
+            self.sum, self._count = self.sum.add_(values), self._count.add_(count)
 
     def take(self, reduce: Callable[[Tensor], Tensor] = lambda total: total) -> Tensor | None:
         """Mean over all processes, after which the running_sum is empty; None where nothing was observed.
@@ -108,11 +115,10 @@ class RunningSum:
         Args:
             reduce: sums a tensor over processes; called by none of them or by all, so all must have observed something.
         """
-        if self.sum is None:
+        if self.sum is None or self._count is None:
             return None
-        count = reduce(torch.tensor(float(self.count), device=self.sum.device))
-        mean = reduce(self.sum) / count
-        self.sum, self.count = None, 0
+        mean = reduce(self.sum) / reduce(self._count.float())
+        self.sum, self._count = None, None
         return mean
 
 

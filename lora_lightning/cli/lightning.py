@@ -303,6 +303,8 @@ def _export_format(module: AdapterModule) -> str | None:
         return "merged"
     if kind == "not expressible":
         return None
+    if module.start is not None and module.start.stacked:
+        return "merged"  # the others would be loaded without what lies below
     exact = kind == "native" or (kind == "exact LoRA" and all(layer.low_rank(NAME) is not None for layer in layers))
     return "peft" if exact else "merged"
 

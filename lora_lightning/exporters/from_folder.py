@@ -156,6 +156,9 @@ def load_base(folder: str, stored: Stored, where: str, dtype: torch.dtype | str 
         labels = _labels(cls, config, {key: stored.tensors[key] for key in stored.trained})
         if labels is not None:
             config.num_labels = labels
+        names = stored.description.get("labels") or ()
+        if len(names) == config.num_labels:
+            config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
         if is_random(folder):
             return build_random(folder, lambda: cls(config))
         quantized = {}

@@ -22,7 +22,6 @@ from lora_lightning.exporters.peft.rules import CONFIG, TENSORS
 from lora_lightning.injection.records import meant_to_train, note_read, records
 from lora_lightning.injection.switches import set_active, set_trainable
 from lora_lightning.methods import Method
-from lora_lightning.models.meta import values_follow
 from lora_lightning.models.pretrained import resolve
 from lora_lightning.plugins import registry, restore_settings
 from lora_lightning.storage.below import SHOWN
@@ -116,7 +115,6 @@ class TrainedAdapter:
         Raises:
             AdapterFileError: it does not fit the model, or one below it is missing.
             AdapterStateError: the name is taken.
-            SettingsError: a folder of peft, and a model whose values another process reads.
         """
         read = {record.digest for record in records(model).values()}
         for number, one in enumerate(self.below(), 1):
@@ -125,12 +123,6 @@ class TrainedAdapter:
         if self.stored is not None:
             load_stored(model, self.stored, self.folder, name)
             return
-        if values_follow(model):
-            raise SettingsError(
-                f"{self} is in peft's format, which is read beside the base model's values; they are not at hand in "
-                "estimate and doctor, nor in all processes of this strategy. Read it once with import_peft, and save "
-                "it with save_adapter: that folder needs none."
-            )
         trains = meant_to_train(model)
         import_peft(model, self.folder, name)
         set_trainable(model, trains)

@@ -37,6 +37,8 @@ IGNORED = -100
 """Target of a token without loss."""
 CHUNK = 2**24
 """Logits of a chunk, at most."""
+FEWEST = 128
+"""Rows of a chunk, at least, where so many logits are no more than `CHUNK`: products with fewer rows are slow."""
 Way = Literal["chunks", "labelled", "plain"]
 _KEY = "_lora_lightning_loss_head"
 _TOLERANCE = {8: 1e-6, 4: 1e-3, 2: 0.1}
@@ -207,9 +209,14 @@ def _states(model: nn.Module, inputs: Mapping[str, Any], chosen: Tensor) -> Tens
 # -- in chunks ---------------------------------------------------------------------------------------------------------
 
 
+def chunk_rows(count: int, vocabulary: int) -> int:
+    """Rows of a chunk: a quarter of all, but at least `FEWEST`, and no more than `CHUNK` logits."""
+    return max(1, min(CHUNK // vocabulary, max(FEWEST, -(-count // 4))))
+
+
 def _in_chunks(layer: nn.Module, states: Tensor, wanted: Tensor, reduce: str) -> Tensor:
     """Cross-entropy of states (n, width) through an output layer; no more than `CHUNK` logits at a time."""
-    rows = max(1, CHUNK // int(cast(Any, layer.out_features)))
+    rows = chunk_rows(len(states), int(cast(Any, layer.out_features)))
     if reduce == "sum" and _fused(layer, states):
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None, acc_policy="compact")
         weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)

@@ -16,7 +16,9 @@ import yaml
 from lightning.pytorch import Callback
 from safetensors.torch import load_file
 from toy_runs import completion_file, decoder_folder, encoder_folder, labelled_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import lora_lightning as ll
 from lora_lightning.callbacks import SparsitySchedule
 from lora_lightning.cli import run_folder
 from lora_lightning.cli.main import main
@@ -175,6 +177,32 @@ def test_runs_are_numbered_and_the_config_of_one_repeats_it(trained, capsys):
     assert main(["fit", "--config", "tiny.yaml", "--seed_everything", "6"]) == 0
     assert lines(capsys)[-1] == "run: runs/tiny/002"
     assert yaml.safe_load(Path("runs/tiny/002/config.yaml").read_text())["seed_everything"] == 6
+
+
+@pytest.mark.slow
+def test_predictions_of_a_run_on_top_of_several_adapters_are_those_of_all_of_them(trained, capsys):
+    lora = ["--model.method=LoRA", "--model.method.rank=2", "--model.targets=[query,key]"]
+    assert main(["fit", "--config", "tiny.yaml", *lora, "--model.linear_baseline=false"]) == 0
+    below = "--model.adapter=[runs/tiny/001,runs/tiny/002]"
+    assert main(["fit", "--config", "tiny.yaml", *lora, "--model.targets=[value]", below]) == 0
+    assert "export runs/tiny/003 --format merged" in capsys.readouterr().out
+    assert main(["predict", "--run", "runs/tiny/003", "--output", "out.jsonl"]) == 0
+    rows = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    assert main(["export", "runs/tiny/003", "--format", "merged", "--output", "merged"]) == 0
+    model = AutoModelForSequenceClassification.from_pretrained("merged").eval()
+    tokenizer = AutoTokenizer.from_pretrained("model")
+    values = []
+    for row in rows:
+        with torch.no_grad():
+            found = model(**tokenizer(row["text"], return_tensors="pt")).logits.softmax(-1)[0]
+        values.append(float(found.max()))
+        assert model.config.id2label[int(found.argmax())] == row["prediction"]
+    assert [row["probability"] for row in rows] == pytest.approx(values, abs=2e-6)
+    base = AutoModelForSequenceClassification.from_pretrained("model")
+    ll.load_adapter(base, "runs/tiny/001/adapter")
+    with torch.no_grad():
+        first = base.eval()(**tokenizer(rows[0]["text"], return_tensors="pt")).logits.softmax(-1)
+    assert float(first.max()) != pytest.approx(rows[0]["probability"], abs=1e-4)
 
 
 def test_validate_test_and_predict_read_the_run_and_write_nothing_there(trained, capsys):

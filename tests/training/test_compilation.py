@@ -22,6 +22,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's own, of parts that it imports to compile
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # likewise
 ]
+MOST_GRAPHS = 6
+"""A block is compiled for inputs with a gradient (all blocks but the first) and without one, for the first length and
+for any: four. A decoder's is once more, without gradients, where its loss head is chosen; an encoder has one kind of
+block more, its embeddings, for two kinds of lengths. TORCH_LOGS=recompiles names each."""
 METHODS = sorted(plugins.registry().methods)
 
 
@@ -72,7 +76,7 @@ def check(net, task, name, backend="aot_eager"):
     assert blocks
     assert found == pytest.approx(expected, rel=1e-4)
     assert not counters["graph_break"], dict(counters["graph_break"])
-    assert 0 < counters["stats"]["unique_graphs"] <= 12, counters["stats"]
+    assert 0 < counters["stats"]["unique_graphs"] <= MOST_GRAPHS, counters["stats"]
     assert all(module._compiled_call_impl is None for module in net.modules())
 
 

@@ -78,7 +78,7 @@ class PeftLayer:
         """What the layer adds to its own bias, (d_out,), in float32; None where no bias trained."""
         delta = None if self.bias is None else self.scaling * self.bias.float()
         if self.trains_base_bias and self.base_bias is not None and own is not None:
-            change = self.base_bias.float() - own.detach().cpu().float()
+            change = self.base_bias.float() - (torch.zeros(own.shape) if own.is_meta else own.detach().cpu().float())
             delta = change if delta is None else delta + change
         return delta
 
@@ -115,17 +115,18 @@ class PeftFolder:
         return list(stated)
 
 
-def read(directory: str | Path, stacks: Stacks) -> PeftFolder:
+def read(directory: str | Path, stacks: Stacks, values: bool = True) -> PeftFolder:
     """Read such a folder.
 
     Args:
         directory: the folder.
         stacks: expert parameters of the model that it is for.
+        values: whether to read the values; else tensors have shapes and dtypes of the file, and are not filled.
 
     Raises:
         AdapterFileError: missing, damaged, pickled, or with a tensor that this format does not have.
     """
-    config, tensors = read_config(directory), _tensors(Path(directory))
+    config, tensors = read_config(directory), _tensors(Path(directory), values)
     found: dict[str, dict[str, Tensor]] = {}
     others: dict[str, dict[str, Tensor]] = {"head": {}, "rows": {}}
     names = _without_copies(understand(tensors, f'"{directory}"'), tensors, directory)
@@ -241,7 +242,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     return config
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
+def _tensors(folder: Path, values: bool) -> dict[str, Tensor]:
     path = folder / TENSORS
     if not path.is_file():
         if (folder / PICKLE).is_file():
@@ -252,9 +253,12 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         raise AdapterFileError(f'"{folder}" holds no {TENSORS}.')
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+            keys = list(file.keys())
+            tensors = {key: file.get_tensor(key) if values else _outline(file.get_slice(key)) for key in keys}
     except SafetensorError as error:
         raise AdapterFileError(f'"{path}" is truncated or damaged: {error}.') from error
+    if not values:
+        return tensors
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise AdapterFileError(
@@ -262,3 +266,19 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
                 "from a run that diverged, or was damaged; take an earlier checkpoint."
             )
     return tensors
+
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "BOOL": torch.bool,
+}
+
+
+def _outline(stored: Any) -> Tensor:
+    """A tensor like one of a file."""
+    return torch.empty(stored.get_shape(), dtype=_DTYPES.get(stored.get_dtype(), torch.float32))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter, check_name, write_values
 from lora_lightning.adapters.layers.base import BaseLayer
-from lora_lightning.errors import AdapterFileError, PluginError, did_you_mean
+from lora_lightning.errors import AdapterFileError, PluginError, SettingsError, did_you_mean
 from lora_lightning.exporters.peft import folder as peft_file
 from lora_lightning.exporters.peft import rules as peft_rules
 from lora_lightning.exporters.peft.experts import find_stacks, is_target
@@ -27,6 +27,7 @@ from lora_lightning.exporters.peft.tokens import (
     check_matrices,
     fill_rows,
     known_tokens,
+    may_extend,
     names_of_rows,
     new_tokens,
     room_for,
@@ -41,6 +42,7 @@ from lora_lightning.injection.report import InjectionReport, report_on
 from lora_lightning.injection.targets import Selection
 from lora_lightning.methods import Method, replace
 from lora_lightning.models.anatomy import Anatomy, survey
+from lora_lightning.models.meta import is_counted, values_follow
 from lora_lightning.models.paths import join
 from lora_lightning.models.token_rows import TokenRows, room_for_rows, row_notes
 from lora_lightning.models.untied import apart, untied_note
@@ -82,7 +84,9 @@ def import_folder(model: nn.Module, directory: str | Path, name: str, untie: boo
 
 def _import_into(anatomy: Anatomy, directory: str | Path, name: str) -> InjectionReport:
     model = anatomy.model
-    folder = peft_file.read(directory, find_stacks(anatomy.layers))
+    folder = peft_file.read(directory, find_stacks(anatomy.layers), values=not is_counted(model))
+    if values_follow(model):
+        _refuse_without_values(model, folder, directory)
     modules = plain_modules(model)
     folder = with_present_names(folder, anatomy, tensors_in(modules), directory)
     folder = with_projections(folder, modules, directory)
@@ -94,6 +98,19 @@ def _import_into(anatomy: Anatomy, directory: str | Path, name: str) -> Injectio
         with room_for_rows(anatomy, known) as anatomy:
             modules = plain_modules(model) if added_rows or known else modules
             return _import(anatomy, modules, folder, matrices, known, directory, name)
+
+
+def _refuse_without_values(model: nn.Module, folder: PeftFolder, directory: str | Path) -> None:
+    """Raise `SettingsError` where values of the base model decide what the folder means, and they are not at hand."""
+    start = folder.config.get("init_lora_weights")
+    why = f"init_lora_weights={start!r} changes the base weights" if changes_base(folder.config) else ""
+    if may_extend(model, folder, tensors_in(plain_modules(model)), directory):
+        why = "it carries the whole embedding, in which new tokens are found by comparison with the base model's"
+    if why:
+        raise SettingsError(
+            f'"{directory}" cannot be read in estimate and doctor, nor by all processes of this strategy, as {why}. '
+            "Read it once with import_peft, and save it with save_adapter: that folder needs no values."
+        )
 
 
 def _import(

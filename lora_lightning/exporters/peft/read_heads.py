@@ -35,7 +35,9 @@ def tensors_in(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def same(value: Tensor, own: Tensor) -> bool:
-    """Whether a tensor of the file is the model's own, in its dtype."""
+    """Whether a tensor of the file is the model's own, in its dtype; of one without values, whether its shape is."""
+    if own.is_meta:
+        return value.shape == own.shape
     return value.shape == own.shape and torch.equal(value.to(own.dtype), own.detach().cpu())
 
 

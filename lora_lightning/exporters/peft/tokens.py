@@ -50,13 +50,13 @@ def whole_matrices(
     Returns:
         The new tokens (None for none), the folder with rows in the place of matrices, and the matrices by name.
     """
-    name = _embedding_name(model, state)
-    whole = folder.heads.get(name)
-    if vocabulary(model) is not None or whole is None or folder.config.get(SETTING):
+    if not may_extend(model, folder, state, directory):
         return None, folder, {}
+    name = _embedding_name(model, state)
+    whole = folder.heads[name]
     first = _first_other(state[name], whole)
     tokenizer = _tokenizer(directory)
-    size = 0 if tokenizer is None else len(tokenizer)
+    size = len(tokenizer)
     if not first < size <= len(whole) or not set(range(first, size)) <= set(tokenizer.get_added_vocab().values()):
         return None, folder, {}
     added = Vocabulary(tuple(tokenizer.convert_ids_to_tokens(range(first, size))), first, tokenizer_files(tokenizer))
@@ -73,6 +73,13 @@ def whole_matrices(
     heads = {key: value for key, value in folder.heads.items() if key not in matrices}
     config = {**folder.config, SETTING: list(range(first, size))}
     return added, replace(folder, config=config, heads=heads, rows=rows, keys=keys), matrices
+
+
+def may_extend(model: nn.Module, folder: PeftFolder, state: Mapping[str, Tensor], directory: str | Path) -> bool:
+    """Whether the folder has a whole embedding, and a tokenizer that may say which of its rows are new tokens."""
+    whole = _embedding_name(model, state) in folder.heads
+    stated = vocabulary(model) is not None or folder.config.get(SETTING)
+    return whole and not stated and _tokenizer(directory) is not None
 
 
 def check_matrices(anatomy: Anatomy, matrices: Mapping[str, Tensor], directory: str | Path) -> None:

@@ -175,19 +175,42 @@ def test_the_example_of_a_task_is_a_batch_it_can_be_trained_on(task):
 
 
 @pytest.mark.slow
-def test_an_adapter_to_train_on_counts_as_a_new_one_does(tmp_path, capsys):
+@pytest.mark.parametrize("settings", [{}, {"method": "DoRA"}, {"also_train": ["lm_head"]}], ids=str)
+def test_an_adapter_to_train_on_counts_as_a_new_one_does(tmp_path, capsys, settings):
+    """Read from a folder of this library, or of peft."""
+    import lora_lightning as ll
+    from lora_lightning.models.loading import load_model
+    from lora_lightning.models.tasks import find_task
+
+    net = load_model(full_name("random:llama", CONFIG, 0), find_task("causal-lm"))
+    options = {name: value for name, value in settings.items() if name != "method"}
+    inject(net, ll.method(settings.get("method", "LoRA"))(rank=2), **options)
+    words = [word for word in [*WORDS, "--markdown"] if "method" not in word]
+    method = [f"--model.method={settings.get('method', 'LoRA')}", "--model.method.rank=2"]
+    assert main([*words, *method, *(f"--model.{name}={value}" for name, value in options.items())]) == 0
+    new = rows(capsys.readouterr().out)
+    ll.save_adapter(net, tmp_path / "ours")
+    ll.export(net, tmp_path / "peft")
+    for folder in (tmp_path / "ours", tmp_path / "peft"):
+        assert main([*words, "--model.method=null", f"--model.adapter={folder}", "--model.targets=null"]) == 0
+        out = capsys.readouterr().out
+        assert rows(out) == new
+        assert f'It trains on from "{folder}"' in out
+
+
+@pytest.mark.slow
+def test_a_folder_of_peft_that_means_nothing_without_the_base_models_values(tmp_path, capsys):
     import lora_lightning as ll
     from lora_lightning.models.loading import load_model
     from lora_lightning.models.tasks import find_task
 
     net = load_model(full_name("random:llama", CONFIG, 0), find_task("causal-lm"))
     inject(net, ll.method("LoRA")(rank=2))
-    folder = str(ll.save_adapter(net, tmp_path / "adapter"))
-    words = [*WORDS, "--markdown"]
-    assert main(words) == 0
-    new = rows(capsys.readouterr().out)
-    words = [word for word in words if "method" not in word]
-    assert main([*words, "--model.method=null", f"--model.adapter={folder}", "--model.targets=null"]) == 0
-    out = capsys.readouterr().out
-    assert rows(out) == new
-    assert f'It trains on from "{folder}"' in out
+    ll.export(net, tmp_path / "peft")
+    config = tmp_path / "peft" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "init_lora_weights": "pissa"}))
+    words = [word for word in WORDS if "method" not in word]
+    words += ["--model.method=null", f"--model.adapter={tmp_path / 'peft'}", "--model.targets=null"]
+    assert main(words) != 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "init_lora_weights='pissa' changes the base weights. Read it once with import_peft, and save" in told

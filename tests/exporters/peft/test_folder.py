@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import lora_lightning as ll
 from lora_lightning.errors import AdapterFileError
 from lora_lightning.exporters.peft import rules as peft_rules
+from lora_lightning.exporters.peft.folder import read
 
 pytestmark = pytest.mark.filterwarnings(
     # peft 0.21.2 reads a name that transformers 5.23 has renamed
@@ -76,6 +77,16 @@ def test_no_pickle_is_opened(tmp_path: Path) -> None:
     (tmp_path / peft_rules.TENSORS).rename(tmp_path / "adapter_model.bin")
     with pytest.raises(AdapterFileError, match="a pickle, which can run any code and is not opened"):
         ll.import_peft(llama(), tmp_path)
+
+
+def test_without_values_a_folder_has_its_shapes_and_types(saved: Path) -> None:
+    whole, outline = read(saved, {}), read(saved, {}, values=False)
+    assert whole.layers.keys() == outline.layers.keys()
+    for path, layer in whole.layers.items():
+        other = outline.layers[path]
+        assert (layer.A.shape, layer.B.shape, layer.scaling) == (other.A.shape, other.B.shape, other.scaling)
+        assert (layer.A.dtype, layer.B.dtype) == (other.A.dtype, other.B.dtype)
+    assert {key: value.shape for key, value in whole.heads.items()} == {k: v.shape for k, v in outline.heads.items()}
 
 
 def test_missing_and_damaged_folders(saved: Path, tmp_path: Path) -> None:
