@@ -74,7 +74,7 @@ def read(argv: Sequence[str]) -> Line:
     verb = _take_verb(words)
     lead = () if verb is None else (verb,)
     blocked = tuple(_plugin(value) for flag, value in words if flag == "-p")
-    folders = [(flag, value) for flag, value in words if flag in ("--run", "--resume")]
+    folders = [(flag, value) for flag, value in words if flag in ("--run", "--resume") and not _own(flag, verb)]
     words = [(flag, find_config(value)) if flag == "--config" else (flag, value) for flag, value in words]
     configs = [value for flag, value in words if flag == "--config"]
     outputs = [value for flag, value in words if flag == "--output" and verb == "predict"]
@@ -136,9 +136,14 @@ def _take_verb(words: list[tuple[str, str]]) -> str | None:
 
 
 def _for_parser(flag: str, value: str, verb: str | None) -> Sequence[str]:
-    if flag == "--config" or (flag == "--output" and verb != "predict"):
+    if flag == "--config" or _own(flag, verb):
         return (flag, value)
     return () if flag else (value,)
+
+
+def _own(flag: str, verb: str | None) -> bool:
+    """Whether a flag of ours is a verb's own."""
+    return (flag == "--output" and verb != "predict") or (flag == "--resume" and verb == "compare")
 
 
 def _check_folder(flag: str, folder: Path, verb: str | None, *, needs_checkpoint: bool) -> None:

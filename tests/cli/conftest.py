@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import comparisons
 import pytest
 import yaml
 from toy_runs import encoder_folder, labelled_file
 
 from lora_lightning import plugins
 from lora_lightning.cli import configs
+from lora_lightning.cli.compare.outcomes import outcomes
 
 
 @pytest.fixture(scope="session")
@@ -86,3 +88,11 @@ def carried(tmp_path, monkeypatch):
         path.touch()
     monkeypatch.setattr(configs, "_PACKAGE", tmp_path / "site" / "package")
     return tmp_path / "site" / "package" / "configs"
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A comparison of three arms, with tuning and three seeds: its folder, plan and outcomes; it is only read."""
+    folder = tmp_path_factory.mktemp("comparison") / "001"
+    plan = comparisons.ended(folder, also=("--config", "other"))
+    return folder, plan, outcomes(folder, plan)

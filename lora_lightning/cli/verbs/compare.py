@@ -66,9 +66,9 @@ def run(args: argparse.Namespace) -> int:
         print(status(Path(args.status)))
         return 0
     if args.join or args.resume:
-        if args.flags:
+        if given := [word for word in args.flags if not word.startswith("-p=")]:
             raise SettingsError(
-                f"compare: {args.flags[0]} beside --{'join' if args.join else 'resume'}; a comparison that has begun "
+                f"compare: {given[0]} beside --{'join' if args.join else 'resume'}; a comparison that has begun "
                 "keeps its plan. Begin another one for other settings."
             )
         folder = joined(args.join) if args.join else Path(args.resume)

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import importlib.util
+
+import comparisons
+import pytest
+
+from lora_lightning.cli.main import main
+from lora_lightning.cli.verbs.compare import arms_file, joined, new_folder
+from lora_lightning.errors import RunFolderError
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--methods", "LoRA"], "there are no two arms; name them with --methods, --vary or a file of arms"),
+        (["--methods", "LoRA,Lora"], 'there is no method "Lora". Did you mean "LoRA"?'),
+        (["--methods", "LoRA,linear", "--seeds", "0"], "--seeds is 0; it must be at least 1"),
+        (["--methods", "LoRA,linear", "--pruner", "medan"], 'Did you mean "median"?'),
+        (["--methods", "LoRA,linear", "--tuning-fraction", "1"], "--tuning-fraction is 1.0; it must lie between 0"),
+        (["--methods", "LoRA,linear", "--tune", "model.method.alpha"], "write a setting and its space"),
+        (["--methods", "LoRA,linear", "--tune", "model.method.alpha=8"], 'is no space; write LOW..HIGH'),
+        (["--methods", "LoRA,linear", "--until", "wide"], '--until is "wide"; write a half width such as 1%'),
+        (["--methods", "LoRA,linear", "--vary", "rank"], "write a setting and its values"),
+        (["--resume", "nowhere"], '"nowhere" holds no plan.json, so it is no comparison\'s folder'),
+        (["--resume", "nowhere", "--data.limit", "3"], "a comparison that has begun keeps its plan"),
+        (["--join", "nowhere"], "there is no such folder or journal"),
+        (["--status", "nowhere"], "holds no plan.json"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, words, said):
+    monkeypatch.chdir(tmp_path)
+    config = ["--config", "lora"] if words[0] == "--methods" else []
+    assert main(["compare", *config, *words]) == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_is_named_with_the_extra(monkeypatch, capsys):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "optuna" else real(name))
+    assert main(["compare", "--methods", "LoRA,DoRA"]) == 2
+    assert 'compare needs optuna; pip install "lora-lightning[compare]"' in capsys.readouterr().err
+
+
+def test_folders_are_numbered(tmp_path):
+    assert [new_folder(tmp_path / "compare").name for _ in range(2)] == ["001", "002"]
+
+
+def test_a_file_of_arms_is_told_from_a_config(tmp_path):
+    arms, config = tmp_path / "arms.yaml", tmp_path / "config.yaml"
+    arms.write_text("config: lora\narms: [LoRA, DoRA]\n")
+    config.write_text("model: {pretrained: x}\n")
+    assert arms_file(["--config", str(arms), "--data.limit", "3"]) == arms
+    assert arms_file(["--config", str(config)]) is None
+    assert arms_file(["--config", "lora"]) is None
+
+
+def test_who_is_joined(tmp_path):
+    comparisons.plan().write(tmp_path)
+    (tmp_path / "journal.log").touch()
+    assert joined(str(tmp_path)) == joined(str(tmp_path / "journal.log")) == tmp_path
+    with pytest.raises(RunFolderError, match=r"no comparison has begun there"):
+        joined(f"sqlite:///{tmp_path / 'none.db'}")
+
+
+def test_status_of_one_that_has_ended(finished, capsys):
+    assert main(["compare", "--status", str(finished[0])]) == 0
+    assert "validation accuracy" in capsys.readouterr().out
