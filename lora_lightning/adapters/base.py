@@ -126,7 +126,7 @@ class Adapter(nn.Module, ABC):
         additive: True where the update does not depend on the base weight, so that several adapters on one layer add
             up. False refuses a second active adapter on the layer, unless `stacks`.
         stacks: True where several on one layer are applied in their order, each to what those before it give, while
-            what one reads of the base weight is that of `base.plain`. It then answers `merged_onto`.
+            what one reads of the base weight is that of `base.beneath`. It then answers `merged_onto`.
         mergeable: False where the update depends on the input, so that no merged weight exists; equal to the settings
             class's `mergeable`.
         in_half: True where the tensors may be cast to half precision with the model; small updates are then lost.

@@ -58,7 +58,7 @@ class DoRAAdapter(PairAdapter):
 
     def forward(self, x: Tensor, base: BaseLayer) -> Tensor:
         """c (x~ W^T + s x~ A^T B^T) with the bias and the undropped product beside it; see `functional`."""
-        c = self._ratio(base.plain)
+        c = self._ratio(base.beneath)
         if not self.rank:
             y = base(x)
             return functional.scale_output(base, y, functional.without_bias(base, y), c)

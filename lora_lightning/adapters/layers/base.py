@@ -62,7 +62,7 @@ class BaseLayer(ABC):
         return cast(nn.Parameter, self.module.weight)
 
     @property
-    def plain(self) -> BaseLayer:
+    def beneath(self) -> BaseLayer:
         """The layer without adapters that are below this one, whose weight an adapter that stacks reads."""
         return self
 
@@ -263,9 +263,9 @@ class StackedBase(BaseAround):
         return cast(Tensor, self.adapter(x, self.wrapped))
 
     @property
-    def plain(self) -> BaseLayer:
+    def beneath(self) -> BaseLayer:
         """The layer below all adapters that stack; what has been folded stays on it."""
-        return self.wrapped.plain if getattr(self.adapter, "stacks", False) else self
+        return self.wrapped.beneath if getattr(self.adapter, "stacks", False) else self
 
     @property
     def bias(self) -> Tensor | None:
@@ -276,7 +276,7 @@ class StackedBase(BaseAround):
         """The merged weight, (d_out, d_in)."""
         weight = self.wrapped.weight(dtype)
         if getattr(self.adapter, "stacks", False):
-            return cast(Tensor, self.adapter.merged_onto(weight, self.wrapped.plain.weight(dtype)))
+            return cast(Tensor, self.adapter.merged_onto(weight, self.wrapped.beneath.weight(dtype)))
         return cast(Tensor, self.adapter.merged_weight(weight))
 
     def cached(self, key: Hashable, fn: Callable[[Tensor], Tensor]) -> Tensor:  # noqa: ARG002 - the adapter below trains
