@@ -97,7 +97,7 @@ def outcome(found: ModelClass) -> Cell:
     """
     refused: dict[str, str] = {}
     model = found.build()
-    unchecked = _cannot(found, model)
+    unchecked = _cannot(found, found.build())  # some keep what they have computed with gradients
     try:
         unreached = _check_adapter(found, model, not unchecked, refused)
     except TargetError as error:

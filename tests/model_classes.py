@@ -70,6 +70,10 @@ _SMALL: dict[str, Any] = {
     **{"num_conv_pos_embedding_groups": 2, "tdnn_dim": [8, 8], "tdnn_kernel": [2, 2], "tdnn_dilation": [1, 1]},
     **{"hidden_sizes": None, "num_latents": 4, "d_latents": 16, "entity_vocab_size": 8, "entity_emb_size": 8},
 }
+_LEVIT: dict[str, Any] = {
+    **{"hidden_sizes": [8, 16, 16], "depths": [1, 1, 1], "num_attention_heads": [1, 2, 2], "key_dim": [4] * 3},
+    **{"image_size": 64, "patch_size": 16},
+}
 _BY_TYPE: dict[str, dict[str, Any]] = {
     "bit": {"hidden_sizes": [8, 8], "depths": [1, 1], "embedding_size": 8, "num_groups": 2},
     "bros": {"hidden_size": 64},
@@ -92,7 +96,7 @@ _BY_TYPE: dict[str, dict[str, Any]] = {
         "stage_numb_of_layers": [1, 1, 1, 1],
         "stage_kernel_size": [3, 3, 3, 3],
     },
-    "levit": {"hidden_sizes": [8, 16, 16], "depths": [1, 1, 1], "num_attention_heads": [1, 2, 2], "key_dim": [4] * 3},
+    "levit": _LEVIT,
     "t5_gemma_module": {"cross_attention_hidden_size": _WIDTH},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "layoutlmv3": {"coordinate_size": 2, "shape_size": 4, "visual_embed": False},
@@ -110,6 +114,7 @@ _BY_TYPE: dict[str, dict[str, Any]] = {
     "resnet": {"hidden_sizes": [8, 8, 8, 16], "depths": [1, 1, 1, 1], "embedding_size": 8},
     "roc_bert": {"pronunciation_vocab_size": 8, "shape_vocab_size": 8, "pronunciation_embed_dim": 8}
     | {"shape_embed_dim": 8},
+    "shieldgemma2": {"mm_tokens_per_image": 4, "image_token_index": 70, "yes_token_index": 5, "no_token_index": 6},
     "swin": {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2, "patch_size": 4},
     "t5": {"decoder_start_token_id": 0},
     "xmod": {"default_language": "en_XX"},
@@ -119,6 +124,7 @@ _TWO_LAYERS = {"num_hidden_layers": 2}
 _MADE_WITH: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), _TWO_LAYERS),
     "bros": {"hidden_size": 64, "num_attention_heads": 2},  # sixteen numbers, two for each of a box's
+    "levit": _LEVIT,
     "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 2},
     **{kind: {"text_config": _TWO_LAYERS} for kind in ("gemma4", "gemma4_unified")},
 }
@@ -147,7 +153,7 @@ class ModelClass(NamedTuple):
             torch.manual_seed(0)
             return getattr(transformers, self.name)(config).eval()
 
-    def batch(self, model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    def batch(self, model: nn.Module, ids: Tensor) -> dict[str, Any]:
         """Inputs of the model, made of `ids` (batch, length) where it reads text."""
         if self.kind in _INPUTS and not (self.kind == "whisper" and self.task == "causal LM"):
             return _INPUTS[self.kind](model.config, ids)
@@ -171,6 +177,24 @@ def _scaled_boxes(config: Any, ids: Tensor) -> dict[str, Tensor]:
     return {"input_ids": ids, "bbox": torch.tensor([0.1, 0.2, 0.3, 0.4]).expand(*ids.shape, 4)}
 
 
+def _without_cache(config: Any, ids: Tensor) -> dict[str, Any]:
+    return {"input_ids": ids, "use_cache": False}
+
+
+def _image_in_text(config: Any, ids: Tensor) -> dict[str, Tensor]:
+    """The text behind the places of an image."""
+    places = torch.full((len(ids), config.mm_tokens_per_image), config.image_token_index)
+    size = config.vision_config.image_size
+    return {"input_ids": torch.cat([places, ids], 1), "pixel_values": _noise(len(ids), 3, size, size)}
+
+
+def _sound_beside_text(config: Any, ids: Tensor) -> dict[str, Any]:
+    """Of each token the frames of a sound that it comes from."""
+    frames = 2 * config.downsample_factor * ids.shape[1]
+    sound = _noise(len(ids), config.audio_config.num_mel_bins, frames)
+    return {"input_ids": ids, "input_features": sound, "use_cache": False}
+
+
 def _patches(config: Any, ids: Tensor) -> dict[str, Tensor]:
     vision = config.vision_config
     return {
@@ -180,7 +204,10 @@ def _patches(config: Any, ids: Tensor) -> dict[str, Tensor]:
     }
 
 
-_INPUTS: dict[str, Callable[[Any, Tensor], dict[str, Tensor]]] = {
+_INPUTS: dict[str, Callable[[Any, Tensor], dict[str, Any]]] = {
+    **dict.fromkeys(("hrm_text", "rwkv", "xlstm"), _without_cache),
+    "shieldgemma2": _image_in_text,
+    "voxtral_realtime": _sound_beside_text,
     **dict.fromkeys(("layoutlm", "layoutlmv2", "layoutlmv3", "lilt"), _boxes),
     "bros": _scaled_boxes,
     "siglip2": _patches,

@@ -153,6 +153,9 @@ def check_refusals(mesh: Any, folder: Path) -> None:
         ll.load_adapter(model, folder / "adapter", name="b")
     with pytest.raises(ExportError, match="the model is sharded; save_adapter writes it whole"):
         ll.export(model, folder / "peft", "peft")
+    whole = TinyMLP()
+    ll.load_adapter(whole, folder / "adapter")
+    assert ll.export(whole, folder / f"peft_{dist.get_rank()}", "peft").layers  # the way out
     with pytest.raises(AdapterStateError, match="the model is sharded already; leave sharding to the strategy"):
         shard(model, mesh, torch.device("cpu"))
     other = adapted(TinyMLP(), LoRA(rank=3))

@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from toy_runs import completion_file, decoder_folder
 
 from ll_demo import pydocs
@@ -73,13 +76,39 @@ def test_from_a_file_of_chats_to_answers(tmp_path, monkeypatch, capsys):
 TASKS = [name for name in config_names() if name.startswith("tasks/")]
 
 
+KNOWN_TOKENS = "tasks/known_tokens"
+
+
+def stories():
+    """The folder of the small pretrained model that an example needs."""
+    folder = Path(os.environ.get("LORA_LIGHTNING_TEST_DATA", "")) / "models" / "stories260k"
+    return folder if folder.is_dir() else pytest.skip("needs LORA_LIGHTNING_TEST_DATA")
+
+
+@pytest.mark.slow
+def test_the_rows_of_known_tokens_train_beside_the_adapter_and_are_saved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = stories()
+    run, summary = fitted(KNOWN_TOKENS)
+    tensors = load_file(run / "adapter" / "adapter.safetensors")
+    rows = {key: value for key, value in tensors.items() if key.endswith("token_rows")}
+    assert {tuple(value.shape) for value in rows.values()} == {(1, 64)}
+    base = load_file(model / "model.safetensors")
+    embedding = next(value for key, value in base.items() if key.endswith("embed_tokens.weight"))
+    assert not torch.equal(next(iter(rows.values()))[0], embedding[2].float())
+    assert summary["steps"] == 12
+
+
 def fitted(name):
     """The run folder of a task's example after 12 steps, and its summary."""
     small = [
         word
         for word in SMALL
-        if name not in ("tasks/image_classification", "tasks/chat", "tasks/image_chat") or "max_length" not in word
+        if name not in ("tasks/image_classification", "tasks/chat", "tasks/image_chat", KNOWN_TOKENS)
+        or "max_length" not in word
     ]
+    if name == KNOWN_TOKENS:
+        small += [f"--model.pretrained={stories()}", "--data.max_length=256"]
     assert main(["fit", "--config", name, *small, "--data.limit=64"]) == 0
     run = Path("runs") / name.removeprefix("tasks/") / "001"
     return run, json.loads((run / "summary.json").read_text())
@@ -118,6 +147,7 @@ def test_a_task_is_validated_and_predicts(name, tmp_path, monkeypatch, capsys):
 
 PREDICTED = {
     "chat": {"messages", "loss"},
+    "known_tokens": {"messages", "loss"},
     "image_chat": {"messages", "loss"},
     "image_classification": {"image", "label", "prediction", "probability"},
     "masked_lm": {"text", "prediction", "fillings", "loss"},

@@ -121,7 +121,9 @@ class AdaptedLayer(nn.Module):
         adapters = [self.adapter(name) for name in names]
         if len(set(names)) < len(names):
             raise AdapterStateError(f"{', '.join(names)} names an adapter twice; its update would be applied twice.")
-        if len(adapters) > 1 and not all(adapter.additive for adapter in adapters):
+        if len(adapters) < 2 or all(adapter.additive for adapter in adapters):
+            return
+        if not all(adapter.stacks for adapter in adapters) or any(name in self.shifts for name in names):
             kinds = ", ".join(f"{name} ({type(a).__name__})" for name, a in zip(names, adapters, strict=True))
             raise AdapterStateError(
                 f"{kinds} cannot be active together: only additive updates sum on one layer. Activate one of them."

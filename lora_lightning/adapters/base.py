@@ -130,7 +130,9 @@ class Adapter(nn.Module, ABC):
 
     Attributes:
         additive: True where the update does not depend on the base weight, so that several adapters on one layer add
-            up. False refuses a second active adapter on the layer.
+            up. False refuses a second active adapter on the layer, unless `stacks`.
+        stacks: True where several on one layer are applied in their order, each to what those before it give, while
+            what one reads of the base weight is that of `base.beneath`. It then answers `merged_onto`.
         mergeable: False where the update depends on the input, so that no merged weight exists; equal to the settings
             class's `mergeable`.
         in_half: True where the tensors may be cast to half precision with the model; small updates are then lost.
@@ -141,6 +143,7 @@ class Adapter(nn.Module, ABC):
     """
 
     additive: bool = False
+    stacks: bool = False
     mergeable: bool = True
     in_half: bool = False
     rank_mask: Tensor | None
@@ -157,6 +160,10 @@ class Adapter(nn.Module, ABC):
     @abstractmethod
     def merged_weight(self, weight: Tensor) -> Tensor:
         """Weight of the plain layer that computes the same, (*lead, d_out, d_in); differentiable, fp32 in, fp32 out."""
+
+    def merged_onto(self, weight: Tensor, plain: Tensor) -> Tensor:  # noqa: ARG002 - for those that stack
+        """`merged_weight` of a weight that holds adapters already, beside the one without, (*lead, d_out, d_in) all."""
+        return self.merged_weight(weight)
 
     @abstractmethod
     def reset(self, generator: torch.Generator) -> None:

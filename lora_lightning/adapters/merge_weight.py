@@ -74,12 +74,12 @@ class Merging:
         base = self.base_weight.base_layer
         original_bias = self.base_weight.originals().get("bias")
         bias = None if original_bias is None else full_tensor(original_bias).to(base.device)
-        weight = self.base_weight.pretrained(base.adapter_dtype)
+        weight = plain = self.base_weight.pretrained(base.adapter_dtype)
         for adapter, folded in applied.values():
             if folded is not None:
-                weight = folded.merged_weight(weight)
+                weight, plain = folded.merged_weight(weight), folded.merged_weight(plain)
             with assembled(adapter):
-                weight, bias = adapter.merged_weight(weight), adapter.merged_bias(bias)
+                weight, bias = adapter.merged_onto(weight, plain), adapter.merged_bias(bias)
         return weight, bias
 
     def merge(self, applied: Applied, keep_original: bool) -> nn.Module:

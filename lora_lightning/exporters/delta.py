@@ -2,7 +2,7 @@
 
 delta.safetensors    `<layer>.weight`, `<layer>.bias`: merged minus original, in the layer's own layout, float32;
                      an expert parameter's under its own name; fully trained parameters as they are, listed as
-                     "whole" in the metadata
+                     "whole" in the metadata; the output layer of an untied model as "untied"
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from lora_lightning.errors import ExportError
 from lora_lightning.exporters.report import Written
 from lora_lightning.exporters.source import Source, check_finite
+from lora_lightning.models.untied import untied
 
 FILE = "delta.safetensors"
 
@@ -41,17 +42,31 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
         path, _, leaf = name.rpartition(".")
         tensors[name] = source.modules[path].get_parameter(leaf).detach().cpu().clone()
     check_finite("the update", tensors.values())
-    save_file(tensors, folder / FILE, {"format": "lora_lightning delta", "whole": json.dumps(full)})
+    metadata, notes = {"format": "lora_lightning delta", "whole": json.dumps(full)}, []
+    apart = untied(source.anatomy.model)
+    if apart is not None:
+        metadata["untied"] = apart.weight.removeprefix(source.prefix)
+        notes.append(
+            f"{metadata['untied']} is a weight of its own, a copy of the embedding's that the update is added to; in a "
+            "model that shares it the update would change both"
+        )
+    save_file(tensors, folder / FILE, metadata)
     if verify:
         _compare(folder, tensors)
-    return Written(kind="dense update", layers=len(source.layers), difference=0.0 if verify else None)
+    difference = 0.0 if verify else None
+    return Written(kind="dense update", layers=len(source.layers), difference=difference, notes=tuple(notes))
 
 
 def check(source: Source) -> None:
     """Raise `ExportError` for what `write` will refuse whatever values are trained."""
     source.refuse_below()
-    for path in source.layers:
+    for path, layer in source.layers.items():
         source.check_fixed(path)
+        if layer.tied_to:
+            raise ExportError(
+                f"{path} shares its weight with {', '.join(layer.tied_to)}, and an update that is added to it changes "
+                'both. Use format="peft", which keeps the update apart, or train with untie=True (model.untie).'
+            )
 
 
 def _layer(source: Source, path: str) -> dict[str, Tensor]:

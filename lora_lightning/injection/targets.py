@@ -139,11 +139,15 @@ def _spells(pattern: str, path: str) -> bool:
 
 
 def _named_matrices(anatomy: Anatomy, pattern: str, hits: Sequence[str]) -> list[str]:
-    """Matrices whose path ends in a pattern, and those that are all that a module of that name has to adapt."""
+    """Single parameters whose path ends in a pattern, and matrices that are all that a module of that name has."""
     found = [path for path in _matrices(anatomy) if _ends(path, pattern)]
     for path in hits:
         own = [inner for inner in _matrices(anatomy) if inner.rpartition(".")[0] == path]
-        if len(own) == 1 and not any(inner.startswith(f"{path}.") for inner in anatomy.adaptable):
+        if (
+            len(own) == 1
+            and anatomy.reachable[own[0]].stored.dim() == 2
+            and not any(inner.startswith(f"{path}.") for inner in anatomy.adaptable)
+        ):
             found += own
     return list(dict.fromkeys(found))
 
@@ -154,7 +158,7 @@ def _way_out(anatomy: Anatomy, path: str, module: nn.Module) -> str:
     own = [inner for inner in _matrices(anatomy) if inner.rpartition(".")[0] == path]
     if own:
         names = ", ".join(f'"{segments(path)[-1]}.{segments(inner)[-1]}"' for inner in own)
-        return f"Its matrices do: targets=[{names}]."
+        return f"Its parameters do: targets=[{names}]."
     return f'Train it in full instead: also_train=["{path}"].'
 
 
@@ -215,25 +219,28 @@ def _no_match(anatomy: Anatomy, where: str, pattern: Targets) -> str:
 
 
 def _refuse_parameter(anatomy: Anatomy, shown: str, pattern: Targets) -> None:
-    """Raise `TargetError` where a pattern names parameters that no layer with adapters reads."""
+    """Raise `TargetError` where a pattern names parameters that no layer has, with what reaches or trains them."""
     if isinstance(pattern, str):
         names = [name for name in anatomy.parameters if full_match(pattern, name, "targets")]
     else:
         names = [name for name in anatomy.parameters if _ends(name, pattern[0])]
+    if names and names[0] in _matrices(anatomy):
+        raise TargetError(
+            f"targets={shown} fits {names[0]}, which is no layer's weight; only its own name reaches it: "
+            f'targets=["{names[0]}"].'
+        )
     if names:
         module = anatomy.modules[names[0].rpartition(".")[0]]
         shape = tuple(anatomy.parameters[names[0]].shape)
         raise TargetError(
             f"targets={shown} names {names[0]} {shape}, a parameter that {type(module).__name__} reads itself and that "
-            f"takes no adapter: {_why_none(module, shape)}. Train it in full instead: "
+            f"takes no adapter: {_why_none(shape)}. Train it in full instead: "
             f'also_train=["{pattern if isinstance(pattern, str) else pattern[0]}"].'
         )
 
 
-def _why_none(module: nn.Module, shape: tuple[int, ...]) -> str:
-    if isinstance(module, nn.RNNBase):
-        return "all of its weights go into one call of a kernel"
-    return "it is no matrix, and no stack of experts" if len(shape) != 2 else "nothing says how it is read"
+def _why_none(shape: tuple[int, ...]) -> str:
+    return "nothing says how it is read" if len(shape) in (2, 3) else "it is no matrix, and no stack of matrices"
 
 
 def _kind(model: nn.Module) -> str:

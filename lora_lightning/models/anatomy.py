@@ -27,10 +27,10 @@ from lora_lightning.adapters.layers.quantized import QuantizedBase
 from lora_lightning.distributed import reshard_all
 from lora_lightning.models.base_layers import plugin_base_layer
 from lora_lightning.models.experts import (
+    alone,
     expert_parameters,
-    is_matrix,
-    matrices,
-    matrix,
+    is_alone,
+    single,
     stack,
     stands_for_parameter,
 )
@@ -80,7 +80,7 @@ class Anatomy:
     def layers(self) -> dict[str, Layer]:
         """Every module but lists and the model itself, and parameters that their owner reads and that can be layers.
 
-        These are expert parameters whose layout is known, and matrices.
+        These are expert parameters whose layout is known, and parameters alone.
 
         Of an adapted layer it is what the adapter is on. What lies inside an adapted layer, or inside one with rows of
         new tokens, is left out.
@@ -103,20 +103,20 @@ class Anatomy:
                 if held is not None:
                     found[join(path, name)] = Layer(held, core_base_layer(held))
             if not isinstance(module, ExtendedLayer) and (path not in found or found[path].base is None):
-                for name in matrices(module):
-                    if len(self.users[id(module._parameters[name])]) == 1:
-                        held = matrix(module, name)
+                for name in alone(module):
+                    if join(path, name) not in found and len(self.users[id(module._parameters[name])]) == 1:
+                        held = single(module, name)
                         found[join(path, name)] = Layer(held, core_base_layer(held))
         return found
 
     @cached_property
     def adaptable(self) -> dict[str, BaseLayer]:
-        """Base layers of those `layers` that can take an adapter, matrices left out."""
-        return {path: base for path, base in self.reachable.items() if not is_matrix(base.module)}
+        """Base layers of those `layers` that can take an adapter, parameters alone left out."""
+        return {path: base for path, base in self.reachable.items() if not is_alone(base.module)}
 
     @cached_property
     def reachable(self) -> dict[str, BaseLayer]:
-        """As `adaptable`, with the matrices that a pattern reaches by naming them."""
+        """As `adaptable`, with the parameters that only their name reaches."""
         return {path: layer.base for path, layer in self.layers.items() if layer.base is not None}
 
     @cached_property
@@ -140,7 +140,7 @@ class Anatomy:
         found = []
         for path, module in self._outside_adapted.items():
             if isinstance(module, AdaptedLayer):
-                if stands_for_parameter(module) and not is_matrix(module.base):
+                if stands_for_parameter(module) and not is_alone(module.base):
                     found.append(path)
                 continue
             if self.layers.get(path, Layer(module, None)).base is None:
@@ -160,8 +160,8 @@ class Anatomy:
     def weight_read(self, paths: Iterable[str]) -> dict[str, str]:
         """Those layers at `paths` whose weight their owner reads instead of calling them, with the owner's class."""
         layers = list(paths)
-        single = [path for path in layers if path in self.layers and is_matrix(self.layers[path].module)]
-        found = {path: type(self._parent(path)).__name__ for path in single}
+        bare = [path for path in layers if path in self.layers and is_alone(self.layers[path].module)]
+        found = {path: type(self._parent(path)).__name__ for path in bare}
         return found | weight_read_layers(self.modules, (path for path in layers if path not in found))
 
     # -- shared weights ------------------------------------------------------------------------------------------------

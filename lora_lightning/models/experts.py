@@ -1,6 +1,7 @@
 """A parameter that an owner module reads itself becomes a layer at the parameter's own path, and back.
 
-That is one 3-D parameter of fused experts, or a matrix: a router's, the in-projection of nn.MultiheadAttention.
+That is one 3-D parameter of fused experts, or one alone: a router's matrix, the in-projection of
+nn.MultiheadAttention, the weights of a recurrent layer, a stack of matrices whatever it is for.
 
 The owner reads its parameters instead of calling a layer. So the adapted layer stands where the parameter stood, and
 while the owner's forward runs its name means the weight that the layer applies then, made once a call:
@@ -56,20 +57,23 @@ def stack(owner: nn.Module, name: str) -> ExpertStack | None:
     return ExpertStack(parameter, transposed, tuple(owner._parameters))
 
 
-_UNREAD = (nn.RNNBase, nn.ParameterList, nn.ParameterDict)
-"""Owners whose parameters something else reads: a list that a recurrent layer keeps, or whoever indexes a list."""
+_UNREAD = (nn.ParameterList, nn.ParameterDict)
+"""Owners whose parameters something else reads: whoever indexes them."""
 _WRITERS = ("__init__", "__setstate__", "reset_parameters", "_reset_parameters", "extra_repr")
 
 
-def matrices(owner: nn.Module) -> Iterator[str]:
-    """Names of a module's own 2-D parameters that its code reads, if it is itself no layer."""
+def alone(owner: nn.Module) -> Iterator[str]:
+    """Names of a module's own parameters of two or three axes that its code reads, if it is itself no layer."""
     layers = (nn.Linear, nn.Embedding, AdaptedLayer, ExpertStack)
     if isinstance(owner, (*layers, *_UNREAD)):
         return
     owner_class: Any = type(owner)  # a class is hashable, which mypy doubts of module classes
+    axes = (2,) if owner_class.__module__.startswith("torch.nn.") else (2, 3)  # three are kernels there
+    recurrent = isinstance(owner, nn.RNNBase)  # which reads its parameters by names in a list
     for name, parameter in owner.named_parameters(recurse=False):
         bias = name.endswith("bias")  # of each expert
-        if parameter.dim() == 2 and parameter.is_floating_point() and not bias and _reads(owner_class, name):
+        taken = parameter.dim() in axes and parameter.is_floating_point() and not bias
+        if taken and (recurrent or _reads(owner_class, name)):
             yield name
 
 
@@ -86,14 +90,16 @@ def _reads(owner: Any, name: str) -> bool:
     return any(name in function.__code__.co_names for function in functions)
 
 
-def matrix(owner: nn.Module, name: str) -> ExpertStack:
-    """The owner's 2-D parameter `name` as a layer, not put in place yet."""
-    return ExpertStack(owner.get_parameter(name), False, tuple(owner._parameters))
+def single(owner: nn.Module, name: str) -> ExpertStack:
+    """The owner's parameter `name`, one of `alone`, as a layer, not put in place yet; stored as peft reads such."""
+    transposed = getattr(owner, "is_transposed", False) is True
+    parameter = owner.get_parameter(name)
+    return ExpertStack(parameter, transposed and parameter.dim() == 3, tuple(owner._parameters), alone=True)
 
 
-def is_matrix(module: nn.Module) -> bool:
-    """Whether a layer stands for a 2-D parameter."""
-    return isinstance(module, ExpertStack) and module.owned and module.weight.dim() == 2
+def is_alone(module: nn.Module) -> bool:
+    """Whether a layer stands for a parameter alone, which only its name reaches."""
+    return isinstance(module, ExpertStack) and module.alone
 
 
 def stands_for_parameter(module: nn.Module) -> bool:
@@ -134,5 +140,6 @@ def _read_weights(owner: nn.Module, _inputs: Any) -> None:
 
 
 def _forget_weights(owner: nn.Module, _inputs: Any, _output: Any) -> None:
-    for name, _ in _adapted(owner):
-        owner.__dict__.pop(name, None)
+    for name, layer in _adapted(owner):
+        if owner.__dict__.pop(name, None) is not None and isinstance(owner, nn.RNNBase):
+            setattr(owner, name, layer)  # its own list of weights lets go of that of this call

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.errors import AdapterStateError, SettingsError
 from lora_lightning.injection.inject import inject
 from lora_lightning.injection.merge_model import eject, merge, unmerge
@@ -296,12 +297,15 @@ class LawContract(MethodUnderTest):
                 assert bool(torch.isfinite(parameter.grad).all()), self._broken(finite, kind, look)
 
     def test_several_adapters(self) -> None:
-        """Additive adapters sum on one layer, in the merged weight too; others refuse to be active together."""
+        """Additive adapters sum on one layer, merged too; others stack, or refuse to be active together."""
         kind = self.base_kinds[0]
         model, layer, first, x = self._one_layer(kind)
         inject(model, self.method, ["0"], also_train=(), name="second", seed=1)
         second, name = layer.adapter("second"), type(first).__name__
         perturb(second, seed=5)
+        if first.stacks and second.stacks:
+            self._check_stacked(model, layer, x)
+            return
         if not (first.additive and second.additive):
             alone = self._broken("`additive` is False, so two adapters must not be active together", kind, name)
             with self._refusing(AdapterStateError, "cannot be active together", alone):
@@ -320,6 +324,23 @@ class LawContract(MethodUnderTest):
             merged = "`additive` is True, so a merge of two adapters must compute what both do together"
             self._close(model(x), outputs[2], self._broken(merged, kind, f"{name}.merged_weight"))
             unmerge(model)
+
+    def _check_stacked(self, model: nn.Module, layer: AdaptedLayer, x: Tensor) -> None:
+        kind, name = self.base_kinds[0], type(layer.adapter("default")).__name__
+        weight = layer.base_layer.weight()
+        for names in (["default", "second"], ["second", "default"]):
+            set_active(model, names)
+            below, above = (layer.adapter(adapter) for adapter in names)
+            total = above.merged_onto(below.merged_weight(weight), weight)
+            bias = above.merged_bias(below.merged_bias(layer.base_layer.bias))
+            stacked = self._broken("`stacks` is True, so two adapters must apply `merged_onto` in turn", kind, name)
+            self._close(model(x), layer.base_layer.apply(x, total, bias), stacked)
+            if self.method.mergeable:
+                output = model(x)
+                merge(model)
+                merged = "`stacks` is True, so a merge of two adapters must compute what both do together"
+                self._close(model(x), output, self._broken(merged, kind, f"{name}.merged_onto"))
+                unmerge(model)
 
     def test_disable(self) -> None:
         """Inside `disable_adapters` the model is the base model, bit for bit; after it, adapted again."""

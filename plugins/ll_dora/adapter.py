@@ -39,6 +39,8 @@ class DoRAAdapter(PairAdapter):
         SettingsError: rank above the layer's size; dropout on token ids.
     """
 
+    stacks = True
+
     def __init__(
         self, base: BaseLayer, *, rank: int, scaling: float, dropout: float = 0.0, detach_norm: bool = True
     ) -> None:
@@ -56,7 +58,7 @@ class DoRAAdapter(PairAdapter):
 
     def forward(self, x: Tensor, base: BaseLayer) -> Tensor:
         """c (x~ W^T + s x~ A^T B^T) with the bias and the undropped product beside it; see `functional`."""
-        c = self._ratio(base)
+        c = self._ratio(base.beneath)
         if not self.rank:
             y = base(x)
             return functional.scale_output(base, y, functional.without_bias(base, y), c)
@@ -65,7 +67,11 @@ class DoRAAdapter(PairAdapter):
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """c (W + s B A)."""
-        c = self._ratio_of(weight, functional.squared_row_norms(weight))
+        return self.merged_onto(weight, weight)
+
+    def merged_onto(self, weight: Tensor, plain: Tensor) -> Tensor:
+        """c (W' + s B A), for c of the plain W and W' with what is below."""
+        c = self._ratio_of(plain, functional.squared_row_norms(plain))
         if not self.rank:
             return (c[..., None] * weight).to(weight.dtype)
         return functional.decomposed_weight(weight, self.lora_A, self.lora_B, c, self.scaling).to(weight.dtype)

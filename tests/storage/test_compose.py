@@ -19,7 +19,7 @@ from lora_lightning.errors import AdapterFileError, SettingsError
 from lora_lightning.injection.records import adapters_named, iter_adapters
 from lora_lightning.storage.compose import compose, truncated, updates, weighted_sum
 from lora_lightning.storage.stored import FILE, read_folder
-from lora_lightning.testing import TinyMLP, perturb, tiny_encoder
+from lora_lightning.testing import TinyMLP, perturb, tiny_decoder, tiny_encoder
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -161,6 +161,27 @@ def test_heads_are_refused_or_the_first_ones(tmp_path):
     load_adapter(one, tmp_path / "one")
     load_adapter(both, tmp_path / "both")
     torch.testing.assert_close(both(tokens).logits, one(tokens).logits, rtol=0, atol=1e-6)
+
+
+def test_rows_of_known_tokens_are_refused_or_the_first_ones(tmp_path):
+    tokens = torch.tensor([[1, 5, 7, 2]])
+    for i, name in enumerate(("one", "two")):
+        model = tiny_decoder()
+        inject(model, LoRA(rank=1), ["q_proj"], train_tokens=[5], seed=i)
+        with torch.no_grad():
+            model.model.embed_tokens.token_rows.add_(i + 1.0)
+        for adapter in adapters_named(model, "default").values():
+            perturb(adapter, seed=i)
+        save_adapter(model, tmp_path / name)
+    folders = [tmp_path / "one", tmp_path / "two"]
+    with pytest.raises(AdapterFileError, match=r'which trained in full, and heads do not add up; heads="first" takes'):
+        compose(folders, tmp_path / "both")
+    compose(folders, tmp_path / "both", [1.0, 0.0], heads="first")
+    one, both = tiny_decoder(), tiny_decoder()
+    load_adapter(one, tmp_path / "one")
+    load_adapter(both, tmp_path / "both")
+    torch.testing.assert_close(both(tokens).logits, one(tokens).logits, rtol=0, atol=1e-6)
+    assert not torch.allclose(both(tokens).logits, tiny_decoder()(tokens).logits)
 
 
 def test_what_does_not_add_up_is_refused_and_nothing_is_written(tmp_path):

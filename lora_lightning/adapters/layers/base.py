@@ -62,6 +62,11 @@ class BaseLayer(ABC):
         return cast(nn.Parameter, self.module.weight)
 
     @property
+    def beneath(self) -> BaseLayer:
+        """The layer without adapters that are below this one, whose weight an adapter that stacks reads."""
+        return self
+
+    @property
     def bias(self) -> Tensor | None:
         """Bias (d_out,), or None."""
         return cast("Tensor | None", getattr(self.module, "bias", None))
@@ -258,13 +263,21 @@ class StackedBase(BaseAround):
         return cast(Tensor, self.adapter(x, self.wrapped))
 
     @property
+    def beneath(self) -> BaseLayer:
+        """The layer below all adapters that stack; what has been folded stays on it."""
+        return self.wrapped.beneath if getattr(self.adapter, "stacks", False) else self
+
+    @property
     def bias(self) -> Tensor | None:
         """The merged bias, (d_out,), or None."""
         return cast("Tensor | None", self.adapter.merged_bias(self.wrapped.bias))
 
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The merged weight, (d_out, d_in)."""
-        return cast(Tensor, self.adapter.merged_weight(self.wrapped.weight(dtype)))
+        weight = self.wrapped.weight(dtype)
+        if getattr(self.adapter, "stacks", False):
+            return cast(Tensor, self.adapter.merged_onto(weight, self.wrapped.beneath.weight(dtype)))
+        return cast(Tensor, self.adapter.merged_weight(weight))
 
     def cached(self, key: Hashable, fn: Callable[[Tensor], Tensor]) -> Tensor:  # noqa: ARG002 - the adapter below trains
         """`fn(weight())`, computed each time."""

@@ -158,13 +158,17 @@ class ExpertStack(nn.Module):
         weight: (E, d_out, d_in), or (E, d_in, d_out) where `transposed`; (d_out, d_in) is one such matrix.
         transposed: how the matrices are stored.
         siblings: where the stack stands for a parameter of an owner: names of all of the owner's parameters, in order.
+        alone: whether that parameter is no experts', and is reached by its name only.
     """
 
-    def __init__(self, weight: nn.Parameter, transposed: bool, siblings: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, weight: nn.Parameter, transposed: bool, siblings: tuple[str, ...] = (), alone: bool = False
+    ) -> None:
         super().__init__()
         self.weight = weight
         self.transposed = transposed
         self.siblings = siblings
+        self.alone = alone
 
     @property
     def owned(self) -> bool:

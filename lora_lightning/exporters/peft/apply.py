@@ -19,7 +19,8 @@ from lora_lightning.exporters.peft.folder import PeftFolder, PeftLayer
 from lora_lightning.exporters.peft.read_heads import tensors_of
 from lora_lightning.exporters.peft.rules import following_rows, input_embedding
 from lora_lightning.exporters.peft.selection import expected_modules
-from lora_lightning.models.experts import expert_parameters, stack
+from lora_lightning.exporters.peft.torch_attention import IN, OUT
+from lora_lightning.models.experts import single
 from lora_lightning.models.paths import join
 
 
@@ -35,16 +36,20 @@ def apply_folder(folder: PeftFolder, model: nn.Module) -> None:
     for name, value in folder.heads.items():
         _replace(model, name, value)
     stated = folder.config.get("target_parameters") or ()
-    weights = {path for path in modules if is_target(f"{path}.weight", stated)}
+    layers = {path for path, module in modules.items() if core_base_layer(module) is not None}
+    weights = {path for path in layers if is_target(f"{path}.weight", stated)}
     for path in weights | (expected_modules(folder.config, model, modules) or set()):
+        if isinstance(modules[path], nn.MultiheadAttention):
+            _write_parameter(modules[path], IN, left.pop(join(path, IN), None), join(path, IN))
+            path = join(path, OUT)
         layer, base = left.pop(path, None), core_base_layer(modules[path])
         if layer is None or base is None:
             raise ExportError(f"the configuration selects {path}, for which there are no factors.")
         _write(base, layer)
     for owner, module in modules.items():
-        for name in list(expert_parameters(owner, module)):
+        for name in list(module._parameters):
             path = join(owner, name)
-            if is_target(path, stated):
+            if owner not in layers and is_target(path, stated):
                 _write_parameter(module, name, left.pop(path, None), path)
     if left:
         raise ExportError(f"the configuration does not select {next(iter(left))}, for which there are factors.")
@@ -67,8 +72,7 @@ def _write(base: BaseLayer, layer: PeftLayer) -> None:
 
 
 def _write_parameter(owner: nn.Module, name: str, layer: PeftLayer | None, path: str) -> None:
-    held = stack(owner, name)
-    base = None if held is None else core_base_layer(held)
+    base = core_base_layer(single(owner, name))
     if layer is None or base is None:
         raise ExportError(f"target_parameters selects {path}, for which there are no factors.")
     merged = base.weight().double() + layer.delta().to(base.device)

@@ -4,7 +4,10 @@
 <owner>.lora_B.weight               (d_out, r E)    column j E + e is column j of expert e
 <owner>.base_layer.lora_A.weight                    the one before it, and so on inwards
 
-target_parameters names the parameters; their order is the owner's own.
+target_parameters names the parameters; their order is the owner's own. What lies inside an owner has the wrappers in
+its name too:
+
+<owner>.base_layer.<inner>.lora_A.weight            a layer inside an owner of one targeted parameter
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.layers.kinds import ExpertStack
 from lora_lightning.models.anatomy import Layer
-from lora_lightning.models.experts import is_matrix, stands_for_parameter
+from lora_lightning.models.experts import stands_for_parameter
 from lora_lightning.models.paths import plain
 
 Stacks = Mapping[str, Sequence[tuple[str, int]]]
@@ -28,7 +31,7 @@ def find_stacks(layers: Mapping[str, Layer]) -> Stacks:
     for path, (module, _) in layers.items():
         if isinstance(module, ExpertStack) and stands_for_parameter(module):
             owner, _, name = plain(path).rpartition(".")
-            place = module.siblings.index(name), plain(path), 1 if is_matrix(module) else module.weight.shape[0]
+            place = module.siblings.index(name), plain(path), 1 if module.weight.dim() == 2 else module.weight.shape[0]
             found.setdefault(owner, []).append(place)
     return {owner: [(path, experts) for _, path, experts in sorted(places)] for owner, places in found.items()}
 
@@ -41,6 +44,30 @@ def named_in_file(stacks: Stacks, targets: Iterable[str]) -> dict[str, tuple[str
         for depth, parameter in enumerate(reversed(wrapped)):
             found[owner + ".base_layer" * depth] = parameter
     return found
+
+
+def wrappers(stacks: Stacks, targets: Iterable[str]) -> dict[str, int]:
+    """How many wrappers a file has around each owner, for `target_parameters`; owners without any left out."""
+    stated = list(targets)
+    found = {owner: sum(is_target(path, stated) for path, _ in parameters) for owner, parameters in stacks.items()}
+    return {owner: count for owner, count in found.items() if count}
+
+
+def inside_wrappers(path: str, around: Mapping[str, int]) -> str:
+    """Name in a file of what stands at `path` of the model; `around` is what `wrappers` gives."""
+    for owner in sorted(around, key=len, reverse=True):
+        if path.startswith(f"{owner}."):
+            path = f"{owner}{'.base_layer' * around[owner]}{path.removeprefix(owner)}"
+    return path
+
+
+def without_wrappers(path: str, around: Mapping[str, int]) -> str:
+    """The inverse of `inside_wrappers`."""
+    for owner in sorted(around, key=len):
+        start = f"{owner}{'.base_layer' * around[owner]}."
+        if path.startswith(start):
+            path = f"{owner}.{path.removeprefix(start)}"
+    return path
 
 
 def is_target(parameter: str, targets: Iterable[str]) -> bool:
@@ -60,8 +87,8 @@ def stacked(A: Tensor, B: Tensor, experts: int) -> tuple[Tensor, Tensor]:
 
 def unlike(owner: nn.Module, stack: ExpertStack) -> str | None:
     """Why peft computes something else for a parameter of `owner` with the same factors; None where it does not."""
-    if stack.weight.shape[0] == 1 and not is_matrix(stack):
-        return "it holds one expert, and peft takes such a stack for a plain layer"
-    if stack.transposed != bool(getattr(owner, "is_transposed", False)):
+    if stack.weight.dim() == 3 and stack.weight.shape[0] == 1 and stack.transposed:
+        return "it holds one matrix, stored as (in, out), and peft adds what it would add to one stored as (out, in)"
+    if stack.weight.dim() == 3 and stack.transposed != bool(getattr(owner, "is_transposed", False)):
         return f"{type(owner).__name__} stores matrices as (in, out) without saying so, and peft reads them otherwise"
     return None

@@ -9,7 +9,7 @@ Factors keep their own values where the adapter states a pair; otherwise the sca
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -46,18 +46,21 @@ class Factors:
         return self.A.shape[-2] * self.groups
 
 
-def find_factors(source: Source, rank: int | None) -> tuple[dict[str, Factors], Mapping[str, object]]:
+def find_factors(
+    source: Source, rank: int | None, joined: Collection[str] = ()
+) -> tuple[dict[str, Factors], Mapping[str, object]]:
     """Factors by layer, and the options of the method's own that they need.
 
     Args:
         source: the adapter.
         rank: largest rank; an update that has none so small is truncated to it. None asks for the exact form.
+        joined: layers that peft has inside one of its own.
 
     Raises:
         ExportError: the update has no such form, or peft's layer would compute something else.
     """
     for path in source.layers:
-        _check_layer(source, path)
+        _check_layer(source, path, joined)
     found = {path: _own_factors(source, path) for path in source.layers}
     own = {path: factors for path, factors in found.items() if isinstance(factors, Factors)}
     if len(own) == len(found) and all(rank is None or factors.rank <= rank for factors in own.values()):
@@ -86,9 +89,9 @@ def _groups(source: Source, path: str) -> int:
     return int(getattr(source.layers[path].base_layer, "groups", 1))
 
 
-def _check_layer(source: Source, path: str) -> None:
+def _check_layer(source: Source, path: str, joined: Collection[str]) -> None:
     reason = peft_rules.unlike(path, source.modules, source.layers[path].base)
-    if reason:
+    if reason and path not in joined:
         raise ExportError(f'{path} cannot travel in peft\'s format: {reason}. Use format="merged" instead.')
     source.check_fixed(path)
 

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_lightning.errors import AdapterFileError, nearest
-from lora_lightning.exporters.peft.experts import Stacks, is_target, named_in_file, stacked
+from lora_lightning.exporters.peft.experts import Stacks, is_target, named_in_file, stacked, without_wrappers, wrappers
 from lora_lightning.exporters.peft.grouped import per_group
 from lora_lightning.exporters.peft.keys import MAGNITUDE, Name, understand
 from lora_lightning.exporters.peft.rules import CONFIG, DEFAULT_ALPHA, DEFAULT_RANK, TENSORS, pattern_value
@@ -129,14 +129,17 @@ def read(directory: str | Path, stacks: Stacks, values: bool = True) -> PeftFold
     config, tensors = read_config(directory), _tensors(Path(directory), values)
     found: dict[str, dict[str, Tensor]] = {}
     others: dict[str, dict[str, Tensor]] = {"head": {}, "rows": {}}
-    names = _without_copies(understand(tensors, f'"{directory}"'), tensors, directory)
+    stated = config.get("target_parameters") or ()
+    around = wrappers(stacks, stated)
+    understood = understand(tensors, f'"{directory}"', lambda name: without_wrappers(name, around))
+    names = _without_copies(understood, tensors, directory)
     for name in names:
         if name.role in others:
             others[name.role][name.path] = tensors[name.key]
         else:
             found.setdefault(name.path, {})[name.role] = tensors[name.key]
     try:
-        experts = named_in_file(stacks, config.get("target_parameters") or ())
+        experts = named_in_file(stacks, stated)
         layers = dict(_layer(*experts.get(path, (path, 0)), parts, config) for path, parts in found.items())
     except (re.error, IndexError, TypeError, ZeroDivisionError) as error:
         raise AdapterFileError(f'"{directory}": {CONFIG} cannot be read: {error}.') from error

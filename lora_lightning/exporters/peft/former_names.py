@@ -98,6 +98,39 @@ def taken_for_former(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
     return {path: name.removesuffix(factor) for path, name in present.items() if not f"{path}{factor}".endswith(name)}
 
 
+def names_to_write(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
+    """For layers whose present name peft takes for a former one: a former name of which it makes the present one.
+
+    Layers that have none are left out.
+
+    Args:
+        model: the whole model.
+        paths: adapted layers, as they are named in the file.
+    """
+    taken = taken_for_former(model, paths)
+    if not taken:
+        return {}
+    from transformers.core_model_loading import rename_source_key
+
+    rename, factor, found = _Renaming(model), ".lora_A.default.weight", dict[str, str]()
+    back = [entry.reverse_transform() for entry in rename.renamings if hasattr(entry, "reverse_transform")]
+    for path in taken:
+        key = f"{path}{factor}"
+        former = [str(rename_source_key(key, [entry], [])[0]) for entry in back]
+        fitting = [name for name in former if name.endswith(factor) and rename.name(name) == key]
+        if fitting:
+            found[path] = fitting[0].removesuffix(factor)
+    return found
+
+
+def with_names_of(folder: PeftFolder, names: Mapping[str, str]) -> PeftFolder:
+    """The folder with layers under their present names; `names` is what `names_to_write` has given for them."""
+    present = {former: path for path, former in names.items()}
+    layers = {present.get(path, path): layer for path, layer in folder.layers.items()}
+    keys = {(present.get(path, path), role): key for (path, role), key in folder.keys.items()}
+    return replace(folder, layers=layers, keys=keys)
+
+
 class _Renaming:
     """What transformers says of former names of a model."""
 

@@ -12,7 +12,7 @@ All of them are read where only one reading is possible.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from lora_lightning.errors import AdapterFileError
@@ -60,12 +60,13 @@ class Name:
     """"A", "B", "bias", "base", "base_bias", "lora_magnitude_vector", "rows", "head", or its "copy" or "original"."""
 
 
-def understand(keys: Iterable[str], where: str) -> list[Name]:
+def understand(keys: Iterable[str], where: str, in_model: Callable[[str], str] = str) -> list[Name]:
     """What each tensor is.
 
     Args:
         keys: names of all tensors of the file.
         where: the folder, for messages.
+        in_model: takes what peft puts around modules out of a name.
 
     Raises:
         AdapterFileError: names that two adapters or two parts of a model could have, or that the format does not have.
@@ -82,7 +83,7 @@ def understand(keys: Iterable[str], where: str) -> list[Name]:
     for key, name in spelled.items():
         short, adapter = _without_adapter(name.removeprefix(PREFIX))
         adapters.setdefault(adapter, key)
-        one = _name(key, short, where)
+        one = _name(key, in_model(short), where)
         other = found.setdefault((one.path, one.role), one)
         if other is not one:
             raise AdapterFileError(f"{where}: {other.key} and {key} name the same tensor of {one.path}. {_ADVICE}")

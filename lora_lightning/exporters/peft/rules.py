@@ -229,6 +229,8 @@ def unlike(path: str, modules: Mapping[str, nn.Module], layer: nn.Module) -> str
         layer: what is adapted there.
     """
     parent = modules[path.rpartition(".")[0]]
+    if isinstance(layer, ExpertStack) and "." not in path:
+        return "it is a parameter of the model itself, around which peft puts nothing"
     if isinstance(layer, ExpertStack):
         return peft_experts.unlike(parent, layer)
     again = next((other for other, module in modules.items() if module is layer and other != path), None)

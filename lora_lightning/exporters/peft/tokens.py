@@ -30,6 +30,7 @@ from lora_lightning.models.new_tokens import (
     tokenizer_files,
     vocabulary,
 )
+from lora_lightning.models.paths import inside
 from lora_lightning.models.token_rows import TokenRows, layers_with, row_parameters, rows_at
 from lora_lightning.models.vocabulary_size import following, token_embedding
 
@@ -65,7 +66,7 @@ def whole_matrices(
     for key, value in folder.heads.items():
         path, _, leaf = key.rpartition(".")
         follows = key in state and len(value) == len(whole) and len(state[key]) == len(state[name])
-        if path in layers or follows:
+        if follows or any(inside(path, layer) for layer in layers):  # an embedding may hold a norm, say
             matrices[key] = value
             source = keys.pop((key, "head"))
             if path in layers and leaf == "weight":

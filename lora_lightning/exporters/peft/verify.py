@@ -23,8 +23,10 @@ from lora_lightning.exporters.peft import folder as peft_file
 from lora_lightning.exporters.peft.apply import apply_folder
 from lora_lightning.exporters.peft.experts import find_stacks
 from lora_lightning.exporters.peft.folder import PeftFolder
+from lora_lightning.exporters.peft.former_names import names_to_write, with_names_of
 from lora_lightning.exporters.peft.plain_copy import CopyError, plain_copy
 from lora_lightning.exporters.peft.sample_inputs import Inputs, sample_inputs
+from lora_lightning.exporters.peft.torch_attention import with_projections
 from lora_lightning.exporters.source import Source
 from lora_lightning.injection.records import iter_adapters
 from lora_lightning.injection.switches import set_active
@@ -59,7 +61,7 @@ def verify(source: Source, folder: Path, truncated: bool) -> Verdict:
         ExportError: peft cannot open it, or computes something else.
     """
     has_peft = importlib.util.find_spec("peft") is not None
-    content = peft_file.read(folder, find_stacks(source.here(source.anatomy.layers)))
+    content = read_export(source, folder)
     load, who = (lambda model: load_with_peft(model, folder), version()) if has_peft else (_by_rules(content), _RULES)
     if source.anatomy.quantized and not has_peft:
         return Verdict("the base model is quantized, and peft is not installed", ran=False)
@@ -78,6 +80,13 @@ def verify(source: Source, folder: Path, truncated: bool) -> Verdict:
         return Verdict(_line(error), ran=False)
     except Exception as error:
         raise ExportError(not_opened(who, error)) from error
+
+
+def read_export(source: Source, folder: Path) -> PeftFolder:
+    """What an export of `source` has, under the names of the layers here."""
+    found = peft_file.read(folder, find_stacks(source.here(source.anatomy.layers)))
+    found = with_names_of(found, names_to_write(source.host, source.layers))
+    return with_projections(found, source.modules, folder)
 
 
 _RULES = "peft's rules"
@@ -145,7 +154,7 @@ def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 
 def reference(source: Source, folder: Path, truncated: bool) -> tuple[Inputs, list[Tensor]] | str:
     """Inputs and what must come out, see `verify`; or why there are none."""
-    content = peft_file.read(folder, find_stacks(source.here(source.anatomy.layers)))
+    content = read_export(source, folder)
     with plain_copy(source, brought(content)) as base:
         inputs = sample_inputs(base, _new_ids(source))
     if inputs is None:
@@ -232,14 +241,35 @@ def _by_layer(source: Source, content: PeftFolder, theirs: nn.Module, who: str) 
         if not torch.equal(own[name].cpu(), value.to(own[name].dtype)):
             raise ExportError(f"{who} has another {name} than the export. {_WAY_OUT}")
     drawn = torch.Generator().manual_seed(0)
-    with only(source):
+    bases = {path: layer.base_layer for path, layer in source.layers.items()}
+    if source.anatomy.weight_read(f"{source.prefix}{path}" for path in bases):
+        return _by_weight(source, theirs, who)
+    with only(source), torch.no_grad():
         for path, layer in source.layers.items():
             x = _input_of(layer.base_layer, drawn)
             if x is None:
-                return Verdict(f"{path} cannot be called alone", ran=False)
-            with torch.no_grad():
-                compare([layer(x)], [inner.get_submodule(path)(x)], f"{who}, at {path},")
+                return _by_weight(source, theirs, who)
+            compare([layer(x)], [inner.get_submodule(path)(x)], f"{who}, at {path},")
     return Verdict(f"{who}, each layer's outputs alike", ran=True)
+
+
+def _by_weight(source: Source, theirs: Any, who: str) -> Verdict:
+    """Compare each weight after a merge, where not every layer can be called alone."""
+    if source.anatomy.quantized:
+        return Verdict("the base model is quantized, and not every layer can be called alone", ran=False)
+    inner = theirs
+    if hasattr(theirs, "merge_adapter"):  # not merge_and_unload, which leaves what lies inside a wrapper
+        for parameter in theirs.parameters():
+            parameter.data = parameter.data.clone()  # the adapted model has the same numbers, and keeps them
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it comes by the projection inside an attention twice
+            theirs.merge_adapter()
+        inner = theirs.base_model.model
+    found = {key.replace(".base_layer", ""): tensor for key, tensor in inner.state_dict().items()}
+    with only(source), torch.no_grad():
+        for path, layer in source.layers.items():
+            compare([layer.weight], [found[layer.base_layer.weight_name(path)]], f"{who}, at {path},")
+    return Verdict(f"{who}, each layer's merged weight alike", ran=True)
 
 
 def _input_of(base: Any, drawn: torch.Generator) -> Tensor | None:

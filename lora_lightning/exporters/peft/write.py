@@ -22,18 +22,18 @@ from lora_lightning.adapters.layers.kinds import TransposedBase
 from lora_lightning.adapters.low_rank import NO_BIAS
 from lora_lightning.errors import ExportError
 from lora_lightning.exporters.peft import experts as peft_experts
-from lora_lightning.exporters.peft import folder as peft_file
 from lora_lightning.exporters.peft import rules as peft_rules
+from lora_lightning.exporters.peft import torch_attention
 from lora_lightning.exporters.peft.experts import Stacks
 from lora_lightning.exporters.peft.factors import Factors, delta, find_factors, original, with_one_rank
 from lora_lightning.exporters.peft.folder import PeftLayer
-from lora_lightning.exporters.peft.former_names import taken_for_former
+from lora_lightning.exporters.peft.former_names import names_to_write, taken_for_former
 from lora_lightning.exporters.peft.fresh import verify_afresh
 from lora_lightning.exporters.peft.grouped import block_diagonal
 from lora_lightning.exporters.peft.heads import Heads, find_heads, whole_vocabulary
 from lora_lightning.exporters.peft.keys import ROWS
 from lora_lightning.exporters.peft.rules import CONFIG, PREFIX, TENSORS, TYPE
-from lora_lightning.exporters.peft.verify import Verdict
+from lora_lightning.exporters.peft.verify import Verdict, read_export
 from lora_lightning.exporters.peft.verify import verify as check_export
 from lora_lightning.exporters.report import Origin, Written
 from lora_lightning.exporters.source import Source, check_finite, write_files
@@ -59,7 +59,7 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
         ExportError: the update has no such form, or peft's format cannot say it.
     """
     stacks = _check_layers(source)
-    factors, options = find_factors(source, rank)
+    factors, options = find_factors(source, rank, _joined(source))
     if source.one_rank:
         factors = with_one_rank(factors)
     heads = find_heads(source)
@@ -76,7 +76,7 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     own = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
     save_file(own, folder / TENSORS, {"format": "pt"})
     write_json(folder / CONFIG, {**_config(source, factors, heads, with_bias, rows), **options})
-    difference = _verified(source, folder, factors, heads, stacks, rows) if verify else None
+    difference = _verified(source, folder, factors, heads, rows) if verify else None
     discarded = {path: f.discarded for path, f in factors.items() if f.discarded}
     verdict = check_export(source, folder, bool(discarded)) if verify else Verdict("", ran=False)
     method = type(source.record.method)
@@ -95,7 +95,7 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
 def check(source: Source) -> None:
     """Raise `ExportError` for what `write` will refuse whatever values are trained: layers, heads, settings."""
     stacks = _check_layers(source)
-    factors, _ = find_factors(source, None)
+    factors, _ = find_factors(source, None, _joined(source))
     heads = find_heads(source)
     with_bias = any(f.bias is not None for f in factors.values())
     _adapter_tensors(source, factors, heads, stacks, with_bias)
@@ -112,8 +112,9 @@ def _check_layers(source: Source) -> Stacks:
     source.refuse_below()
     stacks = peft_experts.find_stacks(source.here(source.anatomy.layers))
     named = _paths_in_file(source, stacks)
-    taken = taken_for_former(source.host, named.values())
-    for path in (path for path, in_file in named.items() if in_file in taken):
+    kept = {path: in_file for path, in_file in named.items() if in_file == path or path not in source.modules}
+    taken = taken_for_former(source.host, kept.values())
+    for path in (path for path, in_file in kept.items() if in_file in taken):
         raise ExportError(
             f"{path}: peft takes the name for a former one of {taken[named[path]]}, and finds no place for its factors."
             ' Exclude the layer, or use format="merged".'
@@ -154,12 +155,24 @@ def write_afresh(source: Source, folder: Path, written: Written, origin: Origin)
 
 def _paths_in_file(source: Source, stacks: Stacks) -> dict[str, str]:
     """Where the file has each layer's factors: under the layer's path, or an owner's for its expert parameters."""
-    named = peft_experts.named_in_file(stacks, _expert_parameters(source))
-    return {path: path for path in source.layers} | {path: key for key, (path, _) in named.items()}
+    parameters = _expert_parameters(source)
+    around = peft_experts.wrappers(stacks, parameters)
+    found = {path: peft_experts.inside_wrappers(path, around) for path in source.layers}
+    for key, (path, _) in peft_experts.named_in_file(stacks, parameters).items():
+        owner = path.rpartition(".")[0]
+        found[path] = f"{peft_experts.inside_wrappers(owner, around)}{key.removeprefix(owner)}"
+    return found | names_to_write(source.host, [path for path, name in found.items() if path == name])
 
 
 def _expert_parameters(source: Source) -> list[str]:
-    return [path for path, layer in source.layers.items() if layer.base_layer.kind == "experts"]
+    joined = _joined(source)
+    return [p for p, layer in source.layers.items() if layer.base_layer.kind == "experts" and p not in joined]
+
+
+def _joined(source: Source) -> list[str]:
+    """Projections that peft has in one layer, that of their nn.MultiheadAttention."""
+    names = torch_attention.written_as_one(source.modules, source.layers).values()
+    return [name for both in names for name in both]
 
 
 def _adapter_tensors(
@@ -167,15 +180,42 @@ def _adapter_tensors(
 ) -> dict[str, Tensor]:
     """Tensors of all adapted layers by their names in the file."""
     tensors: dict[str, Tensor] = {}
+    _check_wrappers(source, heads, stacks)
     in_file = _paths_in_file(source, stacks)
     if with_bias:
         _check_biases(source, factors)
+    attention = torch_attention.as_one(source.modules, factors)
+    if attention and (with_bias or heads.biases):
+        raise ExportError(
+            f"{next(iter(attention))}: biases train, and peft computes an nn.MultiheadAttention without them. Train "
+            'with bias=False, exclude it, or use format="merged".'
+        )
+    around = peft_experts.wrappers(stacks, _expert_parameters(source))
+    for name, tensor in torch_attention.tensors_of(attention).items():
+        tensors[f"{PREFIX}{peft_experts.inside_wrappers(name, around)}"] = tensor
+    joined = _joined(source)
     for path, layer in source.layers.items():
+        if path in joined:
+            continue
         found = _layer_tensors(path, layer, factors[path], with_bias)
         if heads.biases and "bias" in layer.originals():  # peft trains that of an adapted layer then, too
             found.append((".base_layer.bias", layer.originals()["bias"].detach().cpu()))
         tensors |= {f"{PREFIX}{in_file[path]}{end}": tensor for end, tensor in found}
     return tensors
+
+
+def _check_wrappers(source: Source, heads: Heads, stacks: Stacks) -> None:
+    """Raise `ExportError` for what lies inside an owner of adapted parameters, and is wrapped or saved whole itself."""
+    parameters = _expert_parameters(source)
+    around = peft_experts.wrappers(stacks, parameters)
+    for path in (*around, *heads.modules, *_layers_with_rows(source)):
+        outer = next((owner for owner in around if path.startswith(f"{owner}.")), None)
+        if outer is not None:
+            there = next(name for name in parameters if name.rpartition(".")[0] == outer)
+            raise ExportError(
+                f"{path} lies inside {outer}, of which a parameter is adapted: peft puts a wrapper around that, and "
+                f'then finds nothing inside but linear layers. Exclude {there}, or use format="merged".'
+            )
 
 
 def _check_biases(source: Source, factors: Mapping[str, Factors]) -> None:
@@ -218,6 +258,10 @@ def _config(
 ) -> dict[str, Any]:
     """What differs from peft's defaults, and what is always needed."""
     saved = [*heads.modules, *peft_rules.task_heads(heads.task)]
+    attention = torch_attention.as_one(source.modules, factors)
+    joined = _joined(source)
+    factors = {path: f for path, f in factors.items() if path not in joined}
+    factors |= {path: both[0] for path, both in attention.items()}
     parameters = _expert_parameters(source)
     experts = peft_rules.renames_experts(source.host, source.here(dict.fromkeys(source.anatomy.fused)))
     more = factors if with_bias else [path for path, f in factors.items() if f.extra]
@@ -299,7 +343,6 @@ def _verified(
     folder: Path,
     factors: dict[str, Factors],
     heads: Heads,
-    stacks: Stacks,
     rows: Mapping[str, Tensor],
 ) -> float:
     """Largest difference between what the files say and what the adapter does, over all layers.
@@ -307,8 +350,9 @@ def _verified(
     Raises:
         ExportError: it is more than rounding, or a head or base weight differs in any bit.
     """
-    written = peft_file.read(folder, stacks)
-    if written.layers.keys() != factors.keys() or written.heads.keys() != heads.tensors.keys():
+    written = read_export(source, folder)
+    zeros = set(_joined(source)) - factors.keys()
+    if written.layers.keys() != factors.keys() | zeros or written.heads.keys() != heads.tensors.keys():
         raise ExportError("the files do not read back: they list other layers or heads than were written.")
     for path, values in rows.items():
         if not torch.equal(written.rows.get(path, torch.empty(0)), values):
@@ -316,7 +360,9 @@ def _verified(
     for name, value in written.heads.items():
         if not torch.equal(value, heads.tensors[name]):
             raise ExportError(f"{name} does not read back bit for bit.")
-    return max(_layer_difference(source, path, layer, factors[path]) for path, layer in written.layers.items())
+    if any(written.layers[path].delta().any() for path in zeros):
+        raise ExportError(f"{min(zeros)} has no adapter, and the files give it one.")
+    return max(_layer_difference(source, path, written.layers[path], factors[path]) for path in factors)
 
 
 def _layer_difference(source: Source, path: str, written: PeftLayer, factors: Factors) -> float:

@@ -179,7 +179,9 @@ def test_layouts_that_peft_reads_otherwise() -> None:
     assert message in (unlike(owner, stack(owner, "down_proj")) or "")
     config = transformers.Qwen3MoeConfig(**SMALL | {"num_experts_per_tok": 1}, num_experts=1)
     owner = _build(transformers.Qwen3MoeForCausalLM, config).model.layers[0].mlp.experts
-    assert "one expert" in (unlike(owner, stack(owner, "down_proj")) or "")
+    assert unlike(owner, stack(owner, "down_proj")) is None  # of one expert
+    owner.is_transposed = True
+    assert "it holds one matrix, stored as (in, out)" in (unlike(owner, stack(owner, "down_proj")) or "")
 
 
 def test_wrappers_nest_in_the_owners_order() -> None:

@@ -12,6 +12,7 @@ import torch
 import transformers
 from model_classes import model_class
 from peft_models import PEFT_WARNINGS, LoRA, seeded
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from lora_lightning.errors import AdapterFileError, ExportError
 from lora_lightning.exporters.peft import rules
 from lora_lightning.exporters.peft.former_names import taken_for_former
 from lora_lightning.exporters.preview import refusals
+from lora_lightning.testing import perturb
 
 pytestmark = [
     *PEFT_WARNINGS,
@@ -217,12 +219,32 @@ def test_present_names_that_peft_takes_for_former_ones_are_those_that_it_does_no
     assert {path for path in paths if f"base_model.model.{path}.lora_A.weight" not in present} == taken.keys()
 
 
-def test_such_a_layer_is_refused_before_training_and_the_others_travel(tmp_path: Path) -> None:
-    model = model_class("LagunaForCausalLM").build()
-    ll.inject(model, LoRA(rank=1), seed=0)
-    with pytest.raises(ExportError, match=r"shared_experts\.gate_proj: peft takes the name for a former one"):
+def test_a_layer_that_has_a_former_name_travels_under_it(tmp_path: Path) -> None:
+    """peft makes the present name of it; the present name itself it would take for another former one."""
+    found = model_class("LagunaForCausalLM")
+    model = found.build()
+    ll.inject(model, LoRA(rank=1), ["shared_experts.gate_proj", "q_proj"], seed=0)
+    for _, layer in ll.iter_adapters(model):
+        perturb(layer.adapters, size=0.1)
+    assert "peft" not in refusals(model)
+    ll.export(model, tmp_path)
+    with safe_open(tmp_path / rules.TENSORS, "pt") as file:
+        assert any(".mlp.shared_expert.gate_proj.lora_A" in key for key in file.keys())  # noqa: SIM118 - not a dict
+    expected, again = model(IDS).logits, found.build()
+    theirs = peft.PeftModel.from_pretrained(found.build(), tmp_path).eval()
+    ll.import_peft(again, tmp_path)
+    for other in (theirs, again):
+        torch.testing.assert_close(other(IDS).logits, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(expected, found.build()(IDS).logits, atol=1e-4)
+
+
+def test_a_layer_without_one_is_refused_before_training_and_the_others_travel(tmp_path: Path) -> None:
+    model = model_class("Inkling2ForCausalLM").build()
+    ll.inject(model, LoRA(rank=1), ["weight_proj", "q_proj"], seed=0)
+    with pytest.raises(ExportError, match=r"k_sconv\.weight_proj: peft takes the name for a former one"):
         ll.export(model, tmp_path / "out")
     assert "for a former one" in refusals(model)["peft"]
     ll.eject(model)
-    ll.inject(model, LoRA(rank=1), exclude=["shared_experts"], seed=0)
+    ll.inject(model, LoRA(rank=1), ["weight_proj", "q_proj"], exclude=["weight_proj"], seed=0)
     assert "peft" not in refusals(model)
+    ll.export(model, tmp_path / "out", verify=False)

@@ -38,7 +38,7 @@ def test_convolutions_that_peft_computes_otherwise(options: dict[str, Any], mess
 
 
 def test_layers_that_peft_would_not_reach(tmp_path: Path) -> None:
-    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2, kdim=6)})
     ll.inject(model, LoRA(rank=2), targets=["out_proj"])
     with pytest.raises(ExportError, match="MultiheadAttention reads the weight without calling the layer"):
         ll.export(model, tmp_path / "out")

@@ -14,7 +14,6 @@ from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.errors import ExportError
 from lora_lightning.exporters.peft import folder as peft_file
-from lora_lightning.exporters.peft import write as peft_export
 from lora_lightning.methods import Method
 
 
@@ -80,7 +79,7 @@ def test_damage_between_writing_and_reading_is_found(
             del read.layers[path]
         return read
 
-    monkeypatch.setattr(peft_export.peft_file, "read", damaged)
+    monkeypatch.setattr(peft_file, "read", damaged)
     with pytest.raises(ExportError, match=r"differs by|bit for bit|other layers or heads"):
         ll.export(adapted(bert()), tmp_path / "out")
     ll.export(adapted(bert()), tmp_path / "unchecked", verify=False)
