@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import nn
 
@@ -20,13 +20,18 @@ BACKEND = "inductor"
 """Of torch.compile; on the CPU it needs a C++ compiler."""
 
 
-def check_compile(compiling: str, gradient_checkpointing: bool) -> None:
-    """Raise `SettingsError` for blocks that are compiled and recomputed."""
-    if compiling == "blocks" and gradient_checkpointing:
+def check_compile(asked: Literal["off", "blocks", False] | None, gradient_checkpointing: bool) -> str:
+    """What is compiled: "blocks" or "off", which YAML reads as False.
+
+    Raises:
+        SettingsError: blocks that are compiled and recomputed.
+    """
+    if asked == "blocks" and gradient_checkpointing:
         raise SettingsError(
             'model.compile is "blocks" and model.gradient_checkpointing is true; torch cannot compile a '
             "recomputation that keeps what adapters know of a forward. Set one of them to off (false)."
         )
+    return asked or "off"
 
 
 @contextmanager

@@ -150,14 +150,13 @@ class AdapterModule(LightningModule):
         self._said = {"targets": targets, "exclude": exclude, "overrides": overrides, "also_train": also_train}
         self.optimizer_factory, self.lr_scheduler = optimizer, lr_scheduler
         self.num_labels, self.dtype_name, self.gradient_checkpointing = num_labels, dtype, gradient_checkpointing
-        self.half_adapters = half_adapters
+        self.num_labels, self.dtype_name, self.gradient_checkpointing = num_labels, dtype, gradient_checkpointing
+        self.half_adapters, self.untie = half_adapters, untie
         self.linear_baseline, self.max_new_tokens, self.seed = linear_baseline, max_new_tokens, seed
         self.random_config, self.quantization = random_config or {}, quantization
         self.train_tokens: Tokens = train_tokens or []
-        self.untie = untie
         self.loss_head, self.attention, self.head_lr_ratio = loss_head, attention, head_lr_ratio
-        self.compiling = compile or "off"  # YAML reads off as False
-        check_compile(self.compiling, gradient_checkpointing)
+        self.compiling = check_compile(compile, gradient_checkpointing)
         check(head_lr_ratio > 0, self, "head_lr_ratio", "it must be above 0. Rate of the heads over the optimizer's.")
         self._compiled = ExitStack()
         if random_config and not is_random(pretrained):

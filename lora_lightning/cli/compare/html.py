@@ -79,7 +79,7 @@ def _reading(plan: Plan) -> str:
             f"Rates were tuned for each arm on {plan.fraction:.0%} of the training rows, which tuning runs did not "
             "train on, with a seed that no final run has; validation rows were not looked at. "
         )
-    budget = "as many measured seconds of training" if plan.same_time else "as many steps"
+    budget = "equal measured time of training" if plan.same_time else "equal steps"
     return f"{said}Arms had {budget}. Trained numbers count heads."
 
 

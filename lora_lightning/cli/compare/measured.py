@@ -72,7 +72,7 @@ class Measured(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add a line."""
         self._began = 0.0
-        if not trainer.training or trainer.sanity_checking or not trainer.is_global_zero:
+        if trainer.sanity_checking or not trainer.is_global_zero:
             return
         values = {k.removeprefix("val_"): float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
         with (self.folder / POINTS).open("a", encoding="utf-8") as file:

@@ -46,7 +46,7 @@ def values(axes: Any, plan: Plan, found: Sequence[ArmOutcome]) -> bool:
             color=style[one.name]["color"], marker=style[one.name]["marker"], ms=6,
         )  # fmt: skip
     axes.set_yticks(range(len(ready)), [one.name for one in ready])
-    axes.invert_yaxis()
+    axes.set_ylim(len(ready) - 0.4, -0.6)
     axes.set(title=f"{plan.metric} by arm: seeds, mean, standard deviation", xlabel=_axis(plan.metric))
     return bool(ready)
 
@@ -65,7 +65,7 @@ def differences(axes: Any, plan: Plan, found: Sequence[ArmOutcome]) -> bool:
         )  # fmt: skip
     axes.axvline(0, color=INK, lw=1, ls=":")
     axes.set_yticks(range(len(ready)), [one.name for one in ready])
-    axes.invert_yaxis()
+    axes.set_ylim(len(ready) - 0.4, -0.6)
     axes.set(title=f"difference to {found[0].name}; right of 0 is better", xlabel=_axis(plan.metric))
     return bool(ready)
 
@@ -156,7 +156,7 @@ PANELS: dict[str, Panel] = {
 
 def svg(name: str, plan: Plan, found: Sequence[ArmOutcome]) -> str:
     """One panel as SVG whose text takes the page's colour; empty where there is nothing to draw."""
-    figure, axes = _figure(1, (6.4, 0.8 + max(2.6, 0.38 * len(found)) if name in ("values", "differences") else 4.0))
+    figure, axes = _figure(1, (4.8, 0.7 + max(1.6, 0.34 * len(found)) if name in ("values", "differences") else 3.4))
     if not PANELS[name](axes[0], plan, found):
         return ""
     _finish(axes[0])

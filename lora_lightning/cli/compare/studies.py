@@ -78,6 +78,7 @@ class Studies:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.storage = open_storage(plan.storage or str(folder / JOURNAL))
         self._held: dict[Path, Lock] = {}
+        self._studies: dict[tuple[str, Kind], optuna.Study] = {}
 
     # -- taking and telling --------------------------------------------------------------------------------------------
 
@@ -132,6 +133,8 @@ class Studies:
 
     def study(self, arm: str, kind: Kind) -> optuna.Study:
         """The study of an arm's runs of a kind."""
+        if (known := self._studies.get((arm, kind))) is not None:
+            return known
         direction: Literal["maximize", "minimize"] = "maximize" if self.plan.higher_is_better else "minimize"
         study = optuna.create_study(
             study_name=f"{self.folder.name}: {arm}: {kind}",
@@ -143,6 +146,7 @@ class Studies:
         )
         if FOLDER not in study.user_attrs:
             study.set_user_attr(FOLDER, str(self.folder.absolute()))
+        self._studies[arm, kind] = study
         return study
 
     def done(self, arm: str, kind: Kind) -> list[Done]:
@@ -301,7 +305,9 @@ def open_storage(where: str) -> Any:
 
         return JournalStorage(JournalFileBackend(where, lock_obj=JournalFileOpenLock(where)))
     try:
-        return optuna.storages.RDBStorage(where)
+        from sqlalchemy.pool import NullPool
+
+        return optuna.storages.RDBStorage(where, engine_kwargs={"poolclass": NullPool})  # no connection is left open
     except Exception as error:
         raise SettingsError(f'--storage is "{where}"; it cannot be opened: {str(error).splitlines()[0]}') from error
 

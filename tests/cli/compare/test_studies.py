@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+import threading
+import uuid
 from pathlib import Path
 
 import comparisons
 import pytest
 from optuna.trial import TrialState
 
-from lora_lightning.cli.compare.plan import TUNING_SEED
+from lora_lightning.cli.compare.plan import TUNING_SEED, Plan
 from lora_lightning.cli.compare.studies import Job, Studies, check_spaces, folder_in, open_storage
 from lora_lightning.errors import RunFolderError, SettingsError
 
@@ -123,6 +128,39 @@ def test_a_database_knows_the_folder(tmp_path):
     assert folder_in(storage) == folder
     with pytest.raises(RunFolderError, match=r"no comparison has begun there"):
         folder_in(f"sqlite:///{tmp_path / 'empty.db'}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("COMPARE_TEST_DATABASE" not in os.environ, reason="no database server: set COMPARE_TEST_DATABASE")
+def test_a_database_server_shares_the_runs(tmp_path):
+    """Two processes, one of which dies with a run in hand."""
+    storage, folder = os.environ["COMPARE_TEST_DATABASE"], tmp_path / uuid.uuid4().hex
+    folder.mkdir()
+    one = begun(folder, tune_rate=False, seeds=1, storage=storage)
+    lost = one.take()
+    code = (
+        "import sys, test_studies; from pathlib import Path; test_studies.join(Path(sys.argv[1]), float(sys.argv[2]))"
+    )
+    words = [sys.executable, "-c", code, str(folder)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
+    both = [subprocess.Popen([*words, value], env=environment) for value in ("0.25", "0.75")]
+    one.release(lost)  # as the system does with the lock of a process that has died
+    assert [process.wait(120) for process in both] == [0, 0]
+    values = [done.value for planned in one.plan.arms for done in one.done(planned.arm.name, "final")]
+    assert len(values) == 3
+    assert set(values) <= {0.25, 0.75}
+    assert one.is_finished()
+    assert folder_in(storage) == folder
+
+
+def join(folder: Path, value: float) -> None:
+    """Take runs until none is left; each comes out with one value."""
+    studies = Studies(folder, Plan.read(folder))
+    while (job := studies.take()) is not None:
+        if isinstance(job, Job):
+            studies.tell(job, value, TrialState.COMPLETE)
+        else:
+            threading.Event().wait(0.2)
 
 
 @pytest.mark.parametrize("text", ["8", "8..64:linear", "a..b", "64..8"])

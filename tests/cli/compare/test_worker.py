@@ -48,8 +48,7 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
 def test_runs_are_processes_and_one_that_fails_is_an_entry(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plan = planned(tmp_path)
-    broken = replace(plan.arms[1], words=(*plan.arms[1].words, "--model.optimizer.lr", "-1"))
-    broken = replace(broken, facts=replace(broken.facts, rate=-1.0))
+    broken = replace(plan.arms[1], words=(*plan.arms[1].words, "--data.train", "nowhere.csv"))
     plan = replace(plan, arms=(plan.arms[0], broken))
     told: list[str] = []
     Worker(tmp_path / "001", plan, told.append).work()
@@ -59,8 +58,8 @@ def test_runs_are_processes_and_one_that_fails_is_an_entry(tmp_path, monkeypatch
     assert (lora.finals[0].folder / "adapter" / "adapter.safetensors").is_file()
     assert not (lora.finals[0].folder / "last.ckpt").exists()
     assert linear.finals == []
-    assert "learning rate" in linear.failures[0].reason.lower()
-    assert told[1].startswith("linear: seed 0, lr -1: failed, ")
+    assert 'LabelledText.train is "nowhere.csv"' in linear.failures[0].reason
+    assert told[1].startswith("linear: seed 0, lr 0.001: failed, LabelledText.train")
 
 
 @pytest.mark.slow
@@ -98,8 +97,8 @@ def test_killed_anywhere_and_started_again_nothing_is_run_twice(tmp_path):
     log = (run / "log.txt").read_text()
     assert log.count("LoRA: ") >= 1
     steps = [point["step"] for point in read_points(run)]
-    assert steps[-1] == 400
-    assert json.loads((run / "measured.json").read_text())["steps"] == 400
+    assert steps[-1] == 150
+    assert json.loads((run / "measured.json").read_text())["steps"] == 150
     again = {step for step in steps if steps.count(step) > 1}
     assert len(again) <= 2, "the run began anew"
     assert sorted(path.name for path in run.parent.iterdir()) == ["final-000"]
@@ -107,7 +106,7 @@ def test_killed_anywhere_and_started_again_nothing_is_run_twice(tmp_path):
     assert "seed 0" not in third.stdout
 
 
-SLOWLY = ("--trainer.max_steps", "400", "--trainer.val_check_interval", "10", "--trainer.max_epochs", "-1")
+SLOWLY = ("--trainer.max_steps", "150", "--trainer.val_check_interval", "5", "--trainer.max_epochs", "-1")
 
 
 @pytest.mark.slow
