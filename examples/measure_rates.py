@@ -37,18 +37,25 @@ TASKS = ("banking77", "pydocs", "sst2", "e2e")
 CONFIGS = {"LoRA": "lora", "DoRA": "dora", "RoseLoRA": "rose", "MoELoRA": "riemannian_moe", "CELoRA": "ce_lora"}
 CONFIGS["LoRASC"] = "lorasc"
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+HEADS = (0.3, 3.0, 10.0)
 PLAIN = {"head_lr_ratio": 1.0, "warmup_fraction": 0.06}
 Run = dict[str, Any]
 
 
 def plan(tasks: list[str], methods: list[str], seeds: list[int]) -> Iterator[Run]:
-    """Runs in the order in which they are worth most: rates of each method, then heads and warm-up of LoRA."""
-    for seed, method, rate, task in itertools.product(seeds, methods, RATES, tasks):
-        yield {"task": task, "method": method, "lr": rate, **PLAIN, "seed": seed}
-    for seed, rate, task in itertools.product(seeds, RATES[1:4] if "LoRA" in methods else (), tasks):
-        for changed in ({"head_lr_ratio": 0.3}, {"head_lr_ratio": 3.0}, {"warmup_fraction": 0.0}):
-            if task != "e2e" or "warmup_fraction" in changed:  # a language model has no new head
-                yield {"task": task, "method": "LoRA", "lr": rate, **PLAIN, **changed, "seed": seed}
+    """Runs in the order in which they are worth most: rates of LoRA, its heads and warm-up, then other methods."""
+    for seed in seeds:
+        if "LoRA" in methods:
+            for rate, task in itertools.product(RATES, tasks):
+                yield {"task": task, "method": "LoRA", "lr": rate, **PLAIN, "seed": seed}
+            for ratio, rate, task in itertools.product(HEADS, RATES[:3], tasks):
+                if task != "e2e":  # a language model has no new head
+                    yield {"task": task, "method": "LoRA", "lr": rate, **PLAIN, "head_lr_ratio": ratio, "seed": seed}
+            for rate, task in itertools.product(RATES[2:4], tasks):
+                yield {"task": task, "method": "LoRA", "lr": rate, **PLAIN, "warmup_fraction": 0.0, "seed": seed}
+        others = [method for method in methods if method != "LoRA"]
+        for rate, method, task in itertools.product(RATES[1:], others, tasks):
+            yield {"task": task, "method": method, "lr": rate, **PLAIN, "seed": seed}
 
 
 def config(run: Run, args: argparse.Namespace) -> dict[str, Any]:

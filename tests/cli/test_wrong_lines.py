@@ -144,7 +144,7 @@ FIT = {
     "--model.half_adapters true": "but frozen weights are float32, so that adapters are, too. Leave it out",
     "--trainer.gradient_clip_algorithm value": 'trainer.gradient_clip_algorithm is "value", but '
     "trainer.gradient_clip_val is None, so that nothing is clipped",
-    "--trainer.gradient_clip_val -1": "trainer.gradient_clip_val is -1, which would turn gradients round",
+    "--trainer.gradient_clip_val -1": "which would turn gradients round; it must be above 0, or null",
     "--trainer.max_steps -1 --trainer.max_time 00:00:00:02 --model.lr_scheduler.decay cosine": "neither "
     "trainer.max_steps nor trainer.max_epochs bounds the run",
     "--trainer.check_val_every_n_epoch 50 --trainer.callbacks+ EarlyStopping --trainer.callbacks.monitor val_loss": (

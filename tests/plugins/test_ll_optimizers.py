@@ -197,8 +197,8 @@ def test_plus_with_a_nested_optimizer_through_the_command_line(tmp_path, monkeyp
     rates = {}
     build = build_optimizer
 
-    def look(model, factory):
-        optimizer = build(model, factory)
+    def look(*args):
+        optimizer = build(*args)
         rates.update({group["name"]: group["lr"] for group in optimizer.param_groups})
         return optimizer
 

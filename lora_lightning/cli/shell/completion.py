@@ -24,10 +24,10 @@ from lora_lightning.plugins import registry
 from lora_lightning.registry import LIGHT_VERBS, SETTINGS, TRAINING_VERBS, Component
 
 _OWN = {"fit": ("--resume",), "validate": ("--run",), "test": ("--run",), "predict": ("--run", "--output")}
-_OF_CONFIGS = ("targets", "inspect-data", "estimate", "doctor", "cite")
+_OF_CONFIGS = ("targets", "inspect-data", "estimate", "doctor", "compare", "cite")
 _OF_ADAPTERS = ("chat", "generate", "export")
 _MODEL = (
-    "pretrained method task targets exclude overrides also_train train_tokens untie optimizer lr_scheduler num_labels "
+    "pretrained method task targets exclude overrides also_train train_tokens untie optimizer head_lr_ratio lr_scheduler num_labels "
     "dtype half_adapters gradient_checkpointing linear_baseline max_new_tokens seed task_settings random_config "
     "quantization adapter loss_head attention compile"
 )
