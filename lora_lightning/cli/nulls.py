@@ -34,12 +34,14 @@ def nulls(config: Namespace, parser: argparse.ArgumentParser) -> Iterator[str]:
             yield from _in(value, action._typehint, action.default, action.dest)  # type: ignore[attr-defined]
 
 
-def _in(value: Any, kind: Any, default: Any, key: str) -> Iterator[str]:
-    """Sentences on a value and what lies inside."""
+def _in(value: Any, kind: Any, default: Any, key: str, of: str = "") -> Iterator[str]:
+    """Sentences on a value, a setting of the class `of`, and what lies inside."""
     if value is None and default is not None and not _allows(kind):
-        said = "is not given" if default is inspect.Parameter.empty else "is null"
-        otherwise = "" if said == "is not given" else f" Leave it out, and it is {json.dumps(default, default=str)}."
-        yield f"{key} {said}; it must be {_words(kind)}.{otherwise}"
+        if default is inspect.Parameter.empty:
+            yield f"{key}{of and f' ({of})'} is not given; it must be {_words(kind)}."
+        else:
+            otherwise = json.dumps(default, default=str)
+            yield f"{key} is null; it must be {_words(kind)}. Leave it out, and it is {otherwise}."
     for one in value if isinstance(value, list) else [value]:
         given = dict(vars(one)) if isinstance(one, Namespace) else one if isinstance(one, Mapping) else {}
         owner = imported_class(str(given.get("class_path")))
@@ -48,7 +50,7 @@ def _in(value: Any, kind: Any, default: Any, key: str) -> Iterator[str]:
         settings, hints, taken = given.get("init_args") or {}, parameter_types(owner), arguments(owner)
         for name, own in (vars(settings) if isinstance(settings, Namespace) else settings).items():
             if name in taken and name in hints:
-                yield from _in(own, hints[name], taken[name].default, f"{key}.{name}")
+                yield from _in(own, hints[name], taken[name].default, f"{key}.{name}", owner.__name__)
 
 
 def _allows(kind: Any) -> bool:

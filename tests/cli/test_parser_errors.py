@@ -475,10 +475,13 @@ class TestRequired:
 
     def test_field_of_a_class(self, fail, config):
         needs = "the following arguments are required"
-        assert fail(["fit", *WHOLE[:2], "--data=NeedsColumn"]) == "data.column is not given; it must be text."
+        assert (
+            fail(["fit", *WHOLE[:2], "--data=NeedsColumn"])
+            == "data.column (NeedsColumn) is not given; it must be text."
+        )
         value = [{"class_path": "EarlyStopping", "init_args": {"patience": 3}}]
         text = fail(["fit", "--config", config(trainer={"callbacks": value})])
-        assert text == f"trainer.callbacks: EarlyStopping: {needs}: monitor."
+        assert text == "trainer.callbacks.monitor (EarlyStopping) is not given; it must be text."
         assert fail(["fit", *WHOLE, "--model.method=Wrapping"]) == f"model.method: Wrapping: {needs}: inner."
 
 

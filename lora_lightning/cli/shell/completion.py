@@ -27,9 +27,9 @@ _OWN = {"fit": ("--resume",), "validate": ("--run",), "test": ("--run",), "predi
 _OF_CONFIGS = ("targets", "inspect-data", "estimate", "doctor", "compare", "cite")
 _OF_ADAPTERS = ("chat", "generate", "export")
 _MODEL = (
-    "pretrained method task targets exclude overrides also_train train_tokens untie optimizer head_lr_ratio lr_scheduler num_labels "
-    "dtype half_adapters gradient_checkpointing linear_baseline max_new_tokens seed task_settings random_config "
-    "quantization adapter loss_head attention compile"
+    "pretrained method task targets exclude overrides also_train train_tokens untie optimizer head_lr_ratio "
+    "lr_scheduler num_labels dtype half_adapters gradient_checkpointing linear_baseline max_new_tokens seed "
+    "task_settings random_config quantization adapter loss_head attention compile"
 )
 _TRAINER = (
     "accelerator strategy devices num_nodes precision logger callbacks fast_dev_run max_epochs min_epochs "
