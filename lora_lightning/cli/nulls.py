@@ -75,4 +75,4 @@ def _words(kind: Any) -> str:
         return "a list"
     if get_origin(kind) in (dict, Mapping):
         return "a mapping"
-    return _WORDS.get(kind) or str(getattr(kind, "__name__", kind))
+    return _WORDS.get(kind) or (f"a {kind.__name__}" if isinstance(kind, type) else str(kind))

@@ -474,15 +474,13 @@ class TestRequired:
         assert fail(["fit"]) == text
 
     def test_field_of_a_class(self, fail, config):
-        needs = "the following arguments are required"
-        assert (
-            fail(["fit", *WHOLE[:2], "--data=NeedsColumn"])
-            == "data.column (NeedsColumn) is not given; it must be text."
-        )
+        said = "data.column (NeedsColumn) is not given; it must be text."
+        assert fail(["fit", *WHOLE[:2], "--data=NeedsColumn"]) == said
         value = [{"class_path": "EarlyStopping", "init_args": {"patience": 3}}]
         text = fail(["fit", "--config", config(trainer={"callbacks": value})])
         assert text == "trainer.callbacks.monitor (EarlyStopping) is not given; it must be text."
-        assert fail(["fit", *WHOLE, "--model.method=Wrapping"]) == f"model.method: Wrapping: {needs}: inner."
+        said = "model.method.inner (Wrapping) is not given; it must be a Method."
+        assert fail(["fit", *WHOLE, "--model.method=Wrapping"]) == said
 
 
 class TestNoClassNamed:

@@ -136,7 +136,7 @@ FIT = {
     "--model.task regression": "the data (LabelledText) serve sequence-classification",
     "--model.task causal-lm": "the data (LabelledText) serve sequence-classification",
     "--trainer.callbacks+ KeepBest --trainer.callbacks.monitor val_x": 'KeepBest.monitor is "val_x"; the run',
-    "--trainer.callbacks+ EarlyStopping": "trainer.callbacks.monitor is not given; it must be text.",
+    "--trainer.callbacks+ EarlyStopping": "trainer.callbacks.monitor (EarlyStopping) is not given; it must be text.",
     "--model.task masked-lm --model.num_labels 3": "the data (LabelledText) serve sequence-classification",
     # without effect
     "--model.max_new_tokens 12": 'model.max_new_tokens is 12, but the task "sequence-classification" generates no text',
