@@ -50,7 +50,29 @@ def _spelled(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def from_flags(methods: Sequence[str], vary: Sequence[str], listed: bool, known: Iterable[str]) -> list[Arm]:
+def around(wrappers: Iterable[str], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Settings of methods that stand around another one, by name: inside is the method that all arms are given.
+
+    Args:
+        wrappers: names of such methods.
+        given: settings of all arms by dotted key.
+    """
+    inside = {
+        f"model.method.inner{key.removeprefix('model.method')}": value
+        for key, value in given.items()
+        if key == "model.method" or key.startswith("model.method.")
+    }
+    own = given.get("model.method")
+    return {name: {"model.method": name, **inside} for name in wrappers if isinstance(own, str) and own != name}
+
+
+def from_flags(
+    methods: Sequence[str],
+    vary: Sequence[str],
+    listed: bool,
+    known: Iterable[str],
+    wrapped: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[Arm]:
     """Arms of `--methods` and `--vary`: every combination, or with `listed` the first values of all, the second, ...
 
     Args:
@@ -58,6 +80,7 @@ def from_flags(methods: Sequence[str], vary: Sequence[str], listed: bool, known:
         vary: SETTING=VALUE,VALUE,... each.
         listed: whether values are taken side by side.
         known: names of all methods.
+        wrapped: settings of methods that stand around another one, see `around`.
 
     Raises:
         SettingsError: an unknown method, a --vary that cannot be read, or lists of several lengths.
@@ -74,7 +97,8 @@ def from_flags(methods: Sequence[str], vary: Sequence[str], listed: bool, known:
         raise SettingsError(f"--listed takes values side by side, so each needs as many: {told}.")
     columns = [values for _, values in several]
     rows = zip(*columns, strict=True) if listed else itertools.product(*columns)
-    return [_arm(dict(zip(lengths, row, strict=True))) for row in rows] if several else []
+    named = {**REFERENCES, **(wrapped or {})}
+    return [_arm(dict(zip(lengths, row, strict=True)), named) for row in rows] if several else []
 
 
 def _varied(text: str) -> tuple[str, list[Any]]:
@@ -90,13 +114,13 @@ def _varied(text: str) -> tuple[str, list[Any]]:
     return key.removeprefix("--"), read
 
 
-def _arm(row: Mapping[str, Any]) -> Arm:
+def _arm(row: Mapping[str, Any], named: Mapping[str, Mapping[str, Any]]) -> Arm:
     """One row of settings, with the method first, which other settings may be fields of."""
     settings: dict[str, Any] = {}
     names = []
     for key, value in sorted(row.items(), key=lambda item: item[0] not in ("method", "model.method")):
         if key in ("method", "model.method"):
-            settings |= REFERENCES.get(value, {"model.method": value})
+            settings |= named.get(value, {"model.method": value})
             names.append(str(value))
         else:
             settings[key] = value

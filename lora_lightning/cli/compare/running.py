@@ -9,7 +9,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,13 +105,13 @@ def run_all(folder: Path, plan: Plan, jobs: int, hours: float | None) -> str:
         studies.add_seed()
 
 
-def _together(workers: Sequence[Worker], after: object) -> str:
+def _together(workers: Sequence[Worker], after: Callable[[], object]) -> str:
     """Run workers in threads, until they end or Ctrl-C stops them."""
     failed: list[BaseException] = []
 
     def work(worker: Worker) -> None:
         try:
-            worker.work(after)  # type: ignore[arg-type]
+            worker.work(after)
         except BaseException as error:  # told in the thread that waits
             failed.append(error)
             for other in workers:

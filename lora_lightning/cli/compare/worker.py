@@ -94,8 +94,9 @@ class Worker:
                 start_new_session=True,
             )
             ended = self._watch(job, process)
-        if ended is not None and ended.state == TrialState.COMPLETE:
-            (job.folder / "last.ckpt").unlink(missing_ok=True)  # the adapter is there; states of optimizers are large
+        if ended is not None and job.kind != "final":  # what was learned is of no use, and large
+            (job.folder / "last.ckpt").unlink(missing_ok=True)
+            shutil.rmtree(job.folder / "adapter", ignore_errors=True)
         return ended
 
     def _spec(self, job: Job) -> Spec:

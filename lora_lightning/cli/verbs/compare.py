@@ -97,10 +97,13 @@ def check_installed() -> None:
 
 def begun(args: argparse.Namespace) -> tuple[Path, Plan]:
     """The folder and the plan of a new comparison."""
+    from lora_lightning.cli import command_line, former_names
     from lora_lightning.cli.compare import arms as arms_of
     from lora_lightning.cli.compare.plan import Plan, planned_arms
     from lora_lightning.cli.compare.studies import PRUNERS, check_spaces
+    from lora_lightning.cli.given_settings import given_settings
     from lora_lightning.errors import did_you_mean
+    from lora_lightning.methods import WrapperMethod
     from lora_lightning.plugins import registry
 
     known = list(registry().methods)
@@ -111,7 +114,9 @@ def begun(args: argparse.Namespace) -> tuple[Path, Plan]:
         more, arms = arms_of.from_file(file, known)
         words = [*more, *words[2:]]
     methods = [name.strip() for name in args.methods.split(",") if name.strip()] if args.methods else []
-    arms += arms_of.from_flags(methods, args.vary, args.listed, known)
+    wrappers = [name for name, method in registry().methods.items() if issubclass(method, WrapperMethod)]
+    wrapped = arms_of.around(wrappers, given_settings(command_line.read(words).rest, former_names.load))
+    arms += arms_of.from_flags(methods, args.vary, args.listed, known, wrapped)
     arms_of.check(arms)
     if args.seeds < 1:
         raise SettingsError(f"--seeds is {args.seeds}; it must be at least 1, and 2 for intervals.")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from lora_lightning.cli.compare.arms import REFERENCES, Arm, check, dotted, from_file, from_flags
+from lora_lightning.cli.compare.arms import REFERENCES, Arm, around, check, dotted, from_file, from_flags
 from lora_lightning.errors import SettingsError
 
 KNOWN = ("LoRA", "DoRA", "MoELoRA")
@@ -30,6 +30,16 @@ def test_values_side_by_side():
 def test_values_are_yaml():
     (arm, _) = from_flags([], ["model.targets=[query, value],all-linear"], False, KNOWN)
     assert arm.words() == ["--model.targets", '["query", "value"]']
+
+
+def test_a_method_around_another_one_has_the_given_one_inside():
+    wrapped = around(["Outer"], {"model.method": "LoRA", "model.method.rank": 4, "data.limit": 3})
+    (arm, plain) = from_flags(["Outer", "LoRA"], [], False, (*KNOWN, "Outer"), wrapped)
+    assert arm.words() == [
+        "--model.method", "Outer", "--model.method.inner", "LoRA", "--model.method.inner.rank", "4",
+    ]  # fmt: skip
+    assert plain.words() == ["--model.method", "LoRA"]
+    assert around(["Outer"], {"model.method": "Outer", "model.method.inner": "LoRA"}) == {}
 
 
 def test_arms_without_an_adapter():

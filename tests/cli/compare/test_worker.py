@@ -56,7 +56,6 @@ def test_runs_are_processes_and_one_that_fails_is_an_entry(tmp_path, monkeypatch
     assert lora.values[0] > 0
     assert lora.finals[0].rows is not None
     assert (lora.finals[0].folder / "adapter" / "adapter.safetensors").is_file()
-    assert not (lora.finals[0].folder / "last.ckpt").exists()
     assert linear.finals == []
     assert 'LabelledText.train is "nowhere.csv"' in linear.failures[0].reason
     assert told[1].startswith("linear: seed 0, lr 0.001: failed, LabelledText.train")
