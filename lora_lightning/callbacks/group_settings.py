@@ -14,7 +14,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lora_lightning.adapters.base import GroupSpec
-from lora_lightning.callbacks.step_counting import inside_window
 from lora_lightning.errors import TrainingError
 from lora_lightning.injection.records import injected_root
 from lora_lightning.optim.groups import adapter_groups
@@ -38,15 +37,6 @@ def apply_group_settings(trainer: Trainer, module: LightningModule) -> None:
                 if len(own) < len(group["params"]):
                     group = _divided(trainer, module, optimizer, group, own, name, spec)
                 group.setdefault("clip", spec.clip)
-
-
-def clip_groups(trainer: Trainer, optimizer: Optimizer) -> None:
-    """Clip the gradients of every group that has a norm of its own."""
-    if inside_window(trainer):
-        return
-    for group in optimizer.param_groups:
-        if group.get("clip") is not None:
-            nn.utils.clip_grad_norm_(group["params"], group["clip"])
 
 
 def _differing(spec: GroupSpec, group: Mapping[str, Any]) -> dict[str, object]:

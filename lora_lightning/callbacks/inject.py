@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lora_lightning.callbacks.beside import refuse_beside
-from lora_lightning.callbacks.group_settings import apply_group_settings, clip_groups
+from lora_lightning.callbacks.group_settings import apply_group_settings
 from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.project_checkpoint import (
     SaveUnderProjectNames,
@@ -21,7 +21,7 @@ from lora_lightning.callbacks.project_checkpoint import (
     check_averages,
     load_section,
 )
-from lora_lightning.callbacks.step_counting import REPORTS, order_callbacks
+from lora_lightning.callbacks.step_counting import REPORTS, inside_window, order_callbacks
 from lora_lightning.distributed import is_sharded
 from lora_lightning.errors import AdapterStateError, TrainingError
 from lora_lightning.injection.inject import ignore_adapter_buffers, inject
@@ -30,6 +30,7 @@ from lora_lightning.injection.report import InjectionReport
 from lora_lightning.injection.targets import Targets
 from lora_lightning.methods import Method
 from lora_lightning.models.anatomy import Heads
+from lora_lightning.optim.clipping import clip_groups
 from lora_lightning.optim.groups import factor_pairs
 from lora_lightning.optim.pair_optimizer import PairOptimizer
 from lora_lightning.optim.wrapper import innermost
@@ -207,7 +208,8 @@ class InjectAdapters(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Clip what a method wants clipped by itself."""
-        clip_groups(trainer, optimizer)
+        if not inside_window(trainer):
+            clip_groups(optimizer)
 
     def _accept_project_names(self, module: LightningModule, state_dict: dict[str, Any], *_: Any) -> None:
         accept_project_names(module, self.name, state_dict)

@@ -16,6 +16,17 @@ from lora_lightning.optim.wrapper import adamw
 OptimizerFactory = Callable[[Any], Optimizer]
 
 
+NEW_HEAD = 3.0
+"""Rate of a head that starts at random over the adapters'; docs/optimizers.md has what it was measured by."""
+
+
+def head_ratio(given: float | None, is_new: bool) -> float:
+    """Rate of fully trained base parameters over the optimizer's, where none is given: higher for new heads."""
+    if given is not None:
+        return given
+    return NEW_HEAD if is_new else 1.0
+
+
 def group_specs(model: nn.Module, head_lr_ratio: float = 1.0) -> dict[str, GroupSpec]:
     """Groups of everything that trains: what each method declares, and "head" for fully trained base parameters.
 

@@ -38,7 +38,8 @@ from lora_lightning.models.random import is_random
 from lora_lightning.models.tasks import find_task
 from lora_lightning.models.tasks.base import Batch, Loss, PredictContext, measure, metrics, update_text_metrics
 from lora_lightning.models.token_rows import Tokens
-from lora_lightning.optim.groups import build_optimizer
+from lora_lightning.optim.clipping import clip_gradients
+from lora_lightning.optim.groups import build_optimizer, head_ratio
 from lora_lightning.optim.warmup import WarmUp
 from lora_lightning.seeds import common_seed
 from lora_lightning.storage.description import describe_adapter
@@ -81,7 +82,7 @@ class AdapterModule(LightningModule):
         untie: give an output layer that shares the embedding's weight a copy of its own, so that each of them can be
             adapted, trained and merged.
         optimizer: the optimizer; null takes the method's own, else AdamW at a rate of 1e-3.
-        head_lr_ratio: rate of what `also_train` names over the optimizer's.
+        head_lr_ratio: rate of what `also_train` names over the optimizer's; null takes 3 for a task's head, else 1.
         lr_scheduler: warm-up and decay of the rate.
         num_labels: classes of a classification head; null takes the data module's.
         dtype: of frozen weights: "float64", "float32", "bfloat16", "float16", or "auto" for that of the files; null
@@ -119,7 +120,7 @@ class AdapterModule(LightningModule):
         overrides: dict[str, dict[str, Any]] | None = None,
         also_train: Literal["heads", "all"] | list[str] | None = None,
         optimizer: OptimizerCallable | None = None,
-        head_lr_ratio: float = 1.0,
+        head_lr_ratio: float | None = None,
         lr_scheduler: WarmUp = WarmUp(),  # noqa: B008 - frozen
         num_labels: int | None = None,
         dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] | None = None,
@@ -157,7 +158,8 @@ class AdapterModule(LightningModule):
         self.train_tokens: Tokens = train_tokens or []
         self.loss_head, self.attention, self.head_lr_ratio = loss_head, attention, head_lr_ratio
         self.compiling = check_compile(compile, gradient_checkpointing)
-        check(head_lr_ratio > 0, self, "head_lr_ratio", "it must be above 0. Rate of the heads over the optimizer's.")
+        rule = "it must be above 0, or null. Rate of the heads over the optimizer's."
+        check(head_lr_ratio is None or head_lr_ratio > 0, self, "head_lr_ratio", rule)
         self._compiled = ExitStack()
         if random_config and not is_random(pretrained):
             raise SettingsError(
@@ -230,6 +232,11 @@ class AdapterModule(LightningModule):
         self.method = records(net)[NAME].method
         ignore_adapter_buffers(self)
 
+    @property
+    def head_ratio(self) -> float:
+        """Rate of what is fully trained over the optimizer's."""
+        return head_ratio(self.head_lr_ratio, self.task.has_head and self.also_train == "heads")
+
     def refusals(self) -> list[LoraLightningError]:
         """Everything that a fit would refuse before it loads the model."""
         data = getattr(self._trainer, "datamodule", None)
@@ -279,7 +286,7 @@ class AdapterModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over named groups, and the schedule per optimizer step where the run's length is known."""
-        optimizer = build_optimizer(self.model, self.optimizer_factory, self.head_lr_ratio)
+        optimizer = build_optimizer(self.model, self.optimizer_factory, self.head_ratio)
         total = total_steps(self.trainer)
         if total is None:
             self.print(unscheduled(self.lr_scheduler))
@@ -294,26 +301,8 @@ class AdapterModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip groups with a norm of their own, and the rest together by the trainer's value.
-
-        Raises:
-            SettingsError: a value where the optimizer says `clips_itself`.
-        """
-        if gradient_clip_val and getattr(optimizer, "clips_itself", False):
-            raise SettingsError(
-                f"trainer.gradient_clip_val is {gradient_clip_val}; {type(optimizer).__name__} clips where its rule "
-                "allows it, and clipping before would spoil the rule. Leave it null."
-            )
-        shared = []
-        for group in optimizer.param_groups:
-            if group.get("clip") is None:
-                shared += group["params"]
-            else:
-                nn.utils.clip_grad_norm_(group["params"], group["clip"])
-        if gradient_clip_val and gradient_clip_algorithm == "value":
-            nn.utils.clip_grad_value_(shared, gradient_clip_val)
-        elif gradient_clip_val:
-            nn.utils.clip_grad_norm_(shared, gradient_clip_val)
+        """Clip as `lora_lightning.optim.clipping` does."""
+        clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 

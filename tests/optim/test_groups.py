@@ -11,7 +11,7 @@ from lora_lightning import inject, set_trainable
 from lora_lightning.adapters.base import GroupSpec
 from lora_lightning.errors import TrainingError
 from lora_lightning.injection.switches import disable_adapters
-from lora_lightning.optim.groups import build_optimizer, factor_pairs, group_specs
+from lora_lightning.optim.groups import build_optimizer, factor_pairs, group_specs, head_ratio
 
 
 def model():
@@ -33,6 +33,14 @@ def test_the_rate_of_heads_is_a_ratio_of_the_optimizers():
     inject(net, LoRA(rank=2), ["0"], also_train=["1"])
     rates = {group["name"]: group["lr"] for group in build_optimizer(net, None, head_lr_ratio=5).param_groups}
     assert rates == pytest.approx({"A": 1e-3, "B": 1e-3, "head": 5e-3})
+
+
+def test_a_new_head_learns_faster_unless_its_rate_is_given():
+    assert [head_ratio(None, is_new=True), head_ratio(None, is_new=False), head_ratio(0.5, is_new=True)] == [
+        3.0,
+        1.0,
+        0.5,
+    ]
 
 
 def test_two_adapters_have_groups_of_their_own():

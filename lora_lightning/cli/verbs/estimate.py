@@ -175,7 +175,7 @@ def count(
             return mean if penalty is None else mean + penalty
 
         def optimizer() -> Optimizer:
-            return build_optimizer(module.model, module.optimizer_factory, module.head_lr_ratio)
+            return build_optimizer(module.model, module.optimizer_factory, module.head_ratio)
 
         inside, rest = units(module.model, quantized)
         unpacked = largest_linear(module.model) if quantized else 0
