@@ -153,6 +153,8 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """A data module without a tokenizer or an image processor gets the adapter's, or else the model's."""
         config = self.config[self.subcommand] if self.subcommand else self.config
+        if self.subcommand == "fit" and (missing := loggers.problems(config.trainer.get("logger"))):
+            raise SettingsError("; ".join(missing))
         resolve(config.model.pretrained)
         settings = config.data.get("init_args", {}) if config.data else {}
         if settings.get("tokenizer", "") is None and not settings.get("new_tokens"):
