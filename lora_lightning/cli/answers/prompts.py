@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lora_lightning.cli.answers.run_data import TEXTS_ALONE
 from lora_lightning.cli.answers.voices import Voice, plain_prompt
 from lora_lightning.data.chats.fields import with_system
 from lora_lightning.data.chats.rendering import Renderer
 from lora_lightning.data.chats.turns import conversation, json_value, last_answer, plain, tool_list
+from lora_lightning.data.media.parts import COLUMNS, KINDS
 from lora_lightning.data.sources.stored import PLACE
 from lora_lightning.data.sources.tables import UNREADABLE, read_table
 from lora_lightning.data.sources.texts import as_text
@@ -52,8 +54,11 @@ class Prompter:
         """Token ids of a row's prompt; a plain text that is longer than `room` loses its first tokens.
 
         Raises:
-            DataError: the row has no prompt, or the chat template refuses it, or its turns are too long.
+            DataError: the row has no prompt, or the chat template refuses it, or its turns are too long, or it has
+                images or sounds.
         """
+        if held := next((name for name in COLUMNS if row.get(name) is not None), None):
+            raise DataError(f'{where} has a value in the column "{held}"; {TEXTS_ALONE}.')
         if self.column is None and self.layout is not None and all(name in row for name in self.layout.required):
             return self._plain(self.layout.fill(row), where, room)
         value = row[self._column(row)]
@@ -65,6 +70,8 @@ class Prompter:
             if text.strip() and not self.as_plain:
                 text = self.voice.data.asked(text, where)
             return self._plain(text, where, room)
+        if held := next((kind for kind in KINDS if isinstance(turns, list) and f"'type': '{kind}" in str(turns)), None):
+            raise DataError(f"{where} has a part of type {held}; {TEXTS_ALONE}.")
         asked = turns if isinstance(turns, list) else [{"role": "user", "content": text}]
         said = with_system(conversation(asked, where), row, where)
         if self.system and said[0]["role"] != "system":

@@ -11,6 +11,9 @@ import yaml
 
 from lora_lightning.data.prompt_formats import PromptFormat, layout_of
 
+TEXTS_ALONE = (
+    "chat and generate ask with texts alone; predict --run RUN --data.predict FILE answers rows with images or sounds"
+)
 CONVERSATIONS = ("Chat", "MediaChat")
 """Data modules that make turns."""
 

@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import TextIO
 
 from lora_lightning.cli.answers.conversation import Conversation
+from lora_lightning.cli.answers.run_data import TEXTS_ALONE
 from lora_lightning.cli.answers.sampling import Sampling
 from lora_lightning.cli.answers.streaming import stream
 from lora_lightning.cli.answers.voices import BASE, Voice, Voices
@@ -44,6 +45,7 @@ class Chat:
             "/system": self._system,
             "/settings": self._settings,
             "/help": self._help,
+            "/image": self._image,
         }
 
     def say(self, text: str) -> None:
@@ -132,6 +134,9 @@ class Chat:
             name, _, value = words.replace("=", " ").partition(" ")
             self.sampling = self.sampling.replaced(name, value.strip())
         self.say(str(self.sampling))
+
+    def _image(self, _: str) -> None:
+        raise SettingsError(f"{TEXTS_ALONE}.")
 
     def _help(self, _: str) -> None:
         width = max(map(len, COMMANDS))

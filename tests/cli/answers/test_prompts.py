@@ -91,6 +91,22 @@ def test_what_the_template_refuses_and_what_is_too_long(base: Path) -> None:
         Prompter(voice(base), None, "").ids({"prompt": "w5"}, "row 0", 3)
 
 
+@pytest.mark.parametrize(
+    ("row", "held"),
+    [
+        ({"prompt": "w5", "image": "a.png"}, 'a value in the column "image"'),
+        ({"messages": TURNS[:1], "audios": ["a.wav"]}, 'a value in the column "audios"'),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]}, "a part of type image"),
+        ({"messages": '[{"role": "user", "content": [{"type": "audio_url", "url": "a"}]}]'}, "a part of type audio"),
+    ],
+)
+def test_images_and_sounds_are_no_prompt(base: Path, row: dict[str, Any], held: str) -> None:
+    with pytest.raises(DataError, match=f"row 0 has {held}; chat and generate ask with texts alone; predict --run RUN"):
+        Prompter(voice(base), None, "").ids(row, "row 0", None)
+    without = {"image": None, "prompt": "w5"}
+    assert text(Prompter(voice(base), None, ""), without) == "w1 w5 [EOS] w2"
+
+
 def test_files_are_read_as_data_are(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     (tmp_path / "b.csv").write_bytes("prompt,n\nété,02\n".encode("utf-8-sig"))
