@@ -33,6 +33,7 @@ from lora_lightning.cli.parser import Parser
 from lora_lightning.cli.parser_errors import refused as refusal
 from lora_lightning.cli.preflight import monitors
 from lora_lightning.cli.run_folder import RunFolder
+from lora_lightning.cli.run_paths import located
 from lora_lightning.cli.system_errors import system_error
 from lora_lightning.cli.trust import trusted_config
 from lora_lightning.errors import (
@@ -310,12 +311,13 @@ def _export_format(module: AdapterModule) -> str | None:
 
 
 def _believed(line: command_line.Line) -> list[str]:
-    """The words of a line, with a run folder's config as far as it is to be trusted."""
-    if line.folder is None or line.trusted:
+    """The words of a line, with a run folder's config as far as it is to be trusted, its paths found from here."""
+    if line.folder is None or line.resume:
         return list(line.rest)
     own = str(line.folder / "config.yaml")
     first = line.rest.index(own)
-    return [*line.rest[:first], trusted_config(own), *line.rest[first + 1 :]]
+    config = located(own if line.trusted else trusted_config(own), line.folder)
+    return [*line.rest[:first], config, *line.rest[first + 1 :]]
 
 
 class Description(CLI):

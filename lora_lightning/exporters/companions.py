@@ -19,6 +19,7 @@ from lora_lightning.data.media.processors import load_processor
 from lora_lightning.data.tokens.tokenizers import load_tokenizer
 from lora_lightning.errors import LoraLightningError
 from lora_lightning.models.pretrained import resolve
+from lora_lightning.storage.run_start import paths_from_start
 
 _KINDS = ("AutoProcessor", "AutoTokenizer", "AutoImageProcessor", "AutoFeatureExtractor")
 
@@ -45,6 +46,8 @@ def run_processor(adapter: Path) -> Any:
     try:
         config = yaml.safe_load((adapter.resolve().parent / "config.yaml").read_text(encoding="utf-8"))
         settings = {"tokenizer": None, "processor": None, "size": None, **config["data"]["init_args"]}
+        for name in ("tokenizer", "processor", "chat_template"):
+            settings |= {name: paths_from_start(settings[name], adapter)} if name in settings else {}
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         return None
     with suppress(LoraLightningError):

@@ -59,7 +59,7 @@ def export_folder(
     check_free(output)
     stored = read_folder(adapter)
     whole = with_below(find_adapter(str(adapter)))
-    base = pretrained or stored.base
+    base = pretrained or whole[-1].base
     if base is None:
         raise ExportError(f'"{adapter}" does not say which base model it was trained on; give it with --pretrained.')
     where = "--pretrained" if pretrained else f'the base model of "{adapter}"'
