@@ -278,6 +278,8 @@ class CLI(LightningCLI):
         if self.trainer.is_global_zero:
             run, target = shlex.quote(str(shown)), shlex.quote(f"{shown}/{to}")
             print(f"try next: {_START} validate --run {run}")
+            if self.model.task.name == "causal-lm" and hasattr(type(self.datamodule), "renderer"):
+                print(f"          {_START} chat {run}")
             if to:
                 print(f"          {_START} export {run} --format {to} --output {target}")
             print(f"run: {shown}", flush=True)

@@ -191,3 +191,12 @@ def test_an_adapter_to_train_on_counts_as_a_new_one_does(tmp_path, capsys):
     out = capsys.readouterr().out
     assert rows(out) == new
     assert f'It trains on from "{folder}"' in out
+
+
+def test_ids_of_tokens_that_train_need_no_tokenizer(capsys):
+    assert main([*WORDS, "--model.train_tokens=[3]", "--markdown"]) == 0
+    with_rows = capsys.readouterr().out
+    assert main([*WORDS, "--markdown"]) == 0
+    assert capsys.readouterr().out != with_rows
+    assert main([*WORDS, "--data=Completions", "--model.train_tokens=[w3]"]) == 2
+    assert "okenizer" in capsys.readouterr().err
