@@ -102,7 +102,8 @@ def test_a_run_is_fitted_predicts_and_is_exported_with_its_processor(config, fam
     assert torch.allclose(adapted, exported, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["smolvlm", pytest.param("qwen2.5-vl", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["smolvlm", "qwen2.5-vl"])
 def test_peft_reads_back_what_language_model_and_vision_tower_have_learned(config, family):
     name, targets = config(family), ["--model.targets", "[all-linear, vision, projector]"]
     assert (

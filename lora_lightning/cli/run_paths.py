@@ -30,9 +30,11 @@ def located(config: str, folder: Path) -> str:
         return config  # the parser says what is wrong with it
     changed = False
     for section, names in _PATHS.items():
-        given = settings.get(section) if isinstance(settings, Mapping) else None
-        given = given.get("init_args", given) if isinstance(given, Mapping) else None
-        for name in names if isinstance(given, dict) else ():
+        of_section = settings.get(section) if isinstance(settings, Mapping) else None
+        given = of_section.get("init_args", of_section) if isinstance(of_section, Mapping) else None
+        if not isinstance(given, dict):
+            continue
+        for name in names:
             found = paths_from_start(given.get(name), folder)
             if found != given.get(name):
                 given[name], changed = found, True

@@ -34,8 +34,17 @@ def companion_files(model: Any, processor: Any, added: Mapping[str, bytes]) -> d
     """
     found = _base_files(getattr(model.config, "_name_or_path", ""))
     if processor is not None:
-        found |= _saved(processor)
+        found |= saved_files(processor)
     return {**found, **added}
+
+
+def names_template(adapter: Path) -> bool:
+    """Whether the run around an adapter has a chat template of its own, which the base model lacks."""
+    try:
+        config = yaml.safe_load((adapter.resolve().parent / "config.yaml").read_text(encoding="utf-8"))
+        return config["data"]["init_args"].get("chat_template") is not None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError):
+        return False
 
 
 def run_processor(adapter: Path) -> Any:
@@ -113,14 +122,18 @@ def _base_files(name: str) -> dict[str, bytes]:
         return found
     if folder:
         with suppress(Exception):  # it has none for images or sounds
-            found = _saved(load_processor(folder, "model.pretrained"))
+            found = saved_files(load_processor(folder, "model.pretrained"))
     for kind in _KINDS if folder else ():
         with suppress(Exception):  # there is none, or the library that it takes is not installed
-            found = {**_saved(getattr(transformers, kind).from_pretrained(folder, trust_remote_code=False)), **found}
+            found = {
+                **saved_files(getattr(transformers, kind).from_pretrained(folder, trust_remote_code=False)),
+                **found,
+            }
     return found
 
 
-def _saved(what: Any) -> dict[str, bytes]:
+def saved_files(what: Any) -> dict[str, bytes]:
+    """The files that a tokenizer or processor writes, by path in a folder."""
     with tempfile.TemporaryDirectory() as folder:
         what.save_pretrained(folder)
         paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]

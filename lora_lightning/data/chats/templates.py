@@ -110,8 +110,8 @@ def choose_template(tokenizer: Any, setting: str | None, owner: str = "Chat") ->
             others = [name for name in NAMES if name not in fits]
             with_tokens = f" With data.new_tokens: {', '.join(others)}." if others else ""
             raise DataError(
-                f"{owner}.chat_template is null, and the tokenizer {tokenizer.name_or_path} has no template. Choose one "
-                f"that fits its tokens: {', '.join(fits)}; or give a file or a Jinja text.{with_tokens}"
+                f"{owner}.chat_template is null, and the tokenizer {tokenizer.name_or_path} has no template. Choose "
+                f"one that fits its tokens: {', '.join(fits)}; or give a file or a Jinja text.{with_tokens}"
             )
         return None, f"of {tokenizer.name_or_path}"
     if setting in NAMES:
