@@ -359,9 +359,3 @@ def test_a_file_of_another_size_while_training_is_an_error(make, files):
 def test_a_template_of_texts_alone_is_refused(make, template):
     with pytest.raises(DataError, match=r"MediaChat\.chat_template: the template .* does not write content in parts"):
         ready(make(rows(), chat_template=template))
-
-
-def test_what_does_not_apply_to_images_is_no_setting():
-    for name in ("packing", "streaming", "cache", "tokenizer", "new_tokens"):
-        with pytest.raises(TypeError, match=name):
-            MediaChat(**{name: True})
