@@ -403,7 +403,7 @@ def one_line(cause: BaseException) -> str:
 
 
 def arguments(owner: type) -> dict[str, inspect.Parameter]:
-    """What a class takes by name; where it takes any keyword, what its base takes too."""
+    """What a class takes by name; where it takes any keyword, what its base takes too, but for what it has `fixed`."""
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     found: dict[str, inspect.Parameter] = {}
     for cls in owner.__mro__:
@@ -413,4 +413,5 @@ def arguments(owner: type) -> dict[str, inspect.Parameter]:
         found |= {name: p for name, p in parameters.items() if p.kind not in variadic and name not in found}
         if inspect.Parameter.VAR_KEYWORD not in {p.kind for p in parameters.values()}:
             break
-    return found
+    fixed: Mapping[str, str] = getattr(owner, "fixed", {})
+    return {name: parameter for name, parameter in found.items() if name not in fixed}

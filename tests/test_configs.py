@@ -64,13 +64,18 @@ def test_from_a_file_of_chats_to_answers(tmp_path, monkeypatch, capsys):
     assert (
         main(["fit", "--config", "chat", *flags, "--trainer.max_epochs=2", "--trainer.enable_progress_bar=false"]) == 0
     )
-    assert capsys.readouterr().out.strip().endswith("run: runs/chat/001")
+    told = capsys.readouterr().out
+    assert told.strip().endswith("run: runs/chat/001")
+    assert "\n          python -m lora_lightning chat runs/chat/001\n" in told
     (tmp_path / "asked.txt").write_text("w3 w4\n")
     assert (
         main(["generate", "runs/chat/001", "--input", "asked.txt", "--output", "said.jsonl", "--max_new_tokens=4"]) == 0
     )
     assert "prediction" in json.loads((tmp_path / "said.jsonl").read_text())
     assert main(["export", "runs/chat/001", "--format", "peft", "--output", "adapter"]) == 0
+    words = ["--input", "asked.txt", "--output", "same.jsonl", "--max_new_tokens=4", f"--pretrained={decoder}"]
+    assert main(["generate", "adapter", *words]) == 0  # the template of the run went with it
+    assert (tmp_path / "same.jsonl").read_text() == (tmp_path / "said.jsonl").read_text()
 
 
 TASKS = [name for name in config_names() if name.startswith("tasks/")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ from lora_lightning.callbacks.meters import Meters
 from lora_lightning.callbacks.step_counting import JUDGES, StepCallback, outside_step
 from lora_lightning.data.chats.rendering import Renderer
 from lora_lightning.data.chats.turns import conversation, json_value, last_answer, plain
+from lora_lightning.data.prompt_formats import PromptFormat
 from lora_lightning.data.sources.stored import PLACE
 from lora_lightning.data.sources.tables import UNREADABLE, read_table
 from lora_lightning.data.sources.texts import as_text
@@ -44,7 +45,9 @@ class Samples(StepCallback):
     Args:
         prompts: texts, or conversations as lists of turns; or a file of them (.jsonl, .csv, .txt, ...), whose column is
             messages, conversations, prompt, text, question, instruction or source. Where the data are conversations, a
-            text is what the user says. An assistant's turn at the end is left out, and answered anew.
+            text is what the user says. An assistant's turn at the end is left out, and answered anew. Where the data
+            build prompts from columns (Completions.format, prompt_template), a prompt is a row with these, or the text
+            of the only one that must exist. TextToText.prefix stands before each text.
         every_n_steps: optimizer steps from one time to the next; null generates at each validation.
         max_new_tokens: most tokens of an answer.
         temperature: divides the logits; 0 takes the most likely token.
@@ -88,7 +91,7 @@ class Samples(StepCallback):
                 f"Samples: {type(injected_root(pl_module)).__name__} does not generate texts; the callback is for "
                 "tasks of language models. Leave it out of trainer.callbacks."
             )
-        said = from_first(self._read)
+        said = from_first(lambda: self._read(_layout(trainer)))
         self._asked = [(prompt, self._ids(prompt, trainer, pl_module, n)) for n, prompt in enumerate(said)]
         self._last = end_text(tokenizer) if _in_turns(trainer) else ""
         self._written = None
@@ -114,13 +117,15 @@ class Samples(StepCallback):
             )
         return tokenizer
 
-    def _read(self) -> list[Any]:
-        """The prompts: texts, and lists of turns."""
+    def _read(self, layout: PromptFormat | None) -> list[Any]:
+        """The prompts: texts, lists of turns, and rows that a layout is filled with."""
         if isinstance(self.prompts, list):
             return self.prompts
         table = read_table(self.prompts, "test", field="Samples.prompts")
         rows = [{k: v for k, v in row.items() if k not in (PLACE, UNREADABLE)} for row in table]
         there = list(rows[0]) if rows else []
+        if layout is not None and set(layout.required) <= set(there):
+            return rows
         column = next((name for name in COLUMNS if name in there), there[0] if len(there) == 1 else None)
         if column is None:
             raise DataError(
@@ -132,10 +137,16 @@ class Samples(StepCallback):
     def _ids(self, prompt: Any, trainer: Trainer, module: LightningModule, number: int) -> list[int]:
         """Token ids of a prompt, which the model goes on from."""
         where, tokenizer, data = f"Samples.prompts: number {number}", self._tokenizer(trainer), _data(trainer)
-        text = "" if isinstance(prompt, list) else as_text(prompt) or ""
+        layout = _layout(trainer)
+        if isinstance(prompt, Mapping):
+            text = _filled(layout, prompt, where)
+        else:
+            text = "" if isinstance(prompt, list) else as_text(prompt) or ""
         turns = json_value(prompt, where) if isinstance(prompt, list) or text.startswith("[{") else None
         if turns is None and not _in_turns(trainer):
             ids: list[int]
+            if layout is not None and text.strip() and not isinstance(prompt, Mapping):
+                text = layout.of_text(text, where)
             if getattr(injected_root(module).config, "is_encoder_decoder", False):
                 ids = tokenizer(f"{getattr(data, 'prefix', None) or ''}{text}")["input_ids"]
             else:
@@ -193,6 +204,22 @@ def _data(trainer: Trainer) -> Any:
     return getattr(trainer, "datamodule", None)
 
 
+def _layout(trainer: Trainer) -> PromptFormat | None:
+    """The layout of the data's prompts, where they are built from columns."""
+    found = getattr(_data(trainer), "layout", None)
+    return found if isinstance(found, PromptFormat) else None
+
+
+def _filled(layout: PromptFormat | None, row: Mapping[str, Any], where: str) -> str:
+    """The prompt of a row."""
+    if layout is None:
+        raise DataError(f"{where} is a row with {', '.join(row)}; the data build no prompts from columns. Give a text.")
+    if missing := [name for name in layout.required if name not in row]:
+        needed = ", ".join(layout.required)
+        raise DataError(f"{where} lacks {', '.join(missing)}; its prompt is built from {needed}.")
+    return layout.fill(row)
+
+
 def _in_turns(trainer: Trainer) -> bool:
     """Whether the data are conversations, so that a text is what a user says."""
     data = _data(trainer)
@@ -230,7 +257,9 @@ def show(logger: Any, rows: Sequence[dict[str, Any]], step: int) -> None:
 
 
 def _readable(prompt: Any) -> str:
-    """A prompt in one text; of a conversation the last turn."""
+    """A prompt in one text; of a conversation the last turn, of a row its values."""
+    if isinstance(prompt, Mapping):
+        return ", ".join(f"{name}: {value}" for name, value in prompt.items())
     if not isinstance(prompt, list):
         return str(prompt)
     last = prompt[-1] if prompt else {}

@@ -33,6 +33,7 @@ from lora_lightning.cli.parser import Parser
 from lora_lightning.cli.parser_errors import refused as refusal
 from lora_lightning.cli.preflight import monitors
 from lora_lightning.cli.run_folder import RunFolder
+from lora_lightning.cli.run_paths import located
 from lora_lightning.cli.system_errors import system_error
 from lora_lightning.cli.trust import trusted_config
 from lora_lightning.errors import (
@@ -153,6 +154,8 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """A data module without a tokenizer or an image processor gets the adapter's, or else the model's."""
         config = self.config[self.subcommand] if self.subcommand else self.config
+        if self.subcommand == "fit" and (missing := loggers.problems(config.trainer.get("logger"))):
+            raise SettingsError("; ".join(missing))
         resolve(config.model.pretrained)
         settings = config.data.get("init_args", {}) if config.data else {}
         if settings.get("tokenizer", "") is None and not settings.get("new_tokens"):
@@ -275,6 +278,8 @@ class CLI(LightningCLI):
         if self.trainer.is_global_zero:
             run, target = shlex.quote(str(shown)), shlex.quote(f"{shown}/{to}")
             print(f"try next: {_START} validate --run {run}")
+            if self.model.task.name == "causal-lm" and hasattr(type(self.datamodule), "renderer"):
+                print(f"          {_START} chat {run}")
             if to:
                 print(f"          {_START} export {run} --format {to} --output {target}")
             print(f"run: {shown}", flush=True)
@@ -310,12 +315,13 @@ def _export_format(module: AdapterModule) -> str | None:
 
 
 def _believed(line: command_line.Line) -> list[str]:
-    """The words of a line, with a run folder's config as far as it is to be trusted."""
-    if line.folder is None or line.trusted:
+    """The words of a line, with a run folder's config as far as it is to be trusted, its paths found from here."""
+    if line.folder is None or line.resume:
         return list(line.rest)
     own = str(line.folder / "config.yaml")
     first = line.rest.index(own)
-    return [*line.rest[:first], trusted_config(own), *line.rest[first + 1 :]]
+    config = located(own if line.trusted else trusted_config(own), line.folder)
+    return [*line.rest[:first], config, *line.rest[first + 1 :]]
 
 
 class Description(CLI):

@@ -5,6 +5,7 @@ Each class here stands for a logger of Lightning until the run folder is known. 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from abc import abstractmethod
@@ -12,9 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from jsonargparse import Namespace
 from lightning.pytorch.loggers import CometLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from lora_lightning.errors import SettingsError
+
+_NEEDS = {
+    WandbLogger: ("wandb", "wandb"),
+    MLFlowLogger: ("mlflow", "mlflow"),
+    CometLogger: ("comet_ml", "comet-ml"),
+}
+"""What Lightning's loggers import, and the name under which pip knows it."""
 
 
 def _installed(package: str) -> bool:
@@ -23,28 +32,49 @@ def _installed(package: str) -> bool:
     return found is not None and found.origin is not None
 
 
+def problems(given: Any) -> list[str]:
+    """One line for each logger of parsed settings whose package is missing.
+
+    Args:
+        given: `trainer.logger`: one or several classes with settings, or what needs no package.
+    """
+    found = []
+    for one in given if isinstance(given, list) else [given]:
+        if isinstance(one, Namespace) and isinstance(class_path := one.get("class_path"), str):
+            module, _, name = class_path.rpartition(".")
+            found.append(_missing(getattr(importlib.import_module(module), name, object)))
+    return list(dict.fromkeys(text for text in found if text))
+
+
+def _missing(kind: type) -> str:
+    """What is to be said where a logger's class lacks its package; empty where it does not."""
+    made_of = kind.stands_for if issubclass(kind, NamedLogger) else kind
+    for logger, (package, install) in _NEEDS.items():
+        if made_of is not None and issubclass(made_of, logger) and not _installed(package):
+            return (
+                f'trainer.logger is "{kind.__name__}", which needs the package {install}, and it is not installed: '
+                f"pip install {install}"
+            )
+    return ""
+
+
 class NamedLogger(Logger):
     """A logger that is made once there is a run folder.
 
     Class facts:
-        package: what it imports.
-        install: the name under which pip knows that.
+        stands_for: the class of Lightning that is made.
 
     Raises:
-        SettingsError: the package is missing.
+        SettingsError: its package is missing.
     """
 
-    package: ClassVar[str] = ""
-    install: ClassVar[str] = ""
+    stands_for: ClassVar[type[Logger] | None] = None
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
         self.settings = settings
-        if self.package and not _installed(self.package):
-            raise SettingsError(
-                f'trainer.logger is "{type(self).__name__}", which needs the package {self.install}, and it is not '
-                f"installed: pip install {self.install}"
-            )
+        if text := _missing(type(self)):
+            raise SettingsError(text)
 
     @abstractmethod
     def made(self, folder: Path, run: str) -> Logger | None:
@@ -94,17 +124,15 @@ class tensorboard(NamedLogger):  # noqa: N801
         return TensorBoardLogger(folder, "", "")
 
 
-class wandb(NamedLogger):  # noqa: N801
-    """Weights & Biases.
+class ProjectLogger(NamedLogger):
+    """A logger of a service that keeps runs in projects, and can write into the run folder in its place.
 
     Args:
         project: the project there.
         name: what to call the run; null takes its folder's name.
-        offline: write into the run folder alone; `wandb sync` sends it later.
-        options: further arguments of Lightning's WandbLogger, such as `{entity: us, tags: [a]}`.
+        offline: write into the run folder alone; `wandb sync` or `comet upload` sends it later.
+        options: further arguments of Lightning's logger, such as `{entity: us, tags: [a]}` for W&B.
     """
-
-    package, install = "wandb", "wandb"
 
     def __init__(
         self,
@@ -113,11 +141,37 @@ class wandb(NamedLogger):  # noqa: N801
         offline: bool = False,
         options: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(project=project, name=name, offline=offline, **(options or {}))
+        super().__init__(project=project, name=name, **(options or {}))
+        self.offline = offline
 
     def made(self, folder: Path, run: str) -> Logger | None:
         """The logger."""
-        return WandbLogger(save_dir=folder, **self.settings | {"name": self.settings["name"] or run})
+        assert self.stands_for is not None
+        return self.stands_for(**{**self.place(folder), **self.settings, "name": self.settings["name"] or run})
+
+    @abstractmethod
+    def place(self, folder: Path) -> dict[str, Any]:
+        """Arguments that say where the run is written."""
+
+
+class wandb(ProjectLogger):  # noqa: N801
+    """Weights & Biases."""
+
+    stands_for = WandbLogger
+
+    def place(self, folder: Path) -> dict[str, Any]:
+        """Its files lie in the run folder, online too."""
+        return {"save_dir": folder, "offline": self.offline}
+
+
+class comet(ProjectLogger):  # noqa: N801
+    """Comet."""
+
+    stands_for = CometLogger
+
+    def place(self, folder: Path) -> dict[str, Any]:
+        """Online, nothing is written here."""
+        return {"online": False, "offline_directory": str(folder)} if self.offline else {"online": True}
 
 
 class mlflow(NamedLogger):  # noqa: N801
@@ -131,7 +185,7 @@ class mlflow(NamedLogger):  # noqa: N801
         options: further arguments of Lightning's MLFlowLogger, such as `{tags: {kind: trial}}`.
     """
 
-    package, install = "mlflow", "mlflow"
+    stands_for = MLFlowLogger
 
     def __init__(
         self,
@@ -149,33 +203,6 @@ class mlflow(NamedLogger):  # noqa: N801
             given["tracking_uri"] or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.absolute()}/mlflow.db"
         )
         return MLFlowLogger(**given | {"tracking_uri": uri})
-
-
-class comet(NamedLogger):  # noqa: N801
-    """Comet.
-
-    Args:
-        project: the project there.
-        name: what to call the run; null takes its folder's name.
-        offline: write into the run folder alone; `comet upload` sends it later.
-        options: further arguments of Lightning's CometLogger, such as `{workspace: us}`.
-    """
-
-    package, install = "comet_ml", "comet-ml"
-
-    def __init__(
-        self,
-        project: str = "lora_lightning",
-        name: str | None = None,
-        offline: bool = False,
-        options: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(project=project, name=name, online=not offline, **(options or {}))
-
-    def made(self, folder: Path, run: str) -> Logger | None:
-        """The logger."""
-        offline = {"offline_directory": str(folder)} if not self.settings["online"] else {}
-        return CometLogger(**offline | self.settings | {"name": self.settings["name"] or run})
 
 
 def made(given: Any, folder: Path) -> list[Logger]:

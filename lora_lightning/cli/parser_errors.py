@@ -156,6 +156,8 @@ def _in_a_setting(problem: Problem, problems: Sequence[Problem], parser: argpars
         return f"{key}: no {noun(bases)} is named. {means} {_choices(bases)}"
     if unknown:
         fields, word = [] if owner is None else parameters_of(owner), _quoted(text)
+        if reason := getattr(owner, "fixed", {}).get(word):
+            return f"{key}: {name} has no {word}: {reason}"
         takes = f" It takes: {', '.join(fields)}." if fields else ""
         return f'{key}: {name} has no "{word}".{_meant(word, fields, key) or did_you_mean(word, fields)}{takes}'
     if text.startswith("Expected a "):

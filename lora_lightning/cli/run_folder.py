@@ -63,6 +63,8 @@ class RunFolder:
                 f"the environment sets {VARIABLE}={told}, where a run has left {there}, which this one would replace. "
                 f"Unset it, or go on with fit --resume {told}."
             )
+        if told and folder.is_dir():
+            self._keep(folder)
         self.path = self._make(folder, again=told is not None)
         self._lock = Lock(self.path / LOCK)
         return self.path
@@ -78,9 +80,7 @@ class RunFolder:
         if rank > 0:
             return folder
         self._lock = Lock(folder / LOCK)
-        texts = [path for path in folder.iterdir() if path.suffix in (".yaml", ".csv", ".json")]
-        self._before = {path: None for path in folder.iterdir() if path.name != LOCK}
-        self._before |= {path: path.read_bytes() for path in texts}
+        self._keep(folder)
         keep_metrics(folder)
         return folder
 
@@ -95,6 +95,12 @@ class RunFolder:
         for folder in reversed(self._made):
             with suppress(OSError):  # it holds something
                 folder.rmdir()
+
+    def _keep(self, folder: Path) -> None:
+        """Remember what is in a folder, and the contents of its texts."""
+        texts = [path for path in folder.iterdir() if path.suffix in (".yaml", ".csv", ".json")]
+        self._before = {path: None for path in folder.iterdir() if path.name != LOCK}
+        self._before |= {path: path.read_bytes() for path in texts}
 
     def _make(self, folder: Path, again: bool) -> Path:
         while True:

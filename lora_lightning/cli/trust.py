@@ -10,7 +10,7 @@ import yaml
 from lora_lightning.errors import RunFolderError
 from lora_lightning.plugins import entries
 
-_SECTIONS = ("model", "data", "trainer", "seed_everything", "checkpoint_minutes")
+_SECTIONS = ("model", "data", "trainer", "seed_everything", "checkpoint_minutes", "serve_with")
 _OBJECTS = ("callbacks", "logger", "plugins", "profiler")
 _HARMLESS = ("lora_lightning", "torch.optim", "lightning.pytorch.cli")
 
@@ -38,9 +38,9 @@ def trusted_config(config: str) -> str:
     trainer = settings.get("trainer") if isinstance(settings.get("trainer"), Mapping) else {}
     objects = [name for name, value in (trainer or {}).items() if _is_object(name, value)]
     others = [name for name in settings if name not in _SECTIONS]
-    if not objects and not others:
+    left_out = [*(f"trainer.{name}" for name in objects), *(name for name in others if settings[name] is not None)]
+    if not left_out:
         return config
-    left_out = [*(f"trainer.{name}" for name in objects), *others]
     print(f"{config}: {', '.join(left_out)} left out; --trust-run takes all of it")
     kept = {name: value for name, value in settings.items() if name not in others}
     kept["trainer"] = {name: value for name, value in (trainer or {}).items() if name not in objects}

@@ -10,7 +10,7 @@ import datasets
 
 from lora_lightning.data.batches.streaming import Encoder
 from lora_lightning.data.causal_text import CausalText
-from lora_lightning.data.prompt_formats import PromptFormat, fields, find_format
+from lora_lightning.data.prompt_formats import PromptFormat, fields, find_format, layout_of
 from lora_lightning.data.sources.faults import RowError
 from lora_lightning.data.sources.texts import as_text
 from lora_lightning.data.sources.unread import COMPARED, Changing
@@ -112,8 +112,13 @@ class Completions(CausalText):
 
         return encode
 
+    @property
+    def layout(self) -> PromptFormat | None:
+        """The layout of prompts that are built from columns; None where they stand in one as they are."""
+        return self._layout or layout_of(None, self.prompt_template, self.completion)
+
     def _prompts(self, batch: dict[str, list[Any]]) -> list[str]:
-        layout = self._layout or (PromptFormat(self.prompt_template, self.completion) if self.prompt_template else None)
+        layout = self.layout
         if layout is None:
             return [as_text(text) or "" for text in batch[self.prompt]]
         return [layout.fill(row) for row in _rows(batch)]

@@ -24,10 +24,19 @@ from lora_lightning.data.sources.faults import RowError
 from lora_lightning.data.sources.stored import PLACE
 from lora_lightning.data.table import Collation
 from lora_lightning.data.tokens.causal import NO_LOSS
-from lora_lightning.errors import DataError
+from lora_lightning.errors import DataError, SettingsError
 
 PREPARED = "prepared"
 """Column of an example that tells which images and sounds of its row it holds, as JSON."""
+FIXED = {
+    "packing": "images of several examples cannot share a row. data.group_by_length keeps the padding small.",
+    "streaming": "tokens of images are counted first. data.limit takes the first rows; images in files are read "
+    "again for each batch, and need no memory.",
+    "tokenizer": "the processor has its own. data.processor names another one.",
+    "new_tokens": "the processor's tokenizer is taken as it is.",
+    "cache": "what is prepared depends on the files of images, too, so that it is made anew for each run.",
+}
+"""Settings of other text data that this one has not, and why."""
 
 
 class MediaChat(Chat):
@@ -59,6 +68,7 @@ class MediaChat(Chat):
     """
 
     task_kinds = ("image-text-to-text", "audio-text-to-text")
+    fixed = FIXED
     media_columns = COLUMNS
     beside = {"text": "", "prompt_end": 0, PREPARED: "[]"}  # noqa: RUF012 - a fact of the class
 
@@ -73,6 +83,9 @@ class MediaChat(Chat):
         max_length: int = 2048,
         **common: Any,
     ) -> None:
+        for name in common:
+            if name in self.fixed:
+                raise SettingsError(f"{type(self).__name__} has no {name}: {self.fixed[name]}")
         super().__init__(
             messages=messages,
             tools=tools,
@@ -80,11 +93,11 @@ class MediaChat(Chat):
             turns=turns,
             chat_template_kwargs=chat_template_kwargs,
             max_length=max_length,
-            tokenizer=None,  # the processor has it
+            tokenizer=None,
             new_tokens=(),
             packing=False,
             streaming=False,
-            cache=False,  # what is prepared depends on the files of images, too
+            cache=False,
             **common,
         )
         self.processor = processor

@@ -28,10 +28,28 @@ class PromptFormat:
         bare = self.optional and not str(values.get(self.optional, "")).strip()
         return (self.bare if bare else self.template).format(**values)
 
+    def of_text(self, text: str, where: str) -> str:
+        """The prompt in which a text is the value of the one column that must exist; an optional one is empty.
+
+        Args:
+            text: What is asked.
+            where: What to call it in messages.
+
+        Raises:
+            DataError: It takes several columns.
+        """
+        first, *others = self.required
+        if others:
+            names = " and ".join(self.required)
+            raise DataError(
+                f"{where} is a text, and the prompts of this run are built from {names}; give rows of these."
+            )
+        return self.fill({first: text, **({self.optional: ""} if self.optional else {})})
+
     @property
     def required(self) -> list[str]:
         """Columns that must exist."""
-        return [name for name in fields(self.template) if name != self.optional]
+        return list(dict.fromkeys(name for name in fields(self.template) if name != self.optional))
 
 
 _TASK = "Below is an instruction that describes a task"
@@ -67,6 +85,19 @@ def find_format(name: str, setting: str) -> PromptFormat:
     if name not in FORMATS:
         raise SettingsError(f'{setting} is "{name}".{did_you_mean(name, FORMATS)} Formats: {", ".join(FORMATS)}.')
     return FORMATS[name]
+
+
+def layout_of(name: str | None, template: str | None, completion: str = "") -> PromptFormat | None:
+    """The layout that the settings of Completions mean; None where prompts stand in a column as they are.
+
+    Args:
+        name: Of a format.
+        template: With columns in braces.
+        completion: Column of the completion beside a template.
+    """
+    if name:
+        return find_format(name, "Completions.format")
+    return PromptFormat(template, completion) if template else None
 
 
 def fields(template: str) -> list[str]:

@@ -19,6 +19,7 @@ from lora_lightning.data.media.processors import load_processor
 from lora_lightning.data.tokens.tokenizers import load_tokenizer
 from lora_lightning.errors import LoraLightningError
 from lora_lightning.models.pretrained import resolve
+from lora_lightning.storage.run_start import paths_from_start
 
 _KINDS = ("AutoProcessor", "AutoTokenizer", "AutoImageProcessor", "AutoFeatureExtractor")
 
@@ -33,8 +34,17 @@ def companion_files(model: Any, processor: Any, added: Mapping[str, bytes]) -> d
     """
     found = _base_files(getattr(model.config, "_name_or_path", ""))
     if processor is not None:
-        found |= _saved(processor)
+        found |= saved_files(processor)
     return {**found, **added}
+
+
+def names_template(adapter: Path) -> bool:
+    """Whether the run around an adapter has a chat template of its own, which the base model lacks."""
+    try:
+        config = yaml.safe_load((adapter.resolve().parent / "config.yaml").read_text(encoding="utf-8"))
+        return config["data"]["init_args"].get("chat_template") is not None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError):
+        return False
 
 
 def run_processor(adapter: Path) -> Any:
@@ -45,6 +55,8 @@ def run_processor(adapter: Path) -> Any:
     try:
         config = yaml.safe_load((adapter.resolve().parent / "config.yaml").read_text(encoding="utf-8"))
         settings = {"tokenizer": None, "processor": None, "size": None, **config["data"]["init_args"]}
+        for name in ("tokenizer", "processor", "chat_template"):
+            settings |= {name: paths_from_start(settings[name], adapter)} if name in settings else {}
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         return None
     with suppress(LoraLightningError):
@@ -110,14 +122,18 @@ def _base_files(name: str) -> dict[str, bytes]:
         return found
     if folder:
         with suppress(Exception):  # it has none for images or sounds
-            found = _saved(load_processor(folder, "model.pretrained"))
+            found = saved_files(load_processor(folder, "model.pretrained"))
     for kind in _KINDS if folder else ():
         with suppress(Exception):  # there is none, or the library that it takes is not installed
-            found = {**_saved(getattr(transformers, kind).from_pretrained(folder, trust_remote_code=False)), **found}
+            found = {
+                **saved_files(getattr(transformers, kind).from_pretrained(folder, trust_remote_code=False)),
+                **found,
+            }
     return found
 
 
-def _saved(what: Any) -> dict[str, bytes]:
+def saved_files(what: Any) -> dict[str, bytes]:
+    """The files that a tokenizer or processor writes, by path in a folder."""
     with tempfile.TemporaryDirectory() as folder:
         what.save_pretrained(folder)
         paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.errors import AdapterFileError, ExportError, ModelError
-from lora_lightning.exporters.companions import run_processor
+from lora_lightning.exporters.companions import names_template, run_processor
 from lora_lightning.exporters.export import export, find_writer
 from lora_lightning.exporters.folder import check_free
 from lora_lightning.exporters.report import ExportReport, Origin
@@ -59,7 +59,7 @@ def export_folder(
     check_free(output)
     stored = read_folder(adapter)
     whole = with_below(find_adapter(str(adapter)))
-    base = pretrained or stored.base
+    base = pretrained or whole[-1].base
     if base is None:
         raise ExportError(f'"{adapter}" does not say which base model it was trained on; give it with --pretrained.')
     where = "--pretrained" if pretrained else f'the base model of "{adapter}"'
@@ -77,7 +77,7 @@ def export_folder(
         and served(find(model, stored.name), server, None, rank).format == "merged"
     ):
         merged, dtype = True, dtype or _file_dtype(folder)
-    processor = run_processor(adapter) if merged else None
+    processor = run_processor(adapter) if merged or names_template(adapter) else None
     origin = Origin(adapter, base)
     return export(
         model,

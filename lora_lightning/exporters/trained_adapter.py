@@ -27,6 +27,7 @@ from lora_lightning.plugins import registry, restore_settings
 from lora_lightning.storage.below import SHOWN
 from lora_lightning.storage.inside import read_inside
 from lora_lightning.storage.load import load_stored
+from lora_lightning.storage.run_start import from_start
 from lora_lightning.storage.stored import FILE, TOKENIZER, Stored, read_folder
 
 OURS, PEFTS = "lora_lightning", "peft"
@@ -95,7 +96,7 @@ class TrainedAdapter:
         for one in self.stored.below if self.stored else ():
             needs = f'{self} was trained on top of "{one["source"]}" (sha256 {one["digest"][:SHOWN]})'
             try:
-                there = find_adapter(one["source"])
+                there = find_adapter(from_start(one["source"], self.folder))
             except (AdapterFileError, ModelError) as error:
                 raise AdapterFileError(f"{needs}, which is not there: {error} Put it back.") from error
             if there.digest != one["digest"]:
@@ -168,7 +169,7 @@ def find_adapter(name: str, setting: str = "the adapter") -> TrainedAdapter:
         folder=folder,
         format=OURS,
         digest=stored.digest,
-        base=stored.base,
+        base=None if stored.base is None else from_start(stored.base, folder),
         method=method,
         tokenizer=folder / TOKENIZER if stored.vocabulary else None,
         stored=stored,

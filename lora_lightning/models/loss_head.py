@@ -17,6 +17,7 @@ gives known numbers, and whether a few tokens have the log-probabilities that th
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,13 +90,20 @@ def next_tokens(labels: Tensor) -> Tensor:
 def decoder_inputs(model: nn.Module, labels: Tensor) -> dict[str, Tensor]:
     """What a decoder gets to give `labels`, (b, l), as the model itself makes it of them.
 
+    That is the model's own function, else `shift_tokens_right` of the file that its class stands in; `choose` compares
+    what comes of it with what the model makes of the labels.
+
     Raises:
-        UnsuitedError: the model has no such function.
+        UnsuitedError: there is no such function.
     """
-    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if shift is None:
-        raise UnsuitedError(f"{type(model).__name__} shifts labels inside its forward only")
-    return {"decoder_input_ids": shift(labels=labels)}
+    if (shift := getattr(model, "prepare_decoder_input_ids_from_labels", None)) is not None:
+        return {"decoder_input_ids": shift(labels=labels)}
+    config = cast(Any, model).config
+    for kind in type(model).__mro__:  # FSDP2 puts a class of its own in front
+        shift = getattr(sys.modules.get(kind.__module__), "shift_tokens_right", None)
+        if shift is not None and len(inspect.signature(shift).parameters) == 3:
+            return {"decoder_input_ids": shift(labels, config.pad_token_id, config.decoder_start_token_id)}
+    raise UnsuitedError(f"{type(model).__name__} shifts labels inside its forward only")
 
 
 def token_log_probs(model: nn.Module, inputs: Mapping[str, Any], targets: Tensor) -> Tensor:

@@ -66,7 +66,9 @@ def unreachable(name: str, error: BaseException) -> ModelError:
     reason = " ".join(str(error).split("\n", maxsplit=1)[0].split())
     help_text = ""
     if "connect" in reason:
-        help_text = f" Give a local folder, or fetch the model once where there is a network: hf download {name}"
+        near = nearest(name, (path.name for path in Path().iterdir() if path.is_dir()))
+        help_text = f" Folders here that are called alike: {', '.join(near)}." if near else ""
+        help_text += f" Give a local folder, or fetch the model once where there is a network: hf download {name}"
     return ModelError(f'model.pretrained is "{name}": {reason}{help_text}')
 
 

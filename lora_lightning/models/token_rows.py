@@ -42,6 +42,12 @@ class TokenRows:
         return ", ".join(map(str, shown[:8])) + (", ..." if len(shown) > 8 else "")
 
 
+def has_texts(tokens: Tokens) -> bool:
+    """Whether any of them is a text, which only a tokenizer has the id of."""
+    each = tokens.values() if isinstance(tokens, Mapping) else [tokens]
+    return any(isinstance(token, str) for own in each for token in own)
+
+
 def as_ids(tokens: Tokens, tokenizer: Any) -> Tokens:
     """The same with ids in the place of texts.
 

@@ -14,7 +14,7 @@ from toy_runs import classification, completion_data, decoder_folder, encoder_fo
 from ll_lora import LoRA
 from lora_lightning.callbacks import Samples
 from lora_lightning.callbacks.samples import show
-from lora_lightning.data import Chat
+from lora_lightning.data import Chat, Completions
 from lora_lightning.errors import DataError, SettingsError
 from lora_lightning.training.module import AdapterModule
 
@@ -176,3 +176,51 @@ def test_modes_and_random_numbers_come_back(decoder, tmp_path):
     look = Look(PROMPTS, every_n_steps=1, max_new_tokens=2, temperature=0.7, file="other.jsonl")
     trainer(tmp_path, [samples, look], max_steps=2).fit(module, datamodule=completion_data(decoder))
     assert modes == [True] * 4
+
+
+FORMATS = {
+    "a template": ({"prompt_template": "w7 {text} w8"}, ["w1 w2", {"text": "w3"}], ["w7 w1 w2 w8", "w7 w3 w8"]),
+    "a column of it that a text fills twice": ({"prompt_template": "{text} w8 {text}"}, ["w1"], ["w1 w8 w1"]),
+    "two columns": ({"prompt_template": "w7 {text} {n}"}, [{"text": "w1", "n": "w2"}], ["w7 w1 w2"]),
+    "none": ({}, ["w1 w2"], ["w1 w2"]),
+}
+
+
+@pytest.mark.parametrize("case", FORMATS)
+def test_prompts_get_the_format_of_the_data_as_predict_gives_it(decoder, tmp_path, case):
+    settings, prompts, expected = FORMATS[case]
+    file = tmp_path / "rows.csv"
+    file.write_text("text,prompt,n,completion\n" + "w1 w2,w1 w2,w3,w4 w5\n" * 8)
+    samples = Samples(prompts, every_n_steps=9, max_new_tokens=5)
+    module, data = (
+        language_model(decoder),
+        Completions(train=str(file), validation=str(file), tokenizer=str(decoder), batch_size=4, **settings),
+    )
+    trainer(tmp_path, [samples], max_steps=1).fit(module, datamodule=data)
+    asked = [data.tokenizer_object.decode(ids) for _, ids in samples._asked]
+    assert asked == expected
+    assert [row["prompt"] for row in lines(tmp_path / "samples.jsonl")] == prompts
+    rows = tmp_path / "asked.jsonl"
+    rows.write_text(
+        "".join(
+            json.dumps({"text": "w9", "prompt": "w9", "n": "w2", **p}) + "\n" for p in prompts if isinstance(p, dict)
+        )
+    )
+    if rows.read_text():
+        asked_of_file = Samples(str(rows), every_n_steps=9, max_new_tokens=2, file="more.jsonl")
+        trainer(tmp_path, [asked_of_file], max_steps=1).fit(language_model(decoder), datamodule=data)
+        assert data.tokenizer_object.decode(asked_of_file._asked[0][1]) == expected[-1]
+
+
+def test_rows_that_do_not_fit_the_format(decoder, tmp_path):
+    for settings, prompt, match in (
+        ({"prompt_template": "{prompt} {n}"}, "w1", r"number 0 is a text, and the prompts .* built from prompt and n"),
+        ({"prompt_template": "{prompt} {n}"}, {"n": "w1"}, r"number 0 lacks prompt; .* built from prompt, n"),
+        ({}, {"n": "w1"}, r"number 0 is a row with n; the data build no prompts from columns"),
+    ):
+        file = tmp_path / "rows.csv"
+        file.write_text("prompt,n,completion\n" + "w1 w2,w3,w4 w5\n" * 8)
+        data = Completions(train=str(file), validation=str(file), tokenizer=str(decoder), **settings)
+        fit, module = trainer(tmp_path, [Samples([prompt])], max_steps=1), language_model(decoder)
+        with pytest.raises(DataError, match=match):
+            fit.fit(module, datamodule=data)

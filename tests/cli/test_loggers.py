@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import yaml
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lora_lightning.cli import loggers
 from lora_lightning.cli.main import main
+from lora_lightning.cli.preflight.config import check_config
 from lora_lightning.errors import SettingsError
 
 
@@ -100,16 +102,60 @@ def test_a_list_and_flags(config, stand_in):
     assert stand_in[1].settings["name"] == "x"
 
 
-@pytest.mark.parametrize(("name", "package"), [("wandb", "wandb"), ("mlflow", "mlflow"), ("comet", "comet-ml")])
+NEEDED = [
+    ("wandb", "wandb"),
+    ("mlflow", "mlflow"),
+    ("comet", "comet-ml"),
+    ("WandbLogger", "wandb"),
+    ("lightning.pytorch.loggers.MLFlowLogger", "mlflow"),
+    ("lightning.pytorch.loggers.comet.CometLogger", "comet-ml"),
+]
+
+
+def said_of(name, package):
+    shown = name.rpartition(".")[2]
+    return (
+        f'trainer.logger is "{shown}", which needs the package {package}, and it is not installed: pip install '
+        f"{package}"
+    )
+
+
+@pytest.mark.parametrize(("name", "package"), NEEDED)
 def test_a_package_that_is_missing(config, monkeypatch, capsys, name, package):
     monkeypatch.setattr(loggers, "_installed", lambda package: False)
+    monkeypatch.setattr(  # nothing of the model is touched before
+        "lora_lightning.cli.lightning.resolve", lambda *_: pytest.fail("the model was looked up first")
+    )
     config([name, "tensorboard"])
     assert main(["fit", "--config", "tiny.yaml"]) == 2
-    said = f'"{name}", which needs the package {package}, and it is not installed: pip install {package}'
-    assert f"error: trainer.logger is {said}\n" in capsys.readouterr().err
+    assert f"error: {said_of(name, package)}\n" in capsys.readouterr().err
     assert not Path("runs").exists()
-    with pytest.raises(SettingsError, match=f"pip install {package}"):
-        getattr(loggers, name)()
+    if "Logger" not in name:
+        with pytest.raises(SettingsError, match=f"pip install {package}"):
+            getattr(loggers, name)()
+
+
+def test_doctor_names_every_package_that_is_missing_and_what_else_is_wrong(config, monkeypatch):
+    monkeypatch.setattr(loggers, "_installed", lambda package: False)
+    config([name for name, _ in NEEDED])
+    found = check_config(["--config", "tiny.yaml", "--trainer.devices", "0"]).problems
+    assert found[: len(NEEDED)] == [said_of(name, package) for name, package in NEEDED]
+    assert any("devices" in text for text in found[len(NEEDED) :])
+
+
+def test_doctor_says_in_one_line_what_a_logger_refuses(config):
+    config({"class_path": "CSVLogger", "init_args": {"save_dir": "x", "flush_logs_every_n_steps": 1}})
+    assert check_config(["--config", "tiny.yaml"]).problems == []
+
+    class Refuses(CSVLogger):
+        def __init__(self):
+            raise ValueError("no room")
+
+    globals()["Refuses"] = Refuses
+    Refuses.__qualname__ = "Refuses"
+    config(f"{__name__}.Refuses")
+    (problem,) = check_config(["--config", "tiny.yaml"]).problems
+    assert problem == "trainer.logger: Refuses: no room"
 
 
 def test_a_folder_that_has_the_name_of_a_package_is_none(tmp_path, monkeypatch):
@@ -118,6 +164,33 @@ def test_a_folder_that_has_the_name_of_a_package_is_none(tmp_path, monkeypatch):
     sys.modules.pop("comet_ml", None)
     assert not loggers._installed("comet_ml")
     assert loggers._installed("csv")
+
+
+class Given:
+    """Keeps the arguments of a logger of Lightning."""
+
+    def __init__(self, **settings):
+        self.settings = settings
+
+
+@pytest.mark.parametrize(
+    ("name", "offline", "expected"),
+    [
+        ("wandb", False, {"save_dir": Path("r/t/001"), "offline": False}),
+        ("wandb", True, {"save_dir": Path("r/t/001"), "offline": True}),
+        ("comet", False, {"online": True}),
+        ("comet", True, {"online": False, "offline_directory": "r/t/001"}),
+    ],
+)
+def test_a_logger_with_projects_is_given_its_place_and_options(monkeypatch, name, offline, expected):
+    monkeypatch.setattr(loggers, "_installed", lambda package: True)
+    kind = getattr(loggers, name)
+    one = kind(offline=offline, options={"prefix": "p"})
+    assert set(expected) <= set(inspect.signature(kind.stands_for).parameters) | {"offline_directory"}
+    monkeypatch.setattr(kind, "stands_for", Given)
+    settings = one.made(Path("r/t/001"), "t/001").settings
+    assert settings == {**expected, "project": "lora_lightning", "name": "t/001", "prefix": "p"}
+    assert kind(name="mine").made(Path("r"), "t/001").settings["name"] == "mine"
 
 
 def test_what_a_setting_means(tmp_path):

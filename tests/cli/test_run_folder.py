@@ -85,6 +85,19 @@ def test_a_fit_that_is_refused_before_it_starts_leaves_nothing(tmp_path, refused
     assert not list(tmp_path.rglob(LOCK))
 
 
+def test_a_refused_fit_leaves_what_was_in_a_folder_that_the_variable_names(tmp_path, monkeypatch):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("keep me")
+    (mine / "numbers.json").write_text("{}")
+    monkeypatch.setenv(VARIABLE, str(mine))
+    run = RunFolder()
+    folder = run.begin("rose", tmp_path / "runs")
+    (folder / "new.csv").write_text("x")
+    run.close(refused=True)
+    assert {path.name: path.read_text() for path in mine.iterdir()} == {"notes.txt": "keep me", "numbers.json": "{}"}
+
+
 def test_a_resume_that_is_refused_changes_no_byte(tmp_path):
     for name in ("config.yaml", "metrics.csv", "summary.json", "last.ckpt", "events.out.tfevents.1"):
         (tmp_path / name).write_text(f"old {name}")

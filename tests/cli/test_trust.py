@@ -72,6 +72,16 @@ def test_what_can_do_more_than_compute_is_left_out_and_said(config, capsys, key)
     assert f"{key} left out; --trust-run takes all of it" in capsys.readouterr().out
 
 
+def test_what_is_null_is_not_said_to_be_left_out(config, capsys):
+    nothing = {"serve_with": None, "ckpt_path": None, "weights_only": None}
+    assert trusted_config(config(nothing)) == config(nothing)
+    assert capsys.readouterr().out == ""
+    kept = yaml.safe_load(trusted_config(config({**nothing, "serve_with": "vllm", "ckpt_path": "a.ckpt"})))
+    assert kept["serve_with"] == "vllm"
+    assert "ckpt_path" not in kept
+    assert "config.yaml: ckpt_path left out; --trust-run takes all of it\n" in capsys.readouterr().out
+
+
 CLASSES = {
     "model.method": "evil.Method",
     "model.method.class_path": "evil.Method",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import wave
 from pathlib import Path
 
@@ -11,10 +12,13 @@ import pytest
 import torch
 from media_models import FAMILIES, PICTURED, QWEN_TEMPLATE, RATE, picture, sound
 
-from lora_lightning.data import MediaChat
+from lora_lightning.cli.classes import parameters_of
+from lora_lightning.cli.main import main
+from lora_lightning.data import Chat, MediaChat
 from lora_lightning.data.inspect import show_examples
+from lora_lightning.data.media_chat import FIXED
 from lora_lightning.data.tokens.marks import mark
-from lora_lightning.errors import DataError
+from lora_lightning.errors import DataError, SettingsError
 from lora_lightning.models.tasks import find_task
 
 SIZES = [(20, 16), (40, 24), (16, 40)]
@@ -46,6 +50,16 @@ def files(tmp_path_factory) -> Path:
             file.setframerate(RATE)
             file.writeframes((sound(number, 5000 * (number + 1)) * 2**15).astype("<i2").tobytes())
     return folder
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_what_texts_alone_can_do_is_refused_with_its_reason(name, processors, capsys):
+    with pytest.raises(SettingsError, match=f"^MediaChat has no {name}: {re.escape(FIXED[name])}$"):
+        MediaChat(train="rows.jsonl", processor=processors["gemma3"], **{name: True})
+    assert main(["fit", "--config", "tasks/image_chat", f"--data.{name}", "1"]) == 2
+    assert capsys.readouterr().err == f"error: data: MediaChat has no {name}: {FIXED[name]}\n"
+    assert name not in parameters_of(MediaChat)
+    assert name in parameters_of(Chat)
 
 
 def turn(role, content):
@@ -345,9 +359,3 @@ def test_a_file_of_another_size_while_training_is_an_error(make, files):
 def test_a_template_of_texts_alone_is_refused(make, template):
     with pytest.raises(DataError, match=r"MediaChat\.chat_template: the template .* does not write content in parts"):
         ready(make(rows(), chat_template=template))
-
-
-def test_what_does_not_apply_to_images_is_no_setting():
-    for name in ("packing", "streaming", "cache", "tokenizer", "new_tokens"):
-        with pytest.raises(TypeError, match=name):
-            MediaChat(**{name: True})

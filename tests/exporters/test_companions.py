@@ -18,6 +18,8 @@ import lora_lightning as ll
 from ll_lora import LoRA
 from lora_lightning.cli.main import main
 from lora_lightning.data.chats.templates import end_of_turn
+from lora_lightning.exporters.from_folder import export_folder
+from lora_lightning.exporters.trained_adapter import find_adapter
 from lora_lightning.testing import perturb
 
 TURNS = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
@@ -152,3 +154,21 @@ def test_what_ends_a_turn(template: str | None, ends: str | None, tmp_path: Path
     tokenizer = transformers.AutoTokenizer.from_pretrained(chat_folder(tmp_path / "chat"))
     tokenizer.chat_template = template
     assert end_of_turn(tokenizer) == (None if ends is None else tokenizer.convert_tokens_to_ids(ends))
+
+
+@pytest.mark.parametrize("template", ["plain", None])
+def test_an_exported_adapter_brings_a_template_that_the_base_model_lacks(tmp_path, template):
+    base = decoder_folder(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    ll.inject(model, LoRA(rank=2), seed=0)
+    ll.save_adapter(model, tmp_path / "run/adapter")
+    data = {"class_path": "Chat", "init_args": {"tokenizer": str(base), "chat_template": template}}
+    (tmp_path / "run/config.yaml").write_text(json.dumps({"data": data}))
+    export_folder(tmp_path / "run/adapter", tmp_path / "out", "peft", pretrained=str(base))
+    brought = find_adapter(str(tmp_path / "out")).tokenizer
+    if template is None:
+        assert brought is None
+    else:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(brought)
+        assert tokenizer.apply_chat_template(TURNS[:1], tokenize=False).strip() == "User:\nw1 w2"
+        assert tokenizer.get_vocab() == transformers.AutoTokenizer.from_pretrained(base).get_vocab()

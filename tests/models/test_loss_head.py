@@ -292,6 +292,9 @@ KNOWN = {
     "Gemma2ForCausalLM": "labelled",
     "T5ForConditionalGeneration": "chunks",
     "BartForConditionalGeneration": "labelled",
+    "M2M100ForConditionalGeneration": "chunks",  # labels are shifted by a function of its file
+    "BlenderbotSmallForConditionalGeneration": "labelled",
+    "ProphetNetForConditionalGeneration": "plain",  # several tokens are predicted at each place
     "BertForMaskedLM": "chunks",
 }
 
@@ -353,4 +356,6 @@ def test_every_class_of_transformers(task):
                 continue
             ways.append((found.name, check_class(found)))
     short = [name for name, way in ways if way in ("chunks", "labelled")]
-    assert len(short) > 0.6 * len(ways), ways
+    # those that fall out of the sequence-to-sequence ones: FSMT (its output layer is an embedding), ProphetNet (several
+    # tokens at each place), VoxtralRealtime (reads no text without sound)
+    assert len(short) > 0.8 * len(ways), ways

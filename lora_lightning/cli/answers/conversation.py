@@ -60,7 +60,7 @@ class Conversation:
         """
         asked = {"role": "user", "content": text}
         if not voice.in_turns:
-            ids = plain_prompt(voice.tokenizer, text, seq2seq)
+            ids = plain_prompt(voice.tokenizer, voice.data.asked(text, "the line"), seq2seq)
             if room is not None and len(ids) > room:
                 raise SettingsError(f"the text has {len(ids)} tokens; the model has room for {room} beside the answer.")
             if not ids:

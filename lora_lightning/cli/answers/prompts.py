@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import yaml
-
+from lora_lightning.cli.answers.run_data import TEXTS_ALONE
 from lora_lightning.cli.answers.voices import Voice, plain_prompt
 from lora_lightning.data.chats.fields import with_system
 from lora_lightning.data.chats.rendering import Renderer
 from lora_lightning.data.chats.turns import conversation, json_value, last_answer, plain, tool_list
-from lora_lightning.data.prompt_formats import PromptFormat, find_format
+from lora_lightning.data.media.parts import COLUMNS, KINDS
 from lora_lightning.data.sources.stored import PLACE
 from lora_lightning.data.sources.tables import UNREADABLE, read_table
 from lora_lightning.data.sources.texts import as_text
-from lora_lightning.errors import DataError, LoraLightningError, did_you_mean
+from lora_lightning.errors import DataError, did_you_mean
 
 TURNS = ("messages", "conversations")
 """Columns of conversations."""
@@ -41,41 +39,39 @@ class Prompter:
         voice: who answers.
         column: column of the prompts; None looks for a usual one.
         system: system text of conversations that have none.
-        as_plain: go on with texts though there is a chat template.
+        as_plain: go on with texts as they are, though there is a chat template or a prompt format.
         seq2seq: whether the model reads a text whole.
     """
 
     def __init__(
         self, voice: Voice, column: str | None, system: str, as_plain: bool = False, seq2seq: bool = False
     ) -> None:
-        self.voice, self.column, self.system, self.seq2seq = voice, column, system, seq2seq
-        kind, settings = _run_data(voice)
-        trained_plain = kind not in ("", "Chat")
-        self.in_turns = voice.in_turns and not as_plain and not trained_plain
-        self.layout: PromptFormat | None = None
-        if kind == "Completions" and column is None:
-            if settings.get("format"):
-                self.layout = find_format(settings["format"], "Completions.format")
-            elif settings.get("prompt_template"):
-                self.layout = PromptFormat(settings["prompt_template"], "")
-        self._usual = [settings[name] for name in ("messages", "prompt", "source") if settings.get(name)]
-        self.prefix = settings.get("prefix") or "" if kind == "TextToText" else ""
+        self.voice, self.column, self.system, self.seq2seq, self.as_plain = voice, column, system, seq2seq, as_plain
+        self.in_turns = voice.in_turns and not as_plain
+        self.layout = None if as_plain else voice.data.layout
 
     def ids(self, row: Mapping[str, Any], where: str, room: int | None) -> list[int]:
         """Token ids of a row's prompt; a plain text that is longer than `room` loses its first tokens.
 
         Raises:
-            DataError: the row has no prompt, or the chat template refuses it, or its turns are too long.
+            DataError: the row has no prompt, or the chat template refuses it, or its turns are too long, or it has
+                images or sounds.
         """
-        if self.layout is not None and all(name in row for name in self.layout.required):
+        if held := next((name for name in COLUMNS if row.get(name) is not None), None):
+            raise DataError(f'{where} has a value in the column "{held}"; {TEXTS_ALONE}.')
+        if self.column is None and self.layout is not None and all(name in row for name in self.layout.required):
             return self._plain(self.layout.fill(row), where, room)
         value = row[self._column(row)]
         text = as_text(value) or ""
         turns = json_value(value, where) if isinstance(value, list) or text.lstrip().startswith("[{") else None
-        if isinstance(turns, list) and not (self.voice.in_turns or self.in_turns):
+        if isinstance(turns, list) and not self.voice.tokenizer.chat_template:
             raise DataError(f"{where} holds turns; {self.voice.label} has no chat template that would write them.")
         if not isinstance(turns, list) and not self.in_turns:
-            return self._plain(f"{self.prefix}{text}", where, room)
+            if text.strip() and not self.as_plain:
+                text = self.voice.data.asked(text, where)
+            return self._plain(text, where, room)
+        if held := next((kind for kind in KINDS if isinstance(turns, list) and f"'type': '{kind}" in str(turns)), None):
+            raise DataError(f"{where} has a part of type {held}; {TEXTS_ALONE}.")
         asked = turns if isinstance(turns, list) else [{"role": "user", "content": text}]
         said = with_system(conversation(asked, where), row, where)
         if self.system and said[0]["role"] != "system":
@@ -100,7 +96,7 @@ class Prompter:
                 near = did_you_mean(self.column, row)
                 raise DataError(f'--column is "{self.column}".{near} Columns: {", ".join(row)}.')
             return self.column
-        found = next((name for name in (*self._usual, *TURNS, *TEXTS) if name in row), None)
+        found = next((name for name in (*self.voice.data.columns, *TURNS, *TEXTS) if name in row), None)
         if found is None and len(row) == 1:
             found = next(iter(row))
         if found is None:
@@ -112,15 +108,3 @@ def batches(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Numbers of prompts in batches of similar length, the longest first."""
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
     return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def _run_data(voice: Voice) -> tuple[str, dict[str, Any]]:
-    """Class name and settings of the data that a voice was trained on, where its run says so."""
-    if voice.adapter is None:
-        return "", {}
-    config = Path(voice.adapter.folder).resolve().parent / "config.yaml"
-    try:
-        data = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]
-        return str(data["class_path"]).rpartition(".")[2], dict(data.get("init_args") or {})
-    except (OSError, yaml.YAMLError, KeyError, TypeError, LoraLightningError):
-        return "", {}

@@ -8,9 +8,10 @@ from contextlib import suppress
 from typing import TextIO
 
 from lora_lightning.cli.answers.conversation import Conversation
+from lora_lightning.cli.answers.run_data import TEXTS_ALONE
 from lora_lightning.cli.answers.sampling import Sampling
 from lora_lightning.cli.answers.streaming import stream
-from lora_lightning.cli.answers.voices import BASE, Voices
+from lora_lightning.cli.answers.voices import BASE, Voice, Voices
 from lora_lightning.errors import LoraLightningError, SettingsError, did_you_mean
 
 COMMANDS = {
@@ -44,6 +45,7 @@ class Chat:
             "/system": self._system,
             "/settings": self._settings,
             "/help": self._help,
+            "/image": self._image,
         }
 
     def say(self, text: str) -> None:
@@ -107,7 +109,7 @@ class Chat:
 
     def _tell_voice(self) -> None:
         voice = self.voices.current
-        what = "" if voice.in_turns else ": it has no chat template, so it goes on with each text, and nothing is kept"
+        what = "" if voice.in_turns else f": {_unkept(voice)}, and nothing is kept"
         kind = f", {type(voice.adapter.method).__name__}" if voice.adapter else ""
         self.say(f"{voice.label}{kind} answers{what}")
 
@@ -133,10 +135,21 @@ class Chat:
             self.sampling = self.sampling.replaced(name, value.strip())
         self.say(str(self.sampling))
 
+    def _image(self, _: str) -> None:
+        raise SettingsError(f"{TEXTS_ALONE}.")
+
     def _help(self, _: str) -> None:
         width = max(map(len, COMMANDS))
         for name, text in COMMANDS.items():
             print(f"{name:<{width}}  {text}", file=self.notes, flush=True)
+
+
+def _unkept(voice: Voice) -> str:
+    """How a voice that keeps no conversation is asked, and why."""
+    if voice.data.layout is not None:
+        return "each text is filled into the prompt that it was trained with"
+    why = "it was trained on plain texts" if voice.tokenizer.chat_template else "it has no chat template"
+    return f"{why}, so it goes on with each text"
 
 
 def lines_of(source: TextIO, prompt: str = "> ") -> Iterator[str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from lora_lightning.cli.answers.run_data import RunData, run_data
 from lora_lightning.data.tokens.causal import start_ids
 from lora_lightning.data.tokens.tokenizers import load_tokenizer
 from lora_lightning.errors import (
@@ -53,11 +54,13 @@ class Voice:
     active: tuple[str, ...] = ()
     """Adapters that are active when it speaks, by their names in the model."""
     adapter: TrainedAdapter | None = None
+    data: RunData = field(default_factory=RunData)
+    """How it was asked while it was trained."""
 
     @property
     def in_turns(self) -> bool:
-        """Whether it takes conversations."""
-        return bool(self.tokenizer.chat_template)
+        """Whether a text is what a user says in a conversation."""
+        return bool(self.tokenizer.chat_template) and self.data.in_turns
 
 
 class Voices:
@@ -94,7 +97,7 @@ class Voices:
         self.voices = {BASE: Voice(BASE, own)}
         for number, (label, one) in enumerate(zip(_labels(adapters), adapters, strict=True), 1):
             active = stack_of(injected_root(self.model), f"a{number}")
-            self.voices[label] = Voice(label, _own_tokenizer(one) or own, active, one)
+            self.voices[label] = Voice(label, _own_tokenizer(one) or own, active, one, run_data(Path(one.folder)))
         self.merges = False
         """Whether weights are merged while an adapter speaks."""
         self.current = self.voices[BASE]

@@ -25,8 +25,9 @@ from torch import nn
 
 from lora_lightning.callbacks.schedule import ScheduleCallback
 from lora_lightning.cli import command_line as argv
+from lora_lightning.cli import loggers
 from lora_lightning.cli.lightning import Description, silence_warnings
-from lora_lightning.cli.parser_errors import explain
+from lora_lightning.cli.parser_errors import explain, refused
 from lora_lightning.cli.preflight import monitors, unparsed
 from lora_lightning.cli.preflight.trace import without_values
 from lora_lightning.data.sources.tables import on_hub, source_names
@@ -167,7 +168,7 @@ class _ConfigCheck(Description):
                 return self.parser.instantiate_classes(part, instantiate_groups=False)[key]
             except (LoraLightningError, *_USER_ERRORS) as error:
                 ours = wrapped_error(error)
-                self.findings.problem(ours or f"{key}: {error}")
+                self.findings.problem(ours or f"{key}: {refused(str(error)) or error}")
                 setting = ours.setting if isinstance(ours, SettingsError) else None
                 if setting is None or not _drop(part, setting):
                     return None
@@ -193,8 +194,11 @@ class _ConfigCheck(Description):
     def _trainer(self) -> Trainer | None:
         """The trainer here; settings that it refuses are noted and left out."""
         settings: dict[str, Any] = {}
+        missing = loggers.problems(self.config.trainer.get("logger"))
+        for text in missing:
+            self.findings.problem(text)
         for name, value in self.config.trainer.as_dict().items():
-            if value is not None:
+            if value is not None and not (name == "logger" and missing):
                 settings[name] = self._built(f"trainer.{name}") if name in _PARTS else value
         settings["logger"] = False
         while (message := _refused(settings)) is not None:

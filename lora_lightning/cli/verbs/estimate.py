@@ -136,7 +136,7 @@ def count(
     from lora_lightning.models.loading import load_skeleton
     from lora_lightning.models.loss_head import choose_without_values, set_loss_head
     from lora_lightning.models.meta import expect_values
-    from lora_lightning.models.token_rows import as_ids
+    from lora_lightning.models.token_rows import as_ids, has_texts
     from lora_lightning.optim.groups import build_optimizer
 
     autocast = _autocast(precision)
@@ -160,7 +160,10 @@ def count(
     if module.num_labels is None:
         module.num_labels = getattr(datamodule, "num_labels", None)
     if module.train_tokens:
-        module.train_tokens = as_ids(module.train_tokens, getattr(datamodule, "tokenizer_object", None))
+        needed = has_texts(module.train_tokens)
+        module.train_tokens = as_ids(
+            module.train_tokens, getattr(datamodule, "tokenizer_object", None) if needed else None
+        )
     with without_values() as meter:
         module.assemble(load)
         module.train()

@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="FILE", type=Path, help="ending in .jsonl or .csv")
     parser.add_argument("--column", metavar="NAME", help="column of the prompts or conversations")
     parser.add_argument("--system", default="", metavar="TEXT", help="system text of conversations without one")
-    parser.add_argument("--plain", action="store_true", help="go on with texts, though there is a chat template")
+    parser.add_argument(
+        "--plain", action="store_true", help="go on with texts as they are, without chat template or format"
+    )
     parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="prompts at a time; 8")
     parser.add_argument("--with_base", action="store_true", help="a column of the base model's answers, too")
     parser.add_argument("--unmerged", action="store_true", help="leave adapters beside the weights")

@@ -106,8 +106,12 @@ def choose_template(tokenizer: Any, setting: str | None, owner: str = "Chat") ->
     choices = f"Choose one of {', '.join(NAMES)}, or give a file or a Jinja text."
     if setting is None:
         if not tokenizer.chat_template:
+            fits = _fitting(tokenizer)
+            others = [name for name in NAMES if name not in fits]
+            with_tokens = f" With data.new_tokens: {', '.join(others)}." if others else ""
             raise DataError(
-                f"{owner}.chat_template is null, and the tokenizer {tokenizer.name_or_path} has no template. {choices}"
+                f"{owner}.chat_template is null, and the tokenizer {tokenizer.name_or_path} has no template. Choose "
+                f"one that fits its tokens: {', '.join(fits)}; or give a file or a Jinja text.{with_tokens}"
             )
         return None, f"of {tokenizer.name_or_path}"
     if setting in NAMES:
@@ -120,15 +124,20 @@ def choose_template(tokenizer: Any, setting: str | None, owner: str = "Chat") ->
     return path.read_text(encoding="utf-8"), f"in {path.name}"
 
 
+def _fitting(tokenizer: Any) -> list[str]:
+    """Names of templates whose tokens a tokenizer has."""
+    vocabulary = tokenizer.get_vocab()
+    return [name for name, tokens in NAMES.items() if all(token in vocabulary for token in tokens)]
+
+
 def _named(tokenizer: Any, name: str, owner: str) -> str:
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in NAMES[name] if token not in vocabulary]
     if missing:
-        fits = [other for other, tokens in NAMES.items() if all(token in vocabulary for token in tokens)]
         raise DataError(
             f'{owner}.chat_template is "{name}"; the tokenizer {tokenizer.name_or_path} has no token {missing[0]}, so '
             f"that it would be letters to the model. data.new_tokens: {missing!r} makes it fit: rows for them train "
-            f"along. Templates that fit as it is: {', '.join(fits)}."
+            f"along. Templates that fit as it is: {', '.join(_fitting(tokenizer))}."
         )
     if name in FAMILIES:
         return family(name)

@@ -21,6 +21,7 @@ from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.layers.kinds import TransposedBase
 from lora_lightning.adapters.low_rank import NO_BIAS
 from lora_lightning.errors import ExportError
+from lora_lightning.exporters.companions import saved_files, write_below
 from lora_lightning.exporters.peft import experts as peft_experts
 from lora_lightning.exporters.peft import rules as peft_rules
 from lora_lightning.exporters.peft import torch_attention
@@ -36,7 +37,7 @@ from lora_lightning.exporters.peft.rules import CONFIG, PREFIX, TENSORS, TYPE
 from lora_lightning.exporters.peft.verify import Verdict, read_export
 from lora_lightning.exporters.peft.verify import verify as check_export
 from lora_lightning.exporters.report import Origin, Written
-from lora_lightning.exporters.source import Source, check_finite, write_files
+from lora_lightning.exporters.source import Source, check_finite
 from lora_lightning.models.new_tokens import ExtendedLayer, unresized
 from lora_lightning.models.paths import plain
 from lora_lightning.models.untied import untied
@@ -71,10 +72,11 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     heads.tensors |= whole
     tensors |= {f"{PREFIX}{name}": tensor for name, tensor in heads.tensors.items()}
     check_finite("the adapter", tensors.values())
-    write_files(source.tokenizer, folder)
+    own = {} if source.processor is None else saved_files(source.processor)
+    write_below({**own, **source.tokenizer}, folder)
     # copies, since layers may share a factor, which the file has for each of them
-    own = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
-    save_file(own, folder / TENSORS, {"format": "pt"})
+    copies = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+    save_file(copies, folder / TENSORS, {"format": "pt"})
     write_json(folder / CONFIG, {**_config(source, factors, heads, with_bias, rows), **options})
     difference = _verified(source, folder, factors, heads, rows) if verify else None
     discarded = {path: f.discarded for path, f in factors.items() if f.discarded}

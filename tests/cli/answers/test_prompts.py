@@ -9,6 +9,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from lora_lightning.cli.answers.prompts import Prompter, batches, read_rows
+from lora_lightning.cli.answers.run_data import run_data
 from lora_lightning.cli.answers.voices import Voice
 from lora_lightning.errors import DataError
 
@@ -19,7 +20,8 @@ def voice(base: Path, data: dict[str, Any] | None = None, folder: Path | None = 
         (folder / "adapter").mkdir()
         (folder / "config.yaml").write_text(yaml.safe_dump({"data": data}))
         adapter = SimpleNamespace(folder=folder / "adapter")
-    return Voice("toy", AutoTokenizer.from_pretrained(base), (), adapter)
+    found = {} if adapter is None else {"data": run_data(adapter.folder)}
+    return Voice("toy", AutoTokenizer.from_pretrained(base), (), adapter, **found)
 
 
 def text(prompter: Prompter, row: dict[str, Any], room: int | None = None) -> str:
@@ -56,7 +58,22 @@ def test_texts_without_a_template_are_gone_on_with_and_cut_on_the_left(base: Pat
 
 def test_prompts_are_made_as_the_run_made_them(base: Path, tmp_path: Path) -> None:
     data = {"class_path": "lora_lightning.data.Completions", "init_args": {"prompt_template": "w3 {q} w4"}}
-    assert text(Prompter(voice(base, data, tmp_path), None, ""), {"q": "w5"}) == "w3 w5 w4"
+    own = voice(base, data, tmp_path)
+    assert text(Prompter(own, None, ""), {"q": "w5"}) == "w3 w5 w4"
+    assert text(Prompter(own, None, ""), {"prompt": "w5"}) == "w3 w5 w4"
+    assert text(Prompter(own, "b", ""), {"q": "w5", "b": "w6"}) == "w3 w6 w4"
+    assert text(Prompter(own, None, "", as_plain=True), {"q": "w5"}) == "w5"
+    assert text(Prompter(own, None, ""), {"messages": TURNS[:1]}) == "w1 w5 [EOS] w2"
+
+
+def test_a_text_where_prompts_are_built_from_several_columns(base: Path, tmp_path: Path) -> None:
+    data = {"class_path": "Completions", "init_args": {"prompt_template": "{q} w4 {r}"}}
+    own = Prompter(voice(base, data, tmp_path), None, "")
+    assert text(own, {"q": "w5", "r": "w6"}) == "w5 w4 w6"
+    with pytest.raises(
+        DataError, match="row 0 is a text, and the prompts of this run are built from q and r; give rows"
+    ):
+        own.ids({"prompt": "w5"}, "row 0", None)
 
 
 def test_which_column_holds_the_prompts(base: Path) -> None:
@@ -72,6 +89,22 @@ def test_what_the_template_refuses_and_what_is_too_long(base: Path) -> None:
         Prompter(voice(base), None, "w3").ids({"prompt": "w5"}, "row 0", None)
     with pytest.raises(DataError, match="row 0 has 4 tokens; the model has room for 3 beside the answer"):
         Prompter(voice(base), None, "").ids({"prompt": "w5"}, "row 0", 3)
+
+
+@pytest.mark.parametrize(
+    ("row", "held"),
+    [
+        ({"prompt": "w5", "image": "a.png"}, 'a value in the column "image"'),
+        ({"messages": TURNS[:1], "audios": ["a.wav"]}, 'a value in the column "audios"'),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]}, "a part of type image"),
+        ({"messages": '[{"role": "user", "content": [{"type": "audio_url", "url": "a"}]}]'}, "a part of type audio"),
+    ],
+)
+def test_images_and_sounds_are_no_prompt(base: Path, row: dict[str, Any], held: str) -> None:
+    with pytest.raises(DataError, match=f"row 0 has {held}; chat and generate ask with texts alone; predict --run RUN"):
+        Prompter(voice(base), None, "").ids(row, "row 0", None)
+    without = {"image": None, "prompt": "w5"}
+    assert text(Prompter(voice(base), None, ""), without) == "w1 w5 [EOS] w2"
 
 
 def test_files_are_read_as_data_are(tmp_path: Path) -> None:

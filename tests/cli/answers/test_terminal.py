@@ -42,7 +42,16 @@ def test_adapters_and_the_base_take_turns(talk: Talk, adapters: list[Path]) -> N
 
 
 def test_settings_help_and_what_is_wrong(talk: Talk, base: Path) -> None:
-    lines = ["/settings", "/settings max_new_tokens 2", "w5", "/settings top_p 3", "/help", "/resett", "/system w3"]
+    lines = [
+        "/settings",
+        "/settings max_new_tokens 2",
+        "w5",
+        "/settings top_p 3",
+        "/help",
+        "/resett",
+        "/image a.png",
+        "/system w3",
+    ]
     out, notes, chat = talk([base], *lines, "/adapter three")
     assert chat.sampling.max_new_tokens == 2
     assert "[2 tokens, " in notes
@@ -50,6 +59,7 @@ def test_settings_help_and_what_is_wrong(talk: Talk, base: Path) -> None:
     assert "[error: top_p is 3.0; it must lie in (0, 1].]" in notes
     assert all(f"\n{name} " in notes for name in COMMANDS)
     assert '[error: there is no command "/resett". Did you mean "/reset"?' in notes
+    assert "[error: chat and generate ask with texts alone; predict --run RUN --data.predict FILE answers rows" in notes
     assert "[error: the chat template of base takes no system text: no system here]" in notes
     assert '[error: there is no adapter "three".' in notes
     assert len(out.splitlines()) == 1

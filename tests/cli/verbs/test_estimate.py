@@ -214,3 +214,12 @@ def test_a_folder_of_peft_that_means_nothing_without_the_base_models_values(tmp_
     assert main(words) != 0
     told = " ".join(capsys.readouterr().err.split())
     assert "init_lora_weights='pissa' changes the base weights. Read it once with import_peft, and save" in told
+
+
+def test_ids_of_tokens_that_train_need_no_tokenizer(capsys):
+    assert main([*WORDS, "--model.train_tokens=[3]", "--markdown"]) == 0
+    with_rows = capsys.readouterr().out
+    assert main([*WORDS, "--markdown"]) == 0
+    assert capsys.readouterr().out != with_rows
+    assert main([*WORDS, "--data=Completions", "--model.train_tokens=[w3]"]) == 2
+    assert "okenizer" in capsys.readouterr().err

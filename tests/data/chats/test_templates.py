@@ -51,8 +51,12 @@ def test_text_file_and_the_tokenizers_own(tokenizer, tmp_path):
 
 def test_templates_that_are_not_there(tokenizer, letters):
     choices = r"Choose one of chatml, .*qwen-3, or give a file or a Jinja text\.$"
-    with pytest.raises(DataError, match=rf"^Chat\.chat_template is null, and the tokenizer .* {choices}"):
+    null = r"^Chat\.chat_template is null, and the tokenizer .* has no template\. Choose one that fits its tokens"
+    with pytest.raises(DataError, match=rf"{null}: .*zephyr, plain.*; or give a file or a Jinja text\."):
         choose_template(tokenizer, None)
+    few = r"zephyr, plain; or give a file or a Jinja text\. With data\.new_tokens: chatml, llama-3, .*qwen-3\.$"
+    with pytest.raises(DataError, match=rf"{null}: {few}"):
+        choose_template(load_tokenizer(letters(markers=False)), None)
     with pytest.raises(DataError, match=rf'is "chatlm"; no such file\. Did you mean "chatml"\? {choices}'):
         choose_template(tokenizer, "chatlm")
     way = r"data\.new_tokens: \['<\|im_start\|>', '<\|im_end\|>'\] makes it fit"
