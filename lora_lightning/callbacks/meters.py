@@ -20,8 +20,8 @@ from lora_lightning.injection.records import injected_root
 class Meters(StepCallback):
     """Logs how fast a run learns and computes, where the trainer logs training numbers.
 
-    lr: the rate of the step; where groups of the optimizer have full rates of their own, lr_GROUP for each. grad_norm:
-    the 2-norm of all gradients of the step, before they are clipped. tokens_per_second: tokens that the model read, of
+    lr: the rate of the step; lr_GROUP for groups of the optimizer with another full rate than the first. grad_norm: the
+    2-norm of all gradients of the step, before they are clipped. tokens_per_second: tokens that the model read, of
     all processes, padding left out; of an encoder-decoder those that it wrote too. padding: the fraction of the places
     of batches that holds none. Batches without tokens are counted as examples_per_second. Validations do not count.
 
@@ -109,14 +109,14 @@ class Meters(StepCallback):
 
 
 def rates(optimizers: Iterable[Optimizer]) -> dict[str, float]:
-    """Rates as they are now: `lr`, or `lr_GROUP` for each group where their full rates differ."""
+    """Rates as they are now: `lr` of the first group, and `lr_GROUP` of groups with another full rate."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    if len({group.get("initial_lr", group["lr"]) for group in groups}) <= 1:
-        return {"lr": float(groups[0]["lr"])} if groups else {}
-    found: dict[str, float] = {}
+    full = [group.get("initial_lr", group["lr"]) for group in groups]
+    found = {"lr": float(groups[0]["lr"])} if groups else {}
     for number, group in enumerate(groups):
-        name = f"lr_{group.get('name', number)}"
-        found[name if name not in found else f"{name}_{number}"] = float(group["lr"])
+        if full[number] != full[0]:
+            name = f"lr_{group.get('name', number)}"
+            found[name if name not in found else f"{name}_{number}"] = float(group["lr"])
     return found
 
 

@@ -14,7 +14,7 @@ from lora_lightning.optim.wrapper import innermost
 
 
 def rate_line(trainer: Trainer, module: LightningModule, given: str = "") -> str:
-    """Full rates by group where they differ, the optimizer, who chose the rate, and its schedule; empty without rates.
+    """Full rates, by group where they differ, the optimizer, who chose the rate, and its schedule; empty without rates.
 
     Args:
         trainer: of a run whose optimizers are made.
@@ -34,13 +34,12 @@ def rate_line(trainer: Trainer, module: LightningModule, given: str = "") -> str
 
 
 def _rates(optimizers: list[Optimizer]) -> str:
-    """The full rate, or that of each group by its name."""
+    """The full rate of the first group, and those of groups that have another one, by name."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     full = [float(group.get("initial_lr", group["lr"])) for group in groups]
-    if len(set(full)) == 1:
-        return f"{full[0]:g}"
-    named = zip(groups, full, strict=True)
-    return ", ".join(f"{rate:g} ({group.get('name', number)})" for number, (group, rate) in enumerate(named))
+    named = enumerate(zip(groups, full, strict=True))
+    others = [f"{rate:g} ({group.get('name', number)})" for number, (group, rate) in named if rate != full[0]]
+    return ", ".join([f"{full[0]:g}", *others])
 
 
 def _chosen_by(module: LightningModule) -> str:

@@ -100,9 +100,7 @@ def test_groups_with_rates_of_their_own(tmp_path):
     look = Look()
     adapters = InjectAdapters(LoRA(rank=2), ["used"], also_train=["head"])
     fit(Groups(), tmp_path, [adapters, Meters(), look], max_steps=2, log_every_n_steps=1)
-    assert {k: v for k, v in look.logged[2].items() if k.startswith("lr")} == pytest.approx(
-        {"lr_own": 0.3, "lr_1": 0.1}
-    )
+    assert {k: v for k, v in look.logged[2].items() if k.startswith("lr")} == pytest.approx({"lr": 0.3, "lr_1": 0.1})
 
 
 def test_rates_go_by_the_full_ones():
@@ -111,7 +109,7 @@ def test_rates_go_by_the_full_ones():
     assert rates([optimizer]) == {"lr": 0.1}
     for group, full in zip(optimizer.param_groups, (0.1, 0.2), strict=True):
         group.update(initial_lr=full, lr=0.0, name="same")
-    assert rates([optimizer]) == {"lr_same": 0.0, "lr_same_1": 0.0}
+    assert rates([optimizer]) == {"lr": 0.0, "lr_same": 0.0}
     assert rates([]) == {}
     assert gradient_norm([one, other]) is None
     one.grad, other.grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 0.0, 4.0])

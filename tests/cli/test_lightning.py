@@ -255,6 +255,7 @@ def test_resuming_a_stopped_run_ends_where_it_would_have(trained, capsys, monkey
     assert first["linear_baseline"] == second["linear_baseline"]
 
 
+@pytest.mark.slow
 def test_a_run_that_sigterm_stops_has_not_succeeded(here, capsys, monkeypatch):
     def stop(self, batch, batch_idx):
         if self.trainer.global_step == stopped_at:

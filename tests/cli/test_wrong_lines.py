@@ -204,7 +204,11 @@ def here(prepared, tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("flags", FIT)
+MOST = [pytest.param(flags, marks=pytest.mark.slow if number % 3 else ()) for number, flags in enumerate(FIT)]
+"""A third of them in each run of the tests, since a command line takes a fifth of a second to be read."""
+
+
+@pytest.mark.parametrize("flags", MOST)
 def test_fit(here, capsys, flags):
     before = sorted(here.iterdir())
     assert main(["fit", "--config", "tiny.yaml", *flags.split()]) == 2

@@ -156,6 +156,7 @@ def test_what_ends_a_turn(template: str | None, ends: str | None, tmp_path: Path
     assert end_of_turn(tokenizer) == (None if ends is None else tokenizer.convert_tokens_to_ids(ends))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", ["plain", None])
 def test_an_exported_adapter_brings_a_template_that_the_base_model_lacks(tmp_path, template):
     base = decoder_folder(tmp_path / "base")

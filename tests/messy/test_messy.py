@@ -366,7 +366,10 @@ def test_files_as_people_have_them(read, name):
 STREAMED = [name for name, case in CASES.items() if case.kind in (Completions, Chat) and case.rows is not None]
 
 
-@pytest.mark.parametrize("name", STREAMED)
+MOST = [pytest.param(name, marks=pytest.mark.slow if number % 3 else ()) for number, name in enumerate(STREAMED)]
+
+
+@pytest.mark.parametrize("name", MOST)
 def test_a_stream_gives_the_same(read, name):
     """The same examples, token for token, and as many rows left out."""
     case = CASES[name]

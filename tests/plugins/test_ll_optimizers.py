@@ -204,7 +204,7 @@ def test_plus_with_a_nested_optimizer_through_the_command_line(tmp_path, monkeyp
 
     monkeypatch.setattr("lora_lightning.training.module.build_optimizer", look)
     assert main(["fit", "--config", "plus.yaml"]) == 0
-    assert rates == {"A": 1e-3, "B": 16e-3, "head": 1e-3}
+    assert rates == {"A": 1e-3, "B": 16e-3, "head": 3e-3}
 
 
 # -- LoRA-FA -----------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def test_groups_of_other_rates_are_named():
         {"params": [nn.Parameter(torch.zeros(1))], "lr": rate, "name": name} for name, rate in (("A", 1), ("B", 2))
     ]
     line = rate_line(run(torch.optim.AdamW(groups)), Project())
-    assert line.startswith("rate: 1 (A), 2 (B) of AdamW")
+    assert line.startswith("rate: 1, 2 (B) of AdamW")
 
 
 @pytest.mark.parametrize(

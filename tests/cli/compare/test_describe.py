@@ -29,6 +29,7 @@ def test_a_method_around_another_one_has_the_rank_inside():
     assert describe(("--config", "lorasc")).size_field == "model.method.inner.rank"
 
 
+@pytest.mark.slow
 def test_the_nearest_rank_to_a_budget():
     facts = describe(WORDS)
     one = facts.adapter_numbers // 16

@@ -28,6 +28,7 @@ def test_words_of_rates_and_seeds():
 WORDS = ["--config", "lora", "--data.limit", "16"]
 
 
+@pytest.mark.slow
 def test_arms_are_described_and_their_ranks_solved():
     told: list[str] = []
     arms = [Arm("LoRA", {"model.method": "LoRA"}), Arm("Rose", {"model.method": "RoseLoRA"}), Arm("linear", LINEAR)]

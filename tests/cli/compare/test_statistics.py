@@ -34,6 +34,7 @@ def test_intervals_hold_the_true_difference_as_often_as_they_say(monkeypatch, sp
     assert 0.91 <= inside / 150 <= 1.0
 
 
+@pytest.mark.slow
 def test_rows_alone_give_the_interval_of_the_normal_distribution():
     """Seeds that are all equal: the interval is that of paired rows."""
     rng = np.random.default_rng(2)
