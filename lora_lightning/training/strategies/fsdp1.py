@@ -132,10 +132,12 @@ class FSDP1(FSDPStrategy):
         return read_by_all(self, checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Copy the adapters' tensors; the module has compared the keys."""
+        """Copy the adapters' tensors; the module has compared the keys. Frozen adapters below are not in the file."""
         assert self.lightning_module is not None
+        saved = checkpoint["state_dict"]
         for key, tensor in adapter_state(self.lightning_module).items():
-            tensor.copy_(checkpoint["state_dict"][key])
+            if key in saved:
+                tensor.copy_(saved[key])
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state; its tensors are full."""
