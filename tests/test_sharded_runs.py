@@ -152,7 +152,7 @@ def assert_close(found, expected):
         for one, other in zip(found, expected, strict=True):
             assert_close(one, other)
     else:
-        assert found == (pytest.approx(expected, abs=1e-10) if isinstance(expected, float) else expected)
+        assert found == (pytest.approx(expected, abs=1e-10, rel=1e-6) if isinstance(expected, float) else expected)
 
 
 def test_frozen_weights_that_wait_on_the_cpu_are_not_read_between_steps():

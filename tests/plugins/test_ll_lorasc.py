@@ -296,8 +296,7 @@ def test_each_part_from_yaml(encoder, tmp_path, monkeypatch, method, callback, o
     saved = torch.load(tmp_path / "runs" / "parts" / "001" / "last.ckpt", weights_only=True)
     [optimizer] = saved["optimizer_states"]
     rates = {group["name"]: (group["initial_lr"], group["fast_steps"]) for group in optimizer["param_groups"]}
-    assert rates["A"] == rates["head"] == (1e-3, 6)
-    assert rates["B"] == (4e-3, 6)
+    assert rates.items() >= {"A": (1e-3, 6), "B": (4e-3, 6), "head": (3e-3, 6)}.items()
     states = list(optimizer["state"].values())
     assert any({"slow", "exp_avg"} <= set(state) for state in states)
     assert any(name.startswith(callback) for name in saved["callbacks"])
