@@ -89,7 +89,6 @@ class RunningSum:
 
     Attributes:
         sum: sum of what was added, detached; None where nothing was.
-        count: number of observations in it.
     """
 
     def __init__(self) -> None:
@@ -98,7 +97,7 @@ class RunningSum:
 
     @property
     def count(self) -> int:
-        """See the class."""
+        """Number of observations in the sum."""
         return 0 if self._count is None else int(self._count)
 
     def add(self, values: Tensor, count: int = 1) -> None:
