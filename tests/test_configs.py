@@ -40,7 +40,8 @@ def library_read_once():
 METHODS = [name for name in config_names() if "/" not in name and name != "chat"]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "rose" else pytest.mark.slow) for n in METHODS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
 def test_a_config_runs(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["fit", "--config", name, *SMALL, "--data.limit=256"]) == 0
@@ -193,6 +194,7 @@ SMALLER = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in config_names() if name.startswith("recipes/")])
 def test_a_recipe_trains_a_tiny_decoder(name, tmp_path, monkeypatch):
     """Its own settings, but for sizes that a model of width 16 has no room for."""

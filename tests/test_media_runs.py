@@ -69,7 +69,8 @@ def config(tmp_path, monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("family", [pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_is_fitted_predicts_and_is_exported_with_its_processor(config, family, capsys):
     assert main(["fit", "--config", config(family), *QUIET]) == 0
     run = Path("runs/it/001")

@@ -85,6 +85,7 @@ def test_flags_of_then_are_understood(here):
     assert 0.125 in config["model"]["method"]["init_args"].values()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FINISHED)
 def test_a_finished_run_is_validated(here, name, capsys):
     assert main(["validate", "--run", f"runs/{name}/001"]) == 0

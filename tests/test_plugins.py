@@ -222,6 +222,7 @@ def test_a_hook_that_returns_none_is_named(install, hook):
     assert "Sound" in registry.methods
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hook", some(name for name in vars(hookspecs) if name.startswith("lora_lightning_")))
 def test_a_hook_that_returns_nothing_to_give_is_none_of_the_failures(install, hook):
     empty = "[]" if hook in ("lora_lightning_methods", "lora_lightning_base_layers") else "{}"
@@ -269,6 +270,7 @@ def test_ctrl_c_while_a_plugin_is_loaded_ends_the_command(install):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seconds", "named"), [(8.0, True), (2.0, True), (0.5, False)])
 def test_a_plugin_that_takes_seconds_is_named(install, capsys, monkeypatch, seconds, named):
     """The clock is moved by the plugin itself."""
@@ -298,6 +300,7 @@ PRINTING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", some(PRINTING))
 def test_a_plugin_that_prints_while_it_is_loaded_is_named(install, capsys, kind):
     install("ll_loud", code("Loud") + PRINTING[kind])
@@ -663,6 +666,7 @@ def test_hook_lora_lightning_commands(install, capsys):
     assert 'no verb "hello"' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("raised", "told"),
     some(
@@ -691,6 +695,7 @@ def test_a_verb_that_raises_anything_is_one_line_with_its_plugin(install, capsys
         program.main(["hello"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "key"),
     some(
@@ -836,6 +841,7 @@ API_1 = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hook", some(API_1))
 def test_an_answer_of_api_1_is_refused_with_the_line_to_change(install, hook):
     """The plugin's methods stay; the line that the message gives is what makes it right."""
@@ -968,6 +974,7 @@ TAKEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", some(TAKEN))
 def test_a_class_with_a_name_of_torch_lightning_or_core(install, capsys, kind):
     """The plugin fails and says why, at `methods` too, which imports nothing; the name keeps its meaning everywhere."""

@@ -292,6 +292,7 @@ def test_a_stop_before_the_first_batch_leaves_no_folder(here, capsys, monkeypatc
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_a_causal_language_model_on_completions(here, capsys):
     folder = decoder_folder(here / "decoder")
     completion_file(folder / "pairs.csv")
@@ -397,7 +398,10 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize("case", ERRORS)
+MOST = [pytest.param(case, marks=pytest.mark.slow if number % 2 else ()) for number, case in enumerate(ERRORS)]
+
+
+@pytest.mark.parametrize("case", MOST)
 def test_bad_input_is_one_line_and_exit_code_2(here, capsys, case):
     flags, message = ERRORS[case]
     assert main(["fit", "--config", "tiny.yaml", *flags]) == 2
@@ -507,6 +511,7 @@ def stopped(prepared, tmp_path_factory):
     return place / "runs"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_refused_resume_changes_no_byte_of_the_run(here, stopped, case):
     """So that the same run can go on afterwards as it was."""
@@ -530,7 +535,8 @@ trainer: {max_epochs: -1, log_every_n_steps: 1, enable_progress_bar: false, acce
 """
 
 
-@pytest.mark.parametrize("steps", [4, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [4, 10])
 def test_a_finished_run_goes_on_with_more_steps_as_if_it_had_not_ended(here, capsys, steps):
     """In the middle of an epoch of ten batches and at its end; the rate is the same all along."""
     Path("on.yaml").write_text(GOING_ON)
@@ -571,6 +577,7 @@ def test_another_setting_with_a_run_is_refused(trained, capsys):
     assert "RoseLoRA.alpha is 200.0; the checkpoint was trained with 16.0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_config_yaml_lies_in_the_run_folder_whatever_the_logger(here):
     flags = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs"]
     assert main(["fit", "--config", "tiny.yaml", *flags]) == 0

@@ -81,7 +81,9 @@ def test_it_computes_what_transformers_resized_computes(name: str) -> None:
     assert model.config.get_text_config().vocab_size == VOCABULARY + 2
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if at % 3 else ()) for at, n in enumerate(ALL)]
+)
 def test_they_are_saved_loaded_and_merged(name: str, tmp_path: Path) -> None:
     model = grown(name)
     expected = logits(name, model)

@@ -99,6 +99,7 @@ def test_a_kill_at_any_step_of_completing_or_undoing_is_made_good_by_the_next(tm
             assert seen(folder) in (OLD, NEW), f"{half.name}, step {number}: {step}"
 
 
+@pytest.mark.slow
 def test_a_real_kill_at_any_step(tmp_path: Path) -> None:
     """The same with SIGKILL in a process of its own, whose locks the system gives back."""
     folder = tmp_path / "folder"

@@ -59,6 +59,7 @@ def fit(folder, place, *callbacks, checkpoint=None, **options):
     return run(module, labelled_data(folder), place, callbacks, checkpoint, **{**ALL, **options})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", range(11))
 def test_a_run_goes_on_from_any_batch_as_if_it_had_not_stopped(folder, tmp_path, batch):
     """Inside accumulation windows, at their ends, at the end of an epoch, beside validations."""

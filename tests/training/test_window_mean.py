@@ -120,6 +120,7 @@ def test_it_is_the_same_under_accumulation(decoder, tmp_path, kind):
     assert found[2] == pytest.approx(found[0], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batches", [3, 7, 9, 12])
 def test_a_resumed_run_logs_what_an_uninterrupted_one_does(decoder, tmp_path, batches):
     """Stopped within a window of accumulation, within one of logging, and at its end."""

@@ -123,6 +123,7 @@ def test_the_nearest_of_all_components_is_named(capsys):
     assert err.endswith('"SparsitySchedul". Did you mean "SparsitySchedule"?\n')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
