@@ -92,6 +92,7 @@ def test_a_finished_run_is_validated(here, name, capsys):
     assert "val_accuracy" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # the folder has moved since
 @pytest.mark.parametrize("name", STOPPED)
 def test_a_stopped_run_goes_on_to_the_end_that_one_without_a_stop_has_reached(here, name):

@@ -209,6 +209,7 @@ def test_a_broken_plugin_is_recorded_and_the_others_live(install, kind):
     assert re.search(cause, text), text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hook", some(name for name in vars(hookspecs) if name.startswith("lora_lightning_")))
 def test_a_hook_that_returns_none_is_named(install, hook):
     """A forgotten `return` looks like a plugin that brings nothing."""
@@ -232,6 +233,7 @@ def test_a_hook_that_returns_nothing_to_give_is_none_of_the_failures(install, ho
     assert not registry.failed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("value", "cause"),
     some(
@@ -384,6 +386,7 @@ LINES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", some(LINES))
 def test_the_command_line_survives_a_broken_plugin(install, capsys, kind):
     install(f"ll_a_{kind}", dedent(BROKEN[kind][0]))
@@ -788,6 +791,7 @@ def test_kinds_that_fail_leave_the_others(install, answer):
     assert "ll_quantized" in {plugin for plugin, _ in registry.kinds}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hook", "answer", "text"),
     some(
@@ -861,6 +865,7 @@ def test_an_answer_of_api_1_is_refused_with_the_line_to_change(install, hook):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("answer", "text"),
     some(

@@ -100,6 +100,7 @@ class Moves(Callback):
         os.chdir("/")
 
 
+@pytest.mark.slow
 def test_a_program_that_changes_its_directory_still_writes_into_the_run_folder(here, capsys):
     line = [
         "fit",
@@ -127,6 +128,7 @@ VERBS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_verbs_that_take_a_config_take_that_of_a_run(trained, capsys, verb):
     assert main([verb, "runs/tiny/001/config.yaml"]) == 0, capsys.readouterr()
@@ -228,6 +230,7 @@ def test_validate_test_and_predict_read_the_run_and_write_nothing_there(trained,
     assert sorted((path.name, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_resuming_a_stopped_run_ends_where_it_would_have(trained, capsys, monkeypatch):
     stepped = SparsitySchedule.on_stepped
 
@@ -596,6 +599,7 @@ def test_a_checkpoint_callback_of_the_users_stands_beside_ours_and_the_baseline_
     assert summary["untrained"]["accuracy"] >= 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["rose", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lorasc", "tasks/chat", "shapes/llama_2_7b"))]
 )

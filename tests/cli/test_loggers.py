@@ -73,6 +73,7 @@ def config(sound_config, tmp_path, monkeypatch):
     return write
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("logger", ["wandb", {"class_path": "wandb", "init_args": {"project": "mine"}}])
 def test_a_run_is_logged_there_and_in_the_run_folder(config, stand_in, logger):
     config(logger)

@@ -38,6 +38,7 @@ def loaded(text, load):
         return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["{question}\n", "[/INST]", "1e5", "a: b", "# a", "?", "'q'"])
 @pytest.mark.parametrize("setting", ["data.prompt_template", "data.tokenizer", "model.pretrained"])
 def test_it_arrives(text, setting):

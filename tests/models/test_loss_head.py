@@ -330,6 +330,7 @@ def check_class(found):
     return head.way
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KNOWN)
 def test_a_class_of_transformers(name):
     found = model_class(name)

@@ -151,6 +151,7 @@ def method_run(name, decoder, folder, callbacks=(), checkpoint=None, seed=3):
     return run(module, preference_data(decoder), folder, callbacks, checkpoint, seed, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_method_trains_and_says_where_it_starts(name, decoder, tmp_path, computed, capsys):
     trained = method_run(name, decoder, tmp_path)
