@@ -103,6 +103,7 @@ def config(name: str, task: str, seed: int, rate: float, tuning: bool, args: arg
             "task": "causal-lm" if language else "sequence-classification",
             "method": chosen["method"],
             "optimizer": optimizer,
+            "head_lr_ratio": 1.0,  # as the tables of the cards were measured
             "linear_baseline": name == "LoRA" and not tuning and not language,
         },
         "data": source,
