@@ -57,7 +57,7 @@ class RunFolder:
         if rank > 0:
             self.path = Path(told) if told else parent / "pending"
             return self.path
-        folder = Path(told).absolute() if told else parent / f"{_last_number(parent) + 1:03d}"
+        folder = Path(told).absolute() if told else parent / f"{last_number(parent) + 1:03d}"
         if there := next((name for name in _OF_A_RUN if told and (folder / name).exists()), None):
             raise RunFolderError(
                 f"the environment sets {VARIABLE}={told}, where a run has left {there}, which this one would replace. "
@@ -192,7 +192,8 @@ def keep_metrics(folder: Path) -> None:
         metrics.rename(folder / f"metrics.{number}.csv")
 
 
-def _last_number(parent: Path) -> int:
+def last_number(parent: Path) -> int:
+    """The largest number that names a folder; 0 where there is none."""
     return max((int(path.name) for path in parent.glob("[0-9]*") if path.name.isdigit()), default=0)
 
 

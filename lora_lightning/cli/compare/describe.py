@@ -40,6 +40,11 @@ class Described:
     data: str
     """The data module's class."""
 
+    @property
+    def trained_numbers(self) -> int:
+        """All that trains."""
+        return self.adapter_numbers + self.head_numbers
+
 
 def describe(words: Sequence[str]) -> Described:
     """Build what `words` say on a model without values.
@@ -71,25 +76,12 @@ def describe(words: Sequence[str]) -> Described:
 
 def _injected(module: Any, data: Any) -> Any:
     """The report of what is injected into a model without values."""
+    from lora_lightning.cli.preflight.skeleton import assemble_skeleton
     from lora_lightning.cli.preflight.trace import without_values
-    from lora_lightning.models.loading import load_skeleton
-    from lora_lightning.models.meta import expect_values
-    from lora_lightning.models.token_rows import as_ids
 
-    def load(*args: Any, **options: Any) -> Any:
-        options.pop("quantize", None)
-        meter.answer = False
-        net = load_skeleton(*args, **options)
-        meter.answer = True
-        return expect_values(net) if module.start is not None else net
-
-    if module.num_labels is None and module.task.has_head:
-        module.num_labels = getattr(data, "num_labels", None)
-    if module.train_tokens:
-        module.train_tokens = as_ids(module.train_tokens, getattr(data, "tokenizer_object", None))
-    module.quantization = None
+    module.quantization = None  # nothing is loaded, so nothing can be quantized
     with without_values() as meter:
-        module.assemble(load)
+        assemble_skeleton(module, data, meter)
     return module.injection
 
 

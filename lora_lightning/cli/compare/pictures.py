@@ -145,7 +145,7 @@ PANELS: dict[str, Panel] = {
     "numbers": costs(
         "trained numbers",
         "trained numbers, heads included",
-        lambda one: float(one.planned.facts.adapter_numbers + one.planned.facts.head_numbers),
+        lambda one: float(one.planned.facts.trained_numbers),
     ),
     "time": costs("time", "milliseconds a step", lambda one: 1000 * one.cost("step_seconds")),
     "memory": costs("memory", "peak memory, GiB", lambda one: _memory(one) / 2**30),

@@ -27,7 +27,7 @@ def recommend(folder: Path, plan: Plan, found: Sequence[ArmOutcome]) -> str:
     others = {one.name: tables(one.finals) for one in ready if one is not best}
     compared = statistics.compare(tables(best.finals), others, plan.higher_is_better)
     as_good = [best, *(one for one in ready if one.name in compared and compared[one.name].high >= 0)]
-    chosen = min(as_good, key=lambda one: (_numbers(one), one.cost("step_seconds")))
+    chosen = min(as_good, key=lambda one: (one.planned.facts.trained_numbers, one.cost("step_seconds")))
     _write_config(folder, chosen)
     worse = [one for one in ready if one not in as_good]
     points = table.is_fraction(plan.metric)
@@ -39,19 +39,14 @@ def recommend(folder: Path, plan: Plan, found: Sequence[ArmOutcome]) -> str:
         text += statistics.in_words(compared[chosen.name], points)
     if len(as_good) > 1:
         names = ", ".join(one.name for one in as_good if one is not chosen)
-        text += (
-            f". It trains {_numbers(chosen):,} numbers, the fewest of the arms that noise does not tell apart ({names})"
-        )
+        fewest = f"{chosen.planned.facts.trained_numbers:,} numbers, the fewest"
+        text += f". It trains {fewest} of the arms that noise does not tell apart ({names})"
     if worse:
         told = ", ".join(f"{one.name} ({statistics.in_words(compared[one.name], points)})" for one in worse)
         text += f". Worse than {best.name}: {told}"
     if chosen.on_edge:
         text += ". Its best rate lies on the edge of those tried, so it may do better still"
     return f"{text}. Its config: {folder / CONFIG} (fit --config takes it)."
-
-
-def _numbers(one: ArmOutcome) -> int:
-    return one.planned.facts.adapter_numbers + one.planned.facts.head_numbers
 
 
 def _write_config(folder: Path, chosen: ArmOutcome) -> None:

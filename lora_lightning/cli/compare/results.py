@@ -71,7 +71,7 @@ def _arm(plan: Plan, one: ArmOutcome) -> dict[str, Any]:
             "verdict": difference.verdict,
             "over_rows_and_seeds": difference.over_rows,
         },
-        "trained_numbers": one.planned.facts.adapter_numbers + one.planned.facts.head_numbers,
+        "trained_numbers": one.planned.facts.trained_numbers,
         "step_seconds": _known(one.cost("step_seconds")),
         "change_beside": one.forgetting(plan.metric),
     }
@@ -93,7 +93,7 @@ def _entry(plan: Plan, one: ArmOutcome, run: FinalRun) -> dict[str, Any]:
             "accelerator_memory_reserved_99th": None,
             "train_time": cost.get("seconds"),
             "file_size": file.stat().st_size if file.is_file() else None,
-            "num_trainable_params": facts.adapter_numbers + facts.head_numbers,
+            "num_trainable_params": facts.trained_numbers,
             "num_total_params": facts.total_numbers,
             "status": "success",
             "metrics": [*curve, last],

@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_lightning.cli.compare import html, recommendation, results, search, table
+from lora_lightning.cli.compare import html, recommendation, results, table
 from lora_lightning.cli.compare.measured import MEASURED
 from lora_lightning.cli.compare.outcomes import ArmOutcome, outcomes
 from lora_lightning.cli.compare.pictures import draw
-from lora_lightning.cli.compare.plan import Plan
+from lora_lightning.cli.compare.plan import Plan, PlannedArm
 from lora_lightning.cli.compare.studies import Studies
 from lora_lightning.cli.compare.worker import Worker
 from lora_lightning.errors import SettingsError
@@ -55,11 +55,11 @@ def progress(plan: Plan, studies: Studies) -> Progress:
             for each in done:
                 with contextlib.suppress(OSError, ValueError, KeyError):
                     seconds.append(json.loads((each.job.folder / MEASURED).read_text())["seconds"])
-            expected += _expected(plan, studies, one.arm.name, one.facts.rate, kind, len(done))
+            expected += _expected(plan, studies, one, kind, len(done))
     return Progress(ended, running, expected, statistics.fmean(seconds) if seconds else math.nan)
 
 
-def _expected(plan: Plan, studies: Studies, name: str, rate: float, kind: str, done: int) -> int:
+def _expected(plan: Plan, studies: Studies, planned: PlannedArm, kind: str, done: int) -> int:
     if kind == "time":
         return int(plan.same_time)
     if kind == "final":
@@ -67,8 +67,8 @@ def _expected(plan: Plan, studies: Studies, name: str, rate: float, kind: str, d
     if not plan.tune_rate:
         return 0
     more = plan.searches if plan.searched else 0
-    if not search.next_rates(search.rounded(rate), studies.rates(name), plan.higher_is_better):
-        return max(done, len(studies.rates(name)) + more)
+    if not studies.next_rates(planned):
+        return max(done, len(studies.rates(planned.arm.name)) + more)
     return max(USUAL, done + 1) + more
 
 

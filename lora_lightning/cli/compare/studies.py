@@ -181,6 +181,11 @@ class Studies:
             if set(done.job.values) == {RATE}
         }
 
+    def next_rates(self, planned: PlannedArm) -> list[float]:
+        """Rates that are to be tried next; none where the search of an arm has ended."""
+        start = search.rounded(planned.facts.rate)
+        return search.next_rates(start, self.rates(planned.arm.name), self.plan.higher_is_better)
+
     # -- the order of things -------------------------------------------------------------------------------------------
 
     def _orphan(self, planned: PlannedArm) -> Job | Literal["wait"] | None:
@@ -206,8 +211,7 @@ class Studies:
             return None
         name, study = planned.arm.name, self.study(planned.arm.name, "tune")
         taken = {trial.params[RATE] for trial in study.trials}
-        start = search.rounded(planned.facts.rate)
-        wanted = search.next_rates(start, self.rates(name), self.plan.higher_is_better)
+        wanted = self.next_rates(planned)
         for rate in wanted:
             if rate not in taken:
                 return self._ask(planned, "tune", TUNING_SEED, {RATE: rate})
@@ -221,19 +225,13 @@ class Studies:
     def _unseeded(self, planned: PlannedArm) -> Job | Literal["wait"] | None:
         """The next seed of an arm that is tuned."""
         name = planned.arm.name
-        if self.plan.tune_rate and (self.running(name, "tune") or self._untuned_left(planned)):
+        if self.plan.tune_rate and (self.running(name, "tune") or self.next_rates(planned)):
             return "wait"
         there = len(self.study(name, "final").trials)
         fewest = min(len(self.study(one.arm.name, "final").trials) for one in self.plan.arms)
         if there >= self.seeds() or there > fewest:
             return None
         return self._ask(planned, "final", there, self.best(planned))
-
-    def _untuned_left(self, planned: PlannedArm) -> bool:
-        rates = search.next_rates(
-            search.rounded(planned.facts.rate), self.rates(planned.arm.name), self.plan.higher_is_better
-        )
-        return bool(rates)
 
     def seeds(self) -> int:
         """Final runs that each arm is to have."""

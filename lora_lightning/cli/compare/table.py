@@ -50,7 +50,7 @@ def _row(plan: Plan, one: ArmOutcome, width: int) -> list[str]:
         f"{len(one.finals)}" + (f" ({len(one.failures)} failed)" if one.failures else ""),
         f"{one.best[RATE]:.3g}" + (" (edge)" if one.on_edge else ""),
         *(f"{one.best[name]:.3g}" if name in one.best else "" for name in plan.searched),
-        f"{facts.adapter_numbers + facts.head_numbers:,}",
+        f"{facts.trained_numbers:,}",
         _plain(1000 * one.cost("step_seconds"), 1),
         size(one.cost("peak_device_bytes"), one.cost("peak_bytes")),
         size(float(one.file_bytes or math.nan)),

@@ -167,8 +167,10 @@ def arms_file(words: Sequence[str]) -> Path | None:
 
 def new_folder(root: Path) -> Path:
     """The next numbered folder, made."""
+    from lora_lightning.cli.run_folder import last_number
+
     root.mkdir(parents=True, exist_ok=True)
-    number = max((int(path.name) for path in root.glob("[0-9]*") if path.name.isdigit()), default=0)
+    number = last_number(root)
     while True:
         number += 1
         folder = root / f"{number:03d}"

@@ -132,40 +132,15 @@ def count(
     import torch
 
     from lora_lightning.cli.preflight.memory import Parts
+    from lora_lightning.cli.preflight.skeleton import assemble_skeleton
     from lora_lightning.cli.preflight.trace import largest_linear, trace_step, units, without_values
-    from lora_lightning.models.loading import load_skeleton
     from lora_lightning.models.loss_head import choose_without_values, set_loss_head
-    from lora_lightning.models.meta import expect_values
-    from lora_lightning.models.token_rows import as_ids, has_texts
     from lora_lightning.optim.groups import build_optimizer
 
     autocast = _autocast(precision)
 
-    def load(*args: Any, **options: Any) -> torch.nn.Module:
-        options.pop("quantize", None)
-        if precision == "bf16-true":
-            options["dtype"] = torch.bfloat16
-        meter.answer = False  # a weight is drawn again until none of its values is out of bounds
-        net = load_skeleton(*args, **options)
-        meter.answer = True
-        if module.start is not None:
-            return expect_values(net)
-        tokens = getattr(datamodule, "new_tokens", ())
-        if tokens:
-            from lora_lightning.models.new_tokens import Vocabulary, add_rows
-
-            add_rows(net, Vocabulary(tuple(tokens), len(net.get_input_embeddings().weight)))  # type: ignore[operator]
-        return net
-
-    if module.num_labels is None:
-        module.num_labels = getattr(datamodule, "num_labels", None)
-    if module.train_tokens:
-        needed = has_texts(module.train_tokens)
-        module.train_tokens = as_ids(
-            module.train_tokens, getattr(datamodule, "tokenizer_object", None) if needed else None
-        )
     with without_values() as meter:
-        module.assemble(load)
+        assemble_skeleton(module, datamodule, meter, torch.bfloat16 if precision == "bf16-true" else None)
         module.train()
         if module.task.by_loss_head and module.loss_head == "auto":
             set_loss_head(module.model, choose_without_values(module.model))
