@@ -17,7 +17,7 @@ import datasets
 import pyarrow  # type: ignore[import-untyped]  # it comes with datasets
 
 from lora_lightning.data.sources.lines import BadLines, Numbered, Reading, rows_of
-from lora_lightning.data.sources.opened import suffix_of
+from lora_lightning.data.sources.opened import PACKED, suffix_of
 from lora_lightning.data.sources.texts import feature_of, fitted, kind_of
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,8 @@ def _in_memory(path: Path, how: Reading) -> tuple[datasets.Dataset, list[BadLine
 
 
 def _key(path: Path, how: Reading) -> str:
-    digest = hashlib.sha256(repr([_code(), how, suffix_of(path)]).encode())
+    packed = PACKED.get(path.suffix.lower())  # plain text that is called .gz holds the bytes of a file that is read
+    digest = hashlib.sha256(repr([_code(), how, suffix_of(path), packed]).encode())
     with path.open("rb") as file:
         while part := file.read(1 << 20):
             digest.update(part)

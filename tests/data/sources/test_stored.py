@@ -9,6 +9,7 @@ import pytest
 from lora_lightning.data.sources import stored
 from lora_lightning.data.sources.lines import Reading
 from lora_lightning.data.sources.stored import PLACE, features_of, text_table
+from lora_lightning.errors import DataError
 
 
 def test_rows_lines_and_what_cannot_be_read(tmp_path):
@@ -47,3 +48,13 @@ def test_a_home_that_cannot_be_written(tmp_path, monkeypatch, caplog):
     assert table.to_dict() == {"a": ["home"], PLACE: [2]}
     assert bad == []
     assert "is read into memory" in caplog.text
+
+
+def test_plain_text_called_gz_is_not_taken_for_a_file_of_the_same_bytes_that_was_read_before(tmp_path):
+    for name in ("x.csv", "x.csv.gz", "x.csv.bz2"):
+        (tmp_path / name).write_bytes(b"a,b\n1,2\n")
+    assert len(text_table(tmp_path / "x.csv", Reading())[0]) == 1
+    with pytest.raises(DataError, match="cannot be read: Not a gzipped file"):
+        text_table(tmp_path / "x.csv.gz", Reading())
+    with pytest.raises(DataError, match="cannot be read: Invalid data stream"):
+        text_table(tmp_path / "x.csv.bz2", Reading())
