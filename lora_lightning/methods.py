@@ -48,6 +48,7 @@ class Method(ABC):
             its adapters own beside the pair they then state in `Adapter.peft_tensors`.
         run_wide: fields that hold for a whole run (of a schedule, an optimizer), so that no layer can have its own.
         ranks: fields that are ranks of a layer; `inject` takes at most the layer's narrow side.
+        rate_ratio: its best learning rate over that of plain low-rank updates, as measured; where `lr: auto` starts.
         former_fields: fields by the name that they had before, as older files and configs spell them.
     """
 
@@ -59,6 +60,7 @@ class Method(ABC):
     peft_type: ClassVar[str] = ""
     run_wide: ClassVar[tuple[str, ...]] = ()
     ranks: ClassVar[tuple[str, ...]] = ("rank",)
+    rate_ratio: ClassVar[float] = 1.0
     peft_options: ClassVar[Mapping[str, object]] = {}
     former_fields: ClassVar[Mapping[str, str]] = {}
 

@@ -19,7 +19,8 @@ from lora_lightning.cli.compare.studies import Job, Studies
 FACTS = Described(
     method="LoRA", metric="accuracy", higher_is_better=True, adapter_numbers=1000, head_numbers=10,
     total_numbers=10_000, size_field="model.method.rank", rate=1e-3,
-    optimizer="AdamW", data_seed=True, tunable=True, data="LabelledText",
+    rate_field="model.optimizer.lr", optimizer_words=("--model.optimizer", "AdamW"),
+    data_seed=True, tunable=True, data="LabelledText",
 )  # fmt: skip
 RIGHT = {"first": 0.60, "better": 0.70, "same": 0.605}
 """Fraction of rows that each arm has right."""

@@ -21,8 +21,8 @@ _INSTEAD: dict[type[Callback], str] = {
     "RankPruning and SparsitySchedule prune adapters, and base weights can be pruned before adapters are injected",
     BatchSizeFinder: "trains the adapters in trial runs that checks and schedules take for the run itself; `python -m "
     "lora_lightning estimate` says what a batch needs in memory, and batch_size sets its size",
-    LearningRateFinder: "trains the adapters in trial runs that checks and schedules take for the run itself; compare "
-    "rates by short runs, with trainer.max_steps",
+    LearningRateFinder: "trains the adapters in trial runs that checks and schedules take for the run itself; "
+    "`model.optimizer.lr: auto` on the command line runs it apart from them",
 }
 
 

@@ -6,6 +6,7 @@ through `load`, so that a config stays the file that it is, for its messages and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,6 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 
 from lora_lightning import plugins
+from lora_lightning.cli.auto_rate import is_auto, marked
 from lora_lightning.cli.classes import imported_class, named_classes
 from lora_lightning.cli.given_settings import config_text, given_settings, setting_of
 from lora_lightning.cli.text_settings import texts_in
@@ -55,7 +57,7 @@ def understood(words: Sequence[str]) -> Iterator[list[str]]:
         yield list(words)
         return
     places = PLACES | _classes_in(words)
-    now = [_current_flag(word, places) for word in words]
+    now = marked([_current_flag(word, places) for word in words])
     place, text, file = _places.set(places), _texts.set(texts_in(now, places)), _files.set(_configs_in(now))
     try:
         yield now
@@ -148,6 +150,8 @@ def current(node: Any, places: Mapping[str, type[Any]], place: str = "") -> Any:
     for name, value in node.items():
         if not place and value is None and name in OF_A_FIT:
             continue
+        if is_auto(name, value, place):
+            value = math.nan
         inside = name == "init_args" or (not place and name in TRAINING_VERBS)
         found[name] = current(value, places, place if inside else f"{place}.{name}".lstrip("."))
     return found

@@ -23,7 +23,7 @@ def given_settings(words: Sequence[str], load: Callable[[str], Any]) -> dict[str
         flag, equals, value = word.partition("=")
         value = value if equals else following
         if flag == "--config":
-            found |= _flat(_loaded(config_text(value), load))
+            found |= flat(_loaded(config_text(value), load))
         elif flag.startswith("--"):
             found[setting_of(flag)] = _loaded(value, load)
     return found
@@ -41,12 +41,12 @@ def origin_of(words: Sequence[str], key: str, load: Callable[[str], Any]) -> str
     for word, following in zip(words, [*words[1:], ""], strict=True):
         flag, equals, value = word.partition("=")
         value = value if equals else following
-        if flag == "--config" and key in _flat(_loaded(config_text(value), load)):
+        if flag == "--config" and key in flat(_loaded(config_text(value), load)):
             found = value if "\n" not in value else "a config"
         elif flag.startswith("--") and flag != "--config":
             given = setting_of(flag)
             inside = key.removeprefix(f"{given}.").split(".") if key.startswith(f"{given}.") else []
-            node = _flat(_loaded(value, load)) if inside else {}
+            node = flat(_loaded(value, load)) if inside else {}
             if given == key or ".".join(inside) in node:
                 found = flag.replace(".init_args", "")
     return found
@@ -77,11 +77,12 @@ def _loaded(text: str, load: Callable[[str], Any]) -> Any:
         return None
 
 
-def _flat(node: Any, key: str = "") -> dict[str, Any]:
+def flat(node: Any, key: str = "") -> dict[str, Any]:
+    """Settings by dotted key, below `key`; a class path stands under the key of the class."""
     if not isinstance(node, Mapping):
         return {key: node} if key else {}
     found: dict[str, Any] = {}
     for name, value in node.items():
         inside = key if name in ("class_path", "init_args") else f"{key}.{name}".lstrip(".").removesuffix("+")
-        found |= _flat(value, inside)
+        found |= flat(value, inside)
     return found

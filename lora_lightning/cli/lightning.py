@@ -28,6 +28,7 @@ import lora_lightning.training.strategies.sharded  # noqa: F401 - and of our str
 from lora_lightning import plugins
 from lora_lightning.callbacks.step_counting import REPORTS
 from lora_lightning.cli import command_line, environment, former_names, loggers
+from lora_lightning.cli.auto_rate import AutoRate, auto_rate
 from lora_lightning.cli.given_settings import origin_of, shown_origin
 from lora_lightning.cli.parser import Parser
 from lora_lightning.cli.parser_errors import refused as refusal
@@ -52,6 +53,7 @@ from lora_lightning.storage.inside import shortened
 from lora_lightning.training.assembly import NAME
 from lora_lightning.training.module import AdapterModule
 from lora_lightning.training.predictions import WritePredictions
+from lora_lightning.training.range_test import RangeTest
 from lora_lightning.training.run_bar import RunBar
 from lora_lightning.training.run_report import RunReport
 from lora_lightning.training.save_often import SaveOften, stopped
@@ -106,6 +108,7 @@ class CLI(LightningCLI):
     def __init__(self, line: command_line.Line, run: bool = True, folder: RunFolder | None = None) -> None:
         self.line = line
         self.run_folder = folder or RunFolder()
+        self.auto_rate: AutoRate | None = None
         plugins.load_classes(plugins.load(line.blocked), _CLASSES)
         set_parsing_settings(docstring_parse_attribute_docstrings=True, subclasses_enabled=[Method])
         verbs = {line.verb: {**_VERB, "usage": _USAGE[line.verb]}} if run and line.verb else {}
@@ -156,6 +159,7 @@ class CLI(LightningCLI):
         config = self.config[self.subcommand] if self.subcommand else self.config
         if self.subcommand == "fit" and (missing := loggers.problems(config.trainer.get("logger"))):
             raise SettingsError("; ".join(missing))
+        self.auto_rate = auto_rate(config.model.get("optimizer"), config.model.get("method"))
         resolve(config.model.pretrained)
         settings = config.data.get("init_args", {}) if config.data else {}
         if settings.get("tokenizer", "") is None and not settings.get("new_tokens"):
@@ -199,7 +203,11 @@ class CLI(LightningCLI):
             kwargs["logger"] = [CSVLogger(folder, name="", version=""), *loggers.made(logger, folder)]
         kwargs["plugins"] = [*(given.get("plugins") or []), AtomicCheckpoints()]
         minutes = self._get(self.config_init, "checkpoint_minutes", default=5.0)
-        self.trainer_defaults["callbacks"] = [LastCheckpoint(folder), SaveOften(folder, minutes), self._report(folder)]
+        report = self._report(folder)
+        ours = [LastCheckpoint(folder), SaveOften(folder, minutes), report]
+        if self.auto_rate is not None:
+            ours.append(self._range_test(report, self.auto_rate))
+        self.trainer_defaults["callbacks"] = ours
         callbacks = given.get("callbacks") or []
         theirs = callbacks if isinstance(callbacks, list) else [callbacks]
         if given.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in theirs):
@@ -216,6 +224,15 @@ class CLI(LightningCLI):
         return RunReport(
             folder, rate_from=rate_from, serve_with=self._get(self.config_init, "serve_with", default=None)
         )
+
+    def _range_test(self, report: RunReport, auto: AutoRate) -> RangeTest:
+        """What replaces `lr: auto` by a number, also in config.yaml."""
+
+        def told(rate: float) -> None:
+            auto.set(rate)
+            report.rate_from = f"by a range test around {auto.start:g} (lr: auto)"
+
+        return RangeTest(auto.start, told)
 
     def _use_checkpoint(self) -> None:
         """The run's checkpoint, set here so that it is not saved into config.yaml; no pickle is opened."""

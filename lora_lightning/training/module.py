@@ -307,18 +307,22 @@ class AdapterModule(LightningModule):
     # -- steps ---------------------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
+        """Prepare the model for its losses, and compile it where asked."""
+        self.prepare_losses()
+        if self.task.by_loss_head:
+            self.print(f"loss head: {loss_head(self.model)}")
+        if self.compiling == "blocks":
+            self._compiled.enter_context(compiled(self.model))
+
+    def prepare_losses(self) -> None:
         """Train mode for the whole model: Hugging Face models arrive in eval mode, and Lightning leaves them there.
 
         The way that losses are computed is chosen here, where adapters and shards are in place.
         """
         self.train()
-        if self.task.by_loss_head:
-            if self.loss_head == "auto":
-                set_loss_head(self.model, outside_step(self.trainer, lambda: choose(self.model)))
-                reshard(self.model)
-            self.print(f"loss head: {loss_head(self.model)}")
-        if self.compiling == "blocks":
-            self._compiled.enter_context(compiled(self.model))
+        if self.task.by_loss_head and self.loss_head == "auto":
+            set_loss_head(self.model, outside_step(self.trainer, lambda: choose(self.model)))
+            reshard(self.model)
 
     def on_train_start(self) -> None:
         """Say where the run would end before it validates, or refuse it where a callback waits for that."""

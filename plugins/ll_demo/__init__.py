@@ -21,6 +21,8 @@ def lora_lightning_tables() -> Mapping[str, str]:
     return {
         "python-docs": "ll_demo.docs:table",
         "python-words": "ll_demo.words:table",
+        "python-words-internet": "ll_demo.words:internet",
+        "python-words-elsewhere": "ll_demo.words:elsewhere",
         "python-traits": "ll_demo.traits:table",
         "python-pairs": "ll_demo.pairs:table",
         "python-kin": "ll_demo.kin:table",

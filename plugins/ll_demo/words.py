@@ -11,6 +11,7 @@ import re
 
 import datasets
 
+from ll_demo.areas import AREA_NAMES, AREA_OF
 from ll_demo.documented import Documented, documented
 
 CONSTANTS = frozenset({"None", "True", "False", "NotImplemented", "Ellipsis"})
@@ -36,6 +37,23 @@ def table() -> datasets.Dataset:
         "name": [name for _, name in rows.values()],
     }
     return datasets.Dataset.from_dict(columns)
+
+
+def internet() -> datasets.Dataset:
+    """Those about modules for the internet."""
+    return _about("internet", True)
+
+
+def elsewhere() -> datasets.Dataset:
+    """Those about all other modules of an area."""
+    return _about("internet", False)
+
+
+def _about(area: str, wanted: bool) -> datasets.Dataset:
+    rows = table()
+    areas = [AREA_OF.get(name.partition(".")[0]) for name in rows["name"]]
+    label = AREA_NAMES.index(area)
+    return rows.select([at for at, found in enumerate(areas) if found is not None and (found == label) == wanted])
 
 
 def tag(word: str, entry: Documented) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from lora_lightning.cli.configs import find_config
 from lora_lightning.errors import SettingsError, did_you_mean
 
 REFERENCES = {
@@ -30,6 +31,8 @@ class Arm:
     """Values by dotted flag of `fit`."""
     configs: tuple[str, ...] = ()
     """Configs that come on top of the comparison's own."""
+    against: str = ""
+    """The arm that it is compared with; empty for the first one."""
 
     @property
     def slug(self) -> str:
@@ -128,11 +131,27 @@ def _arm(row: Mapping[str, Any], named: Mapping[str, Mapping[str, Any]]) -> Arm:
     return Arm(" ".join(names), settings)
 
 
-def from_file(path: Path, known: Iterable[str]) -> tuple[list[str], list[Arm]]:
-    """Words for all arms, and the arms, of a YAML file.
+KEYS = ("arms", "config", "settings", "options")
+"""What a file of arms has."""
 
-    It has `arms`, a mapping from names to settings (dotted or nested; `config` names one on top), or a list of names of
-    methods; and may have `config`, one or several for all, and `settings` for all.
+
+@dataclass(frozen=True)
+class ArmsFile:
+    """What a file of arms says."""
+
+    words: list[str]
+    """Flags of `fit` for all arms."""
+    arms: list[Arm]
+    options: dict[str, Any]
+    """Options of `compare` by name, such as `{"budget": "same"}`."""
+
+
+def from_file(path: Path, known: Iterable[str]) -> ArmsFile:
+    """The arms of a YAML file.
+
+    It has `arms`: a mapping from names to settings (dotted or nested; `config` names one on top, and `against` the arm
+    that it is compared with), a list of names of methods, or the name of a file whose arms it takes. It may have
+    `config`, one or several for all, `settings` for all, and `options` of `compare`.
 
     Raises:
         SettingsError: no arms, or a part that is unknown or of another kind.
@@ -144,23 +163,31 @@ def from_file(path: Path, known: Iterable[str]) -> tuple[list[str], list[Arm]]:
     if not isinstance(read, dict) or not read.get("arms"):
         raise SettingsError(f"{path}: it has no `arms`, a mapping from names to the settings in which they differ.")
     for key in read:
-        if key not in ("arms", "config", "settings"):
-            raise SettingsError(f'{path}: it takes no "{key}".{did_you_mean(key, ("arms", "config", "settings"))}')
+        if key not in KEYS:
+            raise SettingsError(f'{path}: it takes no "{key}".{did_you_mean(key, KEYS)}')
+    for key in ("settings", "options"):
+        if not isinstance(read.get(key) or {}, dict):
+            raise SettingsError(f"{path}: `{key}` is {read[key]!r}; it must be a mapping.")
     words = [word for name in _listed(read.get("config")) for word in ("--config", name)]
     words += flags(dotted(read.get("settings") or {}))
-    arms = read["arms"]
+    return ArmsFile(words, _arms_in(path, read["arms"], known), dict(read.get("options") or {}))
+
+
+def _arms_in(path: Path, arms: Any, known: Iterable[str]) -> list[Arm]:
+    if isinstance(arms, str):
+        return from_file(Path(find_config(arms)), known).arms
     if isinstance(arms, list):
-        return words, from_flags(list(map(str, arms)), (), False, known)
+        return from_flags(list(map(str, arms)), (), False, known)
     if not isinstance(arms, dict):
-        raise SettingsError(f"{path}: `arms` is {arms!r}; it must be a mapping, or a list of methods.")
+        raise SettingsError(f"{path}: `arms` is {arms!r}; it must be a mapping, a list of methods, or a file.")
     found = []
     for name, settings in arms.items():
         if settings is not None and not isinstance(settings, dict):
             raise SettingsError(f"{path}: arms.{name} is {settings!r}; it must be a mapping of settings.")
         own = dotted(settings or {})
-        configs = tuple(_listed(own.pop("config", None)))
-        found.append(Arm(str(name), REFERENCES.get(str(name), {}) | own, configs))
-    return words, found
+        configs, against = tuple(_listed(own.pop("config", None))), str(own.pop("against", ""))
+        found.append(Arm(str(name), REFERENCES.get(str(name), {}) | own, configs, against))
+    return found
 
 
 def _listed(value: Any) -> list[str]:
@@ -180,7 +207,7 @@ def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check(arms: Sequence[Arm]) -> None:
-    """Raise `SettingsError` for too few arms, or several of one name."""
+    """Raise `SettingsError` for too few arms, several of one name, or one to compare with that there is not."""
     if len(arms) < 2:
         raise SettingsError("compare: there are no two arms; name them with --methods, --vary or a file of arms.")
     slugs: dict[str, str] = {}
@@ -190,3 +217,16 @@ def check(arms: Sequence[Arm]) -> None:
             raise SettingsError(
                 f'compare: the arm "{arm.name}" and {same} would share a folder; give them other names.'
             )
+    names = [arm.name for arm in arms]
+    for arm in arms:
+        if arm.against and (arm.against not in names or arm.against == arm.name):
+            raise SettingsError(
+                f'compare: arms.{arm.name}.against is "{arm.against}"; it must be another arm.'
+                f"{did_you_mean(arm.against, [name for name in names if name != arm.name])}"
+            )
+    first = next((arm for arm in arms if arm.against), None)
+    if first is arms[0]:
+        raise SettingsError(
+            f'compare: arms.{first.name}.against is "{first.against}"; the first arm is what others are compared '
+            "with. Put that arm first."
+        )

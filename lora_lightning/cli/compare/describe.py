@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from lora_lightning.methods import Method, WrapperMethod
 
 LARGEST = 4096
 """Rank above which none is looked for."""
-RATE = "model.optimizer.lr"
+OPTIMIZER = "model.optimizer"
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,10 @@ class Described:
     """Dotted setting that is the method's rank; empty where it has none, or nothing is adapted."""
     rate: float
     """The learning rate that the arm has by itself."""
-    optimizer: str
-    """Name of its optimizer where the settings name none, else empty."""
+    rate_field: str
+    """The dotted setting that is this rate."""
+    optimizer_words: tuple[str, ...]
+    """Flags that name its optimizers as far as the settings name none."""
     data_seed: bool
     """Whether the data module has a setting `seed`."""
     tunable: bool
@@ -57,7 +59,7 @@ def describe(words: Sequence[str]) -> Described:
     module, data, _ = build_with_settings(words)
     report = _injected(module, data)
     method = module.method
-    optimizer, rate = _optimizer(module)
+    rate, field, named = _optimizer(module, _given(words))
     return Described(
         method=type(method).__name__,
         metric=module.task.metric,
@@ -67,7 +69,8 @@ def describe(words: Sequence[str]) -> Described:
         total_numbers=report.total_parameters,
         size_field=size_field(method) if report.layers else "",
         rate=rate,
-        optimizer=optimizer,
+        rate_field=field,
+        optimizer_words=named,
         data_seed=hasattr(data, "seed"),
         tunable=hasattr(data, "hold_out") and not getattr(data, "streaming", False),
         data=type(data).__name__,
@@ -85,16 +88,33 @@ def _injected(module: Any, data: Any) -> Any:
     return module.injection
 
 
-def _optimizer(module: Any) -> tuple[str, float]:
-    """The name of the optimizer that is taken where none is given, and the rate."""
+def _given(words: Sequence[str]) -> dict[str, Any]:
+    """Settings of a command line by dotted key."""
+    from lora_lightning.cli import command_line, former_names
+    from lora_lightning.cli.given_settings import given_settings
+
+    return given_settings(command_line.read(words).rest, former_names.load)
+
+
+def _optimizer(module: Any, given: Mapping[str, Any]) -> tuple[float, str, tuple[str, ...]]:
+    """The rate, the setting that it is, and flags for optimizers that no setting names: one around the other."""
     import torch
 
-    from lora_lightning.optim.wrapper import adamw, innermost
+    from lora_lightning.cli.given_settings import flat
+    from lora_lightning.optim.wrapper import OptimizerWrapper, adamw
 
-    given = module.optimizer_factory
-    make: Callable[[Any], Any] = given or module.method.optimizer() or adamw
-    optimizer = innermost(make([{"params": [torch.nn.Parameter(torch.zeros(1))]}]))
-    return "" if given else type(optimizer).__name__, float(optimizer.param_groups[0]["lr"])
+    make: Callable[[Any], Any] = module.optimizer_factory or module.method.optimizer() or adamw
+    optimizer = make([{"params": [torch.nn.Parameter(torch.zeros(1))]}])
+    named: dict[str, Any] = {}
+    for key, value in given.items():
+        named |= flat(value, key)
+    place, words = OPTIMIZER, list[str]()
+    while True:
+        if named.get(place) is None:
+            words += [f"--{place}", type(optimizer).__name__]
+        if not isinstance(optimizer, OptimizerWrapper):
+            return float(optimizer.param_groups[0]["lr"]), f"{place}.lr", tuple(words)
+        optimizer, place = optimizer.inner, f"{place}.inner"
 
 
 def size_field(method: Method) -> str:

@@ -104,25 +104,25 @@ def _own_ids(image: str, name: str) -> str:
 
 
 def _rows_apart(plan: Plan, found: Sequence[ArmOutcome]) -> list[str]:
-    """How many validation rows arms get right that the first one does not, and the other way round."""
-    first = found[0]
-    if not table.is_fraction(plan.metric) or not first.finals or first.finals[0].rows is None:
+    """How many validation rows arms get right that the one beside does not, and the other way round."""
+    if not table.is_fraction(plan.metric):
         return []
+    by_name = {one.name: one for one in found}
     lines = []
     for one in found[1:]:
         both = [
             (a.rows[0], b.rows[0])
-            for a in first.finals
+            for a in by_name[one.against].finals
             for b in one.finals
             if a.seed == b.seed and a.rows is not None and b.rows is not None and len(a.rows[0]) == len(b.rows[0])
         ]
         if both:
             gained = sum(float((b > a).sum()) for a, b in both) / len(both)
             lost = sum(float((b < a).sum()) for a, b in both) / len(both)
-            lines.append([one.name, f"{gained:.1f}", f"{lost:.1f}", f"{len(both[0][0]):,}"])
+            lines.append([one.name, one.against, f"{gained:.1f}", f"{lost:.1f}", f"{len(both[0][0]):,}"])
     if not lines:
         return []
-    heads = ["arm", f"better than {first.name}", "worse", "rows"]
+    heads = ["arm", "against", "better", "worse", "rows"]
     return ["<h2>Validation rows on which arms differ, a seed</h2>", _table(heads, lines)]
 
 

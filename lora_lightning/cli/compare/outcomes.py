@@ -1,4 +1,4 @@
-"""What a comparison has found: of each arm its runs, what they cost, and how they compare with the first arm's."""
+"""What a comparison has found: of each arm its runs, what they cost, and how they compare with another arm's."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ class ArmOutcome:
     on_edge: bool
     """Whether its best rate is the lowest or the highest that was tried."""
     difference: Difference | None
-    """To the first arm; None for that one, and where runs are too few."""
+    """To the arm `against`; None for the first arm, and where runs are too few."""
+    against: str
+    """The arm that it is compared with: the first one, unless it names another; empty for the first one itself."""
 
     @property
     def name(self) -> str:
@@ -101,9 +103,9 @@ def outcomes(folder: Path, plan: Plan, studies: Studies | None = None) -> list[A
     """All arms, as far as they have come; differences are corrected for their number."""
     studies = studies or Studies(folder, plan)
     finals = {one.arm.name: _finals(studies.done(one.arm.name, "final")) for one in plan.arms}
-    first = finals[plan.arms[0].arm.name]
-    others = [one.arm.name for one in plan.arms[1:]]
-    compared = statistics.compare(tables(first), {name: tables(finals[name]) for name in others}, plan.higher_is_better)
+    made = {name: tables(runs) for name, runs in finals.items()}
+    pairs = {name: (made[other], made[name]) for name, other in plan.pairs.items()}
+    compared = statistics.compare(pairs, plan.higher_is_better)
     found = []
     for one in plan.arms:
         name = one.arm.name
@@ -117,6 +119,7 @@ def outcomes(folder: Path, plan: Plan, studies: Studies | None = None) -> list[A
                 best=studies.best(one),
                 on_edge=plan.tune_rate and search.is_edge(studies.rates(name), plan.higher_is_better),
                 difference=compared.get(name),
+                against=plan.pairs.get(name, ""),
             )
         )
     return found

@@ -52,7 +52,7 @@ def values(axes: Any, plan: Plan, found: Sequence[ArmOutcome]) -> bool:
 
 
 def differences(axes: Any, plan: Plan, found: Sequence[ArmOutcome]) -> bool:
-    """Differences to the first arm with their intervals."""
+    """Differences with their intervals."""
     ready = [one for one in found if one.difference is not None]
     style = styles(found)
     for row, one in enumerate(ready):
@@ -64,9 +64,12 @@ def differences(axes: Any, plan: Plan, found: Sequence[ArmOutcome]) -> bool:
             color=style[one.name]["color"], marker=style[one.name]["marker"], ms=6,
         )  # fmt: skip
     axes.axvline(0, color=INK, lw=1, ls=":")
-    axes.set_yticks(range(len(ready)), [one.name for one in ready])
+    one_reference = len({one.against for one in ready}) < 2
+    names = [one.name if one_reference else f"{one.name} - {one.against}" for one in ready]
+    axes.set_yticks(range(len(ready)), names)
     axes.set_ylim(len(ready) - 0.4, -0.6)
-    axes.set(title=f"difference to {found[0].name}; right of 0 is better", xlabel=_axis(plan.metric))
+    to = f" to {found[0].name}" if one_reference else "s of pairs"
+    axes.set(title=f"difference{to}; right of 0 is better", xlabel=_axis(plan.metric))
     return bool(ready)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_lightning.cli.compare.arms import Arm
-from lora_lightning.cli.compare.describe import RATE, Described, describe, parse_budget, solve_rank
+from lora_lightning.cli.compare.describe import Described, describe, parse_budget, solve_rank
 from lora_lightning.errors import RunFolderError, SettingsError
 from lora_lightning.storage.atomic import write_json
 from lora_lightning.version import __version__
@@ -76,6 +76,15 @@ class Plan:
         """The arm of a name."""
         return next(one for one in self.arms if one.arm.name == name)
 
+    def reference(self, name: str) -> PlannedArm:
+        """The arm that an arm is compared with; the first one is compared with itself."""
+        return self.arm(self.arm(name).arm.against or self.arms[0].arm.name)
+
+    @property
+    def pairs(self) -> dict[str, str]:
+        """Names of arms, and of those that they are compared with."""
+        return {name: other for one in self.arms if (other := self.reference(name := one.arm.name).arm.name) != name}
+
     def write(self, folder: Path) -> None:
         """Into a comparison's folder."""
         write_json(folder / PLAN, dataclasses.asdict(self))
@@ -93,8 +102,8 @@ class Plan:
             raise RunFolderError(f'"{folder}" holds no {PLAN}, so it is no comparison\'s folder.') from error
         read["arms"] = tuple(
             PlannedArm(
-                Arm(one["arm"]["name"], one["arm"]["settings"], tuple(one["arm"]["configs"])),
-                Described(**one["facts"]),
+                Arm(**{**one["arm"], "configs": tuple(one["arm"]["configs"])}),
+                Described(**{**one["facts"], "optimizer_words": tuple(one["facts"]["optimizer_words"])}),
                 tuple(one["words"]),
             )
             for one in read["arms"]
@@ -117,8 +126,8 @@ def planned_arms(
         SettingsError: arms whose metrics differ, or a budget that an arm cannot have.
     """
     found: list[PlannedArm] = []
-    wanted: int | None = None
-    for arm in arms:
+    wanted: dict[str, int] = {}
+    for arm in sorted(arms, key=lambda arm: bool(arm.against)):  # those that others are measured by come first
         own = [*quiet(), *words, *arm.words()]
         facts = describe(own)
         if found and facts.metric != found[0].facts.metric:
@@ -128,19 +137,19 @@ def planned_arms(
             )
         note = ""
         if budget is not None and facts.adapter_numbers:
-            if wanted is None:
-                wanted = parse_budget(budget, facts.total_numbers, facts.adapter_numbers)
-            if facts.adapter_numbers != wanted:
-                rank, reached = solve_rank(own, facts, wanted)
+            numbers = parse_budget(budget, facts.total_numbers, facts.adapter_numbers)
+            wanted[arm.name] = numbers = wanted.get(arm.against or arms[0].name, numbers)
+            if facts.adapter_numbers != numbers:
+                rank, reached = solve_rank(own, facts, numbers)
                 own += [f"--{facts.size_field}", str(rank)]
                 facts = dataclasses.replace(facts, adapter_numbers=reached)
-                note = f", {facts.size_field.rpartition('.')[2]} {rank} for a budget of {wanted:,}"
+                note = f", {facts.size_field.rpartition('.')[2]} {rank} for a budget of {numbers:,}"
         found.append(PlannedArm(arm, facts, tuple(own)))
         tell(
             f"{arm.name}: {facts.adapter_numbers:,} numbers of adapters and {facts.head_numbers:,} others train{note}; "
             f"rate {facts.rate:g} at first"
         )
-    return tuple(found)
+    return tuple(sorted(found, key=lambda one: arms.index(one.arm)))
 
 
 def quiet() -> list[str]:
@@ -150,8 +159,8 @@ def quiet() -> list[str]:
 
 def rate_words(planned: PlannedArm, rate: float) -> list[str]:
     """Flags that give an arm its rate, and the optimizer that it would have taken by itself."""
-    optimizer = planned.facts.optimizer
-    return [*(["--model.optimizer", optimizer] if optimizer else []), f"--{RATE}", repr(rate)]
+    facts = planned.facts
+    return [*facts.optimizer_words, f"--{facts.rate_field}", repr(rate)]
 
 
 def seed_words(planned: PlannedArm, seed: int) -> list[str]:

@@ -24,8 +24,9 @@ def recommend(folder: Path, plan: Plan, found: Sequence[ArmOutcome]) -> str:
         return "Nothing is recommended: fewer than two arms have two final runs, so that no difference can be judged."
     sign = 1 if plan.higher_is_better else -1
     best = max(ready, key=lambda one: sign * one.mean)
-    others = {one.name: tables(one.finals) for one in ready if one is not best}
-    compared = statistics.compare(tables(best.finals), others, plan.higher_is_better)
+    to_beat = tables(best.finals)
+    pairs = {one.name: (to_beat, tables(one.finals)) for one in ready if one is not best}
+    compared = statistics.compare(pairs, plan.higher_is_better)
     as_good = [best, *(one for one in ready if one.name in compared and compared[one.name].high >= 0)]
     chosen = min(as_good, key=lambda one: (one.planned.facts.trained_numbers, one.cost("step_seconds")))
     _write_config(folder, chosen)

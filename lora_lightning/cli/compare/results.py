@@ -61,7 +61,8 @@ def _arm(plan: Plan, one: ArmOutcome) -> dict[str, Any]:
             {**done.job.values, "value": _known(done.value), "state": done.state, "reason": done.reason}
             for done in one.tuning
         ],
-        "difference_to_first": None
+        "against": one.against or None,
+        "difference": None
         if difference is None
         else {
             "mean": difference.mean,

@@ -35,7 +35,7 @@ class Runs:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much better an arm is than the first one: above 0 is better, whatever the metric's direction."""
+    """How much better an arm is than another one: above 0 is better, whatever the metric's direction."""
 
     mean: float
     low: float
@@ -54,11 +54,16 @@ class Difference:
         return "worse" if self.high < 0 else "no difference found"
 
 
-def compare(first: Runs, others: Mapping[str, Runs], higher_is_better: bool) -> dict[str, Difference]:
-    """Differences of other arms to the first one; arms with fewer than two seeds in common are left out."""
-    level = 1 - (1 - LEVEL) / max(len(others), 1)
+def compare(pairs: Mapping[str, tuple[Runs, Runs]], higher_is_better: bool) -> dict[str, Difference]:
+    """How much better the second of each pair of arms is; pairs with fewer than two seeds in common are left out.
+
+    Args:
+        pairs: what is compared with what, by a name.
+        higher_is_better: of the metric.
+    """
+    level = 1 - (1 - LEVEL) / max(len(pairs), 1)
     found = {}
-    for name, runs in others.items():
+    for name, (first, runs) in pairs.items():
         seeds = sorted(set(first.values) & set(runs.values))
         if len(seeds) >= 2:
             found[name] = _difference(first, runs, seeds, 1.0 if higher_is_better else -1.0, level)
@@ -132,7 +137,7 @@ def in_words(difference: Difference, percent: bool) -> str:
     """What can be said of a difference.
 
     Args:
-        difference: to the first arm.
+        difference: to the other arm.
         percent: whether the metric is a fraction, of which hundredths are points.
     """
     unit, digits = (100.0, 1) if percent else (1.0, 4)

@@ -26,7 +26,9 @@ def is_fraction(metric: str) -> bool:
 
 def columns(plan: Plan, found: Sequence[ArmOutcome]) -> list[str]:
     """Heads of the table."""
-    heads = ["arm", plan.metric, "difference to the first", "p", "seeds", "rate"]
+    to = {one.against for one in found if one.against}
+    difference = ["difference", "to"] if len(to) > 1 else [f"difference to {found[0].name}"]
+    heads = ["arm", plan.metric, *difference, "p", "seeds", "rate"]
     heads += [name.rpartition(".")[2] for name in plan.searched]
     heads += ["trained", "ms a step", "peak memory", "file"]
     if plan.also and any(one.forgetting(plan.metric) for one in found):
@@ -36,16 +38,18 @@ def columns(plan: Plan, found: Sequence[ArmOutcome]) -> list[str]:
 
 def rows(plan: Plan, found: Sequence[ArmOutcome]) -> list[list[str]]:
     """One row an arm."""
-    return [_row(plan, one, len(columns(plan, found))) for one in found]
+    heads = columns(plan, found)
+    return [_row(plan, one, heads) for one in found]
 
 
-def _row(plan: Plan, one: ArmOutcome, width: int) -> list[str]:
+def _row(plan: Plan, one: ArmOutcome, heads: Sequence[str]) -> list[str]:
     facts, difference = one.planned.facts, one.difference
     spread = "" if math.isnan(one.deviation) else f" ± {number(one.deviation, plan.metric)}"
     cells = [
         one.name,
         f"{number(one.mean, plan.metric)}{spread}" if one.finals else "-",
         "" if difference is None else _interval(difference.mean, difference.low, difference.high, plan.metric),
+        *([one.against] if "to" in heads else []),
         "" if difference is None else _p(difference.p),
         f"{len(one.finals)}" + (f" ({len(one.failures)} failed)" if one.failures else ""),
         f"{one.best[RATE]:.3g}" + (" (edge)" if one.on_edge else ""),
@@ -55,7 +59,7 @@ def _row(plan: Plan, one: ArmOutcome, width: int) -> list[str]:
         size(one.cost("peak_device_bytes"), one.cost("peak_bytes")),
         size(float(one.file_bytes or math.nan)),
     ]
-    if len(cells) < width:
+    if len(cells) < len(heads):
         changes = one.forgetting(plan.metric)
         cells.append(f"{number(float(np.mean(changes)), plan.metric, sign=True)}" if changes else "")
     return cells
@@ -82,18 +86,18 @@ def text(plan: Plan, found: Sequence[ArmOutcome]) -> str:
 
 
 def sentences(plan: Plan, found: Sequence[ArmOutcome]) -> list[str]:
-    """What can be said of each arm beside the first, and what stands in the way."""
-    first = found[0]
+    """What can be said of each arm beside the one that it is compared with, and what stands in the way."""
+    by_name = {one.name: one for one in found}
     said = []
     for one in found[1:]:
         if one.difference is not None:
             how = "" if one.difference.over_rows else " (over seeds alone: this metric is no mean over rows)"
-            said.append(f"{one.name} against {first.name}: {in_words(one.difference, is_fraction(plan.metric))}{how}.")
+            said.append(f"{one.name} against {one.against}: {in_words(one.difference, is_fraction(plan.metric))}{how}.")
         elif not one.finals:
             why = f": {one.failures[-1].reason}" if one.failures else ""
             said.append(f"{one.name}: no final run has come out{why}.")
-        elif len(one.finals) < 2 or len(first.finals) < 2:
-            said.append(f"{one.name} against {first.name}: of one seed nothing can be said; --seeds 3 takes three.")
+        elif len(one.finals) < 2 or len(by_name[one.against].finals) < 2:
+            said.append(f"{one.name} against {one.against}: of one seed nothing can be said; --seeds 3 takes three.")
     said += [
         f"{one.name}: its best rate, {one.best[RATE]:.3g}, is the {_side(one)} that was tried; the best may lie beyond."
         for one in found

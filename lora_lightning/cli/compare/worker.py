@@ -117,10 +117,10 @@ class Worker:
         )
 
     def _steps_for_time(self, arm: str) -> list[str]:
-        """Steps that take an arm as long as the first arm's steps take that one."""
-        first = self.plan.arms[0].arm.name
-        mine, theirs = (self._step_seconds(name) for name in (arm, first))
-        steps = given_steps(self.plan.arms[0].words)
+        """Steps that take an arm as long as the steps of the arm that it is compared with take that one."""
+        reference = self.plan.reference(arm)
+        mine, theirs = (self._step_seconds(name) for name in (arm, reference.arm.name))
+        steps = given_steps(reference.words)
         if not (mine and theirs and steps):
             return []
         return ["--trainer.max_steps", str(max(1, round(steps * theirs / mine))), "--trainer.max_epochs", "-1"]

@@ -2,24 +2,27 @@
 
 compare --config rose --methods LoRA,DoRA,RoseLoRA --seeds 3
 compare --config my.yaml --vary model.method.rank=4,16,64 --vary model.method=LoRA,MoELoRA
-compare arms.yaml
+compare arms.yaml | compare claims/rank_scaling
 compare --resume runs/compare/003
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lora_lightning.errors import RunFolderError, SettingsError
+from lora_lightning.cli.main import VerbParser
+from lora_lightning.errors import RunFolderError, SettingsError, did_you_mean
 
 if TYPE_CHECKING:
     from lora_lightning.cli.compare.plan import Plan
 
 ROOT = Path("runs/compare")
 NEEDED = ("optuna", "psutil", "scipy", "sklearn")
+NO_OPTIONS = ("help", "methods", "vary", "listed", "resume", "join", "status")
+"""Flags that a file of arms does not take as options."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,7 +105,6 @@ def begun(args: argparse.Namespace) -> tuple[Path, Plan]:
     from lora_lightning.cli.compare.plan import Plan, planned_arms
     from lora_lightning.cli.compare.studies import PRUNERS, check_spaces
     from lora_lightning.cli.given_settings import given_settings
-    from lora_lightning.errors import did_you_mean
     from lora_lightning.methods import WrapperMethod
     from lora_lightning.plugins import registry
 
@@ -111,8 +113,9 @@ def begun(args: argparse.Namespace) -> tuple[Path, Plan]:
     arms: list[arms_of.Arm] = []
     file = arms_file(words)
     if file is not None:
-        more, arms = arms_of.from_file(file, known)
-        words = [*more, *words[2:]]
+        read = arms_of.from_file(file, known)
+        arms, words = read.arms, [*read.words, *words[2:]]
+        args = with_options(args, read.options, file)
     methods = [name.strip() for name in args.methods.split(",") if name.strip()] if args.methods else []
     wrappers = [name for name, method in registry().methods.items() if issubclass(method, WrapperMethod)]
     wrapped = arms_of.around(wrappers, given_settings(command_line.read(words).rest, former_names.load))
@@ -155,14 +158,41 @@ def begun(args: argparse.Namespace) -> tuple[Path, Plan]:
 
 
 def arms_file(words: Sequence[str]) -> Path | None:
-    """The first config, where it is a file of arms."""
+    """The first config, by path or name, where it is a file of arms."""
+    from lora_lightning.cli.configs import find_config
+
     if len(words) < 2 or words[0] not in ("--config", "-c"):
         return None
-    path = Path(words[1])
+    path = Path(find_config(words[1]))
     if not path.is_file():
         return None
     lines = path.read_text(encoding="utf-8").splitlines()
     return path if any(line.startswith("arms:") for line in lines) else None
+
+
+def with_options(args: argparse.Namespace, options: Mapping[str, Any], file: Path) -> argparse.Namespace:
+    """Arguments with the options of a file of arms, where the command line does not give them itself.
+
+    Raises:
+        SettingsError: an option that there is not, or a value of another kind.
+    """
+    parser = VerbParser(f"{file}: options", allow_abbrev=False)
+    add_arguments(parser)
+    known = [action.dest for action in parser._actions if action.option_strings and action.dest not in NO_OPTIONS]
+    words = []
+    for name, value in options.items():
+        dest = name.replace("-", "_")
+        if dest not in known:
+            raise SettingsError(
+                f'{file}: options has "{name}".{did_you_mean(name, known)} It takes {", ".join(known)}.'
+            )
+        flag = f"--{dest.replace('_', '-')}"
+        if value is not False:
+            for one in value if isinstance(value, list) else [value]:
+                words += [flag] if one is True else [flag, str(one)]
+    read = parser.parse_args(words)
+    own = {dest: value for dest, value in vars(args).items() if value != parser.get_default(dest)}
+    return argparse.Namespace(**{**vars(args), **vars(read), **own})
 
 
 def new_folder(root: Path) -> Path:

@@ -72,13 +72,14 @@ def test_a_file_of_arms(tmp_path):
     file.write_text(
         yaml.safe_dump({"config": "lora", "settings": {"data": {"limit": 64}}, "arms": arms}, sort_keys=False)
     )
-    words, found = from_file(file, KNOWN)
+    read = from_file(file, KNOWN)
+    words, found = read.words, read.arms
     assert words == ["--config", "lora", "--data.limit", "64"]
     assert found[0] == Arm("small", {"model.method.rank": 4})
     assert found[1].words()[:3] == ["--config", "dora", "--model.optimizer"]
     assert found[2].settings == REFERENCES["full"]
     file.write_text("arms: [LoRA, DoRA]\n")
-    assert [arm.name for arm in from_file(file, KNOWN)[1]] == ["LoRA", "DoRA"]
+    assert [arm.name for arm in from_file(file, KNOWN).arms] == ["LoRA", "DoRA"]
 
 
 @pytest.mark.parametrize(
@@ -88,6 +89,7 @@ def test_a_file_of_arms(tmp_path):
         ("arms: {a: 3}\n", r"arms\.a is 3; it must be a mapping"),
         ("arms: 3\n", r"`arms` is 3"),
         ("arms: [LoRA]\nseed: 3\n", r'it takes no "seed"'),
+        ("arms: [LoRA]\noptions: [budget]\n", r"`options` is \['budget'\]; it must be a mapping"),
         ("arms: [\n", r"cannot be read as YAML"),
     ],
 )
@@ -105,6 +107,19 @@ def test_too_few_arms_and_names_that_meet():
         check([Arm("a_b"), Arm("a/b")])
     with pytest.raises(SettingsError, match=r'"a" and another one would share a folder'):
         check([Arm("a"), Arm("a")])
+
+
+def test_arms_that_are_compared_with_others_than_the_first(tmp_path):
+    file = tmp_path / "arms.yaml"
+    file.write_text("arms: {a: {}, b: {}, c: {against: b, model.method: DoRA}}\noptions: {seeds: 2}\n")
+    read = from_file(file, KNOWN)
+    assert read.arms[2] == Arm("c", {"model.method": "DoRA"}, (), "b")
+    assert read.options == {"seeds": 2}
+    check(read.arms)
+    with pytest.raises(SettingsError, match=r'arms\.c\.against is "bb"; it must be another arm\. Did you mean "b"'):
+        check([Arm("a"), Arm("b"), Arm("c", against="bb")])
+    with pytest.raises(SettingsError, match=r"arms\.a\.against is .*Put that arm first"):
+        check([Arm("a", against="b"), Arm("b")])
 
 
 def test_nested_settings():

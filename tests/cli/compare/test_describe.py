@@ -15,14 +15,23 @@ def test_sizes_metric_and_rate_without_weights():
     assert facts.adapter_numbers == 16 * layers
     assert facts.head_numbers == 384 * 384 + 384 + 8 * 384 + 8
     assert facts.size_field == "model.method.rank"
-    assert facts.optimizer == ""
+    assert facts.optimizer_words == ()
     assert facts.tunable
     assert facts.data_seed
 
 
 def test_an_optimizer_that_is_the_methods_own():
     facts = describe(("--config", "riemannian_moe", "--model.optimizer", "null"))
-    assert facts.optimizer == "RiemannianAdamW"
+    assert facts.optimizer_words == ("--model.optimizer", "RiemannianAdamW")
+
+
+def test_the_rate_of_an_optimizer_around_another_is_the_inner_ones():
+    around = ("--config", "lora", "--model.optimizer", "LoRAPlus", "--model.optimizer.ratio", "4")
+    alone = describe(around)
+    assert (alone.rate_field, alone.rate) == ("model.optimizer.inner.lr", 1e-3)
+    assert alone.optimizer_words == ("--model.optimizer.inner", "AdamW")
+    named = describe((*around, "--model.optimizer.inner", "SGD", "--model.optimizer.inner.lr", "0.3"))
+    assert (named.rate_field, named.rate, named.optimizer_words) == ("model.optimizer.inner.lr", 0.3, ())
 
 
 def test_a_method_around_another_one_has_the_rank_inside():

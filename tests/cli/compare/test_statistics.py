@@ -29,7 +29,7 @@ def test_intervals_hold_the_true_difference_as_often_as_they_say(monkeypatch, sp
     inside = 0
     for _ in range(150):
         first, other = drawn(rng, 3, 150, 0.5, spread)
-        d = compare(first, {"other": other}, True)["other"]
+        d = compare({"other": (first, other)}, True)["other"]
         inside += d.low <= 0.5 <= d.high
     assert 0.91 <= inside / 150 <= 1.0
 
@@ -40,7 +40,7 @@ def test_rows_alone_give_the_interval_of_the_normal_distribution():
     rng = np.random.default_rng(2)
     one, two = rng.normal(size=(2, 1, 4000))
     first, other = (runs(np.repeat(rows, 3, axis=0)) for rows in (one, two))
-    found = compare(first, {"other": other}, True)["other"]
+    found = compare({"other": (first, other)}, True)["other"]
     each = (two - one)[0]
     expected = stats.norm.interval(0.95, each.mean(), each.std() / np.sqrt(4000))
     np.testing.assert_allclose((found.low, found.high), expected, atol=0.003)
@@ -49,7 +49,7 @@ def test_rows_alone_give_the_interval_of_the_normal_distribution():
 
 def test_without_rows_the_t_interval_of_seeds():
     first, other = Runs({0: 0.5, 1: 0.6, 2: 0.4}), Runs({0: 0.7, 1: 0.65, 2: 0.6})
-    found = compare(first, {"other": other}, True)["other"]
+    found = compare({"other": (first, other)}, True)["other"]
     each = np.array([0.2, 0.05, 0.2])
     half = stats.t.ppf(0.975, 2) * each.std(ddof=1) / np.sqrt(3)
     np.testing.assert_allclose((found.mean, found.low, found.high), (0.15, 0.15 - half, 0.15 + half))
@@ -59,27 +59,27 @@ def test_without_rows_the_t_interval_of_seeds():
 
 def test_a_loss_is_better_when_it_is_lower():
     first, other = Runs({0: 2.0, 1: 2.1}), Runs({0: 1.0, 1: 1.101})
-    assert compare(first, {"other": other}, False)["other"].verdict == "better"
-    assert compare(first, {"other": other}, True)["other"].verdict == "worse"
+    assert compare({"other": (first, other)}, False)["other"].verdict == "better"
+    assert compare({"other": (first, other)}, True)["other"].verdict == "worse"
 
 
 def test_seeds_are_paired_and_few_are_left_out():
     first = Runs({0: 0.5, 1: 0.6})
-    assert compare(first, {"other": Runs({1: 0.7})}, True) == {}
-    assert compare(first, {"other": Runs({0: 0.6, 1: 0.7, 5: 9.0})}, True)["other"].mean == pytest.approx(0.1)
+    assert compare({"other": (first, Runs({1: 0.7}))}, True) == {}
+    assert compare({"other": (first, Runs({0: 0.6, 1: 0.7, 5: 9.0}))}, True)["other"].mean == pytest.approx(0.1)
 
 
 def test_rows_of_other_counts_are_not_paired():
     first = Runs({0: 0.5, 1: 0.5}, {0: (np.ones(4), np.ones(4)), 1: (np.ones(4), np.ones(4))})
     other = Runs({0: 0.6, 1: 0.7}, {0: (np.ones(5), np.ones(5)), 1: (np.ones(5), np.ones(5))})
-    assert not compare(first, {"other": other}, True)["other"].over_rows
+    assert not compare({"other": (first, other)}, True)["other"].over_rows
 
 
 def test_more_arms_make_wider_intervals():
     rng = np.random.default_rng(3)
     first, other = drawn(rng, 3, 200, 0.1, 0.1)
-    alone = compare(first, {"a": other}, True)["a"]
-    among = compare(first, {"a": other, "b": other, "c": other}, True)["a"]
+    alone = compare({"a": (first, other)}, True)["a"]
+    among = compare(dict.fromkeys("abc", (first, other)), True)["a"]
     assert among.high - among.low > alone.high - alone.low
     assert among.p >= alone.p
 

@@ -13,7 +13,7 @@ def test_the_table_and_what_it_says(finished):
     _, plan, found = finished
     lines = table.markdown(plan, found).splitlines()
     heads = lines[0].strip("| ").split(" | ")
-    assert heads[:4] == ["arm", "accuracy", "difference to the first", "p"]
+    assert heads[:4] == ["arm", "accuracy", "difference to first", "p"]
     assert heads[-1] == "change of accuracy beside"
     rows = [line.strip("|").split(" | ") for line in lines[2:]]
     assert all(len(row) == len(heads) for row in rows)

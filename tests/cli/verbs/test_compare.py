@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import argparse
 import importlib.util
 
 import comparisons
 import pytest
 
+from lora_lightning.cli import configs
 from lora_lightning.cli.main import main
-from lora_lightning.cli.verbs.compare import arms_file, joined, new_folder
-from lora_lightning.errors import RunFolderError
+from lora_lightning.cli.verbs.compare import add_arguments, arms_file, joined, new_folder, with_options
+from lora_lightning.errors import LoraLightningError, RunFolderError
 
 
 @pytest.mark.parametrize(
@@ -67,3 +69,38 @@ def test_who_is_joined(tmp_path):
 def test_status_of_one_that_has_ended(finished, capsys):
     assert main(["compare", "--status", str(finished[0])]) == 0
     assert "validation accuracy" in capsys.readouterr().out
+
+
+def parsed(*words):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def test_options_of_a_file_of_arms_hold_where_the_line_says_nothing(tmp_path):
+    options = {"seeds": 5, "budget": "same", "time": True, "no-tuning": False, "tune": ["a=1..2", "b=1..2"]}
+    read = with_options(parsed("--seeds", "2", "--jobs", "3"), options, tmp_path / "arms.yaml")
+    assert (read.seeds, read.budget, read.time, read.no_tuning, read.jobs) == (2, "same", True, False, 3)
+    assert read.tune == ["a=1..2", "b=1..2"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"budgt": "same"}, r'options has "budgt"\. Did you mean "budget"\? It takes seeds, until, budget'),
+        ({"resume": "x"}, r'options has "resume"'),
+        ({"seeds": "many"}, r"argument --seeds: invalid int value: 'many'"),
+    ],
+)
+def test_options_that_a_file_of_arms_cannot_have(tmp_path, options, said):
+    with pytest.raises(LoraLightningError, match=said):
+        with_options(parsed(), options, tmp_path / "arms.yaml")
+
+
+def test_a_file_of_arms_goes_by_its_name(tmp_path, monkeypatch):
+    folder = tmp_path / "configs" / "claims"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text("arms: [LoRA, DoRA]\n")
+    monkeypatch.setattr(configs, "config_roots", lambda: [tmp_path / "configs"])
+    assert arms_file(["--config", "claims/mine"]) == folder / "mine.yaml"
+    assert main(["fit", "--config", "claims/mine"]) == 2
