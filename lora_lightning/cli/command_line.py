@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_lightning.cli import other_tools
-from lora_lightning.cli.configs import find_config, is_path
+from lora_lightning.cli.configs import find_config, has_arms, is_path
 from lora_lightning.errors import LoraLightningError, PluginError, RunFolderError, nearest
 from lora_lightning.registry import TRAINING_VERBS
 
@@ -77,6 +77,10 @@ def read(argv: Sequence[str]) -> Line:
     folders = [(flag, value) for flag, value in words if flag in ("--run", "--resume") and not _own(flag, verb)]
     words = [(flag, find_config(value)) if flag == "--config" else (flag, value) for flag, value in words]
     configs = [value for flag, value in words if flag == "--config"]
+    if verb != "compare" and (arms := next((one for one in configs if is_path(one) and has_arms(Path(one))), None)):
+        raise LoraLightningError(
+            f'config "{arms}" holds the arms of a comparison; python -m lora_lightning compare {arms} takes it.'
+        )
     outputs = [value for flag, value in words if flag == "--output" and verb == "predict"]
     output = outputs[-1] if outputs else "predictions.csv"
     rest = [word for flag, value in words for word in _for_parser(flag, value, verb)]

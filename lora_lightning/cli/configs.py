@@ -37,6 +37,14 @@ def find_config(value: str) -> str:
     )
 
 
+def has_arms(path: Path) -> bool:
+    """Whether a file holds arms of a comparison, which no other verb takes."""
+    if not path.is_file():
+        return False
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return any(line.startswith("arms:") for line in lines)
+
+
 def config_roots() -> list[Path]:
     """Folders with configs of this package: its data, and the checkout it runs from."""
     roots = [_PACKAGE / "configs"]

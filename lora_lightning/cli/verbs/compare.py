@@ -159,15 +159,12 @@ def begun(args: argparse.Namespace) -> tuple[Path, Plan]:
 
 def arms_file(words: Sequence[str]) -> Path | None:
     """The first config, by path or name, where it is a file of arms."""
-    from lora_lightning.cli.configs import find_config
+    from lora_lightning.cli.configs import find_config, has_arms
 
     if len(words) < 2 or words[0] not in ("--config", "-c"):
         return None
     path = Path(find_config(words[1]))
-    if not path.is_file():
-        return None
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return path if any(line.startswith("arms:") for line in lines) else None
+    return path if has_arms(path) else None
 
 
 def with_options(args: argparse.Namespace, options: Mapping[str, Any], file: Path) -> argparse.Namespace:

@@ -97,10 +97,11 @@ def test_options_that_a_file_of_arms_cannot_have(tmp_path, options, said):
         with_options(parsed(), options, tmp_path / "arms.yaml")
 
 
-def test_a_file_of_arms_goes_by_its_name(tmp_path, monkeypatch):
+def test_a_file_of_arms_goes_by_its_name(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "configs" / "claims"
     folder.mkdir(parents=True)
     (folder / "mine.yaml").write_text("arms: [LoRA, DoRA]\n")
     monkeypatch.setattr(configs, "config_roots", lambda: [tmp_path / "configs"])
     assert arms_file(["--config", "claims/mine"]) == folder / "mine.yaml"
     assert main(["fit", "--config", "claims/mine"]) == 2
+    assert "mine.yaml takes it." in capsys.readouterr().err
