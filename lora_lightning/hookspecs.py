@@ -6,6 +6,7 @@ One run, from the command line to the export; `*` marks a hook of ours, `o` a ho
       |
       |  plugins.load                entry points of group "lora_lightning"
       |    * lora_lightning_methods          names usable in YAML from here on
+      |    * lora_lightning_starts           names usable as model.method.init
       |    * lora_lightning_commands         further verbs
       |    * lora_lightning_exporters        further formats of `export`
       |    * lora_lightning_tables           further tables "builtin:NAME"
@@ -57,9 +58,10 @@ if TYPE_CHECKING:
 
     from lora_lightning.adapters.layers.base import BaseLayer
     from lora_lightning.methods import Method
+    from lora_lightning.start_values import Start
 
 NAMESPACE = "lora_lightning"
-API = "2.0"
+API = "2.1"
 """Version of what plugins may rely on: a new first number breaks some, a new second one only adds."""
 hookspec = pluggy.HookspecMarker(NAMESPACE)
 hookimpl = pluggy.HookimplMarker(NAMESPACE)
@@ -71,6 +73,16 @@ def lora_lightning_methods() -> Iterable[type[Method]]:
 
     Runs once, before the command line is parsed, so that a method's class name works in YAML. Answers of all plugins
     are joined. Two methods with one name raise `DuplicateMethodError` naming both packages.
+    """
+    raise NotImplementedError("a specification: plugins implement it")
+
+
+@hookspec
+def lora_lightning_starts() -> Iterable[type[Start]]:
+    """Starts of factor pairs this package provides, as classes: values of the field `init`.
+
+    Runs once, after the methods, whose classes they are like. Answers of all plugins are joined; a name that is taken
+    makes the plugin fail, with `PluginError`.
     """
     raise NotImplementedError("a specification: plugins implement it")
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lora_lightning.errors import SettingsError, check, did_you_mean
+from lora_lightning.start_values import Start
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
@@ -198,6 +199,8 @@ def check_overridable(method: Method, where: str, fields: Mapping[str, Any]) -> 
                 f"{where}: {type(method).__name__}.{name} holds for the whole run; set it on the method itself."
             )
         inside = getattr(method, name, None)
+        if isinstance(inside, Start) or isinstance(value, Start):
+            raise SettingsError(f"{where}: {type(method).__name__}.{name} holds for the whole run; set it there.")
         if not isinstance(inside, Method):
             continue
         if not isinstance(value, Mapping):
@@ -208,8 +211,8 @@ def check_overridable(method: Method, where: str, fields: Mapping[str, Any]) -> 
         check_overridable(inside, f"{where}.{name}", value)
 
 
-def plain_settings(method: Method) -> dict[str, Any]:
-    """Settings as plain data, field by field; a method inside as its class name and its own settings.
+def plain_settings(method: Method | Start) -> dict[str, Any]:
+    """Settings as plain data, field by field; a method or start inside as its class name and its own settings.
 
     Example:
         >>> from ll_lora import LoRA
@@ -219,7 +222,7 @@ def plain_settings(method: Method) -> dict[str, Any]:
     values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
     return {
         name: {"class_path": type(value).__name__, "init_args": plain_settings(value)}
-        if isinstance(value, Method)
+        if isinstance(value, Method | Start)
         else value
         for name, value in values.items()
     }
@@ -235,7 +238,7 @@ def renamed(settings: Mapping[str, Any], former: Mapping[str, str]) -> dict[str,
     return {former.get(name, name): value for name, value in settings.items()}
 
 
-def check_names(method_class: type[Method], where: str, fields: Mapping[str, Any]) -> None:
+def check_names(method_class: type[Method | Start], where: str, fields: Mapping[str, Any]) -> None:
     """Raise `SettingsError` for a field that the method does not have, naming `where` it was given."""
     names = [field.name for field in dataclasses.fields(method_class)]
     for name in fields:
@@ -246,7 +249,7 @@ def check_names(method_class: type[Method], where: str, fields: Mapping[str, Any
             )
 
 
-def check_fields(method: Method) -> None:
+def check_fields(method: Method | Start) -> None:
     """Raise `SettingsError` for a field whose value is none of its `Literal`'s, or no whole number where it is an int.
 
     The command line checks types while parsing; this is for settings built in Python.
@@ -280,6 +283,8 @@ class LowRankFields:
     """Numerator of the scaling. Twice the rank is common; it is set once and left when rank changes."""
     dropout: float = 0.0
     """Probability of dropping entries of the update's input while training; 0.05 to 0.1 on small data."""
+    init: Start | None = None
+    """Where the factors start, such as PiSSA or EVA; null for one at random and the other at zero."""
 
     def __post_init__(self) -> None:
         check_low_rank(self)
@@ -309,6 +314,8 @@ def check_low_rank(method: Any) -> None:
     check(method.rank >= 1, method, "rank", "it must be at least 1. Inner width of the update; 8 is common.")
     check(method.alpha > 0, method, "alpha", "it must be above 0. Numerator of the scaling; twice the rank is common.")
     check(0 <= method.dropout < 1, method, "dropout", "it must lie in [0, 1). Probability of a drop; 0.1 is common.")
+    is_start = method.init is None or isinstance(method.init, Start)
+    check(is_start, method, "init", "it must be a start, such as those that `methods` lists, or null.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 
@@ -23,10 +23,12 @@ from lora_lightning.errors import DuplicateMethodError, PluginError, did_you_mea
 from lora_lightning.methods import Method, check_names, renamed
 from lora_lightning.plugin_code import REQUIRES, check_api, entry_points, explained, plugin_code
 from lora_lightning.registry import KNOWN, LIGHT_VERBS, TRAINING_VERBS, Component, Provider, Registry, one_line
+from lora_lightning.start_values import Start
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
+T = TypeVar("T", Method, Start)
 GROUP = "lora_lightning"
 _KINDS = {
     "lora_lightning_optimizers": "optimizer",
@@ -96,7 +98,9 @@ def _load(registry: Registry, entry: importlib.metadata.EntryPoint) -> None:
         commands = _named(registry, entry.name, "lora_lightning_commands", "verb", verbs)
         formats = _named(registry, entry.name, "lora_lightning_exporters", "format", registry.formats)
         tables = _named(registry, entry.name, "lora_lightning_tables", "table", registry.tables)
+        starts = _starts(registry, entry.name)
         _add(registry, entry, methods)
+        registry.starts |= starts
         registry.commands |= commands
         registry.owners |= dict.fromkeys(commands, entry.name)
         registry.formats |= formats
@@ -318,6 +322,19 @@ def _register(manager: pluggy.PluginManager, entry: importlib.metadata.EntryPoin
     return methods
 
 
+def _starts(registry: Registry, plugin: str) -> dict[str, type[Start]]:
+    """Starts that a plugin brings, by name."""
+    found: dict[str, type[Start]] = {}
+    for start in _listed(registry.manager, plugin, "lora_lightning_starts"):
+        if not (isinstance(start, type) and issubclass(start, Start)) or inspect.isabstract(start):
+            raise TypeError(f"lora_lightning_starts returned {start!r}, which is no Start class that can be made")
+        name = start.__name__
+        if name in found or name in registry.starts or name in registry.methods:
+            raise PluginError(f'the name "{name}" of a start is taken')
+        found[name] = start
+    return found
+
+
 def _check_method(method: object) -> None:
     if not (isinstance(method, type) and issubclass(method, Method)):
         raise TypeError(f"lora_lightning_methods returned {method!r}, which is no Method class")
@@ -394,14 +411,14 @@ def optimizer_of(method_class: type[Method], name: str) -> type[Optimizer]:
     )
 
 
-def restore_settings(method_class: type[Method], where: str, fields: Mapping[str, Any]) -> Method:
+def restore_settings(method_class: type[T], where: str, fields: Mapping[str, Any]) -> T:
     """Settings from plain data, as `plain_settings` gives it or gave it when fields had other names.
 
     Raises:
         SettingsError: a field that the method does not have.
         UnknownMethodError: a method inside that no plugin provides.
     """
-    current = renamed(fields, method_class.former_fields)
+    current = renamed(fields, getattr(method_class, "former_fields", {}))
     check_names(method_class, where, current)
     return method_class(**{name: _restored(value, where) for name, value in current.items()})
 
@@ -409,4 +426,5 @@ def restore_settings(method_class: type[Method], where: str, fields: Mapping[str
 def _restored(value: Any, where: str) -> Any:
     if not (isinstance(value, Mapping) and set(value) == {"class_path", "init_args"}):
         return value
-    return restore_settings(registry().method(value["class_path"], where), where, value["init_args"])
+    found: Any = registry().settings_class(value["class_path"], where)
+    return restore_settings(found, where, value["init_args"])

@@ -27,6 +27,7 @@ from lora_lightning.errors import (
 )
 from lora_lightning.methods import Method
 from lora_lightning.plugin_code import imported
+from lora_lightning.start_values import Start
 
 TRAINING_VERBS = ("fit", "validate", "test", "predict")
 LIGHT_VERBS = (
@@ -167,6 +168,8 @@ class Registry:
     """Loaded plugins and what they provide."""
 
     methods: dict[str, type[Method]] = field(default_factory=dict)
+    starts: dict[str, type[Start]] = field(default_factory=dict)
+    """Starts of factor pairs by name."""
     providers: dict[str, Provider] = field(default_factory=dict)
     """Provider by method name."""
     failed: dict[str, BaseException] = field(default_factory=dict)
@@ -213,6 +216,10 @@ class Registry:
         if name in self.methods:
             return self.methods[name]
         raise UnknownMethodError(f"{where}: {self.explain_unknown(name)}")
+
+    def settings_class(self, name: str, where: str) -> type[Method] | type[Start]:
+        """The start or the method called `name`; raises as `method`."""
+        return self.starts[name] if name in self.starts else self.method(name, where)
 
     def explain_unknown(self, name: str) -> str:
         """Why there is no method `name`, and what there is."""

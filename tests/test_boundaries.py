@@ -24,7 +24,7 @@ PLUGINS = sorted((ROOT / "plugins").glob("ll_*/**/*.py"))
 ROOMS = (
     ("errors", "version", "seeds", "distributed"),
     ("adapters",),
-    ("methods", "hookspecs", "plugin_code", "registry", "plugins"),
+    ("start_values", "methods", "hookspecs", "plugin_code", "registry", "plugins"),
     ("models",),
     ("injection",),
     ("data",),
@@ -47,7 +47,11 @@ LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 WITHIN_A_LEVEL = {
     ("distributed", "errors"),
     ("seeds", "errors"),
+    ("methods", "start_values"),
     ("hookspecs", "methods"),
+    ("hookspecs", "start_values"),
+    ("registry", "start_values"),
+    ("plugins", "start_values"),
     ("registry", "methods"),
     ("registry", "hookspecs"),
     ("plugin_code", "hookspecs"),
@@ -59,7 +63,7 @@ WITHIN_A_LEVEL = {
 }
 """Single modules on one level: which imports which."""
 
-LIGHT = {"errors", "version", "methods", "hookspecs", "plugin_code", "registry", "plugins", "__init__"}
+LIGHT = {"errors", "version", "start_values", "methods", "hookspecs", "plugin_code", "registry", "plugins", "__init__"}
 """What the light verbs import before torch."""
 
 WITHOUT_LIGHTNING = {room for room in LEVEL if LEVEL[room] < LEVEL["callbacks"]} - {"data"}

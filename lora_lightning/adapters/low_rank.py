@@ -9,7 +9,7 @@ s   scaling      a number
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ def add_low_rank(
         w: weights of the rank components, (rank,) or (..., rank), or one number.
         dropout: probability with which entries of x are dropped on this branch only; 0 outside training.
     """
-    dtype = base.dtype if base.kind == "embedding" else x.dtype
+    dtype = factor_dtype(base, x)
     A, B = lora_A.to(dtype), lora_B.to(dtype)
     y = base(x)
     if dropout and base.kind == "linear" and not isinstance(w, Tensor):
@@ -51,6 +51,31 @@ def add_low_rank(
     if isinstance(w, Tensor):
         return base.up(h * w.to(h.dtype), B, onto=y)
     return base.up(h, B, onto=y, scale=w)
+
+
+def add_started(
+    base: BaseLayer, x: Tensor, factors: Sequence[Tensor], start: Sequence[Tensor], s: float, dropout: float = 0.0
+) -> Tensor:
+    """base(x) + (s B A drop(x) - s B0 A0 x), exactly base(x) where A, B are A0, B0 and nothing is dropped.
+
+    Args:
+        base: any kind of layer.
+        x: (..., d_in), or token ids for an embedding.
+        factors: A (rank, d_in), B (d_out, rank).
+        start: A0, B0, likewise.
+        s: a number.
+        dropout: probability with which entries of x are dropped on the trained product; 0 outside training.
+    """
+    dtype, y = factor_dtype(base, x), base(x)
+    none = torch.zeros_like(y)
+    (A, B), (A0, B0) = ([factor.to(dtype) for factor in pair] for pair in (factors, start))
+    trained = base.up(base.down(F.dropout(x, dropout) if dropout else x, A), B, onto=none, scale=s)
+    return y + (trained - base.up(base.down(x, A0), B0, onto=none, scale=s))
+
+
+def factor_dtype(base: BaseLayer, x: Tensor) -> torch.dtype:
+    """The dtype that a layer's input is multiplied with factors in."""
+    return base.dtype if base.kind == "embedding" else x.dtype
 
 
 def keep_mask(x: Tensor, dropout: float) -> Tensor:
@@ -137,6 +162,7 @@ class LowRankAdapter(PairAdapter):
     """
 
     additive = True
+    takes_start = True
     mask_A: Tensor | None
     mask_B: Tensor | None
 
@@ -180,14 +206,21 @@ class LowRankAdapter(PairAdapter):
     def forward(self, x: Tensor, base: BaseLayer) -> Tensor:
         """base(x) + s B (A drop(x)) + bias_delta."""
         dropout = self.dropout if self.training else 0.0
-        y = self.product(base, x, self._kept(), self.lora_B, self.scaling, dropout)
+        if self.start_A is None or self.start_B is None:
+            y = self.product(base, x, self._kept(), self.lora_B, self.scaling, dropout)
+        else:
+            pair, start = (self._kept(), self.lora_B), (self.start_A, self.start_B)
+            y = add_started(base, x, pair, start, self.scaling, dropout)
         if self.bias_delta is None:
             return y
         return y + base.per_output(self.bias_delta.to(y.dtype))
 
     def merged_weight(self, weight: Tensor) -> Tensor:
-        """W + s B A."""
-        return plus_product(weight, self.lora_B.to(weight.dtype), self._kept().to(weight.dtype), self.scaling)
+        """W + s B A, or W + (s B A - s B0 A0)."""
+        A, B = self._kept().to(weight.dtype), self.lora_B.to(weight.dtype)
+        if self.start_A is None or self.start_B is None:
+            return plus_product(weight, B, A, self.scaling)
+        return weight + self.scaling * (B @ A - self.start_B.to(weight.dtype) @ self.start_A.to(weight.dtype))
 
     def merged_bias(self, bias: Tensor | None) -> Tensor | None:
         """Sum b + bias_delta."""

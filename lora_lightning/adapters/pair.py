@@ -5,11 +5,18 @@ B   lora_B    (*lead, d_out, rank)    starts at zero
 s   scaling   a number
 
 A method adds its mathematics: `forward` and `merged_weight`, further tensors, and how these start (`reset_others`).
+
+Where the pair is given a start with s B0 A0 != 0 (`hold_start`), that product is taken off again:
+
+    y = base(x) + (s B A x - s B0 A0 x),      W' = W + s (B A - B0 A0) = W + s [B, -B0] [A; A0]
+
+The weight itself is never written, so that it can be shared, quantized or sharded. At the start both products are the
+same numbers, and their difference is exactly zero before the base is added.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +30,8 @@ from lora_lightning.adapters.base import (
     write_zeros,
 )
 from lora_lightning.adapters.layers.base import BaseLayer
+from lora_lightning.adapters.starts import Factors
+from lora_lightning.errors import SettingsError
 
 Side = Literal["both", "A", "B"]
 Start = Literal["kaiming", "gaussian"]
@@ -31,15 +40,24 @@ Start = Literal["kaiming", "gaussian"]
 class PairAdapter(Adapter):
     """An adapter around one pair of factors; abstract. A subclass calls `hold_pair` where it makes its tensors.
 
+    One that `takes_start` computes with `factors()`, or with `start_A` and `start_B`, wherever it computes with the
+    update, so that a start is taken off.
+
     Attributes:
+        takes_start: whether the pair can be given a start.
+        start_A: A0 (*lead, rank, d_in), a buffer; None where nothing is taken off.
+        start_B: B0 (*lead, d_out, rank), likewise.
         rank: inner width of the update; 0 where the adapter was built without factors, which are None then.
         scaling: s.
         dropout: probability of dropping entries of the update's input while training.
         shown: what `print(model)` says of the adapter.
     """
 
+    takes_start: ClassVar[bool] = False
     lora_A: Tensor
     lora_B: Tensor
+    start_A: Tensor | None
+    start_B: Tensor | None
     rank: int
     scaling: float
     dropout: float
@@ -77,6 +95,8 @@ class PairAdapter(Adapter):
         self.zero_A = train == "A" or (train == "both" and base.kind == "embedding")
         self._hold("lora_A", base.zeros(*lead, rank, base.d_in) if rank else None, trains=train != "B")
         self._hold("lora_B", base.zeros(*lead, base.d_out, rank) if rank else None, trains=train != "A")
+        self.register_buffer("start_A", None)
+        self.register_buffer("start_B", None)
 
     def _hold(self, name: str, value: Tensor | None, trains: bool) -> None:
         if trains:
@@ -84,9 +104,53 @@ class PairAdapter(Adapter):
         else:
             self.register_buffer(name, value)
 
+    def hold_start(self) -> None:
+        """Make room for a start whose product is taken off; `start_at` gives its values.
+
+        Raises:
+            SettingsError: the adapter has no factors.
+        """
+        if not self.rank:
+            raise SettingsError("there are no factors that could start anywhere; leave init out.")
+        self.register_buffer("start_A", torch.zeros_like(self.lora_A, requires_grad=False))
+        self.register_buffer("start_B", torch.zeros_like(self.lora_B, requires_grad=False))
+        self.shown += ", start taken off"
+
+    def start_at(self, factors: Factors) -> None:
+        """Start at these factors, which are taken off from now on where there is room for them.
+
+        Raises:
+            SettingsError: values that are not finite, or of another shape than the factors.
+        """
+        for name, value in (("A", factors.A), ("B", factors.B)):
+            if value is None:
+                continue
+            target: Tensor = getattr(self, f"lora_{name}")
+            if value.shape != target.shape:
+                raise SettingsError(f"the start of factor {name} is {tuple(value.shape)}; it is {tuple(target.shape)}.")
+            if not bool(torch.isfinite(value).all()):
+                raise SettingsError(f"the start of factor {name} holds values that are not finite.")
+            start: Tensor | None = getattr(self, f"start_{name}")
+            for tensor in (target, start):
+                if tensor is not None:
+                    write_values(tensor, value)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(A, B) whose product times s is the update: with a start ([A; A0], [B, -B0]), of twice the rank."""
+        if self.start_A is None or self.start_B is None:
+            return self.lora_A, self.lora_B
+        A0, B0 = self.start_A.to(self.lora_A.dtype), self.start_B.to(self.lora_B.dtype)
+        return torch.cat([self.lora_A, A0], dim=-2), torch.cat([self.lora_B, -B0], dim=-1)
+
     def reset(self, generator: torch.Generator) -> None:
-        """Start values: of the pair, then of what the method has beside it."""
-        if self.rank:
+        """Start values: of the pair, then of what the method has beside it.
+
+        A pair whose start is taken off goes back there, so that its update is exactly zero.
+        """
+        if self.start_A is not None and self.start_B is not None:
+            write_values(self.lora_A, self.start_A)
+            write_values(self.lora_B, self.start_B)
+        elif self.rank:
             self._reset_pair(generator)
         self.reset_others(generator)
 
@@ -105,8 +169,12 @@ class PairAdapter(Adapter):
 
     def scaled_factors(self) -> tuple[Tensor, Tensor]:
         """Detached (A, s B), whose product is the update; removed rank components are left out."""
-        A, B = self.lora_A.detach(), self.scaling * self.lora_B.detach()
-        return (A, B) if self.rank_mask is None else (A[..., self.rank_mask, :], B[..., self.rank_mask])
+        A, B = self.factors()
+        A, B = A.detach(), self.scaling * B.detach()
+        if self.rank_mask is None:
+            return A, B
+        kept = torch.cat([self.rank_mask, self.rank_mask.new_ones(A.shape[-2] - self.rank)])
+        return A[..., kept, :], B[..., kept]
 
     def factor_pairs(self) -> tuple[FactorPair, ...]:
         """The one pair; none where the adapter was built without."""

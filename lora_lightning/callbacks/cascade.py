@@ -21,6 +21,7 @@ from lora_lightning.callbacks.noise import WRITES_NOISE, NoiseInjection, StageNo
 from lora_lightning.callbacks.schedule import ScheduleCallback
 from lora_lightning.callbacks.step_counting import MASKS, STAGE_ENDS, adapted_layer, injected_path
 from lora_lightning.errors import SettingsError, check
+from lora_lightning.injection.plan import built
 from lora_lightning.methods import CascadeFields, Method, check_cascade, check_choices
 from lora_lightning.optim.state import clear, clear_copies
 from lora_lightning.optim.warmup import StageEnds, WarmUp
@@ -82,7 +83,7 @@ class Cascade(CascadeSettings, ScheduleCallback):
         # skip_init draws none of the random numbers of the run
         layer = core_base_layer(nn.utils.skip_init(nn.Linear, 1024, 1024))
         assert layer is not None
-        if method.build(layer).low_rank() is None:
+        if built(method, layer).low_rank() is None:
             return (
                 "folds dense updates, which cannot be added to it: take a method whose update is a product of two "
                 "factors, or load a plain base."

@@ -49,6 +49,7 @@ from lora_lightning.methods import Method
 from lora_lightning.models.pretrained import check_reachable, resolve
 from lora_lightning.models.random import is_random
 from lora_lightning.registry import TRAINING_VERBS
+from lora_lightning.start_values import Start
 from lora_lightning.storage.inside import shortened
 from lora_lightning.training.assembly import NAME
 from lora_lightning.training.module import AdapterModule
@@ -110,7 +111,7 @@ class CLI(LightningCLI):
         self.run_folder = folder or RunFolder()
         self.auto_rate: AutoRate | None = None
         plugins.load_classes(plugins.load(line.blocked), _CLASSES)
-        set_parsing_settings(docstring_parse_attribute_docstrings=True, subclasses_enabled=[Method])
+        set_parsing_settings(docstring_parse_attribute_docstrings=True, subclasses_enabled=[Method, Start])
         verbs = {line.verb: {**_VERB, "usage": _USAGE[line.verb]}} if run and line.verb else {}
         super().__init__(
             AdapterModule,

@@ -22,6 +22,7 @@ from lora_lightning.cli.nulls import nulls
 from lora_lightning.cli.parser_errors import explain
 from lora_lightning.errors import PluginError, SettingsError
 from lora_lightning.methods import Method
+from lora_lightning.start_values import Start
 
 _NAMED = (Callback, LightningDataModule, Logger, LRScheduler, Optimizer, Strategy)
 """What settings name by a class."""
@@ -79,7 +80,7 @@ def class_paths(node: object, key: str = "") -> Iterator[tuple[str, str]]:
 
 def parser_of(settings: Mapping[str, Any]) -> Parser:
     """A parser of some settings, given by their types, that raises what another would print."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True, subclasses_enabled=[Method])
+    set_parsing_settings(docstring_parse_attribute_docstrings=True, subclasses_enabled=[Method, Start])
     parser = Parser(exit_on_error=False)
     for name, kind in settings.items():
         parser.add_argument(f"--{name}", type=kind)

@@ -17,6 +17,7 @@ from lora_lightning.adapters.precision import compute_in_float32
 from lora_lightning.errors import AdapterStateError, SettingsError
 from lora_lightning.injection.heads import keep_base_heads, show_heads
 from lora_lightning.injection.links import attach
+from lora_lightning.injection.plan import built
 from lora_lightning.injection.records import AdapterRecord, add_record, records, refuse_merged
 from lora_lightning.injection.statistics import hold_statistics
 from lora_lightning.injection.switches import activate, freeze, train_only
@@ -66,7 +67,7 @@ def build_adapter(method: Method, path: str, base: BaseLayer, seed: int | None) 
         SettingsError: the layer cannot have these settings, naming the layer.
     """
     try:
-        adapter = method.build(base)
+        adapter = built(method, base)
     except SettingsError as error:
         raise SettingsError(f"{type(method).__name__} on {path}: {error}") from error
     if seed is not None:

@@ -5,36 +5,74 @@ Of one field of one layer the user's `overrides` win, then the method's plan, th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from lora_lightning.adapters.base import Adapter, linked_modules
 from lora_lightning.adapters.layers.base import BaseLayer
+from lora_lightning.adapters.pair import PairAdapter
 from lora_lightning.distributed import from_first, full_tensor, put
-from lora_lightning.errors import PluginError, TargetError, did_you_mean
+from lora_lightning.errors import PluginError, SettingsError, TargetError, did_you_mean
 from lora_lightning.injection.probe import Probe
 from lora_lightning.methods import Method, Plan, WrapperMethod, check_overridable, replace
 from lora_lightning.models.meta import values_follow
 from lora_lightning.models.paths import within
+from lora_lightning.start_values import Start
 
 SKIPPED = "rank 0 in the method's plan"
 
 
+def start_of(method: Method) -> Start | None:
+    """The start that a method, or the one inside it, is given."""
+    while isinstance(method, WrapperMethod):
+        method = method.inner
+    start: Start | None = getattr(method, "init", None)
+    return start
+
+
+def built(method: Method, base: BaseLayer) -> Adapter:
+    """The method's adapter for one layer, with room for the start that it is given.
+
+    Raises:
+        SettingsError: settings that the layer cannot have, or an adapter that takes no start.
+    """
+    adapter = method.build(base)
+    if (start := start_of(method)) is not None:
+        if not (isinstance(adapter, PairAdapter) and adapter.takes_start):
+            raise SettingsError(
+                f"init is {type(start).__name__}, and {type(adapter).__name__} is not made of one pair of factors that "
+                "could start there; leave init out."
+            )
+        if start.subtracts:
+            adapter.hold_start()
+    return adapter
+
+
+def batches_read(method: Method) -> int:
+    """How many calibration batches the method, or the start that it is given, reads."""
+    start = start_of(method)
+    return max(method.probe_batches(), 0 if start is None else start.probe_batches())
+
+
 def ask_plan(method: Method, model: nn.Module, layers: Mapping[str, BaseLayer], probe: Probe) -> Plan:
-    """The method's plan for these layers, the first process's on all.
+    """The plan of the method, and of the start that it is given, for these layers; the first process's on all.
 
     Raises:
         PluginError: it names a layer that is not matched.
     """
-    if type(_innermost(method, "plan")).plan is Method.plan:
+    start = start_of(method)
+    starts_plan = start is not None and type(start).plan is not Start.plan
+    if type(_innermost(method, "plan")).plan is Method.plan and not starts_plan:
         return {}
 
     def make() -> Plan:
         if values_follow(model):  # nothing to read: a model that is only measured
             return {}
-        return {path: dict(fields) for path, fields in method.plan(model, layers, probe).items()}
+        own = method.plan(model, layers, probe)
+        given = {} if start is None else _nested(method, start.plan, layers, probe)
+        return {path: {**given.get(path, {}), **own.get(path, {})} for path in dict.fromkeys([*given, *own])}
 
     plan = from_first(make)
     for path in plan:
@@ -69,8 +107,9 @@ def planned_settings(
 
 
 def ask_start(method: Method, adapters: Mapping[str, Adapter], probe: Probe) -> None:
-    """Let the method write start values from weights or data; the first process's on all."""
-    if type(_innermost(method, "initialize")).initialize is Method.initialize:
+    """Let the start that the method is given, and the method, write start values; the first process's on all."""
+    start_given = start_of(method)
+    if type(_innermost(method, "initialize")).initialize is Method.initialize and start_given is None:
         return
 
     modules = [*adapters.values(), *linked_modules(adapters.values())]
@@ -78,6 +117,8 @@ def ask_start(method: Method, adapters: Mapping[str, Adapter], probe: Probe) -> 
     def start() -> list[dict[str, Any]]:
         if values_follow(probe.model):
             return [{} for _ in modules]
+        if start_given is not None:
+            _write_start(start_given, adapters, probe)
         method.initialize(adapters, probe)
         return [{key: full_tensor(t).cpu() for key, t in module.state_dict().items()} for module in modules]
 
@@ -85,6 +126,28 @@ def ask_start(method: Method, adapters: Mapping[str, Adapter], probe: Probe) -> 
         own = module.state_dict(keep_vars=True)
         for key, value in values.items():
             put(own[key], value)
+
+
+def _nested(method: Method, plan: Callable[..., Plan], layers: Mapping[str, BaseLayer], probe: Probe) -> Plan:
+    """A plan of fields of the method inside, as fields of the one around it."""
+    if isinstance(method, WrapperMethod):
+        return {path: {"inner": fields} for path, fields in _nested(method.inner, plan, layers, probe).items()}
+    return plan(method, layers, probe)
+
+
+def _write_start(start: Start, adapters: Mapping[str, Adapter], probe: Probe) -> None:
+    """Give each adapter the factors where it starts.
+
+    Raises:
+        PluginError: the start names none for an adapter.
+    """
+    pairs = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, PairAdapter)}
+    left = set(adapters)
+    for path, factors in start.factors(pairs, probe):
+        pairs[path].start_at(factors)
+        left.discard(path)
+    if left:
+        raise PluginError(f"{type(start).__name__}.factors gives no start for {min(left)}.")
 
 
 def _innermost(method: Method, question: str) -> Method:

@@ -22,10 +22,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.errors import SettingsError, did_you_mean
 
+PART = 2**28
+"""Numbers of the matrices that are held at once where a start is computed from all layers: 2 GiB of float64."""
 Hook = Callable[[str, Tensor, Tensor], Tensor | None]
 """Called with a module's path, its first input and its output; what it returns takes the output's place."""
 
@@ -87,11 +90,21 @@ class Probe:
         self._run(self._paths(paths), keep)
         return found
 
-    def covariances(self, paths: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Mean of x x^T of linear layers' inputs, (d_in, d_in), in float64 on the CPU; not centred.
+    def covariances(
+        self,
+        paths: Sequence[str] | None = None,
+        centred: bool = False,
+        scaled: Callable[[Tensor], Tensor] = lambda rows: rows,
+    ) -> dict[str, Tensor]:
+        """Mean of x x^T of linear layers' inputs, (d_in, d_in), in float64 on the CPU.
 
         Positions that the batch's `attention_mask` leaves out do not count. Matrices of all asked layers are held at
-        once; ask for some layers at a time where that is too much.
+        once; `in_parts` asks for some layers at a time.
+
+        Args:
+            paths: of the layers; None for all.
+            centred: whether the mean of x is taken off.
+            scaled: is given the rows (tokens, d_in) of each call, and gives those that count.
 
         Raises:
             SettingsError: a layer that is not linear; and see `inputs`.
@@ -103,16 +116,37 @@ class Probe:
                     f"{path} is of kind {self._layer(path).kind}; a covariance of inputs is that of linear layers."
                 )
         sums: dict[str, Tensor] = {}
+        means: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
 
         def add(path: str, x: Tensor, _: Tensor) -> None:
-            rows = self._seen(x).double()
-            product = (rows.mT @ rows).cpu()
+            rows = scaled(self._seen(x).double())
+            product, total = (rows.mT @ rows).cpu(), rows.sum(dim=0).cpu()
             sums[path] = sums[path].add_(product) if path in sums else product
+            means[path] = means[path].add_(total) if path in means else total
             counts[path] = counts.get(path, 0) + len(rows)
 
         self._run(wanted, add)
-        return {path: total / max(counts[path], 1) for path, total in sums.items()}
+        found = {path: total / max(counts[path], 1) for path, total in sums.items()}
+        if centred:
+            for path, covariance in found.items():
+                mean = means[path] / max(counts[path], 1)
+                covariance.sub_(torch.outer(mean, mean))
+        return found
+
+    def in_parts(self, paths: Sequence[str], most_numbers: int = PART) -> Iterator[list[str]]:
+        """Layers some at a time, so that a matrix (d_in, d_in) or (d_out, d_in) of each has `most_numbers` in all."""
+        part, numbers = list[str](), 0
+        for path in paths:
+            base = self._layer(path)
+            own = base.d_in * max(base.d_in, base.d_out)
+            if part and numbers + own > most_numbers:
+                yield part
+                part, numbers = [], 0
+            part.append(path)
+            numbers += own
+        if part:
+            yield part
 
     def gradients(self, paths: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Mean over batches of the loss's gradient by each base weight, (d_out, d_in), on the CPU, float32 at least.
@@ -161,7 +195,8 @@ class Probe:
         with self._untouched():
             handles = [self._module(path).register_forward_hook(self._at(path, hook, reached)) for path in paths]
             try:
-                for batch in self.batches:
+                told = f"calibration, pass {self.passes}"
+                for batch in tqdm(self.batches, desc=told, unit="batch", leave=False, disable=None):
                     with torch.set_grad_enabled(backward):
                         loss = self._loss(batch)
                         losses.append(float(loss.detach()))

@@ -26,6 +26,7 @@ from lora_lightning.adapters.folded import FactoredUpdate, update_like
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.adapters.layers.kinds import core_base_layer
 from lora_lightning.errors import AdapterFileError, SettingsError
+from lora_lightning.injection.plan import built
 from lora_lightning.methods import Method, plain_settings
 from lora_lightning.plugins import registry, restore_settings
 from lora_lightning.storage.below import SHOWN
@@ -145,7 +146,7 @@ def _rebuilt(method: Method, tensors: Mapping[str, Tensor], where: str) -> tuple
     for d_out, d_in in itertools.product({size for shape in shapes.values() for size in shape}, repeat=2):
         base = cast(BaseLayer, core_base_layer(nn.Linear(d_in, d_out, bias=False, device="meta", dtype=torch.float64)))
         try:
-            adapter = method.build(base)
+            adapter = built(method, base)
         except SettingsError:
             continue  # a rank above one of these sizes
         if {key: tensor.shape for key, tensor in adapter.state_dict().items()} == shapes:

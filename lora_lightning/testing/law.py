@@ -211,7 +211,7 @@ class LawContract(MethodUnderTest):
         assert scores.shape == adapter.rank_mask.shape, self._broken(shapes, kind, f"{name}.rank_scores")
         negative = f"`rank_scores` must be at least 0, not {float(scores.detach().min()):.3g}"
         assert bool((scores >= 0).all()), self._broken(negative, kind, f"{name}.rank_scores")
-        before = layer(x)
+        before, whole = layer(x), adapter.low_rank()
         adapter.rank_mask[0] = False
         layer(x).square().sum().backward()
         kept = "with entry 0 of `rank_mask` off the output is what it was"
@@ -223,8 +223,8 @@ class LawContract(MethodUnderTest):
                 gradient = f"component 0, which `rank_mask` has off, has a gradient in {side}"
                 assert own is None or not own.any(), self._broken(gradient, kind, f"{name}.forward")
         factors = adapter.low_rank()
-        if factors is not None:
-            left, rank = int(adapter.rank_mask.sum()), factors[0].shape[-2]
+        if factors is not None and whole is not None:
+            left, rank = whole[0].shape[-2] - 1, factors[0].shape[-2]
             closed = f"`low_rank` has {rank} components, and `rank_mask` keeps {left}"
             assert rank == left, self._broken(closed, kind, f"{name}.low_rank")
         if self.method.mergeable:

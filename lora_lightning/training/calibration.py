@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
 from lora_lightning.errors import DataError
+from lora_lightning.injection.plan import batches_read
 from lora_lightning.injection.probe import Probe
 from lora_lightning.methods import Method, Plan
 from lora_lightning.models.tasks.base import Batch, Task
@@ -34,7 +35,7 @@ def calibration(method: Method, task: Task, trainer: Trainer | None) -> Probe | 
     Raises:
         DataError: the method needs batches, and there is no data module that has them.
     """
-    count = method.probe_batches()
+    count = batches_read(method)
     if not count or trainer is None:
         return None
     data = getattr(trainer, "datamodule", None)

@@ -26,7 +26,7 @@ from ll_ce_lora import functional
 from lora_lightning.adapters.base import check_rank
 from lora_lightning.adapters.layers.base import BaseAround, BaseLayer, StackedBase, plus_product
 from lora_lightning.adapters.layers.quantized import QuantizedBase
-from lora_lightning.adapters.low_rank import add_low_rank
+from lora_lightning.adapters.low_rank import add_low_rank, add_started
 from lora_lightning.adapters.pair import PairAdapter
 from lora_lightning.errors import AdapterStateError, SettingsError
 from lora_lightning.seeds import generator
@@ -68,6 +68,7 @@ class CELoRAAdapter(PairAdapter):
     """
 
     additive = True
+    takes_start = True
     index: Tensor | None
     share: Tensor | None
     B0: Tensor | None
@@ -115,7 +116,11 @@ class CELoRAAdapter(PairAdapter):
     def forward(self, x: Tensor, base: BaseLayer) -> Tensor:
         """base(x) + s B (A drop(x))."""
         dropout = self.dropout if self.training else 0.0
-        return add_low_rank(self._cheap(x, base), x, self.lora_A, self.lora_B, self.scaling, dropout)
+        base = self._cheap(x, base)
+        if self.start_A is None or self.start_B is None:
+            return add_low_rank(base, x, self.lora_A, self.lora_B, self.scaling, dropout)
+        pair, start = (self.lora_A, self.lora_B), (self.start_A, self.start_B)
+        return add_started(base, x, pair, start, self.scaling, dropout)
 
     def _cheap(self, x: Tensor, base: BaseLayer) -> BaseLayer:
         """`base`, or one that calls the layer itself cheaply, below whatever is stacked on it."""
@@ -188,7 +193,8 @@ class CELoRAAdapter(PairAdapter):
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """W + s B A."""
-        return plus_product(weight, self.lora_B.to(weight.dtype), self.lora_A.to(weight.dtype), self.scaling)
+        A, B = (factor.to(weight.dtype) for factor in self.factors())
+        return plus_product(weight, B, A, self.scaling)
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         """(A, s B)."""

@@ -40,6 +40,7 @@ class DoRAAdapter(PairAdapter):
     """
 
     stacks = True
+    takes_start = True
 
     def __init__(
         self, base: BaseLayer, *, rank: int, scaling: float, dropout: float = 0.0, detach_norm: bool = True
@@ -63,7 +64,7 @@ class DoRAAdapter(PairAdapter):
             y = base(x)
             return functional.scale_output(base, y, functional.without_bias(base, y), c)
         dropout = self.dropout if self.training else 0.0
-        return functional.add_decomposed(base, x, self.lora_A, self.lora_B, c, self.scaling, dropout)
+        return functional.add_decomposed(base, x, *self.factors(), c, self.scaling, dropout)
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """c (W + s B A)."""
@@ -74,7 +75,7 @@ class DoRAAdapter(PairAdapter):
         c = self._ratio_of(plain, functional.squared_row_norms(plain))
         if not self.rank:
             return (c[..., None] * weight).to(weight.dtype)
-        return functional.decomposed_weight(weight, self.lora_A, self.lora_B, c, self.scaling).to(weight.dtype)
+        return functional.decomposed_weight(weight, *self.factors(), c, self.scaling).to(weight.dtype)
 
     def _ratio(self, base: BaseLayer) -> Tensor:
         """Ratio c for this call; in evaluation the one of the last call, while no tensor behind it has changed."""
@@ -97,7 +98,7 @@ class DoRAAdapter(PairAdapter):
             if not self.rank:
                 return functional.ratio(self.magnitude.to(squares.dtype), squares)
             return functional.decomposed_ratio(
-                weight, squares, self.lora_A, self.lora_B, self.magnitude, self.scaling, self.detach_norm
+                weight, squares, *self.factors(), self.magnitude, self.scaling, self.detach_norm
             )
 
     def peft_tensors(self) -> Mapping[str, Tensor]:

@@ -15,8 +15,8 @@ from torch import nn
 from lora_lightning import eject, inject, load_adapter, merge, save_adapter, unmerge
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.adapters.layers.kinds import core_base_layer
+from lora_lightning.adapters.low_rank import LowRankAdapter
 from lora_lightning.adapters.starts import (
-    SubtractedStart,
     covariance_start,
     gradient_start,
     singular,
@@ -109,7 +109,7 @@ def test_the_function_is_unchanged_to_the_bit_and_the_weight_is_never_written(dt
     plain, model, x = started(dtype)
     assert torch.equal(model(x), plain(x))
     assert torch.equal(model.first.base.weight, plain.first.weight)
-    adapter = cast(SubtractedStart, model.first.adapter("default"))
+    adapter = cast(LowRankAdapter, model.first.adapter("default"))
     product = 1.5 * adapter.lora_B.double() @ adapter.lora_A.double()
     U, S, Vh = torch.linalg.svd(plain.first.weight.double(), full_matrices=False)
     torch.testing.assert_close(
@@ -125,7 +125,7 @@ def test_training_computes_what_a_residual_weight_would():
     residual = copy.deepcopy(plain)
     with torch.no_grad():
         for name in ("first", "second"):
-            adapter = cast(SubtractedStart, getattr(model, name).adapter("default"))
+            adapter = cast(LowRankAdapter, getattr(model, name).adapter("default"))
             W = getattr(plain, name).weight
             getattr(residual, name).weight.copy_(
                 W - 1.5 * adapter.start_B @ adapter.start_A + 1.5 * adapter.lora_B @ adapter.lora_A
@@ -162,7 +162,8 @@ def merged_weight(model: TinyMLP) -> torch.Tensor:
 
 def test_dropout_acts_on_the_trained_product_alone():
     base = cast(BaseLayer, core_base_layer(nn.Linear(6, 5).double()))
-    adapter = SubtractedStart(base, rank=2, scaling=1.0, dropout=0.5)
+    adapter = LowRankAdapter(base, rank=2, scaling=1.0, dropout=0.5)
+    adapter.hold_start()
     adapter.start_at(weight_start(base.weight(), 2, 1.0))
     x = drawn(4, 6)
     torch.manual_seed(1)
@@ -175,7 +176,8 @@ def test_dropout_acts_on_the_trained_product_alone():
 
 def test_a_start_that_is_no_number_is_refused():
     base = cast(BaseLayer, core_base_layer(nn.Linear(6, 5)))
-    adapter = SubtractedStart(base, rank=2, scaling=1.0)
+    adapter = LowRankAdapter(base, rank=2, scaling=1.0)
+    adapter.hold_start()
     factors = weight_start(base.weight(), 2, 1.0)
     with pytest.raises(SettingsError, match="factor A holds values that are not finite"):
         adapter.start_at(factors._replace(A=factors.A * float("nan")))

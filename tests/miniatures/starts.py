@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from lora_lightning.adapters.layers.base import BaseLayer
     from lora_lightning.adapters.low_rank import LowRankAdapter
-    from lora_lightning.adapters.starts import SubtractedStart
     from lora_lightning.injection.probe import Probe
 
 
@@ -74,10 +73,12 @@ class PiSSA(Method):
     alpha: float = 2.0
     """Numerator of the scaling; the start's product does not depend on it."""
 
-    def build(self, base: BaseLayer) -> SubtractedStart:
-        from lora_lightning.adapters.starts import SubtractedStart
+    def build(self, base: BaseLayer) -> LowRankAdapter:
+        from lora_lightning.adapters.low_rank import LowRankAdapter
 
-        return SubtractedStart(base, rank=self.rank, scaling=self.alpha / self.rank)
+        adapter = LowRankAdapter(base, rank=self.rank, scaling=self.alpha / self.rank)
+        adapter.hold_start()
+        return adapter
 
     def initialize(self, adapters: Adapters, probe: Probe) -> None:
         from lora_lightning.adapters.starts import weight_start

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.adapters.base import Adapter
+from lora_lightning.adapters.pair import PairAdapter
 from lora_lightning.errors import ExportError
 from lora_lightning.exporters.peft import rules as peft_rules
 from lora_lightning.exporters.peft.keys import MAGNITUDE
@@ -146,6 +147,9 @@ def _pair(adapter: Adapter) -> tuple[Tensor, Tensor, float] | None:
     pairs, mask = adapter.factor_pairs(), adapter.rank_mask
     if len(pairs) != 1:
         return None
+    if isinstance(adapter, PairAdapter) and adapter.start_A is not None:
+        A, B = adapter.factors()
+        return A.detach(), B.detach(), adapter.scaling
     A, B, scaling = pairs[0].lora_A.detach(), pairs[0].lora_B.detach(), pairs[0].scaling
     return (A, B, scaling) if mask is None else (A[..., mask, :], B[..., mask], scaling)
 

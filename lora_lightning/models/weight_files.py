@@ -1,0 +1,61 @@
+"""Single weights from a model's safetensors files, without building the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lora_lightning.errors import ModelError, did_you_mean
+from lora_lightning.models.pretrained import resolve
+
+
+class WeightFiles:
+    """The tensors of a folder's safetensors files, read one at a time.
+
+    Args:
+        folder: with the files, see `pretrained.resolve`.
+        field: the setting that names it, for messages.
+        prefix: name of the backbone in the model; files may have it or not.
+
+    Raises:
+        ModelError: no such folder, or one without safetensors files.
+    """
+
+    def __init__(self, folder: str, field: str, prefix: str = "") -> None:
+        self.folder, self.field, self.prefix = Path(resolve(folder, field, needs=None)), field, prefix
+        self.files: dict[str, Path] = {}
+        for path in sorted(self.folder.glob("*.safetensors")) if self.folder.is_dir() else []:
+            with safe_open(path, framework="pt") as file:
+                self.files |= dict.fromkeys(file.keys(), path)
+        if not self.files:
+            raise ModelError(f'{field} is "{folder}"; it must be a folder with safetensors files, and has none.')
+
+    def weight(self, path: str, shape: torch.Size) -> Tensor:
+        """The weight of the layer at `path`, on the CPU, as it is stored (a transposed one is turned).
+
+        Raises:
+            ModelError: no file has it, or one of another shape.
+        """
+        name = next((name for name in self._names(path) if name in self.files), None)
+        if name is None:
+            raise ModelError(
+                f'{self.field}: no file in "{self.folder}" has the weight of {path}.'
+                f"{did_you_mean(f'{path}.weight', self.files)}"
+            )
+        with safe_open(self.files[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        if tensor.shape != shape and tensor.mT.shape == shape:
+            tensor = tensor.mT
+        if tensor.shape != shape:
+            raise ModelError(f"{self.field}: {name} is {tuple(tensor.shape)}, and the layer's weight {tuple(shape)}.")
+        return tensor
+
+    def _names(self, path: str) -> Iterator[str]:
+        yield f"{path}.weight"
+        if self.prefix:
+            yield f"{path.removeprefix(f'{self.prefix}.')}.weight"
+            yield f"{self.prefix}.{path}.weight"
