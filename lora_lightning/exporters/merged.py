@@ -55,7 +55,8 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
         for context in (*plain, plain_vocabulary(extended, anatomy.places), ending_turns(host, files)):
             stack.enter_context(context)
         state = in_dtype(host.state_dict(keep_vars=True), source.dtype)
-        check_finite(f"the model in {source.dtype}" if source.dtype else "the model", state.values())
+        buffers = dict(host.named_buffers(remove_duplicate=False))
+        check_finite(f"the model in {source.dtype}" if source.dtype else "the model", state, buffers)
         with _own_config(host):
             host.save_pretrained(folder, **({} if source.dtype is None else {"state_dict": state}))
             write_below(files, folder)
