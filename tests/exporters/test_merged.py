@@ -103,6 +103,18 @@ def test_the_model_is_untouched_when_saving_raises(tmp_path: Path, monkeypatch: 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_that_transformers_does_not_save_is_said_to_be_one(tmp_path: Path) -> None:
+    model = llama()
+    first, second = (block.self_attn for block in model.model.layers[:2])
+    second.o_proj.weight = first.o_proj.weight
+    before = state_of(adapted(model, targets=["q_proj"]))
+    with pytest.raises(ExportError, match=r"does not save this LlamaForCausalLM.*shared tensors.* Use format=\"peft\""):
+        ll.export(model, tmp_path / "out", "merged")
+    assert_untouched(model, before)
+    assert not (tmp_path / "out").exists()
+    ll.export(model, tmp_path / "out", "peft")
+
+
 def test_a_merged_model_that_loads_otherwise_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
     real = type(model).save_pretrained
