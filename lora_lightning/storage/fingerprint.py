@@ -140,18 +140,15 @@ def still_buffers(anatomy: Anatomy, without: Iterable[str] = ()) -> dict[str, Te
     have made longer is the one from before.
     """
     training = {f"{plain(name).rpartition('.')[0]}." for name in without if "." in plain(name)}
-    statistics = {plain(path) for path in layers_with_statistics(anatomy)}
+    statistics = still_statistics(anatomy)
     before = buffers_before(unwrap(anatomy.model))
     found = {}
     for path, module in anatomy.modules.items():
         here = plain(path)
-        if not type(module).__module__.startswith("transformers.") or here in statistics:
-            continue
-        if not f"{here}.".startswith(tuple(training)):
-            for name, buffer in module._buffers.items():
-                if buffer is not None and name not in module._non_persistent_buffers_set:
-                    found[join(here, name)] = before.get(join(here, name), buffer)
-    return found
+        if type(module).__module__.startswith("transformers.") and not f"{here}.".startswith(tuple(training)):
+            saved = module._buffers.keys() - module._non_persistent_buffers_set
+            found |= {join(here, name): module._buffers[name] for name in saved if module._buffers[name] is not None}
+    return {name: before.get(name, buffer) for name, buffer in found.items() if name not in statistics}
 
 
 def _of_buffers(given: Mapping[str, Tensor]) -> dict[str, str] | None:
