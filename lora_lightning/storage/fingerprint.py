@@ -142,12 +142,12 @@ def still_buffers(anatomy: Anatomy, without: Iterable[str] = ()) -> dict[str, Te
     training = {f"{plain(name).rpartition('.')[0]}." for name in without if "." in plain(name)}
     statistics = still_statistics(anatomy)
     before = buffers_before(unwrap(anatomy.model))
-    found = {}
+    found: dict[str, Tensor] = {}
     for path, module in anatomy.modules.items():
         here = plain(path)
         if type(module).__module__.startswith("transformers.") and not f"{here}.".startswith(tuple(training)):
-            saved = module._buffers.keys() - module._non_persistent_buffers_set
-            found |= {join(here, name): module._buffers[name] for name in saved if module._buffers[name] is not None}
+            unsaved = module._non_persistent_buffers_set
+            found |= {join(here, n): b for n, b in module._buffers.items() if b is not None and n not in unsaved}
     return {name: before.get(name, buffer) for name, buffer in found.items() if name not in statistics}
 
 
