@@ -250,7 +250,9 @@ def check_names(method_class: type[Method | Start], where: str, fields: Mapping[
 
 
 def check_fields(method: Method | Start) -> None:
-    """Raise `SettingsError` for a field whose value is none of its `Literal`'s, or no whole number where it is an int.
+    """Raise `SettingsError` for a field whose value is none of its `Literal`'s, or not of its type.
+
+    An int is a whole number, a float a finite one, a bool true or false.
 
     The command line checks types while parsing; this is for settings built in Python.
     """
@@ -265,6 +267,9 @@ def check_fields(method: Method | Start) -> None:
                 f"It takes: {listed}."
             )
         check(hint is not int or type(value) is int, method, field.name, "it must be a whole number.")
+        check(hint is not bool or type(value) is bool, method, field.name, "it must be true or false.")
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        check(hint is not float or number, method, field.name, "it must be a finite number.")
 
 
 # -- field groups: settings that several methods and callbacks take ----------------------------------------------------

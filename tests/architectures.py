@@ -27,7 +27,7 @@ from lora_lightning.testing.toy_models import seeded
 
 Batch = dict[str, Tensor]
 VOCABULARY, LENGTH, WIDTH, SIZE = 32, 6, 16, 16
-IMAGE_TOKEN = 31
+IMAGE_TOKEN, AUDIO_TOKEN = 31, 30
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 TEXT = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 24, **LAYERS}
@@ -114,6 +114,22 @@ def heard() -> Batch:
     return _about_images(4, input_features=pixels(2, 8, 16), feature_attention_mask=torch.ones(2, 16).long())
 
 
+def seen_and_heard() -> Batch:
+    """Text behind the four merged patches of an image and the four frames of a sound (Gemma 4)."""
+    across, down = torch.arange(16) % 4, torch.arange(16) // 4
+    ids = torch.cat([torch.full((2, 4), IMAGE_TOKEN), torch.full((2, 4), AUDIO_TOKEN), token_ids()], dim=1)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": ids.masked_fill(ids >= AUDIO_TOKEN, -100),
+        "pixel_values": pixels(2, 16, 3 * 4 * 4),
+        "image_position_ids": torch.stack([across, down], dim=-1).expand(2, 16, 2),
+        "input_features": pixels(2, 16, 8),
+        "input_features_mask": torch.ones(2, 16, dtype=torch.bool),
+        "mm_token_type_ids": torch.cat([_image_positions(4), torch.zeros(2, 4, dtype=torch.long)], dim=1),
+    }
+
+
 @dataclass(frozen=True)
 class Architecture:
     """How to build one model and what to feed it."""
@@ -123,6 +139,8 @@ class Architecture:
     """Name of its class in transformers."""
     settings: Mapping[str, Any]
     batch: Callable[[], Batch]
+    precise: bool = True
+    """Whether it computes in float64 as well."""
 
     def build(self, dtype: torch.dtype = torch.float32) -> Any:
         """The model in evaluation mode, its weights the same each time."""
@@ -455,6 +473,44 @@ ARCHITECTURES: dict[str, Architecture] = {
             "projection_dim": WIDTH,
         },
         described_by_type,
+    ),
+    "Gemma 4": Architecture(
+        "vision-language",
+        "Gemma4ForConditionalGeneration",
+        {
+            "vision_config": {
+                **IMAGES,
+                "num_key_value_heads": 2,
+                "head_dim": 8,
+                "patch_size": 4,
+                "pooling_kernel_size": 2,
+                "position_embedding_size": 4,
+                "use_clipped_linears": True,
+            },
+            "audio_config": {
+                "hidden_size": WIDTH,
+                **LAYERS,
+                "subsampling_conv_channels": [8, 4],
+                "conv_kernel_size": 3,
+                "attention_chunk_size": 2,
+                "attention_context_left": 3,
+                "output_proj_dims": WIDTH,
+            },
+            "text_config": {
+                **GROUPED,
+                "head_dim": 8,
+                "global_head_dim": WIDTH,
+                "sliding_window": 4,
+                "layer_types": ["sliding_attention", "full_attention"],
+                "vocab_size_per_layer_input": VOCABULARY,
+                "hidden_size_per_layer_input": 4,
+            },
+            "image_token_id": IMAGE_TOKEN,
+            "audio_token_id": AUDIO_TOKEN,
+            "video_token_id": 29,
+        },
+        seen_and_heard,
+        precise=False,  # attention to sounds casts to float32
     ),
     "Qwen2-Audio": Architecture(
         "audio-language",

@@ -90,13 +90,15 @@ def cycle(architecture: Architecture, method: Any, what: Any, folder: Path) -> N
     assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
     torch.testing.assert_close(outputs(fresh, batch), adapted)
 
-    model, batch = model.double(), double(batch)
+    tolerance = 1e-4
+    if architecture.precise:
+        model, batch, tolerance = model.double(), double(batch), 1e-6
     model.set_experts_implementation("eager")  # the grouped product of torch takes no float64
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     adapted = outputs(model, batch)
     tokens = generated(model, batch) if model.can_generate() else None
     ll.merge(model)
-    torch.testing.assert_close(outputs(model, batch), adapted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(outputs(model, batch), adapted, rtol=tolerance, atol=tolerance)
     if tokens is not None:
         assert torch.equal(generated(model, batch), tokens)
     ll.unmerge(model)

@@ -110,6 +110,10 @@ def test_scaling_follows_the_rank(rank):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: LowRankFields(alpha="16"), r"LowRankFields\.alpha is '16'; it must be a finite number"),
+        (lambda: LowRankFields(alpha=float("inf")), r"LowRankFields\.alpha is inf; it must be a finite number"),
+        (lambda: LowRankFields(dropout=None), r"LowRankFields\.dropout is None; it must be a finite number"),
+        (lambda: LoRA(bias="no"), r"LoRA\.bias is 'no'; it must be true or false"),
         (lambda: LowRankFields(rank=0), r"LowRankFields\.rank is 0; it must be at least 1"),
         (lambda: SparsityFields(end=0.05), r"SparsityFields\.end is 0\.05; it must come after start, which is 0\.1"),
         (

@@ -98,6 +98,39 @@ def ending_turns(model: Any, files: Mapping[str, bytes]) -> Iterator[None]:
         config.eos_token_id = before
 
 
+@contextmanager
+def any_generation_config(model: Any, folder: Path) -> Iterator[None]:
+    """Inside, `save_pretrained` takes the model whatever its generation config is; afterwards that is in the folder.
+
+    Many published models have one with settings of sampling and no sampling: transformers reads it with a warning, and
+    refuses to write it.
+    """
+    from transformers import GenerationConfig
+    from transformers.utils import GENERATION_CONFIG_NAME
+
+    config = getattr(model, "generation_config", None)
+    if not model.can_generate() or _can_be_saved(config):
+        yield
+        return
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = config
+    if config is None:
+        (folder / GENERATION_CONFIG_NAME).unlink(missing_ok=True)
+    else:
+        config.to_json_file(folder / GENERATION_CONFIG_NAME)
+
+
+def _can_be_saved(config: Any) -> bool:
+    try:
+        config.validate(strict=True)
+    except (AttributeError, ValueError):  # none at all, or one that transformers does not write
+        return False
+    return True
+
+
 def _end_of_turn(files: Mapping[str, bytes]) -> int | None:
     from transformers import AutoTokenizer
 

@@ -41,7 +41,7 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     for name in full:
         path, _, leaf = name.rpartition(".")
         tensors[name] = source.modules[path].get_parameter(leaf).detach().cpu().clone()
-    check_finite("the update", tensors.values())
+    check_finite("the update", tensors)
     metadata, notes = {"format": "lora_lightning delta", "whole": json.dumps(full)}, []
     apart = untied(source.anatomy.model)
     if apart is not None:

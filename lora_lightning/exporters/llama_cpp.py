@@ -86,7 +86,7 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     for pair in pairs.values():
         for end, tensor in ((".lora_a", pair.A), (".lora_b", pair.B)):
-            check_finite("the adapter", [tensor.to(getattr(torch, dtype))])
+            check_finite("the adapter", {pair.name + end: tensor.to(getattr(torch, dtype))})
             writer.add_tensor(pair.name + end, gguf.quants.quantize(tensor.numpy(), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

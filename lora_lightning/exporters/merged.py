@@ -15,7 +15,7 @@ from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.adapters.layers.quantized import QuantizedBase
 from lora_lightning.adapters.low_rank import NO_BIAS
 from lora_lightning.errors import AdapterStateError, ExportError
-from lora_lightning.exporters.companions import companion_files, ending_turns, write_below
+from lora_lightning.exporters.companions import any_generation_config, companion_files, ending_turns, write_below
 from lora_lightning.exporters.precision import check_precision, in_dtype, quantize, state_dtype
 from lora_lightning.exporters.report import Written
 from lora_lightning.exporters.source import Source, check_finite
@@ -55,9 +55,10 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
         for context in (*plain, plain_vocabulary(extended, anatomy.places), ending_turns(host, files)):
             stack.enter_context(context)
         state = in_dtype(host.state_dict(keep_vars=True), source.dtype)
-        check_finite(f"the model in {source.dtype}" if source.dtype else "the model", state.values())
-        with _own_config(host):
-            host.save_pretrained(folder, **({} if source.dtype is None else {"state_dict": state}))
+        buffers = dict(host.named_buffers(remove_duplicate=False))
+        check_finite(f"the model in {source.dtype}" if source.dtype else "the model", state, buffers)
+        with _own_config(host), any_generation_config(host, folder):
+            _save(host, folder, None if source.dtype is None else state)
             write_below(files, folder)
         if source.dtype is not None:
             state_dtype(folder, source.dtype)
@@ -74,6 +75,17 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
             f'("{host.config._name_or_path}"); give it to export as `processor`'
         )
     return Written(kind="merged", layers=len(source.layers), difference=difference, notes=tuple(notes))
+
+
+def _save(model: Any, folder: Path, state: Mapping[str, Tensor] | None) -> None:
+    """Write a plain model, of other tensors where some are given."""
+    try:
+        model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
+    except (RuntimeError, ValueError) as error:
+        raise ExportError(
+            f"transformers does not save this {type(model).__name__}, with an adapter or without: "
+            f'{" ".join(str(error).split())} Use format="peft", which needs no new copy of the model.'
+        ) from error
 
 
 @contextmanager

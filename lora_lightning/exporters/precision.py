@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_lightning.errors import ExportError, SettingsError
+from lora_lightning.exporters.companions import any_generation_config
 from lora_lightning.exporters.source import Source
 from lora_lightning.models.anatomy import survey
 from lora_lightning.models.heads import output_embeddings
@@ -92,7 +93,8 @@ def quantize(
     if not layers:
         raise ExportError(f"--quantize {format} found no layer to quantize in {model_class.__name__}.")
     with tempfile.TemporaryDirectory(dir=folder.parent) as place:
-        made.save_pretrained(place)
+        with any_generation_config(made, Path(place)):
+            made.save_pretrained(place)
         for path in folder.glob("model*.safetensors*"):
             path.unlink()
         for path in Path(place).iterdir():

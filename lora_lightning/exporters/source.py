@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -199,11 +199,23 @@ def users(modules: Mapping[str, nn.Module], adapted: Mapping[str, AdaptedLayer])
     return found
 
 
-def check_finite(what: str, tensors: Iterable[Tensor]) -> None:
-    """Raise `ExportError` if a number is NaN or infinite."""
-    for tensor in tensors:
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ExportError(f"{what} holds values that are not finite; nothing was written.")
+def check_finite(what: str, tensors: Mapping[str, Tensor], buffers: Mapping[str, Tensor] | None = None) -> None:
+    """Raise `ExportError` naming a tensor with a number that is NaN or infinite.
+
+    Args:
+        what: what the tensors are, for the message.
+        tensors: what is written, by name.
+        buffers: the model's own by the same names; they may be infinite, as masks and bounds of a range are, and what
+            is written may be so where they are.
+    """
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            continue
+        fine = torch.isfinite(tensor)
+        if buffers and key in buffers:
+            fine |= torch.isinf(buffers[key]).to(fine.device)
+        if not fine.all():
+            raise ExportError(f"{what} holds values that are not finite, in {key}; nothing was written.")
 
 
 def write_files(files: Mapping[str, bytes], folder: Path) -> None:

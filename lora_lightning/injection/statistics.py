@@ -15,7 +15,22 @@ from lora_lightning.models.anatomy import Anatomy
 
 def layers_with_statistics(anatomy: Anatomy) -> dict[str, nn.Module]:
     """Layers that keep running statistics, by path."""
-    return {path: module for path, module in anatomy.modules.items() if module._buffers.get("running_mean") is not None}
+    return {path: module for path, module in anatomy.modules.items() if _has_statistics(module)}
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    """Whether it has a running mean; or, without parameters, saved buffers and a forward that asks if it trains.
+
+    The latter of transformers' own modules only, such as I-BERT's of the ranges of activations: elsewhere it may be
+    noise that training wants.
+    """
+    if module._buffers.get("running_mean") is not None:
+        return True
+    if not type(module).__module__.startswith("transformers."):
+        return False
+    saved = module._buffers.keys() - module._non_persistent_buffers_set
+    asks = getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
+    return bool(saved) and "training" in asks and next(module.parameters(), None) is None
 
 
 def hold_statistics(anatomy: Anatomy) -> None:

@@ -6,6 +6,7 @@
     dtypes         data types, as the tensors are stored; of quantized ones the format, and what had quantized them
     content        sha256 of the XXH3 of every row's bytes, in order: exact, where weights are stored alike
     statistics     data types, and sha256 of the bytes, of running statistics that stay as they are; null without any
+    buffers        the same of the other buffers of transformers' own modules: bounds, corrections of routers, scales
 
 Where both sides store the weights alike, `content` decides, and whatever differs is noticed. Elsewhere, and for older
 files, which lack it, `weights` does; of quantized weights, names and shapes. Rows are hashed one by one, so that it
@@ -33,8 +34,8 @@ from lora_lightning.errors import AdapterStateError
 from lora_lightning.injection.records import records
 from lora_lightning.injection.statistics import layers_with_statistics
 from lora_lightning.models.anatomy import Anatomy, survey
-from lora_lightning.models.new_tokens import without_rows
-from lora_lightning.models.paths import plain, starting_with, unwrap
+from lora_lightning.models.new_tokens import buffers_before, without_rows
+from lora_lightning.models.paths import join, plain, starting_with, unwrap
 from lora_lightning.models.untied import untied
 
 _SAMPLE = 64
@@ -83,7 +84,8 @@ def fingerprint(anatomy: Anatomy, without: Iterable[str] = ()) -> dict[str, Any]
         "weights": hashlib.sha256(_sample(tensors)).hexdigest() if readable else None,
         "dtypes": _dtypes(kinds),
         "content": hashlib.sha256(_content(stored)).hexdigest() if whole else None,
-        "statistics": _statistics(anatomy, without),
+        "statistics": _of_buffers(still_statistics(anatomy, without)),
+        "buffers": _of_buffers(still_buffers(anatomy, without)),
     }
 
 
@@ -98,17 +100,18 @@ def outline(anatomy: Anatomy, without: Iterable[str] = ()) -> dict[str, str]:
 
 
 def differences(own: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Which of "architecture", "names", "weights", "statistics" two fingerprints differ in, as far as both state them.
+    """Which of "architecture", "names", "weights", "statistics", "buffers" two fingerprints differ in.
 
-    Statistics of other data types are not compared.
+    What one of them does not state is not compared, nor are statistics and buffers of other data types.
     """
     found = [part for part in ("architecture", "names") if own[part] != theirs[part]]
     part = "content" if _exact(own, theirs) else "weights"
     if None not in (own[part], theirs[part]) and own[part] != theirs[part]:
         found.append("weights")
-    here, there = own.get("statistics"), theirs.get("statistics")
-    if here and there and here["dtypes"] == there["dtypes"] and here != there:
-        found.append("statistics")
+    for part in ("statistics", "buffers"):
+        here, there = own.get(part), theirs.get(part)
+        if here and there and here["dtypes"] == there["dtypes"] and here != there:
+            found.append(part)
     return found
 
 
@@ -130,8 +133,26 @@ def still_statistics(anatomy: Anatomy, without: Iterable[str] = ()) -> dict[str,
     }
 
 
-def _statistics(anatomy: Anatomy, without: Iterable[str]) -> dict[str, str] | None:
-    found = dict(sorted(still_statistics(anatomy, without).items()))
+def still_buffers(anatomy: Anatomy, without: Iterable[str] = ()) -> dict[str, Tensor]:
+    """Persistent buffers of modules that transformers defines, which never move, by name; no running statistics.
+
+    Those at or below the owner of a parameter `without` train along, and are saved with it. A buffer that new tokens
+    have made longer is the one from before.
+    """
+    training = {f"{plain(name).rpartition('.')[0]}." for name in without if "." in plain(name)}
+    statistics = still_statistics(anatomy)
+    before = buffers_before(unwrap(anatomy.model))
+    found: dict[str, Tensor] = {}
+    for path, module in anatomy.modules.items():
+        here = plain(path)
+        if type(module).__module__.startswith("transformers.") and not f"{here}.".startswith(tuple(training)):
+            unsaved = module._non_persistent_buffers_set
+            found |= {join(here, n): b for n, b in module._buffers.items() if b is not None and n not in unsaved}
+    return {name: before.get(name, buffer) for name, buffer in found.items() if name not in statistics}
+
+
+def _of_buffers(given: Mapping[str, Tensor]) -> dict[str, str] | None:
+    found = dict(sorted(given.items()))
     if not found or any(buffer.is_meta for buffer in found.values()):
         return None
     digest = hashlib.sha256()

@@ -38,7 +38,9 @@ def refuse_other_base(own: Mapping[str, Any], stored: Stored, directory: str | P
         "weights": f"other base weights than this model has {base}; load the same pretrained weights first.",
         "statistics": f"other running statistics, as of batch normalisation, than this model has {base}; load the same "
         "pretrained model first, and let nothing move them (also_train trains and saves them).",
+        "buffers": f"other buffers than this model has {base}, such as bounds or corrections of a router; load the "
+        "same pretrained model first.",
     }
     for part in parts:
-        if part in ("weights", "statistics") or own[part] != theirs[part]:
+        if part in ("weights", "statistics", "buffers") or own[part] != theirs[part]:
             raise AdapterFileError(f'"{directory}" was trained on {reasons[part]}')

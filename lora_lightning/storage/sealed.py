@@ -64,7 +64,7 @@ def seal(tensors: Mapping[str, Tensor], description: Mapping[str, Any], files: M
     Raises:
         AdapterFileError: a number is NaN or infinite.
     """
-    check_finite(tensors)
+    check_finite(tensors, description)
     text = json.dumps(description)
     digests = {
         "adapter": digest(text.encode()),
@@ -109,7 +109,7 @@ def unseal(content: bytes) -> Sealed:
     files = None
     if schema > 1 or "digests" in metadata:
         files = _check_digests(json.loads(metadata["digests"]), metadata["adapter"], tensors)
-    check_finite(tensors)
+    check_finite(tensors, description)
     return Sealed(tensors, description, files)
 
 
@@ -126,10 +126,17 @@ def _check_digests(digests: dict[str, Any], text: str, tensors: Mapping[str, Ten
     return {str(name): str(value) for name, value in digests["files"].items()}
 
 
-def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raise `AdapterFileError` naming a tensor with a value that is NaN or infinite."""
+def check_finite(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
+    """Raise `AdapterFileError` naming a tensor with a value that is NaN or infinite.
+
+    A buffer of a head may be infinite, as a mask or the bound of a range is.
+    """
+    trained = description.get("trained") or []
+    heads = {f"{parameter.rpartition('.')[0]}." for parameter in trained if "." in parameter}
     for key, tensor in tensors.items():
         if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
             values = tensor if tensor.element_size() > 1 else tensor.float()  # 8-bit types know no isfinite
-            if not bool(torch.isfinite(values).all()):
+            adapter = ".adapters." in f".{key}" or ".shifts." in f".{key}"
+            buffer = not adapter and key not in trained and key.startswith(tuple(heads))
+            if not bool((~torch.isnan(values) if buffer else torch.isfinite(values)).all()):
                 raise AdapterFileError(f"holds a value that is NaN or infinite in {key}; no adapter works with it.")

@@ -157,9 +157,10 @@ def _fields(content: dict[str, Any]) -> dict[str, Any]:
     for part in ("architecture", "names", "weights"):
         if not isinstance(given["fingerprint"][part], str | None):
             raise ValueError(f"fingerprint.{part} is {given['fingerprint'][part]!r}")
-    statistics = given["fingerprint"].get("statistics")  # 0.1 has none
-    if statistics is not None and not (isinstance(statistics, dict) and {"dtypes", "sha256"} <= statistics.keys()):
-        raise ValueError(f"fingerprint.statistics is {statistics!r}")
+    for part in ("statistics", "buffers"):  # 0.1 has none
+        value = given["fingerprint"].get(part)
+        if value is not None and not (isinstance(value, dict) and {"dtypes", "sha256"} <= value.keys()):
+            raise ValueError(f"fingerprint.{part} is {value!r}")
     given["tokens"] = {path: _token_rows(path, rows) for path, rows in given["tokens"].items()}
     given["quantization"] = described_formats(content)
     given["below"] = tuple(map(_below, content.get("below", [])))

@@ -99,6 +99,22 @@ def test_generation_ends_with_the_turn_and_the_model_is_as_it_was(tmp_path: Path
     assert model.generation_config.to_dict() == before
 
 
+@pytest.mark.parametrize("settings", [{"do_sample": False, "temperature": 0.5}, {"top_p": 0.6}, None], ids=str)
+def test_a_generation_config_that_transformers_does_not_write_travels_as_it_is(settings: Any, tmp_path: Path) -> None:
+    """Published models have sampling settings without sampling; one without any has none in its folder either."""
+    model = adapted(transformers.AutoModelForCausalLM, chat_folder(tmp_path / "base"))
+    given = None if settings is None else transformers.GenerationConfig(eos_token_id=2, **settings)
+    model.generation_config = given
+    ll.export(model, tmp_path / "merged", format="merged")
+    assert model.generation_config is given
+    assert (tmp_path / "merged" / "generation_config.json").is_file() == (given is not None)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").generation_config
+    assert again.do_sample in (None, False)
+    if given is not None:
+        assert {name: getattr(again, name) for name in settings} == settings
+        assert again.eos_token_id[1:] == [given.eos_token_id] == [2]  # behind the end of a turn
+
+
 def test_an_image_processor_travels(tmp_path: Path) -> None:
     model = adapted(transformers.AutoModelForImageClassification, image_folder(tmp_path / "base"))
     ll.export(model, tmp_path / "merged", format="merged")

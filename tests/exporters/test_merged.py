@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from adapted_models import tiny_moe
+from architectures import ARCHITECTURES
 from exported_models import Gain, LoRA, adapted, assert_untouched, bert, llama, logits, randomise, state_of
 from quantized_layers import Steps, serve
 from safetensors.torch import load_file, save_file
@@ -42,6 +43,26 @@ def test_a_merged_model_is_plain_and_ours_is_untouched(
     assert files[0].keys() == files[1].keys()
     loaded = type(model).from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_bounds_of_the_base_model_may_be_infinite_and_weights_may_not(tmp_path: Path) -> None:
+    """Gemma 4 clips what enters and leaves a layer of its towers; unbounded is infinite."""
+    architecture = ARCHITECTURES["Gemma 4"]
+    model, batch = adapted(architecture.build(), LoRA(rank=2)).eval(), architecture.batch()
+    ll.export(model, tmp_path / "out", "merged")
+    plain = type(model).from_pretrained(tmp_path / "out").eval()
+    clipped = plain.get_submodule("model.vision_tower.encoder.layers.0.mlp.up_proj")
+    assert (clipped.input_min, clipped.input_max) == (-torch.inf, torch.inf)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**batch).logits, model(**batch).logits, atol=1e-4, rtol=1e-4)
+        clipped = model.get_submodule("model.vision_tower.encoder.layers.0.mlp.up_proj")
+        clipped.linear.weight[0, 0] = torch.inf
+        with pytest.raises(ExportError, match=r"not finite, in model\.vision_tower\S*up_proj\.linear\.weight"):
+            ll.export(model, tmp_path / "out", "merged")
+        clipped.linear.weight[0, 0] = 0.0
+        clipped.output_max.fill_(1e6)
+        with pytest.raises(ExportError, match=r"in float16 holds values that are not finite, in \S*up_proj.output_max"):
+            ll.export(model, tmp_path / "out", "merged", dtype="float16")
 
 
 def test_what_was_merged_and_active_stays_so(tmp_path: Path) -> None:
@@ -80,6 +101,18 @@ def test_the_model_is_untouched_when_saving_raises(tmp_path: Path, monkeypatch: 
         ll.export(model, tmp_path / "out", format="merged")
     assert_untouched(model, before)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_transformers_does_not_save_is_said_to_be_one(tmp_path: Path) -> None:
+    model = llama()
+    first, second = (block.self_attn for block in model.model.layers[:2])
+    second.o_proj.weight = first.o_proj.weight
+    before = state_of(adapted(model, targets=["q_proj"]))
+    with pytest.raises(ExportError, match=r"does not save this LlamaForCausalLM.*shared tensors.* Use format=\"peft\""):
+        ll.export(model, tmp_path / "out", "merged")
+    assert_untouched(model, before)
+    assert not (tmp_path / "out").exists()
+    ll.export(model, tmp_path / "out", "peft")
 
 
 def test_a_merged_model_that_loads_otherwise_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from model_classes import model_class
 from projects import fit
 from torch import nn
 
@@ -102,6 +103,20 @@ def test_copies_and_other_kinds_of_layers_with_statistics() -> None:
     net.train()(torch.randn(2, 3, 4, 4))
     assert same(before, net.state_dict())
     assert net[4].training  # it has none, so it normalises by its batch
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ranges_of_activations_stay(tmp_path) -> None:
+    """I-BERT widens them in every training step, and quantizes by them; they are no running mean."""
+    found = model_class("IBertForSequenceClassification")
+    model = found.build()
+    report = ll.inject(model, LoRA(rank=2), ["classifier.dense"], also_train=())
+    assert any("layers with running statistics" in note for note in report.notes)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.train()(**found.batch(model, torch.tensor([[5, 6, 7, 9]])))
+    assert same(before, dict(model.named_buffers()))
+    ll.save_adapter(model, tmp_path)
+    ll.load_adapter(found.build(), tmp_path)
 
 
 class Project(LightningModule):

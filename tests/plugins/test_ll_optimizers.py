@@ -363,6 +363,18 @@ def test_pro_balance_solves_its_sylvester_equation_and_any_other_is_further_from
         assert objective(X + 1e-3 * E) > objective(X)
 
 
+@pytest.mark.parametrize("damping", [1e-8, 1e-2])
+def test_pro_damping_is_in_the_inverses_and_not_in_the_sylvester_equation(damping):
+    problem = Problem()
+    (h_A, h_B, _), (zero_A, zero_B, _) = (steps_of(problem, balance, damping) for balance in ("closest", "zero"))
+    A, B, gA, s = problem.A.detach(), problem.B.detach(), problem.A.grad, problem.scaling
+    X = (h_A - zero_A) @ torch.linalg.pinv(A)
+    torch.testing.assert_close(h_B, zero_B - B @ X, rtol=0, atol=1e-10)
+    damped = torch.linalg.inv(B.T @ B + damping * torch.eye(len(X), dtype=X.dtype))
+    residual = B.T @ B @ X + X @ A @ A.T + damped @ gA @ A.T / s**2
+    assert float(residual.abs().max()) < 1e-10
+
+
 def test_pro_symmetric_balance_gives_half_the_overlap_to_each_side():
     problem = Problem()
     (P_B, P_A), G = projections(problem), problem.G()

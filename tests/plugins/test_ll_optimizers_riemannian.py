@@ -34,10 +34,10 @@ BOTH = [RiemannianSGD, RiemannianAdamW]
 class Reference:
     """One pair, explicit inverses, written from the equations."""
 
-    def __init__(self, problem, lr, damping, order, adam, corrected=True, wd=0.0, divide=False):
+    def __init__(self, problem, lr, damping, order, adam, corrected=True, wd=0.0, divide=False, late=False):
         self.p, self.A, self.B = problem, problem.A.detach().clone(), problem.B.detach().clone()
         self.lr, self.damping, self.order, self.adam, self.corrected, self.wd = lr, damping, order, adam, corrected, wd
-        self.divide = divide
+        self.divide, self.late = divide, late
         self.m = {"A": 0.0, "B": 0.0}
         self.v = {"A": 0.0, "B": 0.0}
         self.t = 0
@@ -49,6 +49,8 @@ class Reference:
             self.m[side] = 0.9 * self.m[side] + 0.1 * d
             self.v[side] = 0.999 * self.v[side] + 0.001 * d * d
             c1, c2 = (1 - 0.9**self.t, 1 - 0.999**self.t) if self.corrected else (1.0, 1.0)
+            if self.late:  # as transformers' AdamW did: eps is added first, and corrected with the root
+                return -self.lr * c2**0.5 / c1 * self.m[side] / (self.v[side].sqrt() + 1e-6)
             d = (self.m[side] / c1) / ((self.v[side] / c2).sqrt() + 1e-6)
         return -self.lr * d
 
@@ -58,10 +60,14 @@ class Reference:
         G = self.p.weights * (s * self.B @ self.A - self.p.target)
         gA, gB = s * self.B.T @ G, s * G @ self.A.T
         A = self.A
-        self.A = (1 - self.lr * self.wd) * A + self.move("A", torch.linalg.inv(self.B.T @ self.B + ridge) @ gA)
+        self.A = self.moved("A", A, torch.linalg.inv(self.B.T @ self.B + ridge) @ gA)
         seen = self.A if self.order == "gauss_seidel" else A
         dB = gB @ torch.linalg.inv(seen @ seen.T + ridge)
-        self.B = (1 - self.lr * self.wd) * self.B + self.move("B", dB)
+        self.B = self.moved("B", self.B, dB)
+
+    def moved(self, side, factor, d):
+        decay = 1 - self.lr * self.wd
+        return decay * (factor + self.move(side, d)) if self.late else decay * factor + self.move(side, d)
 
 
 @pytest.mark.parametrize("order", ["jacobi", "gauss_seidel"])
@@ -73,6 +79,11 @@ class Reference:
         (RiemannianAdamW, {"lr": 0.01}, {}),
         (RiemannianAdamW, {"lr": 0.01, "bias_correction": False}, {"corrected": False}),
         (RiemannianAdamW, {"lr": 0.01, "weight_decay": 0.5}, {"wd": 0.5}),
+        (
+            RiemannianAdamW,
+            {"lr": 0.01, "weight_decay": 0.5, "adam_form": "transformers"},
+            {"wd": 0.5, "late": True},
+        ),
     ],
 )
 def test_training_equals_a_dense_float64_reference(kind, settings, reference, order):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from adapter_files import TOKENS, X, adapted
+from model_classes import model_class
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -286,6 +287,33 @@ def test_new_tokens_with_a_trained_embedding_or_an_output_layer_with_a_bias(
     ll.load_adapter(fresh, tmp_path)
     ids = torch.tensor([[3, 32, 33]])
     assert torch.equal(fresh(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_base_model_with_another_buffer_is_noticed_on_load(trained: bool, tmp_path: Path) -> None:
+    """A router's correction is a buffer, and decides which experts see a token."""
+    found = model_class("DeepseekV3ForCausalLM")
+    router = next(path for path, module in found.build().named_modules() if hasattr(module, "e_score_correction_bias"))
+
+    def other() -> Any:
+        model = found.build()
+        model.get_submodule(router).e_score_correction_bias[1] += 1e-3
+        return model
+
+    model = other()
+    ll.inject(model, LoRA(rank=2), ["q_b_proj"], also_train=[f"{router}.weight"] if trained else [])
+    ll.save_adapter(model, tmp_path)
+    again = other()
+    ll.load_adapter(again, tmp_path)
+    if trained:  # it belongs to what is saved whole
+        again = found.build()
+        ll.load_adapter(again, tmp_path)
+        bias = again.get_submodule(router).e_score_correction_bias
+        assert torch.equal(bias, model.get_submodule(router).e_score_correction_bias)
+    else:
+        with pytest.raises(AdapterFileError, match=r"trained on other buffers than this model has .* a router"):
+            ll.load_adapter(found.build(), tmp_path)
+        ll.load_adapter(found.build().bfloat16(), tmp_path)  # of another type they are not compared
 
 
 # -- no values ---------------------------------------------------------------------------------------------------------

@@ -123,8 +123,8 @@ def test_digests_of_a_description_of_0_1_are_compared_where_there_are_some() -> 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
 def test_a_value_that_is_not_finite_is_named(dtype: torch.dtype) -> None:
     values = torch.ones(2, 3).to(dtype)
-    check_finite({"whole": values})
+    check_finite({"whole": values}, DESCRIPTION)
     values[1, 2] = float("nan")
-    for call in (lambda: check_finite({"x.y": values}), lambda: seal({"x.y": values}, DESCRIPTION, {})):
+    for call in (lambda: check_finite({"x.y": values}, DESCRIPTION), lambda: seal({"x.y": values}, DESCRIPTION, {})):
         with pytest.raises(AdapterFileError, match=r"NaN or infinite in x\.y"):
             call()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 import lora_lightning as ll
 from ll_lora import LoRA
-from lora_lightning.errors import AdapterStateError
+from lora_lightning.errors import AdapterFileError, AdapterStateError
 from lora_lightning.storage.state import adapter_keys
 from lora_lightning.storage.stored import read_folder
 from lora_lightning.testing import TinyMLP
@@ -34,6 +35,33 @@ def test_buffers_of_trained_heads_are_saved(tmp_path: Path) -> None:
     fresh = WithStatistics()
     ll.load_adapter(fresh, tmp_path)
     assert torch.equal(fresh.eval()(X), model.eval()(X))
+
+
+class Banded(nn.Module):
+    """A head that adds a mask of its own to what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = TinyMLP(), nn.Linear(4, 4)
+        self.head.register_buffer("mask", torch.full((4,), -torch.inf).index_fill(0, torch.tensor([1, 2]), 0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.head(self.body(x)) + self.head.mask).softmax(-1)
+
+
+def test_a_head_whose_mask_is_infinite_is_saved(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, fresh = adapted(Banded(), targets=["first"], also_train=["head"]), Banded()
+    ll.save_adapter(model, tmp_path)
+    fresh.head.mask.zero_()
+    ll.load_adapter(fresh, tmp_path)
+    assert torch.equal(fresh.eval()(X), model.eval()(X))
+    for name, value in (("head.mask", torch.nan), ("head.weight", torch.inf)):
+        broken = copy.deepcopy(model)
+        with torch.no_grad():
+            broken.get_submodule("head").state_dict()[name.removeprefix("head.")].view(-1)[0] = value
+        with pytest.raises(AdapterFileError, match=rf"NaN or infinite in {name}"):
+            ll.save_adapter(broken, tmp_path)
 
 
 def test_frozen_sides_and_masks_are_saved(tmp_path: Path) -> None:

@@ -242,7 +242,31 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         raise AdapterFileError(f'"{path}" is damaged: {error}.') from error
     if not isinstance(config, dict):
         raise AdapterFileError(f'"{path}" holds no settings.')
+    for key, (kinds, what) in _KINDS.items():
+        value = config.get(key)
+        unset = value is None and (key not in config or key not in ("r", "lora_alpha"))
+        fine = type(value) in kinds and (type(value) is not float or math.isfinite(value))
+        if not unset and not fine:
+            raise AdapterFileError(f'"{path}" has {key}={value!r}; it must be {what}.')
     return config
+
+
+_NUMBER, _NAMES = ((int, float), "a finite number"), ((list,), "a list of names")
+_NAMES_OR_ONE = ((list, str), "a list of names, or an expression")
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "r": ((int,), "a whole number"),
+    "lora_alpha": _NUMBER,
+    "lora_dropout": _NUMBER,
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), ((dict,), "numbers by name")),
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), _NAMES_OR_ONE),
+    **dict.fromkeys(("modules_to_save", "target_parameters"), _NAMES),
+    "layers_to_transform": ((list, int), "a list of block numbers, or one"),
+    "trainable_token_indices": ((list, dict), "a list of token ids, or such lists by layer"),
+    **dict.fromkeys(
+        ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying"), ((bool,), "true or false")
+    ),
+}
+"""What peft writes for each setting that is read here; all but rank and alpha may be null."""
 
 
 def _tensors(folder: Path, values: bool) -> dict[str, Tensor]:
@@ -263,7 +287,8 @@ def _tensors(folder: Path, values: bool) -> dict[str, Tensor]:
     if not values:
         return tensors
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        wide = tensor if tensor.element_size() > 1 else tensor.float()  # 8-bit types know no isfinite
+        if not torch.isfinite(wide).all():
             raise AdapterFileError(
                 f'"{folder}": tensor {key} holds NaN or infinity, so the adapter would give no numbers. It comes '
                 "from a run that diverged, or was damaged; take an earlier checkpoint."

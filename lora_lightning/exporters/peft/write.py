@@ -71,7 +71,7 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     tensors |= {f"{PREFIX}{path}{ROWS}": values for path, values in rows.items()}
     heads.tensors |= whole
     tensors |= {f"{PREFIX}{name}": tensor for name, tensor in heads.tensors.items()}
-    check_finite("the adapter", tensors.values())
+    check_finite("the adapter", tensors)
     own = {} if source.processor is None else saved_files(source.processor)
     write_below({**own, **source.tokenizer}, folder)
     # copies, since layers may share a factor, which the file has for each of them

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,11 @@ import peft
 import pytest
 import torch
 from peft_models import Q, change_tensors, from_peft, llama
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lora_lightning as ll
-from lora_lightning.errors import AdapterFileError
+from lora_lightning.errors import AdapterFileError, SettingsError
 from lora_lightning.exporters.peft import rules as peft_rules
 from lora_lightning.exporters.peft.folder import read
 
@@ -87,6 +89,43 @@ def test_without_values_a_folder_has_its_shapes_and_types(saved: Path) -> None:
         assert (layer.A.shape, layer.B.shape, layer.scaling) == (other.A.shape, other.B.shape, other.scaling)
         assert (layer.A.dtype, layer.B.dtype) == (other.A.dtype, other.B.dtype)
     assert {key: value.shape for key, value in whole.heads.items()} == {k: v.shape for k, v in outline.heads.items()}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lora_alpha": "16"}, r"lora_alpha='16'; it must be a finite number"),
+        ({"lora_alpha": None}, r"lora_alpha=None; it must be a finite number"),
+        ({"lora_alpha": float("inf")}, r"lora_alpha=inf; it must be a finite number"),
+        ({"lora_dropout": "0.1"}, r"lora_dropout='0.1'; it must be a finite number"),
+        ({"r": 4.0}, r"r=4.0; it must be a whole number"),
+        ({"use_rslora": "false"}, r"use_rslora='false'; it must be true or false"),
+        ({"rank_pattern": [1]}, r"rank_pattern=\[1\]; it must be numbers by name"),
+        ({"target_modules": {"q_proj": 1}}, r"it must be a list of names, or an expression"),
+        ({"modules_to_save": "lm_head"}, r"modules_to_save='lm_head'; it must be a list of names"),
+        ({"layers_to_transform": "1"}, r"layers_to_transform='1'; it must be a list of block numbers, or one"),
+        ({"alpha_pattern": {"q_proj": float("inf")}}, r"LoRA\.alpha is inf; it must be a finite number"),
+    ],
+)
+def test_settings_that_peft_does_not_write(values: dict[str, Any], message: str, saved: Path) -> None:
+    """A text where a number is meant is true in Python, and infinity gives no numbers."""
+    path = saved / peft_rules.CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    model = llama()
+    with pytest.raises((AdapterFileError, SettingsError), match=message):
+        ll.import_peft(model, saved)
+    assert not list(ll.iter_adapters(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.float8_e4m3fn], ids=str)
+def test_factors_of_any_floating_type_are_read_exactly(dtype: torch.dtype, saved: Path) -> None:
+    change_tensors(saved, lambda tensors: tensors.update({key: value.to(dtype) for key, value in tensors.items()}))
+    model, stated = llama(), load_file(saved / peft_rules.TENSORS)
+    ll.import_peft(model, saved)
+    for path, layer in ll.iter_adapters(model):
+        for side in ("lora_A", "lora_B"):
+            value = stated[f"base_model.model.{path}.{side}.weight"].float()
+            assert torch.equal(getattr(layer.adapter("default"), side), value)
 
 
 def test_missing_and_damaged_folders(saved: Path, tmp_path: Path) -> None:

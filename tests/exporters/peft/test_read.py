@@ -41,6 +41,8 @@ def change_config(folder: Path, **values: Any) -> None:
             r"has trainable_token_indices .*, but no rows of the embedding",
         ),
         ({"layer_replication": [[0, 1]]}, "uses layer_replication"),
+        ({"use_qalora": True}, "uses use_qalora"),
+        ({"alora_invocation_tokens": [5, 6]}, "uses alora_invocation_tokens"),
         ({"some_later_option": {"a": 1}}, "uses some_later_option"),
         ({"bias": "some"}, 'has bias=\'some\'; "none", "all" and "lora_only" are read'),
         ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq', with which peft changes the base"),

@@ -11,11 +11,13 @@ import peft
 import pytest
 import torch
 import transformers
+from architectures import ARCHITECTURES
+from model_classes import model_class
 from peft_models import PEFT_WARNINGS, DoRA, LoRA, from_peft, llama, seeded
 from torch import Tensor
 
 import lora_lightning as ll
-from lora_lightning.errors import ExportError
+from lora_lightning.errors import AdapterFileError, ExportError
 from lora_lightning.exporters.preview import refusals
 from lora_lightning.testing import perturb
 
@@ -95,3 +97,51 @@ def test_a_copy_a_pickle_and_a_state_dictionary_are_the_model_and_a_copy_is_apar
                 parameter.zero_()
     assert torch.equal(said(model), expected)
     assert not torch.equal(said(twin), expected)
+
+
+ROUTED = ["Mixtral", "Qwen3Moe", "Qwen2Moe", "Olmoe"]
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")  # peft's own
+@pytest.mark.parametrize("name", ROUTED)
+def test_all_linear_of_peft_adapts_routers_and_gates_narrower_than_its_rank(name: str, tmp_path: Path) -> None:
+    """peft's "all-linear" takes Qwen2's gate of one output with it, and every router that is a linear layer."""
+    found = model_class(f"{name}ForCausalLM")
+    theirs = from_peft(found.build, tmp_path / "theirs", target_modules="all-linear", r=8)
+    own = found.build()
+    report = ll.import_peft(own, tmp_path / "theirs")
+    assert [path for path in report.layers if path.rpartition(".mlp.")[2].startswith(("gate", "shared_expert_gate"))]
+    torch.testing.assert_close(said(own), said(theirs), rtol=1e-5, atol=1e-5)
+    ll.export(own, tmp_path / "again")
+    again = peft.PeftModel.from_pretrained(found.build(), tmp_path / "again").eval()
+    torch.testing.assert_close(said(again), said(theirs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "other"), [("Llama", "LLaVA"), ("LLaVA", "Llama")])
+def test_a_text_models_adapter_is_refused_by_one_that_sees_and_the_other_way(
+    name: str, other: str, tmp_path: Path
+) -> None:
+    model = trained(ARCHITECTURES[name].build(), LoRA(rank=2), ["o_proj"])
+    ll.save_adapter(model, tmp_path / "own")
+    ll.export(model, tmp_path / "peft")
+    target = ARCHITECTURES[other].build()
+    classes = [type(one).__name__ for one in (model, target)]
+    with pytest.raises(AdapterFileError, match=rf"trained on {classes[0]}; this model is {classes[1]}"):
+        ll.load_adapter(target, tmp_path / "own")
+    nearest = r"model\.language_model\.layers" if other == "LLaVA" else r"model\.layers"
+    with pytest.raises(AdapterFileError, match=rf'{classes[1]} lacks\. Did you mean "{nearest}'):
+        ll.import_peft(target, tmp_path / "peft")
+    assert not list(ll.iter_adapters(target))
+
+
+def test_an_adapter_on_a_model_with_another_merged_for_good_needs_that_model(tmp_path: Path) -> None:
+    model = trained(llama(), LoRA(rank=2), ["q_proj"])
+    ll.merge(model, keep_original=False)
+    ll.eject(model)
+    base = copy.deepcopy(model)
+    trained(model, LoRA(rank=2), ["v_proj"])
+    ll.save_adapter(model, tmp_path)
+    with pytest.raises(AdapterFileError, match="trained on other base weights"):
+        ll.load_adapter(llama(), tmp_path)
+    ll.load_adapter(base, tmp_path)
+    assert torch.equal(said(base), said(model))
