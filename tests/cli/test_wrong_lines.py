@@ -110,7 +110,8 @@ FIT = {
     "--checkpoint_minutes 0": "SaveOften.checkpoint_minutes is 0.0; it must be above 0, or null",
     "--checkpoint_minutes often": 'checkpoint_minutes is "often"; it must be a number or null',
     "--model.optimizer.lr 0.1": "no optimizer is named. Write model.optimizer: NAME",
-    "--model.optimizer AdamW --model.optimizer.lr -1": "Invalid learning rate: -1",
+    "--model.optimizer AdamW --model.optimizer.lr -1": "model.optimizer.init_args.lr is -1.0; it must be at least 0. ",
+    "--model.optimizer SGD --model.optimizer.momentum -1": "model.optimizer.init_args.momentum is -1.0; SGD says",
     # places
     "--model.pretrained ./modle": 'model.pretrained is "./modle"; no such folder',
     "--data.train model/trian.csv": '"model/trian.csv"',
