@@ -21,7 +21,9 @@ RENDERED = ("documents",)
 """Columns that other tools hand to the template, and Chat does not."""
 SYSTEM = ("system", "system_prompt")
 """Columns of a system text."""
-LEARNED_KEYS = (*REASONING, "tool_calls", "function_call", "refusal", "prefix", "chosen", "rejected", *MEDIA)
+UNFINISHED = ("prefix", "partial")
+"""Keys of an answer that a model is to go on with: Mistral's and DeepSeek's, Qwen's and Kimi's. It has no end yet."""
+LEARNED_KEYS = (*REASONING, "tool_calls", "function_call", "refusal", *UNFINISHED, "chosen", "rejected", *MEDIA)
 """Keys of a turn whose absence changes what is learned."""
 TEXT_KEYS = ("role", "content")
 
@@ -96,6 +98,13 @@ class Fields:
         return self._written[key]
 
     def _refusal(self, key: str, where: str) -> RowError:
+        if key in UNFINISHED:
+            return RowError(
+                f"with {key} that the template leaves out",
+                f"{where} has {key}, which marks an answer without an end, to be gone on with; the chat template "
+                f"{self.renderer.name} ends it, and its end would be learned. Give the whole answer in one turn, or "
+                f"remove {key} from one that is whole",
+            )
         return RowError(
             f"with {key} that the template leaves out",
             f"{where} has {key}, which the chat template {self.renderer.name} leaves out. Give a chat_template that "
