@@ -204,7 +204,17 @@ class CLI(LightningCLI):
         theirs = callbacks if isinstance(callbacks, list) else [callbacks]
         if given.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in theirs):
             self.trainer_defaults["callbacks"].append(RunBar())
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if rank > 0 and trainer.world_size == 1:
+            environment.refuse_rank(rank)
+        return trainer
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            seed = self._get(self.config, "seed_everything")
+            raise SettingsError(f"seed_everything is {seed}; it must be from 0 to {2**32 - 1}.") from error
 
     def _report(self, folder: Path) -> RunReport:
         """The run's report, which says where the rate comes from, and what a server refuses."""

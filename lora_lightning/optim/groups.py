@@ -85,7 +85,7 @@ def build_optimizer(
         where: dotted place of its settings, for errors; without one they name the optimizer's class.
 
     Raises:
-        SettingsError: the optimizer refuses a setting.
+        SettingsError: the optimizer refuses a setting; where `where` is given, it has a rate of 0.
         TrainingError: nothing trains, or a method forgets a parameter or names it twice.
 
     An optimizer with a method `bind_pairs(pairs)` receives the factor pairs of all trainable adapters.
@@ -112,6 +112,8 @@ def build_optimizer(
         if refused is None:
             raise
         raise refused from error
+    if where and all(group["lr"] == 0 for group in optimizer.param_groups):
+        raise SettingsError(f"{where}: its rate (lr) is 0, so that nothing would be trained; it must be above 0.")
     for group in optimizer.param_groups:
         group["lr"] = group["lr"] * group["lr_ratio"]
     if hasattr(optimizer, "bind_pairs"):

@@ -111,6 +111,10 @@ FIT = {
     "--checkpoint_minutes often": 'checkpoint_minutes is "often"; it must be a number or null',
     "--model.optimizer.lr 0.1": "no optimizer is named. Write model.optimizer: NAME",
     "--model.optimizer AdamW --model.optimizer.lr -1": "model.optimizer.init_args.lr is -1.0; it must be at least 0. ",
+    "--model.optimizer AdamW --model.optimizer.lr 0": "model.optimizer: its rate (lr) is 0, so that nothing would be",
+    "--trainer.limit_train_batches 0": "trainer.limit_train_batches is 0, so that nothing would be trained",
+    "--trainer.check_val_every_n_epoch 0": "trainer.check_val_every_n_epoch is 0; it must be at least 1, or null",
+    "--seed_everything 99999999999": "seed_everything is 99999999999; it must be from 0 to 4294967295",
     "--model.optimizer SGD --model.optimizer.momentum -1": "model.optimizer.init_args.momentum is -1.0; SGD says",
     # places
     "--model.pretrained ./modle": 'model.pretrained is "./modle"; no such folder',

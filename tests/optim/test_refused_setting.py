@@ -112,6 +112,13 @@ def test_groups_are_as_they_were_for_an_optimizer_that_is_taken():
     assert [(group["name"], group["lr"], group["gain"]) for group in groups] == [("A", 0.5, 2.0), ("B", 0.5, 2.0)]
 
 
+def test_a_rate_of_zero_is_refused_before_the_run():
+    for factory in (partial(AdamW, lr=0.0), partial(SlowFast, inner=partial(SGD, lr=0))):
+        with pytest.raises(SettingsError, match=r"^model\.optimizer: its rate \(lr\) is 0, so that nothing would be"):
+            built(factory)
+    assert built(partial(AdamW, lr=0.0), where="").param_groups[0]["lr"] == 0  # a schedule of one's own may set it
+
+
 def test_a_run_in_python(tmp_path):
     folder = encoder_folder(tmp_path / "model")
     module = classification(folder, LoRA(rank=2), optimizer=lambda groups: AdamW(groups, lr=-1.0))

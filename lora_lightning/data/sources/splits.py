@@ -158,12 +158,14 @@ class Sources:
             tables[source] = self._usable(field, source, texts_only(table, texts), texts, judges)
             self._name(beside, source)
         if field == "train" and self.validation is None and self.validation_fraction:
-            rows = sum(map(len, tables.values()))
+            whole, rows = tables, sum(map(len, tables.values()))
             tables = {name: self._part(table, split, hold_out_by) for name, table in tables.items()}
             if not sum(map(len, tables.values())):
+                differ = _different(list(whole.values()), hold_out_by)
+                same = f", of which {differ} differ and equal ones stay together," if differ < rows else ""
                 raise DataError(
-                    f"{self.owner}.validation_fraction is {self.validation_fraction}; of the {rows} training rows it"
-                    f" leaves none for {split}. Name validation data, or set it to 0 to train without."
+                    f"{self.owner}.validation_fraction is {self.validation_fraction}; of the {rows} training rows{same}"
+                    f" it leaves none for {split}. Name validation data, or set it to 0 to train without."
                 )
         weights = getattr(self, field)
         return self._joined(field, tables, weights if split == "train" and isinstance(weights, dict) else None)
@@ -401,6 +403,12 @@ class HeldOut:
         if row[UNREADABLE] is not None:
             return not self.held
         return self.sources._is_held_out([row[column] for column in self.columns]) == self.held
+
+
+def _different(tables: Sequence[datasets.Dataset], columns: Sequence[str]) -> int:
+    """How many rows differ in the columns."""
+    rows = (row for table in tables for row in zip(*(table[name][:] for name in columns), strict=True))
+    return len({tuple(map(identity, row)) for row in rows})
 
 
 def _common(columns: Sequence[Sequence[str]]) -> list[str]:

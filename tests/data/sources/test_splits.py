@@ -71,6 +71,14 @@ def test_fraction_that_leaves_nothing(write):
         read(sources, "validation")
 
 
+def test_rows_that_are_all_equal_stay_together(write):
+    sources = Sources(owner="X", train=write("x.csv", "text\n" + "one\n" * 16), validation_fraction=0.25)
+    with pytest.raises(
+        DataError, match=r"of the 16 training rows, of which 1 differ and equal ones stay together, it leaves none for"
+    ):
+        read(sources, "validation")
+
+
 def test_examples_in_docstrings():
     assert doctest.testmod(splits) == (0, 1)  # failed, attempted
 
