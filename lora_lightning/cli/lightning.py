@@ -300,6 +300,11 @@ class CLI(LightningCLI):
         bound = (
             f"trainer.max_steps is {steps}" if steps is not None and steps >= 0 else f"trainer.max_epochs is {epochs}"
         )
+        if 0 not in (steps, epochs) and not self.trainer.global_step:
+            return (
+                "the run was stopped before its first step (trainer.should_stop), as trainer.max_time or a callback "
+                "does, so nothing was trained."
+            )
         if not self.line.resume:
             return f"{bound}, so nothing was trained; give a larger one."
         done = self.trainer.global_step
@@ -383,6 +388,8 @@ def _told(error: BaseException, line: command_line.Line, folder: RunFolder) -> L
         return error
     if isinstance(error, SIGTERMException):  # a SystemExit, which would mean success
         return TrainingError(_stopped(line, folder, "SIGTERM"))
+    if isinstance(error, SystemExit) and not error.code and folder.path is not None:  # which would mean success
+        return TrainingError(_stopped(line, folder, "sys.exit() of a callback or a plugin"))
     if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
         return TrainingError(_stopped(line, folder, "Ctrl-C"))
     if isinstance(error, MisconfigurationException) or (

@@ -81,9 +81,10 @@ def _of_trainer(trainer: Trainer) -> Iterator[SettingsError]:
             "val_check_interval counts batches of the whole run. trainer.limit_val_batches 0 leaves validation out."
         )
     clip, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
-    if clip is not None and clip < 0:
+    if clip is not None and not clip >= 0:  # which a number that is none is neither
         yield SettingsError(
-            f"trainer.gradient_clip_val is {clip}, which would turn gradients round; it must be above 0, or null."
+            f"trainer.gradient_clip_val is {clip}, which would spoil gradients or turn them round; it must be above 0, "
+            "or null."
         )
     if algorithm is not None and not clip:
         name = getattr(algorithm, "value", algorithm)

@@ -115,6 +115,7 @@ FIT = {
     "--trainer.limit_train_batches 0": "trainer.limit_train_batches is 0, so that nothing would be trained",
     "--trainer.check_val_every_n_epoch 0": "trainer.check_val_every_n_epoch is 0; it must be at least 1, or null",
     "--seed_everything 99999999999": "seed_everything is 99999999999; it must be from 0 to 4294967295",
+    "--trainer.max_time 00:00:00:00": "the run was stopped before its first step (trainer.should_stop), as",
     "--model.optimizer SGD --model.optimizer.momentum -1": "model.optimizer.init_args.momentum is -1.0; SGD says",
     # places
     "--model.pretrained ./modle": 'model.pretrained is "./modle"; no such folder',
@@ -149,7 +150,7 @@ FIT = {
     "--model.half_adapters true": "but frozen weights are float32, so that adapters are, too. Leave it out",
     "--trainer.gradient_clip_algorithm value": 'trainer.gradient_clip_algorithm is "value", but '
     "trainer.gradient_clip_val is None, so that nothing is clipped",
-    "--trainer.gradient_clip_val -1": "which would turn gradients round; it must be above 0, or null",
+    "--trainer.gradient_clip_val -1": "which would spoil gradients or turn them round; it must be above 0, or null",
     "--trainer.max_steps -1 --trainer.max_time 00:00:00:02 --model.lr_scheduler.decay cosine": "neither "
     "trainer.max_steps nor trainer.max_epochs bounds the run",
     "--trainer.check_val_every_n_epoch 50 --trainer.callbacks+ EarlyStopping --trainer.callbacks.monitor val_loss": (
@@ -285,6 +286,26 @@ def test_other_verbs(here, capsys, words, text):
     assert main(words) == 2
     assert text in capsys.readouterr().err
     assert not Path("runs").exists()
+
+
+EXITS = """
+import sys
+from lightning.pytorch.callbacks import Callback
+class Exits(Callback):
+    def on_train_batch_end(self, trainer, *_):
+        sys.exit(0)
+"""
+
+
+def test_a_callback_that_ends_the_program_is_no_success(here, capsys, monkeypatch):
+    (here / "exits.py").write_text(EXITS)
+    monkeypatch.syspath_prepend(here)
+    assert main(["fit", "--config", "tiny.yaml", "--trainer.callbacks+", "exits.Exits"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error == (
+        "error: the run in runs/tiny/001 was stopped by sys.exit() of a callback or a plugin before its first "
+        "checkpoint; start it again."
+    )
 
 
 def test_cite_takes_the_name_of_a_class(here, capsys):

@@ -92,6 +92,14 @@ class Sources:
                 raise SettingsError(f"{self.owner}.{field} is {source!r}; it must name a source, or be null.")
             if isinstance(source, dict) and min(source.values()) <= 0:
                 raise SettingsError(f"{self.owner}.{field} is {source!r}; weights must be above 0.")
+        for field in ("validation", "test"):
+            for name in sorted(_files(self.train) & _files(getattr(self, field))):
+                log.warning(
+                    "%s: %s is a file of train and of %s, so that what is measured has been learned",
+                    self.owner,
+                    name,
+                    field,
+                )
 
     def column_names(self, split: str) -> list[str] | None:
         """Columns that all sources of a split have, or None where none is named."""
@@ -403,6 +411,12 @@ class HeldOut:
         if row[UNREADABLE] is not None:
             return not self.held
         return self.sources._is_held_out([row[column] for column in self.columns]) == self.held
+
+
+def _files(source: Source | None) -> set[str]:
+    """Files that a source names; a folder or a name on the hub has splits of its own."""
+    names = [] if source is None else [source] if isinstance(source, str) else list(source)
+    return {str(path.resolve()) for path in (Path(name).expanduser() for name in names) if path.is_file()}
 
 
 def _different(tables: Sequence[datasets.Dataset], columns: Sequence[str]) -> int:

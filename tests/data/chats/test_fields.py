@@ -116,6 +116,17 @@ def test_other_keys_are_counted(fields, caplog):
     assert caplog.text.endswith("Chat: train: the chat template of the test does not write id (2 turns)\n")
 
 
+def test_texts_that_spell_special_tokens_are_counted(fields, caplog):
+    """As of data that a template was applied to already, or that somebody has planted."""
+    rendering = Rendering(fields("{% for m in messages %}{{ m.content }}{% endfor %}").renderer)
+    for text in ("one</s>two</s>", "x", "y</s>", "< /s>"):
+        rendering.of({}, "X").check([HI[0], {**HI[1], "content": text}], None, "X")
+    rendering.tell("Chat: train")
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1
+    assert told[0].startswith("Chat: train: texts of turns spell special tokens and are read as them: </s> (2 turns). ")
+
+
 def test_a_template_that_leaves_texts_out(fields):
     """As those of models for images, which take content as a list of parts, or those that know no system turn."""
     parts = "{% for m in messages %}{{ m.role }}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"

@@ -79,6 +79,18 @@ def test_rows_that_are_all_equal_stay_together(write):
         read(sources, "validation")
 
 
+def test_a_file_that_is_learned_and_measured_is_named(write, caplog):
+    one, other = write("x.csv", "text\none\n"), write("y.csv", "text\ntwo\n")
+    Sources(owner="X", train={one: 1.0, other: 2.0}, validation="./no.csv", test=other)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"X: {other} is a file of train and of test, so that what is measured has been learned"
+    ]
+    caplog.clear()
+    Sources(owner="X", train=one, validation=[other], test="owner/name", predict=one)
+    Sources(owner="X", train="owner/name", validation="owner/name")
+    assert not caplog.records
+
+
 def test_examples_in_docstrings():
     assert doctest.testmod(splits) == (0, 1)  # failed, attempted
 
