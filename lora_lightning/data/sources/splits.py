@@ -14,9 +14,10 @@ import datasets
 
 from lora_lightning.data.sources.faults import Faults, RowError
 from lora_lightning.data.sources.lines import PLAIN, Reading
+from lora_lightning.data.sources.opened import same_files
 from lora_lightning.data.sources.stored import PLACE
 from lora_lightning.data.sources.tables import UNREADABLE, read_stream, read_table, require_columns, stream_columns
-from lora_lightning.data.sources.texts import as_text, declared_names, names_only, texts_only
+from lora_lightning.data.sources.texts import as_text, declared_names, distinct_rows, names_only, texts_only
 from lora_lightning.data.sources.unread import Changing, Unread
 from lora_lightning.errors import DataError, SettingsError
 
@@ -93,13 +94,9 @@ class Sources:
             if isinstance(source, dict) and min(source.values()) <= 0:
                 raise SettingsError(f"{self.owner}.{field} is {source!r}; weights must be above 0.")
         for field in ("validation", "test"):
-            for name in sorted(_files(self.train) & _files(getattr(self, field))):
-                log.warning(
-                    "%s: %s is a file of train and of %s, so that what is measured has been learned",
-                    self.owner,
-                    name,
-                    field,
-                )
+            for name in same_files(_named(self.train), _named(getattr(self, field))):
+                told = f"{name} is a file of train and of {field}, so that what is measured has been learned"
+                log.warning("%s: %s", self.owner, told)
 
     def column_names(self, split: str) -> list[str] | None:
         """Columns that all sources of a split have, or None where none is named."""
@@ -169,7 +166,7 @@ class Sources:
             whole, rows = tables, sum(map(len, tables.values()))
             tables = {name: self._part(table, split, hold_out_by) for name, table in tables.items()}
             if not sum(map(len, tables.values())):
-                differ = _different(list(whole.values()), hold_out_by)
+                differ = distinct_rows(whole.values(), hold_out_by, identity)
                 same = f", of which {differ} differ and equal ones stay together," if differ < rows else ""
                 raise DataError(
                     f"{self.owner}.validation_fraction is {self.validation_fraction}; of the {rows} training rows{same}"
@@ -180,19 +177,17 @@ class Sources:
 
     def _tables(self, field: str) -> dict[str, datasets.Dataset]:
         given, hub_split = getattr(self, field), "test" if field == "predict" else field
-        sources = [] if given is None else [given] if isinstance(given, str) else list(given)
         what = f"{self.owner}.{field}"
         return {
             source: self._without_ignored(
                 _undecoded_table(read_table(source, hub_split, self.how, field=what, faults=self.faults))
             )
-            for source in sources
+            for source in _named(given)
         }
 
     def _streams(self) -> dict[str, datasets.IterableDataset]:
-        sources = [] if self.train is None else [self.train] if isinstance(self.train, str) else list(self.train)
         what = f"{self.owner}.train"
-        streams = {s: read_stream(s, "train", self.how, field=what, faults=self.faults) for s in sources}
+        streams = {s: read_stream(s, "train", self.how, field=what, faults=self.faults) for s in _named(self.train)}
         return {source: self._without_ignored(stream) for source, stream in streams.items()}
 
     def _without_ignored(self, table: Any) -> Any:
@@ -413,16 +408,8 @@ class HeldOut:
         return self.sources._is_held_out([row[column] for column in self.columns]) == self.held
 
 
-def _files(source: Source | None) -> set[str]:
-    """Files that a source names; a folder or a name on the hub has splits of its own."""
-    names = [] if source is None else [source] if isinstance(source, str) else list(source)
-    return {str(path.resolve()) for path in (Path(name).expanduser() for name in names) if path.is_file()}
-
-
-def _different(tables: Sequence[datasets.Dataset], columns: Sequence[str]) -> int:
-    """How many rows differ in the columns."""
-    rows = (row for table in tables for row in zip(*(table[name][:] for name in columns), strict=True))
-    return len({tuple(map(identity, row)) for row in rows})
+def _named(source: Source | None) -> list[str]:
+    return [] if source is None else [source] if isinstance(source, str) else list(source)
 
 
 def _common(columns: Sequence[Sequence[str]]) -> list[str]:
