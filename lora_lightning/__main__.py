@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 
 from lora_lightning.cli.main import main
 
@@ -15,6 +16,9 @@ BROKEN_PIPE = 128 + 13
 """Exit code where the reader of the output has left: what shells report of a tool that SIGPIPE ends."""
 INTERRUPT = 128 + 2
 """Exit code of a program that Ctrl-C ends: what shells report of one that SIGINT ends."""
+
+HELD = 5.0
+"""Seconds after its work from which on threads that keep the program alive are named."""
 
 
 def program() -> int:
@@ -31,6 +35,9 @@ def program() -> int:
         if distributed := sys.modules.get("lora_lightning.distributed"):  # light verbs never import torch
             distributed.leave_process_group()
         sys.stdout.flush()
+        timer = threading.Timer(HELD, name_threads)
+        timer.daemon = True
+        timer.start()
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         return INTERRUPT
@@ -42,6 +49,19 @@ def program() -> int:
             return BROKEN_PIPE
         raise
     return code
+
+
+def name_threads() -> None:
+    """Say which threads the program, whose work is done, still waits for; those of pools have ended by themselves."""
+    main_thread = threading.main_thread()
+    held = [repr(one.name) for one in threading.enumerate() if not one.daemon and one is not main_thread]
+    if held:
+        print(
+            f"note: the work is done, and the program waits for {', '.join(held)}: a thread that a plugin, callback or "
+            "logger has started and not ended. Ctrl-C ends the program without it.",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

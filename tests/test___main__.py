@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -52,3 +53,29 @@ def test_ctrl_c_ends_it_with_a_line(monkeypatch, capsys):
     monkeypatch.setattr(program, "main", main)
     assert program.program() == 130
     assert capsys.readouterr().err == "stopped by Ctrl-C\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="another signal there")
+def test_a_thread_that_holds_the_finished_program_is_named():
+    """As of a logger that uploads; Ctrl-C ends it, and threads of a pool are no such threads."""
+    script = """
+import threading
+from concurrent.futures import ThreadPoolExecutor
+import lora_lightning.__main__ as program
+def main():
+    ThreadPoolExecutor(1, thread_name_prefix="pool").submit(print).result()
+    threading.Thread(target=threading.Event().wait, name="upload").start()
+    return 0
+program.main, program.HELD = main, 0.05
+raise SystemExit(program.program())
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True) as process:
+        line = process.stderr.readline()
+        assert line.startswith("note: the work is done, and the program waits for 'upload': a thread that a plugin, ")
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+def test_nothing_is_said_of_threads_that_hold_nothing(capsys):
+    program.name_threads()
+    assert capsys.readouterr().err == ""

@@ -6,11 +6,14 @@ import argparse
 import math
 import os
 from collections.abc import Iterable
+from typing import NoReturn
 
 from lora_lightning.errors import SettingsError, did_you_mean
 from lora_lightning.registry import TRAINING_VERBS
 
 PREFIX = "LORA_LIGHTNING_"
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+"""Variables of launchers that number processes, in the order in which Lightning asks them."""
 OWN = ("CACHE_GB", "COMPLETE", "DEBUG", "RUN", "TEST_DATA")
 """Names behind the prefix that are no setting of a verb."""
 
@@ -41,6 +44,15 @@ def used(parser: argparse.ArgumentParser, verb: str | None) -> list[str]:
         f"environment: {name}={os.environ[name]} sets {known[name]}, unless a config or a flag does"
         for name in sorted(found)
     ]
+
+
+def refuse_rank(rank: int) -> NoReturn:
+    """Raise `SettingsError` for a run of one process that the environment calls another than the first."""
+    named = next((name for name in RANKS if os.environ.get(name) == str(rank)), RANKS[0])
+    raise SettingsError(
+        f"the environment sets {named}={rank}, as a launcher does for a process beside the first, and this run has one "
+        "process. Unset it, or give trainer.devices and trainer.num_nodes as they were launched."
+    )
 
 
 def _refuse_strangers(known: Iterable[str]) -> None:

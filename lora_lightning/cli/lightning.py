@@ -213,7 +213,17 @@ class CLI(LightningCLI):
         theirs = callbacks if isinstance(callbacks, list) else [callbacks]
         if given.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in theirs):
             self.trainer_defaults["callbacks"].append(RunBar())
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if rank > 0 and trainer.world_size == 1:
+            environment.refuse_rank(rank)
+        return trainer
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            seed = self._get(self.config, "seed_everything")
+            raise SettingsError(f"seed_everything is {seed}; it must be from 0 to {2**32 - 1}.") from error
 
     def _report(self, folder: Path) -> RunReport:
         """The run's report, which says where the rate comes from, and what a server refuses."""
@@ -308,6 +318,11 @@ class CLI(LightningCLI):
         bound = (
             f"trainer.max_steps is {steps}" if steps is not None and steps >= 0 else f"trainer.max_epochs is {epochs}"
         )
+        if 0 not in (steps, epochs) and not self.trainer.global_step:
+            return (
+                "the run was stopped before its first step (trainer.should_stop), as trainer.max_time or a callback "
+                "does, so nothing was trained."
+            )
         if not self.line.resume:
             return f"{bound}, so nothing was trained; give a larger one."
         done = self.trainer.global_step
@@ -391,6 +406,8 @@ def _told(error: BaseException, line: command_line.Line, folder: RunFolder) -> L
         return error
     if isinstance(error, SIGTERMException):  # a SystemExit, which would mean success
         return TrainingError(_stopped(line, folder, "SIGTERM"))
+    if isinstance(error, SystemExit) and not error.code and folder.path is not None:  # which would mean success
+        return TrainingError(_stopped(line, folder, "sys.exit() of a callback or a plugin"))
     if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
         return TrainingError(_stopped(line, folder, "Ctrl-C"))
     if isinstance(error, MisconfigurationException) or (

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from lora_lightning.adapters.base import FactorPair, GroupSpec, trains
 from lora_lightning.errors import SettingsError, TrainingError
 from lora_lightning.injection.records import adapters_named, injected_root, records, trainable_adapters
+from lora_lightning.optim.refused_setting import refused_setting
 from lora_lightning.optim.wrapper import adamw
 
 OptimizerFactory = Callable[[Any], Optimizer]
@@ -72,13 +73,20 @@ def _check_complete(root: nn.Module, specs: dict[str, GroupSpec]) -> None:
         raise TrainingError(f"param_groups must hold every trainable exactly once; it does not for {forgotten[0]}.")
 
 
-def build_optimizer(model: nn.Module, factory: OptimizerFactory | None, head_lr_ratio: float = 1.0) -> Optimizer:
+def build_optimizer(
+    model: nn.Module, factory: OptimizerFactory | None, head_lr_ratio: float = 1.0, where: str = ""
+) -> Optimizer:
     """An optimizer over the trainables only.
 
     Args:
         model: a model with adapters.
         factory: makes an optimizer from parameter groups; None takes the first method's own, else AdamW at 1e-3.
         head_lr_ratio: rate of fully trained base parameters over the optimizer's.
+        where: dotted place of its settings, for errors; without one they name the optimizer's class.
+
+    Raises:
+        SettingsError: the optimizer refuses a setting; where `where` is given, it has a rate of 0.
+        TrainingError: nothing trains, or a method forgets a parameter or names it twice.
 
     An optimizer with a method `bind_pairs(pairs)` receives the factor pairs of all trainable adapters.
     """
@@ -96,11 +104,16 @@ def build_optimizer(model: nn.Module, factory: OptimizerFactory | None, head_lr_
         groups.append(group)
     make = factory or _methods_own(model) or adamw
     try:
-        optimizer = make(groups)
-    except SettingsError:
-        raise
-    except ValueError as error:
-        raise SettingsError(f"optimizer: {error}.") from error
+        optimizer = make([{**group} for group in groups])
+    except Exception as error:  # whatever the optimizer's author raises
+        refused = refused_setting(error, groups, where if factory else "")
+        if refused is None and isinstance(error, ValueError) and not isinstance(error, SettingsError):
+            refused = SettingsError(f"{where or 'optimizer'}: {error}.")
+        if refused is None:
+            raise
+        raise refused from error
+    if where and all(group["lr"] == 0 for group in optimizer.param_groups):
+        raise SettingsError(f"{where}: its rate (lr) is 0, so that nothing would be trained; it must be above 0.")
     for group in optimizer.param_groups:
         group["lr"] = group["lr"] * group["lr_ratio"]
     if hasattr(optimizer, "bind_pairs"):

@@ -286,7 +286,7 @@ class AdapterModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over named groups, and the schedule per optimizer step where the run's length is known."""
-        optimizer = build_optimizer(self.model, self.optimizer_factory, self.head_ratio)
+        optimizer = build_optimizer(self.model, self.optimizer_factory, self.head_ratio, "model.optimizer")
         total = total_steps(self.trainer)
         if total is None:
             self.print(unscheduled(self.lr_scheduler))

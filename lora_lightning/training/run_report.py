@@ -118,7 +118,10 @@ class RunReport(StepCallback):
 
     def _record(self, trainer: Trainer, step: int, validation: bool) -> None:
         wanted = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_") == validation}
-        self.history.append({"step": step, **wanted})
+        point = {"step": step, **wanted}
+        if self.history[-1:] == [point]:  # a second validation within one step finds the same
+            return
+        self.history.append(point)
         if wanted and trainer.is_global_zero and not sys.stdout.isatty():  # a log has no bar
             print(progress_line(step, total_steps(trainer), wanted), flush=True)
 

@@ -72,10 +72,19 @@ def _of_data(data: Any) -> Iterator[SettingsError]:
 
 
 def _of_trainer(trainer: Trainer) -> Iterator[SettingsError]:
-    clip, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
-    if clip is not None and clip < 0:
+    if trainer.limit_train_batches == 0:
+        yield SettingsError("trainer.limit_train_batches is 0, so that nothing would be trained; null takes all.")
+    every = trainer.check_val_every_n_epoch
+    if every is not None and every < 1:
         yield SettingsError(
-            f"trainer.gradient_clip_val is {clip}, which would turn gradients round; it must be above 0, or null."
+            f"trainer.check_val_every_n_epoch is {every}; it must be at least 1, or null, with which "
+            "val_check_interval counts batches of the whole run. trainer.limit_val_batches 0 leaves validation out."
+        )
+    clip, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+    if clip is not None and not clip >= 0:  # which a number that is none is neither
+        yield SettingsError(
+            f"trainer.gradient_clip_val is {clip}, which would spoil gradients or turn them round; it must be above 0, "
+            "or null."
         )
     if algorithm is not None and not clip:
         name = getattr(algorithm, "value", algorithm)

@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from lora_lightning.cli.environment import used
+from lora_lightning.cli.environment import refuse_rank, used
 from lora_lightning.errors import SettingsError
 
 
@@ -68,3 +68,12 @@ def test_variables_of_other_purposes_are_let_be(parser, monkeypatch):
     for name in ("CACHE_GB", "COMPLETE", "DEBUG", "RUN", "TEST_DATA"):
         monkeypatch.setenv(f"LORA_LIGHTNING_{name}", "5")
     assert used(parser, "fit") == []
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
+def test_a_rank_that_is_left_over_from_another_launch(monkeypatch, name):
+    monkeypatch.setenv(name, "3")
+    with pytest.raises(
+        SettingsError, match=rf"^the environment sets {name}=3, as a launcher does .* Unset it, or give"
+    ):
+        refuse_rank(3)

@@ -110,7 +110,13 @@ FIT = {
     "--checkpoint_minutes 0": "SaveOften.checkpoint_minutes is 0.0; it must be above 0, or null",
     "--checkpoint_minutes often": 'checkpoint_minutes is "often"; it must be a number or null',
     "--model.optimizer.lr 0.1": "no optimizer is named. Write model.optimizer: NAME",
-    "--model.optimizer AdamW --model.optimizer.lr -1": "Invalid learning rate: -1",
+    "--model.optimizer AdamW --model.optimizer.lr -1": "model.optimizer.init_args.lr is -1.0; it must be at least 0. ",
+    "--model.optimizer AdamW --model.optimizer.lr 0": "model.optimizer: its rate (lr) is 0, so that nothing would be",
+    "--trainer.limit_train_batches 0": "trainer.limit_train_batches is 0, so that nothing would be trained",
+    "--trainer.check_val_every_n_epoch 0": "trainer.check_val_every_n_epoch is 0; it must be at least 1, or null",
+    "--seed_everything 99999999999": "seed_everything is 99999999999; it must be from 0 to 4294967295",
+    "--trainer.max_time 00:00:00:00": "the run was stopped before its first step (trainer.should_stop), as",
+    "--model.optimizer SGD --model.optimizer.momentum -1": "model.optimizer.init_args.momentum is -1.0; SGD says",
     # places
     "--model.pretrained ./modle": 'model.pretrained is "./modle"; no such folder',
     "--data.train model/trian.csv": '"model/trian.csv"',
@@ -144,7 +150,7 @@ FIT = {
     "--model.half_adapters true": "but frozen weights are float32, so that adapters are, too. Leave it out",
     "--trainer.gradient_clip_algorithm value": 'trainer.gradient_clip_algorithm is "value", but '
     "trainer.gradient_clip_val is None, so that nothing is clipped",
-    "--trainer.gradient_clip_val -1": "which would turn gradients round; it must be above 0, or null",
+    "--trainer.gradient_clip_val -1": "which would spoil gradients or turn them round; it must be above 0, or null",
     "--trainer.max_steps -1 --trainer.max_time 00:00:00:02 --model.lr_scheduler.decay cosine": "neither "
     "trainer.max_steps nor trainer.max_epochs bounds the run",
     "--trainer.check_val_every_n_epoch 50 --trainer.callbacks+ EarlyStopping --trainer.callbacks.monitor val_loss": (
@@ -261,7 +267,13 @@ def test_a_key_that_stands_twice_is_an_error_everywhere(here, capsys, case, verb
         (["infer", "--run", "runs/x"], 'no verb "infer". Here it is "generate"'),
         (["ft"], 'no verb "ft". Did you mean "fit"?'),
         (["--config", "tiny.yaml"], "the verb comes first"),
-        (["cite", "DoRAA"], 'config "DoRAA": no file and no config of that name. Did you mean'),
+        (
+            ["cite", "DoRAA"],
+            'cite "DoRAA": no method, optimizer or callback of a plugin, no config and no file of that ',
+        ),
+        (["cite", "DoRAA"], 'Did you mean "DoRA"? Methods: CELoRA, DoRA, LoRA,'),
+        (["cite", "VeRA"], 'cite "VeRA": no method, optimizer or callback of a plugin, no config and no file of that '),
+        (["cite", "lora.yml"], 'config "lora.yml": no file and no config of that name. Did you mean "lora"?'),
         (["show", "DoRAA"], "DoRA"),
         (["export", "runs/none", "--format", "peft", "--output", "x"], "runs/none"),
         (["predict", "--config", "tiny.yaml"], "predict: no trained weights given; --run FOLDER takes a run's"),
@@ -274,6 +286,26 @@ def test_other_verbs(here, capsys, words, text):
     assert main(words) == 2
     assert text in capsys.readouterr().err
     assert not Path("runs").exists()
+
+
+EXITS = """
+import sys
+from lightning.pytorch.callbacks import Callback
+class Exits(Callback):
+    def on_train_batch_end(self, trainer, *_):
+        sys.exit(0)
+"""
+
+
+def test_a_callback_that_ends_the_program_is_no_success(here, capsys, monkeypatch):
+    (here / "exits.py").write_text(EXITS)
+    monkeypatch.syspath_prepend(here)
+    assert main(["fit", "--config", "tiny.yaml", "--trainer.callbacks+", "exits.Exits"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error == (
+        "error: the run in runs/tiny/001 was stopped by sys.exit() of a callback or a plugin before its first "
+        "checkpoint; start it again."
+    )
 
 
 def test_cite_takes_the_name_of_a_class(here, capsys):

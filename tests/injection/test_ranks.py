@@ -56,6 +56,16 @@ def test_a_method_inside_another_and_a_rank_of_another_name():
     assert model[1].adapter("default").lora_B.shape[-2:] == (2, 2)
 
 
+@pytest.mark.parametrize("method", [CELoRA(), DoRA(), LoRA(), LoRASC(inner=LoRA()), MoELoRA(), RoseLoRA()], ids=repr)
+def test_the_default_rank_of_a_method_fits_small_layers_at_the_first_attempt(method):
+    """Layers with fewer outputs, or inputs, than the rank need no `exclude` or `overrides`, one after the other."""
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 3), nn.Linear(3, 2), nn.Linear(2, 20), nn.Linear(20, 1))
+    report = ll.inject(model, method, also_train=())
+    assert list(report.layers) == ["0", "1", "2", "3", "4"]
+    told = " ".join(report.notes)
+    assert all(f"is taken as {narrow} on" in told for narrow in (1, 2, 3))
+
+
 def test_an_override_is_cut_as_well_and_no_other_layer():
     model = narrow()
     report = ll.inject(model, LoRA(rank=2), ["0", "1"], also_train=(), overrides={"1": {"rank": 4, "alpha": 12}})

@@ -72,6 +72,20 @@ def test_training_loss_is_recorded_as_its_mean_and_curves_survive_a_resume(encod
     assert resumed.history == report.history
 
 
+def test_validations_within_one_step_are_told_once(encoder, tmp_path, capsys):
+    """Validations count batches, and a step of four has four of them, which measure the same weights."""
+    report = RunReport(tmp_path)
+    settings = {"max_steps": 2, "accumulate_grad_batches": 4, "val_check_interval": 1, "log_every_n_steps": 1}
+    trainer(tmp_path, [report], **settings).fit(
+        classification(encoder, LoRA(rank=2)), datamodule=labelled_data(encoder)
+    )
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    validated = [line.partition(":")[0] for line in lines if "val_loss" in line]
+    assert validated == ["step 0 of 2", "step 1 of 2", "step 2 of 2"]
+    assert len(lines) == 5
+    assert [point["step"] for point in report.history if "val_loss" in point] == [0, 1, 2]
+
+
 def test_final_values_are_those_of_the_state_that_is_written(encoder, tmp_path):
     """Without a validation at the last step the report measures it, as `validate` would."""
     report = RunReport(tmp_path)

@@ -57,9 +57,16 @@ def test_settings_of_other_tasks(task, settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"limit_train_batches": 0}, r"^trainer\.limit_train_batches is 0, so that nothing would be trained; null"),
+        ({"check_val_every_n_epoch": 0}, r"^trainer\.check_val_every_n_epoch is 0; it must be at least 1, or null"),
+        ({"check_val_every_n_epoch": -2}, r"^trainer\.check_val_every_n_epoch is -2; it must be at least 1"),
         ({"gradient_clip_algorithm": "norm"}, r'algorithm is "norm", but trainer\.gradient_clip_val is None'),
         ({"gradient_clip_algorithm": "value", "gradient_clip_val": 0}, r"clip_val is 0, so that nothing is clipped"),
-        ({"gradient_clip_val": -0.5}, r"clip_val is -0\.5, which would turn gradients round; it must be above 0"),
+        ({"gradient_clip_val": -0.5}, r"clip_val is -0\.5, which would spoil gradients or turn them round; it must be"),
+        (
+            {"gradient_clip_val": math.nan},
+            r"clip_val is nan, which would spoil gradients or turn them round; it must be",
+        ),
     ],
 )
 def test_clipping(tmp_path, encoder, settings, message):

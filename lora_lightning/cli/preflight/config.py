@@ -334,7 +334,8 @@ class _ConfigCheck(Description):
 
     def _check_injected(self, module: AdapterModule, net: nn.Module, callbacks: Sequence[Callback]) -> None:
         self.findings.attempt(
-            lambda: build_optimizer(net, module.optimizer_factory, module.head_ratio), "model.optimizer"
+            lambda: build_optimizer(net, module.optimizer_factory, module.head_ratio, "model.optimizer"),
+            "model.optimizer",
         )
         for form, why in refusals(net, NAME).items():
             self.findings.notes.append(f"export --format {form} will be refused: {why}")

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.cli.configs import find_config
-from lora_lightning.errors import SettingsError
+from lora_lightning.cli.configs import config_names, find_config
+from lora_lightning.errors import SettingsError, did_you_mean
 from lora_lightning.methods import Method
 from lora_lightning.plugins import load_classes, registry
 
@@ -29,6 +29,8 @@ def run(args: argparse.Namespace) -> int:
     entries: dict[str, None] = {}
     for config in args.configs:
         named = named_class(config)
+        if named is None:
+            _refuse_unknown(config)
         for cls in classes_in(config) if named is None else [named]:
             bibtex = getattr(cls, "bibtex", "")
             if bibtex or _is_of_a_plugin(cls):
@@ -45,6 +47,18 @@ def named_class(name: str) -> type[Any] | None:
         return known.methods[name]
     component = known.components.get(name)
     return component.load() if component is not None else None
+
+
+def _refuse_unknown(name: str) -> None:
+    """Raise `SettingsError` for a word that is neither a class nor a place of a file."""
+    known = registry()
+    classes, configs = [*known.methods, *known.components], config_names()
+    if Path(name).name != name or Path(name).suffix or Path(name).exists() or name in configs:
+        return
+    raise SettingsError(
+        f'cite "{name}": no method, optimizer or callback of a plugin, no config and no file of that name.'
+        f"{did_you_mean(name, [*classes, *configs])} Methods: {', '.join(known.methods)}."
+    )
 
 
 def classes_in(config: str) -> Iterator[type[Any]]:

@@ -153,7 +153,7 @@ def count(
             return mean if penalty is None else mean + penalty
 
         def optimizer() -> Optimizer:
-            return build_optimizer(module.model, module.optimizer_factory, module.head_ratio)
+            return build_optimizer(module.model, module.optimizer_factory, module.head_ratio, "model.optimizer")
 
         inside, rest = units(module.model, quantized)
         unpacked = largest_linear(module.model) if quantized else 0

@@ -21,7 +21,9 @@ RENDERED = ("documents",)
 """Columns that other tools hand to the template, and Chat does not."""
 SYSTEM = ("system", "system_prompt")
 """Columns of a system text."""
-LEARNED_KEYS = (*REASONING, "tool_calls", "function_call", "refusal", "prefix", "chosen", "rejected", *MEDIA)
+UNFINISHED = ("prefix", "partial")
+"""Keys of an answer that a model is to go on with: Mistral's and DeepSeek's, Qwen's and Kimi's. It has no end yet."""
+LEARNED_KEYS = (*REASONING, "tool_calls", "function_call", "refusal", *UNFINISHED, "chosen", "rejected", *MEDIA)
 """Keys of a turn whose absence changes what is learned."""
 TEXT_KEYS = ("role", "content")
 
@@ -63,8 +65,11 @@ class Fields:
     def __init__(self, renderer: Renderer) -> None:
         self.renderer = renderer
         self._written: dict[str, bool] = {}
+        self._marks = tuple(renderer.tokenizer.all_special_tokens)
         self.left_out: Counter[str] = Counter()
         """Turns by key that the template does not write, without consequence for what is learned."""
+        self.special: Counter[str] = Counter()
+        """Turns by special token of the tokenizer that their text spells, so that it is read as one."""
 
     def check(self, turns: Sequence[Turn], tools: Tools, where: str) -> None:
         """Try the keys of the turns.
@@ -80,6 +85,7 @@ class Fields:
                 self._written[what] = self.renderer.writes_content(number, turns, tools, where)
             if turn["content"] and not self._written[what]:
                 raise self._refusal(what, where)
+            self.special.update(mark for mark in self._marks if mark in turn["content"])
             for key in turn:
                 if key in TEXT_KEYS or not turn[key]:
                     continue
@@ -96,6 +102,13 @@ class Fields:
         return self._written[key]
 
     def _refusal(self, key: str, where: str) -> RowError:
+        if key in UNFINISHED:
+            return RowError(
+                f"with {key} that the template leaves out",
+                f"{where} has {key}, which marks an answer without an end, to be gone on with; the chat template "
+                f"{self.renderer.name} ends it, and its end would be learned. Give the whole answer in one turn, or "
+                f"remove {key} from one that is whole",
+            )
         return RowError(
             f"with {key} that the template leaves out",
             f"{where} has {key}, which the chat template {self.renderer.name} leaves out. Give a chat_template that "
@@ -132,7 +145,16 @@ class Rendering:
         return self._by_options[key]
 
     def tell(self, what: str) -> None:
-        """Name the keys that were left out, once each with their count."""
+        """Name the keys that were left out, and special tokens that texts spell, once each with their count."""
+        special = sum((fields.special for fields in self._by_options.values()), Counter[str]())
+        if special:
+            told = ", ".join(f"{mark} ({count} turns)" for mark, count in sorted(special.items()))
+            log.warning(
+                "%s: texts of turns spell special tokens and are read as them: %s. Where a template has been applied "
+                "to the data already, learn them as text instead",
+                what,
+                told,
+            )
         left_out = sum((fields.left_out for fields in self._by_options.values()), Counter[str]())
         if left_out:
             told = ", ".join(f"{key} ({count} turns)" for key, count in sorted(left_out.items()))

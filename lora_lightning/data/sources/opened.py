@@ -7,6 +7,7 @@ import codecs
 import gzip
 import io
 import lzma
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO, TextIO, cast
 
@@ -92,6 +93,12 @@ def foreign_byte(text: str, encoding: str) -> str:
     name = encoding.removesuffix("-sig")
     other = "cp1252 (Windows, Excel) is usual" if name == "utf-8" else f"it was read as {name}"
     return f"byte 0x{byte:02x} is no {name}; set data.encoding to the file's encoding: {other}"
+
+
+def same_files(one: Iterable[str], other: Iterable[str]) -> list[str]:
+    """Files, absolute and sorted, that both name; a folder or a name on the hub has splits of its own."""
+    both = [{path.resolve() for path in map(Path, names) if path.is_file()} for names in (one, other)]
+    return sorted(map(str, both[0] & both[1]))
 
 
 class _Raw(io.RawIOBase):

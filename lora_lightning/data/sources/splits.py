@@ -14,9 +14,10 @@ import datasets
 
 from lora_lightning.data.sources.faults import Faults, RowError
 from lora_lightning.data.sources.lines import PLAIN, Reading
+from lora_lightning.data.sources.opened import same_files
 from lora_lightning.data.sources.stored import PLACE
 from lora_lightning.data.sources.tables import UNREADABLE, read_stream, read_table, require_columns, stream_columns
-from lora_lightning.data.sources.texts import as_text, declared_names, names_only, texts_only
+from lora_lightning.data.sources.texts import as_text, declared_names, distinct_rows, names_only, texts_only
 from lora_lightning.data.sources.unread import Changing, Unread
 from lora_lightning.errors import DataError, SettingsError
 
@@ -92,6 +93,10 @@ class Sources:
                 raise SettingsError(f"{self.owner}.{field} is {source!r}; it must name a source, or be null.")
             if isinstance(source, dict) and min(source.values()) <= 0:
                 raise SettingsError(f"{self.owner}.{field} is {source!r}; weights must be above 0.")
+        for field in ("validation", "test"):
+            for name in same_files(_named(self.train), _named(getattr(self, field))):
+                told = f"{name} is a file of train and of {field}, so that what is measured has been learned"
+                log.warning("%s: %s", self.owner, told)
 
     def column_names(self, split: str) -> list[str] | None:
         """Columns that all sources of a split have, or None where none is named."""
@@ -158,31 +163,31 @@ class Sources:
             tables[source] = self._usable(field, source, texts_only(table, texts), texts, judges)
             self._name(beside, source)
         if field == "train" and self.validation is None and self.validation_fraction:
-            rows = sum(map(len, tables.values()))
+            whole, rows = tables, sum(map(len, tables.values()))
             tables = {name: self._part(table, split, hold_out_by) for name, table in tables.items()}
             if not sum(map(len, tables.values())):
+                differ = distinct_rows(whole.values(), hold_out_by, identity)
+                same = f", of which {differ} differ and equal ones stay together," if differ < rows else ""
                 raise DataError(
-                    f"{self.owner}.validation_fraction is {self.validation_fraction}; of the {rows} training rows it"
-                    f" leaves none for {split}. Name validation data, or set it to 0 to train without."
+                    f"{self.owner}.validation_fraction is {self.validation_fraction}; of the {rows} training rows{same}"
+                    f" it leaves none for {split}. Name validation data, or set it to 0 to train without."
                 )
         weights = getattr(self, field)
         return self._joined(field, tables, weights if split == "train" and isinstance(weights, dict) else None)
 
     def _tables(self, field: str) -> dict[str, datasets.Dataset]:
         given, hub_split = getattr(self, field), "test" if field == "predict" else field
-        sources = [] if given is None else [given] if isinstance(given, str) else list(given)
         what = f"{self.owner}.{field}"
         return {
             source: self._without_ignored(
                 _undecoded_table(read_table(source, hub_split, self.how, field=what, faults=self.faults))
             )
-            for source in sources
+            for source in _named(given)
         }
 
     def _streams(self) -> dict[str, datasets.IterableDataset]:
-        sources = [] if self.train is None else [self.train] if isinstance(self.train, str) else list(self.train)
         what = f"{self.owner}.train"
-        streams = {s: read_stream(s, "train", self.how, field=what, faults=self.faults) for s in sources}
+        streams = {s: read_stream(s, "train", self.how, field=what, faults=self.faults) for s in _named(self.train)}
         return {source: self._without_ignored(stream) for source, stream in streams.items()}
 
     def _without_ignored(self, table: Any) -> Any:
@@ -401,6 +406,10 @@ class HeldOut:
         if row[UNREADABLE] is not None:
             return not self.held
         return self.sources._is_held_out([row[column] for column in self.columns]) == self.held
+
+
+def _named(source: Source | None) -> list[str]:
+    return [] if source is None else [source] if isinstance(source, str) else list(source)
 
 
 def _common(columns: Sequence[Sequence[str]]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -136,3 +136,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items() if inner is not None}
     return [_plain(inner) for inner in value] if isinstance(value, list) else value
+
+
+def distinct_rows(tables: Iterable[datasets.Dataset], columns: Sequence[str], identity: Callable[[object], str]) -> int:
+    """How many rows of all tables differ in the columns, values being equal where `identity` is."""
+    rows = (row for table in tables for row in zip(*(table[name][:] for name in columns), strict=True))
+    return len({tuple(map(identity, row)) for row in rows})

@@ -34,7 +34,7 @@ CASES = {
         [
             "RoseLoRA.sparsity is 1.2; it must lie in",
             "RoseLoRA.beta is 3.0; it must lie in",
-            "optimizer: Invalid learning rate: -1.0",
+            "model.optimizer.init_args.lr is -1.0; it must be at least 0",
             "LabelledText.batch_size is 0; it must be at least 1",
             "LabelledText.validation_fraction is 2.0; it must lie in",
             "val_check_interval",

@@ -170,7 +170,11 @@ def test_names_are_looked_up_as_config_does(capsys, monkeypatch, tmp_path):
     assert main(["cite", "carried"]) == 0
     assert capsys.readouterr().out == entry("LoRA") + "\n"
     assert main(["cite", "carrried"]) == 2
-    assert 'config "carrried": no file and no config of that name. Did you mean "carried"?' in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert (
+        'cite "carrried": no method, optimizer or callback of a plugin, no config and no file of that name. ' in error
+    )
+    assert 'Did you mean "carried"? Methods: ' in error
 
 
 def test_optimizers_of_plugins_are_cited_too(cite):

@@ -9,7 +9,7 @@ import lzma
 import pyarrow
 import pytest
 
-from lora_lightning.data.sources.opened import encoding_of, foreign_byte, open_bytes, open_text, suffix_of
+from lora_lightning.data.sources.opened import encoding_of, foreign_byte, open_bytes, open_text, same_files, suffix_of
 from lora_lightning.errors import DataError
 
 TEXT = "name\nJos\u00e9 \u20ac\n"
@@ -76,3 +76,14 @@ def test_bytes_of_another_encoding_are_named():
     )
     assert "it was read as cp1252" in foreign_byte(b"\x81".decode("cp1252", "surrogateescape"), "cp1252")
     assert foreign_byte(TEXT, "utf-8") == foreign_byte("plain", "utf-8") == ""
+
+
+def test_files_that_two_name(tmp_path, monkeypatch):
+    """Under any path to them; folders have splits of their own."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two", "three"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("one")
+    found = same_files(["one", str(tmp_path / "two"), "folder", "owner/name"], ["link", "./two", "three", "folder"])
+    assert found == [str(tmp_path.resolve() / name) for name in ("one", "two")]

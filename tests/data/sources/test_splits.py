@@ -71,6 +71,26 @@ def test_fraction_that_leaves_nothing(write):
         read(sources, "validation")
 
 
+def test_rows_that_are_all_equal_stay_together(write):
+    sources = Sources(owner="X", train=write("x.csv", "text\n" + "one\n" * 16), validation_fraction=0.25)
+    with pytest.raises(
+        DataError, match=r"of the 16 training rows, of which 1 differ and equal ones stay together, it leaves none for"
+    ):
+        read(sources, "validation")
+
+
+def test_a_file_that_is_learned_and_measured_is_named(write, caplog):
+    one, other = write("x.csv", "text\none\n"), write("y.csv", "text\ntwo\n")
+    Sources(owner="X", train={one: 1.0, other: 2.0}, validation="./no.csv", test=other)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"X: {other} is a file of train and of test, so that what is measured has been learned"
+    ]
+    caplog.clear()
+    Sources(owner="X", train=one, validation=[other], test="owner/name", predict=one)
+    Sources(owner="X", train="owner/name", validation="owner/name")
+    assert not caplog.records
+
+
 def test_examples_in_docstrings():
     assert doctest.testmod(splits) == (0, 1)  # failed, attempted
 

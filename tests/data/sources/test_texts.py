@@ -64,3 +64,13 @@ def test_columns_of_a_table_as_texts():
     rows = {"n": [0, None], "c": [1, 0], "s": [{"a": 1}, {"a": None}]}
     table = texts_only(datasets.Dataset.from_dict(rows, features=features), ["n", "c", "s"])
     assert table.to_dict() == {"n": ["0", None], "c": ["yes", "no"], "s": ['{"a": 1}', "{}"]}
+
+
+def test_rows_that_differ_are_counted_over_all_tables():
+    tables = [
+        datasets.Dataset.from_dict({"a": ["x", "X", "y"], "b": [1, 1, 1]}),
+        datasets.Dataset.from_dict({"a": ["y"]}),
+    ]
+    assert texts.distinct_rows(tables, ["a"], str) == 3
+    assert texts.distinct_rows(tables, ["a"], lambda value: str(value).lower()) == 2
+    assert texts.distinct_rows(tables[:1], ["a", "b"], str) == 3
