@@ -1,0 +1,119 @@
+"""What a voice is asked with: turns through its chat template and, where it reads images or sounds, its processor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_lightning.cli.answers.voices import Voice
+from lora_lightning.data.chats.rendering import Renderer, Tools
+from lora_lightning.data.chats.turns import Turn
+from lora_lightning.data.media.encoding import processed
+from lora_lightning.data.media.parts import Media, media_in, parts_of
+from lora_lightning.data.sources.faults import RowError
+from lora_lightning.errors import DataError
+from lora_lightning.models.generation import padded
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What goes before an answer."""
+
+    ids: list[int]
+    """Token ids, with those that stand for images and sounds."""
+    text: str = ""
+    """The rendered text, where a processor makes the ids."""
+    media: tuple[Media, ...] = ()
+    """Images and sounds, read again where they are used."""
+
+
+def as_read(voice: Voice, turns: Sequence[Turn], where: str) -> list[Turn]:
+    """The turns with content as the voice's template takes it: in parts, or as text.
+
+    Raises:
+        RowError: they hold images or sounds, and the voice reads none.
+    """
+    if voice.processor is not None:
+        return [
+            {**turn, "content": [{"type": "text", "text": turn["content"]}]}
+            if isinstance(turn["content"], str)
+            else turn
+            for turn in turns
+        ]
+    if held := next(media_in(turns), None):
+        raise reads_none(voice, f"{where} has a part of type {held.kind}")
+    return list(turns)
+
+
+def reads_none(voice: Voice, what: str) -> RowError:
+    """The error of a voice that is given an image or a sound and reads none."""
+    return RowError("with images or sounds", f"{what}, and {voice.label} reads texts alone: {voice.without}")
+
+
+def content_of(voice: Voice, given: Any, where: str) -> Any:
+    """Content of a turn: parts for a voice that reads images or sounds, else one text; raises `RowError`."""
+    if voice.processor is not None:
+        return parts_of(given, where)
+    if not isinstance(given, list):
+        return given
+    parts = parts_of(given, where) or []
+    if held := next((part["type"] for part in parts if part["type"] != "text"), None):
+        raise reads_none(voice, f"{where} has a part of type {held}")
+    return "".join(part["text"] for part in parts)
+
+
+def prompt_of(
+    voice: Voice, turns: Sequence[Turn], where: str, tools: Tools = None, by: Renderer | None = None
+) -> Prompt:
+    """The prompt that ends where the assistant's next turn begins.
+
+    Args:
+        voice: who is asked.
+        turns: the conversation, with images and sounds that hold values.
+        where: what to call it in messages.
+        tools: descriptions of tools.
+        by: the voice's renderer with other variables of the template; None takes its own.
+
+    Raises:
+        RowError: the template refuses it, or an image cannot be read.
+    """
+    renderer = by or voice.renderer
+    turns = as_read(voice, turns, where)
+    if voice.processor is None:
+        return Prompt(renderer.prompt(turns, tools, where))
+    text = renderer.text(turns, tools, where, prompt=True)
+    try:
+        return Prompt(renderer.encoded(text, turns).ids, text, tuple(media_in(turns)))
+    except RowError as error:
+        raise RowError(error.kind, f"{where}: {error}") from error
+
+
+def inputs_of(voice: Voice, prompts: Sequence[Prompt], model: Any) -> dict[str, Tensor]:
+    """What the model gets of prompts: token ids and mask (b, l), padded on the left, and images and sounds.
+
+    Args:
+        voice: who is asked.
+        prompts: at least one.
+        model: where it goes.
+
+    Raises:
+        DataError: the processor makes no tensors of these prompts together.
+        RowError: a file cannot be read any more.
+    """
+    if not any(one.media for one in prompts):
+        return padded([one.ids for one in prompts], voice.tokenizer.pad_token_id, model.device)
+    opened = [[Media(media.kind, voice.read(media)) for media in one.media] for one in prompts]
+    made: Mapping[str, Any] = processed(voice.processor, [one.text for one in prompts], opened, "left")
+    if other := [name for name, value in made.items() if not isinstance(value, Tensor)]:
+        raise DataError(
+            f"{type(voice.processor).__name__} makes no tensor of {', '.join(other)} for {len(prompts)} prompts, whose "
+            "images differ in size. Set --batch_size to 1."
+        )
+    return {
+        name: value.to(model.device, model.dtype if torch.is_floating_point(value) else None)
+        for name, value in made.items()
+    }
