@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jsonargparse import Namespace
 from toy_runs import completion_file, decoder_folder
 
 from lora_lightning.cli.main import main
-from lora_lightning.cli.run_paths import located
+from lora_lightning.cli.run_paths import as_given, located
 
 
 @pytest.mark.slow
@@ -57,13 +58,56 @@ def test_a_run_on_an_adapter_named_by_a_relative_path_works_from_anywhere(tmp_pa
     assert "decoder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_run_that_goes_on_from_another_directory_is_the_one_that_goes_on_where_it_was_begun(tmp_path, monkeypatch):
+    """The same weights and files, names of files as the run was given them, so that the directory can be moved."""
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    monkeypatch.chdir(begun)
+    decoder_folder(begun / "decoder")
+    completion_file(begun / "pairs.csv")
+    settings = {
+        "model": {"pretrained": "decoder", "task": "causal-lm", "method": {"class_path": "LoRA"}},
+        "data": {
+            "class_path": "Completions",
+            "init_args": {"train": {"pairs.csv": 1.0}, "validation": "pairs.csv", "batch_size": 4},
+        },
+        "trainer": {
+            "max_steps": 2,
+            "logger": True,
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "callbacks": [{"class_path": "Samples", "init_args": {"prompts": "asked.jsonl", "every_n_steps": 1}}],
+        },
+    }
+    Path("asked.jsonl").write_text(json.dumps({"prompt": "w1 w2"}) + "\n")
+    Path("it.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["fit", "--config", "it.yaml"]) == 0
+    shutil.copytree(begun, tmp_path / "elsewhere")
+    resume = ["--trainer.max_steps", "4"]
+    assert main(["fit", "--resume", "runs/it/001", *resume]) == 0
+    (tmp_path / "third").mkdir()
+    monkeypatch.chdir(tmp_path / "third")
+    assert main(["fit", "--resume", "../elsewhere/runs/it/001", *resume]) == 0
+    one, other = (tmp_path / name / "runs/it/001" for name in ("begun", "elsewhere"))
+    assert (one / "config.yaml").read_text() == (other / "config.yaml").read_text()
+    assert "pretrained: decoder\n" in (other / "config.yaml").read_text()
+    for file in ("adapter.safetensors", "adapter.json"):
+        assert (one / "adapter" / file).read_bytes() == (other / "adapter" / file).read_bytes()
+    assert (one / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
+    assert list(Path().iterdir()) == []
+    (tmp_path / "elsewhere").rename(tmp_path / "moved")
+    assert main(["fit", "--resume", "../moved/runs/it/001", "--trainer.max_steps", "6"]) == 0
+    assert main(["validate", "--run", "../moved/runs/it/001"]) == 0
+
+
 def test_texts_of_settings_that_name_files(tmp_path, monkeypatch):
     run = tmp_path / "start/runs/it/001"
     run.mkdir(parents=True)
     (tmp_path / "start/a").mkdir()
     data = {"train": {"a": 1.0, "b": 2.0}, "tokenizer": "a", "messages": "a"}
     settings = {
-        "trainer": {"default_root_dir": None},
+        "trainer": {"default_root_dir": None, "callbacks": [{"class_path": "Samples", "init_args": {"prompts": "a"}}]},
         "model": {"pretrained": "a", "adapter": ["a", "b"], "task": "a"},
         "data": {"class_path": "Chat", "init_args": data},
     }
@@ -75,5 +119,8 @@ def test_texts_of_settings_that_name_files(tmp_path, monkeypatch):
         found = yaml.safe_load(located(config, run))
         assert found["model"] == {"pretrained": there, "adapter": [there, "b"], "task": "a"}
         assert found["data"]["init_args"] == {"train": {there: 1.0, "b": 2.0}, "tokenizer": there, "messages": "a"}
+        assert found["trainer"]["callbacks"][0]["init_args"] == {"prompts": there}
+        assert as_given(Namespace(found).clone(), run)["model"]["pretrained"] == "a"
+        assert as_given(Namespace(found), tmp_path) == Namespace(found)
     monkeypatch.chdir(tmp_path / "start")
     assert located(str(file), run) == str(file)
