@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lora_lightning.cli.answers.voices import Voice
 from lora_lightning.data.chats.rendering import Renderer, Tools
 from lora_lightning.data.chats.turns import Turn
-from lora_lightning.data.media.encoding import processed
-from lora_lightning.data.media.parts import Media, media_in, parts_of
+from lora_lightning.data.media.parts import media_in, parts_of
+from lora_lightning.data.media.prompts import Prompt, model_inputs, rendered_prompt
 from lora_lightning.data.sources.faults import RowError
-from lora_lightning.errors import DataError
-from lora_lightning.models.generation import padded
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What goes before an answer."""
-
-    ids: list[int]
-    """Token ids, with those that stand for images and sounds."""
-    text: str = ""
-    """The rendered text, where a processor makes the ids."""
-    media: tuple[Media, ...] = ()
-    """Images and sounds, read again where they are used."""
 
 
 def as_read(voice: Voice, turns: Sequence[Turn], where: str) -> list[Turn]:
@@ -85,35 +69,9 @@ def prompt_of(
     turns = as_read(voice, turns, where)
     if voice.processor is None:
         return Prompt(renderer.prompt(turns, tools, where))
-    text = renderer.text(turns, tools, where, prompt=True)
-    try:
-        return Prompt(renderer.encoded(text, turns).ids, text, tuple(media_in(turns)))
-    except RowError as error:
-        raise RowError(error.kind, f"{where}: {error}") from error
+    return rendered_prompt(renderer, turns, where, tools)
 
 
 def inputs_of(voice: Voice, prompts: Sequence[Prompt], model: Any) -> dict[str, Tensor]:
-    """What the model gets of prompts: token ids and mask (b, l), padded on the left, and images and sounds.
-
-    Args:
-        voice: who is asked.
-        prompts: at least one.
-        model: where it goes.
-
-    Raises:
-        DataError: the processor makes no tensors of these prompts together.
-        RowError: a file cannot be read any more.
-    """
-    if not any(one.media for one in prompts):
-        return padded([one.ids for one in prompts], voice.tokenizer.pad_token_id, model.device)
-    opened = [[Media(media.kind, voice.read(media)) for media in one.media] for one in prompts]
-    made: Mapping[str, Any] = processed(voice.processor, [one.text for one in prompts], opened, "left")
-    if other := [name for name, value in made.items() if not isinstance(value, Tensor)]:
-        raise DataError(
-            f"{type(voice.processor).__name__} makes no tensor of {', '.join(other)} for {len(prompts)} prompts, whose "
-            "images differ in size. Set --batch_size to 1."
-        )
-    return {
-        name: value.to(model.device, model.dtype if torch.is_floating_point(value) else None)
-        for name, value in made.items()
-    }
+    """What the model gets of a voice's prompts, see `model_inputs`."""
+    return model_inputs(prompts, voice.tokenizer, voice.processor, voice.read, model)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lora_lightning.cli.answers.asking import Prompt, as_read, prompt_of, reads_none
+from lora_lightning.cli.answers.asking import as_read, prompt_of, reads_none
 from lora_lightning.cli.answers.voices import Voice, plain_prompt
 from lora_lightning.data.chats.turns import Turn, without_first_exchange
 from lora_lightning.data.media.parts import Media, marked, parts_of, with_media
 from lora_lightning.data.media.processors import sampling_rate
+from lora_lightning.data.media.prompts import Prompt
 from lora_lightning.data.sources.faults import RowError
 from lora_lightning.errors import SettingsError
 

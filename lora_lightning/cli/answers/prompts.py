@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.cli.answers.asking import Prompt, content_of, prompt_of, reads_none
+from lora_lightning.cli.answers.asking import content_of, prompt_of, reads_none
 from lora_lightning.cli.answers.voices import Voice, plain_prompt
 from lora_lightning.data.chats.fields import Rendering, with_system
 from lora_lightning.data.chats.turns import Turn, conversation, json_value, last_answer, plain, tool_list
 from lora_lightning.data.media.parts import COLUMNS, column_with_media, marked, with_media
+from lora_lightning.data.media.prompts import Prompt
 from lora_lightning.data.sources.faults import Faults
 from lora_lightning.data.sources.splits import undecoded_table
 from lora_lightning.data.sources.stored import PLACE

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from lora_lightning.cli.answers.asking import Prompt, inputs_of
+from lora_lightning.cli.answers.asking import inputs_of
 from lora_lightning.cli.answers.sampling import Sampling
 from lora_lightning.cli.answers.voices import Voices
+from lora_lightning.data.media.prompts import Prompt
 from lora_lightning.models.generation import end_text
 
 

@@ -6,7 +6,6 @@ import io
 import json
 import shutil
 import wave
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,15 @@ from media_models import FAMILIES, PICTURED, RATE, picture, sound
 
 import lora_lightning as ll
 from ll_lora import LoRA
-from lora_lightning.cli.answers.asking import Prompt, inputs_of, prompt_of
+from lora_lightning.cli.answers.asking import inputs_of, prompt_of
 from lora_lightning.cli.answers.prompts import Prompter
 from lora_lightning.cli.answers.sampling import Sampling
 from lora_lightning.cli.answers.terminal import Chat
 from lora_lightning.cli.answers.voices import Voices
 from lora_lightning.cli.main import main
 from lora_lightning.data.media.parts import Media
+from lora_lightning.data.media.prompts import Prompt
 from lora_lightning.data.sources.faults import RowError
-from lora_lightning.errors import DataError
 
 NEW = 6
 """Tokens of an answer."""
@@ -311,19 +310,3 @@ def test_a_row_with_a_part_of_an_image_for_an_adapter_of_texts(run_of_texts: Pat
         Prompter(voice, None, "").prompt({"messages": turns}, "row 0", None)
     asked = Prompter(voice, None, "").prompt({"prompt": "what is <image>?"}, "row 0", None)
     assert "what is <image>?" in voice.tokenizer.decode(asked.ids)
-
-
-def test_what_a_processor_makes_no_tensor_of_is_refused(made: Any) -> None:
-    base, _ = made("qwen2.5-vl")
-    voices = Voices([str(base)], device="cpu")
-
-    class Ragged:
-        feature_extractor = None
-
-        def __call__(self, **given: Any) -> dict[str, Any]:
-            return {"pixel_values": [[1], [2, 3]]}
-
-    voice = replace(voices.current, processor=Ragged())
-    prompts = [Prompt([1], "a", (Media("image", picture(0)),))] * 2
-    with pytest.raises(DataError, match=r"Ragged makes no tensor of pixel_values for 2 prompts.*--batch_size to 1"):
-        inputs_of(voice, prompts, voices.model)

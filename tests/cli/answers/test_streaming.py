@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lora_lightning.cli.answers.asking import Prompt
 from lora_lightning.cli.answers.sampling import Sampling
 from lora_lightning.cli.answers.streaming import Shown, stream
 from lora_lightning.cli.answers.voices import Voices
+from lora_lightning.data.media.prompts import Prompt
 from lora_lightning.models.generation import end_ids
 
 IDS = [5, 9, 12]
