@@ -91,7 +91,8 @@ class SaveConfig(SaveConfigCallback):
         """Write the file; a run that goes on from another directory keeps the names that it was begun with."""
         self._config = as_given(self.config, Path(trainer.default_root_dir))
         if (name := self._config.model.pretrained) != self.config.model.pretrained:
-            injected_root(pl_module).config._name_or_path = name
+            root: Any = injected_root(pl_module)
+            root.config._name_or_path = name
         if trainer.is_global_zero:
             self.save_config(trainer, pl_module, "fit")
 
@@ -282,7 +283,7 @@ class CLI(LightningCLI):
         if self.trainer.is_global_zero:
             run, target = shlex.quote(str(shown)), shlex.quote(f"{shown}/{to}")
             print(f"try next: {_START} validate --run {run}")
-            if self.model.task.name == "causal-lm" and hasattr(type(self.datamodule), "renderer"):
+            if self.model.task.generates and hasattr(type(self.datamodule), "renderer"):
                 print(f"          {_START} chat {run}")
             if to:
                 print(f"          {_START} export {run} --format {to} --output {target}")

@@ -114,12 +114,14 @@ class Voices:
             one.load(self.model, f"a{number}")
         self.model.to(device or _accelerator()).eval()
         own = _tokenizer(self.base, adapters)
+        owned = [_own(one) for one in adapters]
         media, without = _processor(self.base, self.model.config)
+        media = media or next((processor for _, processor in owned if processor is not None), None)
         self.voices = {BASE: _voice(BASE, own, media, without)}
         for number, (label, one) in enumerate(zip(_labels(adapters), adapters, strict=True), 1):
             active = stack_of(injected_root(self.model), f"a{number}")
             known = {"active": active, "adapter": one, "data": run_data(Path(one.folder))}
-            tokenizer, processor = _own(one)
+            tokenizer, processor = owned[number - 1]
             self.voices[label] = _voice(label, tokenizer or own, processor or media, without, **known)
         self.merges = False
         """Whether weights are merged while an adapter speaks."""
@@ -323,6 +325,8 @@ def _processor(base: str, config: Any) -> tuple[Any, str]:
     """The base model's processor of images or sounds, or None and why there is none."""
     if not any(hasattr(config, f"{part}_config") for part in ("vision", "audio")):
         return None, f"{base} is a model of texts."
+    if is_random(base):
+        return None, "its base model starts from random numbers, and has no processor beside it."
     try:
         found = load_processor(base, "the base model")
     except LoraLightningError as error:
