@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from jsonargparse import Namespace
+from safetensors.torch import load_file
 from toy_runs import completion_file, decoder_folder
 
 from lora_lightning.cli.main import main
@@ -58,32 +60,71 @@ def test_a_run_on_an_adapter_named_by_a_relative_path_works_from_anywhere(tmp_pa
     assert "decoder" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_a_run_that_goes_on_from_another_directory_is_the_one_that_goes_on_where_it_was_begun(tmp_path, monkeypatch):
-    """The same weights and files, names of files as the run was given them, so that the directory can be moved."""
-    begun = tmp_path / "begun"
-    begun.mkdir()
-    monkeypatch.chdir(begun)
-    decoder_folder(begun / "decoder")
-    completion_file(begun / "pairs.csv")
-    settings = {
-        "model": {"pretrained": "decoder", "task": "causal-lm", "method": {"class_path": "LoRA"}},
-        "data": {
-            "class_path": "Completions",
-            "init_args": {"train": {"pairs.csv": 1.0}, "validation": "pairs.csv", "batch_size": 4},
-        },
-        "trainer": {
-            "max_steps": 2,
-            "logger": True,
-            "accelerator": "cpu",
-            "enable_progress_bar": False,
-            "callbacks": [{"class_path": "Samples", "init_args": {"prompts": "asked.jsonl", "every_n_steps": 1}}],
-        },
-    }
+TEMPLATE = (
+    "{% for m in messages %}{{ ('w1 ' if m.role == 'user' else 'w2 ') + m.content + ' [EOS] ' }}{% endfor %}"
+    "{% if add_generation_prompt %}w2 {% endif %}"
+)
+
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    """A directory with models and data, and a function that fits a config there for two steps."""
+    monkeypatch.chdir(tmp_path)
+    Path("begun").mkdir()
+    monkeypatch.chdir(tmp_path / "begun")
+    decoder_folder(Path("decoder"))
+    completion_file(Path("pairs.csv"))
     Path("asked.jsonl").write_text(json.dumps({"prompt": "w1 w2"}) + "\n")
-    Path("it.yaml").write_text(yaml.safe_dump(settings))
-    assert main(["fit", "--config", "it.yaml"]) == 0
-    shutil.copytree(begun, tmp_path / "elsewhere")
+    Path("template.jinja").write_text(TEMPLATE)
+    turns = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]
+    Path("turns.jsonl").write_text("\n".join([json.dumps({"messages": turns})] * 8))
+
+    def fit(name, data, model, callbacks=None):
+        settings = {
+            "model": {"pretrained": "decoder", "task": "causal-lm", "method": {"class_path": "LoRA"}, **model},
+            "data": data,
+            "trainer": {"max_steps": 2, "accelerator": "cpu", "enable_progress_bar": False, "callbacks": callbacks},
+        }
+        Path(f"{name}.yaml").write_text(yaml.safe_dump(settings))
+        assert main(["fit", "--config", f"{name}.yaml"]) == 0
+
+    return fit
+
+
+COMPLETIONS = {
+    "class_path": "Completions",
+    "init_args": {"train": {"pairs.csv": 1.0}, "validation": "pairs.csv", "batch_size": 4},
+}
+CONVERSATIONS = {
+    "class_path": "Chat",
+    "init_args": {
+        "train": "turns.jsonl",
+        "validation": "turns.jsonl",
+        "chat_template": "template.jinja",
+        "batch_size": 4,
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("data", "model", "callbacks"),
+    [
+        (COMPLETIONS, {}, [{"class_path": "Samples", "init_args": {"prompts": "asked.jsonl", "every_n_steps": 1}}]),
+        (COMPLETIONS, {"adapter": "runs/first/001"}, None),
+        (COMPLETIONS, {"adapter": ["runs/first/001"]}, None),
+        (CONVERSATIONS, {}, None),
+    ],
+    ids=["samples", "an adapter to go on from", "an adapter below", "a template in a file"],
+)
+def test_a_run_that_goes_on_from_another_directory_is_the_one_that_goes_on_where_it_was_begun(
+    begun, tmp_path, monkeypatch, data, model, callbacks
+):
+    """The same weights and files, names of files as the run was given them, so that the directory can be moved."""
+    if model:
+        begun("first", COMPLETIONS, {})
+    begun("it", data, model, callbacks)
+    shutil.copytree(tmp_path / "begun", tmp_path / "elsewhere")
     resume = ["--trainer.max_steps", "4"]
     assert main(["fit", "--resume", "runs/it/001", *resume]) == 0
     (tmp_path / "third").mkdir()
@@ -92,9 +133,16 @@ def test_a_run_that_goes_on_from_another_directory_is_the_one_that_goes_on_where
     one, other = (tmp_path / name / "runs/it/001" for name in ("begun", "elsewhere"))
     assert (one / "config.yaml").read_text() == (other / "config.yaml").read_text()
     assert "pretrained: decoder\n" in (other / "config.yaml").read_text()
-    for file in ("adapter.safetensors", "adapter.json"):
-        assert (one / "adapter" / file).read_bytes() == (other / "adapter" / file).read_bytes()
-    assert (one / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
+    ours, theirs = (load_file(run / "adapter/adapter.safetensors") for run in (one, other))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    stated = [json.loads((run / "adapter/adapter.json").read_text()) for run in (one, other)]
+    for description in stated:
+        for below in description.get("below", ()):
+            del below["source"]  # absolute
+    assert stated[0] == stated[1]
+    for file in ("adapter/README.md", *(["samples.jsonl"] if callbacks else [])):
+        assert (one / file).read_text() == (other / file).read_text()
     assert list(Path().iterdir()) == []
     (tmp_path / "elsewhere").rename(tmp_path / "moved")
     assert main(["fit", "--resume", "../moved/runs/it/001", "--trainer.max_steps", "6"]) == 0
