@@ -128,12 +128,14 @@ class Samples(StepCallback):
         if isinstance(self.prompts, list):
             return self.prompts, None
         path = Path(self.prompts).expanduser()
-        return self._rows(_layout(trainer), _reads_media(trainer)), path.parent if path.is_file() else None
+        return self._rows(
+            self.prompts, _layout(trainer), _reads_media(trainer)
+        ), path.parent if path.is_file() else None
 
-    def _rows(self, layout: PromptFormat | None, media: bool) -> list[Any]:
+    @staticmethod
+    def _rows(source: str, layout: PromptFormat | None, media: bool) -> list[Any]:
         """The prompts of a file; rows where images or sounds may stand in their other columns."""
-        assert isinstance(self.prompts, str)
-        table = undecoded_table(read_table(self.prompts, "test", field="Samples.prompts"))
+        table = undecoded_table(read_table(source, "test", field="Samples.prompts"))
         rows = [{k: v for k, v in row.items() if k not in (PLACE, UNREADABLE)} for row in table]
         there = list(rows[0]) if rows else []
         if layout is not None and set(layout.required) <= set(there):
@@ -141,7 +143,7 @@ class Samples(StepCallback):
         column = next((name for name in COLUMNS if name in there), there[0] if len(there) == 1 else None)
         if column is None:
             raise DataError(
-                f'Samples.prompts is "{self.prompts}", with the columns {", ".join(there) or "of no row"}; one of them '
+                f'Samples.prompts is "{source}", with the columns {", ".join(there) or "of no row"}; one of them '
                 f"must be called {', '.join(COLUMNS)}."
             )
         return [{**row, _ASKED: row[column]} if media and column_with_media(row) else row[column] for row in rows]

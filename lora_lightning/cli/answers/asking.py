@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_lightning.cli.answers.voices import Voice
 from lora_lightning.data.chats.rendering import Renderer, Tools
-from lora_lightning.data.chats.turns import Turn
+from lora_lightning.data.chats.turns import Turn, text_content
 from lora_lightning.data.media.parts import media_in, parts_of
 from lora_lightning.data.media.prompts import Prompt, model_inputs, rendered_prompt
 from lora_lightning.data.sources.faults import RowError
@@ -43,7 +43,7 @@ def content_of(voice: Voice, given: Any, where: str) -> Any:
     if voice.processor is not None:
         return parts_of(given, where)
     if not isinstance(given, list):
-        return given
+        return text_content(given, where)
     parts = parts_of(given, where) or []
     if held := next((part["type"] for part in parts if part["type"] != "text"), None):
         raise reads_none(voice, f"{where} has a part of type {held}")

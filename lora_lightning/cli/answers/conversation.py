@@ -72,9 +72,8 @@ class Conversation:
             return text
         row = {f"{kind}s": values for kind, values in self.attached.items()}
         where = "the question"
-        return with_media([{"role": "user", "content": parts_of(marked(text, row), where)}], row, None, where)[0][
-            "content"
-        ]
+        turns = [{"role": "user", "content": parts_of(marked(text, row), where)}]
+        return with_media(turns, row, None, where)[0]["content"]
 
     def set_system(self, text: str, voice: Voice) -> None:
         """Begin anew with another system text, or none.

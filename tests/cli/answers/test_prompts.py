@@ -39,6 +39,7 @@ TURNS = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6
         ({"messages": TURNS}, "w1 w5 [EOS] w2 w6 [EOS] w1 w7 [EOS] w2"),
         ({"messages": [*TURNS, {"role": "assistant", "content": "w9"}]}, "w1 w5 [EOS] w2 w6 [EOS] w1 w7 [EOS] w2"),
         ({"conversations": '[{"from": "human", "value": "w5"}]'}, "w1 w5 [EOS] w2"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "w5"}, " w6"]}]}, "w1 w5 w6 [EOS] w2"),
     ],
 )
 def test_rows_as_people_have_them(base: Path, row: dict[str, Any], expected: str) -> None:
@@ -74,6 +75,11 @@ def test_a_text_where_prompts_are_built_from_several_columns(base: Path, tmp_pat
         DataError, match="row 0 is a text, and the prompts of this run are built from q and r; give rows"
     ):
         own.prompt({"prompt": "w5"}, "row 0", None)
+
+
+def test_content_that_is_no_text(base: Path) -> None:
+    with pytest.raises(DataError, match=r"row 0, turn 0: its content is an object \(a\); give text"):
+        Prompter(voice(base), None, "").prompt({"messages": [{"role": "user", "content": {"a": 1}}]}, "row 0", None)
 
 
 def test_which_column_holds_the_prompts(base: Path) -> None:
