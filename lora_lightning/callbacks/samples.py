@@ -17,7 +17,10 @@ from lora_lightning.callbacks.meters import Meters
 from lora_lightning.callbacks.step_counting import JUDGES, StepCallback, outside_step
 from lora_lightning.data.chats.rendering import Renderer
 from lora_lightning.data.chats.turns import conversation, json_value, last_answer, plain
+from lora_lightning.data.media.parts import column_with_media, marked, named, with_media
+from lora_lightning.data.media.prompts import Prompt, model_inputs, rendered_prompt
 from lora_lightning.data.prompt_formats import PromptFormat
+from lora_lightning.data.sources.splits import undecoded_table
 from lora_lightning.data.sources.stored import PLACE
 from lora_lightning.data.sources.tables import UNREADABLE, read_table
 from lora_lightning.data.sources.texts import as_text
@@ -25,11 +28,13 @@ from lora_lightning.data.tokens.causal import start_ids
 from lora_lightning.distributed import from_first, reshard
 from lora_lightning.errors import DataError, SettingsError, check
 from lora_lightning.injection.records import injected_root
-from lora_lightning.models.generation import continued_texts, end_text
+from lora_lightning.models.generation import continued_batch, end_text
 from lora_lightning.storage.atomic import write_atomically
 
 COLUMNS = ("messages", "conversations", "prompt", "text", "question", "instruction", "source")
 """Columns of a file that may hold the prompts; the first that is there does."""
+_ASKED = "__asked__"
+"""Key of a row for what is asked, beside its images and sounds."""
 
 
 class Samples(StepCallback):
@@ -47,7 +52,8 @@ class Samples(StepCallback):
             messages, conversations, prompt, text, question, instruction or source. Where the data are conversations, a
             text is what the user says. An assistant's turn at the end is left out, and answered anew. Where the data
             build prompts from columns (Completions.format, prompt_template), a prompt is a row with these, or the text
-            of the only one that must exist. TextToText.prefix stands before each text.
+            of the only one that must exist. TextToText.prefix stands before each text. Of MediaChat, rows
+            have their images and sounds as its own do; a text without a mark has them in front.
         every_n_steps: optimizer steps from one time to the next; null generates at each validation.
         max_new_tokens: most tokens of an answer.
         temperature: divides the logits; 0 takes the most likely token.
@@ -73,7 +79,7 @@ class Samples(StepCallback):
         check(every_n_steps is None or every_n_steps >= 1, self, "every_n_steps", "it must be at least 1, or null.")
         check(max_new_tokens >= 1, self, "max_new_tokens", "it must be at least 1.")
         check(temperature >= 0, self, "temperature", "it must be at least 0, which takes the most likely token.")
-        self._asked: list[tuple[Any, list[int]]] = []
+        self._asked: list[tuple[Any, Prompt]] = []
         self._last = ""
         self._written: int | None = None
 
@@ -91,8 +97,8 @@ class Samples(StepCallback):
                 f"Samples: {type(injected_root(pl_module)).__name__} does not generate texts; the callback is for "
                 "tasks of language models. Leave it out of trainer.callbacks."
             )
-        said = from_first(lambda: self._read(_layout(trainer)))
-        self._asked = [(prompt, self._ids(prompt, trainer, pl_module, n)) for n, prompt in enumerate(said)]
+        said, folder = from_first(lambda: self._read(trainer))
+        self._asked = [(prompt, self._prompt(prompt, trainer, pl_module, n, folder)) for n, prompt in enumerate(said)]
         self._last = end_text(tokenizer) if _in_turns(trainer) else ""
         self._written = None
         if trainer.global_step == 0:
@@ -117,11 +123,19 @@ class Samples(StepCallback):
             )
         return tokenizer
 
-    def _read(self, layout: PromptFormat | None) -> list[Any]:
-        """The prompts: texts, lists of turns, and rows that a layout is filled with."""
+    def _read(self, trainer: Trainer) -> tuple[list[Any], Path | None]:
+        """The prompts: texts, lists of turns, and rows with columns; and what paths in them are relative to."""
         if isinstance(self.prompts, list):
-            return self.prompts
-        table = read_table(self.prompts, "test", field="Samples.prompts")
+            return self.prompts, None
+        path = Path(self.prompts).expanduser()
+        return self._rows(
+            self.prompts, _layout(trainer), _reads_media(trainer)
+        ), path.parent if path.is_file() else None
+
+    @staticmethod
+    def _rows(source: str, layout: PromptFormat | None, media: bool) -> list[Any]:
+        """The prompts of a file; rows where images or sounds may stand in their other columns."""
+        table = undecoded_table(read_table(source, "test", field="Samples.prompts"))
         rows = [{k: v for k, v in row.items() if k not in (PLACE, UNREADABLE)} for row in table]
         there = list(rows[0]) if rows else []
         if layout is not None and set(layout.required) <= set(there):
@@ -129,14 +143,31 @@ class Samples(StepCallback):
         column = next((name for name in COLUMNS if name in there), there[0] if len(there) == 1 else None)
         if column is None:
             raise DataError(
-                f'Samples.prompts is "{self.prompts}", with the columns {", ".join(there) or "of no row"}; one of them '
+                f'Samples.prompts is "{source}", with the columns {", ".join(there) or "of no row"}; one of them '
                 f"must be called {', '.join(COLUMNS)}."
             )
-        return [row[column] for row in rows]
+        return [{**row, _ASKED: row[column]} if media and column_with_media(row) else row[column] for row in rows]
 
-    def _ids(self, prompt: Any, trainer: Trainer, module: LightningModule, number: int) -> list[int]:
-        """Token ids of a prompt, which the model goes on from."""
-        where, tokenizer, data = f"Samples.prompts: number {number}", self._tokenizer(trainer), _data(trainer)
+    def _prompt(
+        self, prompt: Any, trainer: Trainer, module: LightningModule, number: int, folder: Path | None
+    ) -> Prompt:
+        """What the model goes on from."""
+        where = f"Samples.prompts: number {number}"
+        if not _reads_media(trainer):
+            return Prompt(self._ids(prompt, trainer, module, where))
+        data, row = _data(trainer), prompt if isinstance(prompt, Mapping) else {}
+        value = row.get(_ASKED, "") if row else prompt
+        text = "" if isinstance(value, list) else as_text(value) or ""
+        turns = json_value(value, where) if isinstance(value, list) or text.startswith("[{") else None
+        asked = turns or [{"role": "user", "content": marked(text, row)}]
+        said = conversation(asked, where, data.content)
+        said = plain(with_media(said, row, folder, where))
+        said = said[:-1] if last_answer(said) == len(said) - 1 else said
+        return rendered_prompt(data.renderer, said, where)
+
+    def _ids(self, prompt: Any, trainer: Trainer, module: LightningModule, where: str) -> list[int]:
+        """Token ids of a prompt without images or sounds."""
+        tokenizer, data = self._tokenizer(trainer), _data(trainer)
         layout = _layout(trainer)
         if isinstance(prompt, Mapping):
             text = _filled(layout, prompt, where)
@@ -171,15 +202,17 @@ class Samples(StepCallback):
         options: dict[str, Any] = {"do_sample": self.temperature > 0, "max_new_tokens": self.max_new_tokens}
         if self.temperature > 0:
             options |= {"temperature": self.temperature, "top_k": 0}
-        ids = [ids for _, ids in self._asked]
+        data, asked = _data(trainer), [prompt for _, prompt in self._asked]
+        processor, read = getattr(data, "processor_object", None), getattr(data, "read_one", None)
+        inputs = model_inputs(asked, self._tokenizer(trainer), processor, read, root)  # type: ignore[arg-type]
         with _aside(root, trainer.strategy.root_device, self.seed), trainer.precision_plugin.forward_context():
             answers = outside_step(
-                trainer, lambda: continued_texts(root, self._tokenizer(trainer), ids, self._last, **options)
+                trainer, lambda: continued_batch(root, self._tokenizer(trainer), inputs, self._last, **options)
             )
         reshard(root)
         self._written = step
         rows = [
-            {"step": step, "number": number, "prompt": prompt, "answer": answer.strip()}
+            {"step": step, "number": number, "prompt": _shown(prompt), "answer": answer.strip()}
             for number, ((prompt, _), answer) in enumerate(zip(self._asked, answers, strict=True))
         ]
         if trainer.is_global_zero:
@@ -208,6 +241,16 @@ def _layout(trainer: Trainer) -> PromptFormat | None:
     """The layout of the data's prompts, where they are built from columns."""
     found = getattr(_data(trainer), "layout", None)
     return found if isinstance(found, PromptFormat) else None
+
+
+def _reads_media(trainer: Trainer) -> bool:
+    """Whether the data are conversations with images or sounds."""
+    return bool(getattr(type(_data(trainer)), "media_columns", ()))
+
+
+def _shown(prompt: Any) -> Any:
+    """A prompt as it is written, with images and sounds by name."""
+    return named({k: v for k, v in prompt.items() if k != _ASKED} if isinstance(prompt, Mapping) else prompt)
 
 
 def _filled(layout: PromptFormat | None, row: Mapping[str, Any], where: str) -> str:

@@ -34,7 +34,7 @@ from lora_lightning.cli.parser import Parser
 from lora_lightning.cli.parser_errors import refused as refusal
 from lora_lightning.cli.preflight import monitors
 from lora_lightning.cli.run_folder import RunFolder
-from lora_lightning.cli.run_paths import located
+from lora_lightning.cli.run_paths import as_given, located
 from lora_lightning.cli.system_errors import system_error
 from lora_lightning.cli.trust import trusted_config
 from lora_lightning.errors import (
@@ -44,7 +44,7 @@ from lora_lightning.errors import (
     raised_in,
     wrapped_error,
 )
-from lora_lightning.injection.records import iter_adapters
+from lora_lightning.injection.records import injected_root, iter_adapters
 from lora_lightning.methods import Method
 from lora_lightning.models.pretrained import check_reachable, resolve
 from lora_lightning.models.random import is_random
@@ -85,12 +85,17 @@ class SaveConfig(SaveConfigCallback):
     def __init__(self, *args: Any, run_folder: RunFolder, **options: Any) -> None:
         super().__init__(*args, **options)
         self.run_folder = run_folder
+        self._config = self.config
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Nothing yet: a run that is refused changes no file."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file."""
+        """Write the file; a run that goes on from another directory keeps the names that it was begun with."""
+        self._config = as_given(self.config, Path(trainer.default_root_dir))
+        if (name := self._config.model.pretrained) != self.config.model.pretrained:
+            root: Any = injected_root(pl_module)
+            root.config._name_or_path = name
         if trainer.is_global_zero:
             self.save_config(trainer, pl_module, "fit")
 
@@ -100,7 +105,7 @@ class SaveConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002 - Lightning's signature
         """Write the file."""
-        self.parser.save(self.config, Path(trainer.default_root_dir) / "config.yaml", skip_none=False, overwrite=True)
+        self.parser.save(self._config, Path(trainer.default_root_dir) / "config.yaml", skip_none=False, overwrite=True)
 
 
 class CLI(LightningCLI):
@@ -306,7 +311,7 @@ class CLI(LightningCLI):
         if self.trainer.is_global_zero:
             run, target = shlex.quote(str(shown)), shlex.quote(f"{shown}/{to}")
             print(f"try next: {_START} validate --run {run}")
-            if self.model.task.name == "causal-lm" and hasattr(type(self.datamodule), "renderer"):
+            if self.model.task.generates and hasattr(type(self.datamodule), "renderer"):
                 print(f"          {_START} chat {run}")
             if to:
                 print(f"          {_START} export {run} --format {to} --output {target}")
@@ -349,7 +354,7 @@ def _export_format(module: AdapterModule) -> str | None:
 
 def _believed(line: command_line.Line) -> list[str]:
     """The words of a line, with a run folder's config as far as it is to be trusted, its paths found from here."""
-    if line.folder is None or line.resume:
+    if line.folder is None:
         return list(line.rest)
     own = str(line.folder / "config.yaml")
     first = line.rest.index(own)

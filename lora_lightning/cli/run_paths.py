@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from lora_lightning.storage.run_start import paths_from_start
+from lora_lightning.storage.run_start import CONFIG, paths_from_start
 
 _PATHS = {
     "model": ("pretrained", "adapter"),
     "data": ("tokenizer", "processor", "chat_template", "train", "validation", "test", "predict"),
 }
 """Settings that may name files and folders."""
+_OF_CALLBACKS = ("prompts",)
+"""Those of callbacks."""
 
 
 def located(config: str, folder: Path) -> str:
@@ -29,13 +32,41 @@ def located(config: str, folder: Path) -> str:
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return config  # the parser says what is wrong with it
     changed = False
-    for section, names in _PATHS.items():
-        of_section = settings.get(section) if isinstance(settings, Mapping) else None
-        given = of_section.get("init_args", of_section) if isinstance(of_section, Mapping) else None
-        if not isinstance(given, dict):
-            continue
-        for name in names:
-            found = paths_from_start(given.get(name), folder)
-            if found != given.get(name):
-                given[name], changed = found, True
+    for given, name in _places(settings):
+        found = paths_from_start(given.get(name), folder)
+        if found != given.get(name):
+            given[name], changed = found, True
     return str(yaml.safe_dump(settings, default_flow_style=True, width=10**9)).strip() if changed else config
+
+
+def as_given(config: Any, folder: Path) -> Any:
+    """A run's settings, with what `located` has found as the run's config.yaml names it; the same where there is none.
+
+    Args:
+        config: settings of a fit, as the parser has them.
+        folder: the run folder.
+    """
+    try:
+        before = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return config
+    found = config.clone()
+    theirs = [(given.get(name), name) for given, name in _places(before)]
+    for (ours, name), (given, other) in zip(_places(found), theirs, strict=False):
+        if name == other and given is not None and ours.get(name) == paths_from_start(given, folder):
+            ours[name] = given
+    return found
+
+
+def _places(settings: Any) -> Iterator[tuple[Any, str]]:
+    """Where settings may name files and folders: what holds each, and its name there."""
+    callbacks = _held(_held(settings, "trainer"), "callbacks")
+    for section, names in _PATHS.items():
+        of_section = _held(settings, section)
+        yield from ((_held(of_section, "init_args") or of_section or {}, name) for name in names)
+    for callback in callbacks if isinstance(callbacks, list) else ():
+        yield from ((_held(callback, "init_args") or {}, name) for name in _OF_CALLBACKS)
+
+
+def _held(settings: Any, name: str) -> Any:
+    return settings.get(name) if hasattr(settings, "get") else None

@@ -38,7 +38,10 @@ def settings_of(data: object) -> dict[str, Any]:
     names = [name for name in arguments(type(data)) if name not in _SERVING and hasattr(data, name)]
     plain = {f"{type(data).__name__}.{name}": json.dumps(getattr(data, name), default=str) for name in names}
     template = getattr(data.__dict__.get("tokenizer_object"), "chat_template", None)
-    return plain | ({"chat template": _short(hashlib.sha256(str(template).encode()))} if template else {})
+    if not template:
+        return plain
+    plain.pop(f"{type(data).__name__}.chat_template", None)  # what it holds counts, not its name or place
+    return plain | {"chat template": _short(hashlib.sha256(str(template).encode()))}
 
 
 def rows_digest(rows: datasets.Dataset) -> str:

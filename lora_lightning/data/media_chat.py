@@ -13,12 +13,12 @@ from typing import Any, Literal
 from torch.utils.data import DistributedSampler
 
 from lora_lightning.data.chat import TOO_LONG, Chat, prompted
-from lora_lightning.data.chats.rendering import PROBE, Example, Renderer, Tools
+from lora_lightning.data.chats.rendering import Example, Renderer, Tools
 from lora_lightning.data.chats.turns import Turn
 from lora_lightning.data.identity import rows_digest
-from lora_lightning.data.media.encoding import CollateMedia, Encode
-from lora_lightning.data.media.parts import COLUMNS, Media, media_in, parts_of, with_media
-from lora_lightning.data.media.processors import load_processor, marks, sampling_rate
+from lora_lightning.data.media.encoding import CollateMedia, Encode, writes_parts
+from lora_lightning.data.media.parts import COLUMNS, Media, media_in, named, parts_of, with_media
+from lora_lightning.data.media.processors import load_processor, marks, sampling_rate, templated_tokenizer
 from lora_lightning.data.media.reading import media_identity, media_name, read_media
 from lora_lightning.data.sources.faults import RowError
 from lora_lightning.data.sources.stored import PLACE
@@ -109,10 +109,7 @@ class MediaChat(Chat):
 
     def read_tokenizer(self) -> Any:
         """The processor's, which writes the processor's chat template."""
-        tokenizer, template = self.processor_object.tokenizer, self.processor_object.chat_template
-        template = template.get("default") if isinstance(template, dict) else template
-        tokenizer.chat_template = template or tokenizer.chat_template
-        return tokenizer
+        return templated_tokenizer(self.processor_object)
 
     @cached_property
     def renderer(self) -> Renderer:
@@ -122,9 +119,7 @@ class MediaChat(Chat):
             raise DataError(
                 f"data.processor: {type(self.tokenizer_object).__name__} tells no characters of its tokens."
             )
-        turns = [{"role": "user", "content": [{"type": "text", "text": PROBE}]}]
-        text = found.text(turns, None, f"{self._name}.chat_template", prompt=True)
-        if PROBE not in text or f"'{PROBE}'" in text:
+        if not writes_parts(found):
             raise DataError(
                 f"{self._name}.chat_template: the template {found.name} does not write content in parts, "
                 '[{"type": "text", "text": ...}]. Leave it null for the processor\'s own.'
@@ -224,7 +219,7 @@ class MediaChat(Chat):
 
     def readable(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row with its turns as a list, and images and sounds by their names."""
-        return {name: _named(value) for name, value in super().readable(row).items()}
+        return {name: named(value) for name, value in super().readable(row).items()}
 
     def describe(self, example: Mapping[str, Any]) -> str:
         """The text, with the tokens of each image counted, and its images with their sizes."""
@@ -253,12 +248,3 @@ class MediaChat(Chat):
 
 def _times(found: str, token: str) -> str:
     return f"{token} x {len(found) // len(token)}"
-
-
-def _named(value: Any) -> Any:
-    """A value with images and sounds by name."""
-    if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
-        return value.get("path") or f"{len(value['bytes'])} bytes"
-    if isinstance(value, Mapping):
-        return {key: _named(inner) for key, inner in value.items()}
-    return [_named(inner) for inner in value] if isinstance(value, list) else value

@@ -15,7 +15,7 @@ import yaml
 
 from lora_lightning.data.chats.templates import choose_template, end_of_turn
 from lora_lightning.data.images import load_image_processor
-from lora_lightning.data.media.processors import load_processor
+from lora_lightning.data.media.processors import load_processor, templated_tokenizer
 from lora_lightning.data.tokens.tokenizers import load_tokenizer
 from lora_lightning.errors import LoraLightningError
 from lora_lightning.models.pretrained import resolve
@@ -76,7 +76,7 @@ def _with_template(processor: Any, given: str | None) -> Any:
     """A processor and its tokenizer with the run's chat template."""
     if given is not None:
         processor.chat_template = choose_template(processor.tokenizer, given)[0]
-    processor.tokenizer.chat_template = processor.chat_template or processor.tokenizer.chat_template
+    templated_tokenizer(processor)
     return processor
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from jinja2 import TemplateError
+from torch import Tensor
 
 _ANSWER = "hello"
 
@@ -20,7 +20,7 @@ def end_ids(model: Any, tokenizer: Any) -> list[int]:
     config = getattr(model, "generation_config", None) or getattr(model, "config", None)
     own = getattr(config, "eos_token_id", None)
     ends = list(own) if isinstance(own, Sequence) else [own]
-    behind = _behind_answer(tokenizer)
+    behind = behind_answer(tokenizer)
     return list(
         dict.fromkeys(end for end in (*ends, tokenizer.eos_token_id, _mark(behind, tokenizer)) if end is not None)
     )
@@ -30,12 +30,12 @@ def end_of_answer(tokenizer: Any) -> int | None:
     """The token with which the chat template ends an assistant's turn; without one, the tokenizer's end of text."""
     if not getattr(tokenizer, "chat_template", None):
         return cast("int | None", tokenizer.eos_token_id)
-    return _mark(_behind_answer(tokenizer), tokenizer)
+    return _mark(behind_answer(tokenizer), tokenizer)
 
 
 def end_text(tokenizer: Any) -> str:
     """The text with which the chat template ends an assistant's turn, before the token that does; mostly empty."""
-    behind = _behind_answer(tokenizer)
+    behind = behind_answer(tokenizer)
     mark = _mark(behind, tokenizer)
     return (behind if mark is None else behind.partition(tokenizer.convert_ids_to_tokens(mark))[0]).strip()
 
@@ -45,16 +45,27 @@ def before_end(ids: Sequence[int], ends: Sequence[int]) -> Sequence[int]:
     return next((ids[:place] for place, token in enumerate(ids) if token in ends), ids)
 
 
-def _behind_answer(tokenizer: Any) -> str:
-    """What the chat template writes behind the last turn, an assistant's; empty without a template."""
+def behind_answer(tokenizer: Any) -> str:
+    """What the chat template writes behind the last turn, an assistant's.
+
+    Empty without a template, or where it writes such turns neither as texts nor in parts.
+    """
     if not getattr(tokenizer, "chat_template", None):
         return ""
-    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": _ANSWER}]
-    try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except (TemplateError, TypeError, ValueError):  # it wants other turns
-        return ""
-    return text.rpartition(_ANSWER)[2]
+    forms: tuple[Callable[[str], Any], ...] = (str, _in_parts)
+    for content in forms:  # some templates take one of them alone
+        turns = [{"role": "user", "content": content("hi")}, {"role": "assistant", "content": content(_ANSWER)}]
+        try:
+            text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        except Exception:  # a template is a program, and may want other turns
+            continue
+        if _ANSWER in text:
+            return text.rpartition(_ANSWER)[2]
+    return ""
+
+
+def _in_parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
 
 
 def _mark(text: str, tokenizer: Any) -> int | None:
@@ -82,11 +93,16 @@ def continued_texts(
         config: a generation config that says where answers end; None takes the model's own, and says it.
         options: further arguments of `generate`.
     """
+    inputs = padded(prompts, tokenizer.pad_token_id, model.device)
+    return continued_batch(model, tokenizer, inputs, last, config, **options)
+
+
+def padded(prompts: Sequence[Sequence[int]], pad: int, device: Any) -> dict[str, Tensor]:
+    """Token ids and their mask, (b, l), padded on the left."""
     width = max(map(len, prompts))
-    pad = tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    return continued_batch(model, tokenizer, {"input_ids": ids, "attention_mask": mask}, last, config, **options)
+    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def continued_batch(

@@ -17,6 +17,7 @@ from lora_lightning.errors import AdapterFileError
 from lora_lightning.models.published import hub_id, license_of, pipeline_tag, shown_name
 from lora_lightning.plugins import registry
 from lora_lightning.storage.atomic import read_regular, write_all
+from lora_lightning.storage.run_start import from_start
 from lora_lightning.storage.sealed import digest
 from lora_lightning.storage.stored import CARD, DESCRIPTION
 
@@ -105,6 +106,8 @@ def new_card(
     if path.is_symlink() or edited_card(folder) is not None:
         print(f'note: "{path}" was edited, and is left as it is')
         return {}
+    if base := description["base"]:  # a run may go on from another directory than it was begun in
+        description = {**description, "base": from_start(base, folder)}
     return {CARD: sealed_card(card(description, own_loading(description), measured))}
 
 

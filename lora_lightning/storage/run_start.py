@@ -46,11 +46,19 @@ def from_start(name: str, folder: Path) -> str:
         name: a path, or what else a setting may hold.
         folder: a run folder, or one in it.
     """
-    if not name or len(name) > 4096 or "\n" in name or Path(name).expanduser().exists():
+    if not name or _is_there(Path(name)):
         return name
     start = run_start(folder)
     there = None if start is None else start / name
-    return str(there) if there is not None and there.exists() else name
+    return str(there) if there is not None and _is_there(there) else name
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a path leads to something; what is too long for a name, such as a random model's, leads nowhere."""
+    try:
+        return path.expanduser().exists()
+    except (OSError, RuntimeError, ValueError):
+        return False
 
 
 def paths_from_start(given: Any, folder: Path) -> Any:

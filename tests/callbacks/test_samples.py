@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from media_models import FAMILIES, picture
 from resuming import SaveAt, assert_equal_runs, at_step, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toy_runs import classification, completion_data, decoder_folder, encoder_folder, labelled_data, trainer
@@ -14,7 +15,7 @@ from toy_runs import classification, completion_data, decoder_folder, encoder_fo
 from ll_lora import LoRA
 from lora_lightning.callbacks import Samples
 from lora_lightning.callbacks.samples import show
-from lora_lightning.data import Chat, Completions
+from lora_lightning.data import Chat, Completions, MediaChat
 from lora_lightning.errors import DataError, SettingsError
 from lora_lightning.training.module import AdapterModule
 
@@ -197,7 +198,7 @@ def test_prompts_get_the_format_of_the_data_as_predict_gives_it(decoder, tmp_pat
         Completions(train=str(file), validation=str(file), tokenizer=str(decoder), batch_size=4, **settings),
     )
     trainer(tmp_path, [samples], max_steps=1).fit(module, datamodule=data)
-    asked = [data.tokenizer_object.decode(ids) for _, ids in samples._asked]
+    asked = [data.tokenizer_object.decode(asked.ids) for _, asked in samples._asked]
     assert asked == expected
     assert [row["prompt"] for row in lines(tmp_path / "samples.jsonl")] == prompts
     rows = tmp_path / "asked.jsonl"
@@ -209,7 +210,7 @@ def test_prompts_get_the_format_of_the_data_as_predict_gives_it(decoder, tmp_pat
     if rows.read_text():
         asked_of_file = Samples(str(rows), every_n_steps=9, max_new_tokens=2, file="more.jsonl")
         trainer(tmp_path, [asked_of_file], max_steps=1).fit(language_model(decoder), datamodule=data)
-        assert data.tokenizer_object.decode(asked_of_file._asked[0][1]) == expected[-1]
+        assert data.tokenizer_object.decode(asked_of_file._asked[0][1].ids) == expected[-1]
 
 
 def test_rows_that_do_not_fit_the_format(decoder, tmp_path):
@@ -224,3 +225,44 @@ def test_rows_that_do_not_fit_the_format(decoder, tmp_path):
         fit, module = trainer(tmp_path, [Samples([prompt])], max_steps=1), language_model(decoder)
         with pytest.raises(DataError, match=match):
             fit.fit(module, datamodule=data)
+
+
+@pytest.mark.parametrize("family", ["smolvlm", "qwen2.5-vl", "gemma3"])
+def test_questions_about_images_are_answered_as_the_model_answers_them(tmp_path, family):
+    processor, base = FAMILIES[family].processor(), FAMILIES[family].save(tmp_path / "base")
+    picture(0).save(tmp_path / "0.png")
+    turns = [{"role": "user", "content": "<image>what?"}, {"role": "assistant", "content": "a"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps({"messages": turns, "image": "0.png"})] * 2))
+    asked = [{"prompt": "what?", "image": "0.png"}, {"prompt": "what?"}, {"messages": turns, "images": ["0.png"]}]
+    outs = {}
+    for number, row in enumerate(asked):
+        (tmp_path / f"asked{number}.jsonl").write_text(json.dumps(row))
+        data = MediaChat(
+            train=str(tmp_path / "rows.jsonl"), validation=str(tmp_path / "rows.jsonl"), processor=base, batch_size=2
+        )
+        module = AdapterModule(base, LoRA(rank=2), task="image-text-to-text", targets=["q_proj"])
+        samples = Samples(str(tmp_path / f"asked{number}.jsonl"), every_n_steps=1, max_new_tokens=5)
+        folder = tmp_path / str(number)
+        trainer(folder, [samples], max_steps=1).fit(module, datamodule=data)
+        out = lines(folder / "samples.jsonl")
+        assert [line["step"] for line in out] == [0, 1]
+        named = {"image": "0.png"} if number == 0 else {"images": ["0.png"]}
+        assert out[0]["prompt"] == "what?" if number == 1 else named.items() <= out[0]["prompt"].items()
+        text = processor.apply_chat_template(
+            [
+                {
+                    "role": "user",
+                    "content": [*([{"type": "image"}] if number != 1 else []), {"type": "text", "text": "what?"}],
+                }
+            ],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        images = {} if number == 1 else {"images": [[picture(0)]]}
+        inputs = processor(text=[text], **images, add_special_tokens=False, return_tensors="pt")
+        ends = [2, processor.tokenizer.convert_tokens_to_ids(FAMILIES[family].end)]
+        written = module.model.eval().generate(**inputs, max_new_tokens=5, do_sample=False, eos_token_id=ends)
+        answer = processor.tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        outs[number] = out[-1]["answer"]
+        assert outs[number] == answer.strip()
+    assert outs[0] == outs[2]

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from media_models import FAMILIES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lora_lightning.cli.main import main
 from lora_lightning.data import Chat
-from lora_lightning.models.generation import before_end, end_ids, end_text
+from lora_lightning.data.chats.templates import end_of_turn
+from lora_lightning.data.media.processors import templated_tokenizer
+from lora_lightning.models.generation import before_end, end_ids, end_of_answer, end_text
 from lora_lightning.models.tasks import find_task
 from lora_lightning.models.tasks.base import PredictContext, evaluate
 
@@ -121,6 +125,23 @@ def test_a_model_without_a_generation_config_ends_where_its_config_says(folder):
     model = writer(tokenizer, "a")
     model.generation_config, model.config.eos_token_id = None, 7
     assert end_ids(model, tokenizer) == [7, tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("family", ["qwen2.5-vl", "smolvlm", "gemma3", "qwen2-audio"])
+def test_a_template_that_takes_parts_alone_ends_its_turns_too(family):
+    tokenizer = templated_tokenizer(FAMILIES[family].processor())
+    end = tokenizer.convert_tokens_to_ids(FAMILIES[family].end)
+    assert end_of_answer(tokenizer) == end_of_turn(tokenizer) == end
+    assert end_text(tokenizer) == ""
+    model = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=2))
+    assert end_ids(model, tokenizer) == [2, end]
+
+
+def test_a_template_that_leaves_answers_out_ends_nothing():
+    tokenizer = templated_tokenizer(FAMILIES["gemma3"].processor())
+    tokenizer.chat_template = "{% for m in messages %}<start_of_turn>{{ m.role }}{% endfor %}"
+    assert end_of_answer(tokenizer) is None
+    assert end_of_turn(tokenizer) is None
 
 
 def test_before_end():

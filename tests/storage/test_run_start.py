@@ -40,6 +40,8 @@ def test_a_path_is_found_from_the_runs_start(started, root, below):
     assert paths_from_start(["a.jsonl", "b"], run) == [str(start / "a.jsonl"), "b"]
     assert paths_from_start({"a.jsonl": 2, "b": 1}, run) == {str(start / "a.jsonl"): 2, "b": 1}
     assert paths_from_start(None, run) is None
+    for name in (f"random:llava:0:{'x' * 500}", "x" * 5000, "a\nb", "a\0b", "~nobody-here/x"):
+        assert from_start(name, run) == name
     Path("a.jsonl").touch()
     assert from_start("a.jsonl", run) == "a.jsonl"  # what lies here wins
 

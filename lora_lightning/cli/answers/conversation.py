@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lora_lightning.cli.answers.asking import as_read, prompt_of, reads_none
 from lora_lightning.cli.answers.voices import Voice, plain_prompt
-from lora_lightning.data.chats.rendering import Renderer
 from lora_lightning.data.chats.turns import Turn, without_first_exchange
+from lora_lightning.data.media.parts import Media, marked, parts_of, with_media
+from lora_lightning.data.media.processors import sampling_rate
+from lora_lightning.data.media.prompts import Prompt
 from lora_lightning.data.sources.faults import RowError
 from lora_lightning.errors import SettingsError
 
 Say = Callable[[str], None]
+WHERE = "the conversation"
+"""What it is called in messages."""
 
 
 class Conversation:
@@ -25,10 +30,50 @@ class Conversation:
         self.say = say
         self.system = ""
         self.turns: list[Turn] = []
+        self.attached: dict[str, list[Any]] = {}
+        """Images and sounds of the next question, opened, by kind."""
 
     def reset(self) -> None:
-        """Forget the turns; the system text stays."""
-        self.turns = []
+        """Forget the turns, and what is attached to the next question; the system text stays."""
+        self.turns, self.attached = [], {}
+
+    def attach(self, kind: str, given: str, voice: Voice) -> int:
+        """Open an image or a sound for the next question.
+
+        Args:
+            kind: "image" or "audio".
+            given: its path, or a data URL.
+            voice: who is to be asked.
+
+        Returns:
+            How many of the kind are attached now.
+
+        Raises:
+            RowError: it cannot be read, or the voice reads none.
+        """
+        if voice.processor is None:
+            raise reads_none(voice, f"{given} is of kind {kind}")
+        opened = voice.read(Media(kind, given))
+        rate = sampling_rate(voice.processor)
+        self.attached.setdefault(kind, []).append(
+            opened if kind == "image" else {"array": opened, "sampling_rate": rate}
+        )
+        return len(self.attached[kind])
+
+    def question(self, text: str) -> Any:
+        """Content of the next question: the text, or, where something is attached, parts.
+
+        Marks in the text take what is attached in its order; a text without marks has it in front.
+
+        Raises:
+            RowError: the text has another number of marks.
+        """
+        if not self.attached:
+            return text
+        row = {f"{kind}s": values for kind, values in self.attached.items()}
+        where = "the question"
+        turns = [{"role": "user", "content": parts_of(marked(text, row), where)}]
+        return with_media(turns, row, None, where)[0]["content"]
 
     def set_system(self, text: str, voice: Voice) -> None:
         """Begin anew with another system text, or none.
@@ -46,43 +91,52 @@ class Conversation:
         self.system = text
         self.reset()
 
-    def prompt(self, voice: Voice, text: str, room: int | None, seq2seq: bool = False) -> list[int]:
-        """Token ids that ask for an answer to `text`; what the template or the length refuses is left out, and said.
+    def prompt(self, voice: Voice, question: Any, room: int | None, seq2seq: bool = False) -> Prompt:
+        """What asks for an answer to `question`; what the template or the length refuses is left out, and said.
 
         Args:
             voice: who is to answer.
-            text: what was asked.
+            question: content of what was asked, see `question`.
             room: most tokens of the prompt; None where nothing bounds it.
             seq2seq: whether the model reads the text whole.
 
         Raises:
             SettingsError: the template refuses the question by itself, or it is too long by itself.
         """
-        asked = {"role": "user", "content": text}
+        asked = {"role": "user", "content": question}
+        if not isinstance(question, str):
+            as_read(voice, [asked], "the question")
         if not voice.in_turns:
-            ids = plain_prompt(voice.tokenizer, voice.data.asked(text, "the line"), seq2seq)
+            ids = plain_prompt(voice.tokenizer, voice.data.asked(question, "the line"), seq2seq)
             if room is not None and len(ids) > room:
                 raise SettingsError(f"the text has {len(ids)} tokens; the model has room for {room} beside the answer.")
             if not ids:
                 raise SettingsError("the text has no tokens.")
-            return ids
+            return Prompt(ids)
         turns = [*self._front(), *self.turns, asked]
         if reason := _refused(voice, turns):
             turns = self._accepted(voice, asked, reason)
-        ids = _ids(voice, turns)
+        found = prompt_of(voice, turns, WHERE)
         left_out = 0
-        while room is not None and len(ids) > room and (shorter := without_first_exchange(turns)):
+        while room is not None and len(found.ids) > room and (shorter := without_first_exchange(turns)):
             turns, left_out = shorter, left_out + 1
-            ids = _ids(voice, turns)
-        if room is not None and len(ids) > room:
-            raise SettingsError(f"the question has {len(ids)} tokens; the model has room for {room} beside the answer.")
+            found = prompt_of(voice, turns, WHERE)
+        if room is not None and len(found.ids) > room:
+            raise SettingsError(
+                f"the question has {len(found.ids)} tokens; the model has room for {room} beside the answer."
+            )
         if left_out:
             self.say(f"the first {left_out} exchanges are left out from here on: the model takes no more tokens")
             self.turns = turns[len(self._front()) : -1]
-        return ids
+        return found
 
-    def add(self, question: str, answer: str) -> None:
-        """Keep an exchange; one without an answer is not kept."""
+    def add(self, question: Any, answer: str) -> None:
+        """Keep an exchange; one without an answer is not kept.
+
+        Args:
+            question: content of what was asked.
+            answer: its answer.
+        """
         if answer.strip():
             self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
@@ -107,11 +161,7 @@ class Conversation:
 def _refused(voice: Voice, turns: Sequence[Turn]) -> str:
     """Why a template does not render these turns; empty where it does."""
     try:
-        _ids(voice, turns)
+        voice.renderer.text(as_read(voice, turns, WHERE), None, WHERE, prompt=True)
     except RowError as error:
         return str(error).rpartition("cannot render it: ")[2].rstrip(".")
     return ""
-
-
-def _ids(voice: Voice, turns: Sequence[Turn], tools: Any = None) -> list[int]:
-    return Renderer(voice.tokenizer, f"of {voice.label}").prompt(turns, tools, "the conversation")

@@ -11,9 +11,6 @@ import yaml
 
 from lora_lightning.data.prompt_formats import PromptFormat, layout_of
 
-TEXTS_ALONE = (
-    "chat and generate ask with texts alone; predict --run RUN --data.predict FILE answers rows with images or sounds"
-)
 CONVERSATIONS = ("Chat", "MediaChat")
 """Data modules that make turns."""
 
@@ -42,6 +39,16 @@ class RunData:
     def prefix(self) -> str:
         """What stands before each source text."""
         return str(self.settings.get("prefix") or "") if self.kind == "TextToText" else ""
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """Variables of the chat template beside the conversation."""
+        return dict(self.settings.get("chat_template_kwargs") or {}) if self.in_turns else {}
+
+    @property
+    def tools(self) -> str:
+        """Column of tool descriptions."""
+        return str(self.settings.get("tools") or "tools")
 
     @property
     def columns(self) -> list[str]:

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
+from lora_lightning.cli.answers.asking import inputs_of
 from lora_lightning.cli.answers.sampling import Sampling
 from lora_lightning.cli.answers.voices import Voices
+from lora_lightning.data.media.prompts import Prompt
 from lora_lightning.models.generation import end_text
 
 
@@ -44,12 +46,12 @@ class _Stop(StoppingCriteria):  # type: ignore[misc]  # transformers has no type
         return torch.full((len(input_ids),), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
-def stream(voices: Voices, ids: list[int], sampling: Sampling, write: Callable[[str], object]) -> Answer:
+def stream(voices: Voices, prompt: Prompt, sampling: Sampling, write: Callable[[str], object]) -> Answer:
     """Generate an answer, and write it as it comes; Ctrl-C stops it, and what was written stays.
 
     Args:
         voices: the voice that speaks answers.
-        ids: token ids of the prompt.
+        prompt: what is answered.
         sampling: how tokens are chosen.
         write: is given text as it comes.
 
@@ -62,9 +64,8 @@ def stream(voices: Voices, ids: list[int], sampling: Sampling, write: Callable[[
     streamer = TextIteratorStreamer(voice.tokenizer, skip_prompt=not seq2seq, skip_special_tokens=True)
     last = end_text(voice.tokenizer) if voice.in_turns else ""
     failed: list[BaseException] = []
-    options = {
-        "input_ids": torch.tensor([ids], device=model.device),
-        "attention_mask": torch.ones(1, len(ids), dtype=torch.int64, device=model.device),
+    options: dict[str, Any] = {
+        **inputs_of(voice, [prompt], model),
         "generation_config": sampling.config(model, voice.tokenizer, last),
         "tokenizer": voice.tokenizer,
         "stopping_criteria": StoppingCriteriaList([counted]),

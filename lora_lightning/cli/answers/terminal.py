@@ -8,7 +8,6 @@ from contextlib import suppress
 from typing import TextIO
 
 from lora_lightning.cli.answers.conversation import Conversation
-from lora_lightning.cli.answers.run_data import TEXTS_ALONE
 from lora_lightning.cli.answers.sampling import Sampling
 from lora_lightning.cli.answers.streaming import stream
 from lora_lightning.cli.answers.voices import BASE, Voice, Voices
@@ -19,6 +18,8 @@ COMMANDS = {
     "/base": "let the base model answer",
     "/reset": "forget the conversation",
     "/system": "[TEXT]  begin anew with this system text, or without one",
+    "/image": "[PATH]  attach an image to the next question; alone, take back what is attached",
+    "/audio": "[PATH]  attach a sound; alone, take back what is attached",
     "/settings": "[NAME VALUE]  show or change how tokens are chosen; null takes the model's own",
     "/help": "this list",
     "/exit": "leave; so do /quit, Ctrl-D and Ctrl-C twice",
@@ -45,7 +46,8 @@ class Chat:
             "/system": self._system,
             "/settings": self._settings,
             "/help": self._help,
-            "/image": self._image,
+            "/image": lambda path: self._attach("image", path),
+            "/audio": lambda path: self._attach("audio", path),
         }
 
     def say(self, text: str) -> None:
@@ -91,12 +93,15 @@ class Chat:
         """Answer a question, and keep both."""
         voice = self.voices.current
         room = self.voices.room(self.sampling.max_new_tokens)
-        ids = self.conversation.prompt(voice, question, room, self.voices.is_seq2seq)
-        answer = stream(self.voices, ids, self.sampling, self._write)
+        content = self.conversation.question(question)
+        prompt = self.conversation.prompt(voice, content, room, self.voices.is_seq2seq)
+        answer = stream(self.voices, prompt, self.sampling, self._write)
         print(file=self.out, flush=True)
         self.say(answer.speed)
         if voice.in_turns:
-            self.conversation.add(question, answer.text)
+            self.conversation.add(content, answer.text)
+        if answer.text.strip():
+            self.conversation.attached = {}
 
     def _write(self, text: str) -> None:
         print(text, end="", file=self.out, flush=True)
@@ -135,8 +140,14 @@ class Chat:
             self.sampling = self.sampling.replaced(name, value.strip())
         self.say(str(self.sampling))
 
-    def _image(self, _: str) -> None:
-        raise SettingsError(f"{TEXTS_ALONE}.")
+    def _attach(self, kind: str, path: str) -> None:
+        if not path:
+            self.conversation.attached = {}
+            self.say("nothing is attached")
+            return
+        bare = path[1:-1] if len(path) > 1 and path[0] == path[-1] and path[0] in "\"'" else path
+        count = self.conversation.attach(kind, bare, self.voices.current)
+        self.say(f"{kind} {count} of the next question")
 
     def _help(self, _: str) -> None:
         width = max(map(len, COMMANDS))

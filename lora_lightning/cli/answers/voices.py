@@ -6,15 +6,21 @@ merged only where they are float32, since a small update is lost in half precisi
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lora_lightning.cli.answers.run_data import RunData, run_data
+from lora_lightning.data.chats.rendering import Renderer
+from lora_lightning.data.media.encoding import Encode, writes_parts
+from lora_lightning.data.media.parts import Media
+from lora_lightning.data.media.processors import load_processor, sampling_rate, templated_tokenizer
+from lora_lightning.data.media.reading import read_media
 from lora_lightning.data.tokens.causal import start_ids
 from lora_lightning.data.tokens.tokenizers import load_tokenizer
 from lora_lightning.errors import (
@@ -34,7 +40,7 @@ from lora_lightning.injection.records import injected_root, iter_adapters, stack
 from lora_lightning.injection.switches import set_active
 from lora_lightning.models.loading import load_model
 from lora_lightning.models.pretrained import PACKAGE, resolve
-from lora_lightning.models.random import is_random
+from lora_lightning.models.random import config_of, is_random
 from lora_lightning.models.tasks import find_task
 from lora_lightning.storage.stored import FILE
 
@@ -56,11 +62,25 @@ class Voice:
     adapter: TrainedAdapter | None = None
     data: RunData = field(default_factory=RunData)
     """How it was asked while it was trained."""
+    processor: Any = field(default=None, repr=False)
+    """What prepares images and sounds for it, where its template writes content in parts."""
+    without: str = "it has no processor"
+    """Why it reads texts alone, where it does."""
 
     @property
     def in_turns(self) -> bool:
         """Whether a text is what a user says in a conversation."""
         return bool(self.tokenizer.chat_template) and self.data.in_turns
+
+    @property
+    def renderer(self) -> Renderer:
+        """Its chat template, with the variables that its run gave it."""
+        plain = Renderer(self.tokenizer, f"of {self.label}", options=self.data.template_options)
+        return plain if self.processor is None else replace(plain, encode=Encode(self.processor, self.read))
+
+    def read(self, media: Media) -> Any:
+        """An image or a sound as the processor takes it; raises `RowError`."""
+        return read_media(media, sampling_rate(self.processor))
 
 
 class Voices:
@@ -94,10 +114,15 @@ class Voices:
             one.load(self.model, f"a{number}")
         self.model.to(device or _accelerator()).eval()
         own = _tokenizer(self.base, adapters)
-        self.voices = {BASE: Voice(BASE, own)}
+        owned = [_own(one) for one in adapters]
+        media, without = _processor(self.base, self.model.config)
+        media = media or next((processor for _, processor in owned if processor is not None), None)
+        self.voices = {BASE: _voice(BASE, own, media, without)}
         for number, (label, one) in enumerate(zip(_labels(adapters), adapters, strict=True), 1):
             active = stack_of(injected_root(self.model), f"a{number}")
-            self.voices[label] = Voice(label, _own_tokenizer(one) or own, active, one, run_data(Path(one.folder)))
+            known = {"active": active, "adapter": one, "data": run_data(Path(one.folder))}
+            tokenizer, processor = owned[number - 1]
+            self.voices[label] = _voice(label, tokenizer or own, processor or media, without, **known)
         self.merges = False
         """Whether weights are merged while an adapter speaks."""
         self.current = self.voices[BASE]
@@ -113,7 +138,8 @@ class Voices:
 
     def room(self, new_tokens: int) -> int | None:
         """Most tokens of a prompt beside so many new ones, which get half of the positions at most; None for no end."""
-        longest: int | None = getattr(self.model.config, "max_position_embeddings", None)
+        config = self.model.config.get_text_config()
+        longest: int | None = getattr(config, "max_position_embeddings", None)
         return None if longest is None or self.is_seq2seq else longest - min(new_tokens, longest // 2)
 
     def find(self, name: str) -> Voice:
@@ -253,9 +279,30 @@ def _load(base: str, adapters: Sequence[TrainedAdapter], dtype: torch.dtype | st
     if ours:
         folder = resolve(base, "--pretrained")
         return load_base(folder, stored_whole(ours), "the base model", dtype)
-    tasks = {one.config.get("task_type") for one in adapters}
-    task = "seq2seq-lm" if "SEQ_2_SEQ_LM" in tasks else "causal-lm"
-    return load_model(base, find_task(task), dtype=dtype)  # type: ignore[arg-type]
+    return load_model(base, find_task(_task(base, adapters)), dtype=dtype)  # type: ignore[arg-type]
+
+
+def _task(base: str, adapters: Sequence[TrainedAdapter]) -> str:
+    """The task whose class a base model is loaded in; adapters of peft were mostly trained on a class of texts."""
+    import transformers
+
+    if "SEQ_2_SEQ_LM" in {one.config.get("task_type") for one in adapters}:
+        return "seq2seq-lm"
+    texts = {"causal-lm": transformers.MODEL_FOR_CAUSAL_LM_MAPPING}
+    media = {
+        "image-text-to-text": transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        "audio-text-to-text": transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    }
+    try:
+        config = (
+            config_of(base)
+            if is_random(base)
+            else transformers.AutoConfig.from_pretrained(resolve(base), trust_remote_code=False)
+        )
+    except (OSError, ValueError):  # said when it is loaded
+        return "causal-lm"
+    order = {**texts, **media} if adapters else {**media, **texts}
+    return next((task for task, mapping in order.items() if type(config) in mapping), "causal-lm")
 
 
 def _accelerator() -> str:
@@ -274,17 +321,51 @@ def _tokenizer(base: str, adapters: Sequence[TrainedAdapter]) -> Any:
         return found
 
 
+def _processor(base: str, config: Any) -> tuple[Any, str]:
+    """The base model's processor of images or sounds, or None and why there is none."""
+    if not any(hasattr(config, f"{part}_config") for part in ("vision", "audio")):
+        return None, f"{base} is a model of texts."
+    if is_random(base):
+        return None, "its base model starts from random numbers, and has no processor beside it."
+    try:
+        found = load_processor(base, "the base model")
+    except LoraLightningError as error:
+        return None, str(error)
+    templated_tokenizer(found)
+    return found, ""
+
+
+def _voice(label: str, tokenizer: Any, processor: Any, without: str, **known: Any) -> Voice:
+    """A voice; it has the processor where its template writes content in parts."""
+    voice = Voice(label, tokenizer, processor=processor, without=without, **known)
+    if processor is None:
+        return voice
+    if processor.tokenizer is not tokenizer:
+        processor = copy.copy(processor)
+        processor.tokenizer = tokenizer
+    if voice.in_turns and tokenizer.is_fast and writes_parts(replace(voice, processor=None).renderer):
+        return replace(voice, processor=processor)
+    why = "its chat template writes no content in parts." if voice.in_turns else "it is asked in plain texts."
+    return replace(voice, processor=None, without=why)
+
+
 def _own_tokenizer(adapter: TrainedAdapter) -> Any:
     """The tokenizer of the run that an adapter lies in, or the one that it brings; None where it has none."""
-    found = run_processor(adapter.folder)
-    found = getattr(found, "tokenizer", found)
+    return _own(adapter)[0]
+
+
+def _own(adapter: TrainedAdapter) -> tuple[Any, Any]:
+    """The same, and the processor of images or sounds of that run; None where it has none."""
+    run = run_processor(adapter.folder)
+    found = getattr(run, "tokenizer", run)
+    processor = run if hasattr(run, "tokenizer") else None
     template = getattr(found, "chat_template", None)
     if adapter.tokenizer is not None:
         own = load_tokenizer(str(adapter.tokenizer))
         if template and not own.chat_template:
             own.chat_template = template
-        return own
-    return found if hasattr(found, "decode") else None
+        return own, processor
+    return (found if hasattr(found, "decode") else None), processor
 
 
 def _labels(adapters: Sequence[TrainedAdapter]) -> list[str]:

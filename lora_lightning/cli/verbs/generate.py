@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_lightning.cli.answers.sampling import Sampling, add_model_arguments, add_sampling_arguments, sampling_of
 from lora_lightning.errors import DataError, SettingsError
 
 if TYPE_CHECKING:
+    from lora_lightning.cli.answers.prompts import Row
     from lora_lightning.cli.answers.voices import Voices
 
 
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
     from lora_lightning.cli.answers.prompts import read_rows
     from lora_lightning.cli.answers.voices import BASE, Voices
+    from lora_lightning.data.media.parts import named
     from lora_lightning.training.predictions import write_rows
 
     rows = read_rows(args.input)
@@ -67,35 +69,38 @@ def run(args: argparse.Namespace) -> int:
             print(f"{label}: {'unmerged' if args.unmerged else voices.merge_all()}", flush=True)
         answers[label] = answered(voices, rows, sampling, args)
     columns = {label: "prediction" if len(labels) == 1 else f"prediction_{label}" for label in labels}
-    taken = [name for name in columns.values() if name in rows[0]]
+    taken = [name for name in columns.values() if name in rows[0].values]
     if taken:
         raise DataError(f'--input has a column "{taken[0]}", which the answers go to; rename it.')
     written = []
     for number, row in enumerate(rows):
         own = {name: answers[label][number] for label, name in columns.items()}
-        written.append({**row, "index": number, **own})
+        written.append({**named(row.values), "index": number, **own})
     write_rows(args.output, written)
     print(f"predictions: {args.output} ({len(written)} rows)")
     return 0
 
 
-def answered(voices: Voices, rows: list[dict[str, Any]], sampling: Sampling, args: argparse.Namespace) -> list[str]:
+def answered(voices: Voices, rows: list[Row], sampling: Sampling, args: argparse.Namespace) -> list[str]:
     """The answer of the voice that speaks to each row."""
     import torch
 
+    from lora_lightning.cli.answers.asking import inputs_of
     from lora_lightning.cli.answers.prompts import Prompter, batches
-    from lora_lightning.models.generation import continued_texts, end_text
+    from lora_lightning.models.generation import continued_batch, end_text
 
     voice, seq2seq = voices.current, voices.is_seq2seq
     room = voices.room(sampling.max_new_tokens)
     prompter = Prompter(voice, args.column, args.system, args.plain, seq2seq)
-    prompts = [prompter.ids(row, f"{args.input}: row {number}", room) for number, row in enumerate(rows)]
+    prompts = [
+        prompter.prompt(row.values, f"{args.input}: row {number}", room, row.folder) for number, row in enumerate(rows)
+    ]
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
     last = end_text(voice.tokenizer) if prompter.in_turns else ""
     config = sampling.config(voices.model, voice.tokenizer, last)
     found: dict[int, str] = {}
-    for batch in batches([len(prompt) for prompt in prompts], args.batch_size):
-        ids = [prompts[number] for number in batch]
-        found |= dict(zip(batch, continued_texts(voices.model, voice.tokenizer, ids, last, config), strict=True))
+    for batch in batches([len(prompt.ids) for prompt in prompts], args.batch_size):
+        inputs = inputs_of(voice, [prompts[number] for number in batch], voices.model)
+        found |= dict(zip(batch, continued_batch(voices.model, voice.tokenizer, inputs, last, config), strict=True))
     return [found[number] for number in range(len(rows))]

@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_lightning.data.tokens.causal import end_id, start_ids
 from lora_lightning.errors import DataError, did_you_mean
+from lora_lightning.models.generation import behind_answer
 
 
 @dataclass(frozen=True)
@@ -147,14 +148,7 @@ def _named(tokenizer: Any, name: str, owner: str) -> str:
 
 def end_of_turn(tokenizer: Any) -> int | None:
     """Id of the token that ends an assistant's turn; None without a template, or where it ends with ordinary text."""
-    if not tokenizer.chat_template:
-        return None
-    said = "answer"
-    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": said}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # a template is a program, and may want other turns
-        return None
-    ids = tokenizer(text.rpartition(said)[2].lstrip(), add_special_tokens=False)["input_ids"] if said in text else []
+    behind = behind_answer(tokenizer).lstrip()
+    ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if behind else []
     marks = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     return int(ids[0]) if ids and ids[0] in marks else None

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_lightning.data.chats.rendering import Encoded, Span
+from lora_lightning.data.chats.rendering import PROBE, Encoded, Renderer, Span
 from lora_lightning.data.chats.turns import Turn
 from lora_lightning.data.media.parts import Media, media_in
 from lora_lightning.data.media.processors import marks, sampling_rate
@@ -117,6 +117,33 @@ def _by_kind(media: Sequence[Sequence[Media]], read: Read, rate: int) -> dict[st
     return found
 
 
+def processed(processor: Any, texts: Sequence[str], opened: Sequence[Sequence[Media]], side: str) -> dict[str, Any]:
+    """What a processor makes of rendered texts with their images and sounds.
+
+    Args:
+        processor: The model's own.
+        texts: Rendered texts.
+        opened: Images and sounds of each, whose values are what the processor takes.
+        side: Where shorter rows are padded: "left" or "right".
+
+    Returns:
+        Tensors by the names that the processor gives them, token ids (b, l) among them; lists in place of a tensor
+        where it makes none of rows that differ.
+    """
+    media = _by_kind(opened, lambda one: one.value, sampling_rate(processor))
+    return dict(processor(text=list(texts), **media, padding=True, padding_side=side, return_tensors="pt", **_PLAIN))
+
+
+def writes_parts(renderer: Renderer) -> bool:
+    """Whether a template writes content in parts, [{"type": "text", "text": ...}], as texts."""
+    turns = [{"role": "user", "content": [{"type": "text", "text": PROBE}]}]
+    try:
+        text = renderer.text(turns, None, "a text", prompt=True)
+    except RowError:
+        return False
+    return PROBE in text and f"'{PROBE}'" not in text
+
+
 @dataclass(frozen=True)
 class CollateMedia:
     """Examples to what the processor makes of their texts, images and sounds, padded on the right, with labels.
@@ -180,12 +207,11 @@ class CollateMedia:
         return found
 
     def _made(self, texts: Sequence[str], opened: Sequence[Sequence[Media]], side: str) -> dict[str, Any]:
-        media = _by_kind(opened, lambda one: one.value, sampling_rate(self.processor))
-        made = self.processor(text=list(texts), **media, padding=True, padding_side=side, return_tensors="pt", **_PLAIN)
+        made = processed(self.processor, texts, opened, side)
         other = [name for name, value in made.items() if not isinstance(value, Tensor)]
         if other:
             raise DataError(
                 f"{type(self.processor).__name__} makes no tensor of {', '.join(other)} for {len(texts)} examples, "
                 "whose images differ in size. Set data.batch_size to 1, or bring the images to one size."
             )
-        return dict(made)
+        return made

@@ -92,6 +92,27 @@ def media_in(turns: Sequence[Turn]) -> Iterator[Media]:
                 yield part[part["type"]]
 
 
+def marked(text: str, row: Mapping[str, Any]) -> str:
+    """A text with a mark for each image and sound of a row's columns in front, unless it has marks itself."""
+    if _MARK.search(text):
+        return text
+    return "".join(f"<{kind}>" * len(_listed(row, names)) for kind, names in KINDS.items()) + text
+
+
+def column_with_media(row: Mapping[str, Any]) -> str | None:
+    """The first column of a row that holds an image or a sound; None where none does."""
+    return next((name for name in COLUMNS if _listed(row, [name])), None)
+
+
+def named(value: Any) -> Any:
+    """A value with images and sounds by name."""
+    if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
+        return value.get("path") or f"{len(value['bytes'])} bytes"
+    if isinstance(value, Mapping):
+        return {key: named(inner) for key, inner in value.items()}
+    return [named(inner) for inner in value] if isinstance(value, list) else value
+
+
 def _marked(piece: str) -> dict[str, Any]:
     kind = piece[1:-1] if _MARK.fullmatch(piece) else ""
     return {"type": kind, kind: Media(kind)} if kind else {"type": "text", "text": piece}

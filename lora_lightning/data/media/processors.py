@@ -87,6 +87,14 @@ def marks(processor: Any) -> dict[str, str]:
     return {kind: token for kind, token in found.items() if isinstance(token, str)}
 
 
+def templated_tokenizer(processor: Any) -> Any:
+    """The processor's tokenizer, which writes the processor's chat template from here on where that has one."""
+    template = processor.chat_template
+    template = template.get("default") if isinstance(template, dict) else template
+    processor.tokenizer.chat_template = template or processor.tokenizer.chat_template
+    return processor.tokenizer
+
+
 def sampling_rate(processor: Any) -> int:
     """Samples a second of the sounds that it takes; 0 where it takes none."""
     return int(getattr(getattr(processor, "feature_extractor", None), "sampling_rate", 0))

@@ -180,7 +180,7 @@ class Sources:
         what = f"{self.owner}.{field}"
         return {
             source: self._without_ignored(
-                _undecoded_table(read_table(source, hub_split, self.how, field=what, faults=self.faults))
+                undecoded_table(read_table(source, hub_split, self.how, field=what, faults=self.faults))
             )
             for source in _named(given)
         }
@@ -340,7 +340,7 @@ class Sources:
         return split
 
 
-def _undecoded_table(table: datasets.Dataset) -> datasets.Dataset:
+def undecoded_table(table: datasets.Dataset) -> datasets.Dataset:
     """`table` with images and sounds that are read when they are used, not when they are looked at."""
     for name, feature in (getattr(table, "features", None) or {}).items():
         plain = _undecoded(feature)

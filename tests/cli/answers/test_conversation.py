@@ -16,7 +16,7 @@ def voice(base: Path) -> Voice:
 
 
 def asked(conversation: Conversation, voice: Voice, text: str, room: int | None = None) -> str:
-    return str(voice.tokenizer.decode(conversation.prompt(voice, text, room)))
+    return str(voice.tokenizer.decode(conversation.prompt(voice, text, room).ids))
 
 
 def test_turns_are_kept_as_the_template_writes_them(voice: Voice) -> None:

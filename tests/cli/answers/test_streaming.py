@@ -10,15 +10,17 @@ from transformers import AutoModelForCausalLM
 from lora_lightning.cli.answers.sampling import Sampling
 from lora_lightning.cli.answers.streaming import Shown, stream
 from lora_lightning.cli.answers.voices import Voices
+from lora_lightning.data.media.prompts import Prompt
 from lora_lightning.models.generation import end_ids
 
 IDS = [5, 9, 12]
+PROMPT = Prompt(IDS)
 
 
 def test_what_is_streamed_is_what_transformers_generates(base: Path) -> None:
     voices = Voices([str(base)], device="cpu")
     pieces: list[str] = []
-    answer = stream(voices, IDS, Sampling(greedy=True, max_new_tokens=9), pieces.append)
+    answer = stream(voices, PROMPT, Sampling(greedy=True, max_new_tokens=9), pieces.append)
     model = AutoModelForCausalLM.from_pretrained(base).eval()
     ends = end_ids(model, voices.current.tokenizer)
     ids = model.generate(torch.tensor([IDS]), max_new_tokens=9, do_sample=False, eos_token_id=ends, pad_token_id=0)[0]
@@ -32,9 +34,9 @@ def test_what_is_streamed_is_what_transformers_generates(base: Path) -> None:
 def test_a_seed_draws_the_same_again(base: Path) -> None:
     voices = Voices([str(base)], device="cpu")
     settings = Sampling(temperature=5.0, max_new_tokens=12, seed=3)
-    one, again = (stream(voices, IDS, settings, lambda _: None).text for _ in range(2))
+    one, again = (stream(voices, PROMPT, settings, lambda _: None).text for _ in range(2))
     assert one == again
-    assert one != stream(voices, IDS, settings.replaced("seed", "4"), lambda _: None).text
+    assert one != stream(voices, PROMPT, settings.replaced("seed", "4"), lambda _: None).text
 
 
 @pytest.mark.parametrize(
@@ -68,7 +70,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_written(base: Path) -> None:
         if len(pieces) == 3:
             raise KeyboardInterrupt  # as it reaches the thread that waits
 
-    answer = stream(voices, IDS, Sampling(temperature=9.0, seed=0, max_new_tokens=100_000), write)
+    answer = stream(voices, PROMPT, Sampling(temperature=9.0, seed=0, max_new_tokens=100_000), write)
     assert answer.stopped
     assert answer.text == "".join(pieces)
     assert "stopped" in answer.speed
@@ -80,7 +82,7 @@ def test_a_second_ctrl_c_leaves(base: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        stream(Voices([str(base)], device="cpu"), IDS, Sampling(greedy=True, max_new_tokens=20), write)
+        stream(Voices([str(base)], device="cpu"), PROMPT, Sampling(greedy=True, max_new_tokens=20), write)
 
 
 def test_an_error_of_the_model_is_raised_where_it_is_waited_for(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,4 +93,4 @@ def test_an_error_of_the_model_is_raised_where_it_is_waited_for(base: Path, monk
 
     monkeypatch.setattr(voices.model, "generate", generate)
     with pytest.raises(RuntimeError, match="no memory"):
-        stream(voices, IDS, Sampling(), lambda _: None)
+        stream(voices, PROMPT, Sampling(), lambda _: None)

@@ -14,8 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from media_models import FAMILIES, PICTURED, picture
 
+from lora_lightning.cli.answers.conversation import Conversation
+from lora_lightning.cli.answers.sampling import Sampling
+from lora_lightning.cli.answers.streaming import stream
 from lora_lightning.cli.answers.terminal import COMMANDS, lines_of
+from lora_lightning.cli.answers.voices import Voices
 
 Talk = Callable[..., Any]
 
@@ -59,7 +64,8 @@ def test_settings_help_and_what_is_wrong(talk: Talk, base: Path) -> None:
     assert "[error: top_p is 3.0; it must lie in (0, 1].]" in notes
     assert all(f"\n{name} " in notes for name in COMMANDS)
     assert '[error: there is no command "/resett". Did you mean "/reset"?' in notes
-    assert "[error: chat and generate ask with texts alone; predict --run RUN --data.predict FILE answers rows" in notes
+    assert "[error: a.png is of kind image, and base reads texts alone: " in notes
+    assert "is a model of texts.]" in notes
     assert "[error: the chat template of base takes no system text: no system here]" in notes
     assert '[error: there is no adapter "three".' in notes
     assert len(out.splitlines()) == 1
@@ -168,6 +174,34 @@ def test_a_whole_chat_in_a_pseudo_terminal(adapters: list[Path]) -> None:
         screen.interrupt_at_prompt("[Ctrl-C once more leaves, and so does /exit]")
         screen.wait_for("> ")
         screen.interrupt_at_prompt("\n")
+        assert screen.process.wait(60) == 0
+    finally:
+        screen.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", PICTURED)
+def test_a_question_about_an_image_in_a_pseudo_terminal(family: str, tmp_path: Path) -> None:
+    base = FAMILIES[family].save(tmp_path / "base")
+    picture(0).save(tmp_path / "0.png")
+    screen = Screen(base, "--greedy", "--max_new_tokens", "6", "--device", "cpu")
+    try:
+        screen.wait_for("[base answers]")
+        screen.wait_for("> ")
+        screen.type(f"/image {tmp_path / '0.png'}\n")
+        screen.wait_for("[image 1 of the next question]")
+        screen.wait_for("> ")
+        screen.type("what?\n")
+        screen.wait_for("what?\n")
+        shown = screen.wait_for(" tokens/s]")
+        conversation, voices = Conversation(print), Voices([base], device="cpu")
+        conversation.attach("image", str(tmp_path / "0.png"), voices.current)
+        prompt = conversation.prompt(voices.current, conversation.question("what?"), None)
+        answer = stream(voices, prompt, Sampling(greedy=True, max_new_tokens=6), lambda _: None)
+        assert shown.startswith(answer.text.replace("\r\n", "\n"))
+        assert f"[{answer.tokens} tokens, " in shown
+        screen.wait_for("> ")
+        screen.type("/exit\n")
         assert screen.process.wait(60) == 0
     finally:
         screen.close()
