@@ -98,6 +98,17 @@ def optimizers() -> str:
     return as_table([["optimizer", "idea"], *found])
 
 
+def starts() -> str:
+    """Name with card, paper, first sentence, and whether the start is taken off, of every start of this repository."""
+    page, rows = DOCS / "methods.md", []
+    for plugin, cls in sorted(_classes("lora_lightning_starts"), key=lambda item: item[1].__name__):
+        start: Any = cls
+        paper = f"[arXiv:{start.paper}](https://arxiv.org/abs/{start.paper})"
+        idea = first_sentence(inspect.getdoc(cls) or "")
+        rows.append([card_link(cls.__name__, plugin, page), paper, idea, "yes" if start.subtracts else "no"])
+    return as_table([["start", "paper", "idea", "taken off again"], *rows])
+
+
 def _classes(hook: str) -> Iterator[tuple[str, type]]:
     """Plugin and class for all that the plugins in `plugins/` answer to a hook."""
     for folder in sorted(ROOT.glob("plugins/ll_*")):
@@ -206,6 +217,7 @@ PARTS: dict[tuple[Path, str], Callable[[], str]] = {
     (DOCS / "from_elsewhere.md", "verbs"): words_of_verbs,
     (DOCS / "from_elsewhere.md", "absent"): words_that_are_absent,
     (DOCS / "methods.md", "methods"): methods_in_full,
+    (DOCS / "methods.md", "starts"): starts,
     (DOCS / "optimizers.md", "optimizers"): optimizers,
     (DOCS / "plugins.md", "hooks"): hooks,
     (DOCS / "plugins.md", "init"): plugin_init,

@@ -17,6 +17,7 @@ from typing import Any
 from lora_lightning import plugins
 from lora_lightning.methods import Method
 from lora_lightning.registry import Component, arguments
+from lora_lightning.start_values import Start
 from lora_lightning.version import __version__
 
 
@@ -91,7 +92,7 @@ def parameter_types(owner: type) -> dict[str, Any]:
 def bases_of(hint: object) -> list[type]:
     """The classes whose subclasses a setting of type `hint` takes."""
     if isinstance(hint, str):
-        return [Method] if re.search(rf"\b{Method.__name__}\b", hint) else []
+        return [base for base in (Method, Start) if re.search(rf"\b{base.__name__}\b", hint)]
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is Callable:
         return bases_of(arguments[-1])

@@ -30,14 +30,12 @@ def assemble_skeleton(module: AdapterModule, data: Any, meter: Meter, dtype: tor
         meter.answer = False  # a weight is drawn again until none of its values is out of bounds
         net = load_skeleton(*args, **options)
         meter.answer = True
-        if module.start is not None:
-            return expect_values(net)
         tokens = getattr(data, "new_tokens", ())
-        if tokens:
+        if tokens and module.start is None:
             from lora_lightning.models.new_tokens import Vocabulary, add_rows
 
             add_rows(net, Vocabulary(tuple(tokens), len(net.get_input_embeddings().weight)))  # type: ignore[operator]
-        return net
+        return expect_values(net)  # so that no plan or start is computed from them
 
     if module.num_labels is None:
         module.num_labels = getattr(data, "num_labels", None)

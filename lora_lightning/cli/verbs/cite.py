@@ -11,6 +11,7 @@ from lora_lightning.cli.configs import config_names, find_config
 from lora_lightning.errors import SettingsError, did_you_mean
 from lora_lightning.methods import Method
 from lora_lightning.plugins import load_classes, registry
+from lora_lightning.start_values import Start
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,8 +44,8 @@ def run(args: argparse.Namespace) -> int:
 def named_class(name: str) -> type[Any] | None:
     """The method, optimizer or callback that is called so; None where there is none, so that it is a config."""
     known = registry()
-    if name in known.methods:
-        return known.methods[name]
+    if name in known.methods or name in known.starts:
+        return known.settings_class(name, "cite")
     component = known.components.get(name)
     return component.load() if component is not None else None
 
@@ -52,11 +53,11 @@ def named_class(name: str) -> type[Any] | None:
 def _refuse_unknown(name: str) -> None:
     """Raise `SettingsError` for a word that is neither a class nor a place of a file."""
     known = registry()
-    classes, configs = [*known.methods, *known.components], config_names()
+    classes, configs = [*known.methods, *known.starts, *known.components], config_names()
     if Path(name).name != name or Path(name).suffix or Path(name).exists() or name in configs:
         return
     raise SettingsError(
-        f'cite "{name}": no method, optimizer or callback of a plugin, no config and no file of that name.'
+        f'cite "{name}": no method, start, optimizer or callback of a plugin, no config and no file of that name.'
         f"{did_you_mean(name, [*classes, *configs])} Methods: {', '.join(known.methods)}."
     )
 
@@ -117,7 +118,7 @@ def _settings(config: str) -> dict[str, Any]:
 
 def _is_of_a_plugin(cls: type[Any]) -> bool:
     return (
-        issubclass(cls, Method)
+        issubclass(cls, Method | Start)
         or cls.__name__ in registry().components
         or cls in (known for _, known in registry().classes.values())
     )

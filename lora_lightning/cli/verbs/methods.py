@@ -1,4 +1,4 @@
-"""List installed methods, optimizers, callbacks, and plugins that failed."""
+"""List installed methods, starts, optimizers, callbacks, and plugins that failed."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ def run(args: argparse.Namespace) -> int:
         print(markdown_table(known), end="")
         return 0
     print_table(COLUMNS, [_row(known, name) for name in sorted(known.methods)])
+    if known.starts:
+        starts = sorted(f"{name} ({start.__module__.partition('.')[0]})" for name, start in known.starts.items())
+        print(f"starts: {', '.join(starts)}")
     for kind, label in KINDS.items():
         found = sorted(f"{name} ({part.plugin})" for name, part in known.components.items() if part.kind == kind)
         if found:

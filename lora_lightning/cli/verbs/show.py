@@ -1,4 +1,4 @@
-"""Show a card: method, optimizer, callback, data module or strategy."""
+"""Show a card: method, start, optimizer, callback, data module or strategy."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from lora_lightning.cli.cards import FieldCard, arguments_of, description_of, fi
 from lora_lightning.cli.classes import provider_of
 from lora_lightning.cli.console import console, print_table
 from lora_lightning.errors import PluginError, SettingsError, nearest
+from lora_lightning.methods import Method
 from lora_lightning.plugins import registry
 from lora_lightning.registry import SETTINGS, Component, one_line
+from lora_lightning.start_values import Start
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
     component = known.component(args.name)
     if args.name in known.methods or args.name in known.duplicates:
         _show_method(args.name, args.card)
+    elif args.name in known.starts:
+        _show_start(known.starts[args.name], args.card)
     elif component is not None:
         _show_component(component)
     else:
@@ -45,17 +49,16 @@ def _refuse(name: str) -> None:
     """Say what is nearest to a name that nothing has."""
     known = registry()
     components = [other for kind in SETTINGS for other in known.component_names(kind)]
+    components += known.starts
     close = nearest(name, [*known.methods, *components], n=1)
     if close and close[0] in components and not known.failed:  # else it may be a failed plugin's, which is named below
         raise SettingsError(
-            f'show: no method, optimizer, callback, data module or strategy "{name}". Did you mean "{close[0]}"?'
+            f'show: no method, start, optimizer, callback, data module or strategy "{name}". Did you mean "{close[0]}"?'
         )
     known.method(name, where="show")
 
 
 def _show_method(name: str, whole: bool) -> None:
-    from rich.markdown import Markdown
-
     method = registry().method(name, where="show")
     provider = registry().providers[name]
     print(f"{name}: {inspect.getdoc(method)}\n")
@@ -67,7 +70,25 @@ def _show_method(name: str, whole: bool) -> None:
     print(f"start      {'the base model' if method.starts_at_base else 'not the base model'}")
     print(f"export     {method.export}\n")
     _print_settings(fields_of(method))
-    readme = readme_of(method)
+    _print_page(method, whole)
+
+
+def _show_start(start: type[Start], whole: bool) -> None:
+    print(f"{start.__name__}: {inspect.getdoc(start)}\n")
+    if start.paper:
+        print(f"paper      https://arxiv.org/abs/{start.paper}")
+    print("kind       start, named in model.method.init")
+    print(f"elsewhere  class_path: {_shortest(start, start.__name__)}, in a LightningCLI of your own")
+    print(f"start      {'taken off again: the base model' if start.subtracts else 'not taken off'}\n")
+    _print_settings(fields_of(start))
+    _print_page(start, whole)
+
+
+def _print_page(cls: type[Method] | type[Start], whole: bool) -> None:
+    """The card of the folder that a class lies in, or its first part."""
+    from rich.markdown import Markdown
+
+    name, readme = cls.__name__, readme_of(cls)
     page, left = (readme, []) if whole else page_of(readme)
     if readme:
         console().print(Markdown(page))

@@ -172,7 +172,8 @@ def test_names_are_looked_up_as_config_does(capsys, monkeypatch, tmp_path):
     assert main(["cite", "carrried"]) == 2
     error = capsys.readouterr().err
     assert (
-        'cite "carrried": no method, optimizer or callback of a plugin, no config and no file of that name. ' in error
+        'cite "carrried": no method, start, optimizer or callback of a plugin, no config and no file of that name. '
+        in error
     )
     assert 'Did you mean "carried"? Methods: ' in error
 
