@@ -319,7 +319,7 @@ def check_low_rank(method: Any) -> None:
     check(method.rank >= 1, method, "rank", "it must be at least 1. Inner width of the update; 8 is common.")
     check(method.alpha > 0, method, "alpha", "it must be above 0. Numerator of the scaling; twice the rank is common.")
     check(0 <= method.dropout < 1, method, "dropout", "it must lie in [0, 1). Probability of a drop; 0.1 is common.")
-    is_start = method.init is None or isinstance(method.init, Start)
+    is_start = method.init is None or (isinstance(method.init, Start) and type(method.init) is not Start)
     check(is_start, method, "init", "it must be a start, such as those that `methods` lists, or null.")
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lora_lightning.adapters.layers.base import BaseLayer
     from lora_lightning.adapters.pair import PairAdapter
     from lora_lightning.adapters.starts import Factors
@@ -16,11 +17,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start(ABC):
+class Start:
     """Settings of where the factors of a pair start: the field `init` of methods that have such factors.
 
-    A start that is no zero update is taken off again, y = base(x) + (s B A x - s B0 A0 x), where `subtracts` is True;
-    the layer's weight is never written. Functions for starts: `adapters.starts`.
+    A start is taken off again, y = base(x) + (s B A x - s B0 A0 x), unless `subtracts` is False; the layer's weight is
+    never written. Functions for starts: `adapters.starts`. One that reads data answers `factors`, others `of_layer`.
 
     Class facts:
         paper: arXiv identifier.
@@ -30,7 +31,7 @@ class Start(ABC):
 
     paper: ClassVar[str] = ""
     bibtex: ClassVar[str] = ""
-    subtracts: ClassVar[bool] = False
+    subtracts: ClassVar[bool] = True
 
     def probe_batches(self) -> int:
         """How many calibration batches `plan` and `factors` read; 0: none."""
@@ -40,9 +41,14 @@ class Start(ABC):
         """As `Method.plan`, of fields of `method`, which has `LowRankFields`; what the method plans wins over it."""
         return {}
 
-    @abstractmethod
     def factors(self, adapters: Mapping[str, PairAdapter], probe: Probe) -> Iterator[tuple[str, Factors]]:
         """Start values by layer path, one layer at a time; a side that is None stays as the method starts it.
 
-        Asked as `Method.initialize` is. `probe.layers[path].weight()` is the weight of a layer, (d_out, d_in).
+        Asked as `Method.initialize` is.
         """
+        for path, adapter in adapters.items():
+            yield path, self.of_layer(path, probe.layers[path].weight().detach(), adapter)
+
+    def of_layer(self, path: str, weight: Tensor, adapter: PairAdapter) -> Factors:
+        """Start values of the layer at `path`, whose weight is (d_out, d_in)."""
+        raise NotImplementedError("a start answers `of_layer`, or `factors`")

@@ -33,6 +33,7 @@ REPEATED, ELSEWHERE = 0.10, 3
 FORMS = ("import ", "from ", "@", "def ", "class ", "requires_api")
 FORM_WORDS = {*keyword.kwlist, "self", "super", "__init__", "Tensor", "TYPE_CHECKING"}
 WORDS = re.compile(r"[^\W\d]\w*")
+BIBTEX = re.compile(r"(title|author|booktitle|journal|year|note) = ")
 """A line that begins as a form does, or has no other words than these, is no line that repeats."""
 
 
@@ -124,7 +125,7 @@ def repeated() -> dict[str, float]:
     """Fraction of each folder's lines that stand in at least `ELSEWHERE` other plugin folders.
 
     Left out is what repeats in any code and can stand nowhere else: imports, decorators, the heads of functions and
-    classes that the interface asks for, and lines of keywords and brackets alone.
+    classes that the interface asks for, lines of keywords and brackets alone, and fields of BibTeX entries.
     """
     lines = {folder.name: _own_lines(folder) for folder in folders()}
     stand_in = Counter(line for found in lines.values() for line in set(found))
@@ -135,7 +136,8 @@ def repeated() -> dict[str, float]:
 
 def _own_lines(folder: Path) -> list[str]:
     found = [line for lines in folder_lines(folder).values() for line in lines]
-    return [line for line in found if not line.startswith(FORMS) and set(WORDS.findall(line)) - FORM_WORDS]
+    own = [line for line in found if not line.startswith(FORMS) and not BIBTEX.match(line)]
+    return [line for line in own if set(WORDS.findall(line)) - FORM_WORDS]
 
 
 # -- imports and tests -------------------------------------------------------------------------------------------------

@@ -5,8 +5,6 @@ command_line.read -> plugins.load -> LightningCLI(AdapterModule, any data module
 
 from __future__ import annotations
 
-import logging
-import os
 import shlex
 import warnings
 from collections.abc import Sequence
@@ -30,6 +28,7 @@ from lora_lightning.callbacks.step_counting import REPORTS
 from lora_lightning.cli import command_line, environment, former_names, loggers
 from lora_lightning.cli.auto_rate import AutoRate, auto_rate
 from lora_lightning.cli.given_settings import origin_of, shown_origin
+from lora_lightning.cli.hints import hide_hints
 from lora_lightning.cli.parser import Parser
 from lora_lightning.cli.parser_errors import refused as refusal
 from lora_lightning.cli.preflight import monitors
@@ -391,7 +390,7 @@ def main(args: Sequence[str], cli: type[CLI] = CLI) -> int:
     Raises:
         LoraLightningError: anything a user can mend.
     """
-    silence_warnings()
+    hide_hints()
     line, folder = command_line.read(args), RunFolder()
     try:
         cli(line, folder=folder)
@@ -435,25 +434,13 @@ def build(args: Sequence[str]) -> tuple[AdapterModule, LightningDataModule]:
     Raises:
         SettingsError: no data, or no model.
     """
-    silence_warnings()
+    hide_hints()
     cli = CLI(command_line.read(args), run=False)
     return cli.model, cli.datamodule
 
 
 def build_with_settings(args: Sequence[str]) -> tuple[AdapterModule, LightningDataModule, dict[str, Any]]:
     """As `build`, with the trainer's settings; they need not fit this machine."""
-    silence_warnings()
+    hide_hints()
     cli = Description(command_line.read(args))
     return cli.model, cli.datamodule, cli.settings
-
-
-def silence_warnings() -> None:
-    """Keep hints that do not concern an adapter run out of the terminal."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=r".*exists and is not empty.*")
-    # validation metrics are those of all processes already
-    warnings.filterwarnings("ignore", message=r".*It is recommended to use `self.log\('(val|test)_.*sync_dist=True.*")
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 under jsonargparse 4.53
-    warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.*")  # Lightning 2.6 under torch 2.13

@@ -12,6 +12,9 @@ from torch import Tensor
 from lora_lightning.errors import ModelError, did_you_mean
 from lora_lightning.models.pretrained import resolve
 
+FAR = 0.7
+"""Relative distance above which a weight is not what was quantized; 2 bits stay below."""
+
 
 class WeightFiles:
     """The tensors of a folder's safetensors files, read one at a time.
@@ -53,6 +56,22 @@ class WeightFiles:
         if tensor.shape != shape:
             raise ModelError(f"{self.field}: {name} is {tuple(tensor.shape)}, and the layer's weight {tuple(shape)}.")
         return tensor
+
+    def lost(self, path: str, quantized: Tensor) -> Tensor:
+        """What a quantized weight lacks of the one in the files, float64, on its device.
+
+        Raises:
+            ModelError: see `weight`; or another model was quantized.
+        """
+        quantized = quantized.double()
+        lost = self.weight(path, quantized.shape).to(quantized.device).double() - quantized
+        far = float(lost.norm() / quantized.norm().clamp_min(1e-30))
+        if far > FAR:
+            raise ModelError(
+                f'{self.field} is "{self.folder}"; its {path} differs from the quantized weight by {far:.2f} of that '
+                "one's length, so another model was quantized. Give the folder of the one that was."
+            )
+        return lost
 
     def _names(self, path: str) -> Iterator[str]:
         yield f"{path}.weight"

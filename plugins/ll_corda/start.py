@@ -47,7 +47,6 @@ class CorDA(Start):
   year = {2024},
   note = {arXiv:2406.05223}
 }"""
-    subtracts: ClassVar[bool] = True
 
     batches: int = 16
     """Training batches whose inputs are looked at; the authors take 256 samples of 2,048 tokens for 4,096 inputs."""

@@ -49,6 +49,7 @@ class EVA(Start):
   journal = {arXiv preprint arXiv:2410.07170},
   year = {2024}
 }"""
+    subtracts: ClassVar[bool] = False
 
     batches: int = 8
     """Training batches whose inputs are looked at."""

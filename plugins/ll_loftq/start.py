@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from lora_lightning.errors import SettingsError
+from lora_lightning.errors import SettingsError, check
 from lora_lightning.methods import check_fields
 from lora_lightning.start_values import Start
 
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from lora_lightning.adapters.pair import PairAdapter
     from lora_lightning.adapters.starts import Factors
     from lora_lightning.injection.probe import Probe
-
-FAR = 0.7
-"""Relative distance above which a weight is not what was quantized; 2 bits stay below."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,17 +42,15 @@ class LoftQ(Start):
   year = {2024},
   note = {arXiv:2310.08659}
 }"""
+    subtracts: ClassVar[bool] = False
 
     weights: str = ""
     """Folder with the safetensors files of the model before it was quantized: that of `model.pretrained`, mostly."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not self.weights:
-            raise SettingsError(
-                "LoftQ.weights is empty; it must be the folder of the model before it was quantized, such as that of "
-                "model.pretrained."
-            )
+        rule = "it must be the folder of the model before it was quantized, such as that of model.pretrained."
+        check(bool(self.weights), self, "weights", rule)
 
     def factors(self, adapters: Mapping[str, PairAdapter], probe: Probe) -> Iterator[tuple[str, Factors]]:
         """Leading singular triplets of W - Q for each layer."""
@@ -64,15 +59,7 @@ class LoftQ(Start):
 
         files = WeightFiles(self.weights, "LoftQ.weights", getattr(probe.model, "base_model_prefix", ""))
         for path, adapter in adapters.items():
-            base = probe.layers[path]
-            quantized = base.weight().detach().double()
-            lost = files.weight(path, quantized.shape).to(quantized.device).double() - quantized
-            far = float(lost.norm() / quantized.norm().clamp_min(1e-30))
-            if far > FAR:
-                raise SettingsError(
-                    f'LoftQ.weights is "{self.weights}"; its {path} differs from the quantized weight by {far:.2f} '
-                    "of that one's length, so another model was quantized. Give the folder of the one that was."
-                )
+            lost = files.lost(path, probe.layers[path].weight().detach())
             if not bool(lost.any()):
                 raise SettingsError(
                     f"LoftQ on {path}: quantization has lost nothing of it, so both factors would start at zero and "

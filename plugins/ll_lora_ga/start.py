@@ -43,7 +43,6 @@ class LoRAGA(Start):
   year = {2024},
   note = {arXiv:2407.05000}
 }"""
-    subtracts: ClassVar[bool] = True
 
     batches: int = 8
     """Training batches whose gradients are averaged."""

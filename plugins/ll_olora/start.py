@@ -15,16 +15,16 @@ Departs from the paper: W - s B0 A0 is never written, the start is taken off bes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from lora_lightning.start_values import Start
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lora_lightning.adapters.pair import PairAdapter
     from lora_lightning.adapters.starts import Factors
-    from lora_lightning.injection.probe import Probe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +41,9 @@ class OLoRA(Start):
   journal = {arXiv preprint arXiv:2406.01775},
   year = {2024}
 }"""
-    subtracts: ClassVar[bool] = True
 
-    def factors(self, adapters: Mapping[str, PairAdapter], probe: Probe) -> Iterator[tuple[str, Factors]]:
-        """Q and R of each weight."""
+    def of_layer(self, path: str, weight: Tensor, adapter: PairAdapter) -> Factors:  # noqa: ARG002 - Start's signature
+        """Q and R of the weight."""
         from lora_lightning.adapters.starts import orthonormal_start
 
-        for path, adapter in adapters.items():
-            yield path, orthonormal_start(probe.layers[path].weight().detach(), adapter.rank)
+        return orthonormal_start(weight, adapter.rank)

@@ -15,7 +15,6 @@ Departs from the paper: the paper has no scaling s, which here changes neither t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -24,9 +23,10 @@ from lora_lightning.methods import check_fields
 from lora_lightning.start_values import Start
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lora_lightning.adapters.pair import PairAdapter
     from lora_lightning.adapters.starts import Factors
-    from lora_lightning.injection.probe import Probe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,6 @@ class PiSSA(Start):
   year = {2024},
   note = {arXiv:2404.02948}
 }"""
-    subtracts: ClassVar[bool] = True
 
     power_iterations: int | None = None
     """Null takes the exact decomposition; a number the randomised one with as many power iterations (4 to 16)."""
@@ -59,13 +58,10 @@ class PiSSA(Start):
         exact = number is None or self.part == "leading"
         check(exact, self, "power_iterations", 'the randomised decomposition finds part "leading" alone; leave it out.')
 
-    def factors(self, adapters: Mapping[str, PairAdapter], probe: Probe) -> Iterator[tuple[str, Factors]]:
-        """Singular triplets of each weight."""
+    def of_layer(self, path: str, weight: Tensor, adapter: PairAdapter) -> Factors:  # noqa: ARG002 - Start's signature
+        """Singular triplets of the weight."""
         from lora_lightning.adapters.starts import randomised_weight_start, weight_start
 
-        for path, adapter in adapters.items():
-            weight = probe.layers[path].weight().detach()
-            if self.power_iterations is None:
-                yield path, weight_start(weight, adapter.rank, adapter.scaling, self.part)
-            else:
-                yield path, randomised_weight_start(weight, adapter.rank, adapter.scaling, self.power_iterations)
+        if self.power_iterations is None:
+            return weight_start(weight, adapter.rank, adapter.scaling, self.part)
+        return randomised_weight_start(weight, adapter.rank, adapter.scaling, self.power_iterations)

@@ -300,9 +300,9 @@ def test_loftq_where_nothing_is_lost_or_another_model_was_quantized(tmp_path):
         ll.inject(model, LoRA(init=LoftQ(weights=str(tmp_path / "full")), rank=2), ["first"])
     other = TinyMLP().double()
     nn.init.normal_(other.first.weight)
-    with pytest.raises(SettingsError, match=r"its first differs from the quantized weight .* another model"):
+    with pytest.raises(ModelError, match=r"its first differs from the quantized weight .* another model"):
         ll.inject(other, LoRA(init=LoftQ(weights=str(tmp_path / "full")), rank=2), ["first"])
-    with pytest.raises(SettingsError, match=r"LoftQ\.weights is empty; it must be the folder"):
+    with pytest.raises(SettingsError, match=r"LoftQ\.weights is .*; it must be the folder"):
         LoftQ()
     with pytest.raises(ModelError, match=r'LoftQ\.weights is ".*"; no such folder'):
         ll.inject(TinyMLP().double(), LoRA(init=LoftQ(weights=str(tmp_path / "none")), rank=2), ["first"])

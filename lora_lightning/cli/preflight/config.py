@@ -26,7 +26,8 @@ from torch import nn
 from lora_lightning.callbacks.schedule import ScheduleCallback
 from lora_lightning.cli import command_line as argv
 from lora_lightning.cli import loggers
-from lora_lightning.cli.lightning import Description, silence_warnings
+from lora_lightning.cli.hints import hide_hints
+from lora_lightning.cli.lightning import Description
 from lora_lightning.cli.parser_errors import explain, refused
 from lora_lightning.cli.preflight import monitors, unparsed
 from lora_lightning.cli.preflight.trace import without_values
@@ -86,7 +87,7 @@ class Findings:
 
 def check_config(words: Sequence[str]) -> Findings:
     """Everything that is wrong with a command line of `fit`, without its verb."""
-    silence_warnings()
+    hide_hints()
     findings = Findings()
     _ConfigCheck(argv.read(words), findings)
     return findings

@@ -141,10 +141,10 @@ def _why_not(settings: Mapping[str, Any]) -> str:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Trainer
 
-    from lora_lightning.cli.lightning import silence_warnings
+    from lora_lightning.cli.hints import hide_hints
     from lora_lightning.training import strategies as ours
 
-    silence_warnings()
+    hide_hints()
     strategy, reasons = settings["strategy"], []
     refusals = (MisconfigurationException, ImportError, ValueError, RuntimeError)
     if isinstance(strategy, dict):

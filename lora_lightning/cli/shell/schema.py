@@ -20,7 +20,8 @@ from lora_lightning import plugins
 from lora_lightning.cli import command_line as argv
 from lora_lightning.cli.cards import arguments_of, description_of
 from lora_lightning.cli.classes import named_classes
-from lora_lightning.cli.lightning import CLI, silence_warnings
+from lora_lightning.cli.hints import hide_hints
+from lora_lightning.cli.lightning import CLI
 from lora_lightning.errors import PluginError
 
 _TYPES = {"int": "integer", "float": "number", "bool": "boolean", "str": "string", "None": "null"}
@@ -47,7 +48,7 @@ class _Settings(CLI):
 
 def config_schema(blocked: Sequence[str] = ()) -> dict[str, Any]:
     """The schema of what `--config` takes, with all plugins but those that are blocked."""
-    silence_warnings()
+    hide_hints()
     parser = _Settings(argv.Line((), blocked=tuple(blocked))).parser
     parser._actions = [action for action in parser._actions if action.dest != "trainer.callbacks"]
     schema: dict[str, Any] = json.loads(parser.get_completion_script("jsonschema"))

@@ -18,12 +18,13 @@ def model(tmp_path_factory):
 def parsed(tmp_path, monkeypatch):
     """A function that writes settings as a file of another tool; gives its translation, module, data and trainer."""
     from lora_lightning.cli.command_line import read
+    from lora_lightning.cli.hints import hide_hints
     from lora_lightning.cli.imports.files import translated
-    from lora_lightning.cli.lightning import Description, silence_warnings
+    from lora_lightning.cli.lightning import Description
 
     monkeypatch.chdir(tmp_path)
     plugins.load()
-    silence_warnings()
+    hide_hints()
 
     def parse(settings, name="theirs.yaml"):
         file = tmp_path / name
