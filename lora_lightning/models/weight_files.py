@@ -22,14 +22,13 @@ class WeightFiles:
     Args:
         folder: with the files, see `pretrained.resolve`.
         field: the setting that names it, for messages.
-        prefix: name of the backbone in the model; files may have it or not.
 
     Raises:
         ModelError: no such folder, or one without safetensors files.
     """
 
-    def __init__(self, folder: str, field: str, prefix: str = "") -> None:
-        self.folder, self.field, self.prefix = Path(resolve(folder, field, needs=None)), field, prefix
+    def __init__(self, folder: str, field: str) -> None:
+        self.folder, self.field = Path(resolve(folder, field, needs=None)), field
         self.files: dict[str, Path] = {}
         for path in sorted(self.folder.glob("*.safetensors")) if self.folder.is_dir() else []:
             with safe_open(path, framework="pt") as file:
@@ -39,6 +38,8 @@ class WeightFiles:
 
     def weight(self, path: str, shape: torch.Size) -> Tensor:
         """The weight of the layer at `path`, on the CPU, as it is stored (a transposed one is turned).
+
+        The name of the backbone, which files may lack or have in front, does not count.
 
         Raises:
             ModelError: no file has it, or one of another shape.
@@ -74,7 +75,6 @@ class WeightFiles:
         return lost
 
     def _names(self, path: str) -> Iterator[str]:
-        yield f"{path}.weight"
-        if self.prefix:
-            yield f"{path.removeprefix(f'{self.prefix}.')}.weight"
-            yield f"{self.prefix}.{path}.weight"
+        name = f"{path}.weight"
+        yield from (name, name.partition(".")[2])
+        yield from (other for other in self.files if other.partition(".")[2] == name)

@@ -15,18 +15,17 @@ never do. The product is divided by s, so that Q + s B0 A0 is the approximation;
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from lora_lightning.errors import SettingsError, check
-from lora_lightning.methods import check_fields
 from lora_lightning.start_values import Start
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lora_lightning.adapters.pair import PairAdapter
     from lora_lightning.adapters.starts import Factors
-    from lora_lightning.injection.probe import Probe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,21 +47,18 @@ class LoftQ(Start):
     """Folder with the safetensors files of the model before it was quantized: that of `model.pretrained`, mostly."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
         rule = "it must be the folder of the model before it was quantized, such as that of model.pretrained."
-        check(bool(self.weights), self, "weights", rule)
+        check(isinstance(self.weights, str) and self.weights != "", self, "weights", rule)
 
-    def factors(self, adapters: Mapping[str, PairAdapter], probe: Probe) -> Iterator[tuple[str, Factors]]:
-        """Leading singular triplets of W - Q for each layer."""
+    def of_layer(self, path: str, weight: Tensor, adapter: PairAdapter) -> Factors:
+        """Leading singular triplets of W - Q."""
         from lora_lightning.adapters.starts import weight_start
         from lora_lightning.models.weight_files import WeightFiles
 
-        files = WeightFiles(self.weights, "LoftQ.weights", getattr(probe.model, "base_model_prefix", ""))
-        for path, adapter in adapters.items():
-            lost = files.lost(path, probe.layers[path].weight().detach())
-            if not bool(lost.any()):
-                raise SettingsError(
-                    f"LoftQ on {path}: quantization has lost nothing of it, so both factors would start at zero and "
-                    "never learn. Quantize the model (model.quantization), or leave init out."
-                )
-            yield path, weight_start(lost, adapter.rank, adapter.scaling)
+        lost = WeightFiles(self.weights, "LoftQ.weights").lost(path, weight)
+        if not bool(lost.any()):
+            raise SettingsError(
+                f"LoftQ on {path}: quantization has lost nothing of it, so both factors would start at zero and "
+                "never learn. Quantize the model (model.quantization), or leave init out."
+            )
+        return weight_start(lost, adapter.rank, adapter.scaling)

@@ -18,13 +18,13 @@ def folder(tmp_path):
 
 
 def test_a_weight_by_its_layers_path_with_and_without_the_backbones_name(folder):
-    files = WeightFiles(folder, "x.weights", "model")
+    files = WeightFiles(folder, "x.weights")
     assert torch.equal(files.weight("model.layers.0.q", torch.Size([3, 2])), torch.ones(3, 2))
     assert torch.equal(files.weight("layers.1.q", torch.Size([3, 2])), 2 * torch.ones(3, 2))  # stored turned
 
 
 def test_what_is_missing_is_named(folder, tmp_path):
-    files = WeightFiles(folder, "x.weights", "model")
+    files = WeightFiles(folder, "x.weights")
     with pytest.raises(ModelError, match=r'x\.weights: no file in ".*" has the weight of layers\.2\.q\. Did you mean'):
         files.weight("layers.2.q", torch.Size([3, 2]))
     with pytest.raises(ModelError, match=r"layers\.0\.q\.weight is \(3, 2\), and the layer's weight \(5, 2\)"):
