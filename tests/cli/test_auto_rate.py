@@ -62,6 +62,32 @@ def test_a_run_equals_one_with_the_number_that_was_found(here, capsys):
     assert not list(here.rglob(".lr_find*"))
 
 
+AROUND = "model.optimizer.inner"
+OTHERS = {
+    "LoRAPlus": (["LoRAPlus", "--model.optimizer.ratio", "4", f"--{AROUND}", "AdamW"], f"{AROUND}.lr"),
+    "SlowFast": (["SlowFast", f"--{AROUND}", "AdamW"], f"{AROUND}.lr"),
+    "RiemannianAdamW": (["RiemannianAdamW"], "model.optimizer.lr"),
+    "LoRASC": (
+        ["AdamW", "--model.method", "LoRASC", "--model.method.inner", "LoRA", "--model.method.inner.rank", "2",
+         "--model.method.stage_steps", "3"],
+        "model.optimizer.lr",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_with_other_optimizers_and_stages_it_equals_one_with_the_number_too(here, name):
+    words, rate = OTHERS[name]
+    base = ["fit", "--config", "auto.yaml", "--model.linear_baseline", "false", "--model.optimizer", *words]
+    assert main([*base, f"--{rate}", "auto"]) == 0
+    settings = rates(here / "runs/auto/001")
+    found = settings["inner"]["init_args"]["lr"] if "inner" in rate else settings["lr"]
+    assert main([*base, f"--{rate}", repr(found)]) == 0
+    auto, number = (load_file(here / f"runs/auto/00{n}/adapter/adapter.safetensors") for n in (1, 2))
+    assert all(torch.equal(auto[one], number[one]) for one in auto)
+
+
 def test_a_run_that_resumes_keeps_the_number(here, capsys):
     assert main(["fit", "--config", "auto.yaml", "--model.linear_baseline", "false"]) == 0
     found = rates(here / "runs/auto/001")["lr"]
