@@ -114,6 +114,11 @@ def test_where_it_may_stand(here, words):
     assert made.param_groups[0]["lr"] == pytest.approx(1e-3)
 
 
+def test_what_is_checked_before_a_run_takes_the_start(here, capsys):
+    assert main(["doctor", "--config", "auto.yaml"]) == 0
+    assert "nan" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

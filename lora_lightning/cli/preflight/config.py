@@ -26,6 +26,7 @@ from torch import nn
 from lora_lightning.callbacks.schedule import ScheduleCallback
 from lora_lightning.cli import command_line as argv
 from lora_lightning.cli import loggers
+from lora_lightning.cli.auto_rate import auto_rate
 from lora_lightning.cli.hints import hide_hints
 from lora_lightning.cli.lightning import Description
 from lora_lightning.cli.parser_errors import explain, refused
@@ -114,6 +115,7 @@ class _ConfigCheck(Description):
 
     def before_instantiate_classes(self) -> None:
         """Files of the model, which its tokenizer or processor are taken from."""
+        auto_rate(self.config.get("model.optimizer"), self.config.get("model.method"))
         self._source = self.config.get("model.pretrained")
         if self._source is not None and not self.findings.attempt(lambda: check_weights(self._source)):
             self._source = self._source if self.findings.attempt(lambda: resolve(self._source)) else None
