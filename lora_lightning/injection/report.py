@@ -149,7 +149,8 @@ def injection_table(report: InjectionReport, density: float | None = None, base_
 
 
 def _settings_and_counts(report: InjectionReport) -> list[tuple[str, str]]:
-    settings = ", ".join(f"{field.name}={getattr(report.method, field.name)}" for field in fields(report.method))
+    given = {field.name: getattr(report.method, field.name) for field in fields(report.method)}
+    settings = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
     counts = f"{report.trainable_parameters:,} of {report.total_parameters:,} parameters"
     found = [("settings", settings), ("trainable", f"{counts} ({report.trainable_fraction:.2%})")]
     if report.trained:
