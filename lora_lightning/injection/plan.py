@@ -6,14 +6,15 @@ Of one field of one layer the user's `overrides` win, then the method's plan, th
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter, linked_modules
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.distributed import from_first, full_tensor, put
 from lora_lightning.errors import PluginError, TargetError, did_you_mean
+from lora_lightning.injection.answers import Answer
 from lora_lightning.injection.probe import Probe
 from lora_lightning.methods import Method, Plan, WrapperMethod, check_overridable, replace
 from lora_lightning.models.meta import values_follow
@@ -34,7 +35,10 @@ def ask_plan(method: Method, model: nn.Module, layers: Mapping[str, BaseLayer], 
     def make() -> Plan:
         if values_follow(model):  # nothing to read: a model that is only measured
             return {}
-        return {path: dict(fields) for path, fields in method.plan(model, layers, probe).items()}
+        return cast(Plan, probe.remember(probe, "plan", answer, {}).plain)
+
+    def answer() -> Answer:
+        return Answer({path: dict(fields) for path, fields in method.plan(model, layers, probe).items()})
 
     plan = from_first(make)
     for path in plan:
@@ -78,8 +82,16 @@ def ask_start(method: Method, adapters: Mapping[str, Adapter], probe: Probe) -> 
     def start() -> list[dict[str, Any]]:
         if values_follow(probe.model):
             return [{} for _ in modules]
+        found = probe.remember(probe, "start", answer, values()).tensors
+        return [{key: found[f"{number}.{key}"] for key in module.state_dict()} for number, module in enumerate(modules)]
+
+    def answer() -> Answer:
         method.initialize(adapters, probe)
-        return [{key: full_tensor(t).cpu() for key, t in module.state_dict().items()} for module in modules]
+        return Answer(tensors=values())
+
+    def values() -> dict[str, Tensor]:
+        each = enumerate(modules)
+        return {f"{number}.{key}": full_tensor(t).cpu() for number, m in each for key, t in m.state_dict().items()}
 
     for module, values in zip(modules, from_first(start), strict=True):
         own = module.state_dict(keep_vars=True)
