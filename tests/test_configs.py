@@ -194,6 +194,7 @@ SMALLER = {
         "--model.method.pooling=mean",
     ],
     "recipes/lorasc_instructions": ["--model.method.inner.init_args.rank=2", "--model.method.stage_steps=4"],
+    "recipes/prilora_glue": ["--model.method.every_n_steps=2"],
     "recipes/riemannian_moe_llama": ["--model.method.rank=1", "--model.method.router_lr_ratio=1.0"],
     "recipes/rose_editing": ["--model.method.rank=2", "--model.method.start=2", "--model.method.end=6"],
 }

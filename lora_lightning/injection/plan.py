@@ -29,11 +29,12 @@ def ask_plan(method: Method, model: nn.Module, layers: Mapping[str, BaseLayer], 
     Raises:
         PluginError: it names a layer that is not matched.
     """
-    if type(_innermost(method, "plan")).plan is Method.plan:
+    planner = _innermost(method, "plan")
+    if type(planner).plan is Method.plan:
         return {}
 
     def make() -> Plan:
-        if values_follow(model):  # nothing to read: a model that is only measured
+        if values_follow(model) and not planner.plans_by_shape:  # nothing to read: a model that is only measured
             return {}
         return cast(Plan, probe.remember(probe, "plan", answer, {}).plain)
 
