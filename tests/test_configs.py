@@ -188,6 +188,7 @@ SMALLER = {
         "--model.overrides={q_proj: {kept: 1.0}}",
     ],
     "recipes/dora_commonsense": ["--model.method.rank=2"],
+    "recipes/ffa_lora_gsm8k": ["--model.method.clients=2", "--model.method.local_steps=2"],
     "recipes/gelora_glue": [
         "--model.targets=[query, key, value]",
         "--model.method.calibration_batches=24",
