@@ -187,6 +187,7 @@ SMALLER = {
         "--model.method.svd_rank=2",
         "--model.overrides={q_proj: {kept: 1.0}}",
     ],
+    "recipes/cora_instructions": ["--model.method.sources=null", "--model.method.rank=2"],
     "recipes/dora_commonsense": ["--model.method.rank=2"],
     "recipes/ffa_lora_gsm8k": ["--model.method.clients=2", "--model.method.local_steps=2"],
     "recipes/gelora_glue": [
