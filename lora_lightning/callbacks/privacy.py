@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -206,4 +206,4 @@ def _accountants() -> Any:
 
 def _first(batch: Any) -> Tensor:
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, Sequence) else [batch]
-    return cast(Tensor, next(value for value in values if isinstance(value, Tensor) and value.dim()))
+    return next(value for value in values if isinstance(value, Tensor) and value.dim())

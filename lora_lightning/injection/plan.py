@@ -83,14 +83,14 @@ def ask_start(method: Method, adapters: Mapping[str, Adapter], probe: Probe) -> 
     def start() -> list[dict[str, Any]]:
         if values_follow(probe.model):
             return [{} for _ in modules]
-        found = probe.remember(probe, "start", answer, values()).tensors
+        found = probe.remember(probe, "start", answer, tensors()).tensors
         return [{key: found[f"{number}.{key}"] for key in module.state_dict()} for number, module in enumerate(modules)]
 
     def answer() -> Answer:
         method.initialize(adapters, probe)
-        return Answer(tensors=values())
+        return Answer(tensors=tensors())
 
-    def values() -> dict[str, Tensor]:
+    def tensors() -> dict[str, Tensor]:
         each = enumerate(modules)
         return {f"{number}.{key}": full_tensor(t).cpu() for number, m in each for key, t in m.state_dict().items()}
 

@@ -26,7 +26,7 @@ class Block(NamedTuple):
     """Path of the list; None for layers in no list, which make one stack together."""
     number: int
     """How many asked blocks of the stack come before it."""
-    count: int
+    total: int
     """How many asked blocks the stack has."""
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from lora_lightning.adapters.base import write_values, write_zeros
 from lora_lightning.adapters.layers.base import BaseLayer, plus_product
 from lora_lightning.adapters.low_rank import add_low_rank
-from lora_lightning.adapters.pair import PairAdapter
+from lora_lightning.adapters.pair import PairAdapter, Side
 
 
 class BasisAdapter(PairAdapter):
@@ -27,7 +27,7 @@ class BasisAdapter(PairAdapter):
 
     def __init__(self, base: BaseLayer, *, rank: int, scaling: float, dropout: float, frozen: bool) -> None:
         super().__init__()
-        train = "A" if frozen else "both"
+        train: Side = "A" if frozen else "both"
         self.hold_pair(base, rank=rank, scaling=scaling, dropout=dropout, train=train)
         self.register_buffer("basis", None if frozen else torch.zeros_like(self.lora_B.detach()))
 

@@ -37,8 +37,9 @@ def left_basis(columns: Sequence[Tensor], rank: int) -> Tensor:
     found = int((values > 1e-12 * values[..., :1]).sum(-1).min())
     if found < rank:
         raise SettingsError(f"rank is {rank}, and its sources have {found} directions in common; take at most that.")
-    U = vectors[..., :rank]
-    return U * U.gather(-2, U.abs().argmax(-2, keepdim=True)).sign()
+    U: Tensor = vectors[..., :rank]
+    signs: Tensor = U.gather(-2, U.abs().argmax(-2, keepdim=True)).sign()
+    return U * signs
 
 
 def columns_of(path: str, layer: BaseLayer, tunes: FineTunes | None, by: Literal["B", "update"]) -> list[Tensor]:
@@ -59,7 +60,8 @@ def columns_of(path: str, layer: BaseLayer, tunes: FineTunes | None, by: Literal
 def _root(gram: Tensor) -> Tensor:
     """The symmetric square root."""
     values, vectors = torch.linalg.eigh(gram)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.mT
+    root: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.mT
+    return root
 
 
 def checked(basis: Tensor | None, d_out: int, rank: int) -> Tensor:

@@ -90,7 +90,7 @@ class PRILoRA(LowRankFields, Method):
 
         found = {}
         for path, block in blocks_of(model, targets).items():
-            rank = rank_at(self.rank, self.ramp, block.number, block.count)
+            rank = rank_at(self.rank, self.ramp, block.number, block.total)
             found[path] = {"rank": rank, "alpha": self.alpha * (rank / self.rank if self.scaling_by == "mean" else 1)}
         return found
 

@@ -227,10 +227,9 @@ def test_sources_that_do_not_suffice_are_refused(tmp_path):
         mlp(CoRA(rank=3, sources=[str(tmp_path / "a")]))
     model = TinyMLP()
     ll.inject(model, LoRA(rank=2), ["first"], also_train=(), seed=1)
+    perturb(adapters_named(model, "default")["first"])
     ll.save_adapter(model, tmp_path / "b" / "one")
     with pytest.raises(SettingsError, match=r"CoRA on second: none of its sources changes it; exclude it"):
-        perturb(adapters_named(model, "default")["first"])
-        ll.save_adapter(model, tmp_path / "b" / "one")
         mlp(CoRA(rank=2, sources=[str(tmp_path / "b")]))
 
 

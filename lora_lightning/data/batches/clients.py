@@ -48,8 +48,8 @@ def client_parts(
             for part, some in zip(parts, np.split(rows, cuts.astype(int)), strict=True):
                 part.append(some)
     found = [torch.from_numpy(np.sort(np.concatenate(part))) if part else torch.empty(0) for part in parts]
-    for client, rows in enumerate(found):
-        if not len(rows):
+    for client, own in enumerate(found):
+        if not len(own):
             raise DataError(
                 f"client {client} of {clients} would have none of the {count} training rows; take fewer clients, more "
                 "rows, or parts that differ less."
