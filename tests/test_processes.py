@@ -48,16 +48,6 @@ METHODS = {
       noise: 0.2
       noise_mode: persist
 """,
-    "PRILoRA": """
-  method:
-    class_path: PRILoRA
-    init_args: {rank: 4, every_n_steps: 2}
-""",
-    "FFALoRA": """
-  method:
-    class_path: FFALoRA
-    init_args: {rank: 2, clients: 2, local_steps: 2}
-""",
     "MoELoRA": """
   method:
     class_path: MoELoRA
