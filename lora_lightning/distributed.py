@@ -223,6 +223,15 @@ def gather_objects(mine: Any) -> list[Any]:
     return everyone
 
 
+def summed_over_all(values: Tensor) -> Tensor:
+    """`values` summed over all processes, each of which has to take part."""
+    if not dist.is_initialized():
+        return values
+    total = values.clone()
+    dist.all_reduce(total)
+    return total
+
+
 @contextmanager
 def fail_together() -> Iterator[None]:
     """An error on one process becomes one on all, so that none is left waiting; nothing inside may wait for others.

@@ -51,6 +51,8 @@ class Method(ABC):
         ranks: fields that are ranks of a layer; `inject` takes at most the layer's narrow side.
         rate_ratio: its best learning rate over that of plain low-rank updates, as measured; where `lr: auto` starts.
         former_fields: fields by the name that they had before, as older files and configs spell them.
+        plans_by_shape: True where `plan` reads names and shapes alone, so that a model without values, which is only
+            measured, gets its plan too.
     """
 
     paper: ClassVar[str] = ""
@@ -64,6 +66,7 @@ class Method(ABC):
     rate_ratio: ClassVar[float] = 1.0
     peft_options: ClassVar[Mapping[str, object]] = {}
     former_fields: ClassVar[Mapping[str, str]] = {}
+    plans_by_shape: ClassVar[bool] = False
 
     @abstractmethod
     def build(self, base: BaseLayer) -> Adapter:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy_runs import completion_file, decoder_folder
+from toy_runs import completion_file, decoder_folder, encoder_folder, labelled_file
 
 from ll_demo import pydocs
 from lora_lightning.cli.configs import config_names
@@ -187,28 +187,43 @@ SMALLER = {
         "--model.method.svd_rank=2",
         "--model.overrides={q_proj: {kept: 1.0}}",
     ],
+    "recipes/cora_instructions": ["--model.method.sources=null", "--model.method.rank=2"],
     "recipes/dora_commonsense": ["--model.method.rank=2"],
+    "recipes/ffa_lora_gsm8k": ["--model.method.clients=2", "--model.method.local_steps=2"],
+    "recipes/gelora_glue": [
+        "--model.targets=[query, key, value]",
+        "--model.method.calibration_batches=24",
+        "--model.method.pooling=mean",
+    ],
     "recipes/lorasc_instructions": ["--model.method.inner.init_args.rank=2", "--model.method.stage_steps=4"],
+    "recipes/prilora_glue": ["--model.method.every_n_steps=2"],
     "recipes/riemannian_moe_llama": ["--model.method.rank=1", "--model.method.router_lr_ratio=1.0"],
     "recipes/rose_editing": ["--model.method.rank=2", "--model.method.start=2", "--model.method.end=6"],
 }
 
 
+CLASSIFIES = ("recipes/gelora_glue", "recipes/prilora_glue")
+
+
+def tiny_data(name, folder):
+    """What puts a tiny model and rows of its words in the place of a recipe's."""
+    if name in CLASSIFIES:
+        model, rows = encoder_folder(folder / "encoder"), labelled_file(folder / "rows.csv")
+        columns = ["--data.text=text", "--data.text_pair=null"]
+    else:
+        model, rows = decoder_folder(folder / "decoder"), completion_file(folder / "pairs.csv")
+        columns = ["--data.prompt=prompt", "--data.completion=completion"]
+    return [f"--model.pretrained={model}", f"--data.train={rows}", f"--data.validation={rows}", *columns]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in config_names() if name.startswith("recipes/")])
-def test_a_recipe_trains_a_tiny_decoder(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_trains_a_tiny_model(name, tmp_path, monkeypatch):
     """Its own settings, but for sizes that a model of width 16 has no room for."""
     monkeypatch.chdir(tmp_path)
-    decoder, pairs = decoder_folder(tmp_path / "decoder"), completion_file(tmp_path / "pairs.csv")
-    columns = [
-        "--data.prompt=prompt",
-        "--data.completion=completion",
-        f"--data.train={pairs}",
-        f"--data.validation={pairs}",
-    ]
     sizes = ["--data.batch_size=2", "--data.max_length=16", "--trainer.max_steps=8", "--trainer.precision=32-true"]
     sizes.append("--trainer.accumulate_grad_batches=1")
-    words = [f"--model.pretrained={decoder}", *columns, *sizes, "--trainer.num_sanity_val_steps=0", *SMALLER[name]]
+    words = [*tiny_data(name, tmp_path), *sizes, "--trainer.num_sanity_val_steps=0", *SMALLER[name]]
     assert (
         main(["fit", "--config", name, *words, "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]) == 0
     )

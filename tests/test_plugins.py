@@ -27,7 +27,7 @@ from lora_lightning.methods import Method
 from lora_lightning.registry import Component, Provider, one_line
 from lora_lightning.testing import perturb
 
-OURS = {"CELoRA", "DoRA", "LoRA", "LoRASC", "MoELoRA", "RoseLoRA"}
+OURS = {"CELoRA", "CoRA", "DoRA", "FFALoRA", "GeLoRA", "LoRA", "LoRASC", "MoELoRA", "PRILoRA", "RoseLoRA"}
 
 
 def some(kinds, count=3):

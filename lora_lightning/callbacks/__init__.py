@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from lora_lightning.callbacks.best import KeepBest
 from lora_lightning.callbacks.cascade import Cascade
+from lora_lightning.callbacks.federated import FederatedRounds
 from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.inject import InjectAdapters
 from lora_lightning.callbacks.meters import Meters
 from lora_lightning.callbacks.noise import NoiseInjection
+from lora_lightning.callbacks.privacy import PrivateGradients
 from lora_lightning.callbacks.rank_pruning import RankPruning
 from lora_lightning.callbacks.resume import ExactResume
 from lora_lightning.callbacks.samples import Samples
@@ -24,10 +26,12 @@ from lora_lightning.callbacks.step_counting import StepCallback
 __all__ = [
     "Cascade",
     "ExactResume",
+    "FederatedRounds",
     "InjectAdapters",
     "KeepBest",
     "Meters",
     "NoiseInjection",
+    "PrivateGradients",
     "RankPruning",
     "Samples",
     "ScheduleCallback",

@@ -5,7 +5,8 @@ An optimizer step has two moments:
     gradients   on_before_optimizer_step: complete, reduced over processes, unscaled, unclipped; weights not yet stepped
     stepped     on_train_batch_end, only when `global_step` has changed; before any Checkpoint callback saves
 
-Steps are counted from 1 and include attempts that a gradient scaler skipped; after such an attempt nothing acts.
+Steps are counted from 1 and include attempts that a gradient scaler skipped; after such an attempt nothing acts, and
+what was gathered for it is forgotten (`on_skipped`).
 
 Of several optimizers, which a module with manual optimization steps itself, a schedule follows those that hold
 parameters of its adapters. Step numbers are Lightning's `global_step`, which counts the steps of all of them.
@@ -103,6 +104,9 @@ class ScheduleCallback(StepCallback):
     def on_stepped(self, step: int, adapters: Mapping[str, Adapter]) -> None:
         """Write values and masks after the step."""
 
+    def on_skipped(self, step: int) -> None:
+        """Forget what was gathered for a step that a gradient scaler has skipped."""
+
     def finished(self, step: int) -> bool:
         """Whether nothing more changes after `step`, so that the adapter is what its settings promise."""
         return True
@@ -170,6 +174,8 @@ class ScheduleCallback(StepCallback):
         if self._finite:
             with torch.no_grad():
                 self.on_stepped(step, self._adapters)
+        else:
+            self.on_skipped(step)
         for name, value in self.metrics().items():
             pl_module.log(name, value, prog_bar=True)
 

@@ -6,15 +6,16 @@ Of one field of one layer the user's `overrides` win, then the method's plan, th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter, linked_modules
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.adapters.pair import PairAdapter
 from lora_lightning.distributed import from_first, full_tensor, put
 from lora_lightning.errors import PluginError, SettingsError, TargetError, did_you_mean
+from lora_lightning.injection.answers import Answer
 from lora_lightning.injection.probe import Probe
 from lora_lightning.methods import Method, Plan, WrapperMethod, check_overridable, replace
 from lora_lightning.models.meta import values_follow
@@ -62,17 +63,20 @@ def ask_plan(method: Method, model: nn.Module, layers: Mapping[str, BaseLayer], 
     Raises:
         PluginError: it names a layer that is not matched.
     """
-    start = start_of(method)
+    start, planner = start_of(method), _innermost(method, "plan")
     starts_plan = start is not None and type(start).plan is not Start.plan
-    if type(_innermost(method, "plan")).plan is Method.plan and not starts_plan:
+    if type(planner).plan is Method.plan and not starts_plan:
         return {}
 
     def make() -> Plan:
-        if values_follow(model):  # nothing to read: a model that is only measured
+        if values_follow(model) and not planner.plans_by_shape:  # nothing to read: a model that is only measured
             return {}
+        return cast(Plan, probe.remember(probe, "plan", answer, {}).plain)
+
+    def answer() -> Answer:
         own = method.plan(model, layers, probe)
         given = {} if start is None else _nested(method, start.plan, layers, probe)
-        return {path: {**given.get(path, {}), **own.get(path, {})} for path in dict.fromkeys([*given, *own])}
+        return Answer({path: {**given.get(path, {}), **own.get(path, {})} for path in dict.fromkeys([*given, *own])})
 
     plan = from_first(make)
     for path in plan:
@@ -117,10 +121,18 @@ def ask_start(method: Method, adapters: Mapping[str, Adapter], probe: Probe) -> 
     def start() -> list[dict[str, Any]]:
         if values_follow(probe.model):
             return [{} for _ in modules]
+        found = probe.remember(probe, "start", answer, tensors()).tensors
+        return [{key: found[f"{number}.{key}"] for key in module.state_dict()} for number, module in enumerate(modules)]
+
+    def answer() -> Answer:
         if start_given is not None:
             _write_start(start_given, adapters, probe)
         method.initialize(adapters, probe)
-        return [{key: full_tensor(t).cpu() for key, t in module.state_dict().items()} for module in modules]
+        return Answer(tensors=tensors())
+
+    def tensors() -> dict[str, Tensor]:
+        each = enumerate(modules)
+        return {f"{number}.{key}": full_tensor(t).cpu() for number, m in each for key, t in m.state_dict().items()}
 
     for module, values in zip(modules, from_first(start), strict=True):
         own = module.state_dict(keep_vars=True)

@@ -1,13 +1,14 @@
 """Probe: what a method may learn from a model and some batches before its adapters are built or started.
 
     inputs(paths)        what modules were called with, batch by batch
+    around(paths, f)     what f makes of what enters and leaves modules, a row an example
     covariances(paths)   mean of x x^T over the tokens that reached a layer, (d_in, d_in)
     gradients(paths)     mean over batches of dL/dW, (d_out, d_in)
     losses()             one number a batch
 
-Each is one pass over the batches, in eval mode. A pass leaves nothing behind: training mode, `requires_grad`,
-gradients, hooks, random numbers and the model's device are as they were. Only the model's forward is run, before
-anything is sharded, so one process can ask while others wait.
+Each is one pass over the batches, in eval mode, with a bar where it takes long. A pass leaves nothing behind: training
+mode, `requires_grad`, gradients, hooks, random numbers and the model's device are as they were. Only the model's
+forward is run, before anything is sharded, so one process can ask while others wait.
 
 The gradient of a weight is read where the layer is called: of y = W x with g = dL/dy it is g x^T. No weight needs
 `requires_grad`, quantized ones have gradients too, and one (d_out, d_in) matrix lies on the device at a time.
@@ -22,15 +23,18 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.errors import SettingsError, did_you_mean
+from lora_lightning.injection.answers import Remember, asked_anew
 
 PART = 2**28
 """Numbers of the matrices that are held at once where a start is computed from all layers: 2 GiB of float64."""
-Hook = Callable[[str, Tensor, Tensor], Tensor | None]
+Hook = Callable[[str, Tensor, Any], Tensor | None]
 """Called with a module's path, its first input and its output; what it returns takes the output's place."""
+SILENT = 3.0
+"""Seconds of a pass without a bar."""
 
 
 def loss_of_output(model: nn.Module, batch: Any) -> Tensor:
@@ -45,6 +49,7 @@ class Probe:
         batches: few batches; they are kept, and walked through once a pass.
         loss: called with the model and a batch; by default that of a Hugging Face model's output.
         device: where the model goes for a pass; None leaves it where it is. Batches follow it.
+        remember: finds an earlier answer of the method on the same model and batches; by default every one is new.
 
     Attributes:
         passes: how often the batches have been walked through.
@@ -57,8 +62,9 @@ class Probe:
         batches: Iterable[Any] = (),
         loss: Callable[[nn.Module, Any], Tensor] = loss_of_output,
         device: torch.device | str | None = None,
+        remember: Remember = asked_anew,
     ) -> None:
-        self.batches, self.loss, self.device = list(batches), loss, device
+        self.batches, self.loss, self.device, self.remember = list(batches), loss, device, remember
         self.passes = 0
         self._watching = True
         self._mask: Tensor | None = None
@@ -89,6 +95,38 @@ class Probe:
 
         self._run(self._paths(paths), keep)
         return found
+
+    def around(
+        self, paths: Sequence[str], reduce: Callable[[str, Tensor, Tensor | None], Tensor]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """What enters and what leaves any modules, reduced call by call, all calls joined along the first axis.
+
+        Only what `reduce` keeps is held, on the CPU; what leaves one module and enters the next is held once.
+
+        Args:
+            paths: of modules.
+            reduce: called with a module's path, its first input or output, and the batch's `attention_mask` or None.
+
+        Raises:
+            SettingsError: see `inputs`.
+        """
+        found: dict[str, tuple[list[Tensor], list[Tensor]]] = {path: ([], []) for path in paths}
+        last = torch.empty(0)
+
+        def kept(path: str, x: Tensor) -> Tensor:
+            nonlocal last
+            new = reduce(path, x.detach(), self._mask).cpu()
+            if new.shape != last.shape or new.dtype != last.dtype or not torch.equal(new, last):
+                last = new
+            return last
+
+        def keep(path: str, x: Tensor, y: Any) -> None:
+            before, after = found[path]
+            before.append(kept(path, x))
+            after.append(kept(path, _first_tensor(y)))
+
+        self._run(paths, keep)
+        return {path: (torch.cat(before), torch.cat(after)) for path, (before, after) in found.items()}
 
     def covariances(
         self,
@@ -193,10 +231,13 @@ class Probe:
         reached: set[str] = set()
         losses: list[float] = []
         with self._untouched():
-            handles = [self._module(path).register_forward_hook(self._at(path, hook, reached)) for path in paths]
+            handles = [
+                self._module(path).register_forward_hook(self._at(path, hook, reached), with_kwargs=True)
+                for path in paths
+            ]
             try:
                 told = f"calibration, pass {self.passes}"
-                for batch in tqdm(self.batches, desc=told, unit="batch", leave=False, disable=None):
+                for batch in tqdm(self.batches, delay=SILENT, desc=told, unit=" batches", leave=False):
                     with torch.set_grad_enabled(backward):
                         loss = self._loss(batch)
                         losses.append(float(loss.detach()))
@@ -210,12 +251,13 @@ class Probe:
             raise SettingsError(f"the probe's batches never call {missed[0]}, so nothing is known of it.")
         return losses
 
-    def _at(self, path: str, hook: Hook, reached: set[str]) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
-        def forward_hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-            if not inputs or not self._watching:  # by keyword layers with adapters are never called
+    def _at(self, path: str, hook: Hook, reached: set[str]) -> Callable[..., Any]:
+        def forward_hook(_: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> Any:
+            given = (*inputs, *named.values())
+            if not given or not self._watching:
                 return None
             reached.add(path)
-            return hook(path, inputs[0].detach(), output)
+            return hook(path, _first_tensor(given).detach(), output)
 
         return forward_hook
 
@@ -272,6 +314,14 @@ def _weight_gradient(base: BaseLayer, x: Tensor, g: Tensor) -> Tensor:
     with torch.enable_grad():
         y = base.apply(x.to(dtype) if x.is_floating_point() else x, weight, None)
     return torch.autograd.grad(y, weight, g.to(dtype))[0]
+
+
+def _first_tensor(values: Any) -> Tensor:
+    """The first tensor among a module's inputs or outputs, however these are wrapped."""
+    if isinstance(values, Tensor):
+        return values
+    inside = values.values() if isinstance(values, Mapping) else values
+    return next(value for value in inside if isinstance(value, Tensor))
 
 
 def _moved(batch: Any, device: torch.device | str) -> Any:

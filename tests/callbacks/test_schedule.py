@@ -31,6 +31,9 @@ class Recorder(ScheduleCallback):
     def on_stepped(self, step, adapters):
         self.events.append(("stepped", step))
 
+    def on_skipped(self, step):
+        self.events.append(("skipped", step))
+
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
 def test_acts_once_an_optimizer_step_at_both_moments(tmp_path, accumulate):
@@ -99,8 +102,8 @@ def test_a_step_skipped_by_a_gradient_scaler_leaves_the_schedule_alone(tmp_path)
     scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1.0))
     callbacks = [InjectAdapters(LoRA(rank=2), ["used"]), recorder, TrainingGuard()]
     fit(Overflow(), tmp_path, callbacks, plugins=[scaled], max_steps=3)
-    moments = ("gradients", "stepped")
-    assert recorder.events == [(moment, step) for step in (1, 3) for moment in moments]
+    first, third = ([(moment, step) for moment in ("gradients", "stepped")] for step in (1, 3))
+    assert recorder.events == [*first, ("skipped", 2), *third]
 
 
 def test_gradients_are_read_unscaled(tmp_path):

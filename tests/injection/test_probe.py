@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.errors import SettingsError
+from lora_lightning.injection import probe as probe_module
 from lora_lightning.injection.probe import Probe
 from lora_lightning.injection.targets import select
 from lora_lightning.models.anatomy import survey
@@ -120,6 +122,53 @@ def test_inputs_are_those_of_any_module(mlp_case):
     assert all(torch.equal(a, b) for a, b in zip(found["first"], batches, strict=True))
     for a, b in zip(found["second"], batches, strict=True):
         assert torch.equal(a, torch.tanh(model.first(b)).detach())
+
+
+def test_what_enters_and_leaves_blocks_is_reduced_call_by_call_and_held_once():
+    model, batches = tiny_encoder().double(), encoder_batches()
+    blocks = ["bert.encoder.layer.0", "bert.encoder.layer.1"]
+    masks = []
+
+    def first(path: str, x: Tensor, mask: Tensor | None) -> Tensor:
+        masks.append(mask)
+        return x[:, 0]
+
+    with Probe(batches).on(model, {}) as probe:
+        found = probe.around(blocks, first)
+    states = [model(**batch, output_hidden_states=True).hidden_states for batch in batches]
+    for number, block in enumerate(blocks):
+        for side, x in enumerate(found[block]):
+            expected = torch.cat([s[number + side][:, 0] for s in states])
+            torch.testing.assert_close(x, expected, rtol=0, atol=1e-14)
+    assert torch.equal(masks[0], batches[0]["attention_mask"])
+
+
+def test_a_module_that_is_called_by_keyword_and_answers_a_tuple_is_seen():
+    class Block(nn.Module):
+        def forward(self, mask: None, hidden: Tensor) -> tuple[Tensor, None]:
+            return 2 * hidden, None
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.out = Block(), nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.block(mask=None, hidden=x)[0])
+
+    x = torch.randn(4, 3)
+    with Probe([x, x + 1], mean_square).on(Net(), {}) as probe:
+        before, after = probe.around(["block"], lambda path, seen, mask: seen)["block"]
+    assert torch.equal(before, torch.cat([x, x + 1]))
+    assert torch.equal(after, 2 * before)
+
+
+def test_a_pass_that_takes_long_shows_a_bar(mlp_case, monkeypatch, capsys):
+    model, batches = mlp_case
+    monkeypatch.setattr(probe_module, "SILENT", 0.0)
+    with Probe(batches, mean_square).on(model, layers(model, "first")) as probe:
+        probe.losses()
+    assert re.search(r"calibration, pass 1: .*0/3 .* batches", capsys.readouterr().err)
 
 
 def test_losses_and_the_count_of_passes(mlp_case):

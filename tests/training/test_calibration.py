@@ -124,3 +124,46 @@ def test_a_model_that_is_only_measured_asks_nothing(folder, asked):
     own.assemble(load_without_values)
     assert not asked
     assert records(own.model)["default"].plan == {}
+
+
+class Once(torch.utils.data.IterableDataset):
+    """Rows that are gone once they have been read."""
+
+    def __init__(self, rows):
+        self.rows = iter(rows)
+
+    def __iter__(self):
+        return self.rows
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (lambda rows: iter(rows), r"EVA reads batches .* LabelledText has them only once: .* an iterator \(list_iter"),
+        (lambda rows: torch.utils.data.DataLoader(Once(rows)), r"only once: Once.__iter__ gives the same iterator"),
+        (lambda rows: {"a": rows}, r"train_dataloader\(\) gives a dict of loaders. Return one loader, or inject in"),
+    ],
+)
+def test_data_that_cannot_be_asked_twice_are_refused(folder, monkeypatch, loader, message):
+    data = labelled_data(folder)
+    fit = trainer(folder, [])
+    fit.datamodule = data
+    own = classification(folder, EVA(), num_labels=3)
+    rows = [torch.zeros(1)]
+    monkeypatch.setattr(data, "train_dataloader", lambda: loader(rows))
+    with pytest.raises(DataError, match=message):
+        calibration(own.method, own.task, fit)
+
+
+def test_rows_that_begin_anew_are_read_for_calibration(folder, monkeypatch):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from range(5)
+
+    data, own = labelled_data(folder), classification(folder, EVA(), num_labels=3)
+    fit = trainer(folder, [])
+    fit.datamodule = data
+    stream = torch.utils.data.DataLoader(Stream())
+    monkeypatch.setattr(data, "train_dataloader", lambda: stream)
+    assert [int(batch) for batch in calibration(own.method, own.task, fit).batches] == [0, 1]
+    assert [int(batch) for batch in stream] == [0, 1, 2, 3, 4]
