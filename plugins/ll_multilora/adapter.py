@@ -34,6 +34,9 @@ from lora_lightning.adapters.pair import PairAdapter
 from lora_lightning.distributed import assembled
 from lora_lightning.errors import SettingsError
 
+Gate = Literal["vector", "scalar"]
+GateStart = Literal["zero", "mean"]
+
 
 class MultiLoRAAdapter(PairAdapter):
     """Stacked pairs of factors on one layer, and a gate for each.
@@ -56,13 +59,13 @@ class MultiLoRAAdapter(PairAdapter):
     def __init__(
         self,
         base: BaseLayer,
-        *,
         modules: int,
         rank: int,
         scaling: float,
-        dropout: float = 0.0,
-        gate: Literal["vector", "scalar"] = "vector",
-        gate_start: Literal["zero", "mean"] = "zero",
+        *,
+        dropout: float,
+        gate: Gate,
+        gate_start: GateStart,
     ) -> None:
         super().__init__()
         if base.kind == "embedding" and gate_start == "zero":
@@ -117,11 +120,9 @@ def leading_energy(A: Tensor, B: Tensor, count: int) -> float:
 
 
 @torch.no_grad()
-def survey(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
+def energies(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
     """Mean of `leading_energy` over layers, at the rank of one module, and layer by layer."""
-    layers = {}
-    for path, adapter in adapters.items():
-        if isinstance(adapter, MultiLoRAAdapter):
-            with assembled(adapter):
-                layers[path] = leading_energy(*adapter.low_rank(), adapter.rank)
+    own = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, MultiLoRAAdapter)}
+    with assembled(*own.values()):
+        layers = {path: leading_energy(*adapter.low_rank(), adapter.rank) for path, adapter in own.items()}
     return {"leading_energy": sum(layers.values()) / max(1, len(layers)), "layers": layers}

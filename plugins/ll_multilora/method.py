@@ -54,9 +54,9 @@ class MultiLoRA(LowRankFields, Method):
 
         return MultiLoRAAdapter(
             base,
-            modules=self.modules,
-            rank=self.rank,
-            scaling=self.scaling,
+            self.modules,
+            self.rank,
+            self.scaling,
             dropout=self.dropout,
             gate=self.gate,
             gate_start=self.gate_start,
@@ -71,6 +71,6 @@ class MultiLoRA(LowRankFields, Method):
 
     def report(self, adapters: Adapters) -> dict[str, Any]:
         """How much of the updates lies in as many leading directions as one module has."""
-        from ll_multilora.adapter import survey
+        from ll_multilora.adapter import energies
 
-        return survey(adapters)
+        return energies(adapters)
