@@ -189,6 +189,7 @@ SMALLER = {
     ],
     "recipes/dora_commonsense": ["--model.method.rank=2"],
     "recipes/lorasc_instructions": ["--model.method.inner.init_args.rank=2", "--model.method.stage_steps=4"],
+    "recipes/mora_math": ["--model.method.rank=2"],
     "recipes/multilora_llama": ["--model.method.rank=2"],
     "recipes/riemannian_moe_llama": ["--model.method.rank=1", "--model.method.router_lr_ratio=1.0"],
     "recipes/sbora_commonsense": ["--model.method.rank=2"],
