@@ -168,6 +168,12 @@ class Adapter(nn.Module, ABC):
     def reset(self, generator: torch.Generator) -> None:
         """Write start values in place; numbers are drawn for the full tensor, on the CPU, in float32."""
 
+    def begin_stage(self, stage: int) -> None:
+        """Write what differs between stages of a cascade, in place; `stage` counts from 0, and `reset` has gone before.
+
+        What it writes lies in buffers, so that a resumed run and whoever loads the adapter have it.
+        """
+
     def merged_bias(self, bias: Tensor | None) -> Tensor | None:
         """Bias of the plain layer that computes the same, (d_out,)."""
         return bias

@@ -1,7 +1,7 @@
 """MoRAAdapter: a square matrix on one layer; the equations and symbols stand in `functional.py`.
 
 Departs from the paper: the side of the matrix is at most the layer's smaller side, so that every row of it trains.
-Convolutions and stacked experts are adapted as well, with the formed update.
+Convolutions, through the formed update, and stacked experts are adapted as well.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
-from ll_mora import functional
+from ll_mora.functional import MAPS, fitted, owners, rotated, sources, width
 from lora_lightning.adapters.base import Adapter, check_dropout, write_values, write_zeros
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.errors import SettingsError
@@ -23,6 +23,7 @@ class MoRAAdapter(Adapter):
         base: the layer.
         rank: rank of the LoRA with as many numbers.
         maps: "rotation", or one of `functional.MAPS`.
+        all_maps: whether stages of a cascade go through all four of these, instead of two in turn.
         dropout: probability of dropping entries of the update's input while training.
 
     Raises:
@@ -33,70 +34,69 @@ class MoRAAdapter(Adapter):
     inputs: Tensor | None
     outputs: Tensor | None
 
-    def __init__(self, base: BaseLayer, *, rank: int, maps: str, dropout: float = 0.0) -> None:
+    def __init__(self, base: BaseLayer, rank: int, maps: str, *, all_maps: bool, dropout: float) -> None:
         super().__init__()
-        if base.kind == "embedding":
-            raise SettingsError(
-                "the tokens of an embedding would share entries of one matrix, so that the vectors of tokens that the "
-                "data lacks would move; exclude it."
-            )
         check_dropout(base, dropout)
-        self.maps, self.dropout, self.d_in, self.d_out = maps, dropout, base.d_in, base.d_out
-        k = functional.width(base.d_in, base.d_out, rank, even=maps == "rotation")
-        if not k:
-            raise SettingsError(
-                f'maps is "rotation", which turns pairs of entries; a layer of {base.d_in} inputs and {base.d_out} '
-                'outputs has none. Take "modulo" there, or exclude it.'
-            )
-        self.square = nn.Parameter(base.zeros(k, k))
-        shared = maps != "rotation"
-        zeros = torch.zeros(-(-base.d_in // k) * k + base.d_out, dtype=torch.int64, device=base.device)
-        self.register_buffer("inputs", zeros[: -base.d_out].view(-1, k).clone() if shared else None)
-        self.register_buffer("outputs", zeros[-base.d_out :].clone() if shared else None)
+        self.maps, self.all_maps, self.dropout, self.d_in, self.d_out = maps, all_maps, dropout, base.d_in, base.d_out
+        k = width(base.d_in, base.d_out, rank, even=maps == "rotation")
+        if base.kind == "embedding" or not k:
+            what = "rotations turn pairs of entries, and the layer's smaller side has one alone; take maps=modulo there"
+            shared = "the tokens of an embedding would share entries, so that those that the data lacks would move"
+            raise SettingsError(f'maps is "{maps}"; {what if not k else shared}, or exclude it.')
+        self.square, shares = nn.Parameter(base.zeros(k, k)), maps != "rotation"
+        table = torch.zeros(-(-base.d_in // k), k, dtype=torch.int64, device=base.device)
+        self.register_buffer("inputs", table if shares else None)
+        self.register_buffer("outputs", table.new_zeros(base.d_out) if shares else None)
 
     def reset(self, generator: torch.Generator) -> None:  # noqa: ARG002 - nothing here is random
         """The matrix at zero, the maps those of the settings."""
         write_zeros(self.square)
-        if self.maps != "rotation":
-            self.turn(self.maps)
+        self.begin_stage(0)
 
-    def turn(self, maps: str) -> None:
-        """Take other maps, one of `functional.MAPS`; the update is the same where the matrix is zero."""
-        if self.inputs is not None and self.outputs is not None:
-            k, (of_inputs, of_outputs) = self.square.shape[-1], functional.MAPS[maps]
-            write_values(self.inputs, functional.sources(self.d_in, k, of_inputs))
-            write_values(self.outputs, functional.owners(self.d_out, k, of_outputs))
+    def begin_stage(self, stage: int) -> None:
+        """Take the maps of a stage; what has been folded under one kind of maps has but the rank of one matrix."""
+        if self.inputs is None or self.outputs is None:
+            return
+        at = list(MAPS).index(self.maps)
+        at = (at + stage) % len(MAPS) if self.all_maps else at ^ stage % 2
+        of_inputs, of_outputs = list(MAPS.values())[at]
+        write_values(self.inputs, sources(self.d_in, self.square.shape[-1], of_inputs))
+        write_values(self.outputs, owners(self.d_out, self.square.shape[-1], of_outputs))
 
     def forward(self, x: Tensor, base: BaseLayer) -> Tensor:
         """base(x) + decompress(M compress(drop(x)))."""
-        y = base(x)
+        y, square = base(x), self.square.to(x.dtype)
         x = F.dropout(x, self.dropout) if self.training and self.dropout else x
-        square = self.square.to(x.dtype)
-        if base.kind != "linear":
-            return y + base.apply(x, self._update(square)).to(y.dtype)
-        if self.inputs is None or self.outputs is None:
-            return y + functional.rotated_update(x, square, self.d_out).to(y.dtype)
-        return y + functional.shared_update(x, square, self.inputs, self.outputs).to(y.dtype)
+        update = base.apply(x, self._weight(square)) if base.kind == "conv" else self._branch(x, square)
+        return y + update.to(y.dtype)
 
-    def _update(self, square: Tensor) -> Tensor:
-        """What the weight gains, (*lead, d_out, d_in)."""
-        if self.inputs is None or self.outputs is None:
-            return functional.rotated_weight(square, self.d_in, self.d_out)
-        return functional.shared_rows(square, self.inputs, self.d_in).index_select(-2, self.outputs)
+    def _branch(self, x: Tensor, square: Tensor) -> Tensor:
+        """What the output gains, (..., d_out), for x (..., d_in)."""
+        if self.inputs is not None and self.outputs is not None:
+            z: Tensor = F.pad(x, (0, 1)).index_select(-1, self.inputs.flatten()).unflatten(-1, self.inputs.shape)
+            return (z.sum(-2) @ square.mT).index_select(-1, self.outputs)
+        # of blocks beyond the outputs nothing would be left
+        z = rotated(x, square.shape[-1], blocks=-(-min(self.d_in, self.d_out) // square.shape[-1]))
+        return fitted((z @ (square if square.dim() == 2 else square.unsqueeze(-3)).mT).flatten(-2), self.d_out)
+
+    def _weight(self, square: Tensor) -> Tensor:
+        """What the weight gains, (*lead, d_out, d_in): the branch of the identity."""
+        return self._branch(torch.eye(self.d_in, dtype=square.dtype, device=square.device), square).mT
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """W + decompress M compress."""
-        return weight + self._update(self.square.to(weight.dtype))
+        return weight + self._weight(self.square.to(weight.dtype))
 
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
         """(M compress, decompress) of rank k; None for rotations, whose update has more."""
-        if self.inputs is None or self.outputs is None:
+        if self.outputs is None:
             return None
-        A = functional.shared_rows(self.square.detach(), self.inputs, self.d_in)
-        k = A.shape[-2]
-        B = (self.outputs[:, None] == torch.arange(k, device=A.device)).to(A.dtype)
-        return A, B.expand(*A.shape[:-2], self.d_out, k)
+        k, update = self.square.shape[-1], self._weight(self.square.detach())
+        # each entry's own output, of which there is one at least, has its row of M compress
+        first = [int((self.outputs == j).nonzero()[0]) for j in range(k)]
+        B = F.one_hot(self.outputs, k).to(update.dtype)
+        return update[..., first, :], B.expand(*update.shape[:-2], self.d_out, k)
 
     def extra_repr(self) -> str:
-        """The matrix's side and the maps for `print(model)`."""
+        """The matrix's side and the maps of the settings for `print(model)`."""
         return f"side={self.square.shape[-1]}, maps={self.maps}"

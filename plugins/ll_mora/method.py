@@ -34,7 +34,7 @@ class MoRA(Method):
   journal = {arXiv preprint arXiv:2405.12130},
   year = {2024}
 }"""
-    run_wide: ClassVar[tuple[str, ...]] = ("fold_every", "fold_maps", "rewarm_steps")
+    run_wide: ClassVar[tuple[str, ...]] = ("fold_every", "rewarm_steps")
 
     rank: int = 8
     """Rank of the LoRA with as many trained numbers; the matrix has about sqrt(rank * (d_in + d_out)) rows."""
@@ -44,11 +44,12 @@ class MoRA(Method):
     ("modulo", type 1, for ranks such as 256), neighbours ("groups", type 2), or one of each (types 3 and 4)."""
     dropout: float = 0.0
     """Probability of dropping entries of the update's input while training."""
+    all_maps: bool = False
+    """Whether stages of a cascade go through all four ways to share entries; else through two in turn: "modulo" and
+    "groups", or the two mixtures."""
     fold_every: int | None = None
     """ReMoRA: optimizer steps after which the update is folded, the matrix starts again and other maps are taken; null
     for never. The authors pretrain with 2000."""
-    fold_maps: Literal["two", "all"] = "two"
-    """Maps that stages go through: "modulo" and "groups" in turn, or all four that are no rotation."""
     rewarm_steps: int = 50
     """Steps over which the rate rises again after a fold."""
 
@@ -56,29 +57,22 @@ class MoRA(Method):
         check_fields(self)
         check(self.rank >= 1, self, "rank", "it must be at least 1. Rank of the LoRA with as many numbers; 8 is usual.")
         check(0 <= self.dropout < 1, self, "dropout", "it must lie in [0, 1). Probability of a drop.")
+        whole = self.fold_every is None or (type(self.fold_every) is int and self.fold_every >= 2)
+        check(whole, self, "fold_every", "it must be a whole number of at least 2, or null.")
+        rule = "updates of rotations that are folded add up to one matrix of the same form; take maps=modulo, or null."
+        check(self.fold_every is None or self.maps != "rotation", self, "fold_every", rule)
         check(self.rewarm_steps >= 1, self, "rewarm_steps", "it must be at least 1; the authors use 50.")
-        if self.fold_every is not None:
-            whole = type(self.fold_every) is int and self.fold_every >= 2
-            check(whole, self, "fold_every", "it must be a whole number of at least 2, or null.")
-            fits = self.maps in ("modulo", "groups") or (self.fold_maps == "all" and self.maps != "rotation")
-            rule = (
-                f"fold_every is {self.fold_every}: updates that are folded under one kind of maps add up to one matrix "
-                'of the same rank, so stages go through several. Take "modulo" or "groups"'
-            )
-            check(fits, self, "maps", f"{rule}{'.' if self.fold_maps == 'two' else ', or one of their mixtures.'}")
 
     def build(self, base: BaseLayer) -> MoRAAdapter:
         """The matrix and its maps."""
         from ll_mora.adapter import MoRAAdapter
 
-        return MoRAAdapter(base, rank=self.rank, maps=self.maps, dropout=self.dropout)
+        return MoRAAdapter(base, self.rank, self.maps, all_maps=self.all_maps, dropout=self.dropout)
 
     def callbacks(self) -> Sequence[Callback]:
-        """For ReMoRA the cascade, and what takes other maps after each of its stages."""
+        """For ReMoRA the cascade; adapters take other maps where it begins a stage."""
         if self.fold_every is None:
             return []
-        from ll_mora.callback import MapTurns
         from lora_lightning.callbacks.cascade import Cascade
 
-        stages = Cascade(stage_steps=self.fold_every, lr="rewarm", rewarm_steps=self.rewarm_steps)
-        return [stages, MapTurns(self.fold_maps)]
+        return [Cascade(stage_steps=self.fold_every, lr="rewarm", rewarm_steps=self.rewarm_steps)]

@@ -13,10 +13,9 @@ from toy_runs import classification, encoder_folder, labelled_data
 
 import lora_lightning as ll
 from ll_mora import MoRA
-from ll_mora.callback import MapTurns
-from ll_mora.functional import MAPS, owners, sources, width
+from ll_mora.functional import MAPS, owners, rotated, sources, width
 from lora_lightning.callbacks import Cascade
-from lora_lightning.errors import ExportError, NoEffectError, SettingsError
+from lora_lightning.errors import ExportError, SettingsError
 from lora_lightning.injection.inject import inject
 from lora_lightning.injection.merge_model import merge
 from lora_lightning.testing import BASE_KINDS, DROPPING_KINDS, MethodContract, perturb, tiny_encoder
@@ -181,13 +180,11 @@ def test_the_branch_is_linear(maps):
 
 def test_angles_are_exact_in_float64():
     """Single-precision angles, which the authors' code ships, are 5.6e-8 off."""
-    from ll_mora.functional import angles
-
-    cosine, sine = angles(50, 12, torch.zeros(1, dtype=torch.float64))
+    x = torch.zeros(50, 12, dtype=torch.float64)
+    x[:, :6] = 1
+    found = rotated(x.flatten(), 12, 50)
     turn = np.arange(50)[:, None] * 10000.0 ** (-2 * np.arange(6) / 12)
-    np.testing.assert_allclose(cosine, np.cos(turn), rtol=0, atol=1e-14)
-    np.testing.assert_allclose(sine, np.sin(turn), rtol=0, atol=1e-14)
-    assert angles(3, 4, torch.zeros(1, dtype=torch.bfloat16))[0].dtype == torch.float32
+    np.testing.assert_allclose(found, np.concatenate([np.cos(turn), np.sin(turn)], axis=1), rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("size", [5, 6, 7, 12])
@@ -268,7 +265,7 @@ def test_stages_take_maps_in_turn_and_the_rank_grows_beyond_one_matrix(tmp_path)
 @pytest.mark.slow
 def test_all_maps_are_gone_through_in_the_authors_order(tmp_path):
     seen: list[str] = []
-    stages(tmp_path, [Maps(seen)], total=10, fold_maps="all", maps="groups-modulo")
+    stages(tmp_path, [Maps(seen)], total=10, all_maps=True, maps="groups-modulo")
     assert seen[::2] == ["groups-modulo", "modulo-groups", "modulo", "groups", "groups-modulo"]
 
 
@@ -287,7 +284,7 @@ def test_what_was_folded_under_other_maps_is_saved_with_the_adapter(tmp_path):
     ll.inject(encoder, MoRA(rank=1, maps="modulo"), ["query"], seed=0)
     for _, layer in ll.iter_adapters(encoder):
         adapter = layer.adapter("default")
-        adapter.turn("groups")
+        adapter.begin_stage(1)
         perturb(adapter)
     ll.save_adapter(encoder, tmp_path / "adapter")
     fresh = tiny_encoder()
@@ -296,26 +293,25 @@ def test_what_was_folded_under_other_maps_is_saved_with_the_adapter(tmp_path):
     assert torch.equal(fresh(tokens).logits, encoder(tokens).logits)
 
 
-def test_a_map_without_a_cascade_to_follow_is_refused():
-    with pytest.raises(SettingsError, match="MapTurns acts at the ends of a Cascade's stages, and there is none"):
-        MapTurns().check_run(10, [])
-    with pytest.raises(SettingsError, match=r"MapTurns: the Cascade's noise is 0.1, which starts adapters again"):
-        MapTurns().check_run(10, [Cascade(stage_steps=2, noise=0.1)])
-
-
-def test_rotations_are_no_maps_to_turn():
-    _, adapter = adapted(MoRA(rank=1))
-    with pytest.raises(NoEffectError, match="MapTurns found nothing to act on"):
-        MapTurns().select({"0": adapter})
-
-
-def test_callbacks_come_with_fold_every_alone():
+def test_the_cascade_comes_with_fold_every_alone():
     assert MoRA().callbacks() == []
-    stages, turns = MoRA(maps="modulo", fold_every=2000).callbacks()
+    [stages] = MoRA(maps="modulo", fold_every=2000).callbacks()
     assert isinstance(stages, Cascade)
     assert (stages.stage_steps, stages.blend, stages.lr, stages.rewarm_steps) == (2000, 1.0, "rewarm", 50)
-    assert isinstance(turns, MapTurns)
-    assert turns.phase > stages.phase
+
+
+@pytest.mark.parametrize("maps", list(MAPS))
+def test_folded_updates_of_two_stages_have_the_rank_of_two_matrices(maps):
+    model, adapter = adapted(MoRA(rank=1, maps=maps), nn.Linear(40, 30, bias=False))
+    weight, k = model[0].base.weight.detach(), adapter.square.shape[0]
+    first = adapter.merged_weight(weight).detach()
+    for stage in (0, 1):
+        adapter.begin_stage(stage)
+        both = adapter.merged_weight(first).detach() - weight
+        rank = int(torch.linalg.matrix_rank(both, rtol=1e-10))
+        assert rank > k + k // 2 if stage else rank == k
+    adapter.begin_stage(2)
+    assert torch.equal(adapter.merged_weight(weight).detach(), first)
 
 
 # -- export ------------------------------------------------------------------------------------------------------------
@@ -366,12 +362,7 @@ def test_rotations_travel_merged_or_truncated(tmp_path):
             {"fold_every": 1, "maps": "modulo"},
             r"MoRA.fold_every is 1; it must be a whole number of at least 2, or null",
         ),
-        ({"fold_every": 10}, r"MoRA.maps is 'rotation'; fold_every is 10: .* Take \"modulo\" or \"groups\"\.$"),
-        (
-            {"fold_every": 10, "maps": "groups-modulo"},
-            r"MoRA.maps is 'groups-modulo'; fold_every is 10: updates that are folded under one kind of maps add up",
-        ),
-        ({"fold_every": 10, "fold_maps": "all"}, r'Take "modulo" or "groups", or one of their mixtures\.$'),
+        ({"fold_every": 10}, r"MoRA.fold_every is 10; updates of rotations that are folded add up to one matrix"),
     ],
 )
 def test_settings_outside_their_rules(settings, message):
@@ -382,10 +373,10 @@ def test_settings_outside_their_rules(settings, message):
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (nn.Embedding(11, 5), "the tokens of an embedding would share entries of one matrix.*exclude it"),
+        (nn.Embedding(11, 5), "the tokens of an embedding would share entries.*exclude it"),
         (
             nn.Linear(6, 1),
-            r'maps is "rotation", which turns pairs of entries; a layer of 6 inputs and 1 outputs has none',
+            r'maps is "rotation"; rotations turn pairs of entries, and the layer.s smaller side has one alone',
         ),
     ],
     ids=["embedding", "one output"],
