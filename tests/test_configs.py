@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy_runs import completion_file, decoder_folder
+from toy_runs import completion_file, decoder_folder, encoder_folder, labelled_file
 
 from ll_demo import pydocs
 from lora_lightning.cli.configs import config_names
@@ -197,8 +197,23 @@ SMALLER = {
 }
 
 
+CLASSIFY = {"recipes/neat_glue": ["--model.method.rank=2"]}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in config_names() if name.startswith("recipes/")])
+@pytest.mark.parametrize("name", CLASSIFY)
+def test_a_recipe_trains_a_tiny_classifier(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    encoder, rows = encoder_folder(tmp_path / "encoder"), labelled_file(tmp_path / "rows.csv")
+    words = [f"--model.pretrained={encoder}", f"--data.train={rows}", f"--data.validation={rows}", *CLASSIFY[name]]
+    sizes = ["--data.batch_size=2", "--data.max_length=16", "--trainer.max_steps=8", "--trainer.accelerator=cpu"]
+    assert main(["fit", "--config", name, *words, *sizes, "--trainer.enable_progress_bar=false"]) == 0
+    [summary] = (tmp_path / "runs").glob("*/001/summary.json")
+    assert json.loads(summary.read_text())["steps"] == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in CLASSIFY])
 def test_a_recipe_trains_a_tiny_decoder(name, tmp_path, monkeypatch):
     """Its own settings, but for sizes that a model of width 16 has no room for."""
     monkeypatch.chdir(tmp_path)

@@ -191,7 +191,10 @@ class Adapter(nn.Module, ABC):
         return ()
 
     def peft_tensors(self) -> Mapping[str, Tensor]:
-        """Own tensors (d_out,) beside the one factor pair, by their names in the format of `Method.peft_options`."""
+        """Own tensors by their names in peft's format: (d_out,) beside the one factor pair for `Method.peft_options`.
+
+        For a type of the method's own they are all of them, in the file's layout and views of what trains.
+        """
         return {}
 
     def rank_scores(self) -> Tensor | None:

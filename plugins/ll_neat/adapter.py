@@ -21,6 +21,7 @@ of an embedding all tokens move, since each has its column of H.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -116,6 +117,14 @@ class NEATAdapter(Adapter):
         with torch.autocast(weight.device.type, enabled=False):
             H = self.hidden(self.reader.to(weight.dtype) @ weight)
             return plus_product(weight, self.writer.to(weight.dtype), H, self.scaling)
+
+    def peft_tensors(self) -> Mapping[str, Tensor]:
+        """Everything that trains, as PEANuT has it."""
+        found = {"peanut_A.weight": self.reader, "peanut_B.weight": self.writer}
+        for at, layer in enumerate([] if self.inner is None else self.inner):
+            side = "encoders" if at < self.depth else "decoders"
+            found[f"peanut_{side}.{at % self.depth}.weight"] = layer
+        return found
 
     def extra_repr(self) -> str:
         """The network's settings for `print(model)`."""

@@ -5,6 +5,7 @@ Zhong et al., 2024, arXiv:2410.01870; the equations stand in `adapter.py`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -31,6 +32,15 @@ class NEAT(Method):
   journal = {arXiv preprint arXiv:2410.01870},
   year = {2024}
 }"""
+
+    export: ClassVar[str] = "native"
+    peft_type: ClassVar[str] = "PEANUT"
+    peft_fields: ClassVar[Mapping[str, str]] = {
+        "rank": "r",
+        "depth": "depth",
+        "activation": "act_fn",
+        "scaling": "scaling",
+    }
 
     rank: int = 32
     """Hidden width r of the network, and the largest rank of the update."""

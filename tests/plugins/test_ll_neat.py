@@ -108,7 +108,9 @@ def their_tensors(layer, depth):
 
 
 @DEPTHS
-@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+@pytest.mark.parametrize(
+    "activation", ["relu", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gelu", "silu", "leaky_relu"))]
+)
 def test_outputs_gradients_and_a_trajectory_equal_pefts(depth, activation):
     """Ten steps of AdamW from the same start; the weight is theirs, too."""
     torch.manual_seed(1)
