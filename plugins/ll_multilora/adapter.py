@@ -35,7 +35,6 @@ from lora_lightning.distributed import assembled
 from lora_lightning.errors import SettingsError
 
 Gate = Literal["vector", "scalar"]
-GateStart = Literal["zero", "mean"]
 
 
 class MultiLoRAAdapter(PairAdapter):
@@ -48,7 +47,7 @@ class MultiLoRAAdapter(PairAdapter):
         scaling: s.
         dropout: probability of dropping entries of the updates' input while training; one mask for all of them.
         gate: one number an output of the layer, or one number a module.
-        gate_start: "zero", or "mean" for 1/n with one factor of each pair at zero.
+        zeros: whether gates start at zero; else at 1/n, with one factor of each pair at zero.
 
     Raises:
         SettingsError: dropout where no input passes; gates at zero on an embedding.
@@ -57,32 +56,24 @@ class MultiLoRAAdapter(PairAdapter):
     additive = True
 
     def __init__(
-        self,
-        base: BaseLayer,
-        modules: int,
-        rank: int,
-        scaling: float,
-        *,
-        dropout: float,
-        gate: Gate,
-        gate_start: GateStart,
+        self, base: BaseLayer, modules: int, rank: int, scaling: float, *, dropout: float, gate: Gate, zeros: bool
     ) -> None:
         super().__init__()
-        if base.kind == "embedding" and gate_start == "zero":
+        if base.kind == "embedding" and zeros:
             raise SettingsError(
                 'gate_start is "zero"; on an embedding the vectors of tokens that the data lacks would move with the '
                 'gates. Take "mean" there, or exclude it.'
             )
         self.hold_pair(base, rank=rank, scaling=scaling, dropout=dropout, lead=(modules,))
-        self.gate_start = gate_start
+        self.zeros = zeros
         self.gate = nn.Parameter(base.zeros(modules, base.d_out if gate == "vector" else 1))
         self.shown = f"modules={modules}, {self.shown}"
 
     def reset_others(self, generator: torch.Generator) -> None:
         """Gates, and with gates at zero the factor that starts at zero elsewhere."""
-        start = 0.0 if self.gate_start == "zero" else 1.0 / self.gate.shape[-2]
+        start = 0.0 if self.zeros else 1.0 / self.gate.shape[-2]
         write_values(self.gate, torch.full(self.gate.shape, start, device=generator.device))
-        if self.gate_start == "zero":
+        if self.zeros:
             write_uniform(self.lora_B, generator)
 
     def side_by_side(self) -> tuple[Tensor, Tensor]:

@@ -52,14 +52,9 @@ class MultiLoRA(LowRankFields, Method):
         """Stacked pairs of factors and their gates."""
         from ll_multilora.adapter import MultiLoRAAdapter
 
+        zeros = self.gate_start == "zero"
         return MultiLoRAAdapter(
-            base,
-            self.modules,
-            self.rank,
-            self.scaling,
-            dropout=self.dropout,
-            gate=self.gate,
-            gate_start=self.gate_start,
+            base, self.modules, self.rank, self.scaling, dropout=self.dropout, gate=self.gate, zeros=zeros
         )
 
     def param_groups(self, adapters: Adapters) -> dict[str, GroupSpec]:
