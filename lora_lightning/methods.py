@@ -44,7 +44,9 @@ class Method(ABC):
         starts_at_base: True where the adapted model equals the base model before the first step.
         export: how the method travels to other libraries ("native", "exact LoRA", "merged only", "not expressible").
         peft_type: peft's name of the format that this method is read from ("LORA": its fields are then `rank`, `alpha`,
-            `dropout`, `scaling_rule` and `bias`, its adapters own one factor pair); empty for none.
+            `dropout`, `scaling_rule` and `bias`, its adapters own one factor pair); empty for none. Any other is a type
+            of the method's own, of which its adapters state all tensors in `Adapter.peft_tensors`.
+        peft_fields: of such a type, entries of adapter_config.json by the fields that they mean.
         peft_options: entries of adapter_config.json with which that format means this method, such as `use_dora`; what
             its adapters own beside the pair they then state in `Adapter.peft_tensors`.
         run_wide: fields that hold for a whole run (of a schedule, an optimizer), so that no layer can have its own.
@@ -64,6 +66,7 @@ class Method(ABC):
     run_wide: ClassVar[tuple[str, ...]] = ()
     ranks: ClassVar[tuple[str, ...]] = ("rank",)
     rate_ratio: ClassVar[float] = 1.0
+    peft_fields: ClassVar[Mapping[str, str]] = {}
     peft_options: ClassVar[Mapping[str, object]] = {}
     former_fields: ClassVar[Mapping[str, str]] = {}
     plans_by_shape: ClassVar[bool] = False

@@ -197,12 +197,21 @@ SMALLER = {
     ],
     "recipes/lorasc_instructions": ["--model.method.inner.init_args.rank=2", "--model.method.stage_steps=4"],
     "recipes/prilora_glue": ["--model.method.every_n_steps=2"],
+    "recipes/mora_math": ["--model.method.rank=2"],
+    "recipes/neat_glue": ["--model.method.rank=2"],
+    "recipes/multilora_llama": ["--model.method.rank=2"],
     "recipes/riemannian_moe_llama": ["--model.method.rank=1", "--model.method.router_lr_ratio=1.0"],
+    "recipes/pissa_math": ["--model.method.rank=2"],
+    "recipes/olora_instructions": ["--model.method.rank=2"],
+    "recipes/eva_math": ["--model.method.rank=2", "--model.method.init.batches=2"],
+    "recipes/lora_ga_math": ["--model.method.rank=2", "--model.method.init.batches=2"],
+    "recipes/corda_math": ["--model.method.rank=2", "--model.method.init.batches=2"],
+    "recipes/sbora_commonsense": ["--model.method.rank=2"],
     "recipes/rose_editing": ["--model.method.rank=2", "--model.method.start=2", "--model.method.end=6"],
 }
 
 
-CLASSIFIES = ("recipes/gelora_glue", "recipes/prilora_glue")
+CLASSIFIES = ("recipes/gelora_glue", "recipes/neat_glue", "recipes/prilora_glue")
 
 
 def tiny_data(name, folder):
@@ -217,7 +226,7 @@ def tiny_data(name, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "recipes/loftq_math"])  # it quantizes on a GPU
 def test_a_recipe_trains_a_tiny_model(name, tmp_path, monkeypatch):
     """Its own settings, but for sizes that a model of width 16 has no room for."""
     monkeypatch.chdir(tmp_path)

@@ -168,6 +168,12 @@ class Adapter(nn.Module, ABC):
     def reset(self, generator: torch.Generator) -> None:
         """Write start values in place; numbers are drawn for the full tensor, on the CPU, in float32."""
 
+    def begin_stage(self, stage: int) -> None:
+        """Write what differs between stages of a cascade, in place; `stage` counts from 0, and `reset` has gone before.
+
+        What it writes lies in buffers, so that a resumed run and whoever loads the adapter have it.
+        """
+
     def merged_bias(self, bias: Tensor | None) -> Tensor | None:
         """Bias of the plain layer that computes the same, (d_out,)."""
         return bias
@@ -185,7 +191,10 @@ class Adapter(nn.Module, ABC):
         return ()
 
     def peft_tensors(self) -> Mapping[str, Tensor]:
-        """Own tensors (d_out,) beside the one factor pair, by their names in the format of `Method.peft_options`."""
+        """Own tensors by their names in peft's format: (d_out,) beside the one factor pair for `Method.peft_options`.
+
+        For a type of the method's own they are all of them, in the file's layout and views of what trains.
+        """
         return {}
 
     def rank_scores(self) -> Tensor | None:

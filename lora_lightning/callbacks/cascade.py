@@ -191,6 +191,7 @@ class Cascade(CascadeSettings, ScheduleCallback):
             adapter.reset(generator(own, "init", 0, injected_path(self.module, path)))
         else:
             adapter.reset(generator(own if self.seed is None else self.seed, "cascade", self.stage, path))
+            adapter.begin_stage(self.stage)
 
     def on_stepped(self, step: int, adapters: Mapping[str, Adapter]) -> None:
         """End a stage where one ends, or has ended at a step that was skipped."""

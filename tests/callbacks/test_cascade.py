@@ -16,6 +16,7 @@ import lora_lightning as ll
 from ll_lora import LoRA
 from ll_rose import RoseLoRA
 from lora_lightning.adapters.folded import DenseUpdate, FactoredUpdate
+from lora_lightning.adapters.low_rank import LowRankAdapter
 from lora_lightning.callbacks import Cascade, ExactResume, InjectAdapters, NoiseInjection
 from lora_lightning.errors import SettingsError
 from lora_lightning.seeds import generator
@@ -69,6 +70,17 @@ def test_a_last_stage_that_is_cut_short_is_folded(tmp_path):
     assert not module.used.adapter("default").lora_B.any()
     torch.testing.assert_close(after.seen[6], before.seen[6], rtol=0, atol=1e-12)
     assert module.used.low_rank("default")[0].shape[0] == 2
+
+
+def test_adapters_are_told_of_each_stage_that_begins_after_they_were_reset(tmp_path, monkeypatch):
+    told = []
+
+    def begin_stage(adapter, stage):
+        told.append((stage, bool(adapter.lora_B.any())))
+
+    monkeypatch.setattr(LowRankAdapter, "begin_stage", begin_stage)
+    run(tmp_path, Cascade(stage_steps=2), max_steps=6)
+    assert told == [(1, False), (2, False), (3, False)]
 
 
 def test_a_stage_is_an_epoch_unless_told_otherwise(tmp_path):

@@ -34,6 +34,7 @@ from lora_lightning.exporters.peft.experts import Stacks, is_target, named_in_fi
 from lora_lightning.exporters.peft.grouped import per_group
 from lora_lightning.exporters.peft.keys import MAGNITUDE, Name, understand
 from lora_lightning.exporters.peft.rules import CONFIG, DEFAULT_ALPHA, DEFAULT_RANK, TENSORS, pattern_value
+from lora_lightning.storage.atomic import write_json
 
 PICKLE = "adapter_model.bin"
 
@@ -126,7 +127,7 @@ def read(directory: str | Path, stacks: Stacks, values: bool = True) -> PeftFold
     Raises:
         AdapterFileError: missing, damaged, pickled, or with a tensor that this format does not have.
     """
-    config, tensors = read_config(directory), _tensors(Path(directory), values)
+    config, tensors = read_config(directory), read_tensors(Path(directory), values)
     found: dict[str, dict[str, Tensor]] = {}
     others: dict[str, dict[str, Tensor]] = {"head": {}, "rows": {}}
     stated = config.get("target_parameters") or ()
@@ -269,7 +270,17 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 """What peft writes for each setting that is read here; all but rank and alpha may be null."""
 
 
-def _tensors(folder: Path, values: bool) -> dict[str, Tensor]:
+def write_config(folder: Path, settings: dict[str, Any]) -> None:
+    """Write the settings of such a folder."""
+    write_json(folder / CONFIG, settings)
+
+
+def read_tensors(folder: Path, values: bool) -> dict[str, Tensor]:
+    """The tensors of such a folder by their names, or outlines of them.
+
+    Raises:
+        AdapterFileError: there are none, they are damaged, pickled or not finite.
+    """
     path = folder / TENSORS
     if not path.is_file():
         if (folder / PICKLE).is_file():

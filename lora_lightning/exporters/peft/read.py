@@ -18,6 +18,7 @@ from lora_lightning.exporters.peft import rules as peft_rules
 from lora_lightning.exporters.peft.experts import find_stacks, is_target
 from lora_lightning.exporters.peft.folder import PeftFolder, PeftLayer
 from lora_lightning.exporters.peft.former_names import with_present_names
+from lora_lightning.exporters.peft.own_types import read_own, types
 from lora_lightning.exporters.peft.read_back import check_read_back
 from lora_lightning.exporters.peft.read_heads import TRAINED_BIASES, find_heads, resize_hint, same, tensors_in
 from lora_lightning.exporters.peft.rules import TYPE
@@ -77,7 +78,11 @@ def import_folder(model: nn.Module, directory: str | Path, name: str, untie: boo
     check_name(name)
     anatomy = survey(model)
     check_ready(anatomy, name)
-    _refuse_variants(peft_file.read_config(directory), directory)
+    config = peft_file.read_config(directory)
+    if config.get("peft_type") in types():
+        with apart(anatomy, untie) as anatomy:
+            return read_own(anatomy, config, directory, name)
+    _refuse_variants(config, directory)
     with apart(anatomy, untie) as anatomy:
         return _import_into(anatomy, directory, name)
 
@@ -206,7 +211,8 @@ def _refuse_variants(config: Mapping[str, Any], directory: str | Path) -> None:
     """Raise `AdapterFileError` for every setting that would make the factors mean something else."""
     if config.get("peft_type") != TYPE:
         raise AdapterFileError(
-            f'"{directory}" has peft_type {config.get("peft_type")!r}; only "{TYPE}" is read. {_MERGE_IN_PEFT}'
+            f'"{directory}" has peft_type {config.get("peft_type")!r}; only "{TYPE}" is read, and what an installed '
+            f"method brings: {', '.join(types()) or 'nothing'}. {_MERGE_IN_PEFT}"
         )
     start = config.get("init_lora_weights", True)
     if start not in _STARTS_THAT_KEEP_THE_BASE and not changes_base(config):

@@ -1,4 +1,4 @@
-"""Writing an adapter in peft's LORA format; `factors` says as what.
+"""Writing an adapter in peft's LORA format; `factors` says as what. Types of methods' own are in `own_types`.
 
 lora_alpha = scaling * r; `use_rslora` is never needed.
 """
@@ -33,6 +33,7 @@ from lora_lightning.exporters.peft.fresh import verify_afresh
 from lora_lightning.exporters.peft.grouped import block_diagonal
 from lora_lightning.exporters.peft.heads import Heads, find_heads, whole_vocabulary
 from lora_lightning.exporters.peft.keys import ROWS
+from lora_lightning.exporters.peft.own_types import check_own, has_own_type, write_own
 from lora_lightning.exporters.peft.rules import CONFIG, PREFIX, TENSORS, TYPE
 from lora_lightning.exporters.peft.verify import Verdict, read_export
 from lora_lightning.exporters.peft.verify import verify as check_export
@@ -59,6 +60,8 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     Raises:
         ExportError: the update has no such form, or peft's format cannot say it.
     """
+    if rank is None and has_own_type(source):
+        return write_own(source, folder, verify)
     stacks = _check_layers(source)
     factors, options = find_factors(source, rank, _joined(source))
     if source.one_rank:
@@ -96,6 +99,9 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
 
 def check(source: Source) -> None:
     """Raise `ExportError` for what `write` will refuse whatever values are trained: layers, heads, settings."""
+    if has_own_type(source):
+        check_own(source)
+        return
     stacks = _check_layers(source)
     factors, _ = find_factors(source, None, _joined(source))
     heads = find_heads(source)
@@ -144,7 +150,7 @@ def write_afresh(source: Source, folder: Path, written: Written, origin: Origin)
     Raises:
         ExportError: it computes something else there.
     """
-    if not (written.verified_by and importlib.util.find_spec("peft")):
+    if has_own_type(source) or not (written.verified_by and importlib.util.find_spec("peft")):
         return written
     verdict = verify_afresh(source, folder, origin, bool(written.discarded))
     if verdict.ran:
