@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy_runs import completion_file, decoder_folder
+from toy_runs import completion_file, decoder_folder, encoder_folder, labelled_file
 
 from ll_demo import pydocs
 from lora_lightning.cli.configs import config_names
@@ -191,24 +191,26 @@ SMALLER = {
     "recipes/lorasc_instructions": ["--model.method.inner.init_args.rank=2", "--model.method.stage_steps=4"],
     "recipes/riemannian_moe_llama": ["--model.method.rank=1", "--model.method.router_lr_ratio=1.0"],
     "recipes/rose_editing": ["--model.method.rank=2", "--model.method.start=2", "--model.method.end=6"],
+    "recipes/sora_glue": ["--model.method.rank=2"],
 }
+CLASSIFIERS = ("recipes/sora_glue",)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in config_names() if name.startswith("recipes/")])
-def test_a_recipe_trains_a_tiny_decoder(name, tmp_path, monkeypatch):
+def test_a_recipe_trains_a_tiny_model(name, tmp_path, monkeypatch):
     """Its own settings, but for sizes that a model of width 16 has no room for."""
     monkeypatch.chdir(tmp_path)
-    decoder, pairs = decoder_folder(tmp_path / "decoder"), completion_file(tmp_path / "pairs.csv")
-    columns = [
-        "--data.prompt=prompt",
-        "--data.completion=completion",
-        f"--data.train={pairs}",
-        f"--data.validation={pairs}",
-    ]
+    if name in CLASSIFIERS:
+        model, rows = encoder_folder(tmp_path / "model"), labelled_file(tmp_path / "rows.csv")
+        columns = ["--data.columns=null"]  # the file has a header
+    else:
+        model, rows = decoder_folder(tmp_path / "model"), completion_file(tmp_path / "rows.csv")
+        columns = ["--data.prompt=prompt", "--data.completion=completion"]
+    columns += [f"--data.train={rows}", f"--data.validation={rows}"]
     sizes = ["--data.batch_size=2", "--data.max_length=16", "--trainer.max_steps=8", "--trainer.precision=32-true"]
     sizes.append("--trainer.accumulate_grad_batches=1")
-    words = [f"--model.pretrained={decoder}", *columns, *sizes, "--trainer.num_sanity_val_steps=0", *SMALLER[name]]
+    words = [f"--model.pretrained={model}", *columns, *sizes, "--trainer.num_sanity_val_steps=0", *SMALLER[name]]
     assert (
         main(["fit", "--config", name, *words, "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]) == 0
     )

@@ -13,7 +13,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal, Self, cast
 
@@ -183,6 +183,18 @@ class Adapter(nn.Module, ABC):
     def factor_pairs(self) -> tuple[FactorPair, ...]:
         """Own factor pairs, in the order of `param_groups`; a frozen side is listed as well, a shared factor is not."""
         return ()
+
+    def stated_pair(self) -> FactorPair | None:
+        """The update as one pair, detached, removed rank components left out: what a file of factors states of it.
+
+        None where the adapter owns none, or several.
+        """
+        pairs, mask = self.factor_pairs(), self.rank_mask
+        if len(pairs) != 1:
+            return None
+        A, B = pairs[0].lora_A.detach(), pairs[0].lora_B.detach()
+        kept = slice(None) if mask is None else mask
+        return replace(pairs[0], lora_A=A[..., kept, :], lora_B=B[..., kept])
 
     def peft_tensors(self) -> Mapping[str, Tensor]:
         """Own tensors (d_out,) beside the one factor pair, by their names in the format of `Method.peft_options`."""
