@@ -191,9 +191,16 @@ SMALLER = {
     "recipes/lorasc_instructions": ["--model.method.inner.init_args.rank=2", "--model.method.stage_steps=4"],
     "recipes/riemannian_moe_llama": ["--model.method.rank=1", "--model.method.router_lr_ratio=1.0"],
     "recipes/rose_editing": ["--model.method.rank=2", "--model.method.start=2", "--model.method.end=6"],
-    "recipes/sora_glue": ["--model.method.rank=2"],
+    "recipes/sora_glue": ["--model.method.rank=2", "--data.columns=null"],
+    "recipes/adalora_mnli": [
+        "--model.method.rank=2",
+        "--model.method.start=2",
+        "--model.method.end=6",
+        "--data.text=text",
+        "--data.text_pair=text",
+    ],
 }
-CLASSIFIERS = ("recipes/sora_glue",)
+CLASSIFIERS = ("recipes/sora_glue", "recipes/adalora_mnli")
 
 
 @pytest.mark.slow
@@ -203,7 +210,7 @@ def test_a_recipe_trains_a_tiny_model(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if name in CLASSIFIERS:
         model, rows = encoder_folder(tmp_path / "model"), labelled_file(tmp_path / "rows.csv")
-        columns = ["--data.columns=null"]  # the file has a header
+        columns = []
     else:
         model, rows = decoder_folder(tmp_path / "model"), completion_file(tmp_path / "rows.csv")
         columns = ["--data.prompt=prompt", "--data.completion=completion"]

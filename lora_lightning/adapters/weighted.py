@@ -55,6 +55,7 @@ class WeightedAdapter(PairAdapter):
         dropout: probability of dropping entries of the branch's input while training.
         weights: the weights (*lead, rank) as a function of the trained numbers of that shape.
         begin: writes start values of the gate, and of the pair where those of `PairAdapter` are not meant.
+        competes: whether a budget over all layers may write zeros to the gate.
 
     Raises:
         SettingsError: dropout where no input passes through the adapter.
@@ -71,11 +72,12 @@ class WeightedAdapter(PairAdapter):
         dropout: float = 0.0,
         weights: Callable[[Tensor], Tensor] = as_trained,
         begin: Callable[[WeightedAdapter, torch.Generator], None] = gate_at_zero,
+        competes: bool = False,
     ) -> None:
         super().__init__()
         self.hold_pair(base, rank=rank, scaling=scaling, dropout=dropout)
         self.gate = nn.Parameter(base.zeros(rank))
-        self.weights, self.begin = weights, begin
+        self.weights, self.begin, self.competes = weights, begin, competes
 
     def reset_others(self, generator: torch.Generator) -> None:
         """What `begin` writes."""
