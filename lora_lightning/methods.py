@@ -43,7 +43,8 @@ class Method(ABC):
         starts_at_base: True where the adapted model equals the base model before the first step.
         export: how the method travels to other libraries ("native", "exact LoRA", "merged only", "not expressible").
         peft_type: peft's name of the format that this method is read from ("LORA": its fields are then `rank`, `alpha`,
-            `dropout`, `scaling_rule` and `bias`, its adapters own one factor pair); empty for none.
+            `dropout`, `scaling_rule` and `bias`, its adapters own one factor pair; "ADALORA": they have `lora_E`
+            beside it, the scaling is alpha / (rank + 1e-5), and the first three are its fields); empty for none.
         peft_options: entries of adapter_config.json with which that format means this method, such as `use_dora`; what
             its adapters own beside the pair they then state in `Adapter.peft_tensors`.
         run_wide: fields that hold for a whole run (of a schedule, an optimizer), so that no layer can have its own.

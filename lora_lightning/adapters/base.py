@@ -196,8 +196,13 @@ class Adapter(nn.Module, ABC):
         kept = slice(None) if mask is None else mask
         return replace(pairs[0], lora_A=A[..., kept, :], lora_B=B[..., kept])
 
+    def own_factors(self) -> tuple[Tensor, Tensor]:
+        """The two tensors that the factors of a file are read into: those of the one pair."""
+        (pair,) = self.factor_pairs()
+        return pair.lora_A, pair.lora_B
+
     def peft_tensors(self) -> Mapping[str, Tensor]:
-        """Own tensors (d_out,) beside the one factor pair, by their names in the format of `Method.peft_options`."""
+        """Own tensors beside those, (d_out,) or (rank,), by their names in the format of `Method.peft_type`."""
         return {}
 
     def rank_scores(self) -> Tensor | None:

@@ -117,6 +117,14 @@ class WeightedAdapter(PairAdapter):
         pair = self.stated_pair()
         return pair.lora_A, pair.scaling * pair.lora_B
 
+    def own_factors(self) -> tuple[Tensor, Tensor]:
+        """The trained factors, without the weights."""
+        return self.lora_A, self.lora_B
+
+    def peft_tensors(self) -> Mapping[str, Tensor]:
+        """The trained weights, as peft calls them where they stand between factors."""
+        return {"lora_E": self.gate}
+
     def factor_pairs(self) -> tuple[FactorPair, ...]:
         """None: the weights stand between the factors."""
         return ()

@@ -55,6 +55,7 @@ class AdaLoRA(LowRankFields, Method):
   note = {arXiv:2303.10512}
 }"""
     export: ClassVar[str] = "exact LoRA"
+    peft_type: ClassVar[str] = "ADALORA"
     run_wide: ClassVar[tuple[str, ...]] = (*SCHEDULE, "orthogonality", "penalty_norm")
 
     budget: float = 2 / 3
