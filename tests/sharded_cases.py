@@ -37,6 +37,7 @@ from toy_runs import (
 from transformers import BertForSequenceClassification
 
 from ll_adalora import AdaLoRA
+from ll_beamlora import BeamLoRA
 from ll_ce_lora import CELoRA
 from ll_dora import DoRA
 from ll_lora import LoRA
@@ -144,6 +145,7 @@ CASES: dict[str, Case] = {
     "RoseLoRA": Case(RoseLoRA(rank=3, sparsity=0.6, start=2, end=4, first_score="gradient")),
     "SoRA": Case(SoRA(rank=3, shrinkage=30.0, gate_penalty=0.5), adamw, model="decoder"),
     "AdaLoRA": Case(AdaLoRA(rank=3, budget=0.5, start=2, end=4, every_n_steps=1), adamw, model="decoder"),
+    "BeamLoRA": Case(BeamLoRA(rank=3, stage_steps=2, pruned_mass=0.4, end=6), adamw, model="decoder"),
     "LoRA, RankPruning": Case(LoRA(rank=5), callbacks=lambda: [RankPruning(final_rank=2, start=2, end=5)]),
     "LoRA, KeepBest": Case(
         LoRA(rank=3),

@@ -182,6 +182,7 @@ def test_a_recipe_parses(name, capsys):
 
 
 SMALLER = {
+    "recipes/beamlora_math": ["--model.method.rank=2", "--model.method.stage_steps=2", "--model.method.end=6"],
     "recipes/ce_lora_math": [
         "--model.method.rank=2",
         "--model.method.svd_rank=2",

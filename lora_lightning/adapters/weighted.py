@@ -16,7 +16,8 @@ them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,26 @@ def write_normal(target: Tensor, deviation: float, generator: torch.Generator) -
     write_values(target, deviation * drawn)
 
 
+@dataclass(frozen=True)
+class Components:
+    """What the rank components of a method are.
+
+    Attributes:
+        kind: what a schedule does to them, beside their training: nothing ("free"), shrink their gate ("shrunk"), write
+            zeros to it where they fall out of a budget ("budgeted"), overwrite them by others ("rewritten").
+        weights: the weights (*lead, rank) as a function of the trained numbers of that shape.
+        begin: writes start values of the gate, and of the pair where those of `PairAdapter` are not meant.
+    """
+
+    kind: Literal["free", "shrunk", "budgeted", "rewritten"] = "free"
+    weights: Callable[[Tensor], Tensor] = as_trained
+    begin: Callable[[WeightedAdapter, torch.Generator], None] = gate_at_zero
+
+
+FREE = Components()
+"""Weights that train from zero."""
+
+
 class WeightedAdapter(PairAdapter):
     """A pair of factors with a weight for each rank component.
 
@@ -53,9 +74,7 @@ class WeightedAdapter(PairAdapter):
         rank: inner width of the update, at most the smaller side of the weight.
         scaling: s.
         dropout: probability of dropping entries of the branch's input while training.
-        weights: the weights (*lead, rank) as a function of the trained numbers of that shape.
-        begin: writes start values of the gate, and of the pair where those of `PairAdapter` are not meant.
-        competes: whether a budget over all layers may write zeros to the gate.
+        components: what they are.
 
     Raises:
         SettingsError: dropout where no input passes through the adapter.
@@ -70,22 +89,20 @@ class WeightedAdapter(PairAdapter):
         rank: int,
         scaling: float,
         dropout: float = 0.0,
-        weights: Callable[[Tensor], Tensor] = as_trained,
-        begin: Callable[[WeightedAdapter, torch.Generator], None] = gate_at_zero,
-        competes: bool = False,
+        components: Components = FREE,
     ) -> None:
         super().__init__()
         self.hold_pair(base, rank=rank, scaling=scaling, dropout=dropout)
         self.gate = nn.Parameter(base.zeros(rank))
-        self.weights, self.begin, self.competes = weights, begin, competes
+        self.components = components
 
     def reset_others(self, generator: torch.Generator) -> None:
-        """What `begin` writes."""
-        self.begin(self, generator)
+        """The gate, and what else the method begins with."""
+        self.components.begin(self, generator)
 
     def rank_weights(self) -> Tensor:
         """Weights of the rank components, (*lead, rank)."""
-        return self.weights(self.gate)
+        return self.components.weights(self.gate)
 
     def kept(self) -> Tensor:
         """Which components have a weight, (rank,); of stacked experts, in any of them."""

@@ -75,7 +75,7 @@ class RankBudget(ScheduleCallback):
 
     def accepts(self, adapter: Adapter) -> bool:
         """Adapters whose components compete."""
-        return isinstance(adapter, WeightedAdapter) and adapter.competes
+        return isinstance(adapter, WeightedAdapter) and adapter.components.kind == "budgeted"
 
     def check_run(self, total: int | None, others: Sequence[Callback]) -> None:
         """Refuse a ramp that does not fit."""

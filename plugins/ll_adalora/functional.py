@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_lightning.adapters.base import Adapter
-from lora_lightning.adapters.weighted import WeightedAdapter, gate_at_zero, write_normal
+from lora_lightning.adapters.weighted import Components, WeightedAdapter, gate_at_zero, write_normal
 from lora_lightning.distributed import whole
 
 
@@ -18,6 +18,10 @@ def start_triplets(adapter: WeightedAdapter, generator: torch.Generator) -> None
     for factor in (adapter.lora_A, adapter.lora_B):
         write_normal(factor, 0.02, generator)
     gate_at_zero(adapter, generator)
+
+
+TRIPLETS = Components("budgeted", begin=start_triplets)
+"""A weight between a row of A and a column of B."""
 
 
 def distance_from_orthogonal(adapters: Mapping[str, Adapter], squared: bool) -> Tensor:

@@ -84,18 +84,13 @@ class AdaLoRA(LowRankFields, Method):
         check(0 < self.budget <= 1, self, "budget", kept)
         check(self.every_n_steps >= 1, self, "every_n_steps", "it must be at least 1.")
         for name in ("beta1", "beta2"):
-            check(
-                0 <= getattr(self, name) < 1, self, name, "it must lie in [0, 1). Memory of an average; 0.85 is usual."
-            )
-        check(
-            self.start >= 0, self, "start", "it must be at least 0. A fraction of the run's steps, or a step from 2 on."
-        )
+            memory = "it must lie in [0, 1). Memory of an average; 0.85 is usual."
+            check(0 <= getattr(self, name) < 1, self, name, memory)
+        check(self.start >= 0, self, "start", "it must be at least 0, a fraction of the run, or a step from 2 on.")
         comparable = (self.start > 1) == (self.end > 1)
         rule = f"it must come after start, which is {self.start}."
         check(not comparable or self.start < self.end, self, "end", rule)
-        check(
-            self.orthogonality >= 0, self, "orthogonality", "it must be at least 0, which has no effect; 0.1 is usual."
-        )
+        check(self.orthogonality >= 0, self, "orthogonality", "it must be at least 0, for none; 0.1 is usual.")
 
     @property
     def scaling(self) -> float:
@@ -104,12 +99,10 @@ class AdaLoRA(LowRankFields, Method):
 
     def build(self, base: BaseLayer) -> WeightedAdapter:
         """One pair of factors with a weight for each rank component."""
-        from ll_adalora.functional import start_triplets
+        from ll_adalora.functional import TRIPLETS
         from lora_lightning.adapters.weighted import WeightedAdapter
 
-        return WeightedAdapter(
-            base, rank=self.rank, scaling=self.scaling, dropout=self.dropout, begin=start_triplets, competes=True
-        )
+        return WeightedAdapter(base, rank=self.rank, scaling=self.scaling, dropout=self.dropout, components=TRIPLETS)
 
     def param_groups(self, adapters: Adapters) -> dict[str, GroupSpec]:
         """Groups "A", "B" and "gate"."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import softshrink
 
 from lora_lightning.adapters.base import Adapter
-from lora_lightning.adapters.weighted import WeightedAdapter, write_normal
+from lora_lightning.adapters.weighted import Components, WeightedAdapter, write_normal
 from lora_lightning.callbacks.schedule import ScheduleCallback
 from lora_lightning.callbacks.step_counting import MASKS
 from lora_lightning.distributed import local, whole
@@ -21,6 +21,10 @@ from lora_lightning.errors import SettingsError
 def open_gates(adapter: WeightedAdapter, generator: torch.Generator) -> None:
     """Gates at N(0, 1); the pair, of which one side is zero, keeps its start."""
     write_normal(adapter.gate, 1.0, generator)
+
+
+GATED = Components("shrunk", begin=open_gates)
+"""A gate on each rank component."""
 
 
 def mean_gate(adapters: Mapping[str, Adapter]) -> Tensor:
@@ -65,7 +69,7 @@ class ProximalStep(ScheduleCallback):
     """
 
     phase: ClassVar[int] = MASKS
-    requires: ClassVar[str] = "gates of rank components that start open (SoRA)"
+    requires: ClassVar[str] = "weighted rank components that may be shrunk (SoRA)"
 
     def __init__(
         self,
@@ -82,8 +86,8 @@ class ProximalStep(ScheduleCallback):
         self._open = 0.0
 
     def accepts(self, adapter: Adapter) -> bool:
-        """Adapters whose gates start open."""
-        return isinstance(adapter, WeightedAdapter) and adapter.begin is open_gates
+        """Adapters whose gates may be shrunk."""
+        return isinstance(adapter, WeightedAdapter) and adapter.components.kind == "shrunk"
 
     def check_run(self, total: int | None, others: Sequence[Callback]) -> None:
         """Refuse stages of a run without an end."""

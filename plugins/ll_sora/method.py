@@ -89,10 +89,10 @@ class SoRA(LowRankFields, Method):
 
     def build(self, base: BaseLayer) -> WeightedAdapter:
         """One pair of factors with a gate on each rank component."""
-        from ll_sora.callback import open_gates
+        from ll_sora.callback import GATED
         from lora_lightning.adapters.weighted import WeightedAdapter
 
-        return WeightedAdapter(base, rank=self.rank, scaling=self.scaling, dropout=self.dropout, begin=open_gates)
+        return WeightedAdapter(base, rank=self.rank, scaling=self.scaling, dropout=self.dropout, components=GATED)
 
     def param_groups(self, adapters: Adapters) -> dict[str, GroupSpec]:
         """Groups "A", "B" and "gate", of which the last has no weight decay."""

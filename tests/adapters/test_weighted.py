@@ -14,6 +14,7 @@ from torch import Tensor
 
 import lora_lightning as ll
 from lora_lightning.adapters.weighted import (
+    Components,
     WeightedAdapter,
     gate_at_zero,
     kept_ranks,
@@ -36,7 +37,7 @@ def weighted(kind: str = "Linear", **options: object) -> tuple[WeightedAdapter, 
 @pytest.mark.parametrize("kind", BASE_KINDS)
 def test_output_and_weight_are_those_of_the_equation(kind: str) -> None:
     base, x = base_of(kind)
-    adapter = WeightedAdapter(base, rank=3, scaling=0.5, weights=torch.exp)
+    adapter = WeightedAdapter(base, rank=3, scaling=0.5, components=Components(weights=torch.exp))
     perturb(adapter)
     w = adapter.gate.detach().exp()
     update = 0.5 * torch.einsum("...or,...r,...ri->...oi", adapter.lora_B, w, adapter.lora_A)
@@ -88,7 +89,8 @@ def test_the_stated_pair_has_the_scaling_of_the_adapter_and_the_weights_in_b() -
 
 
 def test_the_gate_starts_after_the_pair_as_it_is_told() -> None:
-    adapter = WeightedAdapter(linear(), rank=3, scaling=1.0, begin=lambda a, g: write_normal(a.gate, 2.0, g))
+    components = Components(begin=lambda adapter, drawn: write_normal(adapter.gate, 2.0, drawn))
+    adapter = WeightedAdapter(linear(), rank=3, scaling=1.0, components=components)
     adapter.reset(torch.Generator().manual_seed(0))
     drawn = torch.Generator().manual_seed(0)
     torch.rand(3, 12, generator=drawn)

@@ -7,7 +7,7 @@ import torch
 from one_layer import base_of
 
 from ll_lora import LoRA
-from lora_lightning.adapters.weighted import WeightedAdapter
+from lora_lightning.adapters.weighted import Components, WeightedAdapter
 from lora_lightning.callbacks.rank_budget import RankBudget, average, component_scores
 from lora_lightning.errors import NoEffectError, ResumeError, SettingsError
 from lora_lightning.testing import perturb
@@ -16,7 +16,9 @@ from lora_lightning.testing import perturb
 def adapters(kinds: tuple[str, ...] = ("Linear", "Conv1D"), competes: bool = True) -> dict[str, WeightedAdapter]:
     found = {}
     for i, kind in enumerate(kinds):
-        found[f"{kind}.adapters.a"] = WeightedAdapter(base_of(kind)[0], rank=4, scaling=1.0, competes=competes)
+        found[f"{kind}.adapters.a"] = WeightedAdapter(
+            base_of(kind)[0], rank=4, scaling=1.0, components=Components("budgeted" if competes else "free")
+        )
         perturb(found[f"{kind}.adapters.a"], seed=i)
     return found
 
