@@ -228,16 +228,16 @@ def _triplets(path: str, parts: Mapping[str, Tensor], config: Mapping[str, Any],
         )
     scaling = scaling_of(config, alpha)
     A, B, weights = at_least_one(parts["A"], parts["B"], parts[WEIGHTS])
-    known = {name: parts.get(name) for name in ("bias", "base", "base_bias")}
-    trains = config.get("bias", "none") != "none"
     return PeftLayer(
         A=A,
         B=B,
         alpha=alpha_of(scaling, len(A)),
         scaling=scaling,
+        bias=parts.get("bias"),
+        base=parts.get("base"),
         extra={WEIGHTS: weights},
-        trains_base_bias=trains,
-        **known,
+        base_bias=parts.get("base_bias"),
+        trains_base_bias=config.get("bias", "none") != "none",
     )
 
 

@@ -43,7 +43,8 @@ def _layer_of(name: str) -> str:
 
 def scaling_of(config: Mapping[str, Any], alpha: float) -> float:
     """Factor on the product, whatever is left of the rank."""
-    return alpha / (config["r"] + _SMALL)
+    rank: int = config["r"]
+    return alpha / (rank + _SMALL)
 
 
 def alpha_of(scaling: float, rank: int) -> float:
