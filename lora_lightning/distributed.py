@@ -41,6 +41,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return gather([tensor])[0]
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor, differentiable, so that each process's loss may hold the same function of it; all take part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def gather(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Each tensor in full, detached. All processes take part, in one collective a dtype for those sharded by rows.
 

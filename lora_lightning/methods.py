@@ -44,8 +44,9 @@ class Method(ABC):
         starts_at_base: True where the adapted model equals the base model before the first step.
         export: how the method travels to other libraries ("native", "exact LoRA", "merged only", "not expressible").
         peft_type: peft's name of the format that this method is read from ("LORA": its fields are then `rank`, `alpha`,
-            `dropout`, `scaling_rule` and `bias`, its adapters own one factor pair); empty for none. Any other is a type
-            of the method's own, of which its adapters state all tensors in `Adapter.peft_tensors`.
+            `dropout`, `scaling_rule` and `bias`, its adapters own one factor pair; "ADALORA": they have `lora_E`
+            beside it, the scaling is alpha / (rank + 1e-5), and the first three are its fields); empty for none. Any
+            other is a type of the method's own, of which its adapters state all tensors in `Adapter.peft_tensors`.
         peft_fields: of such a type, entries of adapter_config.json by the fields that they mean.
         peft_options: entries of adapter_config.json with which that format means this method, such as `use_dora`; what
             its adapters own beside the pair they then state in `Adapter.peft_tensors`.

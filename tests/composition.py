@@ -22,7 +22,7 @@ from ll_optimizers.riemannian import RiemannianAdamW
 from lora_lightning.callbacks import Cascade, NoiseInjection, SparsitySchedule
 from lora_lightning.errors import LoraLightningError
 
-STEPS = 3
+STEPS = 4
 ADAPTERS: dict[str, Any] = {name: method for name, method in small_methods().items() if not wraps(method)}
 """Every installed method but schedules around others, which are among the columns."""
 OPTIMIZERS: dict[str, Any] = {
@@ -49,7 +49,7 @@ TRAINS = "trains"
 
 
 def outcome(cell: Cell, encoder: Path, folder: Path) -> str:
-    """`TRAINS` where three steps are taken and a resume after the second is exact; else why the run was refused.
+    """`TRAINS` where four steps are taken and a resume after the second is exact; else why the run was refused.
 
     Raises:
         AssertionError: it was refused, but not before the first step, or a resume differs.

@@ -36,6 +36,8 @@ from toy_runs import (
 )
 from transformers import BertForSequenceClassification
 
+from ll_adalora import AdaLoRA
+from ll_beamlora import BeamLoRA
 from ll_ce_lora import CELoRA
 from ll_dora import DoRA
 from ll_lora import LoRA
@@ -48,6 +50,7 @@ from ll_optimizers.riemannian import RiemannianAdamW, RiemannianSGD
 from ll_optimizers.rite import LoRARITE
 from ll_riemannian_moe import MoELoRA
 from ll_rose import RoseLoRA
+from ll_sora import SoRA
 from ll_weight_change.callback import WeightDecomposition
 from lora_lightning.callbacks.best import KeepBest
 from lora_lightning.callbacks.cascade import Cascade
@@ -140,6 +143,9 @@ CASES: dict[str, Case] = {
         callbacks=lambda: [RunReport()],
     ),
     "RoseLoRA": Case(RoseLoRA(rank=3, sparsity=0.6, start=2, end=4, first_score="gradient")),
+    "SoRA": Case(SoRA(rank=3, shrinkage=30.0, gate_penalty=0.5), adamw, model="decoder"),
+    "AdaLoRA": Case(AdaLoRA(rank=3, budget=0.5, start=2, end=4, every_n_steps=1), adamw, model="decoder"),
+    "BeamLoRA": Case(BeamLoRA(rank=3, stage_steps=2, pruned_mass=0.4, end=6), adamw, model="decoder"),
     "LoRA, RankPruning": Case(LoRA(rank=5), callbacks=lambda: [RankPruning(final_rank=2, start=2, end=5)]),
     "LoRA, KeepBest": Case(
         LoRA(rank=3),

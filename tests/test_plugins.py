@@ -529,7 +529,7 @@ def test_a_blocked_plugin_that_is_gone_is_still_blocked(install):
 def test_blocking_an_unknown_plugin_is_an_error():
     with pytest.raises(
         PluginError,
-        match=r'^-p no:ll_ros: no plugin "ll_ros"\. Did you mean "ll_rose"\? Installed: ll_ce_lora, ',
+        match=r'^-p no:ll_ros: no plugin "ll_ros"\. Did you mean "ll_rose"\? Installed: ll_adalora, ',
     ):
         plugins.load(["ll_ros"])
 

@@ -13,7 +13,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal, Self, cast
 
@@ -190,8 +190,25 @@ class Adapter(nn.Module, ABC):
         """Own factor pairs, in the order of `param_groups`; a frozen side is listed as well, a shared factor is not."""
         return ()
 
+    def stated_pair(self) -> FactorPair | None:
+        """The update as one pair, detached, removed rank components left out: what a file of factors states of it.
+
+        None where the adapter owns none, or several.
+        """
+        pairs, mask = self.factor_pairs(), self.rank_mask
+        if len(pairs) != 1:
+            return None
+        A, B = pairs[0].lora_A.detach(), pairs[0].lora_B.detach()
+        kept = slice(None) if mask is None else mask
+        return replace(pairs[0], lora_A=A[..., kept, :], lora_B=B[..., kept])
+
+    def own_factors(self) -> tuple[Tensor, Tensor]:
+        """The two tensors that the factors of a file are read into: those of the one pair."""
+        (pair,) = self.factor_pairs()
+        return pair.lora_A, pair.lora_B
+
     def peft_tensors(self) -> Mapping[str, Tensor]:
-        """Own tensors by their names in peft's format: (d_out,) beside the one factor pair for `Method.peft_options`.
+        """Own tensors by their names in peft's format: (d_out,) or (rank,) beside the one pair of `stated_pair`.
 
         For a type of the method's own they are all of them, in the file's layout and views of what trains.
         """

@@ -176,6 +176,14 @@ class PairAdapter(Adapter):
         kept = torch.cat([self.rank_mask, self.rank_mask.new_ones(A.shape[-2] - self.rank)])
         return A[..., kept, :], B[..., kept]
 
+    def stated_pair(self) -> FactorPair | None:
+        """As every adapter's; a start that is taken off is a part of it."""
+        pair = super().stated_pair()
+        if pair is None or self.start_A is None or self.start_B is None:
+            return pair
+        A, B = torch.cat([pair.lora_A, self.start_A], dim=-2), torch.cat([pair.lora_B, -self.start_B], dim=-1)
+        return FactorPair(pair.name, A, B, pair.scaling)
+
     def factor_pairs(self) -> tuple[FactorPair, ...]:
         """The one pair; none where the adapter was built without."""
         return (FactorPair("", self.lora_A, self.lora_B, self.scaling),) if self.rank else ()

@@ -7,6 +7,7 @@ arXiv:2406.10777, section 3.3. They serve plain torch loops as well as the callb
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -66,6 +67,16 @@ def keep_top(scores: Tensor, keep: int) -> Tensor:
     above, ties = scores > smallest, scores == smallest
     room = keep - above.sum(-1, keepdim=True)
     return above | (ties & (ties.cumsum(-1) <= room))
+
+
+def keep_best(scores: Mapping[str, Tensor], keep: int) -> dict[str, Tensor]:
+    """Masks like `scores` of the `keep` largest of all of them together; of equal ones the first."""
+    first = next(iter(scores.values()))
+    pooled = torch.cat([score.flatten().to(first.device) for score in scores.values()])
+    parts = keep_top(pooled, keep).split([score.numel() for score in scores.values()])
+    return {
+        name: part.view(score.shape).to(score.device) for (name, score), part in zip(scores.items(), parts, strict=True)
+    }
 
 
 def _kth_largest(scores: Tensor, k: int) -> Tensor:

@@ -382,8 +382,8 @@ class AdapterModule(LightningModule):
 
     def _log_metrics(self, stage: str) -> None:
         metrics = self._metrics(stage)
-        for name, value in metrics.compute().items():
-            self.log(f"{stage}_{name}", value, prog_bar=name == self.task.metric)
+        for name, value in metrics.compute().items():  # of classes that nobody predicts, some of them are whole numbers
+            self.log(f"{stage}_{name}", value.float(), prog_bar=name == self.task.metric)
         metrics.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from lora_lightning.callbacks.keep_masks import keep_count, keep_top, kept_density
+from lora_lightning.callbacks.keep_masks import keep_best, keep_count, keep_top, kept_density
 
 
 def test_ramp_ends_and_midpoint():
@@ -49,3 +49,11 @@ def test_official_rule_is_the_released_codes_threshold(n, tau, kept):
 )
 def test_floor_and_ceil_rules(n, tau, floor, ceil):
     assert (keep_count(tau, n, "floor"), keep_count(tau, n, "ceil")) == (floor, ceil)
+
+
+def test_the_best_of_several_tensors_are_chosen_together_and_the_first_of_equal_ones():
+    scores = {"a": torch.tensor([[3.0, 1.0], [2.0, 5.0]]), "b": torch.tensor([2.0, 4.0])}
+    masks = keep_best(scores, 4)
+    assert masks["a"].tolist() == [[True, False], [True, True]]
+    assert masks["b"].tolist() == [False, True]
+    assert all(mask.all() for mask in keep_best(scores, 6).values())

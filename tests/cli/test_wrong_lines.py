@@ -59,7 +59,7 @@ FIT = {
     "--trainer.precision fp16": 'or null. Here it is "16-mixed"',
     "--model.method.bias all": 'model.method.bias is "all"; it must be true or false',
     "--optim adamw_torch": "Here it is model.optimizer",
-    "--model.optimizer adamw_8bit": 'no optimizer "adamw_8bit". Did you mean "AdamW"?',
+    "--model.optimizer adamw_8bit": 'no optimizer "adamw_8bit". Did you mean "AdamW',  # or AdamW8bit of bitsandbytes
     "--deepspeed ds_z3.json": "Here it is --config strategies/deepspeed",
     "--eval_strategy steps": "Here it is trainer.val_check_interval",
     "--report_to wandb": "Here it is trainer.logger",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
-from lora_lightning.optim.state import clear, clear_copies
+from lora_lightning.errors import SettingsError
+from lora_lightning.optim.state import clear, clear_copies, entry_state
 
 
 def stepped():
@@ -47,3 +49,23 @@ def test_what_the_optimizer_does_not_know_is_no_error():
     clear(optimizer, [nn.Parameter(torch.ones(1))])
     clear_copies(optimizer, [nn.Parameter(torch.ones(1))])
     assert len(optimizer.state) == 2
+
+
+def test_state_of_entries_is_what_has_the_shape_of_the_parameter():
+    parameter = nn.Parameter(torch.ones(3, 2))
+    optimizer = torch.optim.AdamW([parameter])
+    assert entry_state(optimizer, parameter) == {}
+    parameter.sum().backward()
+    optimizer.step()
+    assert entry_state(optimizer, parameter).keys() == {"exp_avg", "exp_avg_sq"}
+    assert entry_state(optimizer, parameter)["exp_avg"] is optimizer.state[parameter]["exp_avg"]
+
+
+def test_state_of_another_shape_is_refused_with_a_way_out():
+    parameter = nn.Parameter(torch.ones(3, 2))
+    optimizer = torch.optim.Adafactor([parameter])
+    parameter.sum().backward()
+    optimizer.step()
+    shape = r'Adafactor keeps "row_var" of shape \(3, 1\) for a parameter of shape \(3, 2\), so .* such as AdamW'
+    with pytest.raises(SettingsError, match=shape):
+        entry_state(optimizer, parameter)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.adapters.base import Adapter
-from lora_lightning.adapters.pair import PairAdapter
 from lora_lightning.errors import ExportError
 from lora_lightning.exporters.peft import rules as peft_rules
 from lora_lightning.exporters.peft.keys import MAGNITUDE
@@ -143,15 +142,9 @@ def _bias(adapter: Adapter) -> Tensor | None:
 
 
 def _pair(adapter: Adapter) -> tuple[Tensor, Tensor, float] | None:
-    """The one factor pair of an adapter without removed rank components, and its scaling; None for none or several."""
-    pairs, mask = adapter.factor_pairs(), adapter.rank_mask
-    if len(pairs) != 1:
-        return None
-    if isinstance(adapter, PairAdapter) and adapter.start_A is not None:
-        A, B = adapter.factors()
-        return A.detach(), B.detach(), adapter.scaling
-    A, B, scaling = pairs[0].lora_A.detach(), pairs[0].lora_B.detach(), pairs[0].scaling
-    return (A, B, scaling) if mask is None else (A[..., mask, :], B[..., mask], scaling)
+    """The pair that an adapter states, and its scaling."""
+    pair = adapter.stated_pair()
+    return None if pair is None else (pair.lora_A, pair.lora_B, pair.scaling)
 
 
 def _at_least_one(A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor, float]:
@@ -159,7 +152,7 @@ def _at_least_one(A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor,
     if A.shape[-2]:
         return A.cpu(), B.cpu(), scaling
     lead = A.shape[:-2]
-    return torch.zeros(*lead, 1, A.shape[-1], dtype=A.dtype), torch.zeros(*lead, B.shape[-2], 1, dtype=B.dtype), 1.0
+    return torch.zeros(*lead, 1, A.shape[-1], dtype=A.dtype), torch.zeros(*lead, B.shape[-2], 1, dtype=B.dtype), scaling
 
 
 def delta(layer: AdaptedLayer, name: str) -> tuple[Tensor, float]:

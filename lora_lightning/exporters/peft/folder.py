@@ -34,6 +34,14 @@ from lora_lightning.exporters.peft.experts import Stacks, is_target, named_in_fi
 from lora_lightning.exporters.peft.grouped import per_group
 from lora_lightning.exporters.peft.keys import MAGNITUDE, Name, understand
 from lora_lightning.exporters.peft.rules import CONFIG, DEFAULT_ALPHA, DEFAULT_RANK, TENSORS, pattern_value
+from lora_lightning.exporters.peft.triplets import (
+    TRIPLETS,
+    WEIGHTS,
+    alpha_of,
+    at_least_one,
+    in_lora_terms,
+    scaling_of,
+)
 from lora_lightning.storage.atomic import write_json
 
 PICKLE = "adapter_model.bin"
@@ -52,7 +60,7 @@ class PeftLayer:
     alpha: float
     scaling: float
     extra: Mapping[str, Tensor] = field(default_factory=dict)
-    """Tensors beside the factors, (d_out,), by name."""
+    """Tensors beside the factors, (d_out,) or, of rank components, (r,), by name."""
     lead: tuple[int, ...] = ()
     """(E,) for stacked experts: leading axis of both factors."""
     base_bias: Tensor | None = None
@@ -73,7 +81,8 @@ class PeftLayer:
     def delta(self) -> Tensor:
         """The product of the factors, scaled, (*lead, d_out, d_in), in float64."""
         A, B = self.matrices
-        return self.scaling * (B.double() @ A.double())
+        weighted = B.double() * self.extra[WEIGHTS].double() if WEIGHTS in self.extra else B.double()
+        return self.scaling * (weighted @ A.double())
 
     def bias_delta(self, own: Tensor | None) -> Tensor | None:
         """What the layer adds to its own bias, (d_out,), in float32; None where no bias trained."""
@@ -182,6 +191,8 @@ def _layer(path: str, experts: int, parts: dict[str, Tensor], config: dict[str, 
             f"{stated}, which {CONFIG} states."
         )
     alpha = pattern_value(config.get("alpha_pattern") or {}, named, config.get("lora_alpha", DEFAULT_ALPHA))
+    if config.get("peft_type") == TRIPLETS or WEIGHTS in parts:
+        return path, _triplets(path, parts, config, alpha)
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     extra = {MAGNITUDE: parts[MAGNITUDE].flatten()} if MAGNITUDE in parts else {}
     if bool(extra) != bool(config.get("use_dora")):
@@ -202,6 +213,30 @@ def _layer(path: str, experts: int, parts: dict[str, Tensor], config: dict[str, 
         scaling=scaling,
         extra=extra,
         lead=(experts,) if experts else (),
+        base_bias=parts.get("base_bias"),
+        trains_base_bias=config.get("bias", "none") != "none",
+    )
+
+
+def _triplets(path: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], alpha: float) -> PeftLayer:
+    """A layer with a weight for each rank component."""
+    kind = config.get("peft_type")
+    if kind != TRIPLETS or WEIGHTS not in parts or parts[WEIGHTS].numel() != len(parts["A"]):
+        found = f"{WEIGHTS} of shape {tuple(parts[WEIGHTS].shape)}" if WEIGHTS in parts else f"no {WEIGHTS}"
+        raise AdapterFileError(
+            f"{path}: the file has {found}, while {CONFIG} has peft_type {kind!r} and the factors rank "
+            f"{len(parts['A'])}; they belong together."
+        )
+    scaling = scaling_of(config, alpha)
+    A, B, weights = at_least_one(parts["A"], parts["B"], parts[WEIGHTS])
+    return PeftLayer(
+        A=A,
+        B=B,
+        alpha=alpha_of(scaling, len(A)),
+        scaling=scaling,
+        bias=parts.get("bias"),
+        base=parts.get("base"),
+        extra={WEIGHTS: weights},
         base_bias=parts.get("base_bias"),
         trains_base_bias=config.get("bias", "none") != "none",
     )
@@ -243,6 +278,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         raise AdapterFileError(f'"{path}" is damaged: {error}.') from error
     if not isinstance(config, dict):
         raise AdapterFileError(f'"{path}" holds no settings.')
+    config = in_lora_terms(config)
     for key, (kinds, what) in _KINDS.items():
         value = config.get(key)
         unset = value is None and (key not in config or key not in ("r", "lora_alpha"))

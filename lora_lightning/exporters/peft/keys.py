@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from lora_lightning.errors import AdapterFileError
 from lora_lightning.exporters.peft.rules import PREFIX
+from lora_lightning.exporters.peft.triplets import WEIGHTS
 from lora_lightning.models.paths import plain
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -25,6 +26,9 @@ _ROLES = {
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",
     ".lora_B.bias": "bias",
+    ".lora_A": "A",
+    ".lora_B": "B",
+    f".{WEIGHTS}": WEIGHTS,
     ".lora_embedding_A": "A",
     ".lora_embedding_B": "B",
     ".base_layer.weight": "base",
@@ -35,6 +39,7 @@ _ROLES = {
 _NAMED = (
     re.compile(r"(\.lora_[AB])\.([^.]+)(\.(?:weight|bias))$"),
     re.compile(r"(\.lora_embedding_[AB])\.([^.]+)()$"),
+    re.compile(r"(\.lora_[ABE])\.(?!(?:weight|bias)$)([^.]+)()$"),
     re.compile(rf"(\.{MAGNITUDE})\.([^.]+)\.weight()$"),
     re.compile(rf"({re.escape(ROWS)})\.([^.]+)()$"),
     re.compile(r"()\.modules_to_save\.([^.]+)(\.[^.]+)$"),
@@ -57,7 +62,8 @@ class Name:
     path: str
     """Path of the layer in the plain model; of a head, the parameter's name."""
     role: str
-    """"A", "B", "bias", "base", "base_bias", "lora_magnitude_vector", "rows", "head", or its "copy" or "original"."""
+    """"A", "B", "bias", "base", "base_bias", "lora_magnitude_vector", "lora_E", "rows", "head", or its "copy" or
+    "original"."""
 
 
 def understand(keys: Iterable[str], where: str, in_model: Callable[[str], str] = str) -> list[Name]:

@@ -29,6 +29,7 @@ from lora_lightning.exporters.peft.read_heads import same, tensors_in, tensors_o
 from lora_lightning.exporters.peft.rules import CONFIG, PREFIX, TENSORS, TYPE
 from lora_lightning.exporters.peft.sample_inputs import sample_inputs
 from lora_lightning.exporters.peft.selection import expected_modules
+from lora_lightning.exporters.peft.triplets import TRIPLETS
 from lora_lightning.exporters.peft.verify import Verdict, compare, load_with_peft, not_opened, only, outputs, version
 from lora_lightning.exporters.report import Written
 from lora_lightning.exporters.source import Source, check_finite, plain_modules
@@ -42,6 +43,7 @@ from lora_lightning.models.anatomy import Anatomy
 from lora_lightning.models.meta import is_counted
 from lora_lightning.plugins import registry
 
+_OF_CORE = ("", TYPE, TRIPLETS)
 _SELECTS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 _NO_EFFECT = (
     "auto_mapping", "base_model_name_or_path", "inference_mode", "init_weights", "peft_type", "peft_version",
@@ -50,13 +52,13 @@ _NO_EFFECT = (
 
 
 def types() -> dict[str, type[Method]]:
-    """Installed methods by their type, LORA left out."""
-    return {m.peft_type: m for m in registry().methods.values() if m.peft_type not in ("", TYPE)}
+    """Installed methods by their type, those whose format core reads left out."""
+    return {m.peft_type: m for m in registry().methods.values() if m.peft_type not in _OF_CORE}
 
 
 def has_own_type(source: Source) -> bool:
     """Whether the method of an adapter has one."""
-    return type(source.record.method).peft_type not in ("", TYPE)
+    return type(source.record.method).peft_type not in _OF_CORE
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -120,7 +122,7 @@ def write_own(source: Source, folder: Path, verify: bool) -> Written:
         for key, tensor in source.adapter(path).peft_tensors().items()
     }
     tensors |= {f"{PREFIX}{name}": tensor for name, tensor in heads.tensors.items()}
-    check_finite("the adapter", tensors.values())
+    check_finite("the adapter", tensors)
     write_below({} if source.processor is None else saved_files(source.processor), folder)
     save_file(tensors, folder / TENSORS, {"format": "pt"})
     saved = [*heads.modules, *peft_rules.task_heads(heads.task)]

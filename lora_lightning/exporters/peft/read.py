@@ -35,6 +35,7 @@ from lora_lightning.exporters.peft.tokens import (
     whole_matrices,
 )
 from lora_lightning.exporters.peft.torch_attention import IN, projection_notes, projections, with_projections
+from lora_lightning.exporters.peft.triplets import TRIPLETS, WEIGHTS
 from lora_lightning.exporters.source import plain_modules
 from lora_lightning.injection.merge_model import eject
 from lora_lightning.injection.place import build_adapter, check_ready, place_adapters
@@ -209,10 +210,10 @@ def _check_whole(
 
 def _refuse_variants(config: Mapping[str, Any], directory: str | Path) -> None:
     """Raise `AdapterFileError` for every setting that would make the factors mean something else."""
-    if config.get("peft_type") != TYPE:
+    if config.get("peft_type") not in (TYPE, TRIPLETS):
         raise AdapterFileError(
-            f'"{directory}" has peft_type {config.get("peft_type")!r}; only "{TYPE}" is read, and what an installed '
-            f"method brings: {', '.join(types()) or 'nothing'}. {_MERGE_IN_PEFT}"
+            f'"{directory}" has peft_type {config.get("peft_type")!r}; "{TYPE}" and "{TRIPLETS}" are read, and what an '
+            f"installed method brings: {', '.join(types()) or 'nothing'}. {_MERGE_IN_PEFT}"
         )
     start = config.get("init_lora_weights", True)
     if start not in _STARTS_THAT_KEEP_THE_BASE and not changes_base(config):
@@ -222,7 +223,7 @@ def _refuse_variants(config: Mapping[str, Any], directory: str | Path) -> None:
         )
     if config.get("bias", "none") not in ("none", *TRAINED_BIASES):
         raise AdapterFileError(f'"{directory}" has bias={config["bias"]!r}; "none", "all" and "lora_only" are read.')
-    options = {key for method in _speaking() for key in method.peft_options}
+    options = {key for method in _speaking(config) for key in method.peft_options}
     known = _READ | _DECIDED_BY_TENSORS | _NO_EFFECT | options | {"init_lora_weights", "bias"}
     unsupported = sorted(key for key, value in config.items() if value and key not in known)
     if unsupported:
@@ -238,6 +239,7 @@ def stated_method(config: Mapping[str, Any]) -> Method:
     Raises:
         PluginError: no installed method, or more than one, reads it.
     """
+    rule = "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r"
     return replace(
         _reader(config)(),
         peft_rules.CONFIG,
@@ -245,13 +247,13 @@ def stated_method(config: Mapping[str, Any]) -> Method:
             "rank": config.get("r", peft_rules.DEFAULT_RANK),
             "alpha": float(config.get("lora_alpha", peft_rules.DEFAULT_ALPHA)),
             "dropout": config.get("lora_dropout", 0.0),
-            "scaling_rule": "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r",
-        },
+        }
+        | ({"scaling_rule": rule} if config["peft_type"] == TYPE else {}),
     )
 
 
-def _speaking() -> list[type[Method]]:
-    return [method for method in registry().methods.values() if method.peft_type == TYPE]
+def _speaking(config: Mapping[str, Any]) -> list[type[Method]]:
+    return [method for method in registry().methods.values() if method.peft_type == config["peft_type"]]
 
 
 def _reader(config: Mapping[str, Any]) -> type[Method]:
@@ -260,7 +262,7 @@ def _reader(config: Mapping[str, Any]) -> type[Method]:
     Raises:
         PluginError: there is none, or several.
     """
-    methods = _speaking()
+    methods = _speaking(config)
     stated = {key: config[key] for method in methods for key in method.peft_options if config.get(key)}
     found = [method for method in methods if method.peft_options == stated]
     if len(found) == 1:
@@ -268,8 +270,8 @@ def _reader(config: Mapping[str, Any]) -> type[Method]:
     options = f" with {', '.join(f'{key}={value}' for key, value in stated.items())}" if stated else ""
     names = f": {', '.join(method.__name__ for method in found)}" if found else ""
     raise PluginError(
-        f"{len(found)} installed methods read peft's {TYPE} format{options}{names}; exactly one is needed. "
-        f"Plugins: {', '.join(sorted({p.plugin for p in registry().providers.values()})) or 'none'}."
+        f"{len(found)} installed methods read peft's {config['peft_type']} format{options}{names}; exactly one is "
+        f"needed. Plugins: {', '.join(sorted({p.plugin for p in registry().providers.values()})) or 'none'}."
     )
 
 
@@ -298,9 +300,10 @@ def _base_layer(
     if shapes != needed:
         raise AdapterFileError(f'"{directory}": the factors of {path} are {shapes}; the layer needs {needed}.')
     for key, values in layer.extra.items():
-        if values.numel() != base_layer.d_out:
+        needs = layer.rank if key == WEIGHTS else base_layer.d_out
+        if values.numel() != needs:
             raise AdapterFileError(
-                f'"{directory}": {key} of {path} has {values.numel()} numbers; the layer needs {base_layer.d_out}.'
+                f'"{directory}": {key} of {path} has {values.numel()} numbers; the layer needs {needs}.'
             )
     _check_base(anatomy.model, path, layer, base_layer, directory)
     return base_layer
@@ -367,8 +370,7 @@ def _settings(
 
 def _fill(adapter: Adapter, layer: PeftLayer, bias: Tensor | None) -> None:
     """Write the factors of one layer, whose own bias is `bias`."""
-    (pair,) = adapter.factor_pairs()
-    for factor, matrix in zip((pair.lora_A, pair.lora_B), layer.matrices, strict=True):
+    for factor, matrix in zip(adapter.own_factors(), layer.matrices, strict=True):
         write_values(factor, matrix)
     for key, tensor in adapter.peft_tensors().items():
         write_values(tensor, layer.extra[key])

@@ -49,9 +49,8 @@ def _layer(now: Anatomy, path: str, layer: PeftLayer, name: str) -> Mapping[str,
     """What the file says of one layer and what the model holds, by role."""
     adapted = now.adapted[path]
     adapter, originals = adapted.adapter(name), adapted.originals()
-    (pair,) = adapter.factor_pairs()
-    A, B = layer.matrices
-    found = {"A": (A, pair.lora_A), "B": (B, pair.lora_B)}
+    sides = zip("AB", layer.matrices, adapter.own_factors(), strict=True)
+    found = {side: (value, own) for side, value, own in sides}
     found |= {key: (layer.extra[key], own) for key, own in adapter.peft_tensors().items()}
     if layer.base is not None:
         found["base"] = (layer.base, originals["weight"])

@@ -33,7 +33,7 @@ def change_config(folder: Path, **values: Any) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"peft_type": "LOHA"}, "peft_type 'LOHA'; only \"LORA\" is read"),
+        ({"peft_type": "LOHA"}, 'peft_type \'LOHA\'; "LORA" and "ADALORA" are read'),
         ({"use_dora": True}, "q_proj: the file has no lora_magnitude_vector, while .* has use_dora=True; they belong"),
         ({"trainable_token_indices": [1]}, r"has trainable_token_indices \[1\], but no rows of the embedding"),
         (
