@@ -296,7 +296,7 @@ class LowRankFields:
     dropout: float = 0.0
     """Probability of dropping entries of the update's input while training; 0.05 to 0.1 on small data."""
     init: Start | None = None
-    """Where the factors start, such as PiSSA or EVA; null for one at random and the other at zero."""
+    """Where the factors start (`methods` lists starts); null for one at random and the other at zero."""
 
     def __post_init__(self) -> None:
         check_low_rank(self)
@@ -439,6 +439,6 @@ def values_of(settings: Any, group: type[Any]) -> dict[str, Any]:
     Example:
         >>> from ll_lora import LoRA
         >>> values_of(LoRA(rank=4, bias=True), LowRankFields)
-        {'rank': 4, 'alpha': 16.0, 'dropout': 0.0}
+        {'rank': 4, 'alpha': 16.0, 'dropout': 0.0, 'init': None}
     """
     return {name: getattr(settings, name) for name in field_names(group)}

@@ -79,10 +79,12 @@ _STRATEGIES_OF_LIGHTNING = "DDPStrategy DeepSpeedStrategy FSDPStrategy ModelPara
 _CALLBACKS = {
     "Cascade": "cascade",
     "ExactResume": "resume",
+    "FederatedRounds": "federated",
     "InjectAdapters": "inject",
     "KeepBest": "best",
     "Meters": "meters",
     "NoiseInjection": "noise",
+    "PrivateGradients": "privacy",
     "RankPruning": "rank_pruning",
     "Samples": "samples",
     "SparsitySchedule": "sparsity",

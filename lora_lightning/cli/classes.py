@@ -6,6 +6,7 @@ Of imported classes those are found that jsonargparse finds: subclasses. Methods
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
 import re
 import sys
@@ -84,9 +85,17 @@ def parameter_types(owner: type) -> dict[str, Any]:
             continue
         try:
             found |= typing.get_type_hints(init)
-        except (NameError, TypeError, AttributeError):  # a name imported for type checking only
-            found |= dict(getattr(init, "__annotations__", {}))
+        except (NameError, TypeError, AttributeError):  # a name of another module, or imported for type checking only
+            found |= _fields_of(base) or dict(getattr(init, "__annotations__", {}))
     return found
+
+
+def _fields_of(cls: type) -> dict[str, Any]:
+    """Types of a dataclass's fields, each found in the module of the class that has it; empty where one is not there."""
+    try:
+        return typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
+    except NameError:
+        return {}
 
 
 def bases_of(hint: object) -> list[type]:

@@ -54,8 +54,11 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     with ExitStack() as stack:
         for context in (*plain, plain_vocabulary(extended, anatomy.places), ending_turns(host, files)):
             stack.enter_context(context)
-        state = in_dtype(host.state_dict(keep_vars=True), source.dtype)
-        buffers = dict(host.named_buffers(remove_duplicate=False))
+        kept = host.state_dict(keep_vars=True)
+        state, buffers = (
+            in_dtype(kept, source.dtype),
+            {n: t for n, t in kept.items() if not isinstance(t, nn.Parameter)},
+        )
         check_finite(f"the model in {source.dtype}" if source.dtype else "the model", state, buffers)
         with _own_config(host), any_generation_config(host, folder):
             _save(host, folder, None if source.dtype is None else state)

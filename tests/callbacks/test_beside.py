@@ -54,7 +54,7 @@ class Nothing(BaseFinetuning):
 
 PRUNING = "callbacks: ModelPruning takes weights .*; the callbacks RankPruning and SparsitySchedule prune adapters"
 BATCHES = "callbacks: BatchSizeFinder trains the adapters in trial runs .* lora_lightning estimate"
-RATES = r"callbacks: LearningRateFinder trains .*; compare rates by short runs, with trainer\.max_steps"
+RATES = r"callbacks: LearningRateFinder trains .*; `model\.optimizer\.lr: auto` on the command line runs it apart"
 BACKBONE = "callbacks: BackboneFinetuning thaws the module's `backbone`, and .* has none: .*; also_train names"
 MASKS = "WeightAveraging.use_buffers is True, and the mean would be taken of masks"
 REFUSED = {

@@ -351,8 +351,7 @@ def test_a_dry_run_leaves_no_folder(here):
 ERRORS = {
     "unknown method": (
         ["--model.method", "RosaLoRA"],
-        'error: model.method: no method "RosaLoRA". Did you mean "RoseLoRA"? '
-        "Installed: CELoRA, DoRA, LoRA, LoRASC, MoELoRA, RoseLoRA.",
+        'error: model.method: no method "RosaLoRA". Did you mean "RoseLoRA"? Installed: AdaLoRA, BeamLoRA, CELoRA, ',
     ),
     "blocked plugin": (
         ["-p", "no:ll_rose"],
@@ -395,7 +394,10 @@ ERRORS = {
         "data.max_length is 9999; BertForSequenceClassification has 512 positions",
     ),
     "labels": (["--model.num_labels", "2"], "model.num_labels is 2; the data have 3 classes"),
-    "rate": (["--model.optimizer.lr", "-1"], "error: optimizer: Invalid learning rate: -1"),
+    "rate": (
+        ["--model.optimizer.lr", "-1"],
+        "error: model.optimizer.init_args.lr is -1.0; it must be at least 0. AdamW says",
+    ),
     "task of the data": (["--model.task", "regression"], "the data (LabelledText) serve sequence-classification"),
     "config": (["--config", "tiyn.yaml"], 'Did you mean "tiny.yaml"?'),
 }

@@ -79,7 +79,7 @@ def test_help_names_every_verb_with_its_line_and_the_configs(capsys, monkeypatch
     text = capsys.readouterr().out
     for verb in (*command.TRAINING, *LIGHT_VERBS):
         assert f"\n  {verb} " in text
-    assert "methods       List installed methods, optimizers, callbacks" in text
+    assert "methods       List installed methods, starts, optimizers, callbacks" in text
     assert "\n  analyse " in text
     assert "Configs here: one, strategies/two" in text
     assert "-p no:NAME" in text

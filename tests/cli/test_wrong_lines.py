@@ -269,10 +269,13 @@ def test_a_key_that_stands_twice_is_an_error_everywhere(here, capsys, case, verb
         (["--config", "tiny.yaml"], "the verb comes first"),
         (
             ["cite", "DoRAA"],
-            'cite "DoRAA": no method, optimizer or callback of a plugin, no config and no file of that ',
+            'cite "DoRAA": no method, start, optimizer or callback of a plugin, no config and no file of ',
         ),
-        (["cite", "DoRAA"], 'Did you mean "DoRA"? Methods: CELoRA, DoRA, LoRA,'),
-        (["cite", "VeRA"], 'cite "VeRA": no method, optimizer or callback of a plugin, no config and no file of that '),
+        (["cite", "DoRAA"], 'Did you mean "DoRA"? Methods: AdaLoRA, BeamLoRA,'),
+        (
+            ["cite", "VeRA"],
+            'cite "VeRA": no method, start, optimizer or callback of a plugin, no config and no file of ',
+        ),
         (["cite", "lora.yml"], 'config "lora.yml": no file and no config of that name. Did you mean "lora"?'),
         (["show", "DoRAA"], "DoRA"),
         (["export", "runs/none", "--format", "peft", "--output", "x"], "runs/none"),
