@@ -91,7 +91,7 @@ def parameter_types(owner: type) -> dict[str, Any]:
 
 
 def _fields_of(cls: type) -> dict[str, Any]:
-    """Types of a dataclass's fields, each found in the module of the class that has it; empty where one is not there."""
+    """Types of a dataclass's fields, each found in the module of its class; empty where one is not there."""
     try:
         return typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
     except NameError:

@@ -88,6 +88,7 @@ def test_with_other_optimizers_and_stages_it_equals_one_with_the_number_too(here
     assert all(torch.equal(auto[one], number[one]) for one in auto)
 
 
+@pytest.mark.slow
 def test_a_run_that_resumes_keeps_the_number(here, capsys):
     assert main(["fit", "--config", "auto.yaml", "--model.linear_baseline", "false"]) == 0
     found = rates(here / "runs/auto/001")["lr"]

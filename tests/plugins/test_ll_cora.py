@@ -20,6 +20,7 @@ from lora_lightning.storage.layer_tensors import write_tensors
 from lora_lightning.testing import MethodContract, TinyMLP, perturb, tiny_encoder
 
 
+@pytest.mark.slow  # its layers are those of plain pairs
 class TestCoRA(MethodContract):
     method = CoRA(rank=2, alpha=4.0)
     random_start = False

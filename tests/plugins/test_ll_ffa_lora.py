@@ -17,6 +17,7 @@ from lora_lightning.injection.records import adapters_named
 from lora_lightning.testing import MethodContract
 
 
+@pytest.mark.slow  # its layers are those of plain pairs
 class TestFFALoRA(MethodContract):
     method = FFALoRA(rank=2, alpha=4.0)
     repeated = ("test_compiles",)

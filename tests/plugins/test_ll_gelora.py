@@ -20,6 +20,7 @@ from lora_lightning.injection.records import adapters_named, records
 from lora_lightning.testing import MethodContract, TinyMLP, tiny_encoder
 
 
+@pytest.mark.slow  # its layers are those of plain pairs
 class TestGeLoRA(MethodContract):
     method = GeLoRA(rank=2, alpha=4.0, gains={})
     repeated = ("test_compiles",)

@@ -26,6 +26,7 @@ class TestLoRAWithDropout(MethodContract):
     repeated = ("test_compiles",)
 
 
+@pytest.mark.slow
 class TestLoRAWithBias(MethodContract):
     method = LoRA(rank=2, alpha=4.0, bias=True)
     base_kinds = DROPPING_KINDS  # it has no bias to add to

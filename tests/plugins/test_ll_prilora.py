@@ -24,6 +24,7 @@ from lora_lightning.testing import BASE_KINDS, MethodContract, tiny_encoder
 from lora_lightning.testing.toy_models import LAYERS
 
 
+@pytest.mark.slow  # its layers are those of plain pairs
 class TestPRILoRA(MethodContract):
     method = PRILoRA(rank=2, alpha=4.0)
     base_kinds = tuple(kind for kind in BASE_KINDS if not kind.startswith("Experts"))

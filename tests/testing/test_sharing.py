@@ -34,12 +34,14 @@ class TestVeRA(MethodContract):
     random_start = False  # a layer's own tensors; the shared ones are drawn
 
 
+@pytest.mark.slow
 class TestTiedLoRA(MethodContract):
     method = TiedLoRA(rank=2)
     base_kinds = WITHOUT_EXPERTS
     random_start = False
 
 
+@pytest.mark.slow
 class TestPiSSA(MethodContract):
     method = PiSSA(rank=2, alpha=3.0)
     random_start = False

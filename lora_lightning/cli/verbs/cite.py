@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.cli.configs import config_names, find_config
+from lora_lightning.cli import configs
+from lora_lightning.cli.configs import find_config
 from lora_lightning.errors import SettingsError, did_you_mean
 from lora_lightning.methods import Method
 from lora_lightning.plugins import load_classes, registry
@@ -53,12 +54,12 @@ def named_class(name: str) -> type[Any] | None:
 def _refuse_unknown(name: str) -> None:
     """Raise `SettingsError` for a word that is neither a class nor a place of a file."""
     known = registry()
-    classes, configs = [*known.methods, *known.starts, *known.components], config_names()
-    if Path(name).name != name or Path(name).suffix or Path(name).exists() or name in configs:
+    classes, carried = [*known.methods, *known.starts, *known.components], configs.config_names()
+    if Path(name).name != name or Path(name).suffix or Path(name).exists() or name in carried:
         return
     raise SettingsError(
         f'cite "{name}": no method, start, optimizer or callback of a plugin, no config and no file of that name.'
-        f"{did_you_mean(name, [*classes, *configs])} Methods: {', '.join(known.methods)}."
+        f"{did_you_mean(name, [*classes, *carried])} Methods: {', '.join(known.methods)}."
     )
 
 
