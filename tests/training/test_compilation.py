@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 import lora_lightning as ll
 from lora_lightning import plugins
 from lora_lightning.errors import SettingsError
+from lora_lightning.injection.probe import Probe
 from lora_lightning.models.tasks import find_task
 from lora_lightning.optim.groups import build_optimizer
 from lora_lightning.testing import tiny_decoder, tiny_encoder
@@ -60,7 +61,10 @@ def test_a_method(name, kind):
         "encoder": (tiny_encoder, find_task("sequence-classification")),
     }[kind]
     net = make().train()
-    ll.inject(net, made(name), seed=0)
+    generator = torch.Generator().manual_seed(9)
+    rows = [torch.randint(3, 32, (24, 8), generator=generator) for _ in range(4)]  # for ranks that follow data
+    batches = [{"input_ids": ids, "labels": ids if task.per_token else ids[:, 0] % 2} for ids in rows]
+    ll.inject(net, made(name), seed=0, probe=Probe(batches))
     check(net, task, name)
 
 
