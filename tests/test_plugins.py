@@ -219,7 +219,8 @@ def test_a_hook_that_returns_none_is_named(install, hook):
     install("ll_sound", code("Sound"))
     registry = plugins.load()
     plugins.base_layer_kinds(registry)
-    form = "list" if hook in ("lora_lightning_methods", "lora_lightning_base_layers") else "mapping"
+    lists = ("lora_lightning_methods", "lora_lightning_starts", "lora_lightning_base_layers")
+    form = "list" if hook in lists else "mapping"
     text = f"TypeError: {hook} returned None; it must return a {form}, an empty one where there is nothing to give"
     assert {name: one_line(cause) for name, cause in registry.failed.items()} == {"ll_silent": text}
     assert "Sound" in registry.methods

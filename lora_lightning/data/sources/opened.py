@@ -97,7 +97,10 @@ def foreign_byte(text: str, encoding: str) -> str:
 
 def same_files(one: Iterable[str], other: Iterable[str]) -> list[str]:
     """Files, absolute and sorted, that both name; a folder or a name on the hub has splits of its own."""
-    both = [{path.resolve() for path in map(Path, names) if path.is_file()} for names in (one, other)]
+    try:
+        both = [{path.resolve() for path in map(Path, names) if path.is_file()} for names in (one, other)]
+    except OSError:  # a name that can be none, such as a far too long one, is told where it is read
+        return []
     return sorted(map(str, both[0] & both[1]))
 
 
