@@ -193,8 +193,10 @@ class CELoRAAdapter(PairAdapter):
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """W + s B A."""
-        A, B = (factor.to(weight.dtype) for factor in self.factors())
-        return plus_product(weight, B, A, self.scaling)
+        A, B = self.lora_A.to(weight.dtype), self.lora_B.to(weight.dtype)
+        if self.start_A is None or self.start_B is None:
+            return plus_product(weight, B, A, self.scaling)
+        return weight + self.scaling * (B @ A - self.start_B.to(weight.dtype) @ self.start_A.to(weight.dtype))
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         """(A, s B)."""
