@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from lora_lightning.adapters.base import EntryMask, write_zeros
-from lora_lightning.adapters.layers.base import BaseLayer, plus_product
+from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.adapters.pair import PairAdapter, Side, Start
 from lora_lightning.errors import SettingsError
 
@@ -217,10 +217,7 @@ class LowRankAdapter(PairAdapter):
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """W + s B A, or W + (s B A - s B0 A0)."""
-        A, B = self._kept().to(weight.dtype), self.lora_B.to(weight.dtype)
-        if self.start_A is None or self.start_B is None:
-            return plus_product(weight, B, A, self.scaling)
-        return weight + self.scaling * (B @ A - self.start_B.to(weight.dtype) @ self.start_A.to(weight.dtype))
+        return self.plus_pair(weight, self._kept())
 
     def merged_bias(self, bias: Tensor | None) -> Tensor | None:
         """Sum b + bias_delta."""

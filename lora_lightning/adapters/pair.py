@@ -29,7 +29,7 @@ from lora_lightning.adapters.base import (
     write_values,
     write_zeros,
 )
-from lora_lightning.adapters.layers.base import BaseLayer
+from lora_lightning.adapters.layers.base import BaseLayer, plus_product
 from lora_lightning.adapters.starts import Factors
 from lora_lightning.errors import SettingsError
 
@@ -166,6 +166,18 @@ class PairAdapter(Adapter):
 
     def reset_others(self, generator: torch.Generator) -> None:
         """Write start values of the tensors beside the pair."""
+
+    def plus_pair(self, weight: Tensor, A: Tensor) -> Tensor:
+        """W + s B A, or W + (s B A - s B0 A0) where a start is taken off, in the dtype of W.
+
+        Args:
+            weight: W (*lead, d_out, d_in).
+            A: the first factor, as far as it counts.
+        """
+        A, B = A.to(weight.dtype), self.lora_B.to(weight.dtype)
+        if self.start_A is None or self.start_B is None:
+            return plus_product(weight, B, A, self.scaling)
+        return weight + self.scaling * (B @ A - self.start_B.to(weight.dtype) @ self.start_A.to(weight.dtype))
 
     def scaled_factors(self) -> tuple[Tensor, Tensor]:
         """Detached (A, s B), whose product is the update; removed rank components are left out."""

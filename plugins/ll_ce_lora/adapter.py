@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ll_ce_lora import functional
 from lora_lightning.adapters.base import check_rank
-from lora_lightning.adapters.layers.base import BaseAround, BaseLayer, StackedBase, plus_product
+from lora_lightning.adapters.layers.base import BaseAround, BaseLayer, StackedBase
 from lora_lightning.adapters.layers.quantized import QuantizedBase
 from lora_lightning.adapters.low_rank import add_low_rank, add_started
 from lora_lightning.adapters.pair import PairAdapter
@@ -193,10 +193,7 @@ class CELoRAAdapter(PairAdapter):
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """W + s B A."""
-        A, B = self.lora_A.to(weight.dtype), self.lora_B.to(weight.dtype)
-        if self.start_A is None or self.start_B is None:
-            return plus_product(weight, B, A, self.scaling)
-        return weight + self.scaling * (B @ A - self.start_B.to(weight.dtype) @ self.start_A.to(weight.dtype))
+        return self.plus_pair(weight, self.lora_A)
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         """(A, s B)."""
