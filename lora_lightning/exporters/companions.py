@@ -1,6 +1,7 @@
 """What goes with a model so that it can be used: tokenizer and chat template, processor, the token that ends a turn.
 
-They are those of the run, where one is known, else those that lie beside the base model's weights.
+They are those of the run, where one is known, else those that lie beside the base model's weights. What reads data is imported where it
+is called: exporting from plain PyTorch takes neither it nor Lightning.
 """
 
 from __future__ import annotations
@@ -13,10 +14,6 @@ from typing import Any
 
 import yaml
 
-from lora_lightning.data.chats.templates import choose_template, end_of_turn
-from lora_lightning.data.images import load_image_processor
-from lora_lightning.data.media.processors import load_processor, templated_tokenizer
-from lora_lightning.data.tokens.tokenizers import load_tokenizer
 from lora_lightning.errors import LoraLightningError
 from lora_lightning.models.pretrained import resolve
 from lora_lightning.storage.run_start import paths_from_start
@@ -52,6 +49,11 @@ def run_processor(adapter: Path) -> Any:
 
     None where there is no run, or where they cannot be read any more: those of the base model will do.
     """
+    from lora_lightning.data.chats.templates import choose_template
+    from lora_lightning.data.images import load_image_processor
+    from lora_lightning.data.media.processors import load_processor
+    from lora_lightning.data.tokens.tokenizers import load_tokenizer
+
     try:
         config = yaml.safe_load((adapter.resolve().parent / "config.yaml").read_text(encoding="utf-8"))
         settings = {"tokenizer": None, "processor": None, "size": None, **config["data"]["init_args"]}
@@ -74,6 +76,9 @@ def run_processor(adapter: Path) -> Any:
 
 def _with_template(processor: Any, given: str | None) -> Any:
     """A processor and its tokenizer with the run's chat template."""
+    from lora_lightning.data.chats.templates import choose_template
+    from lora_lightning.data.media.processors import templated_tokenizer
+
     if given is not None:
         processor.chat_template = choose_template(processor.tokenizer, given)[0]
     templated_tokenizer(processor)
@@ -134,6 +139,8 @@ def _can_be_saved(config: Any) -> bool:
 def _end_of_turn(files: Mapping[str, bytes]) -> int | None:
     from transformers import AutoTokenizer
 
+    from lora_lightning.data.chats.templates import end_of_turn
+
     if "tokenizer_config.json" not in files:
         return None
     with tempfile.TemporaryDirectory() as folder:
@@ -147,6 +154,8 @@ def _end_of_turn(files: Mapping[str, bytes]) -> int | None:
 def _base_files(name: str) -> dict[str, bytes]:
     """Files of what `from_pretrained` finds beside the weights; the first that holds the others, or all that do not."""
     import transformers
+
+    from lora_lightning.data.media.processors import load_processor
 
     found: dict[str, bytes] = {}
     try:

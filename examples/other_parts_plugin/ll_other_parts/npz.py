@@ -32,7 +32,7 @@ def write(source: Source, folder: Path, rank: int | None, verify: bool) -> Writt
     for name in source.trained:
         path, _, leaf = name.rpartition(".")
         tensors[name] = modules[path].get_parameter(leaf)
-    check_finite("a merged weight", tensors.values())
+    check_finite("a merged weight", tensors)
     arrays = {name: tensor.detach().float().cpu().numpy() for name, tensor in tensors.items()}
     np.savez(folder / FILE, **arrays)
     if verify:
