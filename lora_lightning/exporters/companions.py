@@ -1,7 +1,7 @@
 """What goes with a model so that it can be used: tokenizer and chat template, processor, the token that ends a turn.
 
-They are those of the run, where one is known, else those that lie beside the base model's weights. What reads data is imported where it
-is called: exporting from plain PyTorch takes neither it nor Lightning.
+They are those of the run, where one is known, else those that lie beside the base model's weights. What reads data is
+imported where it is called: exporting from plain PyTorch takes neither it nor Lightning.
 """
 
 from __future__ import annotations

@@ -60,6 +60,8 @@ class Plan:
     """Half width of intervals, as a fraction, below which no further seeds are added."""
     storage: str
     """Where Optuna keeps the studies; empty for the journal file of the folder."""
+    budget: str | None = None
+    """Numbers of adapters that arms were given, as `--budget` says it."""
     version: str = __version__
 
     @property
@@ -112,7 +114,11 @@ class Plan:
 
 
 def planned_arms(
-    words: Sequence[str], arms: Sequence[Arm], budget: str | None, tell: Callable[[str], object]
+    words: Sequence[str],
+    arms: Sequence[Arm],
+    budget: str | None,
+    tell: Callable[[str], object],
+    there: Sequence[PlannedArm] = (),
 ) -> tuple[PlannedArm, ...]:
     """Describe all arms, and solve their ranks for a budget.
 
@@ -120,16 +126,22 @@ def planned_arms(
         words: flags of all arms.
         arms: what is compared.
         budget: numbers of adapters, see `parse_budget`; None leaves ranks as they are.
-        tell: is given a line for each arm.
+        tell: is given a line for each arm that is new.
+        there: arms of a comparison that has begun; they stay, and stand first.
 
     Raises:
-        SettingsError: arms whose metrics differ, or a budget that an arm cannot have.
+        SettingsError: arms whose metrics differ, a budget that an arm cannot have, or one that is there with other
+            settings.
     """
+    known = {one.arm.name: one for one in there}
     found: list[PlannedArm] = []
     wanted: dict[str, int] = {}
     for arm in sorted(arms, key=lambda arm: bool(arm.against)):  # those that others are measured by come first
         own = [*quiet(), *words, *arm.words()]
-        facts = describe(own)
+        old = known.pop(arm.name, None)
+        if old is not None:
+            _check_same(old, arm, own)
+        facts = old.facts if old is not None else describe(own)
         if found and facts.metric != found[0].facts.metric:
             raise SettingsError(
                 f'compare: "{arm.name}" is measured by {facts.metric}, and "{found[0].arm.name}" by '
@@ -139,17 +151,33 @@ def planned_arms(
         if budget is not None and facts.adapter_numbers:
             numbers = parse_budget(budget, facts.total_numbers, facts.adapter_numbers)
             wanted[arm.name] = numbers = wanted.get(arm.against or arms[0].name, numbers)
-            if facts.adapter_numbers != numbers:
+            if old is None and facts.adapter_numbers != numbers:
                 rank, reached = solve_rank(own, facts, numbers)
                 own += [f"--{facts.size_field}", str(rank)]
                 facts = dataclasses.replace(facts, adapter_numbers=reached)
                 note = f", {facts.size_field.rpartition('.')[2]} {rank} for a budget of {numbers:,}"
+        if old is not None:
+            found.append(old)
+            continue
         found.append(PlannedArm(arm, facts, tuple(own)))
         tell(
             f"{arm.name}: {facts.adapter_numbers:,} numbers of adapters and {facts.head_numbers:,} others train{note}; "
             f"rate {facts.rate:g} at first"
         )
-    return tuple(sorted(found, key=lambda one: arms.index(one.arm)))
+    new = sorted((one for one in found if one not in there), key=lambda one: arms.index(one.arm))
+    return (*there, *new)
+
+
+def _check_same(old: PlannedArm, arm: Arm, words: Sequence[str]) -> None:
+    """Raise `SettingsError` for an arm whose settings are not those that its runs have had."""
+    if old.arm == arm and list(old.words[: len(words)]) == list(words):
+        return
+    now, before = list(words), list(old.words)
+    differing = next((word for word in [*now, *before] if now.count(word) != before.count(word)), arm.name)
+    raise SettingsError(
+        f'compare --resume: the arm "{arm.name}" was planned with other settings ({differing}); its runs keep them. '
+        "Give the new arm another name, or begin another comparison."
+    )
 
 
 def quiet() -> list[str]:

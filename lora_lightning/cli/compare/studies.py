@@ -144,7 +144,7 @@ class Studies:
             sampler=TPESampler(seed=TUNING_SEED, n_startup_trials=5, multivariate=True),
             pruner=_PRUNERS[self.plan.pruner](),
         )
-        if FOLDER not in study.user_attrs:
+        if self.plan.storage and FOLDER not in study.user_attrs:
             study.set_user_attr(FOLDER, str(self.folder.absolute()))
         self._studies[arm, kind] = study
         return study

@@ -4,11 +4,13 @@ compare --config rose --methods LoRA,DoRA,RoseLoRA --seeds 3
 compare --config my.yaml --vary model.method.rank=4,16,64 --vary model.method=LoRA,MoELoRA
 compare arms.yaml | compare claims/rank_scaling
 compare --resume runs/compare/003
+compare claims/rank_scaling --resume runs/compare/003   # with the arms that the file has more
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 ROOT = Path("runs/compare")
 NEEDED = ("optuna", "psutil", "scipy", "sklearn")
-NO_OPTIONS = ("help", "methods", "vary", "listed", "resume", "join", "status")
+NO_OPTIONS = ("help", "methods", "vary", "listed", "folder", "resume", "join", "status")
 """Flags that a file of arms does not take as options."""
 
 
@@ -52,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--memory", type=float, metavar="GIB", help="most memory for a run")
     where.add_argument("--hours", type=float, metavar="H", help="begin no run after this time")
     where.add_argument("--storage", default="", metavar="URL", help="a database for Optuna; a journal file by default")
-    where.add_argument("--resume", metavar="FOLDER", help="go on with a comparison")
+    where.add_argument("--folder", metavar="FOLDER", help="where a new comparison is kept (runs/compare/NNN)")
+    where.add_argument("--resume", metavar="FOLDER", help="go on with a comparison, and take further arms of a file")
     where.add_argument("--join", metavar="FOLDER|STORAGE", help="take runs of a comparison beside other processes")
     where.add_argument("--status", metavar="FOLDER", help="say how far a comparison has come")
     where.add_argument("--recommend", action="store_true", help="say what to take, and write its config")
@@ -69,15 +72,22 @@ def run(args: argparse.Namespace) -> int:
         print(status(Path(args.status)))
         return 0
     if args.join or args.resume:
-        if given := [word for word in args.flags if not word.startswith("-p=")]:
+        given = [word for word in args.flags if not word.startswith("-p=")]
+        if given and (args.join or arms_file(given) is None):
             raise SettingsError(
                 f"compare: {given[0]} beside --{'join' if args.join else 'resume'}; a comparison that has begun "
-                "keeps its plan. Begin another one for other settings."
+                "keeps its plan. Begin another one for other settings; a file of arms beside --resume adds those that "
+                "it has more."
             )
         folder = joined(args.join) if args.join else Path(args.resume)
         plan = Plan.read(folder)
+        if given:
+            plan = planned(args, plan)
+            plan.write(folder)
     else:
-        folder, plan = begun(args)
+        plan = planned(args)
+        folder = new_folder(ROOT) if args.folder is None else own_folder(Path(args.folder))
+        plan.write(folder)
     print(f"comparison: {folder}", flush=True)
     stopped = run_all(folder, plan, args.jobs, args.hours)
     print(finish(folder, plan, args.recommend))
@@ -98,12 +108,11 @@ def check_installed() -> None:
         )
 
 
-def begun(args: argparse.Namespace) -> tuple[Path, Plan]:
-    """The folder and the plan of a new comparison."""
+def planned(args: argparse.Namespace, begun: Plan | None = None) -> Plan:
+    """The plan of a comparison; one that has `begun` gets the arms that it lacks, and nothing else changes."""
     from lora_lightning.cli import command_line, former_names
     from lora_lightning.cli.compare import arms as arms_of
     from lora_lightning.cli.compare.plan import Plan, planned_arms
-    from lora_lightning.cli.compare.studies import PRUNERS, check_spaces
     from lora_lightning.cli.given_settings import given_settings
     from lora_lightning.methods import WrapperMethod
     from lora_lightning.plugins import registry
@@ -121,6 +130,30 @@ def begun(args: argparse.Namespace) -> tuple[Path, Plan]:
     wrapped = arms_of.around(wrappers, given_settings(command_line.read(words).rest, former_names.load))
     arms += arms_of.from_flags(methods, args.vary, args.listed, known, wrapped)
     arms_of.check(arms)
+    options = checked_options(args)
+    if begun is not None:
+        check_same(begun, options)
+    there = begun.arms if begun is not None else ()
+    budget = begun.budget if begun is not None else args.budget
+    found = planned_arms(words, arms, budget, lambda line: print(line, flush=True), there)
+    if begun is not None:
+        return dataclasses.replace(begun, arms=found)
+    if not args.no_tuning and (fixed := next((one for one in found if not one.facts.tunable), None)) is not None:
+        raise SettingsError(
+            f"compare: rows of {fixed.facts.data} cannot be held out for tuning, since it is a stream or has no "
+            "`hold_out`. Give each arm its rate in the config, and --no-tuning."
+        )
+    return Plan(arms=found, **options)
+
+
+def checked_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What a plan holds beside its arms.
+
+    Raises:
+        SettingsError: a value outside its rule.
+    """
+    from lora_lightning.cli.compare.studies import PRUNERS, check_spaces
+
     if args.seeds < 1:
         raise SettingsError(f"--seeds is {args.seeds}; it must be at least 1, and 2 for intervals.")
     if args.pruner not in PRUNERS:
@@ -129,32 +162,34 @@ def begun(args: argparse.Namespace) -> tuple[Path, Plan]:
         raise SettingsError(f"--tuning-fraction is {args.tuning_fraction}; it must lie between 0 and 1.")
     searched = dict(_space(text) for text in args.tune)
     check_spaces(searched)
-    until = _fraction(args.until) if args.until else None
-    planned = planned_arms(words, arms, args.budget, lambda line: print(line, flush=True))
-    tune = not args.no_tuning
-    if tune and (fixed := next((one for one in planned if not one.facts.tunable), None)) is not None:
-        raise SettingsError(
-            f"compare: rows of {fixed.facts.data} cannot be held out for tuning, since it is a stream or has no "
-            "`hold_out`. Give each arm its rate in the config, and --no-tuning."
-        )
-    plan = Plan(
-        arms=planned,
-        seeds=args.seeds,
-        tune_rate=tune,
-        fraction=args.tuning_fraction,
-        searched=searched,
-        searches=args.searches,
-        pruner=args.pruner,
-        same_time=args.time,
-        also=("--config", args.also) if args.also else (),
-        minutes=args.minutes,
-        memory_gib=args.memory,
-        until=until,
-        storage=args.storage,
-    )
-    folder = new_folder(ROOT)
-    plan.write(folder)
-    return folder, plan
+    return {
+        "seeds": args.seeds,
+        "budget": args.budget,
+        "tune_rate": not args.no_tuning,
+        "fraction": args.tuning_fraction,
+        "searched": searched,
+        "searches": args.searches,
+        "pruner": args.pruner,
+        "same_time": args.time,
+        "also": ("--config", args.also) if args.also else (),
+        "minutes": args.minutes,
+        "memory_gib": args.memory,
+        "until": _fraction(args.until) if args.until else None,
+        "storage": args.storage,
+    }
+
+
+def check_same(begun: Plan, options: Mapping[str, Any]) -> None:
+    """Raise `SettingsError` for an option that is given, and is not that with which a comparison has begun."""
+    parser = VerbParser("compare", allow_abbrev=False)
+    add_arguments(parser)
+    usual = checked_options(parser.parse_args([]))
+    for name, value in options.items():
+        if value not in (usual[name], before := getattr(begun, name)):
+            raise SettingsError(
+                f"compare --resume: {name} is {value}, and the comparison has begun with {before}, which all its arms "
+                "need. Leave it, or begin another comparison."
+            )
 
 
 def arms_file(words: Sequence[str]) -> Path | None:
@@ -206,6 +241,18 @@ def new_folder(root: Path) -> Path:
         except FileExistsError:
             continue
         return folder
+
+
+def own_folder(folder: Path) -> Path:
+    """A folder for a new comparison, made.
+
+    Raises:
+        RunFolderError: there is something in it already.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunFolderError(f'--folder is "{folder}"; it is there already. --resume "{folder}" goes on with it.')
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def joined(where: str) -> Path:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
+
 import comparisons
 import pytest
 
+from lora_lightning.cli.compare import plan as plan_of
 from lora_lightning.cli.compare.arms import Arm
 from lora_lightning.cli.compare.plan import Plan, planned_arms, quiet, rate_words, seed_words
 from lora_lightning.errors import RunFolderError, SettingsError
@@ -49,3 +52,24 @@ def test_arms_of_two_tasks_cannot_be_compared():
     arms = [Arm("a"), Arm("b", {}, ("tasks/regression",))]
     with pytest.raises(SettingsError, match=r'"b" is measured by pearson, and "a" by accuracy; arms need one task'):
         planned_arms(["--config", "lora"], arms, None, print)
+
+
+def test_further_arms_stand_behind_those_that_have_begun(monkeypatch):
+    """Neither described nor given another rank again; their budget holds for the new ones."""
+    begun = comparisons.plan().arms
+    first = begun[0]
+    there = (dataclasses.replace(first, words=(*quiet(), *WORDS, *first.arm.words(), "--model.method.rank", "4")),)
+    asked: list[list[str]] = []
+
+    def describe(words):
+        asked.append(words)
+        return first.facts
+
+    monkeypatch.setattr(plan_of, "describe", describe)
+    arms = [Arm("new", {"model.method": "DoRA"}), first.arm]
+    found = planned_arms(WORDS, arms, "same", lambda line: None, there)
+    assert [one.arm.name for one in found] == [first.arm.name, "new"]
+    assert found[0] is there[0]
+    assert asked == [[*quiet(), *WORDS, *arms[0].words()]]
+    with pytest.raises(SettingsError, match=r"was planned with other settings \(17\); its runs keep them"):
+        planned_arms([*WORDS[:-1], "17"], arms, "same", lambda line: None, there)

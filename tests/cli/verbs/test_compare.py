@@ -8,8 +8,17 @@ import pytest
 
 from lora_lightning.cli import configs
 from lora_lightning.cli.main import main
-from lora_lightning.cli.verbs.compare import add_arguments, arms_file, joined, new_folder, with_options
-from lora_lightning.errors import LoraLightningError, RunFolderError
+from lora_lightning.cli.verbs.compare import (
+    add_arguments,
+    arms_file,
+    check_same,
+    checked_options,
+    joined,
+    new_folder,
+    own_folder,
+    with_options,
+)
+from lora_lightning.errors import LoraLightningError, RunFolderError, SettingsError
 
 
 @pytest.mark.parametrize(
@@ -47,6 +56,22 @@ def test_a_missing_package_is_named_with_the_extra(monkeypatch, capsys):
 
 def test_folders_are_numbered(tmp_path):
     assert [new_folder(tmp_path / "compare").name for _ in range(2)] == ["001", "002"]
+
+
+def test_an_own_folder_is_a_new_one(tmp_path):
+    folder = own_folder(tmp_path / "words" / "spring")
+    assert folder.is_dir()
+    (folder / "plan.json").touch()
+    with pytest.raises(RunFolderError, match=r"it is there already\. --resume .*spring\" goes on with it"):
+        own_folder(folder)
+
+
+def test_options_of_a_comparison_that_has_begun_stay():
+    begun = comparisons.plan(seeds=5)
+    check_same(begun, checked_options(parsed("--methods", "LoRA")))
+    check_same(begun, checked_options(parsed("--seeds", "5")))
+    with pytest.raises(SettingsError, match=r"--resume: seeds is 4, and the comparison has begun with 5"):
+        check_same(begun, checked_options(parsed("--seeds", "4")))
 
 
 def test_a_file_of_arms_is_told_from_a_config(tmp_path):
