@@ -6,6 +6,7 @@ import importlib
 import inspect
 import re
 import sys
+import tomllib
 import types
 from pathlib import Path
 
@@ -174,3 +175,10 @@ def test_links_lead_somewhere(page):
         if heading:
             titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), flags=re.M)
             assert heading in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, link
+
+
+def test_every_extra_of_users_stands_in_the_table():
+    """Those that developers install are in CONTRIBUTING."""
+    project = tomllib.loads((DOCS.parent / "pyproject.toml").read_text())["project"]
+    named = re.findall(r"^\| `(\w+)` \|", TEXTS["start.md"].partition("| extra |")[2].partition("\n\n")[0], re.M)
+    assert set(named) == project["optional-dependencies"].keys() - {"dev", "docs", "test"}
