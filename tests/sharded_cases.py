@@ -43,6 +43,9 @@ from ll_dora import DoRA
 from ll_lora import LoRA
 from ll_lorasc import LoRASC
 from ll_lorasc.optim import SlowFast
+from ll_mora import MoRA
+from ll_multilora import MultiLoRA
+from ll_neat import NEAT
 from ll_optimizers.fa import LoRAFA
 from ll_optimizers.plus import LoRAPlus
 from ll_optimizers.pro import LoRAPro
@@ -50,6 +53,7 @@ from ll_optimizers.riemannian import RiemannianAdamW, RiemannianSGD
 from ll_optimizers.rite import LoRARITE
 from ll_riemannian_moe import MoELoRA
 from ll_rose import RoseLoRA
+from ll_sbora import SBoRA
 from ll_sora import SoRA
 from ll_weight_change.callback import WeightDecomposition
 from lora_lightning.callbacks.best import KeepBest
@@ -146,6 +150,10 @@ CASES: dict[str, Case] = {
     "SoRA": Case(SoRA(rank=3, shrinkage=30.0, gate_penalty=0.5), adamw, model="decoder"),
     "AdaLoRA": Case(AdaLoRA(rank=3, budget=0.5, start=2, end=4, every_n_steps=1), adamw, model="decoder"),
     "BeamLoRA": Case(BeamLoRA(rank=3, stage_steps=2, pruned_mass=0.4, end=6), adamw, model="decoder"),
+    "SBoRA": Case(SBoRA(rank=4)),
+    "MultiLoRA": Case(MultiLoRA(modules=2, rank=2)),
+    "MoRA, folded": Case(MoRA(rank=1, maps="modulo", fold_every=3), reads_base=True),
+    "NEAT": Case(NEAT(rank=2, depth=1, activation="tanh")),
     "LoRA, RankPruning": Case(LoRA(rank=5), callbacks=lambda: [RankPruning(final_rank=2, start=2, end=5)]),
     "LoRA, KeepBest": Case(
         LoRA(rank=3),

@@ -62,7 +62,7 @@ def test_a_resume_reads_nothing_again(here, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", ["PiSSA", "OLoRA", "LoRAGA", "CorDA"])
+@pytest.mark.parametrize("start", ["PiSSA", "LoRAGA"])
 def test_a_run_with_a_start_is_validated_resumed_and_exported(here, start):
     init = ["--model.method.init", start]
     assert main(["fit", "--config", "toy.yaml", *init]) == 0

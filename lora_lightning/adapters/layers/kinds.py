@@ -115,7 +115,8 @@ class ConvBase(BaseLayer):
     def up(self, h: Tensor, B: Tensor, onto: Tensor, scale: float = 1.0) -> Tensor:
         """Sum onto + scale * a convolution of kernel size 1 with B; one B a group of output channels."""
         if self.groups == 1:
-            update = F.linear(h, B)
+            # contiguous, else how rows are folded, and so the rounding, would depend on whether B requires a gradient
+            update = F.linear(h.contiguous(), B)
         else:
             update = torch.einsum("...gr,gor->...go", h, B.view(self.groups, -1, B.shape[1])).flatten(-2)
         return onto.add(update.movedim(-1, -len(self.kernel)), alpha=scale)

@@ -110,7 +110,10 @@ def check(kind, method, checkpointing, autocast=None, way="chunks"):
     )
     # beside the tensors, kernels for bfloat16 take room to work in, and a recomputed block keeps 5 kB of random state
     print(f"counted {step.activations}, measured {most}, ratio {step.activations / most:.4f}")
-    assert step.activations == pytest.approx(most, rel=0.05 if autocast else 0.03, abs=25_000 if checkpointing else 0)
+    bfloat16 = 0.12 if torch.cpu._is_amx_tile_supported() else 0.05  # tiles pack what they multiply
+    assert step.activations == pytest.approx(
+        most, rel=bfloat16 if autocast else 0.03, abs=25_000 if checkpointing else 0
+    )
     assert step.optimizer == state
 
 
