@@ -44,6 +44,7 @@ from ll_lora import LoRA
 from ll_lorasc import LoRASC
 from ll_lorasc.optim import SlowFast
 from ll_optimizers.fa import LoRAFA
+from ll_optimizers.multiplicative import Multiplicative
 from ll_optimizers.plus import LoRAPlus
 from ll_optimizers.pro import LoRAPro
 from ll_optimizers.riemannian import RiemannianAdamW, RiemannianSGD
@@ -126,6 +127,7 @@ CASES: dict[str, Case] = {
         trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "max_steps": 4},
     ),
     "LoRA, LoRAPlus": Case(LoRA(rank=3), partial(LoRAPlus, ratio=4.0)),
+    "LoRA, Multiplicative": Case(LoRA(rank=3), partial(Multiplicative, modes={"A": "mult"})),
     "LoRA, LoRAFA": Case(LoRA(rank=3, train="B"), partial(LoRAFA, lr=1e-2)),
     "LoRA, LoRAPro": Case(LoRA(rank=3), partial(LoRAPro, lr=1e-2, weight_decay=0.1)),
     "LoRA, LoRARITE": Case(
