@@ -49,6 +49,7 @@ from ll_optimizers.plus import LoRAPlus
 from ll_optimizers.pro import LoRAPro
 from ll_optimizers.riemannian import RiemannianAdamW, RiemannianSGD
 from ll_optimizers.rite import LoRARITE
+from ll_reslora import ResLoRA
 from ll_riemannian_moe import MoELoRA
 from ll_rose import RoseLoRA
 from ll_sora import SoRA
@@ -148,6 +149,10 @@ CASES: dict[str, Case] = {
     "SoRA": Case(SoRA(rank=3, shrinkage=30.0, gate_penalty=0.5), adamw, model="decoder"),
     "AdaLoRA": Case(AdaLoRA(rank=3, budget=0.5, start=2, end=4, every_n_steps=1), adamw, model="decoder"),
     "BeamLoRA": Case(BeamLoRA(rank=3, stage_steps=2, pruned_mass=0.4, end=6), adamw, model="decoder"),
+    "ResLoRA": Case(ResLoRA(rank=3), adamw, model="decoder"),
+    "ResLoRA, recomputed, RiemannianAdamW": Case(
+        ResLoRA(rank=3), partial(RiemannianAdamW, lr=1e-2), model="decoder", module={"gradient_checkpointing": True}
+    ),
     "LoRA, RankPruning": Case(LoRA(rank=5), callbacks=lambda: [RankPruning(final_rank=2, start=2, end=5)]),
     "LoRA, KeepBest": Case(
         LoRA(rank=3),

@@ -139,6 +139,8 @@ class Adapter(nn.Module, ABC):
         rank_mask: bool buffer (rank,), multiplied into the rank components; None where components cannot be removed.
             An adapter that has one registers it again, and answers `rank_scores`.
         linked: modules above the layer that the adapter reads, by its own names for them; `Method.link` sets it.
+        peers: adapters of earlier layers whose tensors it reads as its own, nearest first; `Method.link` sets it.
+        reads_peers: True where `Method.link` may set peers, so that its update is not in its own tensors alone.
     """
 
     additive: bool = False
@@ -147,6 +149,8 @@ class Adapter(nn.Module, ABC):
     in_half: bool = False
     rank_mask: Tensor | None
     linked: Mapping[str, Linked] = MappingProxyType({})
+    peers: tuple[Adapter, ...] = ()
+    reads_peers: bool = False
 
     def __init__(self) -> None:
         super().__init__()

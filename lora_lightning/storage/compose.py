@@ -127,7 +127,7 @@ def updates(stored: Stored, where: str | Path) -> dict[str, Update]:
         tensors = {key.removeprefix(prefix): t for key, t in stored.tensors.items() if key.startswith(prefix)}
         base, adapter = _rebuilt(method, tensors, f'"{where}": {path}')
         factors = adapter.low_rank()
-        if stored.linked or factors is None or adapter.merged_bias(None) is not None:
+        if stored.linked or adapter.reads_peers or factors is None or adapter.merged_bias(None) is not None:
             raise AdapterFileError(
                 f'"{where}": the update of {stored.method} on {path} is no product of two factors of its own, so it '
                 "cannot be added up here."

@@ -1,0 +1,230 @@
+"""ResLoRA with block shortcuts: the contract, and every invariant of the paper and of our reading of it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ll_lora import LoRA
+from ll_reslora import ResLoRA
+from lora_lightning import inject, load_adapter, merge, save_adapter
+from lora_lightning.callbacks import Cascade
+from lora_lightning.distributed import _with_linked
+from lora_lightning.errors import AdapterFileError, SettingsError
+from lora_lightning.exporters.export import export
+from lora_lightning.injection.records import adapters_named
+from lora_lightning.storage.compose import compose
+from lora_lightning.testing import BASE_KINDS, DROPPING_KINDS, MethodContract, perturb, tiny_decoder
+
+METHOD = ResLoRA(rank=2, alpha=4.0)
+
+
+class TestResLoRA(MethodContract):
+    method = METHOD
+    base_kinds = ("Linear",)
+    repeated = ("test_compiles",)
+    test_refuses_other_kinds_of_layer = None  # they are in the class below, which is slow
+
+
+@pytest.mark.slow
+class TestResLoRAOnEveryKind(MethodContract):
+    method = METHOD
+    base_kinds = BASE_KINDS
+
+
+@pytest.mark.slow
+class TestResLoRAWithDropout(MethodContract):
+    method = ResLoRA(rank=2, alpha=4.0, dropout=0.3)
+    base_kinds = DROPPING_KINDS
+
+
+class Block(nn.Module):
+    """Two layers, the second of another shape."""
+
+    def __init__(self, width: int = 6, inner: int = 8) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class Deep(nn.Module):
+    """Blocks in a row."""
+
+    def __init__(self, inner=(8, 8, 8, 8)) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Block(inner=width) for width in inner)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def adapted(method=METHOD, moved=True, **options):
+    model = Deep().double()
+    inject(model, method, ["up", "down"], also_train=(), seed=0, **options)
+    adapters = adapters_named(model, "default")
+    for i, adapter in enumerate(adapters.values()):
+        if moved:
+            perturb(adapter, i)
+    return model, adapters
+
+
+def data(n=5):
+    return torch.randn(n, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def written_out(model, factors, m, s, x):
+    """The paper's sum, block by block and pair by pair, from factors by (number, place)."""
+
+    def layer(n, place, h):
+        plain = getattr(model.blocks[n], place).base
+        y = h @ plain.weight.detach().T + plain.bias.detach()
+        for k in range(m + 1):
+            if n - k >= 0:
+                A, B = factors[n - k, place]
+                y = y + s * (h @ A.T) @ B.T
+        return y
+
+    for n in range(len(model.blocks)):
+        x = x + layer(n, "down", torch.tanh(layer(n, "up", x)))
+    return x
+
+
+@pytest.mark.parametrize("previous", [0, 1, 2, -1])
+def test_outputs_and_gradients_equal_the_sum_written_out(previous):
+    model, adapters = adapted(ResLoRA(rank=2, alpha=4.0, previous=previous))
+    factors = {
+        (int(path.split(".")[1]), path.rpartition(".")[2]): [
+            t.detach().clone().requires_grad_() for t in (adapter.lora_A, adapter.lora_B)
+        ]
+        for path, adapter in adapters.items()
+    }
+    expected = written_out(model, factors, 3 if previous < 0 else previous, 2.0, data())
+    expected.square().sum().backward()
+    y = model(data())
+    y.square().sum().backward()
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-11)
+    for path, adapter in adapters.items():
+        for own, leaf in zip(
+            (adapter.lora_A, adapter.lora_B), factors[int(path.split(".")[1]), path.rpartition(".")[2]], strict=True
+        ):
+            torch.testing.assert_close(own.grad, leaf.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_without_earlier_layers_it_is_lora_bit_for_bit():
+    model, adapters = adapted(ResLoRA(rank=2, alpha=4.0, previous=0))
+    plain = Deep().double()
+    inject(plain, LoRA(rank=2, alpha=4.0), ["up", "down"], also_train=(), seed=0)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    outputs = []
+    for net in (model, plain):
+        outputs.append(net(data()))
+        outputs[-1].square().sum().backward()
+    assert torch.equal(*outputs)
+    for one, other in zip(adapters.values(), adapters_named(plain, "default").values(), strict=True):
+        assert torch.equal(one.lora_A.grad, other.lora_A.grad)
+        assert not one.peers
+
+
+def test_the_start_is_the_base_model_bit_for_bit():
+    model, _ = adapted(moved=False)
+    assert torch.equal(model(data()), Deep().double()(data()))
+
+
+def test_the_merged_model_computes_the_same():
+    model, _ = adapted()
+    before = model(data())
+    merge(model)
+    torch.testing.assert_close(model(data()), before, rtol=0, atol=1e-12)
+
+
+def test_an_early_pair_gets_a_gradient_through_each_later_layer():
+    model, adapters = adapted()
+    early = adapters["blocks.0.up"]
+    x = data()
+    for number in range(4):  # one layer alone, so that no other path leads to the pair
+        layer = model.blocks[number].up
+        early.lora_A.grad = early.lora_B.grad = None
+        layer(x).square().sum().backward()
+        assert bool(early.lora_A.grad.any())
+        assert bool(early.lora_B.grad.any())
+
+
+def test_layers_of_other_shapes_are_passed_over_and_scalings_are_their_own():
+    model = Deep(inner=(8, 10, 8, 8)).double()
+    overrides = {"blocks.0.up": {"alpha": 6.0}, "blocks.2.up": {"rank": 3}}
+    report = inject(model, METHOD, ["up"], overrides=overrides, also_train=(), seed=0)
+    adapters = adapters_named(model, "default")
+    read = {path: [id(peer) for peer in adapter.peers] for path, adapter in adapters.items()}
+    ids = {path: id(adapter) for path, adapter in adapters.items()}
+    assert read["blocks.1.up"] == []
+    assert read["blocks.3.up"] == [ids["blocks.2.up"], ids["blocks.0.up"]]
+    for i, adapter in enumerate(adapters.values()):
+        perturb(adapter, i)
+    layer, x = model.blocks[3].up, data()
+    delta = sum(a.scaling * a.lora_B @ a.lora_A for path, a in adapters.items() if path != "blocks.1.up")
+    torch.testing.assert_close(layer(x) - layer.base(x), x @ delta.T, rtol=0, atol=1e-12)
+    assert METHOD.report(adapters)["without_shortcut"] == 2
+    assert report.adapter_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_copy_reads_its_own_tensors_and_a_gather_takes_what_is_read():
+    model, adapters = adapted()
+    twin = copy.deepcopy(model)
+    before = model(data())
+    with torch.no_grad():
+        for adapter in adapters_named(twin, "default").values():
+            adapter.lora_B.zero_()
+    assert torch.equal(model(data()), before)
+    assert torch.equal(twin(data()), Deep().double()(data()))
+    last = adapters["blocks.3.up"]
+    assert {id(peer) for peer in last.peers} < {id(module) for module in _with_linked([last])}
+
+
+def test_a_saved_adapter_computes_the_same_and_cannot_be_added_up(tmp_path):
+    model, _ = adapted()
+    save_adapter(model, tmp_path / "a")
+    fresh = Deep().double()
+    load_adapter(fresh, tmp_path / "a")
+    assert torch.equal(fresh(data()), model(data()))
+    with pytest.raises(AdapterFileError, match=r"the update of ResLoRA on blocks.0.up is no product of two factors of"):
+        compose([tmp_path / "a"], tmp_path / "sum")
+
+
+def test_an_export_is_a_lora_of_the_joined_rank_and_no_wider_than_the_layer(tmp_path):
+    model = tiny_decoder().double()
+    inject(model, ResLoRA(rank=9, alpha=9.0), ["q_proj", "v_proj"], also_train=(), seed=0)
+    for i, adapter in enumerate(adapters_named(model, "default").values()):
+        perturb(adapter, i)
+    export(model, tmp_path / "peft", "peft")  # the written files are read back and compared
+    first, second = (adapters_named(model, "default")[f"model.layers.{n}.self_attn.q_proj"] for n in (0, 1))
+    wide = min(second.lora_A.shape[-1], second.lora_B.shape[-2])
+    assert first.stated_pair().lora_A.shape[0] == 9
+    assert second.stated_pair().lora_A.shape[0] == min(18, wide)
+    A, B = second.low_rank()
+    delta = first.lora_B @ first.lora_A + second.lora_B @ second.lora_A
+    torch.testing.assert_close(B @ A, delta.detach(), rtol=0, atol=1e-12)
+
+
+def test_settings_are_checked():
+    with pytest.raises(SettingsError, match=r"ResLoRA.previous is -2; it must be at least 0, or -1 for all"):
+        ResLoRA(previous=-2)
+
+
+def test_folding_a_stage_keeps_the_function():
+    model, adapters = adapted()
+    before = model(data())
+    for path in adapters:  # as Cascade does: all layers are folded before any starts again
+        layer = model.get_submodule(path)
+        Cascade(stage_steps=2)._open(layer, "default", path, adapters[path], 2)
+        layer.fold("default", 1.0, "outer_step")
+    for adapter in adapters.values():
+        adapter.reset(torch.Generator().manual_seed(1))
+    torch.testing.assert_close(model(data()), before, rtol=0, atol=1e-12)
