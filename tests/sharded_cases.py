@@ -49,7 +49,7 @@ from ll_optimizers.plus import LoRAPlus
 from ll_optimizers.pro import LoRAPro
 from ll_optimizers.riemannian import RiemannianAdamW, RiemannianSGD
 from ll_optimizers.rite import LoRARITE
-from ll_reslora import ResLoRA
+from ll_reslora import ResLoRA, ResLoRAInputs
 from ll_riemannian_moe import MoELoRA
 from ll_rose import RoseLoRA
 from ll_sora import SoRA
@@ -152,6 +152,14 @@ CASES: dict[str, Case] = {
     "ResLoRA": Case(ResLoRA(rank=3), adamw, model="decoder"),
     "ResLoRA, recomputed, RiemannianAdamW": Case(
         ResLoRA(rank=3), partial(RiemannianAdamW, lr=1e-2), model="decoder", module={"gradient_checkpointing": True}
+    ),
+    "ResLoRAInputs": Case(ResLoRAInputs(rank=3, window=2), adamw, model="decoder", apart=True),
+    "ResLoRAInputs, input, recomputed": Case(
+        ResLoRAInputs(rank=3, shortcut="input", window=3),
+        adamw,
+        model="decoder",
+        apart=True,
+        module={"gradient_checkpointing": True},
     ),
     "LoRA, RankPruning": Case(LoRA(rank=5), callbacks=lambda: [RankPruning(final_rank=2, start=2, end=5)]),
     "LoRA, KeepBest": Case(

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ll_reslora.method import ResLoRA
+from ll_reslora.method import ResLoRA, ResLoRAInputs
 from lora_lightning import hookimpl
 from lora_lightning.methods import Method
 
-__all__ = ["ResLoRA"]
+__all__ = ["ResLoRA", "ResLoRAInputs"]
 
 requires_api = ">=2,<3"
 
 
 @hookimpl
 def lora_lightning_methods() -> Iterable[type[Method]]:
-    """ResLoRA."""
-    return [ResLoRA]
+    """ResLoRA, ResLoRAInputs."""
+    return [ResLoRA, ResLoRAInputs]

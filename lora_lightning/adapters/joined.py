@@ -1,6 +1,6 @@
-"""BlockShortcuts: the pairs of earlier layers of the same type act beside the layer's own, as one product.
+"""JoinedPair: the pairs of other layers (`Adapter.peers`) act beside a layer's own, as one product.
 
-    y = W x + s [B_n, B_(n-1), ...] [A_n; A_(n-1); ...] x
+    y = W x + s [B, B_1, ...] [A; A_1; ...] x
 
 The tensors stay where they are, with the layers that own them, and are read at each call.
 """
@@ -18,27 +18,27 @@ from lora_lightning.adapters.low_rank import add_low_rank
 from lora_lightning.adapters.pair import PairAdapter
 
 
-class BlockShortcuts(PairAdapter):
+class JoinedPair(PairAdapter):
     """A pair of factors to which those of `peers` are joined.
 
     Args:
         base: the layer.
         rank: inner width of the own pair.
-        scaling: s of the own pair; those of earlier layers keep theirs.
+        scaling: s of the own pair; those of peers keep theirs.
         dropout: probability of dropping entries of the updates' input while training; one mask for all of them.
-        shortcuts: whether there may be peers.
+        joins: whether there may be peers, all of this class.
     """
 
     additive = True
 
-    def __init__(self, base: BaseLayer, *, rank: int, scaling: float, dropout: float, shortcuts: bool) -> None:
+    def __init__(self, base: BaseLayer, *, rank: int, scaling: float, dropout: float, joins: bool) -> None:
         super().__init__()
         self.hold_pair(base, rank=rank, scaling=scaling, dropout=dropout)
-        self.reads_peers = shortcuts
+        self.reads_peers = joins
 
     def side_by_side(self) -> tuple[Tensor, Tensor]:
         """(A, B) of the own pair and all peers, (*lead, R, d_in) and (*lead, d_out, R); differentiable."""
-        pairs = [self, *(cast(BlockShortcuts, peer) for peer in self.peers)]
+        pairs = [self, *(cast(JoinedPair, peer) for peer in self.peers)]
         if len(pairs) == 1:
             return self.lora_A, self.lora_B
         device, s = self.lora_A.device, self.scaling
