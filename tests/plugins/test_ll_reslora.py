@@ -310,6 +310,23 @@ def test_without_predecessors_it_is_lora_bit_for_bit(shortcut):
     assert torch.equal(model(data()), plain(data()))
 
 
+def test_the_first_layer_may_read_nothing_and_a_middle_shortcut_may_end_early():
+    for method in (replace(INPUT, first="nothing"), replace(MIDDLE, previous=1)):
+        model, adapters = adapted(method)
+        inputs, outputs = {}, {}
+        for n in range(4):
+            layer = model.blocks[n].up
+            layer.register_forward_pre_hook(lambda _, args, n=n, seen=inputs: seen.__setitem__(n, args[0].detach()))
+            layer.register_forward_hook(lambda _, args, output, n=n, seen=outputs: seen.__setitem__(n, output.detach()))
+        model(data())
+        for n in range(4):
+            own, before = adapters[f"blocks.{n}.up"], adapters[f"blocks.{max(n - 1, 0)}.up"]
+            factor = own if method.shortcut == "input" else before
+            branch = inputs[n] @ own.lora_A.T + (inputs[n - 1] @ factor.lora_A.T if n else 0.0)
+            expected = model.blocks[n].up.base(inputs[n]) + 2.0 * branch @ own.lora_B.T
+            torch.testing.assert_close(outputs[n], expected.detach(), rtol=0, atol=1e-12)
+
+
 class Recomputed(Deep):
     """Blocks whose activations are computed again in backward."""
 
