@@ -128,8 +128,8 @@ def all_finite(tensor: Tensor) -> bool:
 def assembled(*modules: nn.Module) -> Iterator[None]:
     """Inside, sharded parameters of `modules` are full copies, gathered in one collective.
 
-    So are those of modules that an adapter among them refers to as `linked`. All processes take part, and hold all of
-    these parameters until the end.
+    So are those of modules that an adapter among them refers to as `linked` or `peers`. All processes take part, and
+    hold all of these parameters until the end.
     """
     found: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]] = [
         (part._parameters, name, cast(nn.Parameter, parameter))
@@ -147,11 +147,12 @@ def assembled(*modules: nn.Module) -> Iterator[None]:
 
 
 def _with_linked(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """All parts of the modules and of what they refer to as `linked`, each once."""
+    """All parts of the modules and of what they refer to as `linked` or `peers`, each once."""
     found: dict[int, nn.Module] = {}
     for part in (part for module in modules for part in module.modules()):
-        linked = getattr(part, "linked", {})
-        for module in (part, *(linked.values() if isinstance(linked, Mapping) else ())):
+        linked, peers = getattr(part, "linked", {}), getattr(part, "peers", ())
+        read = (*(linked.values() if isinstance(linked, Mapping) else ()), *(peers if isinstance(peers, tuple) else ()))
+        for module in (part, *read):
             found |= {id(inner): inner for inner in module.modules()}
     return list(found.values())
 

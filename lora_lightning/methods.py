@@ -105,6 +105,8 @@ class Method(ABC):
         Asked whenever adapters have been built: for a new one and for one that is loaded. It sees the plain model and
         all adapters, and sets `adapter.linked` of those that read what it returns; each module must be read by one at
         least. Tensors lie at `<path>.adapters.<name>.<tensor>`. Values are given by `Linked.reset`.
+
+        Here adapters also learn of one another: `adapter.peers` are those of earlier layers whose tensors it reads.
         """
         return {}
 

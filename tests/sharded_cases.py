@@ -47,10 +47,12 @@ from ll_mora import MoRA
 from ll_multilora import MultiLoRA
 from ll_neat import NEAT
 from ll_optimizers.fa import LoRAFA
+from ll_optimizers.multiplicative import Multiplicative
 from ll_optimizers.plus import LoRAPlus
 from ll_optimizers.pro import LoRAPro
 from ll_optimizers.riemannian import RiemannianAdamW, RiemannianSGD
 from ll_optimizers.rite import LoRARITE
+from ll_reslora import ResLoRA, ResLoRAInputs
 from ll_riemannian_moe import MoELoRA
 from ll_rose import RoseLoRA
 from ll_sbora import SBoRA
@@ -130,6 +132,7 @@ CASES: dict[str, Case] = {
         trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "max_steps": 4},
     ),
     "LoRA, LoRAPlus": Case(LoRA(rank=3), partial(LoRAPlus, ratio=4.0)),
+    "LoRA, Multiplicative": Case(LoRA(rank=3), partial(Multiplicative, modes={"A": "mult"})),
     "LoRA, LoRAFA": Case(LoRA(rank=3, train="B"), partial(LoRAFA, lr=1e-2)),
     "LoRA, LoRAPro": Case(LoRA(rank=3), partial(LoRAPro, lr=1e-2, weight_decay=0.1)),
     "LoRA, LoRARITE": Case(
@@ -154,6 +157,18 @@ CASES: dict[str, Case] = {
     "MultiLoRA": Case(MultiLoRA(modules=2, rank=2)),
     "MoRA, folded": Case(MoRA(rank=1, maps="modulo", fold_every=3), reads_base=True),
     "NEAT": Case(NEAT(rank=2, depth=1, activation="tanh")),
+    "ResLoRA": Case(ResLoRA(rank=3), adamw, model="decoder"),
+    "ResLoRA, recomputed, RiemannianAdamW": Case(
+        ResLoRA(rank=3), partial(RiemannianAdamW, lr=1e-2), model="decoder", module={"gradient_checkpointing": True}
+    ),
+    "ResLoRAInputs": Case(ResLoRAInputs(rank=3, window=2), adamw, model="decoder", apart=True),
+    "ResLoRAInputs, input, recomputed": Case(
+        ResLoRAInputs(rank=3, shortcut="input", window=3),
+        adamw,
+        model="decoder",
+        apart=True,
+        module={"gradient_checkpointing": True},
+    ),
     "LoRA, RankPruning": Case(LoRA(rank=5), callbacks=lambda: [RankPruning(final_rank=2, start=2, end=5)]),
     "LoRA, KeepBest": Case(
         LoRA(rank=3),

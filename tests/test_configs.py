@@ -201,6 +201,7 @@ SMALLER = {
     "recipes/mora_math": ["--model.method.rank=2"],
     "recipes/neat_glue": ["--model.method.rank=2"],
     "recipes/multilora_llama": ["--model.method.rank=2"],
+    "recipes/reslora_math": ["--model.method.rank=2"],
     "recipes/riemannian_moe_llama": ["--model.method.rank=1", "--model.method.router_lr_ratio=1.0"],
     "recipes/pissa_math": ["--model.method.rank=2"],
     "recipes/olora_instructions": ["--model.method.rank=2"],

@@ -45,6 +45,21 @@ class FactorPair:
 
 
 @dataclass(frozen=True)
+class Approximation:
+    """A fixed update that stands for one that depends on the input.
+
+    Attributes:
+        A: (R, d_in), detached.
+        B: (d_out, R), detached; the update is B A.
+        error: size of what it leaves out over the size of what it stands for, as measured while training.
+    """
+
+    A: Tensor
+    B: Tensor
+    error: float
+
+
+@dataclass(frozen=True)
 class EntryMask:
     """Entries of one parameter that a schedule may remove.
 
@@ -139,6 +154,10 @@ class Adapter(nn.Module, ABC):
         rank_mask: bool buffer (rank,), multiplied into the rank components; None where components cannot be removed.
             An adapter that has one registers it again, and answers `rank_scores`.
         linked: modules above the layer that the adapter reads, by its own names for them; `Method.link` sets it.
+        peers: adapters of earlier layers whose tensors it reads as its own, nearest first; `Method.link` sets it.
+        reads_context: True where it leaves values for later layers or reads those of earlier ones, so that a forward of
+            the model keeps them (`injection.gates`).
+        reads_peers: True where `Method.link` may set peers, so that its update is not in its own tensors alone.
     """
 
     additive: bool = False
@@ -147,6 +166,9 @@ class Adapter(nn.Module, ABC):
     in_half: bool = False
     rank_mask: Tensor | None
     linked: Mapping[str, Linked] = MappingProxyType({})
+    peers: tuple[Adapter, ...] = ()
+    reads_peers: bool = False
+    reads_context: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,6 +202,14 @@ class Adapter(nn.Module, ABC):
 
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
         """Detached (A (R, d_in), B (d_out, R)) with update == B @ A exactly, scaling included; None if not low rank."""
+        return None
+
+    def approximation(self) -> Approximation | None:
+        """A fixed product in place of an update that depends on the input; None where the adapter offers none.
+
+        Raises:
+            AdapterStateError: it rests on what is measured while training, and nothing has been.
+        """
         return None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -119,9 +119,15 @@ class Source:
     def check_fixed(self, path: str) -> None:
         """Raise `ExportError` if the update of a layer depends on its input, so that no fixed tensors state it."""
         if not (self.adapter(path).mergeable and type(self.record.method).mergeable):
+            way = "Keep the adapter folder."
+            if type(self.adapter(path)).approximation is not Adapter.approximation:
+                way += (
+                    " Or export lora_lightning.compose([folder], directory, approximate=True), which writes the fixed "
+                    "update that comes near, and says how near."
+                )
             raise ExportError(
                 f'{self.method} on {path} depends on its input: its export class is "{self.export_class}", and no '
-                "fixed weights state it. Keep the adapter folder."
+                f"fixed weights state it. {way}"
             )
 
 

@@ -9,20 +9,22 @@ while the block runs, one above all blocks from the model's forward to its backw
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from lora_lightning.adapters.base import Adapter, linked_modules
 from lora_lightning.adapters.linked import Linked, LinkedAdapters
 from lora_lightning.errors import AdapterStateError, PluginError
-from lora_lightning.injection.gates import Gate, add_gate_hooks, remove_gate_hooks
+from lora_lightning.injection.gates import Gate, add_gate_hooks, remove_context_hooks, remove_gate_hooks
 from lora_lightning.injection.records import records
 from lora_lightning.methods import Method
+from lora_lightning.models.blocks import same_place_before
 from lora_lightning.seeds import generator
 
+A = TypeVar("A", bound=Adapter)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
@@ -43,6 +45,25 @@ def common_owner(model: nn.Module, paths: Iterable[str]) -> str:
     while common and isinstance(model.get_submodule(".".join(common)), _CONTAINERS):
         common.pop()
     return ".".join(common)
+
+
+def earlier_alike(
+    model: nn.Module, adapters: Mapping[str, A], what: Callable[[A], object], count: int
+) -> dict[str, tuple[A, ...]]:
+    """For each adapter, those at the same place in earlier blocks that are alike, nearest first.
+
+    Args:
+        model: with the layers.
+        adapters: by path, in the order of the model.
+        what: must be equal for two to be alike; others are passed over.
+        count: how many at most; -1 for all.
+    """
+    found = {}
+    for path, earlier in same_place_before(model, adapters).items():
+        own = what(adapters[path])
+        alike = tuple(adapters[place] for place in earlier if what(adapters[place]) == own)
+        found[path] = alike if count < 0 else alike[:count]
+    return found
 
 
 def link(method: Method, model: nn.Module, adapters: Mapping[str, Adapter], seed: int) -> dict[str, Linked]:
@@ -106,4 +127,5 @@ def detach(model: nn.Module, name: str, owners: Sequence[str]) -> None:
         del holder[name]
         if not len(holder):
             del owner.adapters
-        remove_gate_hooks(model, owner)
+        remove_gate_hooks(owner)
+    remove_context_hooks(model)

@@ -15,6 +15,7 @@ from lora_lightning.adapters.layers.kinds import ExpertStack
 from lora_lightning.adapters.linked import Linked
 from lora_lightning.adapters.precision import compute_in_float32
 from lora_lightning.errors import AdapterStateError, SettingsError
+from lora_lightning.injection.gates import add_context_hooks
 from lora_lightning.injection.heads import keep_base_heads, show_heads
 from lora_lightning.injection.links import attach
 from lora_lightning.injection.plan import built
@@ -101,6 +102,8 @@ def place_adapters(
         layer.tied_to = ties.get(path, ())
         layer.add(name, adapter.train(layer.training))
     attach(anatomy.model, name, linked)
+    if any(adapter.reads_context for adapter in adapters.values()):
+        add_context_hooks(anatomy.model)
     hold_statistics(anatomy)
     freeze(anatomy.parameters.values())  # before some are replaced by copies in float32
     compute_in_float32(_owners(anatomy, record.trained))

@@ -52,6 +52,24 @@ def blocks_of(model: nn.Module, layers: Iterable[str]) -> dict[str, Block]:
     }
 
 
+def same_place_before(model: nn.Module, layers: Iterable[str]) -> dict[str, list[str]]:
+    """For each layer, those at the same place in earlier blocks of its stack, nearest first; none outside of lists.
+
+    Args:
+        model: the model that holds the layers.
+        layers: paths of layers, in the order of the model.
+    """
+    chains: dict[tuple[str | None, str], list[tuple[int, str]]] = {}
+    blocks = blocks_of(model, layers)
+    for layer, block in blocks.items():
+        chains.setdefault((block.stack, layer.removeprefix(block.path)), []).append((block.number, layer))
+    found: dict[str, list[str]] = {}
+    for (stack, _), chain in chains.items():
+        ordered = [layer for _, layer in sorted(chain)]
+        found |= {layer: ordered[:i][::-1] if stack is not None else [] for i, layer in enumerate(ordered)}
+    return {layer: found[layer] for layer in blocks}
+
+
 def _place(layer: str, lists: set[str]) -> tuple[str, str | None]:
     """Path of the block around a layer, and of the outermost list that holds it."""
     parts = segments(layer)

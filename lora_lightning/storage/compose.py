@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -50,6 +50,8 @@ class Composed:
     """Rank by layer path."""
     discarded: dict[str, float]
     """Fraction of an update's squared size that a limited rank has lost, by layer path."""
+    errors: dict[str, float] = field(default_factory=dict)
+    """Relative error of an update that stands for one that depends on the input, by layer path."""
 
 
 def compose(
@@ -58,6 +60,7 @@ def compose(
     weights: Sequence[float] | None = None,
     rank: int | None = None,
     heads: Literal["refuse", "first"] = "refuse",
+    approximate: bool = False,
 ) -> Composed:
     """Write the weighted sum of the updates of several adapter folders as one adapter folder, and read it back.
 
@@ -67,6 +70,7 @@ def compose(
         weights: of each adapter, negative ones too; None takes 1 for each.
         rank: largest rank of a layer; None keeps the sum exactly.
         heads: what becomes of parameters that trained in full: "refuse" them, or take those of the "first" folder.
+        approximate: take, for updates that depend on the input, the fixed ones that their methods offer instead.
 
     Raises:
         AdapterFileError: folders of other base models, updates that are no product, or a file that does not read back.
@@ -79,7 +83,9 @@ def compose(
         raise SettingsError(f"rank is {rank}; it must be at least 1, or None for the exact sum.")
     stored = [read_folder(folder) for folder in folders]
     _check_fit(stored, folders, heads)
-    parts = [updates(one, folder) for one, folder in zip(stored, folders, strict=True)]
+    errors: dict[str, float] = {}
+    near = errors if approximate else None
+    parts = [updates(one, folder, near) for one, folder in zip(stored, folders, strict=True)]
     sums: dict[str, Update] = {}
     discarded: dict[str, float] = {}
     for path in dict.fromkeys(path for part in parts for path in part):
@@ -88,7 +94,7 @@ def compose(
         sums[path], discarded[path] = truncated(A, B, min(largest, rank or largest))
     source = {str(Path(folder)): float(weight) for folder, weight in zip(folders, given, strict=True)}
     _write(Path(directory), stored[0], sums, source)
-    return Composed(Path(directory), {path: len(A) for path, (A, _) in sums.items()}, discarded)
+    return Composed(Path(directory), {path: len(A) for path, (A, _) in sums.items()}, discarded, errors)
 
 
 def weighted_sum(parts: Sequence[tuple[Update, float]]) -> Update:
@@ -112,8 +118,13 @@ def truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Update, float]:
     return (root[:, None] * (Vh[:rank] @ Q_A.mT), Q_B @ (U[:, :rank] * root)), lost
 
 
-def updates(stored: Stored, where: str | Path) -> dict[str, Update]:
+def updates(stored: Stored, where: str | Path, errors: dict[str, float] | None = None) -> dict[str, Update]:
     """The update of each layer of an adapter folder, what it has folded included.
+
+    Args:
+        stored: the folder as it was read.
+        where: its name, for errors.
+        errors: takes the errors of approximations, by path; None refuses them.
 
     Raises:
         AdapterFileError: an update that is no product of two factors, changes a bias, or reads what layers share.
@@ -127,7 +138,9 @@ def updates(stored: Stored, where: str | Path) -> dict[str, Update]:
         tensors = {key.removeprefix(prefix): t for key, t in stored.tensors.items() if key.startswith(prefix)}
         base, adapter = _rebuilt(method, tensors, f'"{where}": {path}')
         factors = adapter.low_rank()
-        if stored.linked or factors is None or adapter.merged_bias(None) is not None:
+        if factors is None and errors is not None and (near := adapter.approximation()) is not None:
+            factors, errors[path] = (near.A, near.B), max(near.error, errors.get(path, 0.0))
+        if stored.linked or adapter.reads_peers or factors is None or adapter.merged_bias(None) is not None:
             raise AdapterFileError(
                 f'"{where}": the update of {stored.method} on {path} is no product of two factors of its own, so it '
                 "cannot be added up here."

@@ -47,7 +47,16 @@ def compiled(model: nn.Module, backend: str | None = None) -> Iterator[list[str]
 
     Yields:
         Paths of the blocks.
+
+    Raises:
+        SettingsError: an adapter reads values of earlier layers, which lie outside of its block.
     """
+    for path, module in model.named_modules():
+        if getattr(module, "reads_context", False):
+            raise SettingsError(
+                f'model.compile is "blocks", and {path} leaves or reads values that cross blocks, which torch cannot '
+                "trace. Set model.compile to off (false)."
+            )
     found = find_blocks(model)
     parts = pretrained_models(dict(model.named_modules())).values()
     configs = [cast(Any, part).config.get_text_config() for part in parts]

@@ -14,7 +14,7 @@ from lora_lightning import eject, inject, merge, save_adapter, set_active
 from lora_lightning.errors import AdapterStateError, PluginError
 from lora_lightning.exporters.export import export
 from lora_lightning.injection.inject import ignore_adapter_buffers
-from lora_lightning.injection.links import common_owner
+from lora_lightning.injection.links import common_owner, earlier_alike
 from lora_lightning.injection.records import adapters_named, linked_named
 from lora_lightning.models.anatomy import survey
 from lora_lightning.storage.fingerprint import fingerprint
@@ -132,3 +132,13 @@ def test_an_owner_with_an_attribute_of_that_name_is_refused():
     model.adapters = nn.Linear(1, 1)
     with pytest.raises(AdapterStateError, match='attribute "adapters" already'):
         inject(model, VeRA(), ["first", "second"], also_train=())
+
+
+def test_adapters_before_at_the_same_place_are_found_as_far_back_as_asked():
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.ModuleDict({"a": nn.Linear(2, 2)}) for _ in range(4))
+    widths = dict(zip([f"layers.{n}.a" for n in range(4)], (1, 2, 1, 1), strict=True))
+    every = earlier_alike(model, widths, lambda width: width, -1)
+    assert every == {"layers.0.a": (), "layers.1.a": (), "layers.2.a": (1,), "layers.3.a": (1, 1)}
+    assert earlier_alike(model, widths, lambda width: width, 1)["layers.3.a"] == (1,)
+    assert not any(earlier_alike(model, widths, lambda width: width, 0).values())

@@ -6,7 +6,7 @@ from torch import nn
 
 from lora_lightning.injection.targets import select
 from lora_lightning.models.anatomy import survey
-from lora_lightning.models.blocks import Block, blocks_of
+from lora_lightning.models.blocks import Block, blocks_of, same_place_before
 from lora_lightning.testing import TinyMLP, tiny_encoder
 
 
@@ -45,3 +45,18 @@ def test_layers_in_no_list_are_blocks_of_their_own():
 def test_a_model_that_is_a_list_is_a_stack():
     found = blocks_of(nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), ["0", "1"])
     assert found["1"] == Block("1", "", 1, 2)
+
+
+def test_layers_at_the_same_place_before_come_nearest_first():
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)}) for _ in range(12))
+    model.pooler, model.head = nn.Linear(2, 2), nn.Linear(2, 2)
+    asked = ["layers.0.a", "layers.2.a", "layers.2.b", "layers.10.a", "pooler", "head"]
+    assert same_place_before(model, asked) == {
+        "layers.0.a": [],
+        "layers.2.a": ["layers.0.a"],
+        "layers.2.b": [],
+        "layers.10.a": ["layers.2.a", "layers.0.a"],
+        "pooler": [],
+        "head": [],
+    }

@@ -50,11 +50,11 @@ def bound_fa(problem, **settings):
     return optimizer
 
 
-def test_the_plugin_provides_six_optimizers():
+def test_the_plugin_provides_seven_optimizers():
     registry = plugins.load()
     plugins.load_classes(registry, {"lora_lightning_optimizers": torch.optim.Optimizer})
     names = {name for name, (plugin, _) in registry.classes.items() if plugin == "ll_optimizers"}
-    assert names == {"LoRAPlus", "LoRAFA", "LoRARITE", "LoRAPro", "RiemannianSGD", "RiemannianAdamW"}
+    assert names == {"LoRAPlus", "LoRAFA", "LoRARITE", "LoRAPro", "RiemannianSGD", "RiemannianAdamW", "Multiplicative"}
 
 
 # -- LoRA+ -------------------------------------------------------------------------------------------------------------

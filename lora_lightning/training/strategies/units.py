@@ -64,6 +64,7 @@ def shard(
     _check_equal(model, mesh)
     found = find_blocks(model)
     apart = _entered_adapters(model)
+    _check_peers(model, apart)
     sender = _Sender(model, mesh, device)
     for block in found.values():
         sender.send(block)
@@ -104,6 +105,19 @@ def _entered_adapters(model: nn.Module) -> set[int]:
         for adapter in layer.adapters.values()
         if isinstance(adapter, Adapter) and next(adapter.parameters(), None) is not None
     }
+
+
+def _check_peers(model: nn.Module, apart: set[int]) -> None:
+    """Raise `AdapterStateError` where an adapter reads another's tensors that lie in a block's own unit."""
+    paths = {id(module): path for path, module in model.named_modules() if isinstance(module, Adapter)}
+    for adapter in (module for module in model.modules() if isinstance(module, Adapter)):
+        for peer in adapter.peers:
+            if id(peer) not in apart:
+                raise AdapterStateError(
+                    f"{paths[id(adapter)]} reads the tensors of {paths[id(peer)]}, whose layer is read by its block "
+                    "instead of being called, so that they are given back after that block. Exclude such layers, or "
+                    "train with DDP."
+                )
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:

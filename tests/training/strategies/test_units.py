@@ -19,9 +19,10 @@ from ll_optimizers.rite import LoRARITE
 from ll_rose import RoseLoRA
 from lora_lightning import inject, iter_adapters
 from lora_lightning.distributed import assembled, local
+from lora_lightning.errors import AdapterStateError
 from lora_lightning.injection.records import adapters_named
 from lora_lightning.optim.groups import build_optimizer
-from lora_lightning.training.strategies.units import find_blocks, shard
+from lora_lightning.training.strategies.units import _check_peers, find_blocks, shard
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +139,14 @@ def small(name):
         hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=11
     )
     return getattr(transformers, name)(config)
+
+
+def test_a_layer_that_reads_what_a_block_gives_back_is_refused():
+    net = model(LoRA(rank=2))
+    adapters = list(adapters_named(net, "default").values())
+    adapters[2].peers = (adapters[1],)
+    with pytest.raises(
+        AdapterStateError, match=r"^2.adapters.default reads the tensors of 1.adapters.* train with DDP"
+    ):
+        _check_peers(net, {id(adapters[2])})
+    _check_peers(net, {id(adapters[1])})
