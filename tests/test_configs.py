@@ -205,6 +205,7 @@ SMALLER = {
         "--model.method.start=2",
         "--model.method.end=6",
     ],
+    "recipes/sara_instructions": ["--model.method.threshold=0.01"],
     "recipes/mora_math": ["--model.method.rank=2"],
     "recipes/neat_glue": ["--model.method.rank=2"],
     "recipes/multilora_llama": ["--model.method.rank=2"],

@@ -15,37 +15,42 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lora_lightning.adapters.layers.base import BaseLayer
+from lora_lightning.adapters.layers.base import BaseLayer, StackedBase
 from lora_lightning.adapters.layers.quantized import QuantizedBase
+from lora_lightning.adapters.low_rank import factor_dtype
 
 
 def forward_from_weight(base: BaseLayer, x: Tensor, formed: Callable[[Tensor], Tensor]) -> Tensor:
     """Output of the layer with the weight `formed(W)`, exactly base(x) where that is W.
 
     Args:
-        base: any kind of layer. A quantized one is called as its package computes it, and the difference is added.
+        base: any kind of layer. One that is more than a product with its weight, quantized or with other adapters on
+            it, is called as it is, and the product with the difference is added.
         x: (..., d_in), or token ids for an embedding.
         formed: the new weight (*lead, d_out, d_in) of the frozen one, in its dtype, which is float32 at least;
             differentiable in what it reads of the adapter. It is called again in backward, so that it must be a
             function of the weight and of tensors that have not changed since.
     """
-    if not isinstance(base, QuantizedBase):
-        return _recomputed(base, x, formed)
+    if not isinstance(base, QuantizedBase | StackedBase):
+        return _recomputed(_product, base, x, formed)
     y = base(x)  # its dtype under autocast is the package's choice
-    return y + _recomputed(base, x, formed).to(y.dtype)
+    return y + _recomputed(_difference, base, x, formed).to(y.dtype)
 
 
-def _recomputed(base: BaseLayer, x: Tensor, formed: Callable[[Tensor], Tensor]) -> Tensor:
+def _recomputed(product: Callable[..., Tensor], *inputs: Any) -> Tensor:
     if not torch.is_grad_enabled():
-        return _product(base, x, formed)
-    y: Any = checkpoint(_product, base, x, formed, use_reentrant=False, preserve_rng_state=False)
-    return cast(Tensor, y)
+        return product(*inputs)
+    return cast(Tensor, checkpoint(product, *inputs, use_reentrant=False, preserve_rng_state=False))
 
 
 def _product(base: BaseLayer, x: Tensor, formed: Callable[[Tensor], Tensor]) -> Tensor:
     with torch.autocast(base.device.type, enabled=False):
+        weight = formed(base.weight(base.adapter_dtype)).to(base.dtype)
+    return base.apply(x, weight, base.bias)
+
+
+def _difference(base: BaseLayer, x: Tensor, formed: Callable[[Tensor], Tensor]) -> Tensor:
+    with torch.autocast(base.device.type, enabled=False):
         weight = base.weight(base.adapter_dtype)
-        if isinstance(base, QuantizedBase):
-            return base.apply(x, (formed(weight) - weight).to(x.dtype))
-        changed = formed(weight).to(base.dtype)
-    return base.apply(x, changed, base.bias)
+        change = (formed(weight) - weight).to(factor_dtype(base, x))
+    return base.apply(x, change)
