@@ -37,8 +37,9 @@ def nuclear_norm(matrix: Tensor) -> Tensor:
     """Sum of singular values of (*lead, m, n), over all matrices; the gradient is U V^T of those that are not zero."""
     U, S, Vh = torch.linalg.svd(matrix.detach(), full_matrices=False)
     rounding = torch.finfo(S.dtype).eps * max(matrix.shape[-2:]) * S.amax(-1, keepdim=True)
-    G = (U * (S > rounding).unsqueeze(-2)) @ Vh
-    return (G * matrix).sum()
+    G = (U * (rounding < S).unsqueeze(-2)) @ Vh
+    norm: Tensor = (G * matrix).sum()
+    return norm
 
 
 class SaRAAdapter(Adapter):

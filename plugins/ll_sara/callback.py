@@ -17,7 +17,7 @@ from lora_lightning.optim.state import clear
 
 
 class Reselection(ScheduleCallback):
-    """After one optimizer step, chooses again among the entries that train, and clears what the optimizer knows of them.
+    """After one optimizer step, chooses again among the entries that train; the optimizer begins anew with them.
 
     Args:
         moment: up to 1 a fraction of the run's optimizer steps, from 2 on a step number.
@@ -40,7 +40,7 @@ class Reselection(ScheduleCallback):
         """Adapters that train entries of a weight."""
         return isinstance(adapter, SaRAAdapter)
 
-    def check_run(self, total: int | None, others: Sequence[Callback]) -> None:  # noqa: ARG002
+    def check_run(self, total: int | None, others: Sequence[Callback]) -> None:
         """Refuse a moment at the end of the run or after it."""
         step = resolve_step(self.moment, total, "SaRA.reselect")
         if step < 1 or (total is not None and step >= total):
