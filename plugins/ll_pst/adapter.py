@@ -30,20 +30,8 @@ from torch import Tensor, nn
 from lora_lightning.adapters.base import Adapter, FactorPair, check_rank, write_zeros
 from lora_lightning.adapters.from_weight import forward_from_weight
 from lora_lightning.adapters.layers.base import BaseLayer, plus_product
+from lora_lightning.adapters.weight_entries import kept_mask
 from lora_lightning.adapters.weighted import write_normal
-
-
-def kept_mask(scores: Tensor, removed: Tensor) -> Tensor:
-    """True but for the `removed` entries of least score of each matrix (*lead, d_out, d_in); of equal ones the first.
-
-    Args:
-        scores: any numbers.
-        removed: a whole number, as a tensor of shape (), so that it can change in a compiled step.
-    """
-    flat = scores.flatten(-2)
-    order = flat.argsort(dim=-1, stable=True)
-    places = torch.arange(flat.shape[-1], device=flat.device).expand_as(order)
-    return (torch.empty_like(order).scatter_(-1, order, places) >= removed).view(scores.shape)
 
 
 class PSTAdapter(Adapter):
@@ -53,9 +41,7 @@ class PSTAdapter(Adapter):
         base: the layer.
         rank: inner width of the update.
         score_rank: inner width of the low-rank part of the scores.
-        scaling: beta.
-        score_scaling: a1, of the low-rank part of the scores.
-        line_scaling: a2, of what the scores have by row and by column.
+        scalings: beta; a1, of the low-rank part of the scores; a2, of what they have by row and by column.
 
     Raises:
         SettingsError: a rank above the layer's size.
@@ -63,20 +49,11 @@ class PSTAdapter(Adapter):
 
     removed: Tensor
 
-    def __init__(
-        self,
-        base: BaseLayer,
-        rank: int,
-        score_rank: int,
-        *,
-        scaling: float,
-        score_scaling: float,
-        line_scaling: float,
-    ) -> None:
+    def __init__(self, base: BaseLayer, rank: int, score_rank: int, scalings: tuple[float, float, float]) -> None:
         super().__init__()
         check_rank(base, rank)
         check_rank(base, score_rank, "score_rank")
-        self.scaling, self.score_scaling, self.line_scaling = scaling, score_scaling, line_scaling
+        self.scaling, self.score_scaling, self.line_scaling = scalings
         self.lora_A = nn.Parameter(base.zeros(rank, base.d_in))
         self.lora_B = nn.Parameter(base.zeros(base.d_out, rank))
         self.score_A = nn.Parameter(base.zeros(score_rank, base.d_in))
@@ -100,10 +77,8 @@ class PSTAdapter(Adapter):
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """M * What."""
-        U, V, A, B, R, C = (
-            p.to(weight.dtype)
-            for p in (self.lora_B, self.lora_A, self.score_B, self.score_A, self.score_rows, self.score_columns)
-        )
+        own = self.lora_B, self.lora_A, self.score_B, self.score_A, self.score_rows, self.score_columns
+        U, V, A, B, R, C = (p.to(weight.dtype) for p in own)
         changed = plus_product(weight, U, V, self.scaling)
         scores = plus_product(changed.abs(), A, B, self.score_scaling)
         scores = scores + self.line_scaling * (R[..., :, None] + C[..., None, :])
@@ -117,10 +92,8 @@ class PSTAdapter(Adapter):
 
     def factor_pairs(self) -> tuple[FactorPair, ...]:
         """Of the update and of the scores."""
-        return (
-            FactorPair("update", self.lora_A, self.lora_B, self.scaling),
-            FactorPair("scores", self.score_A, self.score_B, self.score_scaling),
-        )
+        update = FactorPair("update", self.lora_A, self.lora_B, self.scaling)
+        return update, FactorPair("scores", self.score_A, self.score_B, self.score_scaling)
 
     def extra_repr(self) -> str:
         """Ranks and what is zero now for `print(model)`."""

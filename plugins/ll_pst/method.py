@@ -74,8 +74,8 @@ class PST(Method):
         """The pruned weight of one layer."""
         from ll_pst.adapter import PSTAdapter
 
-        scalings = {name: getattr(self, name) for name in ("scaling", "score_scaling", "line_scaling")}
-        return PSTAdapter(base, self.rank, self.score_rank, **scalings)
+        scalings = self.scaling, self.score_scaling, self.line_scaling
+        return PSTAdapter(base, self.rank, self.score_rank, scalings)
 
     def param_groups(self, adapters: Adapters) -> dict[str, GroupSpec]:
         """Sides of both products and the rest, all without weight decay."""

@@ -7,8 +7,8 @@ from typing import ClassVar, cast
 
 from lightning.pytorch.callbacks import Callback
 
-from ll_sara.adapter import SaRAAdapter
 from lora_lightning.adapters.base import Adapter
+from lora_lightning.adapters.weight_entries import EntriesAdapter
 from lora_lightning.callbacks.schedule import ScheduleCallback
 from lora_lightning.callbacks.step_counting import MASKS, resolve_step
 from lora_lightning.distributed import gather
@@ -38,7 +38,7 @@ class Reselection(ScheduleCallback):
 
     def accepts(self, adapter: Adapter) -> bool:
         """Adapters that train entries of a weight."""
-        return isinstance(adapter, SaRAAdapter)
+        return isinstance(adapter, EntriesAdapter)
 
     def check_run(self, total: int | None, others: Sequence[Callback]) -> None:
         """Refuse a moment at the end of the run or after it."""
@@ -58,7 +58,7 @@ class Reselection(ScheduleCallback):
         """Choose, where it is time."""
         if step != self._step:
             return
-        own = [cast(SaRAAdapter, adapter) for adapter in adapters.values()]
+        own = [cast(EntriesAdapter, adapter) for adapter in adapters.values()]
         for adapter, values in zip(own, gather([adapter.values for adapter in own]), strict=True):
             adapter.select_again(values)
         for optimizer in self.trainer.optimizers:
@@ -66,7 +66,7 @@ class Reselection(ScheduleCallback):
         self._count(adapters)
 
     def _count(self, adapters: Mapping[str, Adapter]) -> None:
-        masks = [cast(SaRAAdapter, adapter).live for adapter in adapters.values()]
+        masks = [cast(EntriesAdapter, adapter).live for adapter in adapters.values()]
         self._live = sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
     def finished(self, step: int) -> bool:

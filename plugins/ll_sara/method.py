@@ -1,4 +1,4 @@
-"""SaRA: progressive sparse low-rank adaptation. The equations stand in `adapter.py`.
+"""SaRA: progressive sparse low-rank adaptation. The equations stand in `functional.py`.
 
 Hu et al., 2024, arXiv:2409.06633.
 """
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
     from torch import Tensor, nn
 
-    from ll_sara.adapter import SaRAAdapter
     from lora_lightning.adapters.layers.base import BaseLayer
+    from lora_lightning.adapters.weight_entries import EntriesAdapter
     from lora_lightning.injection.probe import Probe
 
 
@@ -67,18 +67,18 @@ class SaRA(Method):
         check(self.nuclear >= 0, self, "nuclear", "it must be at least 0; the authors take 0.0005.")
         check(self.reselect >= 0, self, "reselect", "it must be at least 0, which never chooses again.")
 
-    def build(self, base: BaseLayer) -> SaRAAdapter:
+    def build(self, base: BaseLayer) -> EntriesAdapter:
         """The trained entries of one layer."""
-        from ll_sara.adapter import SaRAAdapter
+        from lora_lightning.adapters.weight_entries import EntriesAdapter
 
         entries = self.entries
         if not entries and self.density is not None:
             entries = max(1, round(self.density * base.d_out * base.d_in * (base.lead[0] if base.lead else 1)))
-        return SaRAAdapter(base, entries, self.threshold)
+        return EntriesAdapter(base, entries, self.threshold)
 
     def plan(self, model: nn.Module, targets: Mapping[str, BaseLayer], probe: Probe) -> Plan:  # noqa: ARG002
         """The number of entries of each layer below the threshold; a layer without any is left out."""
-        from ll_sara.adapter import number_below
+        from lora_lightning.adapters.weight_entries import number_below
 
         if self.threshold is None or self.entries:
             return {}
@@ -87,12 +87,9 @@ class SaRA(Method):
 
     def penalty(self, adapters: Adapters) -> Tensor | None:
         """The nuclear norms, weighted."""
-        import torch
+        from ll_sara.functional import norms
 
-        if not self.nuclear:
-            return None
-        own = [cast("SaRAAdapter", adapter) for adapter in adapters.values()]
-        return self.nuclear * torch.stack([adapter.penalty().to(own[0].values.device) for adapter in own]).sum()
+        return self.nuclear * norms(adapters.values()) if self.nuclear else None
 
     def callbacks(self) -> Sequence[Callback]:
         """What chooses again; none without a moment."""
@@ -102,6 +99,6 @@ class SaRA(Method):
 
     def report(self, adapters: Adapters) -> dict[str, Any]:
         """Entries of all layers, and how many of them train still."""
-        own = [cast("SaRAAdapter", adapter) for adapter in adapters.values()]
+        own = [cast("EntriesAdapter", adapter) for adapter in adapters.values()]
         live = sum(int(adapter.live.sum()) for adapter in own)
         return {"entries": sum(adapter.live.numel() for adapter in own), "live_entries": live}

@@ -15,7 +15,6 @@ from transformers import BertForSequenceClassification
 import lora_lightning as ll
 from ll_lora import LoRA
 from ll_pst import PST
-from ll_pst.adapter import kept_mask
 from ll_pst.callback import PSTSchedule
 from lora_lightning.adapters.layers.kinds import core_base_layer
 from lora_lightning.errors import NoEffectError, SettingsError
@@ -114,14 +113,6 @@ def test_the_start_is_magnitude_pruning():
     assert adapter.lora_B.detach().std() > 0.4
     assert not adapter.lora_A.any()
     assert not adapter.score_A.any()
-
-
-@pytest.mark.parametrize("removed", [0, 1, 5, 7, 8])
-def test_of_equal_scores_the_first_entries_go(removed):
-    scores = torch.tensor([[3.0, 1.0, 1.0, 2.0], [1.0, 0.0, 3.0, 1.0]])
-    order = [5, 1, 2, 4, 7, 3, 0, 6]
-    kept = kept_mask(scores, torch.tensor(removed)).flatten()
-    assert [i for i in range(8) if not kept[i]] == sorted(order[:removed])
 
 
 def test_nothing_of_the_size_of_the_weight_is_kept_for_backward():

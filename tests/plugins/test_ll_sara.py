@@ -15,8 +15,8 @@ from toy_runs import classification, encoder_folder, labelled_data
 import lora_lightning as ll
 from ll_lora import LoRA
 from ll_sara import SaRA
-from ll_sara.adapter import nuclear_norm
 from ll_sara.callback import Reselection
+from ll_sara.functional import nuclear_norm
 from lora_lightning.adapters.layers.kinds import core_base_layer
 from lora_lightning.errors import NoEffectError, SettingsError, TargetError
 from lora_lightning.injection.inject import inject
@@ -260,8 +260,3 @@ def test_a_threshold_on_a_model_without_values_is_refused():
 def test_settings_outside_their_rules(settings, message):
     with pytest.raises(SettingsError, match=message):
         SaRA(**settings)
-
-
-def test_more_entries_than_the_layer_has():
-    with pytest.raises(SettingsError, match=r"31 of the layer's 30 entries would train"):
-        SaRA(entries=31).build(core_base_layer(nn.Linear(6, 5)))

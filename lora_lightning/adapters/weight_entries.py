@@ -1,22 +1,14 @@
-"""SaRAAdapter: some entries of one layer's weight, by their places.
+"""Single entries of a frozen weight: which are smallest, and an adapter of them, by their places.
 
-Hu et al., 2024, arXiv:2409.06633.
+W' = W outside the places and p on them
 
-    M = |P0| < theta,   P = P0 outside M and p on M,   y = P x + b
-    loss + lambda sum_l |P_l * M_l|_*,   subgradient (U V^T) * M of the singular vectors of P_l * M_l
-    once on the way:   M <- M * (|P| < theta); what leaves M keeps its value
-
-    paper  here      shape
-    P0     weight    (d_out, d_in)   frozen
-    M      indices   (n,)            places in the flattened weight, ascending; their number is fixed
-    p      values    (n,)            trained, start at P0
-    -      origin    (n,)            P0 on M, so that P0 + (p - origin) is exact at the start
-    -      live      (n,)            False where an entry has left M
-    -      held      (n,)            the value that it keeps
-    theta  limit     ()
-
-Departs from the paper: tensors keep their size when M shrinks. Weights of adapted layers alone have entries; norms and
-biases have none. Convolutions, embeddings and stacked experts (one matrix) work alike.
+W      weight    (*lead, d_out, d_in)   frozen
+-      indices   (n,)   places in the flattened weight, ascending; their number is fixed
+p      values    (n,)   trained, start at W there
+-      origin    (n,)   W on the places, so that W + (p - origin) is exact at the start
+-      live      (n,)   False where an entry has stopped training
+-      held      (n,)   the value that it keeps
+-      limit     ()     size that an entry which is chosen again must be below
 """
 
 from __future__ import annotations
@@ -29,26 +21,29 @@ from torch import Tensor, nn
 from lora_lightning.adapters.base import Adapter, write_values
 from lora_lightning.adapters.from_weight import forward_from_weight
 from lora_lightning.adapters.layers.base import BaseLayer
-from lora_lightning.distributed import whole
 from lora_lightning.errors import SettingsError
 
 
-def nuclear_norm(matrix: Tensor) -> Tensor:
-    """Sum of singular values of (*lead, m, n), over all matrices; the gradient is U V^T of those that are not zero."""
-    U, S, Vh = torch.linalg.svd(matrix.detach(), full_matrices=False)
-    rounding = torch.finfo(S.dtype).eps * max(matrix.shape[-2:]) * S.amax(-1, keepdim=True)
-    G = (U * (rounding < S).unsqueeze(-2)) @ Vh
-    norm: Tensor = (G * matrix).sum()
-    return norm
+def kept_mask(scores: Tensor, removed: Tensor) -> Tensor:
+    """True but for the `removed` entries of least score of each matrix (*lead, d_out, d_in); of equal ones the first.
+
+    Args:
+        scores: any numbers.
+        removed: a whole number, as a tensor of shape (), so that it can change in a compiled step.
+    """
+    flat = scores.flatten(-2)
+    order = flat.argsort(dim=-1, stable=True)
+    places = torch.arange(flat.shape[-1], device=flat.device).expand_as(order)
+    return (torch.empty_like(order).scatter_(-1, order, places) >= removed).view(scores.shape)
 
 
-class SaRAAdapter(Adapter):
-    """The trained entries of one layer.
+class EntriesAdapter(Adapter):
+    """Trains some entries of one layer's weight.
 
     Args:
         base: the layer; its entries of least size are taken.
         entries: how many; 0 for those below `threshold`.
-        threshold: theta; None for the size of the first entry that is not taken.
+        threshold: None for the size of the first entry that is not taken.
 
     Raises:
         SettingsError: no entry is below the threshold, or the weight has no values yet.
@@ -101,20 +96,15 @@ class SaRAAdapter(Adapter):
         return entries.new_zeros(math.prod(self.shape)).index_add(0, self.indices, entries).view(self.shape)
 
     def merged_weight(self, weight: Tensor) -> Tensor:
-        """P; entries outside M are those of the weight bit for bit."""
+        """The weight with the values in their places; all others are those of the weight bit for bit."""
         return weight + self.placed((self.current(self.values) - self.origin).to(weight.dtype))
 
     def forward(self, x: Tensor, base: BaseLayer) -> Tensor:
         """The layer with that weight, which is formed again in backward."""
         return forward_from_weight(base, x, self.merged_weight)
 
-    def penalty(self) -> Tensor:
-        """|P * M|_* of the entries that train."""
-        values = whole(self.values)
-        return nuclear_norm(self.placed(torch.where(self.live, values, 0.0)))
-
     def select_again(self, values: Tensor) -> None:
-        """Leave only those of the entries that train whose size is below theta still; the others keep their value."""
+        """Leave only those of the entries that train whose size is below `limit` still; the others keep their value."""
         now = self.current(values.detach())
         self.held.copy_(now)
         self.live.logical_and_(now.abs() < self.limit)
