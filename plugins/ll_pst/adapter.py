@@ -90,12 +90,15 @@ class PSTAdapter(Adapter):
         """The layer with that weight, which is formed again in backward."""
         return forward_from_weight(base, x, self.merged_weight)
 
+    def idle(self) -> frozenset[str]:
+        """What starts at N(0, 1): beside a factor at zero its first changes are below rounding at usual rates."""
+        return frozenset(("lora_B", "score_B"))
+
     def factor_pairs(self) -> tuple[FactorPair, ...]:
         """Of the update and of the scores."""
         update = FactorPair("update", self.lora_A, self.lora_B, self.scaling)
         return update, FactorPair("scores", self.score_A, self.score_B, self.score_scaling)
 
     def extra_repr(self) -> str:
-        """Ranks and what is zero now for `print(model)`."""
-        ranks = f"rank={self.lora_A.shape[-2]}, score_rank={self.score_A.shape[-2]}"
-        return f"{ranks}, {int(self.removed)} of {self.entries} entries zero"
+        """Rank and what is zero now for `print(model)`."""
+        return f"rank={self.lora_A.shape[-2]}, {int(self.removed)} of {self.entries} entries zero"
