@@ -43,6 +43,7 @@ from ll_dora import DoRA
 from ll_lora import LoRA
 from ll_lorasc import LoRASC
 from ll_lorasc.optim import SlowFast
+from ll_lors import LoRS
 from ll_mora import MoRA
 from ll_multilora import MultiLoRA
 from ll_neat import NEAT
@@ -52,9 +53,11 @@ from ll_optimizers.plus import LoRAPlus
 from ll_optimizers.pro import LoRAPro
 from ll_optimizers.riemannian import RiemannianAdamW, RiemannianSGD
 from ll_optimizers.rite import LoRARITE
+from ll_pst import PST
 from ll_reslora import ResLoRA, ResLoRAInputs
 from ll_riemannian_moe import MoELoRA
 from ll_rose import RoseLoRA
+from ll_sara import SaRA
 from ll_sbora import SBoRA
 from ll_sora import SoRA
 from ll_weight_change.callback import WeightDecomposition
@@ -209,6 +212,9 @@ CASES: dict[str, Case] = {
         trainer={"accumulate_grad_batches": 2, "max_steps": 4},
         reads_base=True,
     ),
+    "LoRS": Case(LoRS(rank=3), model="decoder", module={"targets": "all-linear"}),
+    "PST": Case(PST(rank=2, score_rank=2, sparsity=0.5, start=2, end=5)),
+    "SaRA": Case(SaRA(threshold=0.01, nuclear=1e-4, reselect=4)),
     "MoELoRA": Case(MoELoRA(rank=2, experts=4, top_k=2, balance_loss=0.1, z_loss=0.01), adamw, apart=True),
     "LoRASC, logs": Case(
         LoRASC(inner=LoRA(rank=1), noise=0.0, stage_steps=2, blend=0.5), model="decoder", reads_base=True

@@ -22,6 +22,7 @@ SMALL: dict[str, Any] = {
     "svd_rank": 1,
     "every_n_steps": 1,
     "stage_steps": 2,
+    "threshold": 0.03,  # toy weights are few
     "gains": {},  # of blocks, in place of data to learn them from
 }
 WRAPPED = "LoRA"

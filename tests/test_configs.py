@@ -196,8 +196,16 @@ SMALLER = {
         "--model.method.calibration_batches=24",
         "--model.method.pooling=mean",
     ],
+    "recipes/lors_sparse_llama": ["--model.method.rank=2", "--model.method.init.batches=2"],
     "recipes/lorasc_instructions": ["--model.method.inner.init_args.rank=2", "--model.method.stage_steps=4"],
     "recipes/prilora_glue": ["--model.method.every_n_steps=2"],
+    "recipes/pst_mnli": [
+        "--model.method.rank=2",
+        "--model.method.score_rank=2",
+        "--model.method.start=2",
+        "--model.method.end=6",
+    ],
+    "recipes/sara_instructions": ["--model.method.threshold=0.01"],
     "recipes/mora_math": ["--model.method.rank=2"],
     "recipes/neat_glue": ["--model.method.rank=2"],
     "recipes/multilora_llama": ["--model.method.rank=2"],
@@ -221,7 +229,7 @@ SMALLER = {
 }
 
 
-CLASSIFIES = ("adalora_mnli", "gelora_glue", "neat_glue", "prilora_glue", "sora_glue")
+CLASSIFIES = ("adalora_mnli", "gelora_glue", "neat_glue", "prilora_glue", "pst_mnli", "sora_glue")
 
 
 def tiny_data(name, folder):

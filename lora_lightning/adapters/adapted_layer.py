@@ -294,13 +294,24 @@ class AdaptedLayer(nn.Module):
         """Put noise on the weight, or take it off; `values` are its numbers, where they have been drawn ahead.
 
         Raises:
-            AdapterStateError: the layer is merged, another module shares the weight, or it is quantized.
+            AdapterStateError: the layer is merged, another module shares the weight, or it is quantized; or an active
+                adapter reads which weights are zero.
         """
         if noise is not None:
             self.merging.check_unmerged()
             self.base_weight.check_rewritable(self.tied_to, "noise")
+            self._check_zeros()
         self.base_weight.noise = noise
         self.rewrite(values)
+
+    def _check_zeros(self) -> None:
+        for name in self._active:
+            adapter = self.adapter(name)
+            if adapter.keeps_zeros:
+                raise AdapterStateError(
+                    f'adapter "{name}" ({type(adapter).__name__}) keeps the zeros of the weight, which noise would '
+                    "fill; train it without noise (noise=0)."
+                )
 
     def follow_sharding(self) -> None:
         """Lay out what goes with the weight as the weight has just been cut up: originals and dense updates."""

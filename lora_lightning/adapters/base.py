@@ -149,6 +149,7 @@ class Adapter(nn.Module, ABC):
             what one reads of the base weight is that of `base.beneath`. It then answers `merged_onto`.
         mergeable: False where the update depends on the input, so that no merged weight exists; equal to the settings
             class's `mergeable`.
+        keeps_zeros: True where weights that are zero stay so, which noise on the weight would fill: it is refused then.
         in_half: True where the tensors may be cast to half precision with the model; small updates are then lost.
             False keeps them in float32 when `model.half()` or `model.to(torch.bfloat16)` is called.
         rank_mask: bool buffer (rank,), multiplied into the rank components; None where components cannot be removed.
@@ -163,6 +164,7 @@ class Adapter(nn.Module, ABC):
     additive: bool = False
     stacks: bool = False
     mergeable: bool = True
+    keeps_zeros: bool = False
     in_half: bool = False
     rank_mask: Tensor | None
     linked: Mapping[str, Linked] = MappingProxyType({})

@@ -238,6 +238,10 @@ class BaseAround(BaseLayer):
     def _store(self, weight: Tensor) -> Tensor:
         return self.wrapped._store(weight)
 
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """As of the layer, without what is around it."""
+        return self.wrapped.apply(x, weight, bias)
+
     def per_output(self, values: Tensor) -> Tensor:
         """As of the layer."""
         return self.wrapped.per_output(values)
