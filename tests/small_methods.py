@@ -22,6 +22,7 @@ SMALL: dict[str, Any] = {
     "svd_rank": 1,
     "every_n_steps": 1,
     "stage_steps": 2,
+    "active_layers": None,  # toy models have fewer than the default
     "gains": {},  # of blocks, in place of data to learn them from
 }
 WRAPPED = "LoRA"
