@@ -22,7 +22,7 @@ from lora_lightning.adapters.layers.kinds import core_base_layer
 from lora_lightning.adapters.layers.quantized import QuantizedBase
 from lora_lightning.callbacks.noise import WRITES_NOISE, NoiseInjection, StageNoise, is_zero
 from lora_lightning.callbacks.schedule import ScheduleCallback
-from lora_lightning.callbacks.step_counting import MASKS, STAGE_ENDS, adapted_layer, injected_path
+from lora_lightning.callbacks.step_counting import MASKS, STAGE_ENDS, adapted_layers, injected_path
 from lora_lightning.errors import SettingsError, check
 from lora_lightning.injection.plan import built
 from lora_lightning.methods import Method
@@ -72,6 +72,7 @@ class Cascade(CascadeSettings, ScheduleCallback):
         self.stage = 0
         """Stages folded so far."""
         self._folded_at = 0
+        self._layers: dict[str, tuple[AdaptedLayer, str, int]] = {}
         self._lost: dict[str, float] = {}
         self._log_error = 0.0
         self._noise = StageNoise(self.noise)
@@ -126,7 +127,8 @@ class Cascade(CascadeSettings, ScheduleCallback):
         stages = math.ceil(total / self.length) if total is not None else None
         if self.blend < 1 and stages == 1:
             log.warning("Cascade: one stage only; blend=%g shrinks its update by that.", self.blend)
-        layers = [adapted_layer(self.module, path)[:2] for path in adapters]
+        self._layers = adapted_layers(self.module, adapters)
+        layers = [self._layers[path][:2] for path in adapters]
         if not self.resumed:
             self._start_anew([cast(FoldedUpdate, layer.shifts[name]) for layer, name in layers if name in layer.shifts])
         for (path, adapter), (layer, name) in zip(adapters.items(), layers, strict=True):
@@ -228,7 +230,7 @@ class Cascade(CascadeSettings, ScheduleCallback):
         most = len(paths)
         rule = f"{most} layers are adapted, so it must be at most {most}, or null for all."
         check(self.active_layers <= most, self, "active_layers", rule)
-        seed = adapted_layer(self.module, paths[0])[2] if self.seed is None else self.seed
+        seed = self._layers[paths[0]][2] if self.seed is None else self.seed
         order = torch.randperm(most, generator=generator(seed, "layers", stage, ""))
         return frozenset(paths[i] for i in order[: self.active_layers].tolist())
 
@@ -247,7 +249,7 @@ class Cascade(CascadeSettings, ScheduleCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Put the noise of a stage on with its first batch, so that validation between stages sees none."""
         if self.noise and not self._noise.placed:
-            layers = {path: adapted_layer(pl_module, path) for path in self._adapters}
+            layers = self._layers
             # asked first: the original is then still where the layer is
             fresh = [path for path, (layer, name, _) in layers.items() if is_zero(self._adapters[path], layer, name)]
             self._noise.place(pl_module, self._adapters, self.stage, self.seed)
@@ -255,7 +257,7 @@ class Cascade(CascadeSettings, ScheduleCallback):
                 self._restart(path, self._adapters[path])
 
     def _restart(self, path: str, adapter: Adapter) -> None:
-        own = adapted_layer(self.module, path)[2]
+        own = self._layers[path][2]
         if self.stage == 0:  # as `inject` started it
             adapter.reset(generator(own, "init", 0, injected_path(self.module, path)))
         else:
@@ -275,7 +277,7 @@ class Cascade(CascadeSettings, ScheduleCallback):
         weight = self.blend * self.blend_decay**self.stage
         holds_noise: set[str] = set()
         for path in active:
-            layer, name, _ = adapted_layer(self.module, path)
+            layer, name, _ = self._layers[path]
             place = path.rpartition(".adapters.")[0]
             layer.fold(name, weight, self.rule, keep_noise=self._persists() and place not in holds_noise)
             holds_noise.add(place)
@@ -305,7 +307,7 @@ class Cascade(CascadeSettings, ScheduleCallback):
         clear_copies(optimizer, adapter.parameters())
         if self.moments == "keep":
             return
-        seed = adapted_layer(self.module, path)[2] if self.seed is None else self.seed
+        seed = self._layers[path][2] if self.seed is None else self.seed
         for name, parameter in adapter.named_parameters():
             draw = partial(_drawn, seed, self.stage, f"{path}.{name}")
             prune(optimizer, parameter, self.pruned_fraction, self.pruned_by, self.pruned_apart, draw)
