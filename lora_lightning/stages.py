@@ -36,9 +36,8 @@ class CascadeFields:
     """How updates become the slow one: "outer_step" adds the blend of each update once, "figure_ema" keeps a moving
     average of updates and adds that at every stage."""
     remainder: Literal["restart", "shrink", "shrink_each"] = "restart"
-    """What becomes of an adapter whose update was folded: "restart" begins it again at zero. With blend m below 1,
-    "shrink" keeps 1 - m of the update (each factor times sqrt(1 - m)), so that the function stays as it is;
-    "shrink_each" takes each factor times 1 - m, and the function jumps by m (1 - m) of the update."""
+    """What becomes of a folded adapter: "restart" begins at zero. Of blend m, "shrink" takes sqrt(1 - m) times each
+    factor, which keeps the function; "shrink_each" 1 - m times, and it jumps."""
     noise: float = 0.0
     """Noise on the frozen weights, relative to their standard deviation, drawn anew each stage; 0 for none. Try 0 to
     0.15."""
@@ -49,31 +48,26 @@ class CascadeFields:
     stage_steps: int | None = None
     """Optimizer steps of a stage, instead; instruction sets run for few epochs."""
     stage_ranks: list[int] | None = None
-    """Rank components that train in each stage, the last number in all that follow; masks them, and leaves the scaling
-    as it is. Null for all."""
+    """Rank components that train in each stage, the last number in all that follow, by a mask; null for all."""
     active_layers: int | None = None
-    """Layers that train in a stage, drawn at random for each; the others rest at zero. Null for all."""
+    """Layers that train in a stage, drawn for each; the others rest at zero. Null for all."""
     moments: Literal["reset", "keep", "prune"] = "reset"
-    """Whether the optimizer forgets, keeps, or thins out its state of an adapter whose stage has ended. Copies of old
-    values, such as slow weights, it forgets in any case."""
+    """Whether the optimizer forgets, keeps or thins out its state at a stage's end; slow weights go in any case."""
     pruned_fraction: float = 0.999
-    """For moments "prune": fraction of the entries that become zero. Counts of steps go on."""
+    """For moments "prune": fraction of the entries that become zero."""
     pruned_by: Literal["random", "magnitude"] = "random"
     """For moments "prune": which entries become zero, drawn ones or the smallest."""
     pruned_apart: bool = False
-    """For moments "prune": whether each moment has a mask of its own. An entry that loses its second moment alone may
-    move by its rate over the optimizer's eps."""
+    """For moments "prune": whether each moment has its own mask, which may move an entry far."""
     lr: Literal["continue", "rewarm", "restart", "jagged"] = "continue"
-    """Learning rate over stages: one schedule for the run, the same with a short rise at each stage, one a stage, or
-    the one of the run with a line from zero back to it at each stage. All but the first need AdapterModule's
-    schedule."""
+    """Learning rate over stages: one schedule for the run, with a short rise at each stage, one a stage, or that of the
+    run with a line from zero back to it. All but the first need AdapterModule's schedule."""
     rewarm_steps: int = 20
     """Steps of that rise, which begins at a tenth of the rate ("jagged": at zero); 20 to 50 are common."""
     lr_floor: float = 0.0
     """For lr "jagged": fraction of the rate that the schedule decays to."""
     log_rank: int | None = None
-    """Largest rank of what is folded as factors: beyond it they are cut to the best ones of that rank, and the error
-    is logged. Null for no bound."""
+    """Largest rank of folded factors, which are cut to the best of it, with the error logged; null for none."""
 
     def __post_init__(self) -> None:
         check_cascade(self)
