@@ -374,51 +374,6 @@ def check_sparsity(owner: Any) -> None:
     check(owner.clamp is None or owner.clamp > 0, owner, "clamp", "it must be above 0, or null for no clamp.")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class CascadeFields:
-    """Settings of training in stages, each of which is folded into the weights before the next."""
-
-    former_fields: ClassVar[Mapping[str, str]] = {"share": "blend"}
-
-    blend: float = 1.0
-    """Weight of the newest update in the blend, in (0, 1]; 1 with noise 0 is the plain cascade. Try 0.3 to 1."""
-    rule: Literal["outer_step", "figure_ema"] = "outer_step"
-    """How updates become the slow one: "outer_step" adds the blend of each update once, "figure_ema" keeps a moving
-    average of updates and adds that at every stage."""
-    noise: float = 0.0
-    """Noise on the frozen weights, relative to their standard deviation, drawn anew each stage; 0 for none. Try 0 to
-    0.15."""
-    noise_mode: Literal["restore", "persist"] = "restore"
-    """Whether a stage's noise is taken off at its end, or folded in with the update, as NoisyTune leaves it."""
-    stage_epochs: int | None = None
-    """Epochs of a stage; null for one, unless stage_steps is given."""
-    stage_steps: int | None = None
-    """Optimizer steps of a stage, instead; instruction sets run for few epochs."""
-    lr: Literal["continue", "rewarm", "restart"] = "continue"
-    """Learning rate over stages: one schedule for the run, the same with a short rise at each stage, or one a stage.
-    The last two need AdapterModule's schedule."""
-    rewarm_steps: int = 20
-    """Steps of that rise, which begins at a tenth of the rate; 20 to 50 are common."""
-
-    def __post_init__(self) -> None:
-        check_cascade(self)
-
-
-def check_cascade(owner: Any) -> None:
-    """Raise `SettingsError` for a setting outside its rule; `owner` has `CascadeFields`."""
-    check_choices(owner, CascadeFields)
-    for field in ("stage_epochs", "stage_steps"):
-        value = getattr(owner, field)
-        whole = value is None or (type(value) is int and value >= 1)
-        check(whole, owner, field, "it must be a whole number of at least 1, or null.")
-    both = owner.stage_epochs is not None and owner.stage_steps is not None
-    check(not both, owner, "stage_steps", f"stage_epochs is {owner.stage_epochs} too; give one of them.")
-    check(owner.stage_steps != 1, owner, "stage_steps", "it must be at least 2: a stage's first step moves one factor.")
-    check(0 < owner.blend <= 1, owner, "blend", "it must lie in (0, 1]. Weight of the newest update; 0.5 is usual.")
-    check(owner.noise >= 0, owner, "noise", "it must be at least 0. Relative to the weight's deviation; 0.1 is usual.")
-    check(owner.rewarm_steps >= 1, owner, "rewarm_steps", "it must be at least 1; 20 to 50 are common.")
-
-
 def check_choices(owner: Any, group: type[Any]) -> None:
     """Raise `SettingsError` where a field of `group` has a value that its `Literal` does not list."""
     hints = typing.get_type_hints(group)

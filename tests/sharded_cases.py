@@ -39,6 +39,7 @@ from transformers import BertForSequenceClassification
 from ll_adalora import AdaLoRA
 from ll_beamlora import BeamLoRA
 from ll_ce_lora import CELoRA
+from ll_cola import COLA
 from ll_dora import DoRA
 from ll_lora import LoRA
 from ll_lorasc import LoRASC
@@ -53,7 +54,10 @@ from ll_optimizers.plus import LoRAPlus
 from ll_optimizers.pro import LoRAPro
 from ll_optimizers.riemannian import RiemannianAdamW, RiemannianSGD
 from ll_optimizers.rite import LoRARITE
+from ll_periodic_lora import PeriodicLoRA
 from ll_pst import PST
+from ll_rac_lora import RACLoRA
+from ll_relora import ReLoRA
 from ll_reslora import ResLoRA, ResLoRAInputs
 from ll_riemannian_moe import MoELoRA
 from ll_rose import RoseLoRA
@@ -61,6 +65,7 @@ from ll_sara import SaRA
 from ll_sbora import SBoRA
 from ll_sora import SoRA
 from ll_weight_change.callback import WeightDecomposition
+from ll_xgblora import XGBLoRA
 from lora_lightning.callbacks.best import KeepBest
 from lora_lightning.callbacks.cascade import Cascade
 from lora_lightning.callbacks.inject import InjectAdapters
@@ -221,6 +226,32 @@ CASES: dict[str, Case] = {
     ),
     "LoRASC, dense, noise persists": Case(
         LoRASC(inner=LoRA(rank=3), noise=0.1, noise_mode="persist", stage_steps=4, rule="outer_step"),
+        model="decoder",
+        reads_base=True,
+    ),
+    "ReLoRA": Case(
+        ReLoRA(inner=LoRA(rank=1), stage_steps=2, rewarm_steps=1, pruned_fraction=0.5),
+        adamw,
+        model="decoder",
+        reads_base=True,
+    ),
+    "COLA, later stages of lower rank": Case(
+        COLA(inner=LoRA(rank=3), stage_steps=2, stage_ranks=[3, 1], moments="prune", pruned_by="magnitude"),
+        adamw,
+        model="decoder",
+        reads_base=True,
+    ),
+    "PeriodicLoRA, window of 2": Case(
+        PeriodicLoRA(inner=LoRA(rank=3), blend=0.3, stage_steps=2, pruned_fraction=0.5),
+        adamw,
+        model="decoder",
+        trainer={"accumulate_grad_batches": 2, "max_steps": 4},
+        reads_base=True,
+    ),
+    "RACLoRA": Case(RACLoRA(inner=LoRA(rank=1), stage_steps=2), adamw, model="decoder", reads_base=True),
+    "XGBLoRA, log cut to rank 1": Case(
+        XGBLoRA(inner=LoRA(rank=1), active_layers=3, stage_steps=2, log_rank=1, factor_decay=0.01),
+        adamw,
         model="decoder",
         reads_base=True,
     ),

@@ -23,6 +23,7 @@ SMALL: dict[str, Any] = {
     "every_n_steps": 1,
     "stage_steps": 2,
     "threshold": 0.03,  # toy weights are few
+    "active_layers": None,  # toy models have fewer than the default
     "gains": {},  # of blocks, in place of data to learn them from
 }
 WRAPPED = "LoRA"

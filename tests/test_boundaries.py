@@ -24,7 +24,7 @@ PLUGINS = sorted((ROOT / "plugins").glob("ll_*/**/*.py"))
 ROOMS = (
     ("errors", "version", "seeds", "distributed"),
     ("adapters",),
-    ("start_values", "methods", "hookspecs", "plugin_code", "registry", "plugins"),
+    ("start_values", "methods", "stages", "hookspecs", "plugin_code", "registry", "plugins"),
     ("models",),
     ("injection",),
     ("data",),
@@ -48,6 +48,7 @@ WITHIN_A_LEVEL = {
     ("distributed", "errors"),
     ("seeds", "errors"),
     ("methods", "start_values"),
+    ("stages", "methods"),
     ("hookspecs", "methods"),
     ("hookspecs", "start_values"),
     ("registry", "start_values"),
@@ -63,7 +64,18 @@ WITHIN_A_LEVEL = {
 }
 """Single modules on one level: which imports which."""
 
-LIGHT = {"errors", "version", "start_values", "methods", "hookspecs", "plugin_code", "registry", "plugins", "__init__"}
+LIGHT = {
+    "errors",
+    "version",
+    "start_values",
+    "methods",
+    "stages",
+    "hookspecs",
+    "plugin_code",
+    "registry",
+    "plugins",
+    "__init__",
+}
 """What the light verbs import before torch."""
 
 WITHOUT_LIGHTNING = {room for room in LEVEL if LEVEL[room] < LEVEL["callbacks"]} - {"data"}

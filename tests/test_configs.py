@@ -198,6 +198,15 @@ SMALLER = {
     ],
     "recipes/lors_sparse_llama": ["--model.method.rank=2", "--model.method.init.batches=2"],
     "recipes/lorasc_instructions": ["--model.method.inner.init_args.rank=2", "--model.method.stage_steps=4"],
+    "recipes/relora_text": [
+        "--model.method.inner.init_args.rank=2",
+        "--model.method.stage_steps=4",
+        "--model.method.rewarm_steps=2",
+    ],
+    "recipes/cola_superglue": ["--model.method.inner.init_args.rank=2"],
+    "recipes/periodic_lora_llama": ["--model.method.inner.init_args.rank=2", "--model.method.stage_steps=3"],
+    "recipes/rac_lora_glue": ["--model.method.stage_epochs=1"],
+    "recipes/xgblora_instructions": ["--model.method.active_layers=3", "--model.method.stage_steps=2"],
     "recipes/prilora_glue": ["--model.method.every_n_steps=2"],
     "recipes/pst_mnli": [
         "--model.method.rank=2",
@@ -230,6 +239,7 @@ SMALLER = {
 
 
 CLASSIFIES = ("adalora_mnli", "gelora_glue", "neat_glue", "prilora_glue", "pst_mnli", "sora_glue")
+CLASSIFIES = ("adalora_mnli", "gelora_glue", "neat_glue", "prilora_glue", "rac_lora_glue", "sora_glue")
 
 
 def tiny_data(name, folder):
@@ -237,6 +247,8 @@ def tiny_data(name, folder):
     if name.partition("/")[2] in CLASSIFIES:
         model, rows = encoder_folder(folder / "encoder"), labelled_file(folder / "rows.csv")
         columns = ["--data.text=text", "--data.text_pair=null"]
+    elif name == "recipes/relora_text":
+        model, rows, columns = decoder_folder(folder / "decoder"), labelled_file(folder / "rows.csv"), []
     else:
         model, rows = decoder_folder(folder / "decoder"), completion_file(folder / "pairs.csv")
         columns = ["--data.prompt=prompt", "--data.completion=completion"]

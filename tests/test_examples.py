@@ -134,3 +134,21 @@ def test_knowledge_editing(monkeypatch, capsys, test_data):
         assert found["before"] < 0.3 < found["edit success"]
         assert found["drift"] > 0
         assert found["non-zero"] <= 2300
+
+
+@pytest.mark.slow
+def test_what_a_cascade_keeps(monkeypatch, capsys):
+    """Factors grow by a rank a stage, cut ones stay at two, dense ones are a matrix and the original throughout."""
+    monkeypatch.setattr(sys, "argv", ["measure_cascade.py", "--layers", "5", "--width", "24", "--stages", "4"])
+    found = runpy.run_path(str(EXAMPLES / "measure_cascade.py"))
+    rank, layers, width, stages = 2, 5, 24, 4
+    pair, scales = 4 * rank * 2 * width, 4 * 2 * rank  # bytes of a stage's factors, and of its two rows of weights
+    whole, cut = (found["measure"](layers, width, stages, rank, bound) for bound in (None, 2 * rank))
+    assert whole.bytes == [layers * stage * (pair + scales) for stage in range(1, stages + 1)]
+    assert cut.bytes == [layers * min(stage, 2) * (pair + scales) for stage in range(1, stages + 1)]
+    assert cut.errors[:2] == [0.0, 0.0]
+    assert 0 < cut.errors[2] < cut.errors[3] < 1
+    dense = found["measure"](layers, width, stages, 4 * rank, None)
+    assert dense.bytes == [layers * 2 * 4 * width * width] * stages
+    found["main"]()
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]) == stages + 2

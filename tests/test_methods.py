@@ -16,7 +16,6 @@ from lora_lightning.errors import SettingsError, UnknownMethodError
 from lora_lightning.injection.inject import inject
 from lora_lightning.injection.records import adapters_named
 from lora_lightning.methods import (
-    CascadeFields,
     LowRankFields,
     ScaledLowRankFields,
     SparsityFields,
@@ -27,6 +26,7 @@ from lora_lightning.methods import (
     values_of,
 )
 from lora_lightning.plugins import registry, restore_settings
+from lora_lightning.stages import CascadeFields
 from lora_lightning.testing import TinyMLP
 
 
@@ -121,7 +121,7 @@ def test_scaling_follows_the_rank(rank):
             r"CascadeFields\.rule is 'ema'; it must be \"outer_step\" or \"figure_ema\"",
         ),
         (lambda: CascadeFields(blend=0.0), r"CascadeFields\.blend is 0\.0; it must lie in \(0, 1\]"),
-        (lambda: Cascade(moments="lose"), r"Cascade\.moments is 'lose'; it must be \"reset\" or \"keep\""),
+        (lambda: Cascade(moments="lose"), r"Cascade\.moments is 'lose'; it must be \"reset\" or \"keep\" or \"prune\""),
     ],
 )
 def test_a_group_checks_its_own_rules(make, message):

@@ -154,6 +154,7 @@ class Adapter(nn.Module, ABC):
             False keeps them in float32 when `model.half()` or `model.to(torch.bfloat16)` is called.
         rank_mask: bool buffer (rank,), multiplied into the rank components; None where components cannot be removed.
             An adapter that has one registers it again, and answers `rank_scores`.
+        resting: True while a schedule lets the adapter rest: its tensors then get no gradient, and nothing is amiss.
         linked: modules above the layer that the adapter reads, by its own names for them; `Method.link` sets it.
         peers: adapters of earlier layers whose tensors it reads as its own, nearest first; `Method.link` sets it.
         reads_context: True where it leaves values for later layers or reads those of earlier ones, so that a forward of
@@ -166,6 +167,7 @@ class Adapter(nn.Module, ABC):
     mergeable: bool = True
     keeps_zeros: bool = False
     in_half: bool = False
+    resting: bool = False
     rank_mask: Tensor | None
     linked: Mapping[str, Linked] = MappingProxyType({})
     peers: tuple[Adapter, ...] = ()
@@ -197,6 +199,13 @@ class Adapter(nn.Module, ABC):
 
         What it writes lies in buffers, so that a resumed run and whoever loads the adapter have it.
         """
+
+    def shrink(self, kept: float) -> bool:  # noqa: ARG002 - a question with a default answer
+        """Multiply the update by `kept`, in [0, 1], by values written in place, as evenly as its trained factors allow.
+
+        False where no values do so, and nothing is then done.
+        """
+        return False
 
     def merged_bias(self, bias: Tensor | None) -> Tensor | None:
         """Bias of the plain layer that computes the same, (d_out,)."""

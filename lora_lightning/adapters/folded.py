@@ -60,6 +60,25 @@ class FactoredUpdate(nn.Module):
         """S = 0; D stays."""
         self.slow_weight.zero_()
 
+    def compress(self, rank: int) -> tuple[float, float]:
+        """Cut D to the nearest update of this rank, in place, and S to zero; nothing where it has no more columns.
+
+        Returns:
+            Frobenius norms of what is lost, and of D before.
+        """
+        if len(self.log_weight) <= rank:
+            return 0.0, 0.0
+        A, B = (factor.double() for factor in self.low_rank())
+        Q_B, R_B = torch.linalg.qr(B)
+        Q_A, R_A = torch.linalg.qr(A.mT)
+        U, sizes, V = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+        root, dtype = sizes[..., :rank].sqrt(), self.log_A.dtype
+        # laid out as they will be when they are loaded, so that a resumed run rounds alike
+        self.log_A = (root[..., :, None] * (Q_A @ V[..., :rank, :].mT).mT).to(dtype).contiguous()
+        self.log_B = ((Q_B @ U[..., :rank]) * root[..., None, :]).to(dtype).contiguous()
+        self.log_weight, self.slow_weight = (self.log_weight.new_full((root.shape[-1],), c) for c in (1.0, 0.0))
+        return float(torch.linalg.vector_norm(sizes[..., rank:])), float(torch.linalg.vector_norm(sizes))
+
     def forward(self, x: Tensor, base: BaseLayer) -> Tensor:
         """base(x) + D x."""
         if not len(self.log_weight):  # nothing folded yet; a convolution cannot have no output channel

@@ -20,6 +20,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 from lora_lightning.adapters.base import EntryMask, write_zeros
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.adapters.pair import PairAdapter, Side, Start
+from lora_lightning.distributed import local
 from lora_lightning.errors import SettingsError
 
 NO_BIAS = {"embedding": "an embedding", "experts": "a stack of experts"}
@@ -229,6 +230,16 @@ class LowRankAdapter(PairAdapter):
     def low_rank(self) -> tuple[Tensor, Tensor]:
         """(A, s B), removed rank components left out."""
         return self.scaled_factors()
+
+    @torch.no_grad()
+    def shrink(self, kept: float) -> bool:
+        """sqrt(kept) times each factor where both train; False where a start is taken off, or a bias trains."""
+        if self.start_A is not None or self.bias_delta is not None:
+            return False
+        trained = [factor for factor in (self.lora_A, self.lora_B) if isinstance(factor, nn.Parameter)]
+        for factor in trained:
+            local(factor).mul_(kept ** (1 / len(trained)))
+        return True
 
     def rank_scores(self) -> Tensor | None:
         """|B_j| |A_j|, the norm of each rank component's product (of stacked experts' together), (rank,)."""

@@ -104,6 +104,19 @@ class PairAdapter(Adapter):
         else:
             self.register_buffer(name, value)
 
+    def freeze_side(self, side: Literal["A", "B"]) -> None:
+        """Make one factor a buffer, which starts at random; the other one trains and starts at zero.
+
+        Raises:
+            SettingsError: there are not two factors that train.
+        """
+        frozen = getattr(self, f"lora_{side}")
+        if not self.rank or not all(isinstance(f, nn.Parameter) for f in (self.lora_A, self.lora_B)):
+            raise SettingsError("there are no two factors that train, of which one could be frozen.")
+        del self._parameters[f"lora_{side}"]
+        self.register_buffer(f"lora_{side}", frozen.detach())
+        self.zero_A = side == "B"
+
     def hold_start(self) -> None:
         """Make room for a start whose product is taken off; `start_at` gives its values.
 

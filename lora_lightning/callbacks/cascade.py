@@ -6,11 +6,14 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from functools import partial
+from typing import Any, ClassVar, cast
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import nn
+from torch.optim import Optimizer
 
 from lora_lightning.adapters.adapted_layer import AdaptedLayer
 from lora_lightning.adapters.base import Adapter
@@ -19,13 +22,14 @@ from lora_lightning.adapters.layers.kinds import core_base_layer
 from lora_lightning.adapters.layers.quantized import QuantizedBase
 from lora_lightning.callbacks.noise import WRITES_NOISE, NoiseInjection, StageNoise, is_zero
 from lora_lightning.callbacks.schedule import ScheduleCallback
-from lora_lightning.callbacks.step_counting import MASKS, STAGE_ENDS, adapted_layer, injected_path
+from lora_lightning.callbacks.step_counting import MASKS, STAGE_ENDS, adapted_layers, injected_path
 from lora_lightning.errors import SettingsError, check
 from lora_lightning.injection.plan import built
-from lora_lightning.methods import CascadeFields, Method, check_cascade, check_choices
-from lora_lightning.optim.state import clear, clear_copies
+from lora_lightning.methods import Method
+from lora_lightning.optim.state import clear, clear_copies, prune
 from lora_lightning.optim.warmup import StageEnds, WarmUp
 from lora_lightning.seeds import generator
+from lora_lightning.stages import CascadeFields, check_cascade
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +38,8 @@ log = logging.getLogger(__name__)
 class CascadeSettings(CascadeFields):
     """What the callback takes beside the settings that methods have."""
 
-    moments: Literal["reset", "keep"] = "reset"
-    """Whether the optimizer forgets or keeps its state of the adapter at the end of a stage; copies of old values, such
-    as slow weights, it forgets in any case."""
     seed: int | None = None
-    """Seed of starts and noise; null takes the adapter's."""
+    """Seed of starts, noise and what else is drawn for a stage; null takes the adapter's."""
 
 
 class Cascade(CascadeSettings, ScheduleCallback):
@@ -49,8 +50,10 @@ class Cascade(CascadeSettings, ScheduleCallback):
     well, so the adapter that is written holds every stage. Low-rank updates are kept as factors where these are fewer
     numbers than the weight. Base weights are written only for other updates, or for noise.
 
-    With blend below 1, or noise, the function jumps at the end of a stage. Validation there sees the folded weights
-    without noise, validation inside a stage its noise and its update. Works in any Lightning project.
+    With blend below 1, or noise, the function jumps at the end of a stage; not where the remainder of an update stays
+    in its adapter. Which layers train in a stage, and with what rank, follows from the stage's number. Validation at a
+    stage's end sees the folded weights without noise, validation inside a stage its noise and its update. Works in any
+    Lightning project.
 
     Raises:
         SettingsError: a value outside its rule; a schedule of masks beside it.
@@ -64,13 +67,20 @@ class Cascade(CascadeSettings, ScheduleCallback):
     def __post_init__(self) -> None:
         ScheduleCallback.__init__(self)
         check_cascade(self)
-        check_choices(self, CascadeSettings)
         self.length = 0
         """Optimizer steps of a stage, once training has begun."""
         self.stage = 0
         """Stages folded so far."""
         self._folded_at = 0
+        self._layers: dict[str, tuple[AdaptedLayer, str, int]] = {}
+        self._lost: dict[str, float] = {}
+        self._log_error = 0.0
         self._noise = StageNoise(self.noise)
+
+    @property
+    def restarts(self) -> bool:
+        """Whether a stage begins at zero; else with what is left of the update before."""
+        return self.remainder == "restart" or self.blend == 1
 
     def accepts(self, adapter: Adapter) -> bool:
         """Adapters whose update is a weight."""
@@ -107,7 +117,7 @@ class Cascade(CascadeSettings, ScheduleCallback):
         """What a learning-rate schedule has to know of the stages."""
         if self.lr == "continue":
             return None
-        return StageEnds(self.stage_length(trainer), self.lr, self.rewarm_steps)
+        return StageEnds(self.stage_length(trainer), self.lr, self.rewarm_steps, self.lr_floor)
 
     def on_start(self, total: int | None, adapters: Mapping[str, Adapter]) -> None:
         """Make room for folded updates, and put on the noise of the stage; a resumed run finds the updates loaded."""
@@ -117,11 +127,16 @@ class Cascade(CascadeSettings, ScheduleCallback):
         stages = math.ceil(total / self.length) if total is not None else None
         if self.blend < 1 and stages == 1:
             log.warning("Cascade: one stage only; blend=%g shrinks its update by that.", self.blend)
-        layers = [adapted_layer(self.module, path)[:2] for path in adapters]
+        self._layers = adapted_layers(self.module, adapters)
+        layers = [self._layers[path][:2] for path in adapters]
         if not self.resumed:
             self._start_anew([cast(FoldedUpdate, layer.shifts[name]) for layer, name in layers if name in layer.shifts])
         for (path, adapter), (layer, name) in zip(adapters.items(), layers, strict=True):
             self._open(layer, name, path, adapter, stages)
+        if not self.resumed and self.stage_ranks is not None:
+            for adapter in adapters.values():
+                self._mask(adapter)
+        self._let_rest()
         if self._noise.placed:
             self._noise.place(self.module, adapters, self.stage, self.seed)
 
@@ -160,10 +175,16 @@ class Cascade(CascadeSettings, ScheduleCallback):
             raise SettingsError(
                 f"Cascade: {path} trains a bias, which cannot be folded; train without it (bias=False)."
             )
+        if not self.restarts and not adapter.shrink(1.0):
+            raise SettingsError(
+                f'Cascade.remainder is "{self.remainder}", but the update of {path} ({type(adapter).__name__}) cannot '
+                'be made smaller by its factors; take "restart".'
+            )
+        self._check_rank(path, adapter)
         persists = bool(self.noise) and self.noise_mode == "persist"
         if name not in layer.shifts:
             factors, base = layer.low_rank(name), layer.base_layer
-            numbers = (stages or math.inf) * (factors[0].shape[-2] if factors else math.inf) * (base.d_in + base.d_out)
+            numbers = self._columns(stages, factors[0].shape[-2] if factors else None) * (base.d_in + base.d_out)
             keeps_factors = (
                 isinstance(base, QuantizedBase) and factors is not None
             )  # which no dense update can be added to
@@ -175,10 +196,60 @@ class Cascade(CascadeSettings, ScheduleCallback):
                 'cannot join; take "restore".'
             )
 
+    def _columns(self, stages: int | None, rank: int | None) -> float:
+        """Rank of all that the run folds, as far as it is bounded."""
+        if rank is None:
+            return math.inf
+        ranks = self.stage_ranks or [rank]
+        total = math.inf if stages is None else sum(ranks[:stages]) + max(0, stages - len(ranks)) * ranks[-1]
+        return total if self.log_rank is None else min(total, self.log_rank)
+
+    def _check_rank(self, path: str, adapter: Adapter) -> None:
+        if self.stage_ranks is None:
+            return
+        if adapter.rank_mask is None:
+            raise SettingsError(
+                f"Cascade.stage_ranks is {self.stage_ranks}, but the rank components of {path} "
+                f"({type(adapter).__name__}) cannot be masked; take a method with a rank mask, such as LoRA, or null."
+            )
+        most = adapter.rank_mask.numel()
+        rule = f"the adapter of {path} has rank {most}, so each must be at most {most}."
+        check(max(self.stage_ranks) <= most, self, "stage_ranks", rule)
+
+    def _mask(self, adapter: Adapter) -> None:
+        """Leave as many rank components on as the stage trains."""
+        if self.stage_ranks is not None and adapter.rank_mask is not None:
+            rank = self.stage_ranks[min(self.stage, len(self.stage_ranks) - 1)]
+            adapter.rank_mask.copy_(torch.arange(adapter.rank_mask.numel()) < rank)
+
+    def active_in(self, stage: int) -> frozenset[str]:
+        """Paths of the adapters that train in a stage."""
+        paths = sorted(self._adapters)
+        if self.active_layers is None:
+            return frozenset(paths)
+        most = len(paths)
+        rule = f"{most} layers are adapted, so it must be at most {most}, or null for all."
+        check(self.active_layers <= most, self, "active_layers", rule)
+        seed = self._layers[paths[0]][2] if self.seed is None else self.seed
+        order = torch.randperm(most, generator=generator(seed, "layers", stage, ""))
+        return frozenset(paths[i] for i in order[: self.active_layers].tolist())
+
+    def _let_rest(self) -> None:
+        active = self.active_in(self.stage)
+        for path, adapter in self._adapters.items():
+            adapter.resting = path not in active
+
+    def on_gradients(self, step: int, adapters: Mapping[str, Adapter]) -> None:
+        """Drop the gradients of layers that rest, so that no optimizer moves them; sharding and buckets stay."""
+        for adapter in adapters.values():
+            if adapter.resting:
+                for parameter in adapter.parameters():
+                    parameter.grad = None
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Put the noise of a stage on with its first batch, so that validation between stages sees none."""
         if self.noise and not self._noise.placed:
-            layers = {path: adapted_layer(pl_module, path) for path in self._adapters}
+            layers = self._layers
             # asked first: the original is then still where the layer is
             fresh = [path for path, (layer, name, _) in layers.items() if is_zero(self._adapters[path], layer, name)]
             self._noise.place(pl_module, self._adapters, self.stage, self.seed)
@@ -186,41 +257,95 @@ class Cascade(CascadeSettings, ScheduleCallback):
                 self._restart(path, self._adapters[path])
 
     def _restart(self, path: str, adapter: Adapter) -> None:
-        own = adapted_layer(self.module, path)[2]
+        own = self._layers[path][2]
         if self.stage == 0:  # as `inject` started it
             adapter.reset(generator(own, "init", 0, injected_path(self.module, path)))
         else:
             adapter.reset(generator(own if self.seed is None else self.seed, "cascade", self.stage, path))
             adapter.begin_stage(self.stage)
+        self._mask(adapter)
 
     def on_stepped(self, step: int, adapters: Mapping[str, Adapter]) -> None:
         """End a stage where one ends, or has ended at a step that was skipped."""
-        if step // self.length > self.stage or step == self.total:
+        if step // self.length > self.stage or (step == self.total and self.restarts):
             self._end_stage(step, adapters)
 
+    @torch.no_grad()
     def _end_stage(self, step: int, adapters: Mapping[str, Adapter]) -> None:
+        active = {path: adapter for path, adapter in adapters.items() if not adapter.resting}
         self.stage, self._folded_at = self.stage + 1, step
+        weight = self.blend * self.blend_decay**self.stage
         holds_noise: set[str] = set()
-        for path in adapters:
-            layer, name, _ = adapted_layer(self.module, path)
+        for path in active:
+            layer, name, _ = self._layers[path]
             place = path.rpartition(".adapters.")[0]
-            layer.fold(name, self.blend, self.rule, keep_noise=self._persists() and place not in holds_noise)
+            layer.fold(name, weight, self.rule, keep_noise=self._persists() and place not in holds_noise)
             holds_noise.add(place)
+            self._compress(path, layer.shifts[name])
         self._noise.lift(self.module, adapters)
-        for path, adapter in adapters.items():
-            self._restart(path, adapter)
+        for path, adapter in active.items():
+            if self.restarts:
+                self._restart(path, adapter)
+            else:
+                adapter.shrink((1 - self.blend) ** (1 if self.remainder == "shrink" else 2))
             for optimizer in self.trainer.optimizers:
-                (clear if self.moments == "reset" else clear_copies)(optimizer, adapter.parameters())
+                self._forget(optimizer, path, adapter)
+        self._let_rest()
+
+    def _compress(self, path: str, update: nn.Module) -> None:
+        if self.log_rank is None or not isinstance(update, FactoredUpdate):
+            return
+        lost, size = update.compress(self.log_rank)
+        if size:
+            self._lost[path] = self._lost.get(path, 0.0) + lost
+            self._log_error = max(self._log_error, self._lost[path] / size)
+
+    def _forget(self, optimizer: Optimizer, path: str, adapter: Adapter) -> None:
+        if self.moments == "reset":
+            clear(optimizer, adapter.parameters())
+            return
+        clear_copies(optimizer, adapter.parameters())
+        if self.moments == "keep":
+            return
+        seed = self._layers[path][2] if self.seed is None else self.seed
+        for name, parameter in adapter.named_parameters():
+            draw = partial(_drawn, seed, self.stage, f"{path}.{name}")
+            prune(optimizer, parameter, self.pruned_fraction, self.pruned_by, self.pruned_apart, draw)
 
     def _persists(self) -> bool:
         return bool(self.noise) and self.noise_mode == "persist"
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fold a stage that was cut short, and leave no noise behind."""
-        if self._adapters and trainer.global_step != self._folded_at:
+        if self._adapters and trainer.global_step != self._folded_at and self.restarts:
             self._end_stage(trainer.global_step, self._adapters)
             self.changed_at_end = True
         self._noise.lift(pl_module, self._adapters)
+        if trainer.is_global_zero:
+            self._tell()
+        if self.active_layers is not None:  # nothing is to be trained in a stage that never comes
+            for adapter in self._adapters.values():
+                adapter.resting = True
+
+    def _tell(self) -> None:
+        """Print what a run has left out: layers that were never drawn, and what cut factors have lost."""
+        stages = self.stage if self.restarts else self.stage + 1
+        never = set(self._adapters).difference(*(self.active_in(stage) for stage in range(stages)))
+        if never:
+            print(
+                f"note: {type(self).__name__}.active_layers is {self.active_layers}: {len(never)} of "
+                f"{len(self._adapters)} layers were drawn in none of {stages} stages, so they did not train"
+            )
+        if self._lost:
+            print(
+                f"{type(self).__name__}: factors of {len(self._lost)} layers were cut to rank {self.log_rank}; at most "
+                f"{self._log_error:.2e} of a layer's update was lost"
+            )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """No layer rests any more."""
+        for adapter in self._adapters.values():
+            adapter.resting = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no noise behind; what the stage has learned stays in the adapter."""
@@ -228,15 +353,17 @@ class Cascade(CascadeSettings, ScheduleCallback):
 
     def finished(self, step: int) -> bool:
         """Whether a stage has just been folded."""
-        return step == self._folded_at
+        return step == self._folded_at or not self.restarts
 
     def metrics(self) -> Mapping[str, float]:
-        """Stages folded so far."""
-        return {"stage": float(self.stage)}
+        """Stages folded so far, and the largest relative error of factors that were cut."""
+        own = {"stage": float(self.stage)}
+        return own if self.log_rank is None else own | {"log_error": self._log_error}
 
     def state_dict(self) -> dict[str, Any]:
         """Which stage it is, and how large its noise."""
         own = {"stage": self.stage, "folded_at": self._folded_at, "noise": self._noise.state_dict()}
+        own |= {"lost": self._lost, "log_error": self._log_error}
         return super().state_dict() | own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -244,3 +371,9 @@ class Cascade(CascadeSettings, ScheduleCallback):
         super().load_state_dict(state_dict)
         self.stage, self._folded_at = state_dict["stage"], state_dict["folded_at"]
         self._noise.load_state_dict(state_dict["noise"])
+        self._lost, self._log_error = dict(state_dict.get("lost", {})), state_dict.get("log_error", 0.0)
+
+
+def _drawn(seed: int, stage: int, path: str, purpose: str) -> torch.Generator:
+    """The numbers of one mask."""
+    return generator(seed, f"prune {purpose}", stage, path)

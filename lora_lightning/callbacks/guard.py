@@ -115,7 +115,10 @@ class TrainingGuard(StepCallback):
         # those of other optimizers are as they were when these stepped
         self._slow = {n for n, p in self._watched.items() if (id(p) in slow if id(p) in rates else n in self._slow)}
         real: list[str] = []
+        resting = self._resting(pl_module)
         for name, parameter in self._watched.items():
+            if name in resting:
+                continue
             # a tensor that no optimizer holds is judged as well: it will not change
             if rates.get(id(parameter), float(id(parameter) not in elsewhere)) != 0.0:
                 real.append(name)
@@ -251,11 +254,16 @@ class TrainingGuard(StepCallback):
         lost = [path for path, own in layers.items() if not self._had_gradient.intersection(own)]
         return leave_out(lost, layers.keys() - set(lost))
 
+    @classmethod
+    def _idle(cls, module: nn.Module) -> set[str]:
+        adapters = trainable_adapters(module)
+        idle = {plain(f"{path}.{name}") for path, adapter in adapters.items() for name in adapter.idle()}
+        return idle | cls._resting(module)
+
     @staticmethod
-    def _idle(module: nn.Module) -> set[str]:
-        return {
-            plain(f"{path}.{name}") for path, adapter in trainable_adapters(module).items() for name in adapter.idle()
-        }
+    def _resting(module: nn.Module) -> set[str]:
+        resting = {path: adapter for path, adapter in trainable_adapters(module).items() if adapter.resting}
+        return {plain(f"{path}.{name}") for path, adapter in resting.items() for name, _ in adapter.named_parameters()}
 
     def changed(self) -> dict[str, float]:
         """Relative distance |p - start| / |start| (|p| where the start is zero) of every trained tensor so far."""

@@ -184,7 +184,7 @@ class ScheduleCallback(StepCallback):
         found = {}
         for name in inspect.signature(type(self)).parameters:
             value = getattr(self, name, ...)
-            if isinstance(value, int | float | str | bool | None):
+            if isinstance(value, int | float | str | bool | list | None):
                 found[name] = value
         return found
 

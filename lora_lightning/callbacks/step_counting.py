@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -132,6 +132,16 @@ def adapted_layer(module: nn.Module, path: str) -> tuple[AdaptedLayer, str, int]
     """The layer under an adapter's path, the adapter's name, and the seed of its start values."""
     layer_path, _, name = path.rpartition(".adapters.")
     return cast(AdaptedLayer, module.get_submodule(layer_path)), name, records(injected_root(module))[name].seed
+
+
+def adapted_layers(module: nn.Module, paths: Iterable[str]) -> dict[str, tuple[AdaptedLayer, str, int]]:
+    """`adapted_layer` of many paths; the model is searched once."""
+    seeds = {name: record.seed for name, record in records(injected_root(module)).items()}
+    found = {}
+    for path in paths:
+        layer_path, _, name = path.rpartition(".adapters.")
+        found[path] = cast(AdaptedLayer, module.get_submodule(layer_path)), name, seeds[name]
+    return found
 
 
 def injected_path(module: nn.Module, path: str) -> str:

@@ -20,10 +20,13 @@ class StageEnds:
 
     length: int
     """Optimizer steps of a stage."""
-    rate: Literal["rewarm", "restart"]
-    """A short rise from a tenth of the rate after each stage's end, or the whole schedule anew in each stage."""
+    rate: Literal["rewarm", "restart", "jagged"]
+    """A short rise from a tenth of the rate after each stage's end, the whole schedule anew in each stage, or a line
+    from zero to where the run's own schedule is after it."""
     rewarm_steps: int
     """Steps of that rise."""
+    floor: float = 0.0
+    """For "jagged": what the run's own schedule decays to, as a fraction of the rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,10 @@ class WarmUp:
             total_steps: optimizer steps of the run.
             stage_ends: stages that the schedule follows.
         """
+        if stage_ends is not None and stage_ends.rate == "jagged":
+            warmup, length = round(self.warmup_fraction * total_steps), stage_ends.length
+            rule = f"that is {warmup} of {total_steps} steps, and the first stage ends at {length}, so at most "
+            check(warmup <= length, self, "warmup_fraction", f"{rule}{length / total_steps:.3g}.")
         rate = partial(
             staged_factor,
             total_steps=total_steps,
@@ -79,6 +86,8 @@ def staged_factor(
     step: int, total_steps: int, warmup_fraction: float, decay: str, stage_ends: StageEnds | None
 ) -> float:
     """`factor` over the run, or as `stage_ends` say over its stages."""
+    if stage_ends is not None and stage_ends.rate == "jagged":
+        return jagged_factor(step, total_steps, round(warmup_fraction * total_steps), decay, stage_ends)
     if stage_ends is None or stage_ends.rate == "rewarm":
         over_run = factor(step, total_steps, round(warmup_fraction * total_steps), decay)
         if stage_ends is None or step < stage_ends.length:
@@ -87,6 +96,28 @@ def staged_factor(
     begin = step - step % stage_ends.length
     length = max(1, min(stage_ends.length, total_steps - begin))
     return factor(step - begin, length, round(warmup_fraction * length), decay)
+
+
+def jagged_factor(step: int, total_steps: int, warmup_steps: int, decay: str, stage_ends: StageEnds) -> float:
+    """Factor of a schedule with restarts: lines from 0 to the one envelope of the run, first and after each stage.
+
+    (s, w0) are `step` and `warmup_steps`, L and w those of the stages, e the decay from w0 on, raised to the floor:
+
+        s / w0                                   for s < w0
+        (s mod L) / w * e(s - s mod L + w)       for s >= L, s mod L < w
+        e(s)                                     else
+    """
+
+    def envelope(at: int) -> float:
+        floor = stage_ends.floor
+        return floor + (1 - floor) * factor(max(at, warmup_steps), total_steps, warmup_steps, decay)
+
+    inside = step % stage_ends.length
+    if step < warmup_steps:
+        return step / warmup_steps
+    if step >= stage_ends.length and inside < stage_ends.rewarm_steps:
+        return inside / stage_ends.rewarm_steps * envelope(step - inside + stage_ends.rewarm_steps)
+    return envelope(step)
 
 
 def factor(step: int, total_steps: int, warmup_steps: int, decay: str) -> float:

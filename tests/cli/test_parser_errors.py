@@ -236,7 +236,7 @@ class TestUnknownMethod:
         plugins.load(["ll_rose"])
         message = 'Parser key "model.method":\n  Expected a dot import path string: RoseLoRA'
         assert explain(message, parser) == (
-            f'model.method: no method "RoseLoRA". Did you mean "MoELoRA"? {installed()} '
+            f'model.method: no method "RoseLoRA". Did you mean "ReLoRA"? {installed()} '
             "Plugin ll_rose is blocked by -p no:ll_rose."
         )
 

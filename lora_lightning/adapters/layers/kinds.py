@@ -119,6 +119,7 @@ class ConvBase(BaseLayer):
             update = F.linear(h.contiguous(), B)
         else:
             update = torch.einsum("...gr,gor->...go", h, B.view(self.groups, -1, B.shape[1])).flatten(-2)
+            update = update.to(onto.dtype)  # of rank 1 it is no matrix product, which autocast would have cast
         return onto.add(update.movedim(-1, -len(self.kernel)), alpha=scale)
 
 

@@ -13,6 +13,7 @@ from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 from transformers.pytorch_utils import Conv1D
 
 import lora_lightning as ll
+from ll_lora import LoRA
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.adapters.layers.kinds import core_base_layer
 from lora_lightning.adapters.low_rank import LowRankAdapter, add_low_rank
@@ -245,3 +246,12 @@ def test_a_convolution_over_volumes(name: str, options: dict[str, Any]) -> None:
     ll.unmerge(model)
     ll.eject(model)
     assert torch.equal(model(x), base)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_grouped_convolution_keeps_its_dtype_under_autocast(rank):
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2))
+    ll.inject(model, LoRA(rank=rank), ["0"], also_train=())
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        x = torch.ones(2, 4, 5, 5)
+        assert model(x).dtype == model[0].base(x).dtype == torch.bfloat16

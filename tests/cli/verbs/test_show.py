@@ -53,7 +53,7 @@ def test_a_card_is_a_page_in_a_terminal(name, capsys, monkeypatch):
     assert main(["show", name]) == 0
     page = capsys.readouterr().out.splitlines()
     settings = len(dataclasses.fields(plugins.registry().methods[name]))
-    assert len(page) <= 66 + 2 * max(0, settings - 10)  # lines of a printed page, and some for many settings
+    assert len(page) <= 66 + 3 * max(0, settings - 10)  # lines of a printed page, and some for many settings
     assert page[-1].startswith(f"show {name} --card adds: ")
     assert "Measured" in page[-1]
     assert main(["show", name, "--card"]) == 0
