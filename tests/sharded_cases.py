@@ -52,6 +52,7 @@ from ll_riemannian_moe import MoELoRA
 from ll_rose import RoseLoRA
 from ll_sora import SoRA
 from ll_weight_change.callback import WeightDecomposition
+from ll_weight_change.spectrum import UpdateSpectrum
 from lora_lightning.callbacks.best import KeepBest
 from lora_lightning.callbacks.cascade import Cascade
 from lora_lightning.callbacks.inject import InjectAdapters
@@ -174,7 +175,9 @@ CASES: dict[str, Case] = {
     ),
     # 8 packed rows: of an odd number a sampler repeats one, and two processes would see other batches than one
     "LoRA, decoder, packed": Case(LoRA(rank=3), model="decoder", data={"packing": True, "max_length": 40}),
-    "DoRA": Case(DoRA(rank=3), callbacks=lambda: [WeightDecomposition(at=[2])], reads_base=True),
+    "DoRA": Case(
+        DoRA(rank=3), callbacks=lambda: [WeightDecomposition(at=[2]), UpdateSpectrum(at=[2])], reads_base=True
+    ),
     "DoRA, full gradient": Case(DoRA(rank=3, detach_norm=False), module={"targets": "all-linear"}),
     "DoRA, magnitude": Case(DoRA(mode="magnitude"), model="decoder"),
     "CELoRA": Case(

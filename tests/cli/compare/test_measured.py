@@ -43,4 +43,3 @@ def test_what_it_cost(measured):
     cost = json.loads((measured[0] / MEASURED).read_text())
     assert cost["steps"] == 6
     assert 0 < cost["step_seconds"] < cost["seconds"]
-    assert cost["also_before"] == {}
