@@ -29,7 +29,7 @@ def draw_barrier(path: Path, barriers: Sequence[Barrier], a: str, b: str, loss: 
     axes.plot([0, 1], [first.losses[0], first.losses[-1]], color="0.4", lw=1, ls=":", label="straight line")
     axes.set(title=f"from {a} (0) to {b} (1)", xlabel="t", ylabel=loss)
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)  # not on the curves
     image = BytesIO()
     figure.savefig(image, format="png", dpi=120)
     write_atomically(path, lambda file: file.write(image.getvalue()))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from toy_comparison import words
 
 import lora_lightning as ll
 from ll_dora import DoRA
@@ -16,6 +19,7 @@ from ll_rebasin.functional import align, canonical
 from ll_rebasin.picture import draw_barrier
 from ll_riemannian_moe import MoELoRA
 from ll_rose import RoseLoRA
+from lora_lightning.cli.main import main
 from lora_lightning.errors import AdapterStateError, SettingsError
 from lora_lightning.injection.records import adapters_named, iter_adapters
 from lora_lightning.testing import TinyMLP, perturb
@@ -255,3 +259,39 @@ def test_the_picture_has_every_space(tmp_path):
     assert found[1].height == pytest.approx(1.0)
     draw_barrier(tmp_path / "x.png", found, "a", "b")
     assert (tmp_path / "x.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+# -- the verb ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_run_and_itself_have_no_barrier(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", *words(tmp_path, steps=3), "--model.linear_baseline", "false"]) == 0
+    (folder,) = (tmp_path / "runs").glob("*/001")
+    value = json.loads((folder / "summary.json").read_text())["values"]["loss"]
+    capsys.readouterr()
+    assert main(["barrier", str(folder), str(folder / "adapter"), "--points", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"update: barrier 0.0000 (loss {value:.4f} at most, {value:.4f} and {value:.4f} at the ends)" in lines
+    assert [line.partition(":")[0] for line in lines[-4:]] == ["update", "factors", "aligned", "barrier.png"]
+    assert (tmp_path / "barrier.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--output", "x.pdf"], '--output is "x.pdf"; it must end in .png.'),
+        (["--batches", "0"], "--batches is 0; it must be at least 1."),
+        ([], "holds no config.yaml, so it is no run folder"),
+    ],
+)
+def test_flags_outside_their_rules(tmp_path, capsys, flags, message):
+    assert main(["barrier", str(tmp_path), str(tmp_path), *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_without_an_adapter(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("{}")
+    assert main(["barrier", str(tmp_path), str(tmp_path)]) == 2
+    assert "holds no adapter: neither adapter/adapter.json nor adapter.json is there." in capsys.readouterr().err
