@@ -80,7 +80,8 @@ class Forgetting(StepCallback):
     process takes part. A resumed run keeps what was measured before training.
 
     Args:
-        source: what may be forgotten: a datamodule, whose validation data it is, a loader, or several by name.
+        source: what may be forgotten: a datamodule, whose validation data it is, or a loader; in Python also several by
+            name.
         target: what is to be learned: "validation" for the run's own validation data, another set, or None to leave it
             out.
         every_n_steps: optimizer steps from one time to the next; None measures at each validation.
@@ -254,6 +255,11 @@ def _validation(trainer: Trainer) -> Iterable[Any]:
 
 
 def _check_set(name: str, one: Any) -> None:
+    if type(one) is LightningDataModule:  # what a config's parser makes of a table of names
+        raise SettingsError(
+            f"Forgetting: the set {name} is a datamodule without data. A config names one datamodule by class_path, "
+            "and another Forgetting with another filename measures another set. In Python several go by name."
+        )
     known = one is None or one == VALIDATION or isinstance(one, LightningDataModule)
     if not known and (isinstance(one, str) or not hasattr(one, "__iter__") or iter(one) is one):
         raise SettingsError(

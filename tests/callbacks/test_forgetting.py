@@ -11,12 +11,14 @@ from resuming import SaveAt, at_step, run
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanSquaredError
+from toy_comparison import words
 from toy_runs import classification, encoder_folder, labelled_data, trainer
 
 from ll_dora import DoRA
 from ll_lora import LoRA
 from lora_lightning.callbacks import ExactResume, Forgetting, InjectAdapters, KeepBest
 from lora_lightning.callbacks.forgetting import FILENAME, read_course
+from lora_lightning.cli.main import main
 from lora_lightning.errors import DataError, ResumeError, SettingsError
 
 
@@ -131,6 +133,20 @@ def test_our_own_module_has_all_metrics_of_its_task(tmp_path):
     assert validations[4] == pytest.approx(float(fitted.callback_metrics["val_loss"]), rel=1e-6)
 
 
+@pytest.mark.slow
+def test_a_config_names_a_datamodule(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = words(tmp_path, steps=2)
+    old = {"train": str(tmp_path / "train.csv"), "validation": str(tmp_path / "validation.csv"), "tokenizer": given[1]}
+    source = {"class_path": "LabelledText", "init_args": old}
+    callback = {"class_path": "Forgetting", "init_args": {"source": source}}
+    (tmp_path / "watch.yaml").write_text(json.dumps({"trainer": {"callbacks": [callback]}}))
+    assert main(["fit", "--config", "watch.yaml", *given, "--model.linear_baseline", "false"]) == 0
+    course = read_course(tmp_path / "runs" / "watch" / "001" / FILENAME)
+    last = course.records[-1].sets
+    assert last["source"] == pytest.approx(last["target"])
+
+
 def test_loggers_get_values_and_changes(tmp_path):
     logged = []
 
@@ -217,6 +233,7 @@ def test_sets_that_cannot_be_measured(tmp_path):
         ({"source": {}}, "name at least one set that may be forgotten"),
         ({"source": {"target": []}}, '"target" is the name of what is learned'),
         ({"source": "pydocs"}, "the set source is 'pydocs'; it must be a datamodule or a loader"),
+        ({"source": LightningDataModule()}, "the set source is a datamodule without data"),
         ({"source": iter([1])}, "the set source is .* read again"),
         ({"source": [], "target": 3}, "the set target is 3; it must be"),
         ({"source": [], "every_n_steps": 0}, "Forgetting.every_n_steps is 0; it must be at least 1"),
