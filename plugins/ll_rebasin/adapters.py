@@ -26,10 +26,8 @@ def canonicalize(model: nn.Module, name: str = "default") -> None:
         SettingsError: an adapter without factor pairs whose product alone counts, with removed entries or components,
             or with a side that is frozen.
     """
-    for path, pairs in _pairs(model, name).items():
-        for pair in pairs:
-            _check_trained(pair, path)
-            _write(pair, *canonical(pair.lora_A, pair.lora_B))
+    for pair in (pair for pairs in _written(model, name).values() for pair in pairs):
+        _write(pair, *canonical(pair.lora_A, pair.lora_B))
 
 
 def align_adapter(model: nn.Module, name: str, reference: str, side: Side = "A") -> None:
@@ -49,9 +47,8 @@ def align_adapter(model: nn.Module, name: str, reference: str, side: Side = "A")
         SettingsError: as `canonicalize`, or pairs of other ranks.
     """
     theirs = _pairs(model, reference)
-    for path, pairs in _pairs(model, name).items():
+    for path, pairs in _written(model, name).items():
         for pair, other in zip(pairs, theirs.get(path, ()), strict=path in theirs):
-            _check_trained(pair, path)
             # each factor with its part of the scaling, so that pairs of other scalings are comparable
             mine, ratio = abs(pair.scaling) ** 0.5, abs(other.scaling) ** 0.5
             A, B = align(mine * pair.lora_A, mine * pair.lora_B, (ratio * other.lora_A, ratio * other.lora_B), side)
@@ -68,6 +65,15 @@ def _pairs(model: nn.Module, name: str) -> dict[str, tuple[FactorPair, ...]]:
     for path, adapter in adapters_named(root, name).items():
         _check_free(adapter, path)
         found[path] = adapter.factor_pairs()
+    return found
+
+
+def _written(model: nn.Module, name: str) -> dict[str, tuple[FactorPair, ...]]:
+    """The same, of which both sides can be written; all are checked before the first is."""
+    found = _pairs(model, name)
+    for path, pairs in found.items():
+        for pair in pairs:
+            _check_trained(pair, path)
     return found
 
 

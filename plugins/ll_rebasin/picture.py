@@ -14,7 +14,7 @@ _NAMES = {"update": "updates", "factors": "factors as they are", "aligned": "ali
 _MARKERS = {"update": "o", "factors": "s", "aligned": "D"}
 
 
-def draw_barrier(path: Path, barriers: Sequence[Barrier], a: str, b: str, loss: str = "loss") -> None:
+def draw_barrier(path: str | Path, barriers: Sequence[Barrier], a: str, b: str, loss: str = "loss") -> None:
     """Write a PNG: losses over t, with the straight line between the ends dotted."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -32,4 +32,4 @@ def draw_barrier(path: Path, barriers: Sequence[Barrier], a: str, b: str, loss: 
     figure.legend(fontsize=8, loc="outside lower center", ncols=2)  # not on the curves
     image = BytesIO()
     figure.savefig(image, format="png", dpi=120)
-    write_atomically(path, lambda file: file.write(image.getvalue()))
+    write_atomically(Path(path), lambda file: file.write(image.getvalue()))

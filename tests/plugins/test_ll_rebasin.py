@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
+from small_methods import small
 from toy_comparison import words
 
 import lora_lightning as ll
@@ -22,6 +24,7 @@ from ll_rose import RoseLoRA
 from lora_lightning.cli.main import main
 from lora_lightning.errors import AdapterStateError, SettingsError
 from lora_lightning.injection.records import adapters_named, iter_adapters
+from lora_lightning.plugins import registry
 from lora_lightning.testing import TinyMLP, perturb
 
 
@@ -131,6 +134,19 @@ def test_a_canonical_adapter_computes_the_same(method):
         gram = own.lora_A @ own.lora_A.mT
         torch.testing.assert_close(gram, torch.diag(gram.diag()), rtol=0, atol=1e-10)
         torch.testing.assert_close(own.lora_B.mT @ own.lora_B, gram, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", sorted(registry().methods))
+def test_every_method_keeps_its_function_or_is_refused(name):
+    """What an adapter says of its factor pairs holds: where the product alone counts, another basis changes nothing."""
+    net = TinyMLP().double().eval()
+    ll.inject(net, small(name), ["first"], name="a", seed=0, also_train=())
+    for adapter in adapters_named(net, "a").values():
+        perturb(adapter)
+    before = output(net, "a")
+    with suppress(SettingsError):
+        canonicalize(net, "a")
+    torch.testing.assert_close(output(net, "a"), before, rtol=0, atol=1e-10)
 
 
 def test_adapters_whose_basis_is_not_free():
