@@ -80,6 +80,7 @@ _CALLBACKS = {
     "Cascade": "cascade",
     "ExactResume": "resume",
     "FederatedRounds": "federated",
+    "Forgetting": "forgetting",
     "InjectAdapters": "inject",
     "KeepBest": "best",
     "Meters": "meters",

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 from optuna.trial import TrialState
 
+from lora_lightning.callbacks.forgetting import FILENAME, FORMAT
 from lora_lightning.cli.compare.arms import Arm
+from lora_lightning.cli.compare.child import BESIDE
 from lora_lightning.cli.compare.describe import Described
 from lora_lightning.cli.compare.measured import MEASURED, POINTS, ROWS
 from lora_lightning.cli.compare.plan import Plan, PlannedArm
@@ -48,8 +50,11 @@ def write_run(job: Job, value: float, right: Any = None) -> None:
     (folder / "config.yaml").write_text(f"seed_everything: {job.seed}\n")
     (folder / "summary.json").write_text(json.dumps({"values": {"accuracy": value}}))
     cost = {"step_seconds": 0.05, "steps": 20, "seconds": 2.0, "peak_bytes": 2**28, "peak_device_bytes": None}
-    beside = {"also_before": {"accuracy": 0.9}, "also_after": {"accuracy": 0.9 - 0.01 * job.seed}}
-    (folder / MEASURED).write_text(json.dumps({**cost, **beside}))
+    (folder / MEASURED).write_text(json.dumps(cost))
+    lost = [(0, "before", 0.0), (10, "during", 0.02), (20, "during", 0.03), (20, "after", 0.01 * job.seed)]
+    beside = [{"step": s, "when": when, "sets": {BESIDE: {"accuracy": 0.9 - less}}} for s, when, less in lost]
+    course = {"format": FORMAT, "label": job.arm, "sources": [BESIDE], "target": None, "records": beside}
+    (folder / FILENAME).write_text(json.dumps(course))
     lines = [{"step": 10, "values": {"accuracy": value / 2}}, {"step": 20, "values": {"accuracy": value}}]
     (folder / POINTS).write_text("".join(json.dumps(line) + "\n" for line in lines))
     if right is not None:

@@ -65,9 +65,11 @@ from ll_sara import SaRA
 from ll_sbora import SBoRA
 from ll_sora import SoRA
 from ll_weight_change.callback import WeightDecomposition
+from ll_weight_change.spectrum import UpdateSpectrum
 from ll_xgblora import XGBLoRA
 from lora_lightning.callbacks.best import KeepBest
 from lora_lightning.callbacks.cascade import Cascade
+from lora_lightning.callbacks.forgetting import Forgetting
 from lora_lightning.callbacks.inject import InjectAdapters
 from lora_lightning.callbacks.noise import NoiseInjection
 from lora_lightning.callbacks.rank_pruning import RankPruning
@@ -111,6 +113,8 @@ class Case:
     """More settings of AdapterModule."""
     trainer: dict[str, Any] = field(default_factory=dict)
     """More settings of Trainer."""
+    forgets: bool = False
+    """Whether other data are measured before, while and after training."""
     start: Method | None = None
     """What the adapter was trained with that the run begins with, by itself or, with another `method`, on top of it."""
     start_format: str = "ours"
@@ -201,11 +205,14 @@ CASES: dict[str, Case] = {
         partial(torch.optim.SGD, lr=3.0),
         model="decoder",
         callbacks=lambda: [Samples(["w1 w2 w3", "w9"], every_n_steps=2, max_new_tokens=6)],
+        forgets=True,
         trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.01, "max_steps": 4, "log_every_n_steps": 1},
     ),
     # 8 packed rows: of an odd number a sampler repeats one, and two processes would see other batches than one
     "LoRA, decoder, packed": Case(LoRA(rank=3), model="decoder", data={"packing": True, "max_length": 40}),
-    "DoRA": Case(DoRA(rank=3), callbacks=lambda: [WeightDecomposition(at=[2])], reads_base=True),
+    "DoRA": Case(
+        DoRA(rank=3), callbacks=lambda: [WeightDecomposition(at=[2]), UpdateSpectrum(at=[2])], reads_base=True
+    ),
     "DoRA, full gradient": Case(DoRA(rank=3, detach_norm=False), module={"targets": "all-linear"}),
     "DoRA, magnitude": Case(DoRA(mode="magnitude"), model="decoder"),
     "CELoRA": Case(
@@ -410,6 +417,7 @@ def take(
         targets = {"targets": "all-linear", "linear_baseline": False, "seed": 1, "task": "causal-lm"}
         module = Eager(str(folder), case.method, **{**targets, **options})
         data = completion_data(folder, batch_size=batch, group_by_length=False, **case.data)
+        callbacks += [Forgetting(completion_data(folder, batch_size=3), every_n_steps=2)] if case.forgets else []
     settings = {"max_steps": STEPS, "plugins": [AtomicCheckpoints()], **case.trainer, **more}
     run = trainer(folder, callbacks, **settings)
     run.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -450,6 +458,10 @@ def record(module: Any, out: Path) -> None:
             watched = {k: float(v) for k, v in module.trainer.callback_metrics.items() if k in ("grad_norm", "lr")}
             rows = samples.read_text().splitlines()[-2:]
             (out / "watched.json").write_text(json.dumps({**watched, "samples": rows}))
+        for recorder in module.trainer.callbacks:
+            if isinstance(recorder, Forgetting | UpdateSpectrum):
+                text = (Path(module.trainer.default_root_dir) / recorder.filename).read_text()
+                (out / recorder.filename).write_text(text)
         summary = next((c.summary for c in module.trainer.callbacks if isinstance(c, RunReport)), None)
         if summary is not None:
             told = {name: summary[name] for name in ("report", "surviving_parameters", "changed", "values")}

@@ -238,8 +238,7 @@ SMALLER = {
 }
 
 
-CLASSIFIES = ("adalora_mnli", "gelora_glue", "neat_glue", "prilora_glue", "pst_mnli", "sora_glue")
-CLASSIFIES = ("adalora_mnli", "gelora_glue", "neat_glue", "prilora_glue", "rac_lora_glue", "sora_glue")
+CLASSIFIES = ("adalora_mnli", "gelora_glue", "neat_glue", "prilora_glue", "pst_mnli", "rac_lora_glue", "sora_glue")
 
 
 def tiny_data(name, folder):

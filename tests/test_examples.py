@@ -40,6 +40,22 @@ def test_decomposition_of_three_ways_to_train(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+def test_learning_and_forgetting_of_three_ways_to_train(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["forgetting.py", "--steps", "4", "--output", "out"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(EXAMPLES / "forgetting.py"), run_name="__main__")
+    assert end.value.code == 0
+    for name, label in (("full-fine-tuning", "full fine-tuning"), ("LoRA-rank-2", "LoRA, rank 2")):
+        content = json.loads((tmp_path / "out" / name / "forgetting.json").read_text())
+        assert (content["label"], content["records"][0]["when"]) == (label, "before")
+        assert set(content["records"][-1]["sets"]) == {"source", "target"}
+    assert "accuracy before" in capsys.readouterr().out
+    assert (tmp_path / "out" / "analysis-spectrum.png").is_file()
+    assert (tmp_path / "out" / "analysis-forgetting.png").is_file()
+
+
+@pytest.mark.slow
 def test_real_runs_print_a_table_and_go_on_where_they_stopped(tmp_path, monkeypatch, capsys, test_data):
     monkeypatch.chdir(tmp_path)
     words = ["--data-dir", str(test_data / "data"), "--output", "real", "--seeds", "0", "--steps", "2"]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lora_lightning.callbacks.best import KeepBest
 from lora_lightning.callbacks.cascade import Cascade
 from lora_lightning.callbacks.federated import FederatedRounds
+from lora_lightning.callbacks.forgetting import Forgetting
 from lora_lightning.callbacks.guard import TrainingGuard
 from lora_lightning.callbacks.inject import InjectAdapters
 from lora_lightning.callbacks.meters import Meters
@@ -27,6 +28,7 @@ __all__ = [
     "Cascade",
     "ExactResume",
     "FederatedRounds",
+    "Forgetting",
     "InjectAdapters",
     "KeepBest",
     "Meters",

@@ -48,7 +48,7 @@ def keep_base_heads(root: nn.Module, trained: Sequence[str]) -> None:
         trained: names of parameters.
     """
     heads = _heads(root)
-    for name in _with_buffers(root, trained):
+    for name in with_buffers(root, trained):
         if name not in heads.base:
             heads.base[name], heads.shown[name] = _copy(_tensor(root, name)), None
 
@@ -63,7 +63,7 @@ def show_heads(root: nn.Module, names: Sequence[str], trained: Collection[str] |
         names: adapters, in the order in which they are active.
         trained: those that train; None looks.
     """
-    owned = {name: set(_with_buffers(root, records(root)[name].trained)) for name in names}
+    owned = {name: set(with_buffers(root, records(root)[name].trained)) for name in names}
     shown = _heads(root).shown
     _show(root, {key: next((name for name in reversed(names) if key in owned[name]), None) for key in shown}, trained)
 
@@ -125,12 +125,12 @@ def forget_heads(root: nn.Module, name: str) -> None:
         if owner == name:
             del heads.waiting[owner, key]
     others = [other for other in records(root) if other != name]
-    needed = {key for other in others for key in _with_buffers(root, records(root)[other].trained)}
+    needed = {key for other in others for key in with_buffers(root, records(root)[other].trained)}
     for key in heads.base.keys() - needed:
         del heads.base[key], heads.shown[key]
 
 
-def _with_buffers(root: nn.Module, trained: Sequence[str]) -> list[str]:
+def with_buffers(root: nn.Module, trained: Sequence[str]) -> list[str]:
     """Names of parameters, and of the persistent buffers of the modules that own them."""
     found: dict[str, None] = dict.fromkeys(trained)
     for owner in {name.rpartition(".")[0] for name in trained}:

@@ -25,6 +25,7 @@ from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.folded import FactoredUpdate, update_like
 from lora_lightning.adapters.layers.base import BaseLayer
 from lora_lightning.adapters.layers.kinds import core_base_layer
+from lora_lightning.adapters.spectrum import factored_svd
 from lora_lightning.errors import AdapterFileError, SettingsError
 from lora_lightning.injection.plan import built
 from lora_lightning.methods import Method, plain_settings
@@ -106,16 +107,14 @@ def weighted_sum(parts: Sequence[tuple[Update, float]]) -> Update:
 def truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Update, float]:
     """The best approximation of B A of a rank, and the fraction of its squared size that is lost.
 
-    B A is never formed: with B = Q_B R_B and A^T = Q_A R_A its singular values are those of R_B R_A^T.
+    B A is never formed, see `adapters.spectrum`.
     """
     if len(A) <= rank:
         return (A, B), 0.0
-    Q_B, R_B = torch.linalg.qr(B)
-    Q_A, R_A = torch.linalg.qr(A.mT)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+    U, S, Vh = factored_svd(A, B)
     root, energy = S[:rank].sqrt(), S.square()
     lost = float(energy[rank:].sum() / energy.sum()) if bool(energy.any()) else 0.0
-    return (root[:, None] * (Vh[:rank] @ Q_A.mT), Q_B @ (U[:, :rank] * root)), lost
+    return (root[:, None] * Vh[:rank], U[:, :rank] * root), lost
 
 
 def updates(stored: Stored, where: str | Path, errors: dict[str, float] | None = None) -> dict[str, Update]:

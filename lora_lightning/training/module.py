@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any, Literal, Self, cast
 
@@ -27,7 +27,7 @@ from lora_lightning.distributed import fail_together, gather_objects, reshard
 from lora_lightning.errors import DataError, LoraLightningError, ModelError, ResumeError, SettingsError, check
 from lora_lightning.injection.heads import waiting_heads
 from lora_lightning.injection.inject import ignore_adapter_buffers
-from lora_lightning.injection.records import adapters_named, check_unmerged, records
+from lora_lightning.injection.records import adapters_named, check_unmerged, injected_root, records
 from lora_lightning.injection.report import InjectionReport
 from lora_lightning.methods import Method
 from lora_lightning.models.anatomy import survey
@@ -36,7 +36,15 @@ from lora_lightning.models.loss_head import LossHead, choose, loss_head, set_los
 from lora_lightning.models.quantized_loading import Quantization
 from lora_lightning.models.random import is_random
 from lora_lightning.models.tasks import find_task
-from lora_lightning.models.tasks.base import Batch, Loss, PredictContext, measure, metrics, update_text_metrics
+from lora_lightning.models.tasks.base import (
+    Batch,
+    Loss,
+    PredictContext,
+    evaluate,
+    measure,
+    metrics,
+    update_text_metrics,
+)
 from lora_lightning.models.token_rows import Tokens
 from lora_lightning.optim.clipping import clip_gradients
 from lora_lightning.optim.groups import build_optimizer, head_ratio
@@ -401,6 +409,10 @@ class AdapterModule(LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log the test metrics."""
         self._log_metrics("test")
+
+    def measure_batches(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """All metrics of the task on batches of any set, in eval mode; the run's own metrics stay as they are."""
+        return evaluate(self.task, injected_root(self.model), batches, self.predict_context())
 
     def predict_context(self) -> PredictContext:
         """What predictions, and texts that are measured, need beside the model."""

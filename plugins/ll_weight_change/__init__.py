@@ -1,4 +1,4 @@
-"""The analysis of how training changes magnitudes and directions of weights."""
+"""Analyses of how training changes weights: magnitudes and directions, and ranks of updates."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ requires_api = ">=2,<3"
 
 @hookimpl
 def lora_lightning_callbacks() -> Mapping[str, str]:
-    """The recorder of the weight decomposition analysis."""
-    return {"WeightDecomposition": "ll_weight_change.callback:WeightDecomposition"}
+    """The recorders."""
+    return {
+        "UpdateSpectrum": "ll_weight_change.spectrum:UpdateSpectrum",
+        "WeightDecomposition": "ll_weight_change.callback:WeightDecomposition",
+    }
 
 
 @hookimpl
 def lora_lightning_commands() -> Mapping[str, str]:
-    """The verb that draws what the recorder wrote."""
+    """The verb that draws what the recorders wrote."""
     return {"analyse": "ll_weight_change.verb"}

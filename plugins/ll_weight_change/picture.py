@@ -15,7 +15,7 @@ from ll_weight_change.records import Point, Run
 from lora_lightning.adapters.weight_change import least_squares, pearson
 from lora_lightning.storage.atomic import write_atomically
 
-_MARKERS = "osD^vP*Xph"
+MARKERS = "osD^vP*Xph"
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def draw_scatter(path: Path, panels: Sequence[Fit]) -> None:
                 [p.direction for p in points],
                 [p.magnitude for p in points],
                 c=[p.index for p in points],
-                marker=_MARKERS[number % len(_MARKERS)],
+                marker=MARKERS[number % len(MARKERS)],
                 label=f"step {step}",
                 cmap="viridis",
                 vmin=0,
@@ -82,19 +82,19 @@ def draw_scatter(path: Path, panels: Sequence[Fit]) -> None:
         for handle in axes.legend(fontsize=7).legend_handles:
             handle.set(array=None, color="0.4")  # a marker is a checkpoint, whatever the layer's colour
         figure.colorbar(shades, ax=axes, label="layer").locator.set_params(integer=True)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_layers(path: Path, panels: Sequence[Fit]) -> None:
     """Write a PNG with a column for each module type: dM above dD against the layer, at the end of each run."""
     kinds = list(dict.fromkeys(fit.kind for fit in panels))
-    figure = _figure(len(kinds), 2)
+    figure = new_figure(len(kinds), 2)
     for row, name in enumerate(("dM", "dD")):
         for column, kind in enumerate(kinds):
             axes = figure.add_subplot(2, len(kinds), row * len(kinds) + column + 1)
             for number, fit in enumerate(fit for fit in panels if fit.kind == kind):
                 values = [point.magnitude if name == "dM" else point.direction for point in fit.last()]
-                marker = _MARKERS[number % len(_MARKERS)]
+                marker = MARKERS[number % len(MARKERS)]
                 axes.plot(
                     [point.index for point in fit.last()], values, marker=marker, ms=5, alpha=0.7, label=fit.run.label
                 )
@@ -103,7 +103,7 @@ def draw_layers(path: Path, panels: Sequence[Fit]) -> None:
             _short_ticks(axes, "y")
             axes.grid(alpha=0.25)
             axes.legend(fontsize=7)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _short_ticks(axes: Any, axis: str) -> None:
@@ -116,12 +116,13 @@ def _grid(panels: Sequence[Fit]) -> tuple[Any, list[tuple[Fit, Any]]]:
     """A figure with a row for each run and a column for each module type."""
     runs = list(dict.fromkeys(id(fit.run) for fit in panels))
     kinds = list(dict.fromkeys(fit.kind for fit in panels))
-    figure = _figure(len(kinds), len(runs))
+    figure = new_figure(len(kinds), len(runs))
     places = [(runs.index(id(fit.run)) * len(kinds) + kinds.index(fit.kind) + 1, fit) for fit in panels]
     return figure, [(fit, figure.add_subplot(len(runs), len(kinds), place)) for place, fit in places]
 
 
-def _figure(columns: int, rows: int) -> Any:
+def new_figure(columns: int, rows: int) -> Any:
+    """An empty figure for a grid of panels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -130,7 +131,8 @@ def _figure(columns: int, rows: int) -> Any:
     return figure
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Write a figure as PNG."""
     image = BytesIO()
     figure.savefig(image, format="png", dpi=120)
     write_atomically(path, lambda file: file.write(image.getvalue()))

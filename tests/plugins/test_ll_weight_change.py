@@ -19,10 +19,12 @@ from toy_runs import classification, encoder_folder, labelled_data, trainer
 import lora_lightning as ll
 from ll_dora import DoRA
 from ll_lora import LoRA
-from ll_weight_change import picture, records
+from ll_weight_change import forgetting_picture, picture, records, spectrum_picture, spectrum_records
 from ll_weight_change.callback import WeightDecomposition
+from ll_weight_change.spectrum import UpdateSpectrum
 from lora_lightning.adapters.folded import DenseUpdate
 from lora_lightning.callbacks import Cascade, InjectAdapters
+from lora_lightning.callbacks.forgetting import FORMAT, read_course
 from lora_lightning.cli.main import main
 from lora_lightning.errors import DataError, NoEffectError, ResumeError, SettingsError
 from lora_lightning.injection.inject import inject
@@ -219,6 +221,126 @@ def test_settings_outside_their_rules(options, message):
         WeightDecomposition(**options)
 
 
+# -- spectra -----------------------------------------------------------------------------------------------------------
+
+
+def rank_of(delta, fraction=0.9):
+    """The effective rank by the definition, from numpy's singular values."""
+    energies = np.linalg.svd(delta.double().numpy(), compute_uv=False) ** 2
+    return int(np.argmax(np.cumsum(energies) >= fraction * energies.sum())) + 1
+
+
+def spectra(folder):
+    return json.loads((folder / "spectrum.json").read_text())
+
+
+@pytest.mark.parametrize("method", [None, LoRA(rank=3), DoRA(rank=2)])
+def test_ranks_of_updates_in_a_foreign_project(tmp_path, method):
+    """Full fine-tuning, an update with factors, and one without: all equal the spectrum of the dense update."""
+    module = Project()
+    inject = [] if method is None else [InjectAdapters(method, seed=0)]
+    trainer(tmp_path, [UpdateSpectrum(at=[3], fraction=0.8), *inject], max_steps=6).fit(module, loader())
+    found = spectra(tmp_path)
+    label = "full fine-tuning" if method is None else type(method).__name__
+    assert (found["label"], found["fraction"], [r["step"] for r in found["records"]]) == (label, 0.8, [3, 6])
+    if method is not None:
+        ll.merge(module)
+    for path, start in starts().items():
+        layer, values = module.get_submodule(path), found["records"][-1]["layers"][path]
+        delta = (layer if method is None else layer.base).weight.detach().double() - start.double()
+        assert values["effective_rank"] == rank_of(delta, 0.8)
+        assert values["norm"] == pytest.approx(float(delta.norm()), rel=1e-4)
+        assert values["stable_rank"] == pytest.approx(float((delta.norm() / torch.linalg.svdvals(delta)[0]) ** 2), 1e-3)
+        assert values["largest_rank"] == 4
+        if isinstance(method, LoRA):
+            assert values["effective_rank"] <= method.rank
+
+
+def test_ranks_hold_what_stages_have_folded(tmp_path):
+    """Three stages of rank 1 are an update of rank 3, none of which the last adapter alone has."""
+    module = Project()
+    callbacks = [InjectAdapters(LoRA(rank=1), seed=0), Cascade(stage_steps=2, noise=0.0), UpdateSpectrum(fraction=1.0)]
+    trainer(tmp_path, callbacks, max_steps=6).fit(module, loader())
+    ll.merge(module)
+    for path, values in spectra(tmp_path)["records"][-1]["layers"].items():
+        delta = module.get_submodule(path).base.weight.detach().double() - starts()[path].double()
+        assert values["norm"] == pytest.approx(float(delta.norm()), rel=1e-4)
+        assert values["effective_rank"] == 3
+
+
+def test_a_resumed_run_goes_on_with_its_ranks(tmp_path):
+    def fit(steps, ckpt=None):
+        run = trainer(tmp_path, [InjectAdapters(LoRA(rank=2), seed=0), UpdateSpectrum(at=[2])], max_steps=steps)
+        run.fit(Project(), loader(), ckpt_path=ckpt)
+        return run
+
+    fit(4).save_checkpoint(tmp_path / "part.ckpt")
+    before = spectra(tmp_path)["records"]
+    fit(8, tmp_path / "part.ckpt")
+    assert spectra(tmp_path)["records"][:2] == before
+    assert [record["step"] for record in spectra(tmp_path)["records"]] == [2, 4, 8]
+
+
+def test_a_fraction_outside_its_rule():
+    with pytest.raises(SettingsError, match=r"UpdateSpectrum.fraction is 1.5; it must lie in \(0, 1\]"):
+        UpdateSpectrum(fraction=1.5)
+
+
+def written(folder, label, ranks=(2, 4), lost=0.1):
+    """A run folder with both files, of known numbers."""
+    folder.mkdir()
+    values = {"stable_rank": 1.5, "norm": 1.0, "largest": 0.5, "largest_rank": 64}
+    layers = {f"layers.{i}.{kind}": {"effective_rank": ranks[i], **values} for kind in ("up", "down") for i in (0, 1)}
+    steps = [{"step": step, "layers": layers} for step in (5, 10)]
+    content = {"format": spectrum_records.FORMAT, "fraction": 0.9, "label": label, "records": steps}
+    (folder / "spectrum.json").write_text(json.dumps(content))
+    course = [
+        {"step": s, "when": w, "sets": {"old": {"loss": 1.0, "accuracy": 0.8 - f * lost}, "target": {"accuracy": f}}}
+        for s, w, f in ((0, "before", 0.0), (5, "during", 0.5), (10, "during", 0.9), (10, "after", 1.0))
+    ]
+    content = {"format": FORMAT, "label": label, "sources": ["old"], "target": "target", "records": course}
+    (folder / "forgetting.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+def test_analyse_tells_and_draws_ranks_and_forgetting(tmp_path, capsys):
+    folders = [written(tmp_path / "a", "LoRA"), written(tmp_path / "b", "full fine-tuning", (20, 60), 0.3)]
+    assert main(["analyse", *folders, "--output", str(tmp_path / "out.png"), "--modules", "up"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["LoRA", "up", "90%", "3", "4", "1.5", "64"] in lines
+    assert ["LoRA", "old", "0.8", "0.7", "-0.1"] in lines
+    assert ["full", "fine-tuning", "old", "0.8", "0.5", "-0.3"] in lines
+    for name in ("out-spectrum.png", "out-forgetting.png"):
+        assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert main(["analyse", *folders, "--metric", "acuracy"]) == 2
+    assert '--metric is "acuracy". Did you mean "accuracy"?' in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(["analyse", str(tmp_path / "empty")]) == 2
+    assert "holds none of spectrum.json, forgetting.json, decomposition.json" in capsys.readouterr().err
+
+
+def test_panels_of_ranks_and_forgetting_hold_every_number(tmp_path, monkeypatch):
+    figures = []
+    for module in (spectrum_picture, forgetting_picture):
+        monkeypatch.setattr(module, "save", lambda figure, path: figures.append(figure))
+    runs = [written(tmp_path / "a", "LoRA"), written(tmp_path / "b", "full fine-tuning", (20, 60), 0.3)]
+    read = [spectrum_records.read(tmp_path / name / "spectrum.json") for name in "ab"]
+    spectrum_picture.draw_spectra(tmp_path / "x.png", read, ["up", "down"])
+    assert len(runs) == 2
+    top = figures[0].axes[0]
+    assert [list(line.get_ydata()) for line in top.lines] == [[2, 4], [20, 60], [64, 64]]
+    assert [list(line.get_ydata()) for line in figures[0].axes[1].lines[:2]] == [[3, 3], [40, 40]]
+    assert top.get_yscale() == "log"
+    courses = [read_course(tmp_path / name / "forgetting.json") for name in "ab"]
+    forgetting_picture.draw_forgetting(tmp_path / "y.png", courses, "accuracy")
+    drawn = {axes.get_title(): axes for axes in figures[1].axes}
+    assert list(drawn["old: forgetting"].lines[1].get_ydata()) == pytest.approx([0, -0.15, -0.27, -0.3])
+    assert list(drawn["target: learning"].lines[0].get_ydata()) == [0, 0.5, 0.9, 1]
+    line, end = drawn["learned against old"].lines[2:4]
+    assert list(line.get_xdata()) == pytest.approx([0, -0.15, -0.27, -0.3])
+    assert (end.get_xdata()[0], end.get_ydata()[0]) == pytest.approx((-0.3, 1.0))
+
+
 # -- drawing -----------------------------------------------------------------------------------------------------------
 
 
@@ -253,7 +375,7 @@ def test_analyse_prints_the_correlation_and_draws(tmp_path, capsys):
 
 def test_panels_hold_every_point_and_the_fitted_line(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(picture, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(picture, "save", lambda figure, path: figures.append(figure))
     runs = [records.read(write_run(tmp_path / f"{sign}.json", f"run {sign}", sign)) for sign in (1, -1)]
     fits = picture.fits(runs, ["query", "value"])
     picture.draw_scatter(tmp_path / "x.png", fits)
@@ -276,7 +398,7 @@ def test_panels_hold_every_point_and_the_fitted_line(tmp_path, monkeypatch):
 def test_small_numbers_stay_readable(tmp_path, monkeypatch):
     """Labels of ticks are apart, and a marker in the legend is grey: the colour of a point says its layer."""
     figures = []
-    monkeypatch.setattr(picture, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(picture, "save", lambda figure, path: figures.append(figure))
     file = write_run(tmp_path / "a.json", "LoRA", 1)
     content = json.loads(file.read_text())
     for record in content["records"]:

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
 
+from lora_lightning.callbacks.forgetting import Forgetting
 from lora_lightning.cli import lightning
 from lora_lightning.cli.compare.measured import Measured
 from lora_lightning.cli.main import told
@@ -22,6 +24,8 @@ from lora_lightning.cli.run_folder import VARIABLE
 from lora_lightning.errors import LoraLightningError
 
 SPEC = "job.json"
+BESIDE = "beside"
+"""Name of the data of `--also` in what a run leaves."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Spec:
     """Fraction of the training rows that is validated on, and not trained on; 0 takes the validation data."""
     keep_rows: bool
     also: list[str]
-    """Flags whose `data` is measured before and after, or none."""
+    """Flags whose `data` is measured before, while and after training, or none."""
 
     def write(self, folder: Path) -> None:
         """Into `job.json`."""
@@ -53,10 +57,14 @@ class MeasuredCLI(lightning.CLI):
     folder: Path
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """As always, with our callback."""
+        """As always, with our callbacks."""
         trainer = super().instantiate_trainer(**kwargs)
-        also = lightning.build(self.spec.also)[1] if self.spec.also else None
-        trainer.callbacks.append(Measured(self.folder, self.spec.keep_rows, also))  # type: ignore[attr-defined]
+        ours: list[Callback] = [Measured(self.folder, self.spec.keep_rows)]
+        if self.spec.also:
+            # the target's values are those of validation, which Measured keeps
+            beside = Forgetting({BESIDE: lightning.build(self.spec.also)[1]}, target=None, directory=self.folder)
+            ours.insert(0, beside)
+        trainer.callbacks.extend(ours)  # type: ignore[attr-defined]
         return trainer
 
     def before_fit(self) -> None:

@@ -18,7 +18,6 @@ from lightning.pytorch.callbacks import Callback
 from lora_lightning.callbacks.step_counting import REPORTS, inside_window, outside_step
 from lora_lightning.distributed import reshard
 from lora_lightning.injection.records import injected_root
-from lora_lightning.models.tasks.base import PredictContext, evaluate
 from lora_lightning.storage.atomic import write_atomically, write_json
 from lora_lightning.training.linear_baseline import validation_batches
 
@@ -27,7 +26,7 @@ POINTS = "points.jsonl"
 ROWS = "rows.npz"
 """Arrays `sums` and `counts` over validation rows, see `Task.score_rows`."""
 MEASURED = "measured.json"
-"""Written last: what the run cost, and values on data beside its own."""
+"""Written last: what the run cost."""
 WARM = 3
 """Steps that are not timed, since the first ones take longer."""
 
@@ -38,22 +37,18 @@ class Measured(Callback):
     Args:
         folder: the run folder.
         keep_rows: whether validation rows are scored one by one.
-        also: a data module whose validation rows are measured before and after training.
     """
 
     phase: ClassVar[int] = REPORTS + 1
 
-    def __init__(self, folder: Path, keep_rows: bool = True, also: Any = None) -> None:
+    def __init__(self, folder: Path, keep_rows: bool = True) -> None:
         super().__init__()
-        self.folder, self.keep_rows, self.also = folder, keep_rows, also
+        self.folder, self.keep_rows = folder, keep_rows
         self._steps: list[float] = []
         self._began = self._first = 0.0
-        self._before: dict[str, float] = {}
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the other data before training."""
-        if self.also is not None:
-            self._before = self._beside(trainer, pl_module)
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count; what is measured before training has been."""
         self._first = time.monotonic()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -78,11 +73,10 @@ class Measured(Callback):
         with (self.folder / POINTS).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": trainer.global_step, "values": values}) + "\n")
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Score rows and the other data, and write what the run cost; last of all, with the state that was saved."""
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Score rows, and write what the run cost; after all others, with the state that was saved, on its device."""
         if self.keep_rows:
             self._write_rows(trainer, pl_module)
-        after = self._beside(trainer, pl_module) if self.also is not None else {}
         if trainer.is_global_zero:
             steps = self._steps[WARM:] or self._steps
             write_json(
@@ -93,8 +87,6 @@ class Measured(Callback):
                     "seconds": time.monotonic() - self._first,
                     "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT,
                     "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
-                    "also_before": self._before,
-                    "also_after": after,
                 },
             )
 
@@ -123,19 +115,6 @@ class Measured(Callback):
         finally:
             model.train(was)
         return np.concatenate([sums for sums, _ in found]), np.concatenate([counts for _, counts in found])
-
-    def _beside(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
-        """All metrics on the other data."""
-        self.also.setup("validate")
-        loader = self.also.val_dataloader()
-        batches = (trainer.strategy.batch_to_device(batch) for batch in loader)
-        context: PredictContext = cast(Any, module).predict_context()
-        with trainer.precision_plugin.forward_context():
-            values = outside_step(
-                trainer, lambda: evaluate(cast(Any, module).task, injected_root(module), batches, context)
-            )
-        reshard(module)
-        return values
 
 
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024

@@ -12,12 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from lora_lightning.callbacks.forgetting import FILENAME, Course, read_course
 from lora_lightning.cli.compare import search, statistics
+from lora_lightning.cli.compare.child import BESIDE
 from lora_lightning.cli.compare.measured import MEASURED, ROWS
 from lora_lightning.cli.compare.plan import Plan, PlannedArm
 from lora_lightning.cli.compare.statistics import Difference
 from lora_lightning.cli.compare.studies import Done, Studies
 from lora_lightning.cli.compare.worker import read_points
+from lora_lightning.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class FinalRun:
     rows: tuple[Any, Any] | None
     """Sums and counts of validation rows."""
     curve: list[dict[str, Any]]
+    beside: Course | None
+    """What it forgot or carried over, of the data of `--also`."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +81,9 @@ class ArmOutcome:
         return float(np.mean(found)) if found else math.nan
 
     def forgetting(self, metric: str) -> list[float]:
-        """Change of a metric on the other data, by seed."""
-        return [
-            run.cost["also_after"][metric] - run.cost["also_before"][metric]
-            for run in self.finals
-            if metric in run.cost.get("also_after", {})
-        ]
+        """Change of a metric on the other data from before training to its end, by seed."""
+        changes = [run.beside.changes(BESIDE, metric) for run in self.finals if run.beside is not None]
+        return [change[-1][1] for change in changes if change]
 
     @property
     def best_run(self) -> FinalRun | None:
@@ -142,7 +144,14 @@ def _final(done: Done) -> FinalRun:
         summary=_read(folder / "summary.json"),
         rows=rows,
         curve=read_points(folder),
+        beside=_course(folder / FILENAME),
     )
+
+
+def _course(file: Path) -> Course | None:
+    with suppress(DataError):
+        return read_course(file)
+    return None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from lora_lightning.cli.compare import table
-from lora_lightning.cli.compare.outcomes import ArmOutcome
+from lora_lightning.cli.compare.child import BESIDE
+from lora_lightning.cli.compare.outcomes import ArmOutcome, FinalRun
 from lora_lightning.cli.compare.plan import Plan
 from lora_lightning.cli.compare.studies import RATE
 from lora_lightning.storage.atomic import write_atomically
@@ -142,6 +143,51 @@ def rates(axes: Any, plan: Plan, found: Sequence[ArmOutcome]) -> bool:
     return drawn
 
 
+def beside(axes: Any, plan: Plan, found: Sequence[ArmOutcome]) -> bool:
+    """The change on the other data over steps: mean of seeds, with a band from the lowest to the highest."""
+    drawn = False
+    for one in found:
+        changes = _changes(one, plan.metric)
+        if not changes:
+            continue
+        steps = sorted(set.intersection(*(set(change) for change in changes)))
+        rows = np.array([[_scaled(change[step], plan.metric) for step in steps] for change in changes])
+        style = styles(found)[one.name]
+        axes.plot(steps, rows.mean(0), label=one.name, ms=4, **style)
+        axes.fill_between(steps, rows.min(0), rows.max(0), color=style["color"], alpha=0.15, lw=0)
+        drawn = True
+    axes.axhline(0, color=INK, lw=1, ls=":")
+    axes.set(title=f"change of {plan.metric} beside while training: mean and range", xlabel="optimizer step")
+    axes.set_ylabel(_axis(plan.metric))
+    return drawn
+
+
+def trade_offs(axes: Any, plan: Plan, found: Sequence[ArmOutcome]) -> bool:
+    """What was learned against what was forgotten: the mean of seeds at each validation, large at the end."""
+    drawn = False
+    for one in found:
+        runs = [(change, run.curve) for change, run in zip(_changes(one, plan.metric), _with_beside(one), strict=True)]
+        if not runs:
+            continue
+        steps = set.intersection(*(set(change) & {point["step"] for point in curve} for change, curve in runs))
+        style = styles(found)[one.name]
+        path = [
+            (
+                float(np.mean([_scaled(change[step], plan.metric) for change, _ in runs])),
+                float(np.mean([_scaled(_at(curve, step, plan.metric), plan.metric) for _, curve in runs])),
+            )
+            for step in sorted(steps)
+        ]
+        end = (_scaled(float(np.mean(one.forgetting(plan.metric))), plan.metric), _scaled(one.mean, plan.metric))
+        axes.plot(*zip(*path, end, strict=True), lw=1, ms=3, **style)
+        axes.plot(*end, ls="", ms=9, label=one.name, color=style["color"], marker=style["marker"])
+        drawn = True
+    axes.axvline(0, color=INK, lw=1, ls=":")
+    axes.set(title=f"{plan.metric} learned against its change beside", xlabel=f"change beside: {_axis(plan.metric)}")
+    axes.set_ylabel(_axis(plan.metric))
+    return drawn
+
+
 PANELS: dict[str, Panel] = {
     "values": values,
     "differences": differences,
@@ -154,6 +200,8 @@ PANELS: dict[str, Panel] = {
     "memory": costs("memory", "peak memory, GiB", lambda one: _memory(one) / 2**30),
     "curves": curves,
     "rates": rates,
+    "beside": beside,
+    "trade-offs": trade_offs,
 }
 
 
@@ -220,6 +268,16 @@ def _axis(metric: str) -> str:
 def _at(curve: Sequence[dict[str, Any]], step: int, metric: str) -> float:
     found = [point["values"].get(metric, math.nan) for point in curve if point["step"] == step]
     return float(found[-1])
+
+
+def _with_beside(one: ArmOutcome) -> list[FinalRun]:
+    return [run for run in one.finals if run.beside is not None]
+
+
+def _changes(one: ArmOutcome, metric: str) -> list[dict[int, float]]:
+    """Changes on the other data by step, of each seed; where a step was measured twice, the last time counts."""
+    found = [dict(run.beside.changes(BESIDE, metric)) for run in _with_beside(one) if run.beside is not None]
+    return [changes for changes in found if changes]
 
 
 def _memory(one: ArmOutcome) -> float:

@@ -47,7 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tuning-fraction", type=float, default=0.2, metavar="F", help="of training rows, to tune on (0.2)"
     )
     how.add_argument("--pruner", default="median", metavar="NAME", help="of tuning runs: median, halving or none")
-    how.add_argument("--also", metavar="CONFIG", help="a config whose data are measured before and after (forgetting)")
+    how.add_argument(
+        "--also",
+        metavar="CONFIG",
+        help="a config whose data are measured, too, from before training to its end (forgetting)",
+    )
     where = parser.add_argument_group("where, and how long")
     where.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side (1)")
     where.add_argument("--minutes", type=float, metavar="M", help="most of them for a run")

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from toy_comparison import words
 
-from lora_lightning.cli.compare.child import Spec, main
+from lora_lightning.callbacks.forgetting import FILENAME, read_course
+from lora_lightning.cli.compare.child import BESIDE, Spec, main
 from lora_lightning.cli.compare.measured import MEASURED, ROWS
 from lora_lightning.cli.compare.plan import quiet
 
@@ -30,8 +31,10 @@ def test_a_final_run_leaves_rows_whose_mean_is_the_metric(tmp_path, monkeypatch)
         assert rows["sums"].sum() / rows["counts"].sum() == pytest.approx(value)
     cost = json.loads((folder / MEASURED).read_text())
     assert cost["steps"] == 6
-    assert cost["also_after"]["accuracy"] == pytest.approx(value)
-    assert cost["also_before"]["loss"] != cost["also_after"]["loss"]
+    course = read_course(folder / FILENAME)
+    assert [one.when for one in course.records][::3] == ["before", "after"]
+    assert course.values(BESIDE, "accuracy")[-1] == (6, pytest.approx(value))
+    assert course.changes(BESIDE, "loss")[-1][1] != 0
     assert cost["peak_bytes"] > 2**20
 
 
