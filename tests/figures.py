@@ -30,7 +30,7 @@ FOLDER = 150
 """Code lines of a method's folder."""
 REPEATED, ELSEWHERE = 0.10, 3
 """Fraction of a folder's lines that may stand in so many other folders."""
-FORMS = ("import ", "from ", "@", "def ", "class ", "requires_api")
+FORMS = ("import ", "from ", "@", "def ", "class ", "raise ", "requires_api")
 FORM_WORDS = {*keyword.kwlist, "self", "super", "__init__", "Tensor", "TYPE_CHECKING"}
 WORDS = re.compile(r"[^\W\d]\w*")
 BIBTEX = re.compile(r"(title|author|booktitle|journal|year|note) = ")

@@ -42,8 +42,8 @@ def test_run_wide_fields_exist(name):
 
 def test_a_method_inside_that_nobody_provides_is_named():
     plain = plain_settings(LoRASC(inner=LoRA()))
-    plain["inner"]["class_path"] = "LoRO"
-    with pytest.raises(UnknownMethodError, match=r'here: no method "LoRO"\. Did you mean "LoRA"'):
+    plain["inner"]["class_path"] = "LoRAA"
+    with pytest.raises(UnknownMethodError, match=r'here: no method "LoRAA"\. Did you mean "LoRA"'):
         restore_settings(LoRASC, "here", plain)
 
 

@@ -502,7 +502,7 @@ def test_a_blocked_plugin_is_not_imported(install):
     assert "Closed" not in registry.methods
     assert registry.blocked == {"ll_closed": "ll_closed"}
     assert registry.explain_unknown("Closed") == (
-        f'no method "Closed". Did you mean "LoRASC"? Installed: {installed(registry)}. '
+        f'no method "Closed". Did you mean "LoRS"? Installed: {installed(registry)}. '
         "Plugin ll_closed is blocked by -p no:ll_closed."
     )
 

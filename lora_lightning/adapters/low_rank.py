@@ -68,7 +68,6 @@ def add_started(
         dropout: probability with which entries of x are dropped on the trained product; 0 outside training.
     """
     dtype, y = factor_dtype(base, x), base(x)
-    x = x.contiguous()  # else products with a parameter and with a buffer of the same values may be rounded differently
     none = torch.zeros_like(y)
     (A, B), (A0, B0) = ([factor.to(dtype) for factor in pair] for pair in (factors, start))
     trained = base.up(base.down(F.dropout(x, dropout) if dropout else x, A), B, onto=none, scale=s)

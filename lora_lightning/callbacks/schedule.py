@@ -144,9 +144,12 @@ class ScheduleCallback(StepCallback):
                 f"{type(self).__name__}: the run was started for {self._saved_total} optimizer steps and would go on "
                 f"for {self.total}; its schedule would jump. Resume with the same length."
             )
-        saved = self._saved_settings or {}
+        if self._saved_settings is None:
+            return
+        usual = {name: each.default for name, each in inspect.signature(type(self)).parameters.items()}
         for name, value in self._settings().items():
-            before = saved.get(name, value)
+            # one that the saved run did not have yet did what is usual now
+            before = self._saved_settings.get(name, value if usual[name] is inspect.Parameter.empty else usual[name])
             if before != value:
                 raise ResumeError(
                     f"{type(self).__name__}.{name} is {value!r}; the run was started with {before!r}. "

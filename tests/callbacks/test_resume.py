@@ -66,7 +66,7 @@ def test_the_stages_of_an_older_run_go_on():
     saved = old("lorasc_lora/002")["callbacks"]["Cascade"]
     cascade = Cascade(stage_steps=3, blend=0.5, rule="figure_ema", noise=0.1)
     cascade.load_state_dict(saved)
-    assert cascade._saved_settings == cascade._settings()
+    assert cascade._saved_settings.items() <= cascade._settings().items()
     assert cascade.stage == saved["stage"] > 0
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
+from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from lora_lightning.distributed import full_tensor, local, put, zeros_sharded_like
 from lora_lightning.errors import AdapterStateError
@@ -178,6 +179,15 @@ class BaseLayer(ABC):
     @abstractmethod
     def up(self, h: Tensor, B: Tensor, onto: Tensor, scale: float = 1.0) -> Tensor:
         """Sum onto + scale * B h for h as `down` gives it and B (d_out, r), in `onto`'s layout and dtype."""
+
+
+def rows_product(x: Tensor, A: Tensor) -> Tensor:
+    """x A^T for x (..., d_in) and A (r, d_in): the same numbers whether or not A requires a gradient.
+
+    Of rows that are not contiguous torch multiplies a folded copy where a gradient is required, and a batch of matrices
+    where none is, which some CPUs round differently.
+    """
+    return F.linear(x.contiguous(), A)
 
 
 def plus_product(onto: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
-from lora_lightning.adapters.layers.base import BaseLayer, add_product, plus_product
+from lora_lightning.adapters.layers.base import BaseLayer, add_product, plus_product, rows_product
 
 
 class LinearBase(BaseLayer):
@@ -36,7 +36,7 @@ class LinearBase(BaseLayer):
 
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         """Product x A^T, (..., r)."""
-        return F.linear(x, A)
+        return rows_product(x, A)
 
     def up(self, h: Tensor, B: Tensor, onto: Tensor, scale: float = 1.0) -> Tensor:
         """Sum onto + scale * h B^T, (..., d_out)."""
@@ -71,7 +71,7 @@ class TransposedBase(BaseLayer):
 
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         """Product x A^T, (..., r)."""
-        return F.linear(x, A)
+        return rows_product(x, A)
 
     def up(self, h: Tensor, B: Tensor, onto: Tensor, scale: float = 1.0) -> Tensor:
         """Sum onto + scale * h B^T, (..., d_out)."""
@@ -115,8 +115,7 @@ class ConvBase(BaseLayer):
     def up(self, h: Tensor, B: Tensor, onto: Tensor, scale: float = 1.0) -> Tensor:
         """Sum onto + scale * a convolution of kernel size 1 with B; one B a group of output channels."""
         if self.groups == 1:
-            # contiguous, else how rows are folded, and so the rounding, would depend on whether B requires a gradient
-            update = F.linear(h.contiguous(), B)
+            update = rows_product(h, B)
         else:
             update = torch.einsum("...gr,gor->...go", h, B.view(self.groups, -1, B.shape[1])).flatten(-2)
             update = update.to(onto.dtype)  # of rank 1 it is no matrix product, which autocast would have cast

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
-from lora_lightning.adapters.layers.base import BaseLayer, add_product
+from lora_lightning.adapters.layers.base import BaseLayer, add_product, rows_product
 from lora_lightning.errors import AdapterStateError
 
 Gradient = Callable[[Tensor, Tensor], Tensor]
@@ -157,7 +157,7 @@ class QuantizedBase(BaseLayer):
 
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         """Product x A^T, (..., r)."""
-        return F.linear(x, A)
+        return rows_product(x, A)
 
     def up(self, h: Tensor, B: Tensor, onto: Tensor, scale: float = 1.0) -> Tensor:
         """Sum onto + scale * h B^T, (..., d_out)."""

@@ -96,7 +96,7 @@ def test_deepspeed_needs_whole_windows(deepspeed, batches, window, nearest):
     ("callback", "what"),
     [
         (SparsitySchedule(sparsity=0.5), "SparsitySchedule reads gradients, which"),
-        (Cascade(stage_steps=2), "Cascade writes what trains between steps, whose copies"),
+        (Cascade(stage_steps=2), "Cascade reads gradients, which"),
         (NoiseInjection(0.1), "NoiseInjection writes what trains between steps, whose copies"),
         (RankPruning(final_rank=1), None),
         (EarlyStopping("loss"), None),
