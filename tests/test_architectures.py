@@ -23,7 +23,7 @@ from lora_lightning.testing import perturb
 
 METHODS: dict[str, Any] = {"LoRA": LoRA(rank=2), "DoRA": DoRA(rank=2), "RoseLoRA": RoseLoRA(rank=2)}
 CELLS = [(name, method) for name in ARCHITECTURES for method in METHODS]
-FAST = {(name, list(METHODS)[index % len(METHODS)]) for index, name in enumerate(ARCHITECTURES)}
+FAST = {(name, list(METHODS)[index % len(METHODS)]) for index, name in enumerate(list(ARCHITECTURES)[::2])}
 STEPS = 3
 
 
