@@ -150,6 +150,7 @@ class Adapter(nn.Module, ABC):
         mergeable: False where the update depends on the input, so that no merged weight exists; equal to the settings
             class's `mergeable`.
         keeps_zeros: True where weights that are zero stay so, which noise on the weight would fill: it is refused then.
+        replaces_weight: True where the layer is called with another weight in place of its own, which FSDP1 cannot do.
         in_half: True where the tensors may be cast to half precision with the model; small updates are then lost.
             False keeps them in float32 when `model.half()` or `model.to(torch.bfloat16)` is called.
         rank_mask: bool buffer (rank,), multiplied into the rank components; None where components cannot be removed.
@@ -166,6 +167,7 @@ class Adapter(nn.Module, ABC):
     stacks: bool = False
     mergeable: bool = True
     keeps_zeros: bool = False
+    replaces_weight: bool = False
     in_half: bool = False
     resting: bool = False
     rank_mask: Tensor | None

@@ -50,6 +50,7 @@ class EntriesAdapter(Adapter):
     """
 
     additive = True
+    replaces_weight = True
     indices: Tensor
     origin: Tensor
     live: Tensor

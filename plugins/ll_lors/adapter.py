@@ -65,6 +65,7 @@ class LoRSAdapter(PairAdapter):
 
     takes_start = True
     keeps_zeros = True
+    replaces_weight = True
 
     def __init__(self, base: BaseLayer, rank: int, *, scaling: float, gradient: str) -> None:
         super().__init__()

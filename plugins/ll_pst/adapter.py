@@ -60,7 +60,7 @@ class PSTAdapter(Adapter):
         self.score_B = nn.Parameter(base.zeros(base.d_out, score_rank))
         self.score_rows = nn.Parameter(base.zeros(base.d_out))
         self.score_columns = nn.Parameter(base.zeros(base.d_in))
-        self.entries = base.d_out * base.d_in
+        self.entries, self.replaces_weight = base.d_out * base.d_in, True
         self.register_buffer("removed", torch.zeros((), dtype=torch.int64, device=base.device))
 
     def reset(self, generator: torch.Generator) -> None:

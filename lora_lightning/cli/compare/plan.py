@@ -17,6 +17,8 @@ from lora_lightning.version import __version__
 PLAN = "plan.json"
 TUNING_SEED = 1000
 """Seed of all tuning runs; that of final runs counts from 0."""
+ALIKE = 0.1
+"""An arm without a size that could be solved for may be so far from the budget, as a fraction of it."""
 QUIET = {
     "trainer.enable_progress_bar": False,
     "trainer.num_sanity_val_steps": 0,
@@ -151,7 +153,10 @@ def planned_arms(
         if budget is not None and facts.adapter_numbers:
             numbers = parse_budget(budget, facts.total_numbers, facts.adapter_numbers)
             wanted[arm.name] = numbers = wanted.get(arm.against or arms[0].name, numbers)
-            if old is None and facts.adapter_numbers != numbers:
+            alike = not facts.size_field and abs(facts.adapter_numbers - numbers) <= ALIKE * numbers
+            if alike and old is None:
+                note = f", by its own settings, beside a budget of {numbers:,}"
+            elif old is None and facts.adapter_numbers != numbers:
                 rank, reached = solve_rank(own, facts, numbers)
                 own += [f"--{facts.size_field}", str(rank)]
                 facts = dataclasses.replace(facts, adapter_numbers=reached)

@@ -18,7 +18,7 @@ from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.optim import Optimizer
 
 from lora_lightning.adapters.base import Adapter
-from lora_lightning.errors import AdapterStateError
+from lora_lightning.errors import AdapterStateError, SettingsError
 from lora_lightning.injection.records import injected_root, records
 from lora_lightning.storage.fingerprint import keep_fingerprint
 from lora_lightning.storage.skeleton import keep_skeleton
@@ -63,7 +63,7 @@ class FSDP1(FSDPStrategy):
         """Refuse what cannot work, then wrap.
 
         Raises:
-            SettingsError: a callback that needs frozen weights between steps.
+            SettingsError: a callback that needs frozen weights between steps, or an adapter that replaces them.
             AdapterStateError: no adapters, or files that would hold frozen weights.
         """
         self.refuse(trainer.callbacks)  # type: ignore[attr-defined]
@@ -80,6 +80,11 @@ class FSDP1(FSDPStrategy):
             raise AdapterStateError(
                 "under FSDP1 checkpoints hold the adapter alone; set strict_loading = False, or give InjectAdapters "
                 'checkpoint="adapter". FSDP2 writes all of a module.'
+            )
+        for adapter in (module for module in root.modules() if isinstance(module, Adapter) and module.replaces_weight):
+            raise SettingsError(
+                f"trainer.strategy is FSDP1, but {type(adapter).__name__} calls layers with others in place of their "
+                "frozen weights, which FSDP1 keeps in flat shards. Take FSDP2, or ddp."
             )
         record = records(root)
         keep_skeleton(root)
