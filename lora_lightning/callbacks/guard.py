@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lora_lightning.adapters.base import Adapter
 from lora_lightning.callbacks.averages import keep_equal_means
 from lora_lightning.callbacks.injected import Injected, check_injected
 from lora_lightning.callbacks.step_counting import JUDGES, StepCallback, announce, gradients_finite, inside_window
@@ -60,6 +61,7 @@ class TrainingGuard(StepCallback):
         super().__init__()
         self.patience_steps, self.stop_unreached = patience_steps, stop_unreached
         self._watched: dict[str, nn.Parameter] = {}
+        self._adapters: dict[str, Adapter] = {}
         self._start: dict[str, Tensor] = {}
         self._real: dict[str, int] = {}
         self._had_gradient: set[str] = set()
@@ -81,6 +83,7 @@ class TrainingGuard(StepCallback):
         self._watched = {plain(name): p for name, p in pl_module.named_parameters() if p.requires_grad}
         if not self._watched:
             raise TrainingError("nothing trains: every parameter is frozen. Call set_trainable, or inject an adapter.")
+        self._adapters = trainable_adapters(pl_module)
         self._injected = check_injected(trainer, pl_module)
         keep_equal_means(trainer.callbacks)  # type: ignore[attr-defined]
         self._start = {name: p.detach().clone() for name, p in self._watched.items()}
@@ -115,7 +118,7 @@ class TrainingGuard(StepCallback):
         # those of other optimizers are as they were when these stepped
         self._slow = {n for n, p in self._watched.items() if (id(p) in slow if id(p) in rates else n in self._slow)}
         real: list[str] = []
-        resting = self._resting(pl_module)
+        resting = self._resting()
         for name, parameter in self._watched.items():
             if name in resting:
                 continue
@@ -132,7 +135,7 @@ class TrainingGuard(StepCallback):
 
     def _name_unreached(self, trainer: Trainer, module: LightningModule, names: list[str]) -> None:
         """Say which layers have no part in the loss of the first step of these tensors."""
-        layers = layers_of(module, set(names) - self._idle(module))
+        layers = layers_of(module, set(names) - self._idle())
         flags = [float(any(self._watched[name].grad is not None for name in own)) for own in layers.values()]
         if not flags:
             return
@@ -228,7 +231,7 @@ class TrainingGuard(StepCallback):
         self._judge(short + still, pl_module)
 
     def _judge(self, names: list[str], module: nn.Module) -> None:
-        idle = self._idle(module)
+        idle = self._idle()
         untrained: list[str] = []
         self._note_changes(names)
         for name in names:
@@ -254,15 +257,12 @@ class TrainingGuard(StepCallback):
         lost = [path for path, own in layers.items() if not self._had_gradient.intersection(own)]
         return leave_out(lost, layers.keys() - set(lost))
 
-    @classmethod
-    def _idle(cls, module: nn.Module) -> set[str]:
-        adapters = trainable_adapters(module)
-        idle = {plain(f"{path}.{name}") for path, adapter in adapters.items() for name in adapter.idle()}
-        return idle | cls._resting(module)
+    def _idle(self) -> set[str]:
+        idle = {plain(f"{path}.{name}") for path, adapter in self._adapters.items() for name in adapter.idle()}
+        return idle | self._resting()
 
-    @staticmethod
-    def _resting(module: nn.Module) -> set[str]:
-        resting = {path: adapter for path, adapter in trainable_adapters(module).items() if adapter.resting}
+    def _resting(self) -> set[str]:
+        resting = {path: adapter for path, adapter in self._adapters.items() if adapter.resting}
         return {plain(f"{path}.{name}") for path, adapter in resting.items() for name, _ in adapter.named_parameters()}
 
     def changed(self) -> dict[str, float]:
