@@ -12,7 +12,6 @@ Departs from the paper: nothing known. Sets and metrics are the user's.
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from lora_lightning.callbacks.step_counting import REPORTS, StepCallback
 from lora_lightning.errors import DataError, ResumeError, SettingsError, check
 from lora_lightning.injection.records import records
 from lora_lightning.storage.atomic import write_json
+from lora_lightning.storage.recorded import content_of
 
 FORMAT = "lora_lightning forgetting 1"
 FILENAME = "forgetting.json"
@@ -214,19 +214,12 @@ def read_course(file: Path) -> Course:
     Raises:
         DataError: missing, damaged, or another kind of file.
     """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f'"{file}" does not exist; Forgetting writes {FILENAME} into a run folder.') from error
-    except (OSError, ValueError) as error:
-        raise DataError(f'"{file}" cannot be read: {error}.') from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise DataError(f'"{file}" was not written by Forgetting: it lacks "format": "{FORMAT}".')
-    try:
-        found = tuple(Measured(one["step"], one["when"], one["sets"]) for one in content["records"])
-        return Course(str(content["label"]), tuple(content["sources"]), content["target"], found)
-    except (KeyError, TypeError) as error:
-        raise DataError(f'"{file}" is damaged: {type(error).__name__} {error}.') from error
+    return content_of(file, FORMAT, "Forgetting", FILENAME, _course)
+
+
+def _course(content: dict[str, Any]) -> Course:
+    found = tuple(Measured(one["step"], one["when"], one["sets"]) for one in content["records"])
+    return Course(str(content["label"]), tuple(content["sources"]), content["target"], found)
 
 
 def _batches(trainer: Trainer, name: str, one: Any) -> Iterable[Any]:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ll_weight_change.records import content_of, index_of, kinds_of
+from ll_weight_change.records import index_of, kinds_of
+from lora_lightning.storage.recorded import content_of
 
 FORMAT = "lora_lightning update spectrum 1"
 FILENAME = "spectrum.json"

@@ -116,12 +116,17 @@ def curves(axes: Any, plan: Plan, found: Sequence[ArmOutcome]) -> bool:
             continue
         rows = np.array([[_at(run.curve, step, plan.metric) for step in steps] for run in one.finals])
         rows = np.vectorize(lambda value: _scaled(value, plan.metric))(rows)
-        axes.plot(steps, rows.mean(0), label=one.name, ms=4, **style)
-        axes.fill_between(steps, rows.min(0), rows.max(0), color=style["color"], alpha=0.15, lw=0)
+        _band(axes, one.name, steps, rows, style)
         drawn = True
     axes.set(title=f"{plan.metric} while training: mean and range of seeds", xlabel="optimizer step")
     axes.set_ylabel(_axis(plan.metric))
     return drawn
+
+
+def _band(axes: Any, name: str, steps: Sequence[int], rows: Any, style: dict[str, Any]) -> None:
+    """The mean of rows (seeds, steps), and their range around it."""
+    axes.plot(steps, rows.mean(0), label=name, ms=4, **style)
+    axes.fill_between(steps, rows.min(0), rows.max(0), color=style["color"], alpha=0.15, lw=0)
 
 
 def rates(axes: Any, plan: Plan, found: Sequence[ArmOutcome]) -> bool:
@@ -152,9 +157,7 @@ def beside(axes: Any, plan: Plan, found: Sequence[ArmOutcome]) -> bool:
             continue
         steps = sorted(set.intersection(*(set(change) for change in changes)))
         rows = np.array([[_scaled(change[step], plan.metric) for step in steps] for change in changes])
-        style = styles(found)[one.name]
-        axes.plot(steps, rows.mean(0), label=one.name, ms=4, **style)
-        axes.fill_between(steps, rows.min(0), rows.max(0), color=style["color"], alpha=0.15, lw=0)
+        _band(axes, one.name, steps, rows, styles(found)[one.name])
         drawn = True
     axes.axhline(0, color=INK, lw=1, ls=":")
     axes.set(title=f"change of {plan.metric} beside while training: mean and range", xlabel="optimizer step")
